@@ -1,0 +1,1 @@
+"""Token tables: their contract, the deterministic order of their samples, and the loader."""

@@ -1,0 +1,135 @@
+"""The token table's contract: what lies beside the parquet files and says what they are.
+
+A table is a folder of parquet files with a column ``input_ids: list<int32>`` (and optionally ``labels``,
+``cu_seqlens``, ``doc_ids``). Beside them, in names that Spark ignores:
+
+- ``_fft_manifest.json``: the facts below, written last and atomically. Its presence means: finished.
+- ``_fft_writing.json``: present while a job of ours writes. Found without a manifest: unfinished, never read.
+
+A folder with neither is foreign: any Spark job's ``df.write.parquet`` is a table, its facts read from footers.
+Depends on nothing but the standard library, so that Spark jobs and the trainer share it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fft.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "_fft_manifest.json"
+WRITING_NAME = "_fft_writing.json"
+
+#: Files that decide which ids a text gets. Chat templates and the like may change without changing a table.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which tokenizer made the ids. ``vocab_size`` counts added tokens: every id is below it."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One parquet file; ``path`` is relative to the table, sizes in rows, tokens and bytes."""
+
+    path: str
+    rows: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts about a finished table. ``seq_len`` is set when rows are packed to that many tokens at most."""
+
+    files: tuple[FileInfo, ...]
+    rows: int
+    tokens: int
+    tokenizer: TokenizerInfo | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    lineage: dict = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Serialise with sorted keys, so that equal tables have equal manifests."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Manifest":
+        """Parse what :meth:`to_json` wrote. Raises :class:`UserError` naming ``where`` when it is none."""
+        try:
+            raw = json.loads(text)
+            version = raw["format_version"]
+            if version > FORMAT_VERSION:
+                raise UserError(
+                    f"{where} has format version {version}, this release reads up to {FORMAT_VERSION}: "
+                    "upgrade flash-fine-tuning."
+                )
+            raw["files"] = tuple(FileInfo(**f) for f in raw["files"])
+            if raw.get("tokenizer") is not None:
+                raw["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
+            ) from error
+
+
+def tokenizer_sha256(directory: str | os.PathLike) -> str:
+    """Hash the files of a tokenizer directory that decide its ids (names and bytes, in a fixed order)."""
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        path = Path(directory) / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def read_manifest(table: str | os.PathLike) -> Manifest | None:
+    """Return the manifest of the table at a local path, or None when the table is foreign.
+
+    Raises :class:`UserError` when a job of ours was interrupted while writing the table.
+    """
+    folder = Path(table)
+    path = folder / MANIFEST_NAME
+    if path.is_file():
+        return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    if (folder / WRITING_NAME).exists() or (folder / "_temporary").exists():
+        raise UserError(f"{folder} is unfinished: the job that wrote it was interrupted; run that job again.")
+    return None
+
+
+def begin_writing(table: str | os.PathLike, lineage: dict) -> None:
+    """Mark the folder as being written; a manifest that was there no longer holds and is removed."""
+    folder = Path(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WRITING_NAME, json.dumps(lineage, indent=1, sort_keys=True))
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+
+
+def commit(table: str | os.PathLike, manifest: Manifest) -> None:
+    """Publish the table: the manifest appears whole or not at all, then the writing mark goes."""
+    folder = Path(table)
+    write_atomically(folder / MANIFEST_NAME, manifest.to_json())
+    (folder / WRITING_NAME).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename over."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
