@@ -1,0 +1,201 @@
+"""Flags of the trainer: one table of names, types and meanings, for the command line and for YAML files alike."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from fft.errors import UserError
+
+_EXAMPLES = """examples:
+  # a model from scratch, two pipeline stages, on CPU or two GPUs
+  deepspeed --num_gpus 2 fft/train.py --init --model conf/models/llama-4m.json --tokenizer runs/tokenizer \\
+      --train_data runs/packed/train --eval_data runs/packed/validation --seq_len 512 \\
+      --pipe_parallel_size 2 --max_steps 200 --learning_rate 3e-3 --output_dir runs/model
+
+  # continue from a Hugging Face model directory, settings from a file, one of them overridden
+  torchrun --nproc_per_node 4 fft/train.py --config conf/mine.yaml --model Qwen3-8B --learning_rate 1e-5
+
+Every flag may also stand in a YAML file (--config) under its name without dashes; the command line wins.
+The table's order depends on --seed alone; the same seed gives the same loss at every step.
+"""
+
+
+def _flag(help: str, default: object = MISSING, **extra: object) -> object:
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Everything a run is made of. Names are those of the flags; ``jllm`` users will recognise most."""
+
+    # What to train, on what, to where
+    model: str = _flag("Hugging Face model directory; with --init a config.json or a directory that has one", None)
+    init: bool = _flag("start from random weights (seeded) instead of loading them", False)
+    tokenizer: str | None = _flag("tokenizer directory copied into --output_dir (default: --model's own)", None)
+    train_data: str | None = _flag("token table to train on: a folder of parquet files", None)
+    eval_data: str | None = _flag("token table to evaluate on", None)
+    output_dir: str | None = _flag("Hugging Face model directory to write at the end", None)
+    overwrite: bool = _flag("allow an existing --output_dir or --checkpoint run to be replaced", False)
+    # How long, how much at a time
+    seq_len: int = _flag("tokens of a sample", 2048)
+    per_device_train_batch_size: int = _flag("samples of a micro-batch", 1)
+    gradient_accumulation_steps: int = _flag("micro-batches of a step, per data-parallel replica", 1)
+    num_train_epochs: float = _flag("passes over --train_data; 0 only converts", 1.0)
+    max_steps: int = _flag("stop after this many steps, whatever the epochs (-1: epochs decide)", -1)
+    # Optimizer
+    learning_rate: float = _flag("peak learning rate", 1e-4)
+    min_learning_rate: float = _flag("where the schedule ends", 0.0)
+    lr_scheduler_type: str = _flag("decay after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = _flag("steps of linear warm-up", 0)
+    weight_decay: float = _flag("AdamW's decay of matrices (never of norms and biases)", 0.1)
+    adam_beta1: float = _flag("AdamW's first beta", 0.9)
+    adam_beta2: float = _flag("AdamW's second beta", 0.95)
+    adam_epsilon: float = _flag("AdamW's epsilon", 1e-8)
+    max_grad_norm: float = _flag("clip the global gradient norm to this (0: never)", 1.0)
+    dtype: str = _flag(
+        "type of weights and activations; masters and moments are fp32", "bf16", choices=("bf16", "fp32")
+    )
+    seed: int = _flag("seed of the initial weights and of the table's order", 0)
+    # Layout
+    pipe_parallel_size: int = _flag("pipeline stages", 1)
+    model_parallel_size: int = _flag("tensor-parallel ranks (this release: 1)", 1)
+    sequence_parallel_size: int = _flag("sequence-parallel ranks (this release: 1)", 1)
+    encoder_pipe_parallel_size: int = _flag("pipeline stages of a vision encoder (this release: 0)", 0)
+    partition_method: str = _flag(
+        "stages by fast (equal time), parameters, uniform, or layers per stage: 5,4,4", "fast"
+    )
+    split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
+    checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
+    zero_stage: int = _flag("1 shards masters and moments over the replicas, 0 does not", 1, choices=(0, 1))
+    # Watching and keeping
+    eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
+    logging_steps: int = _flag("print every k steps", 10)
+    checkpoint: str | None = _flag("run folder: metrics.jsonl, the resolved settings, checkpoints", None)
+    save_steps: int = _flag("write a checkpoint into --checkpoint every k steps (0: never)", 0)
+    only_ckpt_model: bool = _flag("checkpoints hold the model alone, as Hugging Face directories", False)
+    max_num_checkpoints: int = _flag("keep the newest k checkpoints (0: all)", 0)
+    from_ckpt: str | None = _flag("take the weights from a checkpoint in this run folder instead of --model", None)
+    tag: str | None = _flag("which checkpoint of --from_ckpt, for example step-100 (default: the newest)", None)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The trainer's parser. Flags that were not given are absent, so that a YAML file can fill them."""
+    parser = argparse.ArgumentParser(
+        prog="fft/train.py",
+        description="Train a Hugging Face decoder on token tables that Spark wrote, in pipeline and data parallel.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flag names and values")
+    for spec in fields(TrainArguments):
+        text = spec.metadata["help"]
+        if spec.type is bool:
+            parser.add_argument(f"--{spec.name}", action="store_true", help=text)
+            continue
+        if spec.default not in (None, MISSING):
+            text += f" (default: {spec.default})"
+        parser.add_argument(
+            f"--{spec.name}",
+            type=_plain_type(spec.type),
+            choices=spec.metadata.get("choices"),
+            metavar=None if "choices" in spec.metadata else spec.name.rsplit("_", 1)[-1].upper(),
+            help=text,
+        )
+    # Launchers append these; DeepSpeed's settings are derived from the flags above.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed_config", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
+    """Command line over YAML over defaults. Raises :class:`UserError` for unknown or mistyped settings."""
+    given = vars(build_parser().parse_args(argv))
+    for name in ("local_rank", "deepspeed", "deepspeed_config"):
+        given.pop(name, None)
+    config = given.pop("config", None)
+    settings = {**(_read_yaml(config) if config else {}), **given}
+    arguments = TrainArguments(**settings)
+    _check(arguments)
+    return arguments
+
+
+def _read_yaml(path: str) -> dict:
+    if not Path(path).is_file():
+        raise UserError(f"--config {path} does not exist.")
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"--config {path} must map flag names to values.")
+    known = {spec.name: spec for spec in fields(TrainArguments)}
+    return {name: _typed(path, known, name, value) for name, value in raw.items()}
+
+
+def _typed(path: str, known: dict, name: str, value: object) -> object:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise UserError(f"--config {path}: unknown setting {name!r}{f', did you mean {near[0]!r}' if near else ''}.")
+    kind = _plain_type(known[name].type)
+    try:
+        # YAML 1.1 reads 1e-4 as a string; a bool must be a bool.
+        converted = value if value is None or (isinstance(value, bool) and kind is bool) else kind(value)
+        if (kind is bool and not isinstance(value, bool)) or (kind is int and float(value) != converted):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"--config {path}: {name} must be of type {kind.__name__}, not {value!r}.") from None
+    choices = known[name].metadata.get("choices")
+    if choices and converted not in choices:
+        raise UserError(f"--config {path}: {name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+    return converted
+
+
+def _plain_type(annotation: object) -> type:
+    """``str | None`` -> str."""
+    return annotation if isinstance(annotation, type) else annotation.__args__[0]
+
+
+def _check(args: TrainArguments) -> None:
+    """Faults that need nothing but the flags themselves."""
+    for name in ("seq_len", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
+    for name in (
+        "num_train_epochs",
+        "learning_rate",
+        "min_learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "eval_steps",
+        "save_steps",
+        "max_num_checkpoints",
+        "checkpoint_grad_interval",
+        "seed",
+    ):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)} must not be negative.")
+    if args.encoder_pipe_parallel_size:
+        raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
+    if not args.model and not args.from_ckpt:
+        raise UserError("--model is missing: give a Hugging Face model directory, or a config.json with --init.")
+    if args.init and args.from_ckpt:
+        raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
+    if args.tag and not args.from_ckpt:
+        raise UserError("--tag names a checkpoint of --from_ckpt, which is missing.")
+    trains = args.num_train_epochs > 0 and args.max_steps != 0
+    if trains and not args.train_data:
+        raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")
+    if args.save_steps and not args.checkpoint:
+        raise UserError("--save_steps needs --checkpoint, the folder to write to.")
+    if args.save_steps and not args.only_ckpt_model:
+        raise UserError("--save_steps: this release checkpoints models, not optimizer state; add --only_ckpt_model.")
+    if not (args.output_dir or args.checkpoint):
+        raise UserError("--output_dir is missing: name the model directory to write.")

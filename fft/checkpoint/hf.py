@@ -1,0 +1,115 @@
+"""Hugging Face model directories: read one tensor at a time, write one shard per pipeline stage, publish at once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fft.errors import UserError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+#: Files that make a tokenizer, copied as they are so that nothing about it changes.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class WeightReader:
+    """Tensors of a (sharded) safetensors directory by name, each read from disk when asked for."""
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        root = Path(directory)
+        if (root / _INDEX).is_file():
+            index = json.loads((root / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self._files = {name: root / file for name, file in index.items()}
+        elif (root / _SINGLE).is_file():
+            with safe_open(root / _SINGLE, framework="pt") as shard:
+                self._files = dict.fromkeys(shard.keys(), root / _SINGLE)
+        else:
+            raise UserError(
+                f"{root} holds no {_SINGLE} (nor {_INDEX}): give a Hugging Face model directory with safetensors "
+                "weights, or start from scratch with --init."
+            )
+        missing = sorted({str(f) for f in self._files.values() if not f.is_file()})
+        if missing:
+            raise UserError(f"{root} lacks {', '.join(missing)}, named in its index: restore the model directory.")
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """Return a tensor. Raises :class:`UserError` when it is absent or of another shape than the config implies."""
+        if name not in self._files:
+            raise UserError(
+                f"the model directory has no tensor {name}: its config.json and weights do not belong together."
+            )
+        with safe_open(self._files[name], framework="pt") as shard:
+            tensor = shard.get_tensor(name)
+        if tensor.shape != shape:
+            raise UserError(
+                f"{self._files[name]}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies "
+                f"{tuple(shape)}: the two do not belong together."
+            )
+        return tensor
+
+
+def staging_dir(output: str | os.PathLike) -> Path:
+    """Where a model directory is written before it is published under its name."""
+    path = Path(output)
+    return path.with_name(f".{path.name}.writing")
+
+
+def write_shard(staging: Path, tensors: dict[str, Tensor], shard: int, shards: int) -> None:
+    """Write one stage's tensors (canonical names) as shard ``shard`` of ``shards``, counted from 0."""
+    cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    save_file(cpu, staging / _shard_name(shard, shards), metadata={"format": "pt"})
+
+
+def finish(staging: Path, output: str | os.PathLike, config: object, tokenizer: str | None, shards: int) -> None:
+    """Add index, config and tokenizer to the written shards, then move the directory to its final name.
+
+    ``config`` is a ``PretrainedConfig``. A directory that stood at ``output`` is replaced.
+    """
+    config.save_pretrained(staging)
+    if tokenizer is not None:
+        for name in _TOKENIZER_FILES:
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, staging / name)
+    if shards == 1:
+        os.replace(staging / _shard_name(0, 1), staging / _SINGLE)
+    else:
+        weight_map, size = {}, 0
+        for shard in range(shards):
+            file = _shard_name(shard, shards)
+            with safe_open(staging / file, framework="pt") as tensors:
+                weight_map.update(dict.fromkeys(tensors.keys(), file))
+            size += (staging / file).stat().st_size
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (staging / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for file in staging.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    target = Path(output)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(staging, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _shard_name(shard: int, shards: int) -> str:
+    return f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"

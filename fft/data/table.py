@@ -1,0 +1,199 @@
+"""Open a token table: which files, how many rows and tokens each row group holds. Footers only, no scan."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fft.data.manifest import Manifest, read_manifest
+from fft.errors import UserError
+
+#: Footer path of the leaf values of ``input_ids``, as Spark, Arrow and older writers spell it.
+_LEAVES = ("input_ids.list.element", "input_ids.list.item", "input_ids.bag.array_element", "input_ids.array")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where a row group lies and how large it is, in rows and tokens."""
+
+    path: str
+    index: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A decoded row group: row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
+
+    ``labels`` has the same length as ``input_ids`` (or is None). ``documents[i]`` are the boundaries inside row ``i``.
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray | None
+    documents: list[np.ndarray] | None
+
+    def boundaries(self, row: int) -> np.ndarray:
+        """Document boundaries of a row, first 0, last its length."""
+        if self.documents is not None:
+            return self.documents[row]
+        return np.array([0, self.offsets[row + 1] - self.offsets[row]])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one."""
+
+    path: str
+    row_groups: tuple[RowGroup, ...]
+    columns: frozenset[str]
+    manifest: Manifest | None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Table":
+        """Read the footers of a folder of parquet files (or of one file).
+
+        Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids`` or no longer is
+        what its manifest says.
+        """
+        root = Path(path)
+        if not root.exists():
+            raise UserError(f"{root} does not exist: give a folder of parquet files that Spark wrote.")
+        if (root / "_delta_log").exists():
+            raise UserError(
+                f"{root} is a Delta table, which this release does not read: write it as parquet "
+                "(spark.read.format('delta').load(...).write.parquet(...))."
+            )
+        manifest = read_manifest(root) if root.is_dir() else None
+        files = sorted(p for p in root.rglob("*.parquet") if not _hidden(p, root)) if root.is_dir() else [root]
+        if not files:
+            raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
+        if manifest is not None:
+            _check_against_manifest(root, manifest)
+        groups: list[RowGroup] = []
+        columns: frozenset[str] = frozenset()
+        for file in files:
+            metadata, columns = _footer(file)
+            groups.extend(_row_groups(file, metadata))
+        groups = [g for g in groups if g.tokens > 0]
+        if not groups:
+            raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
+        return cls(str(root), tuple(groups), columns, manifest)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows in all files."""
+        return sum(g.rows for g in self.row_groups)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens in all files."""
+        return sum(g.tokens for g in self.row_groups)
+
+    def read(self, group: int, vocab_size: int | None = None) -> Rows:
+        """Decode one row group. Raises :class:`UserError` naming file and row group when its content is not valid."""
+        where = self.row_groups[group]
+        name = f"{where.path}, row group {where.index}"
+        wanted = [c for c in ("input_ids", "labels", "cu_seqlens") if c in self.columns]
+        try:
+            # Unbuffered reads of one row group: the defaults grow to the whole file.
+            with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
+                table = file.read_row_group(where.index, columns=wanted, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise _bad_row(f"{name} cannot be read ({error}): write the table again.") from error
+        input_ids, offsets = _lists(table, "input_ids", name)
+        if len(input_ids) != where.tokens:
+            raise _bad_row(
+                f"{name} holds {where.tokens - len(input_ids)} empty row(s), which parquet footers count as tokens: "
+                "drop rows whose input_ids are empty."
+            )
+        if vocab_size is not None:
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= vocab_size:
+                raise _bad_row(
+                    f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}: "
+                    "tokenize with the model's own tokenizer."
+                )
+        labels = None
+        if "labels" in wanted:
+            labels, label_offsets = _lists(table, "labels", name)
+            if not np.array_equal(offsets, label_offsets):
+                raise _bad_row(f"{name}: labels and input_ids differ in length: write the table again.")
+        documents = None
+        if "cu_seqlens" in wanted:
+            bounds, at = _lists(table, "cu_seqlens", name)
+            documents = [bounds[a:b] for a, b in zip(at, at[1:], strict=False)]
+            lengths = np.diff(offsets)
+            for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
+                if len(document) < 2 or document[0] != 0 or document[-1] != length or (np.diff(document) < 0).any():
+                    raise _bad_row(
+                        f"{name}, row {row}: cu_seqlens must rise from 0 to the row's length: write the table again."
+                    )
+        return Rows(input_ids, offsets, labels, documents)
+
+
+def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
+    try:
+        metadata = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is no readable parquet file ({error}): write it again or remove it.") from error
+    schema = metadata.schema.to_arrow_schema()
+    columns = frozenset(schema.names)
+    if "input_ids" not in columns:
+        raise UserError(
+            f"{file} has no column input_ids (it has {', '.join(sorted(columns))}): "
+            "make a token table with spark_jobs/tokenize.py first."
+        )
+    kind = schema.field("input_ids").type
+    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
+        raise UserError(f"{file}: column input_ids is {kind}, it must be a list of integers.")
+    return metadata, columns
+
+
+def _row_groups(file: Path, metadata: pq.FileMetaData) -> list[RowGroup]:
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path in _LEAVES)
+    groups = []
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        groups.append(RowGroup(str(file), index, group.num_rows, group.column(leaf).num_values))
+    return groups
+
+
+def _check_against_manifest(root: Path, manifest: Manifest) -> None:
+    for info in manifest.files:
+        file = root / info.path
+        if not file.exists():
+            raise UserError(f"{file} is in the table's manifest but is missing: restore it or write the table again.")
+        if file.stat().st_size != info.bytes:
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes, its manifest says {info.bytes}: the table was changed after "
+                "it was written; write it again."
+            )
+
+
+def _lists(table: pa.Table, column: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of a list column, both zero-copy where Arrow allows."""
+    array = table.column(column).combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
+    if array.null_count or array.values.null_count:
+        raise _bad_row(f"{name}: column {column} holds nulls: write the table again without them.")
+    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    values = array.values.to_numpy(zero_copy_only=False)
+    return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _bad_row(message: str) -> UserError:
+    """A fault in the data that only the rank that decodes it can see."""
+    error = UserError(message)
+    error.every_rank = True
+    return error
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(("_", ".")) for part in path.relative_to(root).parts)

@@ -1,0 +1,1 @@
+"""Hugging Face architectures as pipeline layers."""

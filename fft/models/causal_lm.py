@@ -1,0 +1,283 @@
+"""Any Hugging Face decoder as a list of pipeline layers, built from transformers' own modules.
+
+The model is laid out once on the meta device (shapes, no memory); each rank then materialises only the modules of its
+stage and fills them parameter by parameter, from safetensors or from a seed. Between layers travel the hidden states
+[1, tokens, hidden size], the only floating tensor, and the document boundaries, int32 [tokens + 1].
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fft.checkpoint.hf import WeightReader
+from fft.errors import UserError
+from fft.ops.attention import Documents, register_with_transformers
+
+Activations = tuple[Tensor, Tensor]
+
+#: Modules that ``base_model_pp_plan`` must name for a model to be cut the way we cut it.
+_PLAN = {"embed_tokens", "layers", "norm"}
+
+
+def check_supported(config: PretrainedConfig, seq_len: int) -> None:
+    """Raise :class:`UserError` by name for models whose layers we would get wrong."""
+    name = config.model_type
+    if set(getattr(config, "base_model_pp_plan", None) or ()) != _PLAN:
+        raise UserError(
+            f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: "
+            "use a Llama, Qwen2, Qwen3 or Mistral class model."
+        )
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise UserError(f"model type {name!r} is a mixture of experts, which this release does not train.")
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in kinds if kinds else bool(window)
+    if windowed and (window or 0) < seq_len:
+        raise UserError(
+            f"model type {name!r} attends within a sliding window of {window} tokens: use --seq_len {window} or less."
+        )
+    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds or ()):
+        raise UserError(
+            f"model type {name!r} mixes layer types {sorted(set(kinds))}, which this release does not train."
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise UserError("attention_dropout is not supported with packed documents: set it to 0 in config.json.")
+
+
+@dataclass
+class ModelSource:
+    """Where the modules and weights of a model come from: its config, and a weight reader or a seed."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    weights: WeightReader | None = None
+    seed: int = 0
+    skeleton: PreTrainedModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config._attn_implementation = register_with_transformers()
+        with torch.device("meta"):
+            self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self.skeleton.config._attn_implementation = register_with_transformers()
+
+    @property
+    def base(self) -> str:
+        """Name of the decoder inside the model, ``model`` for most."""
+        return self.skeleton.base_model_prefix
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return bool(self.config.get_text_config().tie_word_embeddings)
+
+    def build(self, path: str) -> nn.Module:
+        """Materialise the module at ``path`` (a dotted name within the model) on the CPU with its weights."""
+        module = self.skeleton.get_submodule(path).to_empty(device="cpu")
+        self.fill(module, path)
+        return module
+
+    def fill(self, module: nn.Module, path: str) -> None:
+        """Give every parameter below ``module`` its value, independent of how the model is cut."""
+        with torch.no_grad():
+            for name, child in module.named_modules():
+                full = f"{path}.{name}" if name else path
+                own = dict(child.named_parameters(recurse=False))
+                if self.weights is not None:
+                    for key, parameter in own.items():
+                        parameter.copy_(self.weights.read(f"{full}.{key}", parameter.shape))
+                elif own:
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(_seed_of(full, self.seed))
+                        self.skeleton._init_weights(child)
+
+    def rotary(self, device: torch.device) -> nn.Module:
+        """The model's rotary embedding; its buffers are computed, never stored."""
+        return type(self.skeleton.base_model.rotary_emb)(config=self.config).to(device)
+
+
+class Positions:
+    """What every decoder layer of a stage needs to know of a micro-batch, computed by the first one that asks."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._rotary: nn.Module | None = None
+        self._seen: Tensor | None = None
+        self._known: tuple = ()
+
+    def of(self, cu_seqlens: Tensor, hidden: Tensor) -> tuple[Documents, Tensor, tuple[Tensor, Tensor]]:
+        """Documents, in-document positions [1, tokens] and rotary (cos, sin) for the boundaries given."""
+        if self._seen is not cu_seqlens:
+            if self._rotary is None:
+                self._rotary = self._source.rotary(hidden.device)
+            documents = Documents.from_padded(cu_seqlens)
+            positions = documents.positions()[None]
+            self._known = documents, positions, self._rotary(hidden.detach(), position_ids=positions)
+            self._seen = cu_seqlens
+        return self._known
+
+
+class Embedding(nn.Module):
+    """Token ids, boundaries -> hidden states, boundaries."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__()
+        self.path = f"{source.base}.embed_tokens"
+        self.module = source.build(self.path)
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, hidden size]."""
+        return self.module.weight
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Activations:
+        """``inputs`` are int32 [1, tokens] and the boundaries."""
+        input_ids, cu_seqlens = inputs
+        return self.module(input_ids), cu_seqlens
+
+
+class DecoderLayer(nn.Module):
+    """A transformers decoder layer, whole or one half of it (``half`` is None, "attention" or "mlp").
+
+    A half is the same layer with the other half's modules replaced by ones that add nothing to the residual stream,
+    so the architecture's own forward stays the only one.
+    """
+
+    def __init__(self, source: ModelSource, index: int, positions: Positions, half: str | None = None) -> None:
+        super().__init__()
+        self.path = f"{source.base}.layers.{index}"
+        layer = source.skeleton.get_submodule(self.path)
+        if half == "attention":
+            layer = _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
+        elif half == "mlp":
+            layer = _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
+        self.module = layer.to_empty(device="cpu")
+        source.fill(self.module, self.path)
+        self._positions = positions
+
+    def forward(self, activations: Activations) -> Activations:
+        """One decoder layer."""
+        hidden, cu_seqlens = activations
+        documents, position_ids, position_embeddings = self._positions.of(cu_seqlens, hidden)
+        hidden = self.module(
+            hidden,
+            attention_mask=None,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            documents=documents,
+        )
+        return hidden, cu_seqlens
+
+
+class FinalNorm(nn.Module):
+    """The norm before the head; boundaries end here."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__()
+        self.path = f"{source.base}.norm"
+        self.module = source.build(self.path)
+
+    def forward(self, activations: Activations) -> Activations:
+        """Normalise the hidden states."""
+        return self.module(activations[0]), activations[1]
+
+
+class Head(nn.Module):
+    """The output head. Returns (hidden states [tokens, hidden size], weight): logits are the loss's business."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__()
+        self.path = "lm_head"
+        self.module = source.build(self.path)
+
+    def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return activations[0][0], self.module.weight
+
+
+def _tied_head(embedding: Embedding, activations: Activations) -> tuple[Tensor, Tensor]:
+    return activations[0][0], embedding.weight
+
+
+def pipeline_layers(source: ModelSource, split_dlayer: bool = False) -> list[LayerSpec]:
+    """The model as layer specifications: embedding, decoder layers (or halves), norm, head."""
+    positions = Positions(source)
+    halves = ("attention", "mlp") if split_dlayer else (None,)
+    if source.tied:
+        first = TiedLayerSpec("embedding", Embedding, source, tied_weight_attr="weight")
+        last = TiedLayerSpec("embedding", Embedding, source, forward_fn=_tied_head, tied_weight_attr="weight")
+    else:
+        first, last = LayerSpec(Embedding, source), LayerSpec(Head, source)
+    decoder = [
+        LayerSpec(DecoderLayer, source, index, positions, half)
+        for index in range(source.config.num_hidden_layers)
+        for half in halves
+    ]
+    return [first, *decoder, LayerSpec(FinalNorm, source), last]
+
+
+def layer_costs(source: ModelSource, seq_len: int, split_dlayer: bool = False) -> tuple[list[float], list[int]]:
+    """Multiply-adds per token and parameters of each pipeline layer, in the order of :func:`pipeline_layers`.
+
+    Attention counts the average causal span of a ``seq_len`` row; the embedding is a lookup and costs nothing.
+    """
+    config = source.config
+    layer = source.skeleton.get_submodule(f"{source.base}.layers.0")
+    vocabulary = config.vocab_size * config.hidden_size
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    attention = count(layer.self_attn) + count(layer.input_layernorm)
+    mlp = count(layer.mlp) + count(layer.post_attention_layernorm)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scores = config.num_attention_heads * head_dim * seq_len  # q.k and weights.v over seq_len / 2 keys
+    if split_dlayer:
+        flops, parameters = [float(attention + scores), float(mlp)], [attention, mlp]
+    else:
+        flops, parameters = [float(attention + scores + mlp)], [attention + mlp]
+    layers = config.num_hidden_layers
+    head_parameters = 0 if source.tied else vocabulary
+    return (
+        [0.0, *flops * layers, float(config.hidden_size), float(vocabulary)],
+        [vocabulary, *parameters * layers, config.hidden_size, head_parameters],
+    )
+
+
+def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the pipeline layers inside ``module`` under their Hugging Face names."""
+    named = {}
+    for layer in module.modules():
+        if isinstance(layer, (Embedding, DecoderLayer, FinalNorm, Head)):
+            named.update({f"{layer.path}.{name}": p for name, p in layer.module.named_parameters()})
+    return named
+
+
+class _AddsNothing(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(())
+
+
+class _AttendsToNothing(nn.Module):
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+def _without(layer: nn.Module, **replacements: nn.Module) -> nn.Module:
+    """A shallow copy of a decoder layer with some of its children replaced."""
+    missing = [name for name in replacements if name not in layer._modules]
+    if missing:
+        raise UserError(
+            f"--split_dlayer: {type(layer).__name__} has no {', '.join(missing)}; train it without the flag."
+        )
+    half = layer.__class__.__new__(layer.__class__)
+    half.__dict__.update(layer.__dict__)
+    half._modules = {**layer._modules, **replacements}
+    return half
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

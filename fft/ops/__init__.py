@@ -1,0 +1,1 @@
+"""Operations the models are made of, per device: attention over packed documents, the loss."""

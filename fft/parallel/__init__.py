@@ -1,0 +1,1 @@
+"""How ranks share one model: the mesh and the pipeline partition."""

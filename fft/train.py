@@ -1,0 +1,35 @@
+"""Train a language model on token tables: ``deepspeed fft/train.py``, ``torchrun fft/train.py``, ``python -m fft.train``.
+
+``--help`` lists the flags. See :mod:`fft.trainer` for what a run does.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # As a script, this folder is the first place Python looks for modules, and its names (data, models, parallel, ...)
+    # would shadow other packages'. The repository's root takes its place.
+    _HERE = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _HERE]
+    if os.path.dirname(_HERE) not in sys.path:
+        sys.path.insert(0, os.path.dirname(_HERE))
+
+from fft.arguments import parse_arguments
+from fft.errors import run_cli
+
+
+def main() -> int:
+    """Parse, check what can be checked without starting anything, then train."""
+    arguments = parse_arguments()
+    from fft.trainer import run
+
+    return run(arguments)
+
+
+def cli() -> None:
+    """Console entry point."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()
