@@ -1,4 +1,4 @@
-"""Train a language model on token tables: ``deepspeed fft/train.py``, ``torchrun fft/train.py``, ``python -m fft.train``.
+"""Train a model on token tables: ``deepspeed fft/train.py``, ``torchrun fft/train.py`` or ``python -m fft.train``.
 
 ``--help`` lists the flags. See :mod:`fft.trainer` for what a run does.
 """

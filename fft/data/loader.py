@@ -51,7 +51,7 @@ class SampleReader:
         self._by_row = manifest is not None and manifest.seq_len == seq_len
         sizes = [g.rows if self._by_row else g.tokens for g in table.row_groups]
         self.seq_len = seq_len
-        self._table, self._seed, self._shuffle = table, seed, shuffle
+        self.table, self._seed, self._shuffle = table, seed, shuffle
         self._vocab_size = vocab_size
         self._sizes = np.array(sizes, dtype=np.int64)
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
@@ -116,7 +116,7 @@ class SampleReader:
     def _rows(self, epoch: int, group: int, order: EpochOrder) -> Rows:
         key = (epoch, group)
         if key not in self._decoded:
-            rows = self._table.read(group, self._vocab_size)
+            rows = self.table.read(group, self._vocab_size)
             self._decoded[key] = _permuted(rows, order.row_order(group, len(rows.offsets) - 1))
             while len(self._decoded) > _CACHED_GROUPS:
                 self._decoded.popitem(last=False)

@@ -1,5 +1,6 @@
 """Open a token table: which files, how many rows and tokens each row group holds. Footers only, no scan."""
 
+import itertools
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,8 +117,8 @@ class Table:
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= vocab_size:
                 raise _bad_row(
-                    f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}: "
-                    "tokenize with the model's own tokenizer."
+                    f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}:"
+                    " tokenize with the model's own tokenizer."
                 )
         labels = None
         if "labels" in wanted:
@@ -127,7 +128,7 @@ class Table:
         documents = None
         if "cu_seqlens" in wanted:
             bounds, at = _lists(table, "cu_seqlens", name)
-            documents = [bounds[a:b] for a, b in zip(at, at[1:], strict=False)]
+            documents = [bounds[a:b] for a, b in itertools.pairwise(at)]
             lengths = np.diff(offsets)
             for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
                 if len(document) < 2 or document[0] != 0 or document[-1] != length or (np.diff(document) < 0).any():

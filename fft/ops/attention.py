@@ -11,6 +11,8 @@ A device supplies two functions (the contract every backend meets, layout THD = 
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class Documents:
     @property
     def max_length(self) -> int:
         """Tokens of the longest document."""
-        return max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+        return max(b - a for a, b in pairwise(self.bounds))
 
     def positions(self) -> Tensor:
         """Position of every token within its document, int64 [tokens]."""
@@ -160,14 +162,14 @@ def backend_for(tensor: Tensor) -> type:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, documents, scale, backend):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, backend: type) -> Tensor:
         out, lse = backend.forward(q, k, v, documents, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.documents, ctx.scale, ctx.backend = documents, scale, backend
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple:
         grads = ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, ctx.documents, ctx.scale)
         return *grads, None, None, None
 
@@ -214,7 +216,7 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def _spans(documents: Documents) -> list[tuple[int, int]]:
-    return [(a, b) for a, b in zip(documents.bounds, documents.bounds[1:], strict=False) if b > a]
+    return [(a, b) for a, b in pairwise(documents.bounds) if b > a]
 
 
 def _bhtd(x: Tensor) -> Tensor:

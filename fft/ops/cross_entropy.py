@@ -5,6 +5,8 @@ known as soon as the logits are, so both gradients are formed in the forward pas
 are dropped before the matrix product: their logits are never computed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ _MAX_LOGITS = 1 << 26
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         trained = (labels != IGNORE).nonzero().squeeze(-1)
         states, targets = hidden[trained], labels[trained]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -43,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
         return *(None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors), None
 
 

@@ -1,0 +1,130 @@
+"""DeepSpeed's pipeline engine, set up so that its arithmetic is that of one process.
+
+What we know of it and rely on here is collected in docs/deepspeed.md.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from torch import Tensor
+
+from fft.arguments import TrainArguments
+from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
+from fft.ops.cross_entropy import linear_cross_entropy
+from fft.parallel.mesh import MeshSizes
+from fft.parallel.partition import stage_bounds
+from fft.schedule import lr_multiplier
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class TokenMeanLoss:
+    """Loss function of the last stage: a sum over tokens times ``scale``.
+
+    With ``scale = replicas * micro_batches / trained tokens of the global batch``, set before every step, DeepSpeed's
+    own division by replicas and micro-batches leaves the exact mean over the global batch's trained tokens.
+    """
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def __call__(self, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """``outputs`` are hidden states [tokens, hidden size] and the head's weight."""
+        return linear_cross_entropy(*outputs, labels) * self.scale
+
+
+class StagedModel(PipelineModule):
+    """A :class:`PipelineModule` whose stage bounds are given, so that no rank builds layers it does not keep."""
+
+    def __init__(self, layers: list, bounds: list[int], **options: object) -> None:
+        self._bounds = bounds
+        super().__init__(layers, num_stages=len(bounds) - 1, **options)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+def init_distributed() -> None:
+    """Join the launcher's process group, or make a world of one when there is no launcher."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one machine share its cores; left alone each would start a thread on every core.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+
+
+def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
+    """Bounds of the pipeline stages in the list of layers."""
+    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
+    return stage_bounds(args.partition_method, flops, parameters, mesh.pipe)
+
+
+def build_engine(
+    args: TrainArguments, source: ModelSource, bounds: list[int], total_steps: int
+) -> tuple[deepspeed.PipelineEngine, TokenMeanLoss]:
+    """Build this rank's stage, optimizer, schedule and engine."""
+    loss = TokenMeanLoss()
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
+        module = StagedModel(
+            pipeline_layers(source, args.split_dlayer),
+            bounds,
+            loss_fn=loss,
+            activation_checkpoint_interval=args.checkpoint_grad_interval,
+            checkpointable_layers=[DecoderLayer.__name__],
+        )
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(module, args.weight_decay),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+    floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
+        config=_deepspeed_config(args),
+    )
+    return engine, loss
+
+
+def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (norms, biases) do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(args: TrainArguments) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "zero_optimization": {"stage": args.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": args.dtype == "bf16"},
+        # bf16 gradients summed over micro-batches in bf16 would lose most of their digits.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }

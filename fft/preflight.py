@@ -1,0 +1,129 @@
+"""What can go wrong is found here, before a process group exists: model, tables, sizes, output folders."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from fft.arguments import TrainArguments
+from fft.checkpoint.hf import WeightReader
+from fft.data.loader import BatchPlan, SampleReader
+from fft.data.manifest import tokenizer_sha256
+from fft.data.table import Table
+from fft.errors import UserError
+from fft.models.causal_lm import check_supported
+from fft.parallel.mesh import MeshSizes, mesh_sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose inputs have been checked. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps."""
+
+    config: PretrainedConfig
+    weights: WeightReader | None
+    tokenizer: str | None
+    mesh: MeshSizes
+    train: SampleReader | None
+    evaluation: SampleReader | None
+    total_samples: int
+    total_steps: int
+
+
+def prepare(args: TrainArguments, world: int) -> Plan:
+    """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
+    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    model = _checkpoint_dir(args) if args.from_ckpt else args.model
+    config = _load_config(model, args.init)
+    check_supported(config, args.seq_len)
+    tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
+    if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
+        raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
+    for flag, path in (("--output_dir", args.output_dir), ("--checkpoint", args.checkpoint)):
+        used = path and os.path.isdir(path) and any(Path(path).iterdir())
+        if used and not args.overwrite:
+            raise UserError(f"{flag} {path} exists and is not empty: choose another folder or add --overwrite.")
+    readers = {}
+    for flag in ("train_data", "eval_data"):
+        path = getattr(args, flag)
+        readers[flag] = path and _open(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
+    total_samples, total_steps = _length(args, readers["train_data"], mesh)
+    weights = None if args.init else WeightReader(model)
+    return Plan(
+        config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
+    )
+
+
+def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:
+    """How global batches are dealt to this data-parallel replica."""
+    return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size)
+
+
+def checkpoint_tag(step: int) -> str:
+    """Name of the checkpoint taken after ``step`` optimizer steps."""
+    return f"step-{step}"
+
+
+def checkpoint_steps(run: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a run folder, oldest first."""
+    found = (p.name.removeprefix("step-") for p in Path(run).glob("step-*") if (p / "config.json").is_file())
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def _checkpoint_dir(args: TrainArguments) -> str:
+    steps = checkpoint_steps(args.from_ckpt)
+    tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
+    path = Path(args.from_ckpt) / tag
+    if not (path / "config.json").is_file():
+        have = ", ".join(map(checkpoint_tag, steps)) or "none"
+        raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
+    return str(path)
+
+
+def _load_config(model: str, init: bool) -> PretrainedConfig:
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"--model {model} does not exist: give a Hugging Face model directory, or a config.json with --init."
+            if not path.exists()
+            else f"--model {model} has no config.json: give a Hugging Face model directory."
+        )
+    if not path.is_dir() and not init:
+        raise UserError(f"--model {model} is a file: only --init starts from a config; give a model directory.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a model configuration: {' '.join(str(error).split())}.") from error
+
+
+def _open(
+    flag: str, path: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
+) -> SampleReader:
+    table = Table.open(path)
+    made_by = table.manifest.tokenizer if table.manifest else None
+    if made_by is not None:
+        if made_by.vocab_size > config.vocab_size:
+            raise UserError(
+                f"--{flag} {path} was tokenized with a vocabulary of {made_by.vocab_size}, larger than the model's "
+                f"{config.vocab_size}: raise vocab_size in the model's config or tokenize with the model's tokenizer."
+            )
+        if tokenizer is not None and made_by.sha256 != tokenizer_sha256(tokenizer):
+            raise UserError(
+                f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
+                "tokenize again or name the right --tokenizer."
+            )
+    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle)
+
+
+def _length(args: TrainArguments, train: SampleReader | None, mesh: MeshSizes) -> tuple[int, int]:
+    if train is None or (args.num_train_epochs == 0 and args.max_steps < 0) or args.max_steps == 0:
+        return 0, 0
+    global_batch = batch_plan(args, mesh, 0).global_batch
+    if args.max_steps > 0:
+        return args.max_steps * global_batch, args.max_steps
+    samples = math.ceil(args.num_train_epochs * train.samples_per_epoch)
+    return samples, math.ceil(samples / global_batch)
