@@ -70,7 +70,6 @@ class TrainArguments:
     )
     split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
-    zero_stage: int = _flag("1 shards masters and moments over the replicas, 0 does not", 1, choices=(0, 1))
     # Watching and keeping
     eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
     logging_steps: int = _flag("print every k steps", 10)

@@ -118,7 +118,7 @@ def _deepspeed_config(args: TrainArguments) -> dict:
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.max_grad_norm,
-        "zero_optimization": {"stage": args.zero_stage},
+        "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": args.dtype == "bf16"},

@@ -1,0 +1,64 @@
+"""Fixtures shared by all tests: small models and tables made from nothing but a seed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+VOCAB = 101
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Run a command of this environment from the repository's root and return the finished process."""
+
+    def run(*command: object, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+        variables = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **(env or {})}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"):
+            variables.pop(name, None)
+        return subprocess.run(
+            [str(part) for part in command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout
+        )
+
+    return run
+
+
+def write_table(
+    folder: Path, rows: list[np.ndarray], files: int = 2, row_group_size: int = 16, **columns: list
+) -> Path:
+    """Write rows of token ids as a Spark job would: some parquet files, several row groups each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    per_file = -(-len(rows) // files)
+    for file in range(files):
+        part = slice(file * per_file, (file + 1) * per_file)
+        data = {"input_ids": pa.array(rows[part], pa.list_(pa.int32()))}
+        data |= {name: pa.array(values[part], pa.list_(pa.int32())) for name, values in columns.items()}
+        pq.write_table(pa.table(data), folder / f"part-{file:05d}.parquet", row_group_size=row_group_size)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ragged_table(tmp_path_factory) -> Path:
+    """Documents of 1 to 90 tokens, as any ``df.write.parquet`` of a list column would leave them."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, VOCAB, rng.integers(1, 90)).astype(np.int32) for _ in range(150)]
+    return write_table(tmp_path_factory.mktemp("ragged") / "table", rows)
