@@ -1,0 +1,24 @@
+"""Spark jobs that turn raw corpora into token tables. The command lines call these functions; so may a notebook.
+
+>>> from spark_jobs import tokenize_table, shuffle_tables, repartition_table  # doctest: +SKIP
+
+Each takes a Spark session, inputs, an output folder and keyword parameters, and returns the manifests it wrote.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "get_session": "session",
+    "repartition_table": "repartitioning",
+    "shuffle_tables": "shuffling",
+    "tokenize_table": "tokenizing",
+}
+
+__all__ = ["get_session", "repartition_table", "shuffle_tables", "tokenize_table"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a function's module when it is first asked for: ``--help`` and Python workers need little of this."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

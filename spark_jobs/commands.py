@@ -1,0 +1,148 @@
+"""The jobs' command lines: flags, their meaning, and one call each."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from fft.errors import UserError
+
+
+def tokenize(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/tokenize.py``."""
+    parser = _parser(
+        "tokenize",
+        "Turn documents into a token table: parquet rows of input_ids and doc_ids, one a document.",
+        """
+  # JSON lines with the keys text and (optional) id
+  spark-submit spark_jobs/tokenize.py -i corpus.jsonl -o runs/tokens --tokenizer runs/tokenizer
+
+  # several inputs of other kinds, another key; what cannot be read is set aside
+  spark-submit spark_jobs/tokenize.py -i books/ wiki.parquet -o runs/tokens --tokenizer Qwen3-8B \\
+      --text_key content --on_error quarantine
+""",
+        "file(s) or folder(s): JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a blank line between "
+        "documents",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    parser.add_argument("--task", choices=["pretrain"], default="pretrain", help="pretrain: every token is trained on")
+    parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
+    parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")
+    parser.add_argument(
+        "--max_len", type=_positive, help="cut longer documents to rows of this many tokens (default: no cut)"
+    )
+    parser.add_argument(
+        "--eos",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="end-of-sequence token after each document: auto = if the tokenizer has one (default), always = it must",
+    )
+    parser.add_argument(
+        "--parse_special_tokens",
+        action="store_true",
+        help="let special-token strings in the text become control tokens (default: they are ordinary text)",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=["fail", "quarantine"],
+        default="fail",
+        help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
+    )
+    _run(parser, argv, "tokenize_table", drop=("task",))
+
+
+def shuffle(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/shuffle.py``."""
+    parser = _parser(
+        "shuffle",
+        "Mix the rows of all tables into one global order that depends on the seed alone.",
+        """
+  # one table, one row in a hundred held out: runs/shuffled/train and runs/shuffled/validation
+  spark-submit spark_jobs/shuffle.py -i runs/tokens -o runs/shuffled --holdout 0.01
+
+  # every table below a folder, another order
+  spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/shuffled --seed 7 --num_block 64
+""",
+        "token table(s), or a folder of them",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
+    parser.add_argument("--num_block", type=_positive, help="files to write (default: from the tokens, 8 to 2048)")
+    parser.add_argument(
+        "--holdout",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="hold out this share of the documents, chosen by id; then -o holds the tables train and validation",
+    )
+    _run(parser, argv, "shuffle_tables")
+
+
+def repartition(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/repartition.py``."""
+    parser = _parser(
+        "repartition",
+        "Write n partitions of equal token count, their documents packed to rows of at most --max_len tokens.",
+        """
+  # packed rows for training; train and validation are both done if the input has them
+  spark-submit spark_jobs/repartition.py -i runs/shuffled -o runs/packed --max_len 512
+
+  # no unused position, documents cut anywhere, 64 files
+  spark-submit spark_jobs/repartition.py -i runs/shuffled -o runs/packed --max_len 4096 --pack concat \\
+      --num_partition 64
+""",
+        "one token table, or a folder with the tables train and validation",
+        several=False,
+    )
+    parser.add_argument("--max_len", type=_positive, required=True, help="tokens of a row at most")
+    parser.add_argument(
+        "--pack",
+        choices=["best-fit", "concat", "none"],
+        default="best-fit",
+        help="best-fit: cut only documents longer than a row (default); concat: cut anywhere, fill every row; "
+        "none: keep rows, cut those that are too long",
+    )
+    parser.add_argument("--num_partition", type=_positive, help="files to write (default: from the tokens, 4 to 2048)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: %(default)s)")
+    _run(parser, argv, "repartition_table")
+
+
+def _parser(name: str, what: str, examples: str, inputs: str, several: bool = True) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"spark-submit spark_jobs/{name}.py",
+        description=what,
+        epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-i", "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the new table")
+    parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str, drop: Sequence[str] = ()) -> None:
+    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in drop}
+    inputs, output = values.pop("inputs"), values.pop("output")
+    try:
+        import spark_jobs
+        from spark_jobs.session import get_session
+    except ModuleNotFoundError as error:
+        if error.name not in ("pyspark", "pandas"):
+            raise
+        raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
+    function: Callable = getattr(spark_jobs, job)
+    function(get_session(job), inputs, output, **values)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return value

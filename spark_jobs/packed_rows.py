@@ -1,0 +1,170 @@
+"""Pack a partition's stream of documents to rows, window by window, in Arrow batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fft.errors import UserError
+from spark_jobs.arrow import int_lists
+from spark_jobs.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
+
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents laid end to end: document ``d`` is ``values[name][offsets[d]:offsets[d + 1]]``, its id ``ids[d]``.
+
+    ``row_ends`` are the ends, in documents, of the rows in which they came.
+    """
+
+    values: dict[str, np.ndarray]
+    offsets: np.ndarray
+    ids: pa.StringArray
+    row_ends: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.offsets[-1])
+
+
+@dataclass(frozen=True)
+class Packer:
+    """A function for ``mapInArrow``: rows (``partition``, ``doc_ids``, lists as bytes) in, packed rows out.
+
+    Memory is that of one window: 512 rows, at least 4 million and at most 64 million tokens.
+    """
+
+    max_len: int
+    method: str
+    seed: int
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens that are packed together."""
+        return min(max(512 * self.max_len, 1 << 22), 1 << 26)
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Pack one partition."""
+        waiting: list[Window] = []
+        partition, number = 0, 0
+        for batch in batches:
+            if not batch.num_rows:
+                continue
+            partition = batch.column("partition")[0].as_py()
+            waiting.append(read_window(batch))
+            if sum(window.tokens for window in waiting) >= self.window_tokens:
+                pieces, window = self._pack(waiting)
+                waiting = []
+                if self.method == "concat":
+                    pieces, rest = hold_back_short_row(pieces, window, self.max_len)
+                    waiting = [rest] if rest.tokens else []
+                yield from self._rows(pieces, window, partition, number)
+                number += 1
+        if waiting:
+            yield from self._rows(*self._pack(waiting), partition, number)
+
+    def _pack(self, waiting: list[Window]) -> tuple[Pieces, Window]:
+        window = join_windows(waiting)
+        lengths = np.diff(window.offsets)
+        if self.method == "none":
+            return cut_rows(lengths, window.row_ends, self.max_len), window
+        return {"best-fit": best_fit, "concat": concat}[self.method](lengths, self.max_len), window
+
+    def _rows(self, pieces: Pieces, window: Window, partition: int, number: int) -> Iterator[pa.RecordBatch]:
+        if self.method == "best-fit":  # it leaves rows sorted by the length of their first document
+            order = np.random.default_rng((self.seed % 2**64, partition, number)).permutation(len(pieces.row_ends))
+            pieces = permute_rows(pieces, order)
+        for first in range(0, len(pieces.row_ends), _BATCH_ROWS):
+            yield write_rows(pieces.rows(first, first + _BATCH_ROWS), window)
+
+
+def read_window(batch: pa.RecordBatch) -> Window:
+    """Take a batch apart into documents: by ``cu_seqlens`` where rows have them, else one a row."""
+    values, row_offsets = {}, None
+    for name in ("input_ids", "labels"):
+        if name in batch.schema.names:
+            values[name], offsets = int32_values(batch.column(name))
+            if row_offsets is not None and not np.array_equal(offsets, row_offsets):
+                raise UserError("labels and input_ids differ in length: write the input table again.")
+            row_offsets = offsets
+    names = batch.column("doc_ids")
+    ids, id_offsets = names.flatten(), names.offsets.to_numpy().astype(np.int64)
+    if "cu_seqlens" not in batch.schema.names:
+        first = ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
+        return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1))
+    bounds, at = int32_values(batch.column("cu_seqlens"))
+    begins = np.ones(len(bounds), bool)
+    begins[at[1:] - 1] = False  # the last boundary of a row begins no document
+    if not (
+        (np.diff(at) >= 2).all()
+        and (bounds[at[:-1]] == 0).all()
+        and np.array_equal(bounds[at[1:] - 1], np.diff(row_offsets))
+        and (np.diff(bounds)[begins[:-1]] >= 0).all()
+    ):
+        raise UserError("cu_seqlens must rise from 0 to the row's length: write the input table again.")
+    documents = np.diff(at) - 1
+    starts = bounds[begins] + np.repeat(row_offsets[:-1], documents)
+    if not np.array_equal(np.diff(id_offsets), documents):
+        # Named as one row elsewhere: each of its documents gets the row's first name.
+        ids = ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
+    return Window(values, np.append(starts, row_offsets[-1]), ids, np.cumsum(documents))
+
+
+def int32_values(blobs: pa.BinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    """Int32 values of binary rows, end to end, and their int64 offsets (in values)."""
+    blobs = blobs.cast(pa.large_binary())
+    _, offsets, data = blobs.buffers()
+    at = np.frombuffer(offsets, np.int64)[blobs.offset : blobs.offset + len(blobs) + 1] // 4
+    values = np.frombuffer(data, np.int32) if data is not None and data.size else np.empty(0, np.int32)
+    return values[at[0] : at[-1]], at - at[0]
+
+
+def join_windows(windows: list[Window]) -> Window:
+    """Several windows as one."""
+    if len(windows) == 1:
+        return windows[0]
+    shifts = np.cumsum([0] + [w.tokens for w in windows])
+    rows = np.cumsum([0] + [len(w.ids) for w in windows])
+    return Window(
+        {name: np.concatenate([w.values[name] for w in windows]) for name in windows[0].values},
+        np.append(np.concatenate([w.offsets[:-1] + s for w, s in zip(windows, shifts, strict=False)]), shifts[-1]),
+        pa.concat_arrays([w.ids for w in windows]),
+        np.concatenate([w.row_ends + r for w, r in zip(windows, rows, strict=False)]),
+    )
+
+
+def hold_back_short_row(pieces: Pieces, window: Window, max_len: int) -> tuple[Pieces, Window]:
+    """Take the last row out if it is not full, and make its pieces the beginning of the next window."""
+    full = window.tokens // max_len
+    rest = pieces.rows(full, full + 1)
+    ids = window.ids.take(pa.array(rest.document))
+    values = {name: gather(v, window.offsets, rest) for name, v in window.values.items()}
+    offsets = np.concatenate(([0], np.cumsum(rest.length)))
+    return pieces.rows(0, full), Window(values, offsets, ids, np.arange(1, len(ids) + 1))
+
+
+def write_rows(pieces: Pieces, window: Window) -> pa.RecordBatch:
+    """Pieces to rows of ``input_ids``, ``cu_seqlens``, ``doc_ids`` and, if there are any, ``labels``."""
+    row_starts = np.concatenate(([0], pieces.row_ends[:-1]))
+    ends = np.concatenate(([0], np.cumsum(pieces.length)))
+    row_offsets = np.append(ends[row_starts], ends[-1])
+    counts = pieces.row_ends - row_starts
+    row = np.repeat(np.arange(len(counts)), counts)
+    bounds = np.zeros(len(row) + len(counts), np.int32)
+    bounds[np.arange(len(row)) + row + 1] = ends[1:] - row_offsets[row]
+    lists = {name: int_lists(gather(v, window.offsets, pieces), row_offsets) for name, v in window.values.items()}
+    id_offsets = np.append(row_starts, pieces.row_ends[-1:])
+    columns = {
+        "input_ids": lists["input_ids"],
+        "cu_seqlens": int_lists(bounds, id_offsets + np.arange(len(id_offsets))),
+        "doc_ids": pa.ListArray.from_arrays(
+            pa.array(id_offsets.astype(np.int32)), window.ids.take(pa.array(pieces.document))
+        ),
+    }
+    if "labels" in lists:
+        columns["labels"] = lists["labels"]
+    return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))

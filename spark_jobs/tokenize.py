@@ -1,0 +1,27 @@
+"""Turn text into a token table: ``spark-submit spark_jobs/tokenize.py``. ``--help`` lists the flags.
+
+This file has the name of a module of the standard library. Whenever a script of this folder is the main file, the
+folder comes first on ``sys.path``, and ``linecache``, ``inspect`` and others would import this file instead of the
+standard one. So as a script it leaves the path before it imports anything; imported as ``tokenize``, it steps aside
+and becomes the standard library's module.
+"""
+
+import os
+import sys
+
+if __name__ == "tokenize":
+    __file__ = os.path.join(os.path.dirname(os.__file__), "tokenize.py")
+    with open(__file__, "rb") as _source:
+        exec(compile(_source.read(), __file__, "exec"), globals())
+else:
+    if __name__ == "__main__":
+        _HERE = os.path.dirname(os.path.abspath(__file__))
+        sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != _HERE]
+        if os.path.dirname(_HERE) not in sys.path:
+            sys.path.insert(0, os.path.dirname(_HERE))
+
+    from fft.errors import run_cli
+    from spark_jobs.commands import tokenize as main
+
+    if __name__ == "__main__":
+        run_cli(main)
