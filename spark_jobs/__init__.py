@@ -2,7 +2,8 @@
 
 >>> from spark_jobs import tokenize_table, shuffle_tables, repartition_table  # doctest: +SKIP
 
-Each takes a Spark session, inputs, an output folder and keyword parameters, and returns the manifests it wrote.
+Each takes inputs, an output folder and keyword parameters, and returns the manifest(s) it wrote. They run on the active
+Spark session, or on ``spark=``.
 """
 
 from importlib import import_module

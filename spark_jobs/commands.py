@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+import spark_jobs
 from fft.errors import UserError
 
 
@@ -124,14 +125,12 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str, 
     values = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in drop}
     inputs, output = values.pop("inputs"), values.pop("output")
     try:
-        import spark_jobs
-        from spark_jobs.session import get_session
+        function: Callable = getattr(spark_jobs, job)
     except ModuleNotFoundError as error:
         if error.name not in ("pyspark", "pandas"):
             raise
         raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
-    function: Callable = getattr(spark_jobs, job)
-    function(get_session(job), inputs, output, **values)
+    function(inputs, output, **values)
 
 
 def _positive(text: str) -> int:

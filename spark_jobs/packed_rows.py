@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from fft.errors import UserError
-from spark_jobs.arrow import int_lists
+from spark_jobs.arrow import int_lists, values_of_bytes
 from spark_jobs.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
 
 _BATCH_ROWS = 1024
@@ -87,7 +87,7 @@ def read_window(batch: pa.RecordBatch) -> Window:
     values, row_offsets = {}, None
     for name in ("input_ids", "labels"):
         if name in batch.schema.names:
-            values[name], offsets = int32_values(batch.column(name))
+            values[name], offsets = values_of_bytes(batch.column(name))
             if row_offsets is not None and not np.array_equal(offsets, row_offsets):
                 raise UserError("labels and input_ids differ in length: write the input table again.")
             row_offsets = offsets
@@ -96,7 +96,7 @@ def read_window(batch: pa.RecordBatch) -> Window:
     if "cu_seqlens" not in batch.schema.names:
         first = ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
         return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1))
-    bounds, at = int32_values(batch.column("cu_seqlens"))
+    bounds, at = values_of_bytes(batch.column("cu_seqlens"))
     begins = np.ones(len(bounds), bool)
     begins[at[1:] - 1] = False  # the last boundary of a row begins no document
     if not (
@@ -112,15 +112,6 @@ def read_window(batch: pa.RecordBatch) -> Window:
         # Named as one row elsewhere: each of its documents gets the row's first name.
         ids = ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
     return Window(values, np.append(starts, row_offsets[-1]), ids, np.cumsum(documents))
-
-
-def int32_values(blobs: pa.BinaryArray) -> tuple[np.ndarray, np.ndarray]:
-    """Int32 values of binary rows, end to end, and their int64 offsets (in values)."""
-    blobs = blobs.cast(pa.large_binary())
-    _, offsets, data = blobs.buffers()
-    at = np.frombuffer(offsets, np.int64)[blobs.offset : blobs.offset + len(blobs) + 1] // 4
-    values = np.frombuffer(data, np.int32) if data is not None and data.size else np.empty(0, np.int32)
-    return values[at[0] : at[-1]], at - at[0]
 
 
 def join_windows(windows: list[Window]) -> Window:

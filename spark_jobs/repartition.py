@@ -1,4 +1,4 @@
-"""Cut a token table into equal partitions of packed rows: ``spark-submit spark_jobs/repartition.py``, see ``--help``."""
+"""Cut a token table into equal partitions of packed rows: ``spark-submit spark_jobs/repartition.py --help``."""
 
 import os
 import sys

@@ -12,20 +12,30 @@ from fft.errors import UserError
 from spark_jobs.arrow import pack_columns
 from spark_jobs.packed_rows import Packer
 from spark_jobs.placing import balance, row_hash
-from spark_jobs.session import user_errors
+from spark_jobs.session import get_session, small_batches, user_errors
 from spark_jobs.summary import format_table, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
-from spark_jobs.writing import SPLITS, claim, lineage_of, local_path, measure, total, with_results, write_parquet
+from spark_jobs.writing import (
+    INFO_NAME,
+    SPLITS,
+    check_output,
+    claim,
+    lineage_of,
+    local_path,
+    measure,
+    total,
+    with_results,
+    write_parquet,
+)
 
 _TOKENS_PER_PARTITION = 1 << 25
 _PARTITIONS = (4, 2048)
+_ROWS_TO_PACK = 64
 #: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred.
 _BUCKETS_PER_PARTITION = 64
-_INFO_NAME = "_data.info"
 
 
 def repartition_table(
-    spark: SparkSession,
     input: str | Path,
     output: str | Path,
     *,
@@ -34,12 +44,13 @@ def repartition_table(
     num_partition: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    spark: SparkSession | None = None,
 ) -> dict[str, Manifest]:
     """Write a table's documents as rows of at most ``max_len`` tokens in ``num_partition`` files of equal token count.
 
     ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
-    finished token table.
+    finished token table. ``spark`` is by default the active session.
     """
     folder, source = local_path(output, "-o"), local_path(input, "-i")
     tables = find_tables(source)
@@ -52,13 +63,15 @@ def repartition_table(
     parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
     lineage = lineage_of("repartition", [source], parameters)
     manifests = {}
-    with claim(folder, names, [source], lineage, overwrite) as folders:
+    check_output(folder, [source], overwrite)
+    spark = spark or get_session("repartition")
+    with claim(folder, names, [source], lineage, overwrite) as folders, small_batches(spark):
         for name, dataset in datasets.items():
             manifests[name] = _repartition(
                 spark, dataset, folders[name], lineage, name, max_len, pack, num_partition, seed
             )
         for name, manifest in manifests.items():
-            write_atomically(folders[name] / _INFO_NAME, describe(manifest))
+            write_atomically(folders[name] / INFO_NAME, describe(manifest))
             commit(folders[name], manifest)
     say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
     say(f"wrote {folder}")
@@ -80,6 +93,8 @@ def _repartition(
     if num_partition is None:
         low, high = _PARTITIONS
         num_partition = min(max(math.ceil(dataset.table.tokens / _TOKENS_PER_PARTITION), low), high)
+        # A small table keeps enough rows together to pack them well.
+        num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
     rows = read_tokens(spark, [dataset]).where(F.size("input_ids") > 0)
     buckets = num_partition * _BUCKETS_PER_PARTITION
     with user_errors():

@@ -70,12 +70,16 @@ def _mute_echoes(spark: SparkSession) -> None:
 
 
 @contextmanager
-def sql_settings(spark: SparkSession, settings: dict[str, object]) -> Iterator[None]:
-    """Set Spark SQL options and put the session's own back afterwards."""
+def small_batches(spark: SparkSession) -> Iterator[None]:
+    """Bound what goes to a Python worker at once, and put the session's own settings back afterwards."""
+    settings = {
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
+        "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
+    }
     before = {name: spark.conf.get(name, None) for name in settings}
     try:
         for name, value in settings.items():
-            spark.conf.set(name, str(value))
+            spark.conf.set(name, value)
         yield
     finally:
         for name, value in before.items():

@@ -12,33 +12,44 @@ from fft.data.manifest import Manifest, commit
 from fft.errors import UserError
 from spark_jobs.arrow import pack_columns, unpack_columns
 from spark_jobs.placing import block_of, is_held_out, row_hash
+from spark_jobs.session import get_session, small_batches
 from spark_jobs.summary import format_table, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
-from spark_jobs.writing import claim, lineage_of, local_path, measure, total, with_results, write_parquet
+from spark_jobs.writing import (
+    check_output,
+    claim,
+    lineage_of,
+    local_path,
+    local_paths,
+    measure,
+    total,
+    with_results,
+    write_parquet,
+)
 
 _TOKENS_PER_BLOCK = 1 << 23
 _BLOCKS = (8, 2048)
 
 
 def shuffle_tables(
-    spark: SparkSession,
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     seed: int = 0,
     num_block: int | None = None,
     holdout: float = 0.0,
     overwrite: bool = False,
+    spark: SparkSession | None = None,
 ) -> dict[str, Manifest]:
     """Write the rows of all input tables to ``output`` in an order that depends on their content and ``seed`` alone.
 
     With ``holdout`` > 0, ``output`` gets the tables ``train`` and ``validation``: about that share of the document
     ids, and all their rows, are held out. Returns the manifests by table name ("" without a split). Raises
     :class:`UserError` for inputs that are no finished token tables and for a split that leaves a side empty.
+    ``spark`` is by default the active session.
     """
-    start = time.monotonic()
     folder = local_path(output, "-o")
-    paths = [table for path in inputs for table in find_tables(local_path(path, "-i"))]
+    paths = [table for path in local_paths(inputs, "-i") for table in find_tables(path)]
     datasets = open_datasets(paths)
     tokenizer = common_tokenizer(datasets)
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
@@ -48,12 +59,14 @@ def shuffle_tables(
     tokens_in, bytes_in = sum(d.table.tokens for d in datasets), sum(d.bytes for d in datasets)
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
-    with claim(folder, list(shares), paths, lineage, overwrite) as folders:
+    check_output(folder, paths, overwrite)
+    spark = spark or get_session("shuffle")
+    start = time.monotonic()
+    with claim(folder, list(shares), paths, lineage, overwrite) as folders, small_batches(spark):
         rows = read_tokens(spark, datasets)
         per_dataset: dict[str, dict[str, int]] = {}
-        files, seconds, empty = {}, {}, 0
+        files, empty = {}, 0
         for name, share in shares.items():
-            began = time.monotonic()
             seen = Observation(f"rows of {name}")
             chosen = rows.observe(seen, F.sum(F.when(_is_empty(), 1).otherwise(0)).alias("empty")).where(~_is_empty())
             if holdout:
@@ -64,14 +77,13 @@ def shuffle_tables(
             written = chosen.observe(tallies, *_tallies(datasets)).transform(in_seeded_order, seed, blocks)
             write_parquet(written, folders[name], f"shuffle {name}".strip(), int(bytes_in * share))
             files[name] = measure(folders[name])
-            seconds[name] = time.monotonic() - began
-            empty = seen.get["empty"] or 0
-            per_dataset[name] = tallies.get
             if not files[name]:
                 raise UserError(
                     f"--holdout {holdout} leaves no row for {name}: "
                     f"{sum(d.table.rows for d in datasets)} rows are too few; give another share."
                 )
+            empty = seen.get["empty"] or 0
+            per_dataset[name] = tallies.get
         counts = {
             "rows_in": sum(d.table.rows for d in datasets),
             "rows_out": sum(total(f).rows for f in files.values()),
@@ -79,9 +91,7 @@ def shuffle_tables(
         }
         if counts["rows_in"] != counts["rows_out"] + empty:
             raise UserError(f"rows in and out differ ({counts}): an input changed while it was read; run again.")
-        seconds = {
-            name: s + (time.monotonic() - start - sum(seconds.values())) / len(shares) for name, s in seconds.items()
-        }
+        seconds, tokens = time.monotonic() - start, sum(total(f).tokens for f in files.values())
         manifests = {}
         for name in shares:
             size = total(files[name])
@@ -91,7 +101,7 @@ def shuffle_tables(
                 "bytes": size.bytes,
                 "datasets": _by_dataset(datasets, per_dataset[name]),
             }
-            results = with_results(lineage, counted, size.tokens, seconds[name])
+            results = with_results(lineage, counted, tokens, seconds)
             manifests[name] = Manifest(
                 files[name], size.rows, size.tokens, tokenizer, _seq_len(datasets), seed, results
             )
@@ -161,10 +171,10 @@ def _report(manifests: dict[str, Manifest], empty: int, folder: Path) -> None:
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
         for dataset, own in counts["datasets"].items():
-            lines.append([name or "-", dataset, own["rows"], own["tokens"], "", "", ""])
-        sums = [manifest.rows, manifest.tokens, counts["bytes"], timing["seconds"], timing["tokens_per_second"]]
-        lines.append([name or "-", "all", *sums])
-    say(format_table(("table", "dataset", "rows", "tokens", "bytes", "seconds", "tokens/s"), lines))
+            lines.append([name or "-", dataset, own["rows"], own["tokens"], ""])
+        lines.append([name or "-", "all", manifest.rows, manifest.tokens, counts["bytes"]])
+    say(format_table(("table", "dataset", "rows", "tokens", "bytes"), lines))
+    say(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,} tokens/s")
     if empty:
         say(f"{empty} rows without tokens were left out")
     say(f"wrote {folder}")

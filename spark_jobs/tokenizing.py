@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame, Observation, SparkSession
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
 from fft.data.manifest import Manifest, commit
@@ -16,9 +16,19 @@ from fft.errors import UserError
 from spark_jobs.arrow import int_lists
 from spark_jobs.documents import Keys, Malformed, find_sources, first_malformed, parse_record, read_records
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
-from spark_jobs.session import sql_settings
+from spark_jobs.session import get_session, small_batches, user_errors
 from spark_jobs.summary import format_table, say
-from spark_jobs.writing import claim, lineage_of, local_path, measure, total, with_results, write_parquet
+from spark_jobs.writing import (
+    check_output,
+    claim,
+    lineage_of,
+    local_path,
+    local_paths,
+    measure,
+    total,
+    with_results,
+    write_parquet,
+)
 
 _DOCUMENT, _EMPTY, _MALFORMED = 0, 1, 2
 _TOKENS = "input_ids array<int>, doc_ids array<string>, outcome int, piece int, engine int, checked int"
@@ -29,8 +39,7 @@ _BYTES_OUT_PER_BYTE_IN = 0.35
 
 
 def tokenize_table(
-    spark: SparkSession,
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     output: str | Path,
     tokenizer: str | Path,
     *,
@@ -41,17 +50,18 @@ def tokenize_table(
     parse_special_tokens: bool = False,
     on_error: str = "fail",
     overwrite: bool = False,
+    spark: SparkSession | None = None,
 ) -> Manifest:
     """Tokenize documents of JSON lines, parquet or text files into the folder ``output``.
 
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
-    for inputs and tokenizers that are none, and when no document is left.
+    for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
-    start = time.monotonic()
     keys, folder = Keys(text_key, id_key), local_path(output, "-o")
-    paths = [local_path(path, "-i") for path in inputs]
+    paths = local_paths(inputs, "-i")
     sources = find_sources(paths)
+    check_output(folder, paths, overwrite)
     recipe, info = load_recipe(local_path(tokenizer, "--tokenizer"), eos, parse_special_tokens)
     parameters = {
         "tokenizer": str(tokenizer),
@@ -63,11 +73,9 @@ def tokenize_table(
         "on_error": on_error,
     }
     lineage = lineage_of("tokenize", paths, parameters)
-    settings = {
-        "spark.sql.execution.arrow.maxRecordsPerBatch": 4096,
-        "spark.sql.execution.arrow.maxBytesPerBatch": 16 << 20,
-    }
-    with claim(folder, [""], paths, lineage, overwrite), sql_settings(spark, settings):
+    spark = spark or get_session("tokenize")
+    start = time.monotonic()
+    with claim(folder, [""], paths, lineage, overwrite), small_batches(spark):
         records = reduce(DataFrame.union, [read_records(spark, source, keys) for source in sources])
         outcomes = Observation("outcomes")
         tokens = records.transform(with_tokens, recipe, keys, max_len, fail=on_error == "fail")
@@ -80,7 +88,8 @@ def tokenize_table(
         counts = {name: value or 0 for name, value in outcomes.get.items()}
         if counts["quarantined"]:
             rejects = records.transform(rejected, keys)
-            rejects.write.mode("append").json((folder / "_quarantine").absolute().as_uri())
+            with user_errors():
+                rejects.write.mode("append").json((folder / "_quarantine").absolute().as_uri())
         files = measure(folder)
         size = total(files)
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
@@ -104,10 +113,10 @@ def rejected(df: DataFrame, keys: Keys) -> DataFrame:
     return df.mapInArrow(_rejecting(keys), _REJECTS)
 
 
-def _tallies() -> list:
+def _tallies() -> list[Column]:
     first = F.col("piece") == 0
 
-    def count(outcome: int) -> F.Column:
+    def count(outcome: int) -> Column:
         return F.sum(F.when(first & (F.col("outcome") == outcome), 1).otherwise(0))
 
     return [

@@ -1,5 +1,6 @@
 """Write token tables: claim a folder, let Spark write parquet into it, count from the footers, publish the manifest."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,13 @@ ROW_GROUP_ROWS = 1024
 COMPRESSION = "snappy"
 
 SPLITS = ("train", "validation")
+INFO_NAME = "_data.info"
+
+#: What may be cleared from an output folder: nothing that Spark or these jobs did not put there.
+_TABLE_FILES = re.compile(
+    r".*\.parquet|\..*\.crc|_SUCCESS|_temporary|_quarantine|"
+    + "|".join(rf"\.?{re.escape(name)}(\.\d+)?" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME))
+)
 
 
 @dataclass(frozen=True)
@@ -42,25 +50,46 @@ def local_path(path: str | Path, flag: str) -> Path:
     return Path(text)
 
 
+def local_paths(paths: str | Path | Sequence[str | Path], flag: str) -> list[Path]:
+    """One path or several, each as :func:`local_path` gives it."""
+    return [local_path(path, flag) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
+def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Raise :class:`UserError` when a finished table is at ``output`` and ``overwrite`` is not set, or when clearing
+    the folder would hit an input or files that are no part of a table."""
+    place = output.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if source == place or source.is_relative_to(place) or place.is_relative_to(source):
+            raise UserError(f"-o {output} and the input {path} overlap: write to a folder beside it.")
+    if output.is_file():
+        raise UserError(f"-o {output} is a file: give a folder.")
+    tables = _tables_at(output)
+    unfinished = any((folder / WRITING_NAME).exists() for folder in tables)
+    if not unfinished and tables and any(output.iterdir()) and not overwrite:
+        raise UserError(f"-o {output} exists: give --overwrite to replace it, or another folder.")
+    for folder in tables:
+        for path in folder.iterdir():
+            if path not in tables and not _TABLE_FILES.fullmatch(path.name):
+                raise UserError(f"-o {output} holds {path}, which is no part of a table: give another folder.")
+
+
+def _tables_at(output: Path) -> list[Path]:
+    return [folder for folder in (output, *(output / split for split in SPLITS)) if folder.is_dir()]
+
+
 @contextmanager
 def claim(
     output: Path, names: Sequence[str], inputs: Sequence[Path], lineage: dict, overwrite: bool
 ) -> Iterator[dict[str, Path]]:
     """Make the folders of tables ``names`` below ``output`` ("" is ``output`` itself), marked as being written.
 
-    What an interrupted job left is cleared. Raises :class:`UserError` when something finished is there and
-    ``overwrite`` is not set, or when clearing would hit an input or files that are no table. Yields name -> folder;
-    a :class:`UserError` inside removes what was begun.
+    What an interrupted job left, or what may be overwritten, is cleared; see :func:`check_output` for what is not.
+    Yields name -> folder; a :class:`UserError` inside removes what was begun.
     """
-    _check_apart(output, inputs)
-    if output.is_file():
-        raise UserError(f"-o {output} is a file: give a folder.")
-    tables = [folder for folder in (output, *(output / split for split in SPLITS)) if folder.is_dir()]
-    unfinished = any((folder / WRITING_NAME).exists() for folder in tables)
-    if not unfinished and output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise UserError(f"-o {output} exists: give --overwrite to replace it, or another folder.")
-        _check_is_table(output, tables)
+    check_output(output, inputs, overwrite)
+    tables = _tables_at(output)
     folders = {name: output / name for name in names}
     # All marks before the first deletion: whenever this stops, what is left is marked as unfinished.
     if tables:
@@ -78,23 +107,6 @@ def claim(
     except UserError:
         shutil.rmtree(output)
         raise
-
-
-def _check_apart(output: Path, inputs: Sequence[Path]) -> None:
-    place = output.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if source == place or source.is_relative_to(place) or place.is_relative_to(source):
-            raise UserError(f"-o {output} and the input {path} overlap: write to a folder beside it.")
-
-
-def _check_is_table(output: Path, tables: Sequence[Path]) -> None:
-    """``--overwrite`` deletes tables, never a folder that somebody else's files are in."""
-    for folder in tables:
-        for path in folder.iterdir():
-            known = path in tables or path.suffix == ".parquet" or path.name.startswith(("_", "."))
-            if not known:
-                raise UserError(f"--overwrite would delete {path}, which is no part of a table: give another -o.")
 
 
 def write_parquet(df: DataFrame, folder: Path, name: str, expected_bytes: int) -> None:
@@ -141,17 +153,3 @@ def with_results(lineage: dict, counts: Mapping[str, object], tokens: int, secon
     """Lineage of a finished table."""
     timing = {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
     return {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": timing}
-
-
-__all__ = [
-    "MANIFEST_NAME",
-    "SPLITS",
-    "Size",
-    "claim",
-    "lineage_of",
-    "local_path",
-    "measure",
-    "total",
-    "with_results",
-    "write_parquet",
-]
