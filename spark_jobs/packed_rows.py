@@ -31,21 +31,22 @@ class Window:
         return int(self.offsets[-1])
 
 
+def window_tokens(max_len: int) -> int:
+    """Tokens to pack together: 512 rows, at least 4 million and at most 64 million tokens."""
+    return min(max(512 * max_len, 1 << 22), 1 << 26)
+
+
 @dataclass(frozen=True)
 class Packer:
     """A function for ``mapInArrow``: rows (``partition``, ``doc_ids``, lists as bytes) in, packed rows out.
 
-    Memory is that of one window: 512 rows, at least 4 million and at most 64 million tokens.
+    ``window`` tokens are packed together; memory is that of one window.
     """
 
     max_len: int
     method: str
     seed: int
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens that are packed together."""
-        return min(max(512 * self.max_len, 1 << 22), 1 << 26)
+    window: int
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Pack one partition."""
@@ -56,7 +57,7 @@ class Packer:
                 continue
             partition = batch.column("partition")[0].as_py()
             waiting.append(read_window(batch))
-            if sum(window.tokens for window in waiting) >= self.window_tokens:
+            if sum(window.tokens for window in waiting) >= self.window:
                 pieces, window = self._pack(waiting)
                 waiting = []
                 if self.method == "concat":

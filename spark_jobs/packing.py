@@ -94,7 +94,7 @@ def _lay(ends: np.ndarray, row_cuts: np.ndarray) -> Pieces:
     """Documents end to end, cut into rows at the token positions ``row_cuts`` (rising, the last at the end)."""
     cuts = np.union1d(ends, row_cuts)
     cuts = cuts[cuts > 0]
-    begins = np.concatenate(([0], cuts[:-1])).astype(np.int64)
+    begins = np.concatenate(([0], cuts)).astype(np.int64)[:-1]
     document = np.searchsorted(ends, begins, side="right")
     start = begins - np.concatenate(([0], ends))[document]
     return Pieces(document, start, cuts - begins, np.searchsorted(cuts, row_cuts, side="right"))

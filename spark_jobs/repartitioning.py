@@ -10,9 +10,9 @@ from pyspark.sql import functions as F
 from fft.data.manifest import Manifest, commit, write_atomically
 from fft.errors import UserError
 from spark_jobs.arrow import pack_columns
-from spark_jobs.packed_rows import Packer
+from spark_jobs.packed_rows import Packer, window_tokens
 from spark_jobs.placing import balance, row_hash
-from spark_jobs.session import get_session, small_batches, user_errors
+from spark_jobs.session import get_session, job_settings, user_errors
 from spark_jobs.summary import format_table, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 from spark_jobs.writing import (
@@ -63,9 +63,10 @@ def repartition_table(
     parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
     lineage = lineage_of("repartition", [source], parameters)
     manifests = {}
+    bytes_in = sum(dataset.bytes for dataset in datasets.values())
     check_output(folder, [source], overwrite)
     spark = spark or get_session("repartition")
-    with claim(folder, names, [source], lineage, overwrite) as folders, small_batches(spark):
+    with claim(folder, names, [source], lineage, overwrite) as folders, job_settings(spark, bytes_in):
         for name, dataset in datasets.items():
             manifests[name] = _repartition(
                 spark, dataset, folders[name], lineage, name, max_len, pack, num_partition, seed
@@ -159,7 +160,8 @@ def packed_to_rows(df: DataFrame, max_len: int, pack: str, seed: int) -> DataFra
     """What :func:`in_partitions` made, packed within each partition to rows of at most ``max_len`` tokens."""
     labels = ", labels array<int>" if "labels" in df.columns else ""
     return df.mapInArrow(
-        Packer(max_len, pack, seed), f"input_ids array<int>, cu_seqlens array<int>, doc_ids array<string>{labels}"
+        Packer(max_len, pack, seed, window_tokens(max_len)),
+        f"input_ids array<int>, cu_seqlens array<int>, doc_ids array<string>{labels}",
     )
 
 

@@ -70,9 +70,13 @@ def _mute_echoes(spark: SparkSession) -> None:
 
 
 @contextmanager
-def small_batches(spark: SparkSession) -> Iterator[None]:
-    """Bound what goes to a Python worker at once, and put the session's own settings back afterwards."""
+def job_settings(spark: SparkSession, input_bytes: int) -> Iterator[None]:
+    """Bound what goes to a Python worker at once, and cut the input the same way whatever the number of cores.
+
+    The session's own settings are put back afterwards.
+    """
     settings = {
+        "spark.sql.files.minPartitionNum": str(max(8, input_bytes >> 26)),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
         "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
     }

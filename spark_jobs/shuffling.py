@@ -12,7 +12,7 @@ from fft.data.manifest import Manifest, commit
 from fft.errors import UserError
 from spark_jobs.arrow import pack_columns, unpack_columns
 from spark_jobs.placing import block_of, is_held_out, row_hash
-from spark_jobs.session import get_session, small_batches
+from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 from spark_jobs.writing import (
@@ -62,7 +62,7 @@ def shuffle_tables(
     check_output(folder, paths, overwrite)
     spark = spark or get_session("shuffle")
     start = time.monotonic()
-    with claim(folder, list(shares), paths, lineage, overwrite) as folders, small_batches(spark):
+    with claim(folder, list(shares), paths, lineage, overwrite) as folders, job_settings(spark, bytes_in):
         rows = read_tokens(spark, datasets)
         per_dataset: dict[str, dict[str, int]] = {}
         files, empty = {}, 0

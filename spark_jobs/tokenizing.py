@@ -16,7 +16,7 @@ from fft.errors import UserError
 from spark_jobs.arrow import int_lists
 from spark_jobs.documents import Keys, Malformed, find_sources, first_malformed, parse_record, read_records
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
-from spark_jobs.session import get_session, small_batches, user_errors
+from spark_jobs.session import get_session, job_settings, user_errors
 from spark_jobs.summary import format_table, say
 from spark_jobs.writing import (
     check_output,
@@ -61,6 +61,7 @@ def tokenize_table(
     keys, folder = Keys(text_key, id_key), local_path(output, "-o")
     paths = local_paths(inputs, "-i")
     sources = find_sources(paths)
+    input_bytes = sum(source.bytes for source in sources)
     check_output(folder, paths, overwrite)
     recipe, info = load_recipe(local_path(tokenizer, "--tokenizer"), eos, parse_special_tokens)
     parameters = {
@@ -75,12 +76,12 @@ def tokenize_table(
     lineage = lineage_of("tokenize", paths, parameters)
     spark = spark or get_session("tokenize")
     start = time.monotonic()
-    with claim(folder, [""], paths, lineage, overwrite), small_batches(spark):
+    with claim(folder, [""], paths, lineage, overwrite), job_settings(spark, input_bytes):
         records = reduce(DataFrame.union, [read_records(spark, source, keys) for source in sources])
         outcomes = Observation("outcomes")
         tokens = records.transform(with_tokens, recipe, keys, max_len, fail=on_error == "fail")
         kept = tokens.observe(outcomes, *_tallies()).where(F.col("outcome") == _DOCUMENT)
-        expected = int(sum(source.bytes for source in sources) * _BYTES_OUT_PER_BYTE_IN)
+        expected = int(input_bytes * _BYTES_OUT_PER_BYTE_IN)
         try:
             write_parquet(kept.select("input_ids", "doc_ids"), folder, "tokenize", expected)
         except UserError as error:
@@ -89,7 +90,9 @@ def tokenize_table(
         if counts["quarantined"]:
             rejects = records.transform(rejected, keys)
             with user_errors():
-                rejects.write.mode("append").json((folder / "_quarantine").absolute().as_uri())
+                rejects.write.mode("append").option("ignoreNullFields", "false").json(
+                    (folder / "_quarantine").absolute().as_uri()
+                )
         files = measure(folder)
         size = total(files)
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}

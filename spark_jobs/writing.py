@@ -19,7 +19,7 @@ from spark_jobs.summary import progress
 
 #: Rows of a row group: what a reader decodes at once. At 2,048 tokens a row these are 8 MB.
 ROW_GROUP_ROWS = 1024
-#: Decodes two to three times faster than zstd, for a fifth more bytes.
+#: Decodes a quarter faster than zstd, for a fifth more bytes.
 COMPRESSION = "snappy"
 
 SPLITS = ("train", "validation")
@@ -96,7 +96,7 @@ def claim(
         begin_writing(output, lineage)
     for folder in folders.values():
         begin_writing(folder, lineage)
-    for folder in tables:
+    for folder in reversed(tables):
         for path in folder.iterdir():
             if path not in folders.values() and path.name != WRITING_NAME:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
