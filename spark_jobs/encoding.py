@@ -50,7 +50,7 @@ def load_recipe(directory: Path, eos: str, parse_special_tokens: bool) -> tuple[
     from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # whatever its files make transformers stumble over
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"--tokenizer {directory} cannot be loaded ({reason[0]}): save it again.") from error

@@ -12,7 +12,7 @@ from fft.errors import UserError
 from spark_jobs.arrow import pack_columns
 from spark_jobs.packed_rows import Packer, window_tokens
 from spark_jobs.placing import balance, row_hash
-from spark_jobs.session import get_session, job_settings, user_errors
+from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 from spark_jobs.writing import (
@@ -31,6 +31,7 @@ from spark_jobs.writing import (
 _TOKENS_PER_PARTITION = 1 << 25
 _PARTITIONS = (4, 2048)
 _ROWS_TO_PACK = 64
+_MAX_SPREAD = 1.02
 #: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred.
 _BUCKETS_PER_PARTITION = 64
 
@@ -75,6 +76,12 @@ def repartition_table(
             write_atomically(folders[name] / INFO_NAME, describe(manifest))
             commit(folders[name], manifest)
     say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
+    for name, manifest in manifests.items():
+        spread = manifest.lineage["counts"]["max_over_min"]
+        if spread > _MAX_SPREAD:
+            say(
+                f"note: partitions of {folders[name]} differ by {spread:.2f}: for few documents, lower --num_partition."
+            )
     say(f"wrote {folder}")
     return manifests
 
@@ -98,8 +105,7 @@ def _repartition(
         num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
     rows = read_tokens(spark, [dataset]).where(F.size("input_ids") > 0)
     buckets = num_partition * _BUCKETS_PER_PARTITION
-    with user_errors():
-        weights = bucket_tokens(rows, seed, buckets)
+    weights = bucket_tokens(rows, seed, buckets)
     assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, partition int")
     packed = rows.transform(in_partitions, assigned, seed, buckets, num_partition).transform(
         packed_to_rows, max_len, pack, seed

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyspark.errors import PySparkException, PySparkRuntimeError
+from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
 from fft.errors import UserError
@@ -95,11 +95,19 @@ def job_settings(spark: SparkSession, input_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Bring a :class:`UserError` that was raised in a Python worker back to the driver."""
+    """Make a :class:`UserError` of what users can mend: one raised in a Python worker, a file Spark cannot read."""
     try:
         yield
-    except PySparkException as error:
-        found = re.search(r"^fft\.errors\.UserError: (.*)$", str(error), re.MULTILINE)
-        if found is None:
-            raise
-        raise UserError(found.group(1)) from error
+    except UserError:
+        raise
+    except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
+        text = str(error)
+        if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
+            raise UserError(found.group(1)) from error
+        if found := re.search(r"\[FAILED_READ_FILE\.\w+\] Encountered error while reading file (\S+)\. ", text):
+            causes = re.findall(r"^Caused by: ([\w.$]+: .*)$", text, re.MULTILINE)
+            reason = causes[-1] if causes else "Spark gave no reason"
+            raise UserError(
+                f"{found.group(1)} cannot be read ({reason}): is it whole? Restore or remove it."
+            ) from error
+        raise

@@ -1,5 +1,6 @@
 """What a job tells its user on stderr: a line that lives while it writes, and a table at the end."""
 
+import os
 import sys
 import threading
 import time
@@ -73,9 +74,11 @@ def progress_line(name: str, done: int, expected: int, seconds: float) -> str:
 def written_bytes(folder: Path) -> int:
     """Bytes of all parquet files below, finished or not. Files may come and go while this looks."""
     total = 0
-    for path in folder.rglob("*.parquet"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # renamed to its final place since it was listed
-            continue
+    for place, _, names in os.walk(folder):  # passes over folders that vanish
+        for name in names:
+            if name.endswith(".parquet"):
+                try:
+                    total += os.stat(os.path.join(place, name)).st_size
+                except FileNotFoundError:  # moved to its final place since it was listed
+                    continue
     return total

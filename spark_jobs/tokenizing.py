@@ -16,7 +16,7 @@ from fft.errors import UserError
 from spark_jobs.arrow import int_lists
 from spark_jobs.documents import Keys, Malformed, find_sources, first_malformed, parse_record, read_records
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
-from spark_jobs.session import get_session, job_settings, user_errors
+from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, say
 from spark_jobs.writing import (
     check_output,
@@ -89,10 +89,8 @@ def tokenize_table(
         counts = {name: value or 0 for name, value in outcomes.get.items()}
         if counts["quarantined"]:
             rejects = records.transform(rejected, keys)
-            with user_errors():
-                rejects.write.mode("append").option("ignoreNullFields", "false").json(
-                    (folder / "_quarantine").absolute().as_uri()
-                )
+            place = (folder / "_quarantine").absolute().as_uri()
+            rejects.write.mode("append").option("ignoreNullFields", "false").json(place)
         files = measure(folder)
         size = total(files)
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}

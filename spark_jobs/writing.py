@@ -103,7 +103,8 @@ def claim(
     if output not in folders.values():
         (output / WRITING_NAME).unlink(missing_ok=True)
     try:
-        yield folders
+        with user_errors():
+            yield folders
     except UserError:
         shutil.rmtree(output)
         raise

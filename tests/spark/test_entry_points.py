@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import hashes_of
 
+from spark.helpers import hashes_of
 from spark_jobs import repartition_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,11 +5,11 @@ from collections import defaultdict
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import files_of, hashes_of, rows_of, write_foreign
 
 from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
+from spark.helpers import files_of, hashes_of, rows_of, write_foreign
 from spark_jobs import repartition_table
 from spark_jobs.commands import repartition as main
 

@@ -4,10 +4,10 @@ import shutil
 
 import pyarrow as pa
 import pytest
-from conftest import hashes_of, rows_of, write_foreign
 
 from fft.data.manifest import WRITING_NAME, begin_writing, read_manifest
 from fft.errors import UserError
+from spark.helpers import hashes_of, rows_of, write_foreign
 from spark_jobs import shuffle_tables
 from spark_jobs.commands import shuffle as main
 

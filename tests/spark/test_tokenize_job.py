@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import END, rows_of, save_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
+from spark.helpers import END, rows_of, save_tokenizer
 from spark_jobs import encoding, tokenize_table
 from spark_jobs.commands import tokenize as main
 
@@ -204,3 +204,12 @@ def test_what_is_no_input_is_refused_in_one_sentence(spark, tokenizer, corpus, t
     fails("column text is bigint", path=tmp_path / "n.parquet")
     fails("has no column body", "--text_key", "body", path=tmp_path / "n.parquet")
     fails("overlap", output=corpus.parent)
+
+
+def test_files_that_are_not_whole_are_named(spark, tokenizer, corpus, tmp_path):
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes())[:5000])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 garbage PAR1")
+    for name in ("cut.jsonl.gz", "bad.parquet"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            tokenize_table(tmp_path / name, tmp_path / "out", tokenizer)
+        assert not (tmp_path / "out").exists()
