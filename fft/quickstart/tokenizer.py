@@ -1,0 +1,40 @@
+"""Train a byte-level BPE tokenizer on a corpus and save it as Hugging Face does."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``vocab_size`` entries, all 256 bytes and the end-of-text token included.
+
+    The same texts give the same tokenizer, whatever the number of threads.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    """Write the tokenizer's folder, whole or not at all; one that stood there is replaced."""
+    aside = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer.save_pretrained(str(aside))
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(aside, output)
