@@ -1,0 +1,198 @@
+"""Complete a file of prompts with a model: ``python -m fft.serve.batch_infer``. ``--help`` shows how."""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fft.errors import UserError, run_cli
+from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
+
+_EXAMPLES = """examples:
+  # one prompt a line, greedy
+  python -m fft.serve.batch_infer --model runs/model --input prompts.txt --output out.jsonl
+
+  # JSON lines with the key "question"; the other fields travel along to the output
+  python -m fft.serve.batch_infer --model Qwen3-8B --input test.jsonl --prompt_key question --output out.jsonl \\
+      --max_new_tokens 512 --temperature 0.7 --top_p 0.9 --seed 1
+
+Every output line holds prompt, text, finish_reason ("stop" or "length") and the input's other fields, in the
+input's order.
+"""
+
+#: Keys of an output line that the input may not bring itself.
+_RESULT_KEYS = ("prompt", "text", "finish_reason")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the fields that came with it."""
+
+    text: str
+    fields: dict = field(default_factory=dict)
+
+
+def read_prompts(path: Path, key: str) -> list[Prompt]:
+    """Read prompts from ``.jsonl`` or ``.parquet`` (under ``key``), or from ``.txt`` (one a line; blank lines skipped).
+
+    Raises :class:`UserError` naming file and line or row of the first one that is none.
+    """
+    if not path.is_file():
+        raise UserError(f"--input {path} does not exist: give a .jsonl, .txt or .parquet file of prompts.")
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").split("\n")
+        prompts = [Prompt(line.removesuffix("\r")) for line in lines if line.strip()]
+    elif path.suffix == ".jsonl":
+        prompts = [_prompt(record, key, where) for record, where in _json_lines(path)]
+    elif path.suffix == ".parquet":
+        prompts = [_prompt(record, key, where) for record, where in _parquet_rows(path)]
+    else:
+        raise UserError(f"--input {path}: prompts are read from .jsonl, .txt or .parquet files, not {path.suffix!r}.")
+    if not prompts:
+        raise UserError(f"--input {path} holds no prompts.")
+    return prompts
+
+
+def write_completions(path: Path, prompts: Sequence[Prompt], batches: Iterable[list[Completion]]) -> None:
+    """Write one JSON line a prompt, completions in the prompts' order; ``path`` appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    completions = itertools.chain.from_iterable(batches)
+    try:
+        with open(aside, "w", encoding="utf-8") as stream:
+            for prompt, completion in zip(prompts, completions, strict=True):
+                result = {"prompt": prompt.text, "text": completion.text, "finish_reason": completion.finish_reason}
+                stream.write(json.dumps(result | prompt.fields, ensure_ascii=False, default=str) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def with_progress(batches: Iterable[list[Completion]], total: int, every: float = 5.0) -> Iterator[list[Completion]]:
+    """Pass batches on, telling stderr how many of ``total`` prompts are done and how fast, every few seconds."""
+    started = told = time.perf_counter()
+    done = tokens = 0
+    for batch in batches:
+        yield batch
+        done, tokens = done + len(batch), tokens + sum(c.tokens for c in batch)
+        now = time.perf_counter()
+        if done == total or now - told >= every:
+            elapsed, told = now - started, now
+            print(
+                f"{done:,}/{total:,} prompts  {done / elapsed:,.1f} prompts/s  {tokens / elapsed:,.0f} new tokens/s  "
+                f"{elapsed * (total - done) / done:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fft.serve.batch_infer",
+        description="Complete every prompt of a file with a Hugging Face model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
+    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="prompts: .jsonl, .txt or .parquet")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines to write")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vLLM where installed (default)")
+    parser.add_argument("--max_new_tokens", type=_positive, default=64, help="default: %(default)s")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=_positive, default=8, help="prompts at a time; vLLM decides itself (default: %(default)s)"
+    )
+    parser.add_argument("--prompt_key", default="prompt", help="key or column of the prompt (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, check, generate, write."""
+    args = build_parser().parse_args(argv)
+    if not Path(args.model).is_dir():
+        raise UserError(f"--model {args.model} is not a folder: give a Hugging Face model directory.")
+    if not (Path(args.model) / "config.json").is_file():
+        raise UserError(f"--model {args.model} has no config.json: give a Hugging Face model directory.")
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"--output {args.output} exists: choose another file or add --overwrite.")
+    prompts = read_prompts(args.input, args.prompt_key)
+    engine = load_engine(args.engine, args.model, args.batch_size)
+    print(f"{len(prompts):,} prompts, {engine.name}", file=sys.stderr, flush=True)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    batches = engine.generate([prompt.text for prompt in prompts], sampling)
+    write_completions(args.output, prompts, with_progress(batches, len(prompts)))
+    print(f"wrote {args.output}", file=sys.stderr, flush=True)
+
+
+def _prompt(record: object, key: str, where: str) -> Prompt:
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object.")
+    if key not in record:
+        raise UserError(f"{where} has no {key!r} (it has {', '.join(record) or 'nothing'}): name it with --prompt_key.")
+    text = record[key]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {key!r} must be a string, not {type(text).__name__}.")
+    fields = {name: value for name, value in record.items() if name != key}
+    if taken := [name for name in _RESULT_KEYS if name in fields]:
+        raise UserError(f"{where} has a field {taken[0]!r}, which the output needs for itself: rename it.")
+    return Prompt(text, fields)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where} is not JSON ({error}).") from error
+            yield record, where
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"--input {path} is no readable parquet file ({error}): write it again.") from error
+    for number, row in enumerate(rows):
+        yield row, f"{path}, row {number}"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
+    return value
+
+
+if __name__ == "__main__":
+    run_cli(main)
