@@ -1,0 +1,110 @@
+"""From the standard library's sources to a small trained model: ``python -m fft.quickstart``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fft.errors import UserError, run_cli
+from fft.quickstart import report
+from fft.quickstart.plan import CONFIG, ROOT, Places, build_stages, spark_rate
+from fft.quickstart.stages import Record, run_stages
+
+#: Nats a token by which the model must beat the unigram baseline.
+MARGIN = 1.0
+
+_EXAMPLES = """examples:
+  # everything, in runs/quickstart; a second call reuses what is finished
+  python -m fft.quickstart
+
+  # a short training, elsewhere (it will not beat the baseline, and says so with exit code 1)
+  python -m fft.quickstart --output /tmp/quickstart --max_steps 20
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fft.quickstart",
+        description="Collect Python's own sources, tokenize, shuffle and pack them with Spark, train a small Llama on "
+        "two pipeline stages, and let it write.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR", help="default: runs/quickstart"
+    )
+    parser.add_argument("--max_steps", type=_positive, help=f"steps of the training (default: as in {CONFIG})")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages, print the summary; 1 if the model did not beat the unigram baseline by :data:`MARGIN`."""
+    args = build_parser().parse_args(argv)
+    if not (ROOT / CONFIG).is_file():
+        raise UserError(f"{ROOT / CONFIG} does not exist: the quickstart runs from a checkout of the repository.")
+    places = Places(args.output.resolve())
+    if places.output.is_dir() and any(places.output.iterdir()) and not places.records.is_dir():
+        raise UserError(f"--output {args.output} holds something else than a quickstart: choose another folder.")
+    try:
+        records = run_stages(build_stages(places, args.max_steps), places.records, _log)
+    except KeyboardInterrupt:
+        _log("interrupted: the same command goes on with the stage that was running")
+        return 130
+    losses = report.read_metrics(places.run / "metrics.jsonl")
+    baseline, reached = records["report"].facts["baseline"], losses.validation[-1][1]
+    print(_summary(places, records, losses, baseline))
+    if reached > baseline - MARGIN:
+        _log(
+            f"error: the validation loss ended at {reached:.3f}, not {MARGIN:g} nat below the unigram baseline of "
+            f"{baseline:.3f}: the model learned too little; train for more --max_steps."
+        )
+        return 1
+    return 0
+
+
+def _summary(places: Places, records: Mapping[str, Record], losses: report.Losses, baseline: float) -> str:
+    sources, tokenizer = records["corpus"].facts, records["tokenizer"]
+    completions = [json.loads(line) for line in places.completions.read_text(encoding="utf-8").splitlines()]
+    work = {
+        "corpus": f"{sources['documents']:,} documents, {sources['bytes'] / 1e6:.1f} MB, "
+        f"{sources['undecodable']} left out as no UTF-8",
+        "tokenizer": f"{tokenizer.facts['entries']:,} entries, {sources['bytes'] / 1e6 / tokenizer.seconds:.1f} MB/s",
+        "tokenize": _rate(places.tokens),
+        "shuffle": _rate(places.shuffled / "train", places.shuffled / "validation"),
+        "repartition": _rate(places.packed / "train", places.packed / "validation"),
+        "train": f"{len(losses.train):,} steps, {losses.tokens_per_second:,.0f} tokens/s",
+        "generate": f"{len(completions)} prompts",
+        "report": "",
+    }
+    return report.summary(
+        {split: spark_rate(places.packed / split)[0] for split in ("train", "validation")},
+        [(name, record.seconds, work[name]) for name, record in records.items()],
+        losses,
+        baseline,
+        [(line["prompt"], line["text"]) for line in completions],
+        {"model": places.model, "picture": places.picture},
+    )
+
+
+def _rate(*tables: Path) -> str:
+    """Tokens of tables that one job wrote, and its rate on the first of them."""
+    found = [spark_rate(table) for table in tables]
+    return f"{sum(tokens for tokens, _ in found):,} tokens, {found[0][1]:,.0f} tokens/s"
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    run_cli(main)
