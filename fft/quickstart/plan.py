@@ -203,8 +203,9 @@ def _train_tokenizer(places: Places) -> dict:
 
 def _train(command: list[str]) -> dict:
     # DeepSpeed's own choice of port fails while another of its jobs runs on this machine.
-    port = ("--master_addr", "127.0.0.1", "--master_port", str(_free_port()))
-    run_command("train", [command[0], *port, *command[1:]], ROOT, {})
+    launcher = ("--quiet", "--master_addr", "127.0.0.1", "--master_port", str(_free_port()))
+    # Two processes on any machine, also on one with a single GPU.
+    run_command("train", [command[0], *launcher, *command[1:]], ROOT, {"DS_ACCELERATOR": "cpu"})
     return {}
 
 
