@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (ROOT / CONFIG).is_file():
         raise UserError(f"{ROOT / CONFIG} does not exist: the quickstart runs from a checkout of the repository.")
     places = Places(args.output.resolve())
+    if places.output.exists() and not places.output.is_dir():
+        raise UserError(f"--output {args.output} is a file: choose a folder.")
     if places.output.is_dir() and any(places.output.iterdir()) and not places.records.is_dir():
         raise UserError(f"--output {args.output} holds something else than a quickstart: choose another folder.")
     try:
@@ -100,7 +102,7 @@ def _log(text: str) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.lstrip("+-").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

@@ -2,7 +2,6 @@
 
 import json
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +80,11 @@ def summary(
     lines += [f"  {'validation':<13}  {first:>7.3f} {last:>7.3f}"]
     lines += [f"  {'unigram model':<13}  {'':>7} {baseline:>7.3f}   beaten by {baseline - last:.3f}", ""]
     for prompt, text in completions:
-        lines += ["generated, the prompt before the bar", textwrap.indent(f"{prompt}|{text}", "  | "), ""]
+        lines += ["generated (prompt|continuation)", _boxed(f"{prompt}|{text}"), ""]
     lines += [f"{name}: {path}" for name, path in places.items()]
     return "\n".join(lines)
+
+
+def _boxed(text: str) -> str:
+    """Every line, blank ones too, behind a bar."""
+    return "\n".join(f"  | {line}".rstrip() for line in text.split("\n"))

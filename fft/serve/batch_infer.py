@@ -48,8 +48,8 @@ def read_prompts(path: Path, key: str) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"--input {path} does not exist: give a .jsonl, .txt or .parquet file of prompts.")
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").split("\n")
-        prompts = [Prompt(line.removesuffix("\r")) for line in lines if line.strip()]
+        lines = (line.removesuffix("\n").removesuffix("\r") for line, _ in _lines(path))
+        prompts = [Prompt(line) for line in lines if line.strip()]
     elif path.suffix == ".jsonl":
         prompts = [_prompt(record, key, where) for record, where in _json_lines(path)]
     elif path.suffix == ".parquet":
@@ -152,16 +152,25 @@ def _prompt(record: object, key: str, where: str) -> Prompt:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
-    with open(path, encoding="utf-8") as stream:
+    for line, where in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON ({error}).") from error
+        yield record, where
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines and where they stand. Bytes are split first, so that the line that is not UTF-8 can be named."""
+    with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON ({error}).") from error
-            yield record, where
+                yield line.decode("utf-8"), where
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8 ({error.reason}): save the file as UTF-8.") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
@@ -174,7 +183,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.lstrip("+-").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

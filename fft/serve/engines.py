@@ -63,7 +63,13 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._batch_size = batch_size
-        self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--model {model} has no tokenizer that can be loaded: copy tokenizer.json and "
+                "tokenizer_config.json there."
+            ) from error
         if self._tokenizer.pad_token_id is None:
             # Padding is masked, so any token will do; models without one of their own borrow the end's.
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)

@@ -144,3 +144,16 @@ def test_a_failure_leaves_no_output(tmp_path):
     with pytest.raises(RuntimeError, match="device lost"):
         write_completions(tmp_path / "out.jsonl", [Prompt("p"), Prompt("q")], broken())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])
+def test_bytes_that_are_no_text_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"line 2 is not UTF-8"):
+        read_prompts(tmp_path / name, "prompt")
+
+
+def test_a_model_without_tokenizer_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="has no tokenizer that can be loaded"):
+        load_engine("transformers", str(tmp_path), 8)
