@@ -153,5 +153,6 @@ def test_layout_equals_one_process(family, layout, launch, model_dir, ragged_tab
     assert min(norms) > CLIP  # clipping was at work
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
     assert set(exported) == set(weights)
-    for name, value in weights.items():  # Adam divides by the gradient's own size, so a tiny gradient's rounding shows: atol
+    # Adam divides each gradient by its own size, so the rounding of a tiny gradient shows: hence atol.
+    for name, value in weights.items():
         torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
