@@ -12,7 +12,7 @@ from fft.errors import UserError
 
 _EXAMPLES = """examples:
   # a model from scratch, two pipeline stages, on CPU or two GPUs
-  deepspeed --num_gpus 2 fft/train.py --init --model conf/models/llama-4m.json --tokenizer runs/tokenizer \\
+  deepspeed --num_gpus 2 fft/train.py --init --model conf/models/llama-3m.json --tokenizer runs/tokenizer \\
       --train_data runs/packed/train --eval_data runs/packed/validation --seq_len 512 \\
       --pipe_parallel_size 2 --max_steps 200 --learning_rate 3e-3 --output_dir runs/model
 

@@ -195,11 +195,16 @@ class Head(nn.Module):
 
     def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
         """See the class."""
-        return activations[0][0], self.module.weight
+        return activations[0][0], _view(self.module.weight)
 
 
 def _tied_head(embedding: Embedding, activations: Activations) -> tuple[Tensor, Tensor]:
-    return activations[0][0], embedding.weight
+    return activations[0][0], _view(embedding.weight)
+
+
+def _view(weight: Tensor) -> Tensor:
+    # A parameter that is itself an output of the engine's forward gets no gradient from DeepSpeed's bf16 optimizer.
+    return weight.view_as(weight)
 
 
 def pipeline_layers(source: ModelSource, split_dlayer: bool = False) -> list[LayerSpec]:

@@ -46,7 +46,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        return *(None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors), None
+        # The factor is rounded with the product, not before it: it is the same for every element.
+        scaled = (
+            (g.to(grad_output.dtype) * grad_output).to(g.dtype) if g is not None else None for g in ctx.saved_tensors
+        )
+        return *scaled, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

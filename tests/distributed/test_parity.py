@@ -140,6 +140,27 @@ def read_metrics(run) -> tuple[list[dict], list[float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
+def test_bf16_follows_fp32(family, launch, model_dir, ragged_table, reference, tmp_path):
+    """bf16 keeps 8 bits: a loss may differ by some 2^-9 and a matrix must move as in fp32, but for its rounding."""
+    launcher, ranks, extra = LAYOUTS["pipe2"]
+    mixed = [*flags(model_dir(family), ragged_table, tmp_path), *extra.split(), "--dtype", "bf16"]
+    done = launch(*command(launcher, ranks), *mixed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, evaluations, norms, weights = reference(family)
+    steps, evaluated = read_metrics(tmp_path / "run")
+    np.testing.assert_allclose([s["loss"] for s in steps], losses, rtol=2e-3)
+    np.testing.assert_allclose([s["grad_norm"] for s in steps], norms, rtol=2e-2)
+    np.testing.assert_allclose(evaluated, evaluations, rtol=2e-3)
+    start = AutoModelForCausalLM.from_pretrained(model_dir(family), dtype=torch.float32).state_dict()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    for name in (name for name, value in weights.items() if value.ndim == 2):
+        ours, expected = exported[name] - start[name].bfloat16(), weights[name] - start[name]
+        cosine = float(torch.nn.functional.cosine_similarity(ours.flatten(), expected.flatten(), dim=0))
+        assert cosine > 0.95, f"{name}: {cosine}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_layout_equals_one_process(family, layout, launch, model_dir, ragged_table, reference, tmp_path):
     launcher, ranks, extra = LAYOUTS[layout]
