@@ -21,7 +21,7 @@ ROOT = Path(fft.__file__).resolve().parent.parent
 
 VOCAB_SIZE = 4096
 SEQ_LEN = 512
-HOLDOUT = 0.02
+HOLDOUT = 0.01
 MODEL = "conf/models/llama-3m.json"
 CONFIG = "conf/quickstart.yaml"
 PROMPTS = (
@@ -30,7 +30,8 @@ PROMPTS = (
     "import os\nimport sys\n\n",
     "    for name in names:\n        if name",
 )
-NEW_TOKENS = 64
+#: Greedy text of so small a model soon repeats itself; the likeliest part of its distribution shows what it knows.
+SAMPLING = {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.9, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def build_stages(places: Places, max_steps: int | None = None) -> list[Stage]:
     infer = [
         *("python", "-m", "fft.serve.batch_infer", "--model", _shown(places.model)),
         *("--input", _shown(places.prompts), "--output", _shown(places.completions)),
-        *("--max_new_tokens", str(NEW_TOKENS), "--overwrite"),
+        *(part for name, value in SAMPLING.items() for part in (f"--{name}", str(value))),
+        "--overwrite",
     ]
     return [
         Stage(

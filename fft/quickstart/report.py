@@ -80,7 +80,7 @@ def summary(
     lines += [f"  {'validation':<13}  {first:>7.3f} {last:>7.3f}"]
     lines += [f"  {'unigram model':<13}  {'':>7} {baseline:>7.3f}   beaten by {baseline - last:.3f}", ""]
     for prompt, text in completions:
-        lines += ["generated (prompt|continuation)", _boxed(f"{prompt}|{text}"), ""]
+        lines += ["generated: prompt|continuation", _boxed(f"{prompt}|{text}"), ""]
     lines += [f"{name}: {path}" for name, path in places.items()]
     return "\n".join(lines)
 
