@@ -2,10 +2,14 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
+
+#: Seconds by which ranks may differ in meeting the same error.
+_PATIENCE = 10
 
 
 class UserError(Exception):
@@ -15,14 +19,15 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit with its code; a :class:`UserError` becomes one line on stderr and exit code 2.
 
-    Every rank of a distributed job meets the same bad input, so only rank 0 prints unless the error says
-    otherwise (``error.every_rank = True``, for faults that one rank alone can see).
+    Ranks of a distributed job meet the same bad input, so rank 0 speaks for all: the others wait for their launcher to
+    stop them. One that is still there after :data:`_PATIENCE` seconds has met something of its own, and says so.
     """
     try:
         code = main() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "every_rank", False):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(_PATIENCE)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except BrokenPipeError:
         code = 1

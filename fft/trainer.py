@@ -27,6 +27,9 @@ from fft.preflight import Plan, batch_plan, checkpoint_steps, checkpoint_tag, pr
 #: Steps decoded ahead of the one that trains.
 _STEPS_AHEAD = 2
 
+#: What gloo says when another process is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
 
 def run(args: TrainArguments) -> int:
     """Run to the end; returns the exit code."""
@@ -42,10 +45,16 @@ def run(args: TrainArguments) -> int:
         if args.output_dir:
             trainer.save_model(args.output_dir)
             _log(f"model written to {args.output_dir}")
-    finally:
-        if sys.exc_info()[0] is None:
-            dist.barrier()
-        dist.destroy_process_group()
+        dist.barrier()
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LOST_PEER):
+            raise
+        # Whoever ended first has said why; a stack of its neighbours' tracebacks would bury that.
+        raise UserError(
+            f"rank {_rank()} lost the connection to a rank that ended before it: see what that said."
+        ) from error
+    # Not after an error: the others would see a closed connection before they see this rank's message.
+    dist.destroy_process_group()
     return 0
 
 

@@ -106,17 +106,17 @@ class Table:
             with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
                 table = file.read_row_group(where.index, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise _bad_row(f"{name} cannot be read ({error}): write the table again.") from error
+            raise UserError(f"{name} cannot be read ({error}): write the table again.") from error
         input_ids, offsets = _lists(table, "input_ids", name)
         if len(input_ids) != where.tokens:
-            raise _bad_row(
+            raise UserError(
                 f"{name} holds {where.tokens - len(input_ids)} empty row(s), which parquet footers count as tokens: "
                 "drop rows whose input_ids are empty."
             )
         if vocab_size is not None:
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= vocab_size:
-                raise _bad_row(
+                raise UserError(
                     f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}:"
                     " tokenize with the model's own tokenizer."
                 )
@@ -124,7 +124,7 @@ class Table:
         if "labels" in wanted:
             labels, label_offsets = _lists(table, "labels", name)
             if not np.array_equal(offsets, label_offsets):
-                raise _bad_row(f"{name}: labels and input_ids differ in length: write the table again.")
+                raise UserError(f"{name}: labels and input_ids differ in length: write the table again.")
         documents = None
         if "cu_seqlens" in wanted:
             bounds, at = _lists(table, "cu_seqlens", name)
@@ -132,7 +132,7 @@ class Table:
             lengths = np.diff(offsets)
             for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
                 if len(document) < 2 or document[0] != 0 or document[-1] != length or (np.diff(document) < 0).any():
-                    raise _bad_row(
+                    raise UserError(
                         f"{name}, row {row}: cu_seqlens must rise from 0 to the row's length: write the table again."
                     )
         return Rows(input_ids, offsets, labels, documents)
@@ -183,17 +183,10 @@ def _lists(table: pa.Table, column: str, name: str) -> tuple[np.ndarray, np.ndar
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
     if array.null_count or array.values.null_count:
-        raise _bad_row(f"{name}: column {column} holds nulls: write the table again without them.")
+        raise UserError(f"{name}: column {column} holds nulls: write the table again without them.")
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     values = array.values.to_numpy(zero_copy_only=False)
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def _bad_row(message: str) -> UserError:
-    """A fault in the data that only the rank that decodes it can see."""
-    error = UserError(message)
-    error.every_rank = True
-    return error
 
 
 def _hidden(path: Path, root: Path) -> bool:

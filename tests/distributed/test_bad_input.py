@@ -1,0 +1,200 @@
+"""Bad input ends before any process group exists: one sentence that names the remedy, exit code 2, no traceback."""
+
+import json
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import SMALL, VOCAB, write_table
+
+from fft.arguments import parse_arguments
+from fft.data.manifest import FileInfo, Manifest, TokenizerInfo, begin_writing, commit
+from fft.errors import UserError
+from fft.preflight import prepare
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A config and a table that train."""
+    folder = tmp_path_factory.mktemp("good")
+    (folder / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"}))
+    rng = np.random.default_rng(0)
+    write_table(folder / "table", [rng.integers(0, VOCAB, 40).astype(np.int32) for _ in range(20)])
+    return folder
+
+
+def flags(good, output, **changes) -> list[str]:
+    """Flags of a run that works, some of them changed."""
+    given = {
+        "model": good / "config.json",
+        "train_data": good / "table",
+        "seq_len": 32,
+        "max_steps": 1,
+        "dtype": "fp32",
+        "output_dir": output / "model",
+        **changes,
+    }
+    return ["--init", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
+
+
+def refusal(argv, world=1) -> str:
+    with pytest.raises(UserError) as raised:
+        prepare(parse_arguments(argv), world)
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+def foreign(folder, columns: dict) -> None:
+    folder.mkdir()
+    pq.write_table(pa.table(columns), folder / "part-0.parquet")
+
+
+def manifest_of(folder, **facts) -> Manifest:
+    files = tuple(FileInfo(p.name, 10, 400, p.stat().st_size) for p in sorted(folder.glob("*.parquet")))
+    return Manifest(files, 20, 800, **{"tokenizer": None, "seq_len": None, "seed": None, "lineage": {}, **facts})
+
+
+def test_the_flags_these_tests_start_from_are_accepted(good, tmp_path):
+    assert prepare(parse_arguments(flags(good, tmp_path)), 1).total_steps == 1
+
+
+@pytest.mark.parametrize("flag", ["train_data", "eval_data"])
+def test_missing_table(good, tmp_path, flag):
+    said = refusal(flags(good, tmp_path, **{flag: tmp_path / "nowhere"}))
+    assert f"{tmp_path / 'nowhere'} does not exist: give a folder of parquet files" in said
+
+
+def test_missing_model(good, tmp_path):
+    assert "does not exist: give a Hugging Face model directory" in refusal(
+        flags(good, tmp_path, model=tmp_path / "no")
+    )
+
+
+def test_model_directory_that_is_none(good, tmp_path):
+    assert "has no config.json" in refusal(flags(good, tmp_path, model=good / "table"))
+
+
+def test_config_that_is_none(good, tmp_path):
+    (tmp_path / "config.json").write_text("{not json")
+    assert "is not a model configuration" in refusal(flags(good, tmp_path, model=tmp_path / "config.json"))
+
+
+def test_weights_missing(good, tmp_path):
+    (tmp_path / "config.json").write_text((good / "config.json").read_text())
+    argv = [flag for flag in flags(good, tmp_path, model=tmp_path) if flag != "--init"]
+    assert "safetensors" in refusal(argv)
+
+
+def test_tokenizer_directory_that_is_none(good, tmp_path):
+    said = refusal(flags(good, tmp_path, tokenizer=good / "table"))
+    assert f"--tokenizer {good / 'table'} is no tokenizer directory" in said
+
+
+def test_empty_folder(good, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no parquet files" in refusal(flags(good, tmp_path, train_data=tmp_path / "empty"))
+
+
+def test_table_without_rows(good, tmp_path):
+    foreign(tmp_path / "table", {"input_ids": pa.array([], pa.list_(pa.int32()))})
+    assert "holds no tokens" in refusal(flags(good, tmp_path, train_data=tmp_path / "table"))
+
+
+def test_table_without_input_ids(good, tmp_path):
+    foreign(tmp_path / "table", {"text": ["a"], "id": ["b"]})
+    said = refusal(flags(good, tmp_path, train_data=tmp_path / "table"))
+    assert "part-0.parquet has no column input_ids (it has id, text): make a token table with" in said
+
+
+def test_input_ids_of_another_type(good, tmp_path):
+    foreign(tmp_path / "table", {"input_ids": ["1 2 3"]})
+    assert "must be a list of integers" in refusal(flags(good, tmp_path, train_data=tmp_path / "table"))
+
+
+def test_unfinished_table(good, tmp_path):
+    table = write_table(tmp_path / "table", [np.arange(40, dtype=np.int32)] * 4)
+    begin_writing(table, {})
+    assert "is unfinished" in refusal(flags(good, tmp_path, train_data=table))
+
+
+def test_table_changed_after_it_was_written(good, tmp_path):
+    table = write_table(tmp_path / "table", [np.arange(40, dtype=np.int32)] * 20)
+    commit(table, manifest_of(table))
+    (table / "part-00001.parquet").unlink()
+    assert "part-00001.parquet is in the table's manifest but is missing" in refusal(
+        flags(good, tmp_path, train_data=table)
+    )
+
+
+def test_vocabulary_larger_than_the_models(good, tmp_path):
+    table = write_table(tmp_path / "table", [np.arange(40, dtype=np.int32)] * 20)
+    commit(table, manifest_of(table, tokenizer=TokenizerInfo("other", "0" * 64, VOCAB + 1, {})))
+    said = refusal(flags(good, tmp_path, train_data=table))
+    assert f"a vocabulary of {VOCAB + 1}, larger than the model's {VOCAB}: raise vocab_size" in said
+
+
+@pytest.mark.parametrize(("world", "sizes"), [(3, {"pipe_parallel_size": 2}), (2, {"pipe_parallel_size": 4})])
+def test_world_that_the_sizes_do_not_divide(good, tmp_path, world, sizes):
+    assert "cannot be divided by --pipe_parallel_size" in refusal(flags(good, tmp_path, **sizes), world)
+
+
+@pytest.mark.parametrize("flag", ["model_parallel_size", "sequence_parallel_size", "encoder_pipe_parallel_size"])
+def test_what_this_release_lacks_is_refused_by_name(good, tmp_path, flag):
+    assert f"--{flag}" in refusal(flags(good, tmp_path, **{flag: 2}), 2)
+
+
+def test_existing_output_is_kept(good, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").touch()
+    assert "--overwrite" in refusal(flags(good, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "case"),
+    [("python", "missing"), ("torchrun", "missing"), ("deepspeed", "indivisible"), ("deepspeed", "ids")],
+)
+@pytest.mark.slow
+def test_launchers_end_with_one_sentence(launcher, case, good, launch, tmp_path):
+    port = str(random.SystemRandom().randint(20000, 50000))
+    start = {
+        "python": ["python", "-m", "fft.train"],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", port, "fft/train.py"],
+        "deepspeed": ["deepspeed", "--num_gpus", "3", "--master_port", port, "fft/train.py"],
+    }[launcher]
+    wild = write_table(tmp_path / "wild", [np.full(40, VOCAB, np.int32)] * 20)
+    changes, sentence = {
+        "missing": ({"train_data": tmp_path / "nowhere"}, f"error: {tmp_path / 'nowhere'} does not exist: give"),
+        "indivisible": ({"pipe_parallel_size": 2}, "error: the world of 3 rank(s) cannot be divided by"),
+        "ids": ({"train_data": wild, "pipe_parallel_size": 3}, f"outside the model's vocabulary of {VOCAB}: tokenize"),
+    }[case]
+    done = launch(*start, *flags(good, tmp_path, **changes))
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert sentence in done.stderr
+    # torchrun prints one traceback of its own whenever a program ends with an exit code; the ranks print none.
+    assert done.stderr.count("Traceback") == (1 if launcher == "torchrun" else 0)
+    assert not (tmp_path / "model").exists()
+
+
+def test_unknown_flag_is_named(launch):
+    done = launch("python", "-m", "fft.train", "--pipe_size", "2")
+    assert done.returncode == 2
+    assert "--pipe_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_starts_nothing(launch):
+    code = (
+        "import runpy, sys; sys.argv = ['fft/train.py', '--help']\n"
+        "try: runpy.run_module('fft.train', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = launch("python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--pipe_parallel_size", "--model_parallel_size", "--split_dlayer", "--only_ckpt_model", "--from_ckpt"):
+        assert flag in done.stdout
+    direct = launch("python", "fft/train.py", "--help")
+    assert direct.stdout == done.stdout
