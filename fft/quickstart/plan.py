@@ -25,9 +25,9 @@ HOLDOUT = 0.01
 MODEL = "conf/models/llama-3m.json"
 CONFIG = "conf/quickstart.yaml"
 PROMPTS = (
-    "def read_lines(path):\n",
-    "class Stack:\n    def __init__(self",
-    "import os\nimport sys\n\n",
+    "class TestStack(unittest.TestCase):\n\n    def test_push(self):\n",
+    "    def __init__(self, name, path",
+    "import os\nimport sys\n",
     "    for name in names:\n        if name",
 )
 #: Greedy text of so small a model soon repeats itself; the likeliest part of its distribution shows what it knows.

@@ -1,0 +1,114 @@
+"""What a run leaves behind: equal losses for equal seeds, a model that is what was evaluated, checkpoints."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SMALL
+from test_parity import document_losses, read_metrics
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fft.data.loader import SampleReader
+from fft.data.table import Table
+from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
+
+pytestmark = pytest.mark.slow
+SEQ_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama", "vocab_size": 300}))
+    save_tokenizer(train_tokenizer(["def f(x):\n    return x\n"] * 3, 300), folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(folder, launch, ragged_table):
+    """Train for six steps on two pipeline stages; returns the run's step and evaluation losses."""
+
+    def run(output, *flags, settings: dict | None = None) -> tuple[list[float], list[float]]:
+        given = {
+            **{"train_data": str(ragged_table), "eval_data": str(ragged_table), "seq_len": SEQ_LEN, "max_steps": 6},
+            **{"pipe_parallel_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-2, "dtype": "fp32"},
+            **{"checkpoint": str(output / "run"), "output_dir": str(output / "model"), "logging_steps": 2},
+            **(settings or {}),
+        }
+        output.mkdir()
+        (output / "settings.yaml").write_text(yaml.safe_dump(given))
+        port = str(random.SystemRandom().randint(20000, 50000))
+        start = ["deepspeed", "--num_gpus", "2", "--master_port", port, "fft/train.py"]
+        done = launch(*start, "--config", output / "settings.yaml", *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        steps, evaluated = read_metrics(output / "run")
+        return [step["loss"] for step in steps], evaluated
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(folder, train):
+    """A run from random weights that keeps checkpoints, in bf16."""
+    scratch = ["--init", "--model", folder / "config.json", "--tokenizer", folder / "tokenizer", "--dtype", "bf16"]
+    keep = ["--save_steps", "2", "--eval_steps", "2", "--only_ckpt_model", "--max_num_checkpoints", "2"]
+    return (folder / "first", *train(folder / "first", *scratch, *keep))
+
+
+def loss_of(model_dir, table) -> float:
+    """The loss by a plain loop: transformers' model, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    reader = SampleReader(Table.open(table), SEQ_LEN, seed=0, shuffle=False)
+    samples = [reader.sample(i) for i in range(reader.samples_per_epoch)]
+    with torch.no_grad():
+        total = sum(float(document_losses(model, sample)) for sample in samples)
+    return total / sum(int((sample.labels != -100).sum()) for sample in samples)
+
+
+def test_same_seed_same_losses(folder, train, first, tmp_path):
+    scratch = ["--init", "--model", folder / "config.json", "--dtype", "bf16"]
+    again, evaluated = train(tmp_path / "again", *scratch, settings={"eval_steps": 2})
+    assert (again, evaluated) == first[1:]
+    other, _ = train(tmp_path / "other", *scratch, "--seed", "1")
+    assert all(a != b for a, b in zip(again, other, strict=True))
+
+
+def test_command_line_wins_over_the_file(first):
+    settings = yaml.safe_load((first[0] / "run" / "arguments.yaml").read_text())
+    assert (settings["dtype"], settings["seq_len"], settings["max_num_checkpoints"]) == ("bf16", SEQ_LEN, 2)
+
+
+def test_exported_bf16_model_has_the_reported_loss(first, ragged_table):
+    output, _, evaluated = first
+    assert evaluated[-1] < evaluated[0]
+    np.testing.assert_allclose(loss_of(output / "model", ragged_table), evaluated[-1], rtol=1e-3)
+
+
+def test_exported_fp32_model_has_the_reported_loss_and_goes_on(first, train, ragged_table, tmp_path):
+    start = first[0] / "model"
+    _, evaluated = train(tmp_path / "second", "--model", start)
+    np.testing.assert_allclose(loss_of(start, ragged_table), evaluated[0], rtol=1e-5)
+    np.testing.assert_allclose(loss_of(tmp_path / "second" / "model", ragged_table), evaluated[-1], rtol=1e-5)
+    assert evaluated[-1] < evaluated[0]
+
+
+def test_exported_directory_is_complete(first, folder):
+    model = first[0] / "model"
+    ours, theirs = AutoTokenizer.from_pretrained(model), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert ours("def g(y):").input_ids == theirs("def g(y):").input_ids
+    assert json.loads((model / "config.json").read_text())["vocab_size"] == 300
+    assert not [path for path in first[0].iterdir() if path.name not in ("model", "run", "settings.yaml")]
+
+
+def test_checkpoints_are_kept_and_started_from(first, train, tmp_path):
+    output, _, evaluated = first
+    run = output / "run"
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-4", "step-6"]
+    (run / "step-9").mkdir()  # without a config.json: no checkpoint
+    # --dtype bf16: an evaluation of the same weights in the same type gives the same number.
+    flags = ["--from_ckpt", run, "--dtype", "bf16", "--max_steps", "1"]
+    assert train(tmp_path / "newest", *flags)[1][0] == evaluated[-1]
+    assert train(tmp_path / "tagged", *flags, "--tag", "step-4")[1][0] == evaluated[2]
