@@ -141,7 +141,7 @@ def _read_yaml(path: str) -> dict:
 def _typed(path: str, known: dict, name: str, value: object) -> object:
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1)
-        raise UserError(f"--config {path}: unknown setting {name!r}{f', did you mean {near[0]!r}' if near else ''}.")
+        raise UserError(f"--config {path}: unknown setting {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}.")
     kind = _plain_type(known[name].type)
     try:
         # YAML 1.1 reads 1e-4 as a string; a bool must be a bool.

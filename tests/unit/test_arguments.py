@@ -1,0 +1,65 @@
+"""Flags and settings files of the trainer."""
+
+import pytest
+
+from fft.arguments import parse_arguments
+from fft.errors import UserError
+
+BASE = ["--model", "m", "--train_data", "t", "--output_dir", "o"]
+
+
+def from_file(tmp_path, text, *flags):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return parse_arguments([*BASE, "--config", str(path), *flags])
+
+
+def test_command_line_over_file_over_default(tmp_path):
+    args = from_file(tmp_path, "seq_len: 128\nlearning_rate: 1e-3\nsplit_dlayer: true\n", "--seq_len", "64")
+    assert (args.seq_len, args.learning_rate, args.split_dlayer, args.warmup_steps) == (64, 1e-3, True, 0)
+
+
+def test_a_default_given_on_the_command_line_still_wins(tmp_path):
+    default = parse_arguments(BASE).seq_len
+    assert from_file(tmp_path, "seq_len: 128\n", "--seq_len", str(default)).seq_len == default
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seq_length: 128\n", "unknown setting 'seq_length' (did you mean 'seq_len'?)."),
+        ("seq_len: long\n", "seq_len must be of type int, not 'long'"),
+        ("seq_len: 12.5\n", "seq_len must be of type int, not 12.5"),
+        ("split_dlayer: 1\n", "split_dlayer must be of type bool, not 1"),
+        ("dtype: fp8\n", "dtype must be one of bf16, fp32, not 'fp8'"),
+        ("- seq_len\n", "must map flag names to values"),
+        ("seq_len: [1\n", "is not YAML"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, text, sentence):
+    with pytest.raises(UserError) as raised:
+        from_file(tmp_path, text)
+    assert sentence in str(raised.value)
+    assert "settings.yaml" in str(raised.value)
+
+
+def test_what_launchers_add_is_accepted():
+    plain = parse_arguments(BASE)
+    added = ["--local_rank=1", "--deepspeed", "--deepspeed_config", "x.json"]
+    assert parse_arguments([*BASE, *added]) == plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--seq_len", "0"], "--seq_len 0 must be at least 1"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0 must not be negative"),
+        (["--init", "--from_ckpt", "c"], "exclude each other"),
+        (["--tag", "step-1"], "--from_ckpt, which is missing"),
+        (["--save_steps", "5"], "--save_steps needs --checkpoint"),
+    ],
+)
+def test_flags_that_contradict(flags, sentence):
+    with pytest.raises(UserError) as raised:
+        parse_arguments([*BASE, *flags])
+    assert sentence in str(raised.value)

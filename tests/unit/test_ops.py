@@ -1,0 +1,163 @@
+"""Attention backends and the loss against the obvious formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fft.ops.attention import (
+    CpuBackend,
+    CudaBackend,
+    Documents,
+    ReferenceBackend,
+    packed_attention,
+    register_with_transformers,
+)
+from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+
+
+def documents_of(lengths) -> Documents:
+    bounds = (0, *np.cumsum(lengths).tolist())
+    return Documents(torch.tensor(bounds, dtype=torch.int32), bounds)
+
+
+def tensors(lengths, heads, kv_heads, size, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    shapes = ((total, heads, size), (total, kv_heads, size), (total, kv_heads, size), (total, heads, size))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def by_mask(q, k, v, lengths, scale):
+    """Softmax over the whole row under a block-diagonal causal mask, in float64."""
+    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.arange(len(document))
+    seen = (document[:, None] == document) & (position[:, None] >= position)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = scores.masked_fill(~seen, -math.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+CASES = [([7], 2, 2), ([1, 1, 1], 2, 1), ([5, 1, 33, 2], 4, 2), ([64, 3], 4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [(ReferenceBackend, torch.float64, 1e-12), (CpuBackend, torch.float64, 1e-12), (CpuBackend, torch.float32, 1e-5)],
+)
+@pytest.mark.parametrize(("lengths", "heads", "kv_heads"), CASES)
+def test_backends_equal_masked_softmax(backend, dtype, tolerance, lengths, heads, kv_heads):
+    q, k, v, dout = tensors(lengths, heads, kv_heads, 8, dtype)
+    documents, scale = documents_of(lengths), 0.3
+    out, lse = backend.forward(q, k, v, documents, scale)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = by_mask(*leaves, lengths, scale)
+    expected.backward(dout.double())
+    grads = backend.backward(dout, q, k, v, out, lse, documents, scale)
+    for ours, theirs in zip((out, lse, *grads), (expected, expected_lse, *(x.grad for x in leaves)), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.detach(), rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=6), st.data())
+def test_documents_never_see_each_other(lengths, data):
+    changed = data.draw(st.integers(0, len(lengths) - 1))
+    start, stop = sum(lengths[:changed]), sum(lengths[: changed + 1])
+
+    def run(shift):
+        leaves = tensors(lengths, 4, 2, 8, torch.float32)
+        for leaf in leaves[:3]:
+            leaf[start:stop] += shift
+            leaf.requires_grad_()
+        out = packed_attention(*leaves[:3], documents_of(lengths), 0.4)
+        out.backward(leaves[3])
+        return out.detach(), *(leaf.grad for leaf in leaves[:3])
+
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[start:stop] = False
+    for before, after in zip(run(0.0), run(1.0), strict=True):
+        assert torch.equal(before[others], after[others])  # bitwise
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_packed_model_equals_documents_alone(model_type):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(model_type, **sizes, **heads, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    lengths = [5, 1, 11]
+    ids, documents = torch.randint(50, (1, 17)), documents_of(lengths)
+    alone = torch.cat([model(piece[None]).logits[0] for piece in ids[0].split(lengths)])
+    model.set_attn_implementation(register_with_transformers())
+    packed = model(ids, position_ids=documents.positions()[None], documents=documents).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_boundaries():
+    documents = Documents.from_padded(torch.tensor([0, 3, 4, 9, 9, 9, 9], dtype=torch.int32))
+    assert documents.bounds == (0, 3, 4, 9)
+    assert documents.max_length == 5
+    assert documents.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["_flash_attention_forward", "_flash_attention_backward"])
+def test_cuda_backend_calls_operators_as_they_are(name):
+    """Without a GPU: the meta kernels accept the very calls of the backend and give the contract's shapes."""
+    lengths = [5, 1, 33]
+    documents = documents_of(lengths)
+    q, k, v, dout = (x.to("meta", torch.bfloat16) for x in tensors(lengths, 4, 2, 64, torch.float32))
+    documents = Documents(documents.cu_seqlens.to("meta"), documents.bounds)
+    if name.endswith("forward"):
+        out, lse = CudaBackend.forward(q, k, v, documents, 0.1)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 39), torch.float32)
+    else:
+        lse = torch.empty(4, 39, device="meta")
+        grads = CudaBackend.backward(dout, q, k, v, q, lse, documents, 0.1)
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 1 << 20])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_linear_cross_entropy_equals_torch(chunk, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr("fft.ops.cross_entropy._MAX_LOGITS", chunk)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(23, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype)
+    labels = torch.randint(31, (23,)).masked_fill(torch.rand(23) < 0.3, IGNORE)
+    results = []
+    for loss in (
+        lambda h, w: linear_cross_entropy(h, w, labels),
+        lambda h, w: torch.nn.functional.cross_entropy(h @ w.t(), labels, reduction="sum", ignore_index=IGNORE),
+    ):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        value = loss(*leaves)
+        (value * 0.7).backward()
+        results.append((value.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_nothing_trained_costs_nothing():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_bf16_gradients_are_rounded_once():
+    """A factor that bf16 cannot hold changes a gradient by its last bit at most, not all of it in one direction."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 16).bfloat16(), torch.randn(97, 16).bfloat16()
+    labels, factor = torch.randint(97, (64,)), 1 / 3
+    exact, ours = hidden.float().requires_grad_(), hidden.clone().requires_grad_()
+    (linear_cross_entropy(exact, weight.float(), labels) * factor).backward()
+    (linear_cross_entropy(ours, weight, labels) * factor).backward()
+    ratio = float((ours.grad.double() * exact.grad).sum() / (exact.grad.double() ** 2).sum())
+    assert abs(ratio - 1) < 2**-10  # bf16(1/3) * 3 is off by 2^-9
