@@ -19,16 +19,30 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
   # several inputs of other kinds, another key; what cannot be read is set aside
   spark-submit spark_jobs/tokenize.py -i books/ wiki.parquet -o runs/tokens --tokenizer Qwen3-8B \\
       --text_key content --on_error quarantine
+
+  # conversations, one a line or parquet row, in any of the forms
+  #   [{"system": "Be brief."}, {"user": "2+2?"}, {"assistant": "4"}]
+  #   {"conversation": [{"user": "2+2?"}, {"assistant": "4"}, {"user": "3+3?"}, {"assistant": "6"}]}
+  #   {"id": "a1", "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+  spark-submit spark_jobs/tokenize.py --task chat -i chats.jsonl -o runs/chats --tokenizer Qwen3-8B --max_len 8192
 """,
         "file(s) or folder(s): JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a blank line between "
         "documents",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
-    parser.add_argument("--task", choices=["pretrain"], default="pretrain", help="pretrain: every token is trained on")
+    parser.add_argument(
+        "--task",
+        choices=["pretrain", "chat"],
+        default="pretrain",
+        help="pretrain: every token is trained on (default); chat: conversations through the tokenizer's chat "
+        "template, with labels on every assistant turn and its end-of-turn token alone",
+    )
     parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")
     parser.add_argument(
-        "--max_len", type=_positive, help="cut longer documents to rows of this many tokens (default: no cut)"
+        "--max_len",
+        type=_positive,
+        help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
     )
     parser.add_argument(
         "--eos",
@@ -47,7 +61,7 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
         default="fail",
         help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
     )
-    _run(parser, argv, "tokenize_table", drop=("task",))
+    _run(parser, argv, "tokenize_table")
 
 
 def shuffle(argv: Sequence[str] | None = None) -> None:

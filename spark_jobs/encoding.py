@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import pickle
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,13 @@ from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.errors import UserError
 
 #: Which engine encoded a row, as a small integer: the first means all is well, the others say why it is slow.
-ENGINES = ("fastokens", "tokenizers: fastokens cannot load this tokenizer", "tokenizers: fastokens gave other ids")
+ENGINES = (
+    "fastokens",
+    "tokenizers: fastokens cannot load this tokenizer",
+    "tokenizers: fastokens gave other ids",
+    "transformers: this tokenizer is written in Python",
+)
+_SLOW = 3
 
 _SAMPLES = 16
 _SAMPLE_CHARACTERS = 4096
@@ -24,13 +32,15 @@ _SAMPLE_CHARACTERS = 4096
 class Recipe:
     """All that a worker needs to encode: the tokenizer itself travels, so no file need be on every machine.
 
-    ``prefix`` and ``suffix`` are put around every document's ids.
+    ``prefix`` and ``suffix`` are put around every document's ids. A tokenizer without ``tokenizer.json`` travels as
+    the pickled object of transformers, ``slow``.
     """
 
     packed_json: bytes
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     parse_special_tokens: bool = False
+    slow: bytes = b""
 
     @property
     def json(self) -> str:
@@ -43,38 +53,54 @@ def load_recipe(directory: Path, eos: str, parse_special_tokens: bool) -> tuple[
 
     ``eos`` is "auto" (append the end-of-sequence token where the tokenizer does not), "always" or "never".
     """
-    if not directory.is_dir():
-        raise UserError(f"--tokenizer {directory} is not a folder: give one that holds tokenizer.json.")
-    if not any((directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise UserError(f"--tokenizer {directory} holds no tokenizer: give a folder with tokenizer.json in it.")
-    from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # whatever its files make transformers stumble over
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--tokenizer {directory} cannot be loaded ({reason[0]}): save it again.") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"--tokenizer {directory} has no fast form: save it with save_pretrained as tokenizer.json.")
-    text = _without_truncation(tokenizer.backend_tokenizer.to_str())
-    prefix, suffix = added_around(tokenizer.backend_tokenizer)
+    tokenizer = load_tokenizer(directory)
     end = tokenizer.eos_token_id
     if eos == "always" and end is None:
         raise UserError(f"--eos always: the tokenizer {directory} has no end-of-sequence token; give --eos auto.")
+    prefix, suffix = added_around(tokenizer)
     if eos == "never":
         suffix = tuple(i for i in suffix if i != end)
     elif end is not None and end not in suffix:
         suffix = (*suffix, end)
-    recipe = Recipe(zlib.compress(text.encode(), 1), prefix, suffix, parse_special_tokens)
-    info = TokenizerInfo(
+    return recipe_of(tokenizer, prefix, suffix, parse_special_tokens), info_of(tokenizer, directory)
+
+
+def load_tokenizer(directory: Path) -> object:
+    """The transformers tokenizer of a folder. Raises :class:`UserError` when there is none."""
+    if not directory.is_dir():
+        raise UserError(f"--tokenizer {directory} is not a folder: give one that holds tokenizer.json.")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if not any((directory / name).is_file() for name in names):
+        raise UserError(f"--tokenizer {directory} holds no tokenizer: give a folder with tokenizer.json in it.")
+    from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # whatever its files make transformers stumble over
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--tokenizer {directory} cannot be loaded ({reason[0]}): save it again.") from error
+
+
+def recipe_of(
+    tokenizer: object, prefix: tuple[int, ...], suffix: tuple[int, ...], parse_special_tokens: bool
+) -> Recipe:
+    """What a worker needs of a transformers tokenizer."""
+    if not tokenizer.is_fast:
+        return Recipe(b"", prefix, suffix, parse_special_tokens, pickle.dumps(tokenizer))
+    text = _without_truncation(tokenizer.backend_tokenizer.to_str())
+    return Recipe(zlib.compress(text.encode(), 1), prefix, suffix, parse_special_tokens)
+
+
+def info_of(tokenizer: object, directory: Path) -> TokenizerInfo:
+    """What the manifest says about a tokenizer."""
+    return TokenizerInfo(
         name=directory.resolve().name,
         sha256=tokenizer_sha256(directory),
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return recipe, info
 
 
 def _without_truncation(text: str) -> str:
@@ -83,9 +109,9 @@ def _without_truncation(text: str) -> str:
 
 
 def added_around(tokenizer: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that a ``tokenizers.Tokenizer``'s post-processor puts before and after a text."""
-    inside = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    """Ids that a transformers tokenizer puts before and after a text."""
+    inside = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a", add_special_tokens=True)
     at = next((i for i in range(len(whole)) if whole[i : i + len(inside)] == inside), 0)
     return tuple(whole[:at]), tuple(whole[at + len(inside) :])
 
@@ -102,11 +128,13 @@ class Encoder:
         checked = 0
         if self.engine is None:
             self.engine, checked = self._choose(texts)
-        encode = encode_fast if self.engine == 0 else encode_exact
+        encode = {0: encode_fast, _SLOW: encode_slow}.get(self.engine, encode_exact)
         ids, offsets = encode(self.recipe, texts)
         return ids, offsets, checked
 
     def _choose(self, texts: Sequence[str]) -> tuple[int, int]:
+        if self.recipe.slow:
+            return _SLOW, 0
         # Short stretches of texts all over the batch: cut alike for both, they are as good as whole documents.
         sample = [text[:_SAMPLE_CHARACTERS] for text in texts[:: max(1, len(texts) // _SAMPLES)]]
         if _fast(self.recipe) is None:
@@ -131,6 +159,23 @@ def encode_exact(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.n
     for encoding, begin, end in zip(encodings, offsets[:-1], offsets[1:], strict=True):
         ids[begin:end] = encoding.ids
     return ids, offsets
+
+
+def encode_with_offsets(recipe: Recipe, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Encode with Hugging Face ``tokenizers``: int32 ids, and the character offsets of each id's begin and end."""
+    rows = []
+    for encoding in _offsets_exact(recipe).encode_batch(list(texts), add_special_tokens=False):
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        rows.append((np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
+    return rows
+
+
+def encode_slow(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encode with a tokenizer written in Python: (int32 ids, int64 offsets)."""
+    tokenizer, split = _slow(recipe), not recipe.parse_special_tokens
+    rows = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]), offsets
 
 
 def surround(
@@ -175,3 +220,18 @@ def _exact(recipe: Recipe) -> object:
     tokenizer = Tokenizer.from_str(recipe.json)
     tokenizer.encode_special_tokens = not recipe.parse_special_tokens
     return tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _offsets_exact(recipe: Recipe) -> object:
+    from tokenizers import Tokenizer
+
+    # A post-processor adds nothing here, but some trim white space from offsets.
+    tokenizer = Tokenizer.from_str(json.dumps({**json.loads(recipe.json), "post_processor": None}))
+    tokenizer.encode_special_tokens = not recipe.parse_special_tokens
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _slow(recipe: Recipe) -> object:
+    return pickle.loads(recipe.slow)

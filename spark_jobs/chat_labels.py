@@ -1,0 +1,172 @@
+"""From characters to tokens: which tokens of an encoded text cover a stretch of it. Exact, without a loop over tokens.
+
+The fast encoder gives no offsets. But the tokens of most tokenizers spell their text: byte for byte, one after the
+other. Where they do - proven for every row by comparing all bytes - the sums of their lengths are the offsets. Any
+other row (a normalizer changed the text, a special token swallowed spaces) is encoded by ``tokenizers`` with offsets.
+
+A token that lies across the edge of a stretch belongs to it: else nobody would learn to write it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from spark_jobs.encoding import Encoder, Recipe, encode_slow, encode_with_offsets
+
+NOT_TRAINED = -100
+_ROWS = 512  # rows whose bytes are compared at once
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What each id spells: ``data[starts[i]:starts[i] + lengths[i]]``, in bytes. An unknown id spells nothing."""
+
+    data: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, surfaces: Sequence[bytes]) -> "Spelling":
+        """From the bytes of every id."""
+        lengths = np.array([len(surface) for surface in surfaces], np.int64)
+        return cls(np.frombuffer(b"".join(surfaces), np.uint8), np.cumsum(lengths) - lengths, lengths)
+
+    def spell(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes of all ids end to end, end of each id in them)."""
+        lengths = self.lengths[ids]
+        ends = np.cumsum(lengths)
+        shift = self.starts[ids] - (ends - lengths)
+        return self.data[np.repeat(shift, lengths) + np.arange(ends[-1] if len(ends) else 0)], ends
+
+
+def encode_stretches(
+    encoder: Encoder, texts: Sequence[str], places: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]], int]:
+    """Encode texts, and find the tokens at some of their characters.
+
+    ``places[i]`` are rising character positions in text ``i``. Returns (int32 ids, int64 offsets of the texts in them,
+    per text (after, at), number of texts checked against Hugging Face): ``after[j]`` tokens of the text begin before
+    position ``j``, and ``at[j]`` of them end at it or before it.
+    """
+    ids, offsets, checked = encoder.encode(texts)
+    if encoder.recipe.slow:
+        rows = np.split(ids, offsets[1:-1])
+        found = [_by_prefixes(encoder.recipe, *row) for row in zip(texts, rows, places, strict=True)]
+        return ids, offsets, found, checked
+    spelling = spelling_of(encoder.recipe)
+    found, others = [], []
+    for first in range(0, len(texts), _ROWS):
+        rows = range(first, min(first + _ROWS, len(texts)))
+        found += _by_spelling(spelling, ids, offsets, texts, places, rows)
+    others = [row for row, value in enumerate(found) if value is None]
+    if others:
+        parts = np.split(ids, offsets[1:-1])
+        for row, (row_ids, starts, ends) in zip(
+            others, encode_with_offsets(encoder.recipe, [texts[row] for row in others]), strict=True
+        ):
+            parts[row] = row_ids
+            found[row] = _tokens_at(starts, ends, np.array(places[row], np.int64))
+        ids = np.concatenate(parts)
+        offsets = np.append(0, np.cumsum([len(part) for part in parts]))
+    return ids, offsets, found, checked
+
+
+def label(ids: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """``ids`` from ``begins[i]`` to ``ends[i]``, -100 elsewhere. Stretches may be empty and may overlap."""
+    steps = np.zeros(len(ids) + 1, np.int32)
+    np.add.at(steps, begins, 1)
+    np.add.at(steps, np.maximum(begins, ends), -1)
+    return np.where(np.cumsum(steps[:-1]) > 0, ids, np.int32(NOT_TRAINED))
+
+
+def _tokens_at(starts: np.ndarray, ends: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.searchsorted(starts, places, side="left"), np.searchsorted(ends, places, side="right")
+
+
+def _by_spelling(
+    spelling: Spelling,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    texts: Sequence[str],
+    places: Sequence[Sequence[int]],
+    rows: range,
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """Token positions by spelled bytes, None for rows whose ids do not spell their text."""
+    begin, end = offsets[rows.start], offsets[rows.stop]
+    spelled, token_ends = spelling.spell(ids[begin:end])
+    bounds = np.append(0, token_ends)[offsets[rows.start : rows.stop + 1] - begin]
+    found = []
+    for row, first, last in zip(rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        encoded = texts[row].encode()
+        if spelled[first:last].tobytes() != encoded:
+            found.append(None)
+            continue
+        part = token_ends[offsets[row] - begin : offsets[row + 1] - begin] - first
+        at = np.array(places[row], np.int64)
+        if len(encoded) != len(texts[row]):
+            at = _byte_positions(texts[row], places[row])
+        found.append(_tokens_at(np.append(0, part[:-1]), part, at))
+    return found
+
+
+def _byte_positions(text: str, places: Sequence[int]) -> np.ndarray:
+    stretches = zip([0, *places], places, strict=False)
+    return np.cumsum([len(text[begin:end].encode()) for begin, end in stretches], dtype=np.int64)
+
+
+def _by_prefixes(recipe: Recipe, text: str, ids: np.ndarray, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Token positions of a tokenizer that knows no offsets: how many ids the text up to each place has in common
+    with the whole text's. Where a place lies inside a token, that token is the first that differs."""
+    prefixes, at = encode_slow(recipe, [text[:place] for place in places])
+    same, whole = [], []
+    for prefix in np.split(prefixes, at[1:-1]) if len(places) else []:
+        size = min(len(prefix), len(ids))
+        differing = np.flatnonzero(prefix[:size] != ids[:size])
+        same.append(int(differing[0]) if len(differing) else size)
+        whole.append(len(prefix))
+    same = np.array(same, np.int64)
+    return same + (same < np.array(whole, np.int64)), same
+
+
+@lru_cache(maxsize=2)
+def spelling_of(recipe: Recipe) -> Spelling:
+    """What the ids of a ``tokenizer.json`` spell. A wrong guess costs only time: no row will be proven by it."""
+    spec = json.loads(recipe.json)
+    vocabulary = spec["model"].get("vocab", {})
+    if isinstance(vocabulary, list):
+        vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
+    byte_level = '"ByteLevel"' in json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
+    spell = _byte_level if byte_level else _sentence_piece
+    added = {token["id"]: token["content"].encode() for token in spec.get("added_tokens", ())}
+    surfaces = [b""] * (max([-1, *vocabulary.values(), *added]) + 1)
+    for token, i in vocabulary.items():
+        surfaces[i] = spell(token)
+    for i, content in added.items():
+        surfaces[i] = content
+    return Spelling.of(surfaces)
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes(map(_BYTES.__getitem__, token))
+    except KeyError:
+        return b""
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others are moved above 255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+
+
+_BYTES = _byte_level_alphabet()
+
+
+def _sentence_piece(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()

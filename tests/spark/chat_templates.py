@@ -1,0 +1,163 @@
+"""Small tokenizers with chat templates in the style of well-known model families."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+_CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+#: Trims every content; the header ends with two newlines.
+_LLAMA3 = """\
+{%- for message in messages %}
+    {%- set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' %}
+    {%- set text = text + message['content'] | trim + '<|eot_id|>' %}
+    {%- if loop.first %}{% set text = bos_token + text %}{% endif %}
+    {{- text }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
+#: Puts a system turn first when there is none.
+_QWEN25 = (
+    """\
+{%- if messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+"""
+    + _CHATML
+)
+
+#: Drops the reasoning of turns before the last question, and gives the last turn an empty one if it has none.
+_QWEN3 = """\
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- if message.role != 'assistant' %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- else %}
+        {%- set reasoning = message.reasoning_content or '' %}
+        {%- set content = message.content %}
+        {%- if not reasoning and '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
+            {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+#: The end token stands right after the content; the system prompt goes into the first question; roles must alternate.
+_MISTRAL = """\
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}
+{%- else %}
+    {%- set system = '' %}{% set turns = messages %}
+{%- endif %}
+{%- for message in turns %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+
+_INTERNLM2 = "{{- bos_token }}\n" + _CHATML
+
+#: Roles are tokens of their own.
+_BAICHUAN2 = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}{{- message['content'] }}
+    {%- elif message['role'] == 'user' %}{{- '<reserved_106>' + message['content'] }}
+    {%- else %}{{- '<reserved_107>' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<reserved_107>' }}{%- endif %}"""
+
+#: The same as some publish it: nothing ends an assistant's turn.
+_BAICHUAN2_BARE = _BAICHUAN2.replace(" + eos_token", "")
+
+
+@dataclass(frozen=True)
+class Style:
+    """A family's template and special tokens. ``trims`` and ``alternates`` say what the template does and wants."""
+
+    template: str
+    special: tuple[str, ...]
+    end_of_turn: str
+    bos: str | None = None
+    eos: str | None = None
+    trims: bool = False
+    alternates: bool = False
+
+
+STYLES = {
+    "llama3": Style(
+        _LLAMA3,
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|eot_id|>",
+        bos="<|begin_of_text|>",
+        eos="<|eot_id|>",
+        trims=True,
+    ),
+    "qwen2.5": Style(_QWEN25, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", eos="<|im_end|>"),
+    "qwen3": Style(_QWEN3, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", eos="<|im_end|>"),
+    "mistral": Style(_MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "</s>", bos="<s>", eos="</s>", alternates=True),
+    "internlm2": Style(_INTERNLM2, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"), "<|im_end|>", bos="<s>", eos="</s>"),
+    "baichuan2": Style(_BAICHUAN2, ("<s>", "</s>", "<reserved_106>", "<reserved_107>"), "</s>", eos="</s>"),
+    "baichuan2-bare": Style(_BAICHUAN2_BARE, ("<s>", "</s>", "<reserved_106>", "<reserved_107>"), "", eos="</s>"),
+}
+
+_LINES = [
+    "What is the capital of France? The capital of France is Paris, as you know.",
+    "assistant\nuser\nsystem\nHello there, how are you today? I am well, thank you.",
+    "<think>\nLet me see.\n</think>\n\nThe answer is 42.\n\n  def f(x):\n      return x",
+]
+
+
+def save_chat_tokenizer(folder: Path, style: str, kind: str = "byte-level") -> Path:
+    """A small tokenizer with the style's template: "byte-level" BPE, with "nfc" normalization, or "sentence-piece"."""
+    from transformers import PreTrainedTokenizerFast
+
+    chosen = STYLES[style]
+    if kind == "sentence-piece":
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<0x00>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=700, special_tokens=[f"<0x{i:02X}>" for i in range(256)], show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        if kind == "nfc":
+            tokenizer.normalizer = normalizers.NFC()
+        trainer = trainers.BpeTrainer(
+            vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+    tokenizer.train_from_iterator(_LINES * 3, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=chosen.bos,
+        eos_token=chosen.eos,
+        additional_special_tokens=list(chosen.special),
+    )
+    fast.chat_template = chosen.template
+    fast.save_pretrained(folder)
+    return folder
