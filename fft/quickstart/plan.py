@@ -25,10 +25,10 @@ HOLDOUT = 0.01
 MODEL = "conf/models/llama-3m.json"
 CONFIG = "conf/quickstart.yaml"
 PROMPTS = (
-    "class TestStack(unittest.TestCase):\n\n    def test_push(self):\n",
-    "    def __init__(self, name, path",
-    "import os\nimport sys\n",
+    "    def __init__(self, name, path):",
+    "import os\nimport sys",
     "    for name in names:\n        if name",
+    "    def close(self):",
 )
 #: Greedy text of so small a model soon repeats itself; the likeliest part of its distribution shows what it knows.
 SAMPLING = {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.9, "seed": 0}
