@@ -1,21 +1,27 @@
 """One way to get a Spark session, wherever the job runs."""
 
+import atexit
+import importlib.util
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-from pyspark.errors import PySparkRuntimeError
-from pyspark.sql import SparkSession
+from pyspark.errors import PySparkException, PySparkRuntimeError
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.utils import is_remote
 
 from fft.errors import UserError
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
-_NEED_JAVA = (
-    "Spark needs Java, and none was found: install Java 17 (apt-get install openjdk-17-jre-headless) or set JAVA_HOME."
+_NEED_ENGINE = (
+    "Spark needs Java, and none was found: install Java 17 (apt-get install openjdk-17-jre-headless) or set JAVA_HOME; "
+    "or run without Java on Sail: pip install pysail."
 )
 #: Loggers that only repeat, with a stack, what the driver is about to raise.
 _ECHOES = (
@@ -27,18 +33,23 @@ _ECHOES = (
 
 
 def get_session(name: str) -> SparkSession:
-    """The active session (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or one on ``local[*]``.
+    """The active session (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or a local one.
 
-    Raises :class:`UserError` when a local session is needed and there is no Java.
+    A local one runs on Java; where there is none, or with ``FFT_ENGINE=sail``, on Sail (``pip install pysail``).
+    Raises :class:`UserError` when there is neither.
     """
     active = SparkSession.getActiveSession()
     if active is not None:
         return active
+    sail = os.environ.get("FFT_ENGINE") == "sail"
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name)
-    if "SPARK_REMOTE" in os.environ:
+    if "SPARK_REMOTE" in os.environ and not sail:
         return builder.getOrCreate()
-    _check_java()
+    if sail or not _has_java():
+        if importlib.util.find_spec("pysail") is None:
+            raise UserError(_NEED_ENGINE)
+        return _sail_session(name)
     # Python workers must find this package also when it is not installed.
     path = os.pathsep.join(p for p in (_ROOT, os.environ.get("PYTHONPATH")) if p)
     builder = builder.config("spark.executorEnv.PYTHONPATH", path)
@@ -53,12 +64,39 @@ def get_session(name: str) -> SparkSession:
     return spark
 
 
-def _check_java() -> None:
+def _has_java() -> bool:
     if "PYSPARK_GATEWAY_PORT" in os.environ:  # spark-submit: Java runs already
-        return
+        return True
     home = os.environ.get("JAVA_HOME")
-    if not (shutil.which("java") if home is None else shutil.which(os.path.join(home, "bin", "java"))):
-        raise UserError(_NEED_JAVA)
+    return bool(shutil.which("java") if home is None else shutil.which(os.path.join(home, "bin", "java")))
+
+
+def _sail_session(name: str) -> SparkSession:
+    """A session on a Sail server inside this process; it ends with the process."""
+    from pysail.spark import SparkConnectServer
+
+    os.environ.setdefault("RUST_LOG", "error")  # what goes wrong is raised as well
+    server = SparkConnectServer()
+    server.start(background=True)
+    address, port = server.listening_address
+    spark = SparkSession.builder.appName(name).remote(f"sc://{address}:{port}").getOrCreate()
+    atexit.register(server.stop)
+    atexit.register(spark.stop)  # before the server: the last registered goes first
+    return spark
+
+
+@lru_cache(maxsize=1)
+def places_rows_by_number(spark: SparkSession) -> bool:
+    """Whether ``repartitionById`` works: since Spark 4.1, on classic Spark and its Connect servers, not on Sail."""
+    if not hasattr(DataFrame, "repartitionById"):
+        return False
+    if not is_remote():
+        return True
+    try:
+        spark.range(1).repartitionById(1, F.lit(0)).count()
+    except PySparkException:
+        return False
+    return True
 
 
 def _mute_echoes(spark: SparkSession) -> None:
@@ -70,13 +108,9 @@ def _mute_echoes(spark: SparkSession) -> None:
 
 
 @contextmanager
-def job_settings(spark: SparkSession, input_bytes: int) -> Iterator[None]:
-    """Bound what goes to a Python worker at once, and cut the input the same way whatever the number of cores.
-
-    The session's own settings are put back afterwards.
-    """
+def job_settings(spark: SparkSession) -> Iterator[None]:
+    """Bound what goes to a Python worker at once; the session's own settings are put back afterwards."""
     settings = {
-        "spark.sql.files.minPartitionNum": str(max(8, input_bytes >> 26)),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
         "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
     }

@@ -1,0 +1,103 @@
+"""Read the records of a span of a file, in a worker, a few megabytes at a time."""
+
+import bz2
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fft.errors import UserError
+
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+_BLOCK = 4 << 20
+#: Between documents of a plain text: one blank line or more, with any line ends.
+_BLANK_LINES = re.compile(rb"\n(?:[ \t]*\r?\n)+")
+#: Any longer run of blank lines still has a separator in its last bytes.
+_LONGEST_SEPARATOR = 4096
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Make a :class:`UserError` that names the file of whatever goes wrong while it is read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}): is it whole? Restore or remove it.") from error
+
+
+def open_text(path: str) -> BinaryIO:
+    """The bytes of a plain or compressed text file."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".bz2":
+        return bz2.open(path, "rb")
+    if suffix == ".zst":
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"), _BLOCK)
+    return open(path, "rb")
+
+
+def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Lines that begin in bytes [start, stop) of a file, without their ends; to the file's end if ``stop`` is 0."""
+    with naming(path), open_text(path) as stream:
+        at = start
+        if start:
+            stream.seek(start - 1)
+            at += len(stream.readline()) - 1
+        for line in stream:
+            if stop and at >= stop:
+                return
+            at += len(line)
+            yield line.rstrip(b"\r\n")
+
+
+def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Documents between blank lines that begin in bytes [start, stop) of a file; to its end if ``stop`` is 0."""
+    with naming(path), open_text(path) as stream:
+        at, buffer = start, b""
+        if start:  # the separator before a document that begins at ``start`` lies before it
+            at = max(0, start - _LONGEST_SEPARATOR)
+            stream.seek(at)
+        ended, begun = False, start == 0
+        while not ended:
+            block = stream.read(_BLOCK)
+            ended = not block
+            buffer += block
+            first = 0
+            for found in _BLANK_LINES.finditer(buffer):
+                if found.end() == len(buffer) and not ended:
+                    break  # it may go on in the next block
+                if begun:
+                    if stop and at + first >= stop:
+                        return
+                    yield buffer[first : found.start()]
+                first = found.end()
+                begun = begun or at + first >= start
+            at, buffer = at + first, buffer[first:]
+        if begun and buffer.strip() and not (stop and at >= stop):
+            yield buffer
+
+
+def read_row_groups(path: str, first: int, last: int, columns: list[str], rows: int = 256) -> Iterator[pa.RecordBatch]:
+    """Rows of row groups [first, last) of a parquet file."""
+    with naming(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        yield from file.iter_batches(rows, row_groups=list(range(first, last)), columns=columns, use_threads=False)
+
+
+def row_group_sizes(path: Path) -> list[int]:
+    """Compressed bytes of a parquet file's row groups."""
+    with naming(str(path)):
+        metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]
+
+
+READERS: dict[str, Callable[[str, int, int], Iterator[bytes]]] = {"json": read_lines, "text": read_documents}

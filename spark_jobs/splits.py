@@ -1,0 +1,63 @@
+"""Which bytes of which input files each part reads: planned from sizes alone, so that any engine reads alike."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+#: Input bytes of a part, and the fewest parts: enough to occupy a few cores with little input.
+PART_BYTES, FEWEST_PARTS = 64 << 20, 8
+#: Schema of :func:`Split.row` after ``part``.
+SPLIT = "kind string, path string, start bigint, stop bigint"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a file that can be read on its own: bytes [start, stop) of a text, or row groups of a parquet file.
+
+    ``size`` is its cost in bytes. A compressed text is one span (0, 0).
+    """
+
+    kind: str
+    path: str
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A :class:`Span` and the number of the part that reads it."""
+
+    part: int
+    kind: str
+    path: str
+    start: int
+    stop: int
+
+    def row(self) -> tuple:
+        """As a row for Spark."""
+        return astuple(self)
+
+
+def cut_text(kind: str, path: str, size: int, pieces_of: int) -> list[Span]:
+    """Cut a plain text file into spans of about ``pieces_of`` bytes; records belong to the span they begin in."""
+    pieces = max(1, -(-size // pieces_of))
+    bounds = [size * i // pieces for i in range(pieces + 1)]
+    return [Span(kind, path, a, b, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def piece_size(total: int) -> int:
+    """Bytes into which large files are cut when the whole input has ``total``."""
+    return max(1, min(PART_BYTES, -(-total // FEWEST_PARTS)))
+
+
+def deal(spans: Sequence[Span]) -> list[Split]:
+    """Spans to parts, in order, neighbours together; parts are numbered from 0 without gaps."""
+    total = sum(span.size for span in spans)
+    target, splits, before, last, part = piece_size(total), [], 0, None, -1
+    for span in spans:
+        bin_ = (before + span.size // 2) // target
+        if bin_ != last:
+            part, last = part + 1, bin_
+        splits.append(Split(part, span.kind, span.path, span.start, span.stop))
+        before += span.size
+    return splits
