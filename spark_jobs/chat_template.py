@@ -11,16 +11,20 @@ The rule. Of every assistant turn, these characters are trained on, and no other
 
 Role headers, and an empty ``<think></think>`` that the template adds on its own, are not trained on.
 
-How it is found. Templates are programs, so nothing is guessed from their text: the conversation is rendered as it is,
-and once more with a mark around each assistant turn. Only if the second rendering without its marks is the first are
-the marks believed. A mark that disturbs the template (it shields white space from a ``trim``) is tried further inside.
-A turn for which no mark works is malformed.
+How it is found. Templates are programs, so nothing is guessed from their text. What a template writes between the
+contents is learned once for each sequence of roles, from a rendering of marks. A conversation is rendered as it is, and
+if that is exactly those parts with its contents between them, its turns are known. If not (a content is trimmed, its
+reasoning dropped), it is rendered again with a mark at the turn's beginning, and believed only if that rendering
+without the mark is the first. A mark that disturbs the template is tried further inside: past the white space, past
+the reasoning. A turn for which no mark works is malformed.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice
+from functools import lru_cache
+from itertools import accumulate, chain
 
 from fft.errors import UserError
 from spark_jobs.documents import Malformed
@@ -72,9 +76,10 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils as hugging_face
 
+        extra = any(len(message) > 2 for message in messages)
         try:
             return hugging_face._compile_jinja_template(self.source).render(
-                messages=hugging_face._alias_reasoning_fields([dict(message) for message in messages]),
+                messages=hugging_face._alias_reasoning_fields(messages) if extra else messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -87,13 +92,13 @@ class ChatTemplate:
     def locate(self, messages: Sequence[dict]) -> Rendered:
         """Render a conversation and find its assistant turns. Raises :class:`Malformed`."""
         text = self.render(messages)
-        marks = list(islice((mark for mark in _MARKS if mark not in text), 2))
-        if len(marks) < 2:
-            raise Malformed("it uses all private-use characters of Unicode")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        contents = self._mark_all(messages, turns, text, *marks)
+        contents = self._between_frames(messages, turns, text)
         if contents is None:
-            contents = [self._mark_one(messages, i, text, marks[0]) for i in turns]
+            mark = next((mark for mark in _MARKS if mark not in text), None)
+            if mark is None:
+                raise Malformed("it uses all private-use characters of Unicode")
+            contents = [self._mark_one(messages, i, text, mark) for i in turns]
         found, begin = [], 0
         for i, (start, end, reasoning) in zip(turns, contents, strict=True):
             if not begin <= start <= end:
@@ -107,29 +112,22 @@ class ChatTemplate:
             found.append(Turn(start, end, max(stop, end), opens))
         return Rendered(text, tuple(found))
 
-    def _mark_all(
-        self, messages: Sequence[dict], turns: Sequence[int], text: str, before: str, after: str
+    def _between_frames(
+        self, messages: Sequence[dict], turns: Sequence[int], text: str
     ) -> list[tuple[int, int, bool]] | None:
-        """(start, end, False) of the contents of all turns, by one rendering; None if the template minds the marks."""
-        if any(isinstance(messages[i].get(key), str) for i in turns for key in _REASONING):
+        """(start, end, False) of the turns' contents if the template writes all as they are, or all trimmed."""
+        if any(len(message) != 2 for message in messages):  # more than role and content
             return None
-        marked = list(messages)
-        for i in turns:
-            marked[i] = {**messages[i], "content": f"{before}{messages[i]['content']}{after}"}
-        try:
-            between, *rest = self.render(marked).split(before)
-        except Malformed:
+        frames = _frames(self, tuple(message["role"] for message in messages))
+        if frames is None:
             return None
-        contents = [part.split(after) for part in rest]
-        if len(rest) != len(turns) or any(len(part) != 2 for part in contents):
-            return None
-        found, parts = [], [between]
-        at = len(between)
-        for content, following in contents:
-            found.append((at, at + len(content), False))
-            at += len(content) + len(following)
-            parts += content, following
-        return found if "".join(parts) == text else None
+        contents = [message["content"] for message in messages]
+        for written in (contents, [content.strip() for content in contents]):
+            if "".join(chain(frames[:1], *zip(written, frames[1:], strict=True))) == text:
+                sizes = [len(part) for pair in zip(frames, written, strict=False) for part in pair]
+                ends = list(accumulate(sizes))[1::2]
+                return [(ends[i] - len(written[i]), ends[i], False) for i in turns]
+        return None
 
     def _mark_one(self, messages: Sequence[dict], i: int, text: str, mark: str) -> tuple[int, int, bool]:
         """Start and end of what the template renders of turn ``i``, and whether that begins with reasoning."""
@@ -155,6 +153,21 @@ class ChatTemplate:
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@lru_cache(maxsize=4096)
+def _frames(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What the template writes before, between and after contents of these roles; None if it moves or drops them."""
+    if len(roles) > len(_MARKS):
+        return None
+    marks = _MARKS[: len(roles)]
+    try:
+        text = template.render([{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)])
+    except Malformed:
+        return None
+    frames = re.split(f"[{marks[0]}-{marks[-1]}]", text)
+    whole = "".join(x for pair in zip(frames, marks, strict=False) for x in pair) + frames[-1]
+    return tuple(frames) if len(frames) == len(roles) + 1 and whole == text else None
 
 
 def _common(a: str, b: str) -> int:

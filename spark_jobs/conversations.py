@@ -25,10 +25,11 @@ def parse_conversation(record: bytes | None, id_key: str) -> tuple[list[dict], s
     messages = [_message(turn, number) for number, turn in enumerate(row, 1)]
     if messages and not any(message["role"] == "assistant" for message in messages):
         raise Malformed("no assistant turn")
-    try:
-        json.dumps([messages, doc_id], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise Malformed("a lone surrogate, which is no Unicode text") from error
+    if b"\\u" in (record or b""):  # only an escape can bring one
+        try:
+            json.dumps([messages, doc_id], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Malformed("a lone surrogate, which is no Unicode text") from error
     return messages, doc_id
 
 

@@ -24,6 +24,8 @@ WRITING_NAME = "_fft_writing.json"
 
 #: Files that decide which ids a text gets. Chat templates and the like may change without changing a table.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+#: The same for a tokenizer that is all code and has none of those, such as ByT5's.
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,10 @@ class Manifest:
 
 def tokenizer_sha256(directory: str | os.PathLike) -> str:
     """Hash the files of a tokenizer directory that decide its ids (names and bytes, in a fixed order)."""
-    digest = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
-        path = Path(directory) / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest, folder = hashlib.sha256(), Path(directory)
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    for name in names or [name for name in _TOKENIZER_SETTINGS if (folder / name).is_file()]:
+        digest.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
     return digest.hexdigest()
 
 
