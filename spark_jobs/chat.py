@@ -16,10 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType
 
 from fft.data.manifest import TokenizerInfo
 from fft.errors import UserError
@@ -28,9 +24,9 @@ from spark_jobs.chat_labels import encode_stretches, label
 from spark_jobs.chat_pieces import cut_chat
 from spark_jobs.chat_template import ChatTemplate, Rendered, load_chat_template
 from spark_jobs.conversations import TURN_KEYS, parse_conversation
-from spark_jobs.documents import Source, check_id, content_id
+from spark_jobs.documents import Source, content_id, id_column, row_ids
 from spark_jobs.encoding import Encoder, Recipe, info_of, load_tokenizer, recipe_of
-from spark_jobs.outcomes import OUTCOMES, with_outcomes
+from spark_jobs.outcomes import with_outcomes
 
 
 @dataclass(frozen=True)
@@ -51,23 +47,27 @@ class Chat:
     id_key: str = "id"
     max_len: int | None = None
 
-    schema = f"input_ids array<int>, labels array<int>, {OUTCOMES}, cut int, dropped int, special int, trained int"
     columns_out = ("input_ids", "labels", "doc_ids")
 
-    def columns(self, df: DataFrame, source: Source) -> tuple[Column, Column]:
-        """The columns with turns as one JSON object, and the id."""
-        names = [name for name in TURN_KEYS if name in df.columns]
+    def columns(self, schema: pa.Schema, source: Source) -> list[str]:
+        """The columns of turns, and the id's if there is one. Raises :class:`UserError` when there are no turns."""
+        names = [name for name in TURN_KEYS if name in schema.names]
         if not names:
             raise UserError(
-                f"-i {source.path} has no column {' or '.join(TURN_KEYS)} (it has {', '.join(df.columns)}): rename it."
+                f"-i {source.path} has no column {' or '.join(TURN_KEYS)} (it has {', '.join(schema.names)}): "
+                "rename it."
             )
         for name in names:
-            if not isinstance(df.schema[name].dataType, ArrayType):
-                kind = df.schema[name].dataType.simpleString()
+            kind = schema.field(name).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
                 raise UserError(f"-i {source.path}: column {name} is {kind}, it must be an array of turns.")
-        check_id(df, source, self.id_key)
-        doc_id = F.col(self.id_key) if self.id_key in df.columns else F.lit(None)
-        return F.to_json(F.struct(*names)), doc_id
+        return [*names, *id_column(schema, source, self.id_key)]
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
+        """The columns of turns as one JSON object, and the id."""
+        turns = batch.select([name for name in TURN_KEYS if name in batch.schema.names]).to_pylist()
+        for row, doc_id in zip(turns, row_ids(batch, self.id_key), strict=True):
+            yield json.dumps(row, ensure_ascii=False, default=str).encode(errors="surrogatepass"), doc_id
 
     def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[Conversation | None, str]:
         """The conversation (None if it has no turns) and its id, else a hash. Raises :class:`Malformed`."""
@@ -81,13 +81,6 @@ class Chat:
         pattern = _any_of(self.special)
         marked = any(pattern.search(message["content"]) for message in messages)
         return Conversation(rendered, marked) if rendered.text else None, doc_id
-
-    def row_records(self, file: pq.ParquetFile) -> Iterator[bytes | None]:
-        """As :meth:`columns`, read by the driver."""
-        names = [name for name in TURN_KEYS if name in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=1024, columns=names):
-            for row in batch.to_pylist():
-                yield json.dumps(row, ensure_ascii=False, default=str).encode()
 
     def token_rows(
         self, documents: Sequence[tuple[Conversation | None, str]], malformed: int, encoder: Encoder
@@ -136,15 +129,13 @@ class Chat:
             trained=trained,
         )
 
-    @staticmethod
-    def tallies() -> dict[str, Column]:
-        """Sums over the output rows that go into the manifest."""
-        return {
-            "trained_tokens": F.sum("trained"),
-            "cut_conversations": F.sum("cut"),
-            "dropped_tokens": F.sum("dropped"),
-            "with_special_strings": F.sum("special"),
-        }
+    #: Name in the manifest of the sum over a column of :meth:`token_rows`.
+    tallies = (
+        ("trained_tokens", "trained"),
+        ("cut_conversations", "cut"),
+        ("dropped_tokens", "dropped"),
+        ("with_special_strings", "special"),
+    )
 
     def notes(self, counts: dict) -> list[str]:
         """What the user should know about these counts."""

@@ -1,6 +1,5 @@
 """Raw inputs: which files there are, how Spark reads them, and how one record becomes a document or is malformed."""
 
-import gzip
 import hashlib
 import json
 import os
@@ -8,15 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyspark.sql import Column, DataFrame, SparkSession
-from pyspark.sql import functions as F
-from pyspark.sql.types import IntegerType, LongType, StringType
 
 from fft.errors import UserError
+from spark_jobs.readers import COMPRESSIONS, READERS, read_row_groups, row_group_sizes, schema_of
+from spark_jobs.splits import Span, Split, cut_text, piece_size
 
 KINDS = {
     ".jsonl": "json",
@@ -26,20 +22,22 @@ KINDS = {
     ".txt": "text",
     ".text": "text",
 }
-_COMPRESSIONS = (".gz", ".zst", ".bz2")
+#: Bytes of text in a byte of its compressed form, roughly: to deal files to parts.
+_EXPANSION = 4
+_BATCH_RECORDS, _BATCH_BYTES = 4096, 8 << 20
 
 
 class Task(Protocol):
     """What a task takes from the inputs; it travels to the workers."""
 
-    def columns(self, df: DataFrame, source: "Source") -> tuple[Column, Column]:
-        """Record and id of a parquet file's row. Raises :class:`UserError` when there are no such columns."""
+    def columns(self, schema: pa.Schema, source: "Source") -> list[str]:
+        """Columns of a parquet file to read. Raises :class:`UserError` when those of the task are not there."""
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str | None]]:
+        """Record and id of each row of these columns."""
 
     def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[object, str]:
         """Document and id of a record of this kind. Raises :class:`Malformed`."""
-
-    def row_records(self, file: pq.ParquetFile) -> Iterator[bytes | None]:
-        """The records of a parquet file, read without Spark, to find one by its number."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,45 @@ class Keys:
     text: str = "text"
     id: str = "id"
 
-    def columns(self, df: DataFrame, source: "Source") -> tuple[Column, Column]:
-        """Record and id of a parquet file's row. Raises :class:`UserError` when there are no such columns."""
-        _check_columns(df, source, self)
-        return F.col(self.text), F.col(self.id) if self.id in df.columns else F.lit(None)
+    def columns(self, schema: pa.Schema, source: "Source") -> list[str]:
+        """The text's column, and the id's if there is one. Raises :class:`UserError` when there is no text."""
+        if self.text not in schema.names:
+            raise UserError(
+                f"-i {source.path} has no column {self.text} (it has {', '.join(schema.names)}): "
+                "name it with --text_key."
+            )
+        kind = schema.field(self.text).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f"-i {source.path}: column {self.text} is {kind}, it must be a string.")
+        return [self.text, *id_column(schema, source, self.id)]
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str | None]]:
+        """Texts as bytes, and ids."""
+        return zip(batch.column(self.text).cast(pa.large_binary()).to_pylist(), row_ids(batch, self.id), strict=True)
 
     def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[str, str]:
         """Text and id of a record. Raises :class:`Malformed`."""
         return parse_record(kind, record, doc_id, self)
 
-    def row_records(self, file: pq.ParquetFile) -> Iterator[bytes | None]:
-        """The texts of a parquet file as bytes."""
-        for batch in file.iter_batches(batch_size=1024, columns=[self.text]):
-            yield from batch.column(0).cast(pa.binary()).to_pylist()
+
+def id_column(schema: pa.Schema, source: "Source", name: str) -> list[str]:
+    """``name`` if there is such a column. Raises :class:`UserError` when it cannot be an id."""
+    if name not in schema.names:
+        return []
+    kind = schema.field(name).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise UserError(
+            f"-i {source.path}: column {name} is {kind}, an id must be a string or an integer: "
+            "name another with --id_key."
+        )
+    return [name]
+
+
+def row_ids(batch: pa.RecordBatch, name: str) -> list[str | None]:
+    """The ids of a batch as strings, None where there are none."""
+    if name not in batch.schema.names:
+        return [None] * batch.num_rows
+    return batch.column(name).cast(pa.string()).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ class Malformed(ValueError):
 def kind_of(path: Path) -> str | None:
     """Kind by suffix, with a compression's suffix taken off; None when unknown."""
     name = path.name.lower()
-    for compression in _COMPRESSIONS:
+    for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     return KINDS.get(os.path.splitext(name)[1])
 
@@ -112,50 +136,48 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
 
 
 def _known() -> str:
-    return f"{', '.join(KINDS)} (and {', '.join(_COMPRESSIONS)} of the text kinds)"
+    return f"{', '.join(KINDS)} (and {', '.join(COMPRESSIONS)} of the text kinds)"
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(("_", ".")) for part in path.relative_to(root).parts)
 
 
-def read_records(spark: SparkSession, source: Source, task: Task) -> DataFrame:
-    """Records as they lie in the files: ``kind``, ``file``, ``record`` (bytes: a JSON line or a text), ``id``."""
-    paths = [file.absolute().as_uri() for file in source.files]
-    if source.kind == "parquet":
-        df = spark.read.parquet(*paths)
-        record, doc_id = task.columns(df, source)
-    else:
-        df = spark.read.text(paths, lineSep="\n\n" if source.kind == "text" else "\n")
-        record, doc_id = F.col("value"), F.lit(None)
-        if source.kind == "json":
-            df = df.where(F.trim("value") != "")  # blank lines between records are none
-    return df.select(
-        F.lit(source.kind).alias("kind"),
-        F.col("_metadata.file_path").alias("file"),
-        record.cast("binary").alias("record"),
-        doc_id.cast("string").alias("id"),
-    )
+def spans_of(sources: Sequence[Source], task: Task) -> list[Span]:
+    """The inputs cut into pieces that can be read on their own. Raises :class:`UserError` for unreadable parquet."""
+    pieces_of = piece_size(sum(source.bytes for source in sources))
+    spans = []
+    for source in sources:
+        for file in source.files:
+            path, size = str(file.absolute()), file.stat().st_size
+            if source.kind == "parquet":
+                task.columns(schema_of(path), source)
+                spans += [Span("parquet", path, i, i + 1, s) for i, s in enumerate(row_group_sizes(path))]
+            elif file.suffix.lower() in COMPRESSIONS:
+                spans.append(Span(source.kind, path, 0, 0, size * _EXPANSION))
+            else:
+                spans += cut_text(source.kind, path, size, pieces_of)
+    return spans
 
 
-def _check_columns(df: DataFrame, source: Source, keys: Keys) -> None:
-    if keys.text not in df.columns:
-        raise UserError(
-            f"-i {source.path} has no column {keys.text} (it has {', '.join(df.columns)}): name it with --text_key."
-        )
-    kind = df.schema[keys.text].dataType
-    if not isinstance(kind, StringType):
-        raise UserError(f"-i {source.path}: column {keys.text} is {kind.simpleString()}, it must be a string.")
-    check_id(df, source, keys.id)
-
-
-def check_id(df: DataFrame, source: Source, name: str) -> None:
-    """Raise :class:`UserError` when there is a column ``name`` that cannot be an id."""
-    if name in df.columns and not isinstance(df.schema[name].dataType, StringType | LongType | IntegerType):
-        raise UserError(
-            f"-i {source.path}: column {name} is {df.schema[name].dataType.simpleString()}, "
-            "an id must be a string or an integer: name another with --id_key."
-        )
+def read_records(split: Split, task: Task) -> Iterator[list[tuple[bytes | None, str | None]]]:
+    """Records (a JSON line or a text as bytes; an id if it stands beside) of a split, a few megabytes at a time."""
+    if split.kind == "parquet":
+        columns = task.columns(schema_of(split.path), Source(Path(split.path), "parquet", ()))
+        for batch in read_row_groups(split.path, split.start, split.stop, columns):
+            yield list(task.rows(batch))
+        return
+    waiting, size = [], 0
+    for record in READERS[split.kind](split.path, split.start, split.stop):
+        if split.kind == "json" and not record.strip():
+            continue  # blank lines between records are none
+        waiting.append((record, None))
+        size += len(record)
+        if len(waiting) == _BATCH_RECORDS or size >= _BATCH_BYTES:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
 
 
 def parse_record(kind: str, record: bytes | None, doc_id: str | None, keys: Keys) -> tuple[str, str]:
@@ -213,38 +235,26 @@ def _parse_json(line: str, keys: Keys) -> tuple[str, str | None]:
     return text, doc_id
 
 
-def first_malformed(file: str, task: Task) -> str:
-    """Name a file's first malformed record by line or row, as far as the driver can read the file."""
-    url = urlsplit(file)
-    path = Path(unquote(url.path))
-    if url.scheme not in ("", "file") or not path.is_file():
-        return file
-    if kind_of(path) == "parquet":
-        return _first_malformed_row(path, task)
-    if kind_of(path) == "json":
-        return _first_malformed_line(path, task)
-    return str(path)
+def first_malformed(path: str, task: Task) -> str:
+    """Name a file's first malformed record by line or row."""
+    kind = kind_of(Path(path))
+    if kind == "text":
+        return path
+    what = "row" if kind == "parquet" else "line"
+    for number, (record, doc_id) in enumerate(_numbered(path, kind, task), 1):
+        if kind == "json" and not record.strip():
+            continue
+        try:
+            task.parse(kind, record, doc_id)
+        except Malformed:
+            return f"{path}, {what} {number}"
+    return path
 
 
-def _first_malformed_line(path: Path, task: Task) -> str:
-    if path.suffix in (".zst", ".bz2"):
-        return str(path)
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                task.parse("json", line.rstrip(b"\r\n"), None)
-            except Malformed:
-                return f"{path}, line {number}"
-    return str(path)
-
-
-def _first_malformed_row(path: Path, task: Task) -> str:
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        for number, record in enumerate(task.row_records(file), 1):
-            try:
-                task.parse("parquet", record, "")
-            except Malformed:
-                return f"{path}, row {number}"
-    return str(path)
+def _numbered(path: str, kind: str, task: Task) -> Iterator[tuple[bytes | None, str | None]]:
+    if kind == "json":
+        yield from ((line, None) for line in READERS["json"](path, 0, 0))
+        return
+    columns = task.columns(schema_of(path), Source(Path(path), "parquet", ()))
+    for batch in read_row_groups(path, 0, len(row_group_sizes(path)), columns):
+        yield from task.rows(batch)

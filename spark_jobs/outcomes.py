@@ -12,8 +12,6 @@ from spark_jobs.arrow import INTS
 from spark_jobs.encoding import Encoder
 
 DOCUMENT, EMPTY, MALFORMED = 0, 1, 2
-#: Schema of the columns that :func:`with_outcomes` adds.
-OUTCOMES = "doc_ids array<string>, outcome int, piece int, engine int, checked int"
 
 
 def with_outcomes(

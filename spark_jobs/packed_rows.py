@@ -38,7 +38,7 @@ def window_tokens(max_len: int) -> int:
 
 @dataclass(frozen=True)
 class Packer:
-    """A function for ``mapInArrow``: rows (``partition``, ``doc_ids``, lists as bytes) in, packed rows out.
+    """Packs the rows of one part: batches (``part``, ``doc_ids``, lists as bytes) in, batches of packed rows out.
 
     ``window`` tokens are packed together; memory is that of one window.
     """
@@ -55,7 +55,7 @@ class Packer:
         for batch in batches:
             if not batch.num_rows:
                 continue
-            partition = batch.column("partition")[0].as_py()
+            partition = batch.column("part")[0].as_py()
             waiting.append(read_window(batch))
             if sum(window.tokens for window in waiting) >= self.window:
                 pieces, window = self._pack(waiting)

@@ -6,13 +6,17 @@ table has the same bytes on every engine, and lists of ids never become rows of 
 A part is a numbered output file. Batches carry its number in a column ``part``, and a task gets all of a part.
 """
 
+import itertools
+import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -27,8 +31,12 @@ ROW_GROUP_ROWS, ROW_GROUP_TOKENS = 1024, 1 << 21
 COMPRESSION = "snappy"
 
 WRITING = ".writing"
+#: Folder, inside a table's, of records set aside.
+QUARANTINE = "_quarantine"
+#: Rows of a batch that was sorted in a worker.
+_SORTED_BATCH = 1024
 #: What a task reports of each file it wrote.
-REPORT = "part int, name string, rows bigint, tokens bigint, bytes bigint, tallies map<string,bigint>"
+REPORT = "part int, name string, rows bigint, tokens bigint, bytes bigint, tallies map<string,bigint>, rejects string"
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Part:
     tokens: int
     bytes: int
     tallies: dict[str, int]
+    rejects: str = ""
 
 
 class PartFile:
@@ -54,6 +63,7 @@ class PartFile:
         self._path = Path(folder) / self.name
         self._sink: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
+        self._finished = False
         self._rows = self._tokens = self._waiting_rows = self._waiting_tokens = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -73,31 +83,66 @@ class PartFile:
             if first < batch.num_rows or self._waiting_rows == ROW_GROUP_ROWS:
                 self._flush()
 
-    def close(self, tallies: Mapping[str, int]) -> Part | None:
-        """Finish the file; None, and no file, when it got no rows."""
+    def finish(self, tallies: Mapping[str, int], rejects: str = "") -> Part:
+        """Close the file; without rows there is none. ``rejects`` names the part's :class:`RejectFile`, if any."""
         self._flush()
         if self._sink is None:
-            return Part(self.part, "", 0, 0, 0, dict(tallies))
+            return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
         self._sink.close()
         with open(self._path, "rb+") as stream:
             os.fsync(stream.fileno())
-        return Part(self.part, self.name, self._rows, self._tokens, self._path.stat().st_size, dict(tallies))
+        size = self._path.stat().st_size
+        self._finished = True
+        return Part(self.part, self.name, self._rows, self._tokens, size, dict(tallies), rejects)
 
-    def discard(self) -> None:
-        """Remove what was written: the task failed."""
-        if self._sink is not None:
+    def __enter__(self) -> "PartFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sink is not None and not self._finished:  # the task fails
             self._sink.close()
             self._path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        table = pa.Table.from_batches(self._waiting)
+        table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
         if self._sink is None:
             self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION)
         self._sink.write_table(table, row_group_size=table.num_rows)
         self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
         self._waiting, self._waiting_rows, self._waiting_tokens = [], 0, 0
+
+
+class RejectFile:
+    """JSON lines of what could not be used, {file, reason, record}, under a hidden temporary name in ``folder``."""
+
+    def __init__(self, folder: str, part: int) -> None:
+        self._name = f".part-{part:05d}.{uuid.uuid4().hex}{WRITING}"
+        self._path = Path(folder) / self._name
+        self._stream: TextIO | None = None
+
+    def add(self, file: str, reason: str, record: bytes | None) -> None:
+        """Set one record aside."""
+        if self._stream is None:
+            self._stream = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
+        line = {"file": file, "reason": reason}
+        if record is not None:
+            line["record"] = record.decode("utf-8", "backslashreplace")
+        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def finish(self) -> str:
+        """The file's name, "" when there is none."""
+        return self._name if self._stream is not None else ""
+
+    def __enter__(self) -> "RejectFile":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            if kind is not None:
+                self._path.unlink(missing_ok=True)
 
 
 def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
@@ -121,7 +166,7 @@ def _cut_at_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         return
     parts = batch.column("part").to_numpy(zero_copy_only=False)
     cuts = [0, *((parts[1:] != parts[:-1]).nonzero()[0] + 1).tolist(), batch.num_rows]
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         yield batch.slice(first, last - first)
 
 
@@ -134,6 +179,7 @@ def report(parts: Sequence[Part]) -> pa.RecordBatch:
         "tokens": pa.array([p.tokens for p in parts], pa.int64()),
         "bytes": pa.array([p.bytes for p in parts], pa.int64()),
         "tallies": pa.array([list(p.tallies.items()) for p in parts], pa.map_(pa.string(), pa.int64())),
+        "rejects": pa.array([p.rejects for p in parts], pa.string()),
     }
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
 
@@ -145,9 +191,25 @@ def to_tasks(df: DataFrame, parts: int) -> DataFrame:
     return df.repartition(parts, F.col("part"))
 
 
+@dataclass(frozen=True)
+class SortedFirst:
+    """``work`` on the rows of a task in the order of ``keys``, which are sorted here, in memory."""
+
+    keys: tuple[str, ...]
+    work: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        held = [batch for batch in batches if batch.num_rows]
+        if held:
+            rows = pa.Table.from_batches(held)
+            order = pc.sort_indices(rows, [(key, "ascending") for key in self.keys])
+            yield from self.work(iter(rows.take(order).to_batches(max_chunksize=_SORTED_BATCH)))
+
+
 def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, parts: int) -> DataFrame:
     """A small DataFrame of what each part has to do (its first column is ``part``), a task for each part."""
-    return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), parts).sortWithinPartitions("part")
+    return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), parts)
 
 
 def publish(folder: Path, rows: Sequence[object]) -> list[Part]:
@@ -165,7 +227,10 @@ def publish(folder: Path, rows: Sequence[object]) -> list[Part]:
     for part in parts:
         if part.name:
             os.replace(folder / part.name, folder / file_name(part.part))
-    for leftover in folder.glob(f".part-*{WRITING}"):
+        if part.rejects:
+            place = folder / QUARANTINE
+            os.replace(place / part.rejects, place / f"part-{part.part:05d}.json")
+    for leftover in (*folder.glob(f".part-*{WRITING}"), *folder.glob(f"{QUARANTINE}/.part-*{WRITING}")):
         leftover.unlink()
     return parts
 

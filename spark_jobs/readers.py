@@ -92,9 +92,15 @@ def read_row_groups(path: str, first: int, last: int, columns: list[str], rows: 
         yield from file.iter_batches(rows, row_groups=list(range(first, last)), columns=columns, use_threads=False)
 
 
-def row_group_sizes(path: Path) -> list[int]:
+def schema_of(path: str) -> pa.Schema:
+    """Columns of a parquet file."""
+    with naming(path):
+        return pq.read_schema(path)
+
+
+def row_group_sizes(path: str) -> list[int]:
     """Compressed bytes of a parquet file's row groups."""
-    with naming(str(path)):
+    with naming(path):
         metadata = pq.read_metadata(path)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]

@@ -2,15 +2,18 @@
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.data.manifest import Manifest, commit, write_atomically
 from fft.errors import UserError
-from spark_jobs.arrow import pack_columns
 from spark_jobs.packed_rows import Packer, window_tokens
+from spark_jobs.parts import PartFile, by_part, files_of, report, to_tasks
 from spark_jobs.placing import balance, row_hash
 from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, say
@@ -22,10 +25,9 @@ from spark_jobs.writing import (
     claim,
     lineage_of,
     local_path,
-    measure,
     total,
     with_results,
-    write_parquet,
+    write_parts,
 )
 
 _TOKENS_PER_PARTITION = 1 << 25
@@ -64,10 +66,9 @@ def repartition_table(
     parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
     lineage = lineage_of("repartition", [source], parameters)
     manifests = {}
-    bytes_in = sum(dataset.bytes for dataset in datasets.values())
     check_output(folder, [source], overwrite)
     spark = spark or get_session("repartition")
-    with claim(folder, names, [source], lineage, overwrite) as folders, job_settings(spark, bytes_in):
+    with claim(folder, names, [source], lineage, overwrite) as folders, job_settings(spark):
         for name, dataset in datasets.items():
             manifests[name] = _repartition(
                 spark, dataset, folders[name], lineage, name, max_len, pack, num_partition, seed
@@ -103,15 +104,14 @@ def _repartition(
         num_partition = min(max(math.ceil(dataset.table.tokens / _TOKENS_PER_PARTITION), low), high)
         # A small table keeps enough rows together to pack them well.
         num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
-    rows = read_tokens(spark, [dataset]).where(F.size("input_ids") > 0)
+    rows = read_tokens(spark, [dataset]).where(F.length("input_ids") > 0)
     buckets = num_partition * _BUCKETS_PER_PARTITION
     weights = bucket_tokens(rows, seed, buckets)
-    assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, partition int")
-    packed = rows.transform(in_partitions, assigned, seed, buckets, num_partition).transform(
-        packed_to_rows, max_len, pack, seed
-    )
-    write_parquet(packed, folder, f"repartition {name}".strip(), dataset.bytes)
-    files = measure(folder)
+    assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
+    placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
+    order = ["part", "place", "name", *int_columns(placed)]
+    work = PackParts(str(folder.absolute()), Packer(max_len, pack, seed, window_tokens(max_len)))
+    files = files_of(write_parts(placed, work, order, folder, f"repartition {name}".strip(), dataset.bytes))
     size, tokens_in = total(files), sum(weights.values())
     if size.tokens != tokens_in:
         raise UserError(
@@ -139,36 +139,35 @@ def _bucket(seed: int, buckets: int) -> Column:
 
 def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> dict[int, int]:
     """Tokens of each hash bucket."""
-    sums = df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(F.sum(F.size("input_ids")).alias("tokens"))
+    tokens = F.floor(F.length("input_ids") / 4).cast("long")
+    sums = df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(F.sum(tokens).alias("tokens"))
     return {row["bucket"]: row["tokens"] for row in sums.collect()}
 
 
 def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
-    """Rows in their bucket's partition, there in the order of a hash; integer lists as bytes.
-
-    ``assigned`` has columns ``bucket`` and ``partition``.
-    """
+    """Rows in their bucket's part, there to be in the order of ``place``; ``assigned`` maps ``bucket`` to ``part``."""
     ints = int_columns(df)
     place = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
-    return (
-        df.withColumn("bucket", _bucket(seed, buckets))
-        .join(F.broadcast(assigned), "bucket")
-        .select("partition", "doc_ids", *ints)
-        .transform(pack_columns, ints)
-        .withColumn("place", place)
-        .repartitionById(num_partition, "partition")
-        .sortWithinPartitions("place", F.array_join("doc_ids", "\n"), *ints)
-        .select("partition", "doc_ids", *ints)
-    )
+    placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
+    named = placed.withColumn("place", place).withColumn("name", F.array_join("doc_ids", "\n"))
+    return named.select("part", "place", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
 
 
-def packed_to_rows(df: DataFrame, max_len: int, pack: str, seed: int) -> DataFrame:
-    """What :func:`in_partitions` made, packed within each partition to rows of at most ``max_len`` tokens."""
-    labels = ", labels array<int>" if "labels" in df.columns else ""
-    return df.mapInArrow(
-        Packer(max_len, pack, seed, window_tokens(max_len)),
-        f"input_ids array<int>, cu_seqlens array<int>, doc_ids array<string>{labels}",
-    )
+@dataclass(frozen=True)
+class PackParts:
+    """A function for ``mapInArrow``: rows of parts in; each part packed and written; reports out."""
+
+    folder: str
+    packer: Packer
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Do all parts of a task."""
+        for part, rows in by_part(batches):
+            with PartFile(self.folder, part) as sink:
+                for batch in self.packer(rows):
+                    sink.write(batch)
+                done = sink.finish({})
+            yield report([done])
 
 
 _HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")

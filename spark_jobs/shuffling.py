@@ -2,15 +2,19 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pyspark.sql import Column, DataFrame, Observation, SparkSession
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.data.manifest import Manifest, commit
 from fft.errors import UserError
-from spark_jobs.arrow import pack_columns, unpack_columns
+from spark_jobs.arrow import bytes_to_lists
+from spark_jobs.parts import PartFile, by_part, files_of, report, sum_tallies, to_tasks
 from spark_jobs.placing import block_of, is_held_out, row_hash
 from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, say
@@ -21,10 +25,9 @@ from spark_jobs.writing import (
     lineage_of,
     local_path,
     local_paths,
-    measure,
     total,
     with_results,
-    write_parquet,
+    write_parts,
 )
 
 _TOKENS_PER_BLOCK = 1 << 23
@@ -62,28 +65,27 @@ def shuffle_tables(
     check_output(folder, paths, overwrite)
     spark = spark or get_session("shuffle")
     start = time.monotonic()
-    with claim(folder, list(shares), paths, lineage, overwrite) as folders, job_settings(spark, bytes_in):
+    with claim(folder, list(shares), paths, lineage, overwrite) as folders, job_settings(spark):
         rows = read_tokens(spark, datasets)
-        per_dataset: dict[str, dict[str, int]] = {}
-        files, empty = {}, 0
+        files, tallies = {}, {}
         for name, share in shares.items():
-            seen = Observation(f"rows of {name}")
-            chosen = rows.observe(seen, F.sum(F.when(_is_empty(), 1).otherwise(0)).alias("empty")).where(~_is_empty())
+            chosen = rows
             if holdout:
                 held_out = is_held_out(seed, _name_of_row(), holdout)
-                chosen = chosen.where(held_out if name == "validation" else ~held_out)
+                chosen = rows.where(held_out if name == "validation" else ~held_out)
             blocks = _blocks(num_block, share, tokens_in)
-            tallies = Observation(f"datasets of {name}")
-            written = chosen.observe(tallies, *_tallies(datasets)).transform(in_seeded_order, seed, blocks)
-            write_parquet(written, folders[name], f"shuffle {name}".strip(), int(bytes_in * share))
-            files[name] = measure(folders[name])
+            placed = chosen.transform(in_seeded_order, seed, blocks)
+            work = WriteRows(str(folders[name].absolute()))
+            parts = write_parts(
+                placed, work, _order(placed), folders[name], f"shuffle {name}".strip(), int(bytes_in * share)
+            )
+            files[name], tallies[name] = files_of(parts), sum_tallies(parts)
             if not files[name]:
                 raise UserError(
                     f"--holdout {holdout} leaves no row for {name}: "
                     f"{sum(d.table.rows for d in datasets)} rows are too few; give another share."
                 )
-            empty = seen.get["empty"] or 0
-            per_dataset[name] = tallies.get
+        empty = sum(own.get("empty", 0) for own in tallies.values())
         counts = {
             "rows_in": sum(d.table.rows for d in datasets),
             "rows_out": sum(total(f).rows for f in files.values()),
@@ -99,7 +101,7 @@ def shuffle_tables(
                 "rows": size.rows,
                 "tokens": size.tokens,
                 "bytes": size.bytes,
-                "datasets": _by_dataset(datasets, per_dataset[name]),
+                "datasets": _by_dataset(datasets, tallies[name]),
             }
             results = with_results(lineage, counted, tokens, seconds)
             manifests[name] = Manifest(
@@ -111,46 +113,69 @@ def shuffle_tables(
     return manifests
 
 
+def _order(df: DataFrame) -> list[str]:
+    return ["part", "place", "dataset", "name", *int_columns(df)]
+
+
 def in_seeded_order(df: DataFrame, seed: int, num_block: int) -> DataFrame:
-    """Rows in ``num_block`` partitions that, one after the other, are in the order of a hash of each row.
+    """Rows in ``num_block`` parts that, one after the other, are in the order of ``place``, a hash of each row.
 
     The hash covers seed, dataset, document ids and content, so that equal ids lose nothing and tie only when the
-    rows are equal. Lists travel through the exchange as bytes.
+    rows are equal. Lists are bytes, which travel through the exchange several times faster than arrays.
     """
     ints = int_columns(df)
-    kept = [name for name in df.columns if name != "dataset"]
-    packed = df.transform(pack_columns, ints)
     place = row_hash("shuffle", seed, F.col("dataset"), _name_of_row(), *(F.col(name) for name in ints))
-    return (
-        packed.withColumn("place", place)
-        .repartitionById(num_block, block_of(F.col("place"), num_block))
-        .sortWithinPartitions("place", "dataset", _name_of_row(), *ints)
-        .select(*kept)
-        .transform(unpack_columns, ints)
-    )
+    placed = df.withColumn("place", place).withColumn("part", block_of(F.col("place"), num_block))
+    return placed.withColumn("name", _name_of_row()).transform(to_tasks, num_block)
+
+
+@dataclass(frozen=True)
+class WriteRows:
+    """A function for ``mapInArrow``: rows of parts in; files written, empty rows left out and counted; reports out."""
+
+    folder: str
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Write all parts of a task."""
+        for part, rows in by_part(batches):
+            tallies: dict[str, int] = {}
+            with PartFile(self.folder, part) as sink:
+                for batch in rows:
+                    tokens = pc.divide(pc.binary_length(batch.column("input_ids")), 4)
+                    full = batch.filter(pc.greater(tokens, 0))
+                    counted = {"empty": batch.num_rows - full.num_rows, **_per_dataset(batch, tokens)}
+                    for name, value in counted.items():
+                        tallies[name] = tallies.get(name, 0) + value
+                    if full.num_rows:
+                        sink.write(as_token_rows(full))
+                done = sink.finish(tallies)
+            yield report([done])
+
+
+def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The columns of a token table, lists of bytes as lists of ids."""
+    names = [name for name in ("input_ids", "labels", "cu_seqlens", "doc_ids") if name in batch.schema.names]
+    columns = [batch.column(n) if n == "doc_ids" else bytes_to_lists(batch.column(n)) for n in names]
+    return pa.RecordBatch.from_arrays(columns, names)
+
+
+def _per_dataset(batch: pa.RecordBatch, tokens: pa.Array) -> dict[str, int]:
+    counts = {}
+    for dataset in pc.unique(batch.column("dataset")).to_pylist():
+        own = tokens.filter(pc.equal(batch.column("dataset"), dataset))
+        counts[f"rows of {dataset}"] = len(own) - pc.sum(pc.equal(own, 0)).as_py()
+        counts[f"tokens of {dataset}"] = pc.sum(own).as_py()
+    return counts
 
 
 def _name_of_row() -> Column:
     return F.array_join("doc_ids", "\n")
 
 
-def _is_empty() -> Column:
-    return F.coalesce(F.size("input_ids"), F.lit(0)) <= 0
-
-
-def _tallies(datasets: Sequence[Dataset]) -> list[Column]:
-    tallies = []
-    for index, dataset in enumerate(datasets):
-        own = F.col("dataset") == dataset.name
-        tallies.append(F.sum(F.when(own, 1).otherwise(0)).alias(f"rows_{index}"))
-        tallies.append(F.sum(F.when(own, F.size("input_ids")).otherwise(0)).cast("long").alias(f"tokens_{index}"))
-    return tallies
-
-
 def _by_dataset(datasets: Sequence[Dataset], tallies: dict[str, int]) -> dict[str, dict[str, int]]:
     return {
-        d.name: {"rows": tallies[f"rows_{i}"] or 0, "tokens": tallies[f"tokens_{i}"] or 0}
-        for i, d in enumerate(datasets)
+        d.name: {"rows": tallies.get(f"rows of {d.name}", 0), "tokens": tallies.get(f"tokens of {d.name}", 0)}
+        for d in datasets
     }
 
 

@@ -1,5 +1,6 @@
 """Which bytes of which input files each part reads: planned from sizes alone, so that any engine reads alike."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -42,7 +43,7 @@ def cut_text(kind: str, path: str, size: int, pieces_of: int) -> list[Span]:
     """Cut a plain text file into spans of about ``pieces_of`` bytes; records belong to the span they begin in."""
     pieces = max(1, -(-size // pieces_of))
     bounds = [size * i // pieces for i in range(pieces + 1)]
-    return [Span(kind, path, a, b, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [Span(kind, path, a, b, b - a) for a, b in itertools.pairwise(bounds)]
 
 
 def piece_size(total: int) -> int:

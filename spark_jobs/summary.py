@@ -76,7 +76,7 @@ def written_bytes(folder: Path) -> int:
     total = 0
     for place, _, names in os.walk(folder):  # passes over folders that vanish
         for name in names:
-            if name.endswith(".parquet"):
+            if name.endswith((".parquet", ".writing")):
                 try:
                     total += os.stat(os.path.join(place, name)).st_size
                 except FileNotFoundError:  # moved to its final place since it was listed

@@ -1,16 +1,25 @@
 """Token tables as inputs: find them, check them by their footers, read them in one common form."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo
 from fft.data.table import Table
 from fft.errors import UserError
+from spark_jobs.arrow import INTS, int_lists, lists_to_bytes
+from spark_jobs.parts import create_tasks
+from spark_jobs.readers import naming, read_row_groups, schema_of
+from spark_jobs.splits import SPLIT, Span, Split, deal
+
+INT_COLUMNS = ("input_ids", "labels", "cu_seqlens")
 
 
 @dataclass(frozen=True)
@@ -76,39 +85,74 @@ def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
 
 
 def read_tokens(spark: SparkSession, datasets: Sequence[Dataset]) -> DataFrame:
-    """Rows of all tables: ``dataset``, ``input_ids``, ``doc_ids``, and ``labels`` and ``cu_seqlens`` if any has them.
+    """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels`` and ``cu_seqlens`` if any has
+    them, as bytes, too.
 
     A table without them gets what their absence means: labels equal to the ids, one document a row. Rows without
-    ``doc_ids`` are named after a hash of their content.
+    ``doc_ids`` are named after a hash of their content. A null list is an empty one.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
-    frames = [_read(spark, dataset, columns) for dataset in datasets]
-    df = frames[0]
-    for frame in frames[1:]:
-        df = df.union(frame)
-    return df
+    lists = tuple(name for name in INT_COLUMNS if name in columns)
+    spans = [
+        Span(dataset.name, group.path, group.index, group.index + 1, group.tokens * 4)
+        for dataset in datasets
+        for group in dataset.table.row_groups
+    ]
+    splits = deal(spans)
+    tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+    schema = ", ".join(f"{name} binary" for name in lists)
+    return tasks.mapInArrow(TokenRows(lists), f"dataset string, doc_ids array<string>, {schema}")
 
 
-def _read(spark: SparkSession, dataset: Dataset, wanted: frozenset[str]) -> DataFrame:
-    df = spark.read.option("recursiveFileLookup", "true").parquet(dataset.path.absolute().as_uri())
-    ids = F.col("input_ids").cast("array<int>")
-    content = F.array(F.lower(F.hex(F.xxhash64(ids))))
-    selected = [F.lit(dataset.name).alias("dataset"), ids.alias("input_ids")]
-    if "doc_ids" in df.columns:
-        names = F.col("doc_ids").cast("array<string>")
-        selected.append(F.when(F.size(names) > 0, names).otherwise(content).alias("doc_ids"))
+@dataclass(frozen=True)
+class TokenRows:
+    """A function for ``mapInArrow``: splits of token tables in (their kind is the dataset's name), rows out."""
+
+    lists: tuple[str, ...]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Read what each split names."""
+        for batch in batches:
+            for row in batch.to_pylist():
+                split = Split(**row)
+                held = [name for name in (*self.lists, "doc_ids") if name in schema_of(split.path).names]
+                for rows in read_row_groups(split.path, split.start, split.stop, held):
+                    yield self._complete(rows, split)
+
+    def _complete(self, rows: pa.RecordBatch, split: Split) -> pa.RecordBatch:
+        with naming(split.path):
+            lists = {
+                name: pc.fill_null(rows.column(name).cast(INTS), []) for name in self.lists if name in rows.schema.names
+            }
+        ids = lists["input_ids"]
+        packed = {name: lists_to_bytes(column, split.path) for name, column in lists.items()}
+        if "labels" in self.lists and "labels" not in packed:
+            packed["labels"] = packed["input_ids"]
+        if "cu_seqlens" in self.lists and "cu_seqlens" not in packed:
+            lengths = ids.value_lengths().to_numpy()
+            bounds = np.stack([np.zeros_like(lengths), lengths], axis=1).ravel()
+            packed["cu_seqlens"] = lists_to_bytes(int_lists(bounds, np.arange(0, 2 * len(ids) + 1, 2)), split.path)
+        columns = {
+            "dataset": pa.array([split.kind] * rows.num_rows, pa.string()),
+            "doc_ids": _names(rows, packed["input_ids"]),
+            **{name: packed[name] for name in self.lists},
+        }
+        return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+
+
+def _names(rows: pa.RecordBatch, contents: pa.BinaryArray) -> pa.ListArray:
+    """``doc_ids`` of rows that have them, a hash of the content for the others."""
+    if "doc_ids" in rows.schema.names:
+        names = rows.column("doc_ids").cast(pa.list_(pa.string()))
+        if not names.null_count and rows.num_rows and pc.min(names.value_lengths()).as_py() > 0:
+            return names
+        names = names.to_pylist()
     else:
-        selected.append(content.alias("doc_ids"))
-    if "labels" in wanted:
-        selected.append((F.col("labels").cast("array<int>") if "labels" in df.columns else ids).alias("labels"))
-    if "cu_seqlens" in wanted:
-        bounds = (
-            F.col("cu_seqlens").cast("array<int>") if "cu_seqlens" in df.columns else F.array(F.lit(0), F.size(ids))
-        )
-        selected.append(bounds.alias("cu_seqlens"))
-    return df.select(*selected)
+        names = [None] * rows.num_rows
+    hashed = (hashlib.blake2b(content.as_buffer(), digest_size=8).hexdigest() for content in contents)
+    return pa.array([own or [other] for own, other in zip(names, hashed, strict=True)], pa.list_(pa.string()))
 
 
 def int_columns(df: DataFrame) -> list[str]:
-    """The columns that hold lists of int32."""
-    return [name for name in ("input_ids", "labels", "cu_seqlens") if name in df.columns]
+    """The columns that hold lists of int32, as bytes."""
+    return [name for name in INT_COLUMNS if name in df.columns]

@@ -2,25 +2,24 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyspark.sql import Column, DataFrame, Observation, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
 from fft.data.manifest import Manifest, commit
 from fft.errors import UserError
 from spark_jobs.arrow import int_lists
 from spark_jobs.chat import Chat, load_chat
-from spark_jobs.documents import Keys, Malformed, Source, find_sources, first_malformed, read_records
+from spark_jobs.documents import Keys, Malformed, Source, find_sources, first_malformed, read_records, spans_of
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
-from spark_jobs.outcomes import DOCUMENT, EMPTY, MALFORMED, OUTCOMES, with_outcomes
+from spark_jobs.outcomes import DOCUMENT, EMPTY, MALFORMED, with_outcomes
+from spark_jobs.parts import QUARANTINE, PartFile, RejectFile, by_part, create_tasks, files_of, report, sum_tallies
 from spark_jobs.session import get_session, job_settings
+from spark_jobs.splits import SPLIT, Split, deal
 from spark_jobs.summary import format_table, say
 from spark_jobs.writing import (
     check_output,
@@ -28,16 +27,16 @@ from spark_jobs.writing import (
     lineage_of,
     local_path,
     local_paths,
-    measure,
     total,
     with_results,
-    write_parquet,
+    write_parts,
 )
 
-_REJECTS = "file string, reason string, record string"
+#: A part's splits lie in different files, or follow each other in one.
+_ORDER = ("part", "path", "start")
 _MALFORMED_MARK = "malformed record: "
 #: Bytes of parquet a byte of text becomes, roughly: only for the progress line.
-_BYTES_OUT_PER_BYTE_IN = 0.35
+_BYTES_OUT_PER_BYTE_IN = 0.6
 
 
 def tokenize_table(
@@ -80,26 +79,24 @@ def tokenize_table(
     lineage = lineage_of("tokenize", paths, parameters)
     spark = spark or get_session("tokenize")
     start = time.monotonic()
-    with claim(folder, [""], paths, lineage, overwrite), job_settings(spark, input_bytes):
-        records = reduce(DataFrame.union, [read_records(spark, source, job) for source in sources])
-        outcomes = Observation("outcomes")
-        tokens = records.transform(with_tokens, job, fail=on_error == "fail")
-        kept = tokens.observe(outcomes, *_tallies(job)).where(F.col("outcome") == DOCUMENT)
-        expected = int(input_bytes * _BYTES_OUT_PER_BYTE_IN)
+    with claim(folder, [""], paths, lineage, overwrite), job_settings(spark):
+        splits = deal(spans_of(sources, job))
+        (folder / QUARANTINE).mkdir()
+        tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+        work = TokenizeParts(job, str(folder.absolute()), fail=on_error == "fail")
         try:
-            write_parquet(kept.select(*job.columns_out), folder, "tokenize", expected)
+            parts = write_parts(tasks, work, _ORDER, folder, "tokenize", int(input_bytes * _BYTES_OUT_PER_BYTE_IN))
         except UserError as error:
             raise _located(error, job) from error
-        counts = {name: value or 0 for name, value in outcomes.get.items()}
-        if counts["quarantined"]:
-            rejects = records.transform(rejected, job)
-            place = (folder / "_quarantine").absolute().as_uri()
-            rejects.write.mode("append").option("ignoreNullFields", "false").json(place)
-        files = measure(folder)
+        files, tallies = files_of(parts), sum_tallies(parts)
         size = total(files)
+        counts = {name: tallies[name] for name in ("documents_in", "documents_out", "empty", "quarantined", "checked")}
+        counts |= {name: tallies[name] for name, _ in job.tallies}
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
-        _check_counts(counts, paths, on_error)
-        engine = ENGINES[counts.pop("engine")]
+        if not counts["quarantined"]:
+            (folder / QUARANTINE).rmdir()
+        _check_counts(counts, paths)
+        engine = ENGINES[max(number for number in range(len(ENGINES)) if tallies.get(f"engine {number}"))]
         seconds = time.monotonic() - start
         lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
         manifest = Manifest(files, size.rows, size.tokens, info, seq_len=max_len, lineage=lineage)
@@ -126,20 +123,21 @@ class Pretrain:
     recipe: Recipe
     max_len: int | None
 
-    schema = f"input_ids array<int>, {OUTCOMES}"
     columns_out = ("input_ids", "doc_ids")
+    #: Nothing is counted but what every task counts.
+    tallies = ()
 
-    def columns(self, df: DataFrame, source: Source) -> tuple[Column, Column]:
-        """The text and the id."""
-        return self.keys.columns(df, source)
+    def columns(self, schema: pa.Schema, source: Source) -> list[str]:
+        """The columns of text and id."""
+        return self.keys.columns(schema, source)
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str | None]]:
+        """Texts as bytes, and ids."""
+        return self.keys.rows(batch)
 
     def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[str, str]:
         """The text and the id, else a hash. Raises :class:`Malformed`."""
         return self.keys.parse(kind, record, doc_id)
-
-    def row_records(self, file: pq.ParquetFile) -> Iterator[bytes | None]:
-        """As :meth:`columns`, read by the driver."""
-        return self.keys.row_records(file)
 
     def token_rows(self, documents: list[tuple[str, str]], malformed: int, encoder: Encoder) -> pa.RecordBatch:
         """Rows of a batch's texts, those that are empty or malformed without tokens."""
@@ -157,80 +155,57 @@ class Pretrain:
         names = pa.array([doc_id for _, doc_id in documents], pa.string()).take(pa.array(full[document]))
         return with_outcomes({"input_ids": int_lists(ids, offsets)}, names, piece, empty, malformed, encoder, checked)
 
-    @staticmethod
-    def tallies() -> dict[str, Column]:
-        """No counts but those of every task."""
-        return {}
-
     def notes(self, counts: dict) -> list[str]:
         """Nothing to say about the counts."""
         return []
 
 
-def with_tokens(df: DataFrame, job: Pretrain | Chat, fail: bool) -> DataFrame:
-    """Records to token rows, empty and malformed ones with null ``input_ids`` and their ``outcome``."""
-    return df.mapInArrow(_encoding(job, fail), job.schema)
+@dataclass(frozen=True)
+class TokenizeParts:
+    """A function for ``mapInArrow``: splits in; each part is read, encoded and written; reports out."""
 
+    job: Pretrain | Chat
+    folder: str
+    fail: bool
 
-def rejected(df: DataFrame, job: Pretrain | Chat) -> DataFrame:
-    """The malformed records alone, with file and reason."""
-    return df.mapInArrow(_rejecting(job), _REJECTS)
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Do all parts of a task."""
+        encoder = Encoder(self.job.recipe)
+        for part, rows in by_part(batches):
+            splits = [Split(**row) for batch in rows for row in batch.to_pylist()]
+            with PartFile(self.folder, part) as sink, RejectFile(f"{self.folder}/{QUARANTINE}", part) as rejects:
+                tallies: dict[str, int] = {}
+                for split in splits:
+                    for records, tokens in self._encoded(split, encoder, rejects):
+                        for name, value in {"documents_in": records, **self._tallies(tokens)}.items():
+                            tallies[name] = tallies.get(name, 0) + value
+                        kept = int(np.count_nonzero(tokens.column("outcome").to_numpy() == DOCUMENT))
+                        sink.write(tokens.slice(0, kept).select(self.job.columns_out))  # documents come first
+                done = sink.finish(tallies, rejects.finish())
+            yield report([done])
 
+    def _encoded(self, split: Split, encoder: Encoder, rejects: RejectFile) -> Iterator[tuple[int, pa.RecordBatch]]:
+        for records in read_records(split, self.job):
+            documents, malformed = [], 0
+            for record, doc_id in records:
+                try:
+                    documents.append(self.job.parse(split.kind, record, doc_id))
+                except Malformed as error:
+                    if self.fail:
+                        raise UserError(_MALFORMED_MARK + json.dumps([split.path, str(error)])) from error
+                    malformed += 1
+                    rejects.add(split.path, str(error), record)
+            yield len(records), self.job.token_rows(documents, malformed, encoder)
 
-def _tallies(job: Pretrain | Chat) -> list[Column]:
-    first = F.col("piece") == 0
-
-    def count(outcome: int) -> Column:
-        return F.sum(F.when(first & (F.col("outcome") == outcome), 1).otherwise(0))
-
-    return [
-        F.sum(F.when(first, 1).otherwise(0)).alias("documents_in"),
-        count(DOCUMENT).alias("documents_out"),
-        count(EMPTY).alias("empty"),
-        count(MALFORMED).alias("quarantined"),
-        F.max("engine").alias("engine"),
-        F.sum("checked").alias("checked"),
-        *(column.alias(name) for name, column in job.tallies().items()),
-    ]
-
-
-def _encoding(job: Pretrain | Chat, fail: bool) -> Callable:
-    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        encoder = Encoder(job.recipe)
-        for batch in batches:
-            documents, malformed = _parse(batch, job)
-            if malformed and fail:
-                file, reason, _ = malformed[0]
-                raise UserError(_MALFORMED_MARK + json.dumps([file, reason]))
-            yield job.token_rows(documents, len(malformed), encoder)
-
-    return encode
-
-
-def _rejecting(job: Pretrain | Chat) -> Callable:
-    def reject(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            _, malformed = _parse(batch, job)
-            columns = list(zip(*malformed, strict=True)) or [[], [], []]
-            yield pa.RecordBatch.from_arrays(
-                [pa.array(column, pa.string()) for column in columns], ["file", "reason", "record"]
-            )
-
-    return reject
-
-
-def _parse(
-    batch: pa.RecordBatch, job: Pretrain | Chat
-) -> tuple[list[tuple[object, str]], list[tuple[str, str, str | None]]]:
-    """Documents and their ids, and malformed records (file, reason, record)."""
-    documents, malformed = [], []
-    for kind, file, record, doc_id in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-        try:
-            documents.append(job.parse(kind, record, doc_id))
-        except Malformed as error:
-            shown = None if record is None else record.decode("utf-8", "backslashreplace")
-            malformed.append((file, str(error), shown))
-    return documents, malformed
+    def _tallies(self, tokens: pa.RecordBatch) -> dict[str, int]:
+        first = tokens.column("piece").to_numpy() == 0
+        outcome = tokens.column("outcome").to_numpy()[first]
+        kinds = {"documents_out": DOCUMENT, "empty": EMPTY, "quarantined": MALFORMED}
+        counts = {name: int(np.count_nonzero(outcome == kind)) for name, kind in kinds.items()}
+        sums = {name: int(tokens.column(column).to_numpy().sum()) for name, column in self.job.tallies}
+        engines = {f"engine {number}": 1 for number in set(tokens.column("engine").to_pylist())}
+        checked = int(tokens.column("checked").to_numpy().sum())
+        return {**counts, **sums, **engines, "checked": checked}
 
 
 _NO_IDS, _ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)
@@ -246,11 +221,9 @@ def _located(error: UserError, job: Pretrain | Chat) -> UserError:
     )
 
 
-def _check_counts(counts: dict, inputs: Sequence[Path], on_error: str) -> None:
+def _check_counts(counts: dict, inputs: Sequence[Path]) -> None:
     if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
-        raise UserError(f"the accounts do not balance ({counts}): an input changed while it was read; run again.")
-    if counts["rows"] < counts["documents_out"]:
-        raise UserError(f"fewer rows than documents were written ({counts}): check the output's disk and run again.")
+        raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
     if not counts["documents_out"]:
         names = ", ".join(map(str, inputs))
         raise UserError(

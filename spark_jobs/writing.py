@@ -1,33 +1,27 @@
-"""Write token tables: claim a folder, let Spark write parquet into it, count from the footers, publish the manifest."""
+"""Write token tables: claim a folder, let tasks write its parts, publish the manifest."""
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, begin_writing
 from fft.errors import UserError
-from spark_jobs.session import user_errors
+from spark_jobs.parts import QUARANTINE, REPORT, WRITING, Part, SortedFirst, publish
+from spark_jobs.session import places_rows_by_number, user_errors
 from spark_jobs.summary import progress
-
-#: Rows of a row group: what a reader decodes at once. At 2,048 tokens a row these are 8 MB.
-ROW_GROUP_ROWS = 1024
-#: Decodes a quarter faster than zstd, for a fifth more bytes.
-COMPRESSION = "snappy"
 
 SPLITS = ("train", "validation")
 INFO_NAME = "_data.info"
 
 #: What may be cleared from an output folder: nothing that Spark or these jobs did not put there.
 _TABLE_FILES = re.compile(
-    r".*\.parquet|\..*\.crc|_SUCCESS|_temporary|_quarantine|"
+    rf".*\.parquet|\..*\.crc|_SUCCESS|_temporary|{QUARANTINE}|\.part-.*{re.escape(WRITING)}|"
     + "|".join(rf"\.?{re.escape(name)}(\.\d+)?" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME))
 )
 
@@ -110,34 +104,26 @@ def claim(
         raise
 
 
-def write_parquet(df: DataFrame, folder: Path, name: str, expected_bytes: int) -> None:
-    """Run the plan and write its rows as parquet files, one a partition, in the partitions' order."""
-    writer = (
-        df.write.mode("append")
-        .option("compression", COMPRESSION)
-        .option("parquet.block.row.count.limit", ROW_GROUP_ROWS)
-    )
+def write_parts(
+    df: DataFrame,
+    work: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    order: Sequence[str],
+    folder: Path,
+    name: str,
+    expected_bytes: int,
+) -> list[Part]:
+    """Run ``work`` on the tasks of ``df``, each in the order of some columns; it writes a file a part into ``folder``.
+
+    Publishes the files. A task that failed and ran again, or ran twice, leaves files that nobody reported: they are
+    removed. (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
+    """
     with user_errors(), progress(name, folder, expected_bytes):
-        writer.parquet(folder.absolute().as_uri())
-
-
-def measure(folder: Path) -> tuple[FileInfo, ...]:
-    """Rows, tokens and bytes of each parquet file in name order, from footers alone."""
-    paths = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith(("_", ".")))
-    with ThreadPoolExecutor(8) as pool:
-        infos = list(pool.map(_measure_file, paths))
-    return tuple(info for info in infos if info.rows)  # Spark writes one empty file when there is nothing
-
-
-def _measure_file(path: Path) -> FileInfo:
-    try:
-        metadata = pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable parquet file ({error}): run the job again.") from error
-    columns = metadata.num_columns
-    leaf = next(i for i in range(columns) if metadata.schema.column(i).path.startswith("input_ids."))
-    tokens = sum(metadata.row_group(i).column(leaf).num_values for i in range(metadata.num_row_groups))
-    return FileInfo(path.name, metadata.num_rows, tokens, path.stat().st_size)
+        if places_rows_by_number(df.sparkSession):
+            df = df.sortWithinPartitions(*order)
+        else:
+            work = SortedFirst(tuple(order), work)
+        reports = df.mapInArrow(work, REPORT).collect()
+    return publish(folder, reports)
 
 
 def total(files: Sequence[FileInfo]) -> Size:
