@@ -1,15 +1,16 @@
 """From characters to tokens: which tokens of an encoded text cover a stretch of it. Exact, without a loop over tokens.
 
 The fast encoder gives no offsets. But the tokens of most tokenizers spell their text: byte for byte, one after the
-other. Where they do - proven for every row by comparing all bytes - the sums of their lengths are the offsets. Any
-other row (a normalizer changed the text, a special token swallowed spaces) is encoded by ``tokenizers`` with offsets.
+other, or but for a space that sentence-piece tokenizers put before every stretch without special tokens. Where they do
+- proven for every row by comparing all bytes - the sums of their lengths are the offsets. Any other row (a normalizer
+changed the text, a special token swallowed spaces) is encoded by ``tokenizers`` with offsets.
 
 A token that lies across the edge of a stretch belongs to it: else nobody would learn to write it.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,24 +24,41 @@ _ROWS = 512  # rows whose bytes are compared at once
 
 @dataclass(frozen=True)
 class Spelling:
-    """What each id spells: ``data[starts[i]:starts[i] + lengths[i]]``, in bytes. An unknown id spells nothing."""
+    """What each id spells: ``data[starts[i]:starts[i] + lengths[i]]``, in bytes. An unknown id spells nothing.
+
+    ``added`` says which ids are added tokens, between which a tokenizer works on each stretch of text for itself.
+    """
 
     data: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    added: np.ndarray
 
     @classmethod
-    def of(cls, surfaces: Sequence[bytes]) -> "Spelling":
+    def of(cls, surfaces: Sequence[bytes], added: Collection[int] = ()) -> "Spelling":
         """From the bytes of every id."""
         lengths = np.array([len(surface) for surface in surfaces], np.int64)
-        return cls(np.frombuffer(b"".join(surfaces), np.uint8), np.cumsum(lengths) - lengths, lengths)
+        flags = np.zeros(len(surfaces), bool)
+        flags[list(added)] = True
+        return cls(np.frombuffer(b"".join(surfaces), np.uint8), np.cumsum(lengths) - lengths, lengths, flags)
 
-    def spell(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(bytes of all ids end to end, end of each id in them)."""
-        lengths = self.lengths[ids]
+    def spell(self, ids: np.ndarray, firsts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(bytes of all ids end to end, begin and end of each id in them).
+
+        With ``firsts``, where texts begin in ``ids``, without a space before the first id of each stretch. An id that
+        was nothing but that space shares the first byte of the next.
+        """
+        starts, lengths = self.starts[ids], self.lengths[ids]
+        if firsts is not None:
+            opening = np.append(True, self.added[ids[:-1]])
+            opening[firsts] = True
+            opening &= (lengths > 0) & ~self.added[ids]
+            opening[opening] = self.data[starts[opening]] == ord(" ")
+            starts, lengths = starts + opening, lengths - opening
         ends = np.cumsum(lengths)
-        shift = self.starts[ids] - (ends - lengths)
-        return self.data[np.repeat(shift, lengths) + np.arange(ends[-1] if len(ends) else 0)], ends
+        begins = ends - lengths
+        data = self.data[np.repeat(starts - begins, lengths) + np.arange(ends[-1] if len(ends) else 0)]
+        return data, begins, ends if firsts is None else ends + (opening & (lengths == 0))
 
 
 def encode_stretches(
@@ -58,13 +76,14 @@ def encode_stretches(
         found = [_by_prefixes(encoder.recipe, *row) for row in zip(texts, rows, places, strict=True)]
         return ids, offsets, found, checked
     spelling = spelling_of(encoder.recipe)
-    found, others = [], []
+    found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(texts)
+    parts = np.split(ids, offsets[1:-1])
     for first in range(0, len(texts), _ROWS):
-        rows = range(first, min(first + _ROWS, len(texts)))
-        found += _by_spelling(spelling, ids, offsets, texts, places, rows)
+        rows = list(range(first, min(first + _ROWS, len(texts))))
+        for spaced in (True, False):
+            rows = _by_spelling(spelling, spaced, parts, texts, places, rows, found)
     others = [row for row, value in enumerate(found) if value is None]
     if others:
-        parts = np.split(ids, offsets[1:-1])
         for row, (row_ids, starts, ends) in zip(
             others, encode_with_offsets(encoder.recipe, [texts[row] for row in others]), strict=True
         ):
@@ -89,28 +108,36 @@ def _tokens_at(starts: np.ndarray, ends: np.ndarray, places: np.ndarray) -> tupl
 
 def _by_spelling(
     spelling: Spelling,
-    ids: np.ndarray,
-    offsets: np.ndarray,
+    spaced: bool,
+    parts: Sequence[np.ndarray],
     texts: Sequence[str],
     places: Sequence[Sequence[int]],
-    rows: range,
-) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    """Token positions by spelled bytes, None for rows whose ids do not spell their text."""
-    begin, end = offsets[rows.start], offsets[rows.stop]
-    spelled, token_ends = spelling.spell(ids[begin:end])
-    bounds = np.append(0, token_ends)[offsets[rows.start : rows.stop + 1] - begin]
-    found = []
-    for row, first, last in zip(rows, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+    rows: list[int],
+    found: list[tuple[np.ndarray, np.ndarray] | None],
+) -> list[int]:
+    """Put token positions of ``rows`` into ``found`` by spelled bytes; returns those whose ids do not spell their text.
+
+    ``spaced``: with the spaces that are in the ids, else without one before each stretch.
+    """
+    if not rows:
+        return []
+    bounds = np.append(0, np.cumsum([len(parts[row]) for row in rows]))
+    ids = np.concatenate([parts[row] for row in rows])
+    spelled, begins, ends = spelling.spell(ids, None if spaced else bounds[:-1][np.diff(bounds) > 0])
+    byte_bounds = np.append(begins, len(spelled))[bounds].tolist()
+    left = []
+    for i, row in enumerate(rows):
+        first, last = byte_bounds[i], byte_bounds[i + 1]
         encoded = texts[row].encode()
         if spelled[first:last].tobytes() != encoded:
-            found.append(None)
+            left.append(row)
             continue
-        part = token_ends[offsets[row] - begin : offsets[row + 1] - begin] - first
+        tokens = slice(bounds[i], bounds[i + 1])
         at = np.array(places[row], np.int64)
         if len(encoded) != len(texts[row]):
             at = _byte_positions(texts[row], places[row])
-        found.append(_tokens_at(np.append(0, part[:-1]), part, at))
-    return found
+        found[row] = _tokens_at(begins[tokens], ends[tokens], at + first)
+    return left
 
 
 def _byte_positions(text: str, places: Sequence[int]) -> np.ndarray:
@@ -147,7 +174,7 @@ def spelling_of(recipe: Recipe) -> Spelling:
         surfaces[i] = spell(token)
     for i, content in added.items():
         surfaces[i] = content
-    return Spelling.of(surfaces)
+    return Spelling.of(surfaces, added)
 
 
 def _byte_level(token: str) -> bytes:

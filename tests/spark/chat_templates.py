@@ -1,5 +1,6 @@
 """Small tokenizers with chat templates in the style of well-known model families."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,8 @@ def save_chat_tokenizer(folder: Path, style: str, kind: str = "byte-level") -> P
             vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
     tokenizer.train_from_iterator(_LINES * 3, trainer)
+    if kind == "sentence-piece":  # bytes are pieces of the vocabulary, no added tokens
+        tokenizer = Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=chosen.bos,

@@ -98,6 +98,13 @@ def conversations(draw, alternate):
     return messages
 
 
+def test_sentence_piece_needs_no_slow_offsets(monkeypatch):
+    chat, tokenizer = loaded("baichuan2", "sentence-piece")
+    monkeypatch.setattr(chat_labels, "encode_with_offsets", None)
+    (row,) = rows(chat, FIVE)
+    assert row["labels"] == expected_labels(tokenizer, "baichuan2", FIVE)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("style", STYLES)
 @settings(max_examples=60, deadline=None)
@@ -276,9 +283,15 @@ def test_malformed_rows_say_why(line):
 
 def test_spelling_gives_the_offsets_of_the_ids():
     spelling = Spelling.of([b"ab", b"", b"c"])
-    spelled, ends = spelling.spell(np.array([2, 0, 1, 0]))
+    spelled, begins, ends = spelling.spell(np.array([2, 0, 1, 0]))
     assert spelled.tobytes() == b"cabab"
+    assert begins.tolist() == [0, 1, 3, 3]
     assert ends.tolist() == [1, 3, 3, 5]
+    spelling = Spelling.of([b" a", b"<s>", b" "], added=[1])
+    spelled, begins, ends = spelling.spell(np.array([0, 0, 1, 2, 0, 1, 0]), firsts=np.array([0, 6]))
+    assert spelled.tobytes() == b"a a<s> a<s>a"
+    assert begins.tolist() == [0, 1, 3, 6, 6, 8, 11]
+    assert ends.tolist() == [1, 3, 6, 7, 8, 11, 12]
 
 
 def test_rows_that_do_not_spell_their_text_get_transformers_offsets(monkeypatch):
