@@ -108,7 +108,8 @@ class PartFile:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
         if self._sink is None:
-            self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION)
+            # Without Arrow's own schema: engines name the items of lists differently.
+            self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
         self._sink.write_table(table, row_group_size=table.num_rows)
         self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
         self._waiting, self._waiting_rows, self._waiting_tokens = [], 0, 0
