@@ -127,9 +127,8 @@ class RejectFile:
         """Set one record aside."""
         if self._stream is None:
             self._stream = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
-        line = {"file": file, "reason": reason}
-        if record is not None:
-            line["record"] = record.decode("utf-8", "backslashreplace")
+        text = None if record is None else record.decode("utf-8", "backslashreplace")
+        line = {"file": file, "reason": reason, "record": text}
         self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def finish(self) -> str:

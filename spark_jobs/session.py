@@ -5,7 +5,10 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,6 +26,8 @@ _NEED_ENGINE = (
     "Spark needs Java, and none was found: install Java 17 (apt-get install openjdk-17-jre-headless) or set JAVA_HOME; "
     "or run without Java on Sail: pip install pysail."
 )
+#: Seconds; one is usual.
+_SAIL_STARTS_WITHIN = 60
 #: Loggers that only repeat, with a stack, what the driver is about to raise.
 _ECHOES = (
     "org.apache.spark.executor.Executor",
@@ -72,17 +77,34 @@ def _has_java() -> bool:
 
 
 def _sail_session(name: str) -> SparkSession:
-    """A session on a Sail server inside this process; it ends with the process."""
-    from pysail.spark import SparkConnectServer
+    """A session on a Sail server of its own, in a process that ends with this one.
 
-    os.environ.setdefault("RUST_LOG", "error")  # what goes wrong is raised as well
-    server = SparkConnectServer()
-    server.start(background=True)
-    address, port = server.listening_address
-    spark = SparkSession.builder.appName(name).remote(f"sc://{address}:{port}").getOrCreate()
-    atexit.register(server.stop)
+    (Inside this process its threads would outlive the interpreter, which then aborts.)
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "RUST_LOG": os.environ.get("RUST_LOG", "error")}  # what goes wrong is raised as well
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (_ROOT, environment.get("PYTHONPATH")) if p)
+    command = [sys.executable, "-m", "pysail", "spark", "server", "--ip", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    _wait_for(server, port)
+    spark = SparkSession.builder.appName(name).remote(f"sc://127.0.0.1:{port}").getOrCreate()
     atexit.register(spark.stop)  # before the server: the last registered goes first
     return spark
+
+
+def _wait_for(server: subprocess.Popen, port: int) -> None:
+    deadline = time.monotonic() + _SAIL_STARTS_WITHIN
+    while server.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise UserError(
+        f"Sail did not start within {_SAIL_STARTS_WITHIN} s: see what `python -m pysail spark server` says."
+    )
 
 
 @lru_cache(maxsize=1)
@@ -129,7 +151,7 @@ def job_settings(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Make a :class:`UserError` of what users can mend: one raised in a Python worker, a file Spark cannot read."""
+    """Raise again, as itself, a :class:`UserError` that was raised in a Python worker."""
     try:
         yield
     except UserError:
@@ -138,10 +160,4 @@ def user_errors() -> Iterator[None]:
         text = str(error)
         if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
             raise UserError(found.group(1)) from error
-        if found := re.search(r"\[FAILED_READ_FILE\.\w+\] Encountered error while reading file (\S+)\. ", text):
-            causes = re.findall(r"^Caused by: ([\w.$]+: .*)$", text, re.MULTILINE)
-            reason = causes[-1] if causes else "Spark gave no reason"
-            raise UserError(
-                f"{found.group(1)} cannot be read ({reason}): is it whole? Restore or remove it."
-            ) from error
         raise

@@ -90,13 +90,13 @@ def tokenize_table(
             raise _located(error, job) from error
         files, tallies = files_of(parts), sum_tallies(parts)
         size = total(files)
-        counts = {name: tallies[name] for name in ("documents_in", "documents_out", "empty", "quarantined", "checked")}
-        counts |= {name: tallies[name] for name, _ in job.tallies}
+        names = ("documents_in", "documents_out", "empty", "quarantined", "checked", *(n for n, _ in job.tallies))
+        counts = {name: tallies.get(name, 0) for name in names}
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
         if not counts["quarantined"]:
             (folder / QUARANTINE).rmdir()
         _check_counts(counts, paths)
-        engine = ENGINES[max(number for number in range(len(ENGINES)) if tallies.get(f"engine {number}"))]
+        engine = ENGINES[max(number for number in range(len(ENGINES)) if f"engine {number}" in tallies)]
         seconds = time.monotonic() - start
         lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
         manifest = Manifest(files, size.rows, size.tokens, info, seq_len=max_len, lineage=lineage)

@@ -103,7 +103,7 @@ def pack(documents, batch, **packer):
     for at in range(0, len(documents), batch):
         part = documents[at : at + batch]
         columns = {
-            "partition": pa.array([3] * len(part), pa.int32()),
+            "part": pa.array([3] * len(part), pa.int32()),
             "doc_ids": pa.array(names[at : at + batch], pa.list_(pa.string())),
             "input_ids": blobs(part),
             "labels": blobs([[-i for i in document] for document in part]),
@@ -152,7 +152,7 @@ def test_best_fit_rows_are_not_in_the_order_of_their_lengths():
 
 def test_boundaries_that_do_not_fit_their_row_are_refused():
     columns = {
-        "partition": pa.array([0], pa.int32()),
+        "part": pa.array([0], pa.int32()),
         "doc_ids": pa.array([["a"]], pa.list_(pa.string())),
         "input_ids": blobs([[1, 2, 3]]),
         "cu_seqlens": blobs([[0, 4]]),
