@@ -74,7 +74,7 @@ def _checkpoint_dir(args: TrainArguments) -> str:
     steps = checkpoint_steps(args.from_ckpt)
     tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
     path = Path(args.from_ckpt) / tag
-    if not (path / "config.json").is_file():
+    if tag not in map(checkpoint_tag, steps):
         have = ", ".join(map(checkpoint_tag, steps)) or "none"
         raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
     return str(path)
