@@ -16,6 +16,9 @@ from fft.errors import UserError
 #: Columns the trainer reads, where a table has them; all are lists of integers.
 _READ = ("input_ids", "labels", "cu_seqlens")
 
+#: The label of tokens that are not trained on.
+IGNORE = -100
+
 #: Footer path of the leaf values of ``input_ids``, as Spark, Arrow and older writers spell it.
 _LEAVES = ("input_ids.list.element", "input_ids.list.item", "input_ids.bag.array_element", "input_ids.array")
 
@@ -130,17 +133,14 @@ class Table:
                 "drop rows whose input_ids are empty."
             )
         if vocab_size is not None:
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= vocab_size:
-                raise UserError(
-                    f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}:"
-                    " tokenize with the model's own tokenizer."
-                )
+            _check_ids(input_ids, vocab_size, f"{name} holds token id")
         labels = None
         if "labels" in wanted:
             labels, label_offsets = _lists(table, "labels", name)
             if not np.array_equal(offsets, label_offsets):
                 raise UserError(f"{name}: labels and input_ids differ in length: write the table again.")
+            if vocab_size is not None:
+                _check_ids(labels[labels != IGNORE], vocab_size, f"{name} holds label")
         documents = None
         if "cu_seqlens" in wanted:
             bounds, at = _lists(table, "cu_seqlens", name)
@@ -204,6 +204,15 @@ def _lists(table: pa.Table, column: str, name: str) -> tuple[np.ndarray, np.ndar
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     values = array.values.to_numpy(zero_copy_only=False)
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"{what} {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}: tokenize with the "
+            "model's own tokenizer."
+        )
 
 
 def _hidden(path: Path, root: Path) -> bool:
