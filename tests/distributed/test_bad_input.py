@@ -173,6 +173,24 @@ def test_vocabulary_larger_than_the_models(good, tmp_path):
     assert f"a vocabulary of {VOCAB + 1}, larger than the model's {VOCAB}: raise vocab_size" in said
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [
+        ("input_ids", VOCAB, "token id"),
+        ("input_ids", -1, "token id"),
+        ("labels", VOCAB, "label"),
+        ("labels", -1, "label"),
+    ],
+)
+def test_ids_outside_the_vocabulary(good, tmp_path, column, value, named):
+    """Found when a row group is read; -100 marks tokens that are not trained on and stays allowed."""
+    foreign(tmp_path / "table", {"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], column: [[1, 2, value]]})
+    reader = prepare(parse_arguments(flags(good, tmp_path, train_data=tmp_path / "table")), 1).train
+    with pytest.raises(UserError) as raised:
+        reader.sample(0)
+    assert f"row group 0 holds {named} {value}, outside the model's vocabulary of {VOCAB}: tok" in str(raised.value)
+
+
 @pytest.mark.parametrize(("world", "sizes"), [(3, {"pipe_parallel_size": 2}), (2, {"pipe_parallel_size": 4})])
 def test_world_that_the_sizes_do_not_divide(good, tmp_path, world, sizes):
     assert "cannot be divided by --pipe_parallel_size" in refusal(flags(good, tmp_path, **sizes), world)
@@ -294,18 +312,3 @@ def test_unknown_flag_is_named(launch):
     assert done.returncode == 2
     assert "--pipe_size" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_help_starts_nothing(launch):
-    code = (
-        "import runpy, sys; sys.argv = ['fft/train.py', '--help']\n"
-        "try: runpy.run_module('fft.train', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules); assert not heavy, heavy"
-    )
-    done = launch("python", "-c", code)
-    assert done.returncode == 0, done.stderr
-    for flag in ("--pipe_parallel_size", "--model_parallel_size", "--split_dlayer", "--only_ckpt_model", "--from_ckpt"):
-        assert flag in done.stdout
-    direct = launch("python", "fft/train.py", "--help")
-    assert direct.stdout == done.stdout
