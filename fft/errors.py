@@ -1,5 +1,6 @@
 """The one kind of error a user is meant to read, and the one place that prints it."""
 
+import json
 import os
 import sys
 import time
@@ -28,7 +29,21 @@ def run_cli(main: Callable[[], int | None]) -> None:
         if int(os.environ.get("RANK", "0")) > 0:
             time.sleep(_PATIENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(str(error))
         code = EXIT_BAD_INPUT
     except BrokenPipeError:
         code = 1
     sys.exit(code)
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Leave the sentence where torchrun looks for a rank's root cause, so that its closing report repeats it.
+
+    torchrun always ends a failed job with a traceback of its own and this report below. The format is that of
+    ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``; written here, it needs no torch.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump({"message": {"message": sentence, "extraInfo": details}}, stream)

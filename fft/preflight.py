@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
@@ -41,10 +42,7 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
-    for flag, path in (("--output_dir", args.output_dir), ("--checkpoint", args.checkpoint)):
-        used = path and os.path.isdir(path) and any(Path(path).iterdir())
-        if used and not args.overwrite:
-            raise UserError(f"{flag} {path} exists and is not empty: choose another folder or add --overwrite.")
+    _check_outputs(args, model, tokenizer)
     readers = {}
     for flag in ("train_data", "eval_data"):
         path = getattr(args, flag)
@@ -76,10 +74,33 @@ def _checkpoint_dir(args: TrainArguments) -> str:
     steps = checkpoint_steps(args.from_ckpt)
     tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
     path = Path(args.from_ckpt) / tag
-    if not (path / "config.json").is_file():
+    if tag not in map(checkpoint_tag, steps):
         have = ", ".join(map(checkpoint_tag, steps)) or "none"
         raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
     return str(path)
+
+
+def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> None:
+    for flag, path in (("--output_dir", args.output_dir), ("--checkpoint", args.checkpoint)):
+        if path and Path(path).exists() and not Path(path).is_dir():
+            raise UserError(f"{flag} {path} is a file: name a folder.")
+        if path and Path(path).is_dir() and any(Path(path).iterdir()) and not args.overwrite:
+            raise UserError(f"{flag} {path} exists and is not empty: choose another folder or add --overwrite.")
+    # --output_dir is replaced as a whole at the end, the checkpoints of --checkpoint are removed at the start.
+    replaced = [("--output_dir", args.output_dir)] if args.output_dir else []
+    if args.checkpoint:
+        run = Path(args.checkpoint)
+        replaced += [("--checkpoint", str(run / checkpoint_tag(step))) for step in checkpoint_steps(run)]
+    weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer}
+    needed = {"--train_data": args.train_data, "--eval_data": args.eval_data, "--checkpoint": args.checkpoint}
+    for flag, folder in replaced:
+        for reader, path in (weights | needed).items():
+            if path is None or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                continue
+            # A model may be trained in place: it has been read long before it is replaced.
+            in_place = flag == "--output_dir" and reader in weights and Path(path).resolve() == Path(folder).resolve()
+            if not in_place:
+                raise UserError(f"{flag} would replace {folder} and with it {path} of {reader}: choose another folder.")
 
 
 def _load_config(model: str, init: bool) -> PretrainedConfig:
@@ -95,9 +116,15 @@ def _load_config(model: str, init: bool) -> PretrainedConfig:
         raise UserError(f"--model {model} is a file: only --init starts from a config; give a model directory.")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type is {kind!r}, which transformers does not know")
         return AutoConfig.for_model(**raw)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a model configuration: {' '.join(str(error).split())}.") from error
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{file} is not a model configuration ({said}): give one that transformers can read."
+        ) from error
 
 
 def _open(

@@ -13,6 +13,12 @@ import pyarrow.parquet as pq
 from fft.data.manifest import Manifest, read_manifest
 from fft.errors import UserError
 
+#: Columns the trainer reads, where a table has them; all are lists of integers.
+_READ = ("input_ids", "labels", "cu_seqlens")
+
+#: The label of tokens that are not trained on.
+IGNORE = -100
+
 #: Footer path of the leaf values of ``input_ids``, as Spark, Arrow and older writers spell it.
 _LEAVES = ("input_ids.list.element", "input_ids.list.item", "input_ids.bag.array_element", "input_ids.array")
 
@@ -48,7 +54,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Table:
-    """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one."""
+    """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one.
+
+    ``columns`` are those that every file has.
+    """
 
     path: str
     row_groups: tuple[RowGroup, ...]
@@ -59,8 +68,9 @@ class Table:
     def open(cls, path: str | os.PathLike) -> "Table":
         """Read the footers of a folder of parquet files (or of one file).
 
-        Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids`` or no longer is
-        what its manifest says.
+        Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
+        another type than the contract's, mixes files with and without one of them, or no longer is what its manifest
+        says.
         """
         root = Path(path)
         if not root.exists():
@@ -77,14 +87,23 @@ class Table:
         if manifest is not None:
             _check_against_manifest(root, manifest)
         groups: list[RowGroup] = []
-        columns: frozenset[str] = frozenset()
+        columns: frozenset[str] | None = None
         for file in files:
-            metadata, columns = _footer(file)
+            metadata, found = _footer(file)
+            columns = found if columns is None else columns
+            for column in _READ:
+                if (column in columns) != (column in found):
+                    have, lack = (file, files[0]) if column in found else (files[0], file)
+                    raise UserError(
+                        f"{have} has a column {column}, {lack} has none: keep tables of different kinds in folders of "
+                        "their own."
+                    )
+            columns &= found
             groups.extend(_row_groups(file, metadata))
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
-        return cls(str(root), tuple(groups), columns, manifest)
+        return cls(str(root), tuple(groups), columns or frozenset(), manifest)
 
     @cached_property
     def rows(self) -> int:
@@ -100,7 +119,7 @@ class Table:
         """Decode one row group. Raises :class:`UserError` naming file and row group when its content is not valid."""
         where = self.row_groups[group]
         name = f"{where.path}, row group {where.index}"
-        wanted = [c for c in ("input_ids", "labels", "cu_seqlens") if c in self.columns]
+        wanted = [c for c in _READ if c in self.columns]
         try:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
             with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
@@ -114,17 +133,14 @@ class Table:
                 "drop rows whose input_ids are empty."
             )
         if vocab_size is not None:
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= vocab_size:
-                raise UserError(
-                    f"{name} holds token id {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}:"
-                    " tokenize with the model's own tokenizer."
-                )
+            _check_ids(input_ids, vocab_size, f"{name} holds token id")
         labels = None
         if "labels" in wanted:
             labels, label_offsets = _lists(table, "labels", name)
             if not np.array_equal(offsets, label_offsets):
                 raise UserError(f"{name}: labels and input_ids differ in length: write the table again.")
+            if vocab_size is not None:
+                _check_ids(labels[labels != IGNORE], vocab_size, f"{name} holds label")
         documents = None
         if "cu_seqlens" in wanted:
             bounds, at = _lists(table, "cu_seqlens", name)
@@ -144,16 +160,17 @@ def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is no readable parquet file ({error}): write it again or remove it.") from error
     schema = metadata.schema.to_arrow_schema()
-    columns = frozenset(schema.names)
-    if "input_ids" not in columns:
+    if "input_ids" not in schema.names:
         raise UserError(
-            f"{file} has no column input_ids (it has {', '.join(sorted(columns))}): "
+            f"{file} has no column input_ids (it has {', '.join(sorted(schema.names))}): "
             "make a token table with spark_jobs/tokenize.py first."
         )
-    kind = schema.field("input_ids").type
-    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
-        raise UserError(f"{file}: column input_ids is {kind}, it must be a list of integers.")
-    return metadata, columns
+    for column in (c for c in _READ if c in schema.names):
+        kind = schema.field(column).type
+        if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
+            remedy = "write the table again" if column == "input_ids" else "drop or rename it"
+            raise UserError(f"{file}: column {column} is {kind}, it must be a list of integers: {remedy}.")
+    return metadata, frozenset(schema.names)
 
 
 def _row_groups(file: Path, metadata: pq.FileMetaData) -> list[RowGroup]:
@@ -187,6 +204,15 @@ def _lists(table: pa.Table, column: str, name: str) -> tuple[np.ndarray, np.ndar
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     values = array.values.to_numpy(zero_copy_only=False)
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"{what} {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}: tokenize with the "
+            "model's own tokenizer."
+        )
 
 
 def _hidden(path: Path, root: Path) -> bool:

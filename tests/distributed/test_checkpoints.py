@@ -1,0 +1,69 @@
+"""Folders that an interrupted run leaves behind are never taken for checkpoints. See also ``test_runs.py``."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL
+from test_parity import command, read_metrics
+from test_runs import loss_of
+
+from fft.arguments import parse_arguments
+from fft.checkpoint.hf import staging_dir
+from fft.errors import UserError
+from fft.preflight import checkpoint_steps, prepare
+
+FLAGS = "--seq_len 64 --dtype fp32"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, launch, ragged_table):
+    """The folder of a run that was started again where a former one had been killed while writing."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"}))
+    run = folder / "run"
+    # The staging folders of two checkpoints, and folders with a checkpoint's name but no config.json.
+    for leftover in (staging_dir(run / "step-2"), staging_dir(run / "step-90"), run / "step-4", run / "step-80"):
+        leftover.mkdir(parents=True)
+        (leftover / "model-00001-of-00007.safetensors").write_bytes(b"half a shard")
+    (staging_dir(run / "step-90") / "config.json").write_text((folder / "config.json").read_text())
+    flags = (
+        f"--init --model {folder}/config.json --train_data {ragged_table} --eval_data {ragged_table} {FLAGS} "
+        f"--max_steps 4 --learning_rate 1e-2 --save_steps 1 --eval_steps 1 --only_ckpt_model --max_num_checkpoints 3 "
+        f"--checkpoint {run} --overwrite"
+    )
+    done = launch(*command("python", 1), *flags.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def start_from(run, *flags):
+    """The plan of a run that starts from a checkpoint; nothing is started."""
+    given = ["--from_ckpt", run, "--output_dir", run.parent / "unwritten", *FLAGS.split(), "--num_train_epochs", 0]
+    return prepare(parse_arguments([str(part) for part in (*given, *flags)]), 1)
+
+
+def test_the_newest_are_kept(run):
+    assert checkpoint_steps(run) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_checkpoints_hold_the_weights_of_their_step(run, step, ragged_table):
+    """Also those over whose name something half-written lay."""
+    evaluated = read_metrics(run)[1][step]
+    assert loss_of(run / f"step-{step}", ragged_table) == pytest.approx(evaluated, rel=1e-5)
+    assert sorted(path.name for path in (run / f"step-{step}").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_newest_checkpoint_is_a_whole_one(run):
+    tags = ([], ["--tag", "step-4"], ["--tag", "step-2"])
+    newest, last, older = (start_from(run, *tag).weights.read("model.norm.weight", torch.Size([32])) for tag in tags)
+    assert torch.equal(newest, last)
+    assert not torch.equal(newest, older)
+
+
+@pytest.mark.parametrize("tag", ["step-1", "step-80", ".step-90.writing"])
+def test_what_is_no_checkpoint_is_refused_by_name(run, tag):
+    with pytest.raises(UserError) as raised:
+        start_from(run, "--tag", tag)
+    assert f"{run / tag} is no checkpoint; {run} holds: step-2, step-3, step-4" in str(raised.value)
