@@ -75,11 +75,27 @@ def shuffle(argv: Sequence[str] | None = None) -> None:
 
   # every table below a folder, another order
   spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/shuffled --seed 7 --num_block 64
+
+  # a mixture of the tables runs/datasets/web and runs/datasets/books, no content twice
+  spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/mixed --weights web=0.7,books=2 --dedup
 """,
         "token table(s), or a folder of them",
     )
     parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
     parser.add_argument("--num_block", type=_positive, help="files to write (default: from the tokens, 8 to 2048)")
+    parser.add_argument(
+        "--weights",
+        type=_weights,
+        default={},
+        metavar="NAME=W,...",
+        help="how often rows of a table occur, by the name of its folder: 0.7 takes seven documents in ten, 2.5 all of "
+        "them twice and half of them once more (default: 1); held-out rows occur once",
+    )
+    parser.add_argument(
+        "--dedup",
+        action="store_true",
+        help="leave out rows whose content occurred before, and training rows whose content is held out",
+    )
     parser.add_argument(
         "--holdout",
         type=_fraction,
@@ -159,3 +175,14 @@ def _fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
     return value
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights = {}
+    for item in text.split(","):
+        name, _, number = item.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{item!r} is not NAME=NUMBER, as in web=0.7,books=2") from None
+    return weights

@@ -18,9 +18,14 @@ def block_of(place: Column, num_block: int) -> Column:
     return F.shiftright(top * F.lit(num_block).cast("long"), 31).cast("int")
 
 
+def below_fraction(purpose: str, seed: int, fraction: float, *key: Column) -> Column:
+    """True for about ``fraction`` of all keys, the same ones whenever and wherever it is asked."""
+    return F.shiftrightunsigned(row_hash(purpose, seed, *key), 11) < F.lit(int(fraction * 2**53)).cast("long")
+
+
 def is_held_out(seed: int, doc_id: Column, fraction: float) -> Column:
     """True for about ``fraction`` of all ids; the same for every row of an id."""
-    return F.shiftrightunsigned(row_hash("holdout", seed, doc_id), 11) < F.lit(int(fraction * 2**53)).cast("long")
+    return below_fraction("holdout", seed, fraction, doc_id)
 
 
 def balance(weights: Mapping[int, int], bins: int) -> dict[int, int]:

@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.data.manifest import Manifest, commit
 from fft.errors import UserError
 from spark_jobs.arrow import bytes_to_lists
+from spark_jobs.mixing import check_weights, with_copies
 from spark_jobs.parts import PartFile, by_part, files_of, report, sum_tallies, to_tasks
 from spark_jobs.placing import block_of, is_held_out, row_hash
 from spark_jobs.session import get_session, job_settings
@@ -40,6 +42,8 @@ def shuffle_tables(
     *,
     seed: int = 0,
     num_block: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    dedup: bool = False,
     holdout: float = 0.0,
     overwrite: bool = False,
     spark: SparkSession | None = None,
@@ -47,9 +51,12 @@ def shuffle_tables(
     """Write the rows of all input tables to ``output`` in an order that depends on their content and ``seed`` alone.
 
     With ``holdout`` > 0, ``output`` gets the tables ``train`` and ``validation``: about that share of the document
-    ids, and all their rows, are held out. Returns the manifests by table name ("" without a split). Raises
-    :class:`UserError` for inputs that are no finished token tables and for a split that leaves a side empty.
-    ``spark`` is by default the active session.
+    ids, and all their rows, are held out. ``weights`` (by name of the table's folder) say how often a row of the
+    training table occurs; held-out rows occur once, or not at all where the weight is 0. ``dedup`` leaves out rows
+    whose content occurred before, and training rows whose content is held out.
+
+    Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
+    token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
     """
     folder = local_path(output, "-o")
     paths = [table for path in local_paths(inputs, "-i") for table in find_tables(path)]
@@ -57,99 +64,134 @@ def shuffle_tables(
     tokenizer = common_tokenizer(datasets)
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
         raise UserError("--holdout needs whole documents, but a table is packed: hold out before repartition.py packs.")
-    parameters = {"seed": seed, "num_block": num_block, "holdout": holdout}
+    mixture = check_weights(weights or {}, [dataset.name for dataset in datasets])
+    parameters = {"seed": seed, "num_block": num_block, "holdout": holdout, "weights": mixture, "dedup": dedup}
     lineage = lineage_of("shuffle", paths, parameters)
-    tokens_in, bytes_in = sum(d.table.tokens for d in datasets), sum(d.bytes for d in datasets)
+    tokens_in = {dataset.name: dataset.table.tokens for dataset in datasets}
+    bytes_in = sum(dataset.bytes for dataset in datasets)
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
     check_output(folder, paths, overwrite)
     spark = spark or get_session("shuffle")
     start = time.monotonic()
     with claim(folder, list(shares), paths, lineage, overwrite) as folders, job_settings(spark):
-        rows = read_tokens(spark, datasets)
-        files, tallies = {}, {}
+        rows = read_tokens(spark, datasets).withColumn("name", F.array_join("doc_ids", "\n"))
+        parts = {}
         for name, share in shares.items():
-            chosen = rows
-            if holdout:
-                held_out = is_held_out(seed, _name_of_row(), holdout)
-                chosen = rows.where(held_out if name == "validation" else ~held_out)
-            blocks = _blocks(num_block, share, tokens_in)
-            placed = chosen.transform(in_seeded_order, seed, blocks)
-            work = WriteRows(str(folders[name].absolute()))
-            parts = write_parts(
-                placed, work, _order(placed), folders[name], f"shuffle {name}".strip(), int(bytes_in * share)
-            )
-            files[name], tallies[name] = files_of(parts), sum_tallies(parts)
-            if not files[name]:
+            # Held-out rows occur once: repeating them would only make an evaluation slower.
+            factors = mixture if name != "validation" else {n: float(w > 0) for n, w in mixture.items()}
+            chosen = rows.transform(with_guards, seed, holdout, name, dedup)
+            copied = chosen.transform(with_copies, factors, seed, F.col("name"))
+            blocks = _blocks(num_block, share, sum(tokens * factors[n] for n, tokens in tokens_in.items()))
+            placed = copied.transform(in_seeded_order, seed, blocks, dedup)
+            work = WriteRows(str(folders[name].absolute()), tuple(int_columns(rows)) if dedup else ())
+            order = ["part", "place", *int_columns(rows), "guard", "dataset", "name"]
+            title, expected = f"shuffle {name}".strip(), int(bytes_in * share)
+            parts[name] = write_parts(placed, work, order, folders[name], title, expected)
+            if not files_of(parts[name]):
                 raise UserError(
-                    f"--holdout {holdout} leaves no row for {name}: "
+                    f"{f'--holdout {holdout}' if holdout else '-i'} leaves no row for {name or 'the output'}: "
                     f"{sum(d.table.rows for d in datasets)} rows are too few; give another share."
                 )
-        empty = sum(own.get("empty", 0) for own in tallies.values())
-        counts = {
-            "rows_in": sum(d.table.rows for d in datasets),
-            "rows_out": sum(total(f).rows for f in files.values()),
-            "empty": empty,
-        }
-        if counts["rows_in"] != counts["rows_out"] + empty:
+        tallies = sum_tallies([part for own in parts.values() for part in own])
+        counts = {name: tallies.get(name, 0) for name in ("rows_out", "empty", "duplicates")}
+        counts = {"rows_in": sum(dataset.table.rows for dataset in datasets), **counts}
+        weighted = any(weight != 1 for weight in mixture.values())
+        if not weighted and counts["rows_in"] != sum(v for k, v in counts.items() if k != "rows_in"):
             raise UserError(f"rows in and out differ ({counts}): an input changed while it was read; run again.")
-        seconds, tokens = time.monotonic() - start, sum(total(f).tokens for f in files.values())
+        sizes = {name: total(files_of(own)) for name, own in parts.items()}
+        seconds, tokens = time.monotonic() - start, sum(size.tokens for size in sizes.values())
         manifests = {}
-        for name in shares:
-            size = total(files[name])
-            counted = counts | {
-                "rows": size.rows,
-                "tokens": size.tokens,
-                "bytes": size.bytes,
-                "datasets": _by_dataset(datasets, tallies[name]),
-            }
+        for name, size in sizes.items():
+            own = _by_dataset(datasets, sum_tallies(parts[name]))
+            counted = counts | {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes, "datasets": own}
             results = with_results(lineage, counted, tokens, seconds)
-            manifests[name] = Manifest(
-                files[name], size.rows, size.tokens, tokenizer, _seq_len(datasets), seed, results
-            )
+            length = _seq_len(datasets)
+            files = files_of(parts[name])
+            manifests[name] = Manifest(files, size.rows, size.tokens, tokenizer, length, seed, results)
         for name, manifest in manifests.items():
             commit(folders[name], manifest)
-    _report(manifests, empty, folder)
+    _report(manifests, counts, folder)
     return manifests
 
 
-def _order(df: DataFrame) -> list[str]:
-    return ["part", "place", "dataset", "name", *int_columns(df)]
+def with_guards(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
+    """The rows of a split, with ``guard`` 1; in the training split of a ``dedup``, the held-out rows too, with 0.
+
+    A guard is not written: it takes the training rows of equal content with it.
+    """
+    if not holdout:
+        return df.withColumn("guard", F.lit(1))
+    held_out = is_held_out(seed, F.col("name"), holdout)
+    if split == "validation":
+        return df.where(held_out).withColumn("guard", F.lit(1))
+    if not dedup:
+        return df.where(~held_out).withColumn("guard", F.lit(1))
+    return df.withColumn("guard", F.when(held_out, 0).otherwise(1))
 
 
-def in_seeded_order(df: DataFrame, seed: int, num_block: int) -> DataFrame:
+def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
     """Rows in ``num_block`` parts that, one after the other, are in the order of ``place``, a hash of each row.
 
-    The hash covers seed, dataset, document ids and content, so that equal ids lose nothing and tie only when the
-    rows are equal. Lists are bytes, which travel through the exchange several times faster than arrays.
+    The hash covers seed, copy, dataset, document ids and content, so that equal ids lose nothing and tie only when
+    the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours. Lists are
+    bytes, which travel through the exchange several times faster than arrays.
     """
-    ints = int_columns(df)
-    place = row_hash("shuffle", seed, F.col("dataset"), _name_of_row(), *(F.col(name) for name in ints))
-    placed = df.withColumn("place", place).withColumn("part", block_of(F.col("place"), num_block))
-    return placed.withColumn("name", _name_of_row()).transform(to_tasks, num_block)
+    key = [F.col("copy"), *(F.col(name) for name in int_columns(df))]
+    if not by_content:
+        key += [F.col("dataset"), F.col("name")]
+    placed = df.withColumn("place", row_hash("shuffle", seed, *key))
+    return placed.withColumn("part", block_of(F.col("place"), num_block)).transform(to_tasks, num_block)
 
 
 @dataclass(frozen=True)
 class WriteRows:
-    """A function for ``mapInArrow``: rows of parts in; files written, empty rows left out and counted; reports out."""
+    """A function for ``mapInArrow``: sorted rows of parts in; files written; reports out.
+
+    Left out, and counted, are empty rows and, if ``unique`` names columns, rows that equal the one before in them.
+    """
 
     folder: str
+    unique: tuple[str, ...] = ()
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write all parts of a task."""
         for part, rows in by_part(batches):
             tallies: dict[str, int] = {}
+            before = None
             with PartFile(self.folder, part) as sink:
                 for batch in rows:
-                    tokens = pc.divide(pc.binary_length(batch.column("input_ids")), 4)
-                    full = batch.filter(pc.greater(tokens, 0))
-                    counted = {"empty": batch.num_rows - full.num_rows, **_per_dataset(batch, tokens)}
-                    for name, value in counted.items():
+                    kept, counts = self._choose(batch, before)
+                    before = batch.slice(batch.num_rows - 1)
+                    for name, value in counts.items():
                         tallies[name] = tallies.get(name, 0) + value
-                    if full.num_rows:
-                        sink.write(as_token_rows(full))
+                    if kept.num_rows:
+                        sink.write(as_token_rows(kept))
                 done = sink.finish(tallies)
             yield report([done])
+
+    def _choose(self, batch: pa.RecordBatch, before: pa.RecordBatch | None) -> tuple[pa.RecordBatch, dict[str, int]]:
+        own = pc.equal(batch.column("guard"), 1).to_numpy(zero_copy_only=False)
+        full = pc.greater(pc.binary_length(batch.column("input_ids")), 0).to_numpy(zero_copy_only=False)
+        repeated = np.zeros(batch.num_rows, bool)
+        if self.unique:
+            repeated = full & _equal_to_previous(batch, before, ("place", *self.unique))
+        kept = batch.filter(pa.array(own & full & ~repeated))
+        counts = {
+            "rows_out": kept.num_rows,
+            "empty": int((own & ~full).sum()),
+            "duplicates": int((own & repeated).sum()),
+        }
+        return kept, {**counts, **_per_dataset(kept)}
+
+
+def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, columns: Sequence[str]) -> np.ndarray:
+    same = np.ones(batch.num_rows, bool)
+    same[0] = before is not None and all(batch.column(c)[0] == before.column(c)[0] for c in columns)
+    for name in columns:
+        column = batch.column(name)
+        same[1:] &= pc.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
+    return same
 
 
 def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -159,17 +201,14 @@ def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names)
 
 
-def _per_dataset(batch: pa.RecordBatch, tokens: pa.Array) -> dict[str, int]:
+def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
     counts = {}
+    bytes_ = pc.binary_length(batch.column("input_ids"))
     for dataset in pc.unique(batch.column("dataset")).to_pylist():
-        own = tokens.filter(pc.equal(batch.column("dataset"), dataset))
-        counts[f"rows of {dataset}"] = len(own) - pc.sum(pc.equal(own, 0)).as_py()
-        counts[f"tokens of {dataset}"] = pc.sum(own).as_py()
+        own = bytes_.filter(pc.equal(batch.column("dataset"), dataset))
+        counts[f"rows of {dataset}"] = len(own)
+        counts[f"tokens of {dataset}"] = pc.sum(own).as_py() // 4
     return counts
-
-
-def _name_of_row() -> Column:
-    return F.array_join("doc_ids", "\n")
 
 
 def _by_dataset(datasets: Sequence[Dataset], tallies: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -179,7 +218,7 @@ def _by_dataset(datasets: Sequence[Dataset], tallies: dict[str, int]) -> dict[st
     }
 
 
-def _blocks(num_block: int | None, share: float, tokens: int) -> int:
+def _blocks(num_block: int | None, share: float, tokens: float) -> int:
     if num_block is None:
         low, high = _BLOCKS
         num_block = min(max(math.ceil(tokens / _TOKENS_PER_BLOCK), low), high)
@@ -191,7 +230,7 @@ def _seq_len(datasets: Sequence[Dataset]) -> int | None:
     return None if None in lengths else max(lengths)
 
 
-def _report(manifests: dict[str, Manifest], empty: int, folder: Path) -> None:
+def _report(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path) -> None:
     lines = []
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
@@ -200,6 +239,7 @@ def _report(manifests: dict[str, Manifest], empty: int, folder: Path) -> None:
         lines.append([name or "-", "all", manifest.rows, manifest.tokens, counts["bytes"]])
     say(format_table(("table", "dataset", "rows", "tokens", "bytes"), lines))
     say(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,} tokens/s")
-    if empty:
-        say(f"{empty} rows without tokens were left out")
+    for what, count in (("without tokens", totals["empty"]), ("whose content occurred before", totals["duplicates"])):
+        if count:
+            say(f"{count} rows {what} were left out")
     say(f"wrote {folder}")

@@ -66,7 +66,8 @@ def test_manifests_of_both_sides(shuffled, tokens):
         assert manifest.seed == 0
         assert counts["rows_in"] == counts["rows_out"] == whole.rows
         assert counts["datasets"] == {"tokens": {"rows": manifest.rows, "tokens": manifest.tokens}}
-        assert manifest.lineage["parameters"] == {"seed": 0, "num_block": 4, "holdout": 0.1}
+        parameters = {"seed": 0, "num_block": 4, "holdout": 0.1, "weights": {"tokens": 1.0}, "dedup": False}
+        assert manifest.lineage["parameters"] == parameters
         assert manifest.lineage["timing"]["tokens_per_second"] > 0
 
 
