@@ -12,6 +12,8 @@ TESTS := $(wildcard tests/unit tests/spark tests/distributed tests/test_*.py)
 
 # spark-submit and deepspeed look up python3 on PATH: it must be this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# What DeepSpeed compiles is of no use to another environment, which would compile it again.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .PHONY: help prerequisites env quickstart test lint format dist clean
 

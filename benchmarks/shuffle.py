@@ -37,8 +37,10 @@ def main() -> int:
             shutil.rmtree(output, ignore_errors=True)
             say(f"{job}, {millions} M tokens ...")
             submit = ["spark-submit", "--master", f"local[{args.cores}]", "--driver-memory", "4g"]
-            command = [*submit, f"spark_jobs/{job}.py", "-i", last, "-o", output, *flags]
-            cost = run_measured(command, ROOT, os.environ, work / f"{job}-{millions}.log")
+            start = submit if args.engine == "spark" else [sys.executable]
+            command = [*start, f"spark_jobs/{job}.py", "-i", last, "-o", output, *flags]
+            environment = {**os.environ, "FFT_ENGINE": args.engine}
+            cost = run_measured(command, ROOT, environment, work / f"{job}-{millions}.log")
             counts = json.loads((output / "_fft_manifest.json").read_text())
             unused = counts["lineage"]["counts"].get("unused_share")
             rate = round(counts["tokens"] / cost.seconds)
@@ -50,7 +52,7 @@ def main() -> int:
         for made in (source, work / f"shuffle-{millions}", last):
             shutil.rmtree(made)
     header = ("job", "tokens", "documents", "seconds", "tokens/s", "cores", "peak MB", "unused %")
-    print(f"log-normal documents, {args.cores} cores, rows of {MAX_LEN}, start-up of Spark included")
+    print(f"{args.engine}, log-normal documents, {args.cores} cores, rows of {MAX_LEN}, start-up included")
     print(format_table(header, rows))
     return 0
 
@@ -80,6 +82,7 @@ def write_documents(folder: Path, tokens: int) -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shuffle", description=__doc__.split("\n\n")[0])
     parser.add_argument("--millions", type=int, nargs="+", default=[25, 100, 400], help="tokens, in millions")
+    parser.add_argument("--engine", choices=["spark", "sail"], default="spark", help="default: Spark's JVM")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="scratch folder")
     return parser.parse_args()

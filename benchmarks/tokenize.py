@@ -93,6 +93,11 @@ def _spark(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) 
     return [*command, "-i", corpus, "-o", output, "--tokenizer", tokenizer], {}, _in_parquet
 
 
+def _sail(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+    command = [sys.executable, "spark_jobs/tokenize.py", "-i", corpus, "-o", output, "--tokenizer", tokenizer]
+    return command, {"FFT_ENGINE": "sail"}, _in_parquet
+
+
 def _huggingface(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
     command = [sys.executable, "benchmarks/peers/hf_tokenizers.py", corpus, tokenizer, output]
     return command, {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true"}, _in_parquet
@@ -121,7 +126,7 @@ def _in_parquet(folder: Path) -> int:
     return tokens
 
 
-ENGINES = {"datatrove": _datatrove, "tokenizers": _huggingface, "spark": _spark}
+ENGINES = {"datatrove": _datatrove, "tokenizers": _huggingface, "spark": _spark, "sail": _sail}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from fft.errors import UserError
+from fft.errors import Parser, UserError
 
 _EXAMPLES = """examples:
   # a model from scratch, two pipeline stages, on CPU or two GPUs
@@ -83,13 +83,11 @@ class TrainArguments:
 
 def build_parser() -> argparse.ArgumentParser:
     """The trainer's parser. Flags that were not given are absent, so that a YAML file can fill them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fft/train.py",
         description="Train a Hugging Face decoder on token tables that Spark wrote, in pipeline and data parallel.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flag names and values")
     for spec in fields(TrainArguments):
@@ -130,7 +128,7 @@ def _read_yaml(path: str) -> dict:
         raise UserError(f"--config {path} does not exist.")
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise UserError(f"--config {path} must map flag names to values.")

@@ -1,10 +1,14 @@
 """The one kind of error a user is meant to read, and the one place that prints it."""
 
+import argparse
+import difflib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
@@ -15,6 +19,21 @@ _PATIENCE = 10
 
 class UserError(Exception):
     """Something the user can mend. The message is one sentence: what is wrong, where, and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one sentence, too, with the flag that was probably meant."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`UserError`."""
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = re.findall(r"--?[\w-]+", message.partition("unrecognized arguments:")[2])
+        near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise UserError(f"{message}{meant}; {self.prog} --help lists the flags.")
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

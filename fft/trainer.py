@@ -127,6 +127,10 @@ class Trainer:
         totals = torch.tensor([float(sum(sums)) if last else 0.0, float(trained) if last else 0.0], dtype=torch.float64)
         totals = totals.to(self.engine.device)
         dist.all_reduce(totals)
+        if not totals[1]:
+            raise UserError(
+                f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
+            )
         loss = float(totals[0] / totals[1])
         self._record(step=step, eval_loss=loss, eval_tokens=int(totals[1]))
         _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {int(totals[1]):,} tokens")

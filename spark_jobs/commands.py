@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import spark_jobs
-from fft.errors import UserError
+from fft.errors import Parser, UserError
 
 
 def tokenize(argv: Sequence[str] | None = None) -> None:
@@ -136,12 +136,10 @@ def repartition(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser(name: str, what: str, examples: str, inputs: str, several: bool = True) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"spark-submit spark_jobs/{name}.py",
         description=what,
         epilog=f"examples:{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "-i", "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs

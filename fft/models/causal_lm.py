@@ -12,6 +12,7 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
@@ -33,6 +34,17 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         )
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         raise UserError(f"model type {name!r} is a mixture of experts, which this release does not train.")
+    if config.num_hidden_layers < 1:
+        raise UserError(
+            f"num_hidden_layers is {config.num_hidden_layers} in the model's config.json: it must be 1 or more."
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"num_key_value_heads {config.num_key_value_heads} does not divide num_attention_heads "
+            f"{config.num_attention_heads} in the model's config.json."
+        )
+    if config.hidden_act not in ACT2FN:
+        raise UserError(f"hidden_act {config.hidden_act!r} in the model's config.json is none that transformers knows.")
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds if kinds else bool(window)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fft.errors import UserError, run_cli
+from fft.errors import Parser, UserError, run_cli
 from fft.quickstart import report
 from fft.quickstart.plan import CONFIG, ROOT, Places, build_stages, spark_rate
 from fft.quickstart.stages import Record, run_stages
@@ -25,13 +25,11 @@ _EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fft.quickstart",
         description="Collect Python's own sources, tokenize, shuffle and pack them with Spark, train a small Llama on "
         "two pipeline stages, and let it write.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR", help="default: runs/quickstart"

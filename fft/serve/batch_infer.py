@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fft.errors import UserError, run_cli
+from fft.errors import Parser, UserError, run_cli
 from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
 
 _EXAMPLES = """examples:
@@ -96,12 +96,10 @@ def with_progress(batches: Iterable[list[Completion]], total: int, every: float 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fft.serve.batch_infer",
         description="Complete every prompt of a file with a Hugging Face model.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="prompts: .jsonl, .txt or .parquet")

@@ -105,7 +105,6 @@ def test_weights_that_are_none(spark, datasets, tmp_path, weights, sentence):
         shuffle_tables(datasets, tmp_path / "a", weights=weights)
 
 
-def test_weights_on_the_command_line(datasets, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_weights_on_the_command_line(datasets, tmp_path):
+    with pytest.raises(UserError, match="--weights: 'web:2' is not NAME=NUMBER"):
         main(["-i", str(datasets), "-o", str(tmp_path / "a"), "--weights", "web:2"])
-    assert "'web:2' is not NAME=NUMBER" in capsys.readouterr().err

@@ -121,5 +121,5 @@ def test_what_is_no_input_is_refused_in_one_sentence(spark, tmp_path, packed):
     fails("cu_seqlens must rise", write_foreign(tmp_path / "wrong", [[1, 2]], cu_seqlens=bounds))
     with pytest.raises(UserError, match="exists: give --overwrite"):
         main(["-i", str(tmp_path / "many/a"), "-o", str(packed), "--max_len", "8"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--max_len: 0 is not a positive number"):
         main(["-i", "x", "-o", "y", "--max_len", "0"])

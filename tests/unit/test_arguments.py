@@ -63,3 +63,14 @@ def test_flags_that_contradict(flags, sentence):
     with pytest.raises(UserError) as raised:
         parse_arguments([*BASE, *flags])
     assert sentence in str(raised.value)
+
+
+def test_an_unknown_flag_is_one_sentence():
+    with pytest.raises(UserError, match=r"arguments: --pipe_size 2 \(did you mean --pipe_parallel_size\?\); .* --help"):
+        parse_arguments([*BASE, "--pipe_size", "2"])
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "settings.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not YAML"):
+        parse_arguments([*BASE, "--config", str(tmp_path / "settings.yaml")])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs, pipeline_layers
+from fft.models.causal_lm import ModelSource, canonical_parameters, check_supported, layer_costs, pipeline_layers
 from fft.parallel.mesh import mesh_sizes
 from fft.parallel.partition import partition_balanced, stage_bounds
 from fft.schedule import lr_multiplier
@@ -114,3 +114,17 @@ def test_layer_costs_count_every_parameter_once(split, tied):
     assert len(flops) == len(parameters) == len(pipeline_layers(made, split))
     assert sum(parameters) == sum(p.numel() for p in made.skeleton.parameters())
     assert all(math.isfinite(cost) for cost in flops)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"hidden_act": "zzz"}, "hidden_act 'zzz'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_supported(AutoConfig.for_model(**(SMALL | {"model_type": "llama"} | changes)), 64)
