@@ -145,7 +145,16 @@ def _parser(name: str, what: str, examples: str, inputs: str, several: bool = Tr
         "-i", "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
     )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the new table")
-    parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
+    parser.add_argument(
+        "--format",
+        choices=["parquet", "delta"],
+        default="parquet",
+        dest="table_format",
+        help="of the new table (default: %(default)s); delta needs no cluster support, only pip install deltalake",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a table that is there; a Delta table gets a new version"
+    )
     return parser
 
 

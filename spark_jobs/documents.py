@@ -10,6 +10,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from fft.data.delta import is_delta, read_snapshot, split_version
 from fft.errors import UserError
 from spark_jobs.readers import COMPRESSIONS, READERS, read_row_groups, row_group_sizes, schema_of
 from spark_jobs.splits import Span, Split, cut_text, piece_size
@@ -118,6 +119,11 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
     """List the files below the inputs. Raises :class:`UserError` for what is missing, empty or of no known kind."""
     sources = []
     for path in inputs:
+        folder, version = split_version(path)
+        if version is not None or is_delta(folder):
+            snapshot = read_snapshot(folder, version)
+            sources.append(Source(Path(f"{folder}@v{snapshot.version}"), "parquet", snapshot.files))
+            continue
         if not path.exists():
             raise UserError(f"-i {path} does not exist: give a file or a folder of JSON lines, parquet or text.")
         if path.is_file():
@@ -125,8 +131,6 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
             if kind_of(path) is None:
                 raise UserError(f"-i {path} is of no known kind: its name must end in {_known()}.")
         else:
-            if (path / "_delta_log").exists():
-                raise UserError(f"-i {path} is a Delta table, which this release does not read: export it as parquet.")
             files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path) and kind_of(p))
             if not files:
                 raise UserError(f"-i {path} holds no documents: no file there ends in {_known()}.")

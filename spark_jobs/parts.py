@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -41,7 +41,7 @@ REPORT = "part int, name string, rows bigint, tokens bigint, bytes bigint, talli
 
 @dataclass(frozen=True)
 class Part:
-    """A finished file under its temporary ``name``, and sums over its rows."""
+    """A finished file, first under a temporary ``name``, and sums over its rows."""
 
     part: int
     name: str
@@ -212,10 +212,11 @@ def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, parts:
     return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), parts)
 
 
-def publish(folder: Path, rows: Sequence[object]) -> list[Part]:
+def publish(folder: Path, rows: Sequence[object], tag: str = "") -> list[Part]:
     """Give the files that tasks reported (collected rows of :data:`REPORT`) their names; drop what failed tries left.
 
-    Returns all parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
+    ``tag`` becomes part of the names, to tell them from those of an older version in the same folder. Returns all
+    parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
     """
     parts = sorted((Part(**row.asDict()) for row in rows), key=lambda p: p.part)
     for part in parts:
@@ -224,25 +225,23 @@ def publish(folder: Path, rows: Sequence[object]) -> list[Part]:
                 f"{folder / part.name}, which a worker wrote, is not there for the driver: "
                 "-o must lie on storage that all machines of the cluster mount alike."
             )
+    named = []
     for part in parts:
+        final = f"part-{part.part:05d}{tag}.parquet" if part.name else ""
         if part.name:
-            os.replace(folder / part.name, folder / file_name(part.part))
+            os.replace(folder / part.name, folder / final)
+        named.append(replace(part, name=final))
         if part.rejects:
             place = folder / QUARANTINE
             os.replace(place / part.rejects, place / f"part-{part.part:05d}.json")
     for leftover in (*folder.glob(f".part-*{WRITING}"), *folder.glob(f"{QUARANTINE}/.part-*{WRITING}")):
         leftover.unlink()
-    return parts
-
-
-def file_name(part: int) -> str:
-    """Final name of a part's file."""
-    return f"part-{part:05d}.parquet"
+    return named
 
 
 def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:
     """Manifest entries of the parts that have rows."""
-    return tuple(FileInfo(file_name(p.part), p.rows, p.tokens, p.bytes) for p in parts if p.name)
+    return tuple(FileInfo(p.name, p.rows, p.tokens, p.bytes) for p in parts if p.name)
 
 
 def sum_tallies(parts: Sequence[Part]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from fft.data.manifest import Manifest, commit, write_atomically
+from fft.data.manifest import Manifest, write_atomically
 from fft.errors import UserError
 from spark_jobs.packed_rows import Packer, window_tokens
 from spark_jobs.parts import PartFile, by_part, files_of, report, to_tasks
@@ -21,6 +21,7 @@ from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_column
 from spark_jobs.writing import (
     INFO_NAME,
     SPLITS,
+    Place,
     check_output,
     claim,
     lineage_of,
@@ -46,12 +47,14 @@ def repartition_table(
     pack: str = "best-fit",
     num_partition: int | None = None,
     seed: int = 0,
+    table_format: str = "parquet",
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> dict[str, Manifest]:
     """Write a table's documents as rows of at most ``max_len`` tokens in ``num_partition`` files of equal token count.
 
     ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
+    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
@@ -64,24 +67,25 @@ def repartition_table(
         )
     datasets = dict(zip(names, open_datasets(tables), strict=True))
     parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
-    lineage = lineage_of("repartition", [source], parameters)
+    lineage = lineage_of("repartition", [dataset.table.source for dataset in datasets.values()], parameters)
     manifests = {}
-    check_output(folder, [source], overwrite)
+    check_output(folder, [source], overwrite, table_format, names)
     spark = spark or get_session("repartition")
-    with claim(folder, names, [source], lineage, overwrite) as folders, job_settings(spark):
+    with claim(folder, names, [source], lineage, overwrite, table_format) as places, job_settings(spark):
         for name, dataset in datasets.items():
             manifests[name] = _repartition(
-                spark, dataset, folders[name], lineage, name, max_len, pack, num_partition, seed
+                spark, dataset, places[name], lineage, name, max_len, pack, num_partition, seed
             )
         for name, manifest in manifests.items():
-            write_atomically(folders[name] / INFO_NAME, describe(manifest))
-            commit(folders[name], manifest)
+            write_atomically(places[name].folder / INFO_NAME, describe(manifest))
+            places[name].commit(manifest)
     say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
     for name, manifest in manifests.items():
         spread = manifest.lineage["counts"]["max_over_min"]
         if spread > _MAX_SPREAD:
             say(
-                f"note: partitions of {folders[name]} differ by {spread:.2f}: for few documents, lower --num_partition."
+                f"note: partitions of {places[name].folder} differ by {spread:.2f}: "
+                "for few documents, lower --num_partition."
             )
     say(f"wrote {folder}")
     return manifests
@@ -90,7 +94,7 @@ def repartition_table(
 def _repartition(
     spark: SparkSession,
     dataset: Dataset,
-    folder: Path,
+    place: Place,
     lineage: dict,
     name: str,
     max_len: int,
@@ -110,8 +114,8 @@ def _repartition(
     assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
     order = ["part", "place", "name", *int_columns(placed)]
-    work = PackParts(str(folder.absolute()), Packer(max_len, pack, seed, window_tokens(max_len)))
-    files = files_of(write_parts(placed, work, order, folder, f"repartition {name}".strip(), dataset.bytes))
+    work = PackParts(str(place.folder.absolute()), Packer(max_len, pack, seed, window_tokens(max_len)))
+    files = files_of(write_parts(placed, work, order, place, f"repartition {name}".strip(), dataset.bytes))
     size, tokens_in = total(files), sum(weights.values())
     if size.tokens != tokens_in:
         raise UserError(

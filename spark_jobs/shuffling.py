@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from fft.data.manifest import Manifest, commit
+from fft.data.manifest import Manifest
 from fft.errors import UserError
 from spark_jobs.arrow import bytes_to_lists
 from spark_jobs.mixing import check_weights, with_copies
@@ -45,6 +45,7 @@ def shuffle_tables(
     weights: Mapping[str, float] | None = None,
     dedup: bool = False,
     holdout: float = 0.0,
+    table_format: str = "parquet",
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> dict[str, Manifest]:
@@ -55,6 +56,7 @@ def shuffle_tables(
     training table occurs; held-out rows occur once, or not at all where the weight is 0. ``dedup`` leaves out rows
     whose content occurred before, and training rows whose content is held out.
 
+    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
     Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
     token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
     """
@@ -66,15 +68,15 @@ def shuffle_tables(
         raise UserError("--holdout needs whole documents, but a table is packed: hold out before repartition.py packs.")
     mixture = check_weights(weights or {}, [dataset.name for dataset in datasets])
     parameters = {"seed": seed, "num_block": num_block, "holdout": holdout, "weights": mixture, "dedup": dedup}
-    lineage = lineage_of("shuffle", paths, parameters)
+    lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], parameters)
     tokens_in = {dataset.name: dataset.table.tokens for dataset in datasets}
     bytes_in = sum(dataset.bytes for dataset in datasets)
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
-    check_output(folder, paths, overwrite)
+    check_output(folder, paths, overwrite, table_format, list(shares))
     spark = spark or get_session("shuffle")
     start = time.monotonic()
-    with claim(folder, list(shares), paths, lineage, overwrite) as folders, job_settings(spark):
+    with claim(folder, list(shares), paths, lineage, overwrite, table_format) as places, job_settings(spark):
         rows = read_tokens(spark, datasets).withColumn("name", F.array_join("doc_ids", "\n"))
         parts = {}
         for name, share in shares.items():
@@ -84,10 +86,10 @@ def shuffle_tables(
             copied = chosen.transform(with_copies, factors, seed, F.col("name"))
             blocks = _blocks(num_block, share, sum(tokens * factors[n] for n, tokens in tokens_in.items()))
             placed = copied.transform(in_seeded_order, seed, blocks, dedup)
-            work = WriteRows(str(folders[name].absolute()), tuple(int_columns(rows)) if dedup else ())
+            work = WriteRows(str(places[name].folder.absolute()), tuple(int_columns(rows)) if dedup else ())
             order = ["part", "place", *int_columns(rows), "guard", "dataset", "name"]
             title, expected = f"shuffle {name}".strip(), int(bytes_in * share)
-            parts[name] = write_parts(placed, work, order, folders[name], title, expected)
+            parts[name] = write_parts(placed, work, order, places[name], title, expected)
             if not files_of(parts[name]):
                 raise UserError(
                     f"{f'--holdout {holdout}' if holdout else '-i'} leaves no row for {name or 'the output'}: "
@@ -110,7 +112,7 @@ def shuffle_tables(
             files = files_of(parts[name])
             manifests[name] = Manifest(files, size.rows, size.tokens, tokenizer, length, seed, results)
         for name, manifest in manifests.items():
-            commit(folders[name], manifest)
+            places[name].commit(manifest)
     _report(manifests, counts, folder)
     return manifests
 

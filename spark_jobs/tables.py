@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
+from fft.data.delta import split_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo
 from fft.data.table import Table
 from fft.errors import UserError
@@ -48,6 +49,8 @@ def is_table(folder: Path) -> bool:
 
 def find_tables(path: Path) -> list[Path]:
     """The table at ``path``, or the tables directly below it, in name order."""
+    if split_version(path)[1] is not None:
+        return [path]
     if not path.exists():
         raise UserError(f"-i {path} does not exist: give a token table or a folder of them.")
     if path.is_file() or is_table(path):
@@ -61,7 +64,7 @@ def find_tables(path: Path) -> list[Path]:
 
 def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
     """Open tables under names that depend on where they lie only as far as needed to tell them apart."""
-    places = [path.resolve() for path in paths]
+    places = [split_version(path)[0].resolve() for path in paths]
     repeated = {path for path in places if places.count(path) > 1}
     if repeated:
         raise UserError(f"-i names {min(repeated)} more than once: give each table once.")

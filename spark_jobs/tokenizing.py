@@ -1,6 +1,7 @@
 """The tokenize job: records of raw files to a token table, one row a document."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from fft.data.manifest import Manifest, commit
+from fft.data.manifest import Manifest
 from fft.errors import UserError
 from spark_jobs.arrow import int_lists
 from spark_jobs.chat import Chat, load_chat
@@ -51,6 +52,7 @@ def tokenize_table(
     eos: str = "auto",
     parse_special_tokens: bool = False,
     on_error: str = "fail",
+    table_format: str = "parquet",
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> Manifest:
@@ -59,6 +61,7 @@ def tokenize_table(
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
     ``labels``: see :mod:`spark_jobs.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts only.
+    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
     Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
@@ -66,7 +69,7 @@ def tokenize_table(
     paths = local_paths(inputs, "-i")
     sources = find_sources(paths)
     input_bytes = sum(source.bytes for source in sources)
-    check_output(folder, paths, overwrite)
+    check_output(folder, paths, overwrite, table_format)
     place = local_path(tokenizer, "--tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     if task == "chat":
@@ -76,16 +79,17 @@ def tokenize_table(
         recipe, info = load_recipe(place, eos, parse_special_tokens)
         job = Pretrain(Keys(text_key, id_key), recipe, max_len)
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
-    lineage = lineage_of("tokenize", paths, parameters)
+    lineage = lineage_of("tokenize", list(dict.fromkeys(source.path for source in sources)), parameters)
     spark = spark or get_session("tokenize")
     start = time.monotonic()
-    with claim(folder, [""], paths, lineage, overwrite), job_settings(spark):
+    with claim(folder, [""], paths, lineage, overwrite, table_format) as places, job_settings(spark):
         splits = deal(spans_of(sources, job))
+        shutil.rmtree(folder / QUARANTINE, ignore_errors=True)  # of an older version
         (folder / QUARANTINE).mkdir()
         tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
         work = TokenizeParts(job, str(folder.absolute()), fail=on_error == "fail")
         try:
-            parts = write_parts(tasks, work, _ORDER, folder, "tokenize", int(input_bytes * _BYTES_OUT_PER_BYTE_IN))
+            parts = write_parts(tasks, work, _ORDER, places[""], "tokenize", int(input_bytes * _BYTES_OUT_PER_BYTE_IN))
         except UserError as error:
             raise _located(error, job) from error
         files, tallies = files_of(parts), sum_tallies(parts)
@@ -100,7 +104,7 @@ def tokenize_table(
         seconds = time.monotonic() - start
         lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
         manifest = Manifest(files, size.rows, size.tokens, info, seq_len=max_len, lineage=lineage)
-        commit(folder, manifest)
+        places[""].commit(manifest)
     _report(manifest, engine, folder, job.notes(counts))
     return manifest
 

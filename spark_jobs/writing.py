@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, begin_writing
+from fft.data.delta import commit_delta, is_delta, split_version
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, Manifest, begin_writing, commit
 from fft.errors import UserError
 from spark_jobs.parts import QUARANTINE, REPORT, WRITING, Part, SortedFirst, publish
 from spark_jobs.session import places_rows_by_number, user_errors
@@ -49,17 +51,33 @@ def local_paths(paths: str | Path | Sequence[str | Path], flag: str) -> list[Pat
     return [local_path(path, flag) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
-def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_output(
+    output: Path, inputs: Sequence[Path], overwrite: bool, table_format: str = "parquet", names: Sequence[str] = ("",)
+) -> None:
     """Raise :class:`UserError` when a finished table is at ``output`` and ``overwrite`` is not set, or when clearing
     the folder would hit an input or files that are no part of a table."""
     place = output.resolve()
     for path in inputs:
-        source = path.resolve()
+        source = split_version(path)[0].resolve()
         if source == place or source.is_relative_to(place) or place.is_relative_to(source):
             raise UserError(f"-o {output} and the input {path} overlap: write to a folder beside it.")
     if output.is_file():
         raise UserError(f"-o {output} is a file: give a folder.")
     tables = _tables_at(output)
+    deltas = [folder for folder in tables if is_delta(folder)]
+    if table_format == "delta":
+        for folder in (output / name for name in names):
+            if folder in deltas and not overwrite:
+                raise UserError(f"-o {folder} exists: give --overwrite to add a version, or another folder.")
+            if (
+                folder in tables
+                and folder not in deltas
+                and any(not p.name.startswith(".part-") for p in folder.iterdir())
+            ):
+                raise UserError(f"-o {folder} exists and is no Delta table: give another folder.")
+        return
+    if deltas:
+        raise UserError(f"-o {deltas[0]} is a Delta table: give --format delta, or another folder.")
     unfinished = any((folder / WRITING_NAME).exists() for folder in tables)
     if not unfinished and tables and any(output.iterdir()) and not overwrite:
         raise UserError(f"-o {output} exists: give --overwrite to replace it, or another folder.")
@@ -73,16 +91,45 @@ def _tables_at(output: Path) -> list[Path]:
     return [folder for folder in (output, *(output / split for split in SPLITS)) if folder.is_dir()]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one table is written. ``tag`` is part of its files' names: "" unless older versions share the folder."""
+
+    folder: Path
+    tag: str = ""
+
+    def commit(self, manifest: Manifest) -> None:
+        """Publish the files that the manifest names: from now on they are the table."""
+        if self.tag:
+            commit_delta(self.folder, manifest)
+        else:
+            commit(self.folder, manifest)
+
+
 @contextmanager
 def claim(
-    output: Path, names: Sequence[str], inputs: Sequence[Path], lineage: dict, overwrite: bool
-) -> Iterator[dict[str, Path]]:
-    """Make the folders of tables ``names`` below ``output`` ("" is ``output`` itself), marked as being written.
+    output: Path, names: Sequence[str], inputs: Sequence[Path], lineage: dict, overwrite: bool, table_format: str
+) -> Iterator[dict[str, Place]]:
+    """Make the folders of tables ``names`` below ``output`` ("" is ``output`` itself); yields name -> :class:`Place`.
 
-    What an interrupted job left, or what may be overwritten, is cleared; see :func:`check_output` for what is not.
-    Yields name -> folder; a :class:`UserError` inside removes what was begun.
+    Parquet folders are marked as being written, and cleared of what an interrupted job left or may be overwritten; see
+    :func:`check_output` for what is not. A Delta table keeps its files: new ones join them under other names, and are
+    nothing until the commit. A :class:`UserError` inside removes what was begun.
     """
-    check_output(output, inputs, overwrite)
+    check_output(output, inputs, overwrite, table_format, names)
+    if table_format == "delta":
+        new = [output / name for name in names if not is_delta(output / name)]
+        places = {name: Place(output / name, f"-{uuid.uuid4().hex[:12]}") for name in names}
+        for place in places.values():
+            place.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with user_errors():
+                yield places
+        except UserError:
+            for folder in new:
+                shutil.rmtree(folder)
+            raise
+        return
     tables = _tables_at(output)
     folders = {name: output / name for name in names}
     # All marks before the first deletion: whenever this stops, what is left is marked as unfinished.
@@ -98,7 +145,7 @@ def claim(
         (output / WRITING_NAME).unlink(missing_ok=True)
     try:
         with user_errors():
-            yield folders
+            yield {name: Place(folder) for name, folder in folders.items()}
     except UserError:
         shutil.rmtree(output)
         raise
@@ -108,22 +155,22 @@ def write_parts(
     df: DataFrame,
     work: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
     order: Sequence[str],
-    folder: Path,
+    place: Place,
     name: str,
     expected_bytes: int,
 ) -> list[Part]:
-    """Run ``work`` on the tasks of ``df``, each in the order of some columns; it writes a file a part into ``folder``.
+    """Run ``work`` on the tasks of ``df``, each in the order of some columns; it writes a file a part into ``place``.
 
     Publishes the files. A task that failed and ran again, or ran twice, leaves files that nobody reported: they are
     removed. (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
     """
-    with user_errors(), progress(name, folder, expected_bytes):
+    with user_errors(), progress(name, place.folder, expected_bytes):
         if places_rows_by_number(df.sparkSession):
             df = df.sortWithinPartitions(*order)
         else:
             work = SortedFirst(tuple(order), work)
         reports = df.mapInArrow(work, REPORT).collect()
-    return publish(folder, reports)
+    return publish(place.folder, reports, place.tag)
 
 
 def total(files: Sequence[FileInfo]) -> Size:

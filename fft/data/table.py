@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.data.delta import is_delta, read_snapshot, split_version
 from fft.data.manifest import Manifest, read_manifest
 from fft.errors import UserError
 
@@ -63,25 +64,25 @@ class Table:
     row_groups: tuple[RowGroup, ...]
     columns: frozenset[str]
     manifest: Manifest | None
+    version: int | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Table":
-        """Read the footers of a folder of parquet files (or of one file).
+        """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
         Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
         another type than the contract's, mixes files with and without one of them, or no longer is what its manifest
         says.
         """
-        root = Path(path)
+        root, version = split_version(path)
         if not root.exists():
             raise UserError(f"{root} does not exist: give a folder of parquet files that Spark wrote.")
-        if (root / "_delta_log").exists():
-            raise UserError(
-                f"{root} is a Delta table, which this release does not read: write it as parquet "
-                "(spark.read.format('delta').load(...).write.parquet(...))."
-            )
-        manifest = read_manifest(root) if root.is_dir() else None
-        files = sorted(p for p in root.rglob("*.parquet") if not _hidden(p, root)) if root.is_dir() else [root]
+        if version is not None or is_delta(root):
+            snapshot = read_snapshot(root, version)
+            files, manifest, version = list(snapshot.files), snapshot.manifest, snapshot.version
+        else:
+            manifest = read_manifest(root) if root.is_dir() else None
+            files = sorted(p for p in root.rglob("*.parquet") if not _hidden(p, root)) if root.is_dir() else [root]
         if not files:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
         if manifest is not None:
@@ -103,7 +104,12 @@ class Table:
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
-        return cls(str(root), tuple(groups), columns or frozenset(), manifest)
+        return cls(str(root), tuple(groups), columns or frozenset(), manifest, version)
+
+    @property
+    def source(self) -> str:
+        """The path, with the version where there is one: what to open to find the same content again."""
+        return self.path if self.version is None else f"{self.path}@v{self.version}"
 
     @cached_property
     def rows(self) -> int:
