@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -119,30 +118,24 @@ class RejectFile:
     """JSON lines of what could not be used, {file, reason, record}, under a hidden temporary name in ``folder``."""
 
     def __init__(self, folder: str, part: int) -> None:
-        self._name = f".part-{part:05d}.{uuid.uuid4().hex}{WRITING}"
-        self._path = Path(folder) / self._name
-        self._stream: TextIO | None = None
+        self._path = Path(folder) / f".part-{part:05d}.{uuid.uuid4().hex}{WRITING}"
 
     def add(self, file: str, reason: str, record: bytes | None) -> None:
         """Set one record aside."""
-        if self._stream is None:
-            self._stream = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
         text = None if record is None else record.decode("utf-8", "backslashreplace")
-        line = {"file": file, "reason": reason, "record": text}
-        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with open(self._path, "a", encoding="utf-8") as stream:  # rejects are few: open it for each
+            stream.write(json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n")
 
     def finish(self) -> str:
         """The file's name, "" when there is none."""
-        return self._name if self._stream is not None else ""
+        return self._path.name if self._path.exists() else ""
 
     def __enter__(self) -> "RejectFile":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            if kind is not None:
-                self._path.unlink(missing_ok=True)
+        if kind is not None:  # the task fails
+            self._path.unlink(missing_ok=True)
 
 
 def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
