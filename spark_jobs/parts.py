@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,10 +88,11 @@ class PartFile:
         self._flush()
         if self._sink is None:
             return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
-        self._sink.close()
-        with open(self._path, "rb+") as stream:
-            os.fsync(stream.fileno())
-        size = self._path.stat().st_size
+        with self._naming():
+            self._sink.close()
+            with open(self._path, "rb+") as stream:
+                os.fsync(stream.fileno())
+            size = self._path.stat().st_size
         self._finished = True
         return Part(self.part, self.name, self._rows, self._tokens, size, dict(tallies), rejects)
 
@@ -102,14 +104,25 @@ class PartFile:
             self._sink.close()
             self._path.unlink(missing_ok=True)
 
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path.parent} cannot be written to ({error}): make room there, or have it permitted, and run "
+                "the job again."
+            ) from error
+
     def _flush(self) -> None:
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
-        if self._sink is None:
-            # Without Arrow's own schema: engines name the items of lists differently.
-            self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
-        self._sink.write_table(table, row_group_size=table.num_rows)
+        with self._naming():
+            if self._sink is None:
+                # Without Arrow's own schema: engines name the items of lists differently.
+                self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
+            self._sink.write_table(table, row_group_size=table.num_rows)
         self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
         self._waiting, self._waiting_rows, self._waiting_tokens = [], 0, 0
 
