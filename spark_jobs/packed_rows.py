@@ -11,6 +11,8 @@ from spark_jobs.arrow import int_lists, values_of_bytes
 from spark_jobs.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
 
 _BATCH_ROWS = 1024
+#: Rows by which a window grows: fixed, since the batches that an engine makes differ.
+_STEP_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ class Packer:
         """Pack one partition."""
         waiting: list[Window] = []
         partition, number = 0, 0
-        for batch in batches:
-            if not batch.num_rows:
-                continue
+        for batch in fixed_batches(batches, _STEP_ROWS):
             partition = batch.column("part")[0].as_py()
             waiting.append(read_window(batch))
             if sum(window.tokens for window in waiting) >= self.window:
@@ -81,6 +81,23 @@ class Packer:
             pieces = permute_rows(pieces, order)
         for first in range(0, len(pieces.row_ends), _BATCH_ROWS):
             yield write_rows(pieces.rows(first, first + _BATCH_ROWS), window)
+
+
+def fixed_batches(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of exactly ``rows``, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    held = 0
+    for batch in batches:
+        first = 0
+        while batch.num_rows - first >= rows - held:
+            taken = rows - held
+            yield pa.concat_batches([*waiting, batch.slice(first, taken)])
+            first, waiting, held = first + taken, [], 0
+        if first < batch.num_rows:
+            waiting.append(batch.slice(first))
+            held += batch.num_rows - first
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 def read_window(batch: pa.RecordBatch) -> Window:
