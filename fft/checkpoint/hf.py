@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,10 +38,9 @@ class WeightReader:
     def __init__(self, directory: str | os.PathLike) -> None:
         root = Path(directory)
         if (root / _INDEX).is_file():
-            index = json.loads((root / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            self._files = {name: root / file for name, file in index.items()}
+            self._files = {name: root / file for name, file in _weight_map(root / _INDEX).items()}
         elif (root / _SINGLE).is_file():
-            with safe_open(root / _SINGLE, framework="pt") as shard:
+            with _opened(root / _SINGLE) as shard:
                 self._files = dict.fromkeys(shard.keys(), root / _SINGLE)
         else:
             raise UserError(
@@ -56,7 +57,11 @@ class WeightReader:
             raise UserError(
                 f"the model directory has no tensor {name}: its config.json and weights do not belong together."
             )
-        with safe_open(self._files[name], framework="pt") as shard:
+        with _opened(self._files[name]) as shard:
+            if name not in set(shard.keys()):
+                raise UserError(
+                    f"{self._files[name]} has no tensor {name}, which its index places there: restore both."
+                )
             tensor = shard.get_tensor(name)
         if tensor.shape != shape:
             raise UserError(
@@ -67,8 +72,8 @@ class WeightReader:
 
 
 def staging_dir(output: str | os.PathLike) -> Path:
-    """Where a model directory is written before it is published under its name."""
-    path = Path(output)
+    """Where a model directory is written before it is published under its name, beside it on the same file system."""
+    path = _place(output)
     return path.with_name(f".{path.name}.writing")
 
 
@@ -102,13 +107,40 @@ def finish(staging: Path, output: str | os.PathLike, config: object, tokenizer: 
     for file in staging.iterdir():
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
-    target = Path(output)
+    target = _place(output)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
     os.replace(staging, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _place(output: str | os.PathLike) -> Path:
+    """The directory itself: a link's end (so that the link stays), a real name for ``.``."""
+    return Path(output).resolve()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{index} is no index of safetensors files ({error!r}): restore the model directory."
+        ) from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        shard = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        said = str(error).rstrip(".")
+        raise UserError(
+            f"{file} is no readable safetensors file ({said}): it may be cut off or a Git LFS pointer; fetch it again."
+        ) from error
+    with shard:
+        yield shard
 
 
 def _shard_name(shard: int, shards: int) -> str:

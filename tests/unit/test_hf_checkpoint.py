@@ -64,3 +64,53 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_no_weights_at_all(tmp_path):
     with pytest.raises(UserError, match="or start from scratch with --init"):
         hf.WeightReader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"", b"\x08"])
+def test_a_file_that_is_no_safetensors_is_named(tmp_path, content):
+    write(tmp_path / "model", [SHARDS[0]])
+    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors is no readable safetensors file .*: it may be cut off"):
+        hf.WeightReader(tmp_path / "model")
+
+
+def test_a_shard_that_was_cut_off_is_named_when_it_is_read(tmp_path):
+    reader = write(tmp_path / "model")
+    shard = tmp_path / "model" / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is no readable safetensors file"):
+        reader.read("a.weight", torch.Size([2, 3]))
+    assert torch.equal(reader.read("b.weight", torch.Size([4])), torch.ones(4))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is no index of safetensors files"):
+        hf.WeightReader(tmp_path)
+
+
+def test_an_index_that_names_the_wrong_shard(tmp_path):
+    write(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["a.weight"] = index["weight_map"]["b.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors has no tensor a\.weight"):
+        hf.WeightReader(tmp_path / "model").read("a.weight", torch.Size([2, 3]))
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """Models often live on another disk behind a link: twice written, the link still leads to the new one."""
+    (tmp_path / "disk" / "models").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "models")
+    write(tmp_path / "link")
+    reader = write(tmp_path / "link", [SHARDS[1]])
+    assert torch.equal(reader.read("b.weight", torch.Size([4])), torch.ones(4))
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["models"]
+
+
+def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hf.staging_dir(".") == tmp_path.with_name(f".{tmp_path.name}.writing")
