@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -142,15 +143,22 @@ def _typed(path: str, known: dict, name: str, value: object) -> object:
         raise UserError(f"--config {path}: unknown setting {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}.")
     kind = _plain_type(known[name].type)
     try:
-        # YAML 1.1 reads 1e-4 as a string; a bool must be a bool.
-        converted = value if value is None or (isinstance(value, bool) and kind is bool) else kind(value)
-        if (kind is bool and not isinstance(value, bool)) or (kind is int and float(value) != converted):
-            raise ValueError
-    except (TypeError, ValueError):
+        converted = None if value is None and known[name].default is None else _converted(value, kind)
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"--config {path}: {name} must be of type {kind.__name__}, not {value!r}.") from None
     choices = known[name].metadata.get("choices")
     if choices and converted not in choices:
         raise UserError(f"--config {path}: {name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+    return converted
+
+
+def _converted(value: object, kind: type) -> object:
+    """A YAML scalar as the type of its flag; YAML 1.1 reads 1e-4 as a string. Raises where the two do not fit."""
+    if value is None or isinstance(value, (list, dict)) or isinstance(value, bool) != (kind is bool):
+        raise ValueError
+    converted = kind(value)
+    if kind is int and float(value) != converted:
+        raise ValueError
     return converted
 
 
@@ -170,6 +178,7 @@ def _check(args: TrainArguments) -> None:
         "min_learning_rate",
         "warmup_steps",
         "weight_decay",
+        "adam_epsilon",
         "max_grad_norm",
         "eval_steps",
         "save_steps",
@@ -179,6 +188,12 @@ def _check(args: TrainArguments) -> None:
     ):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative.")
+    for spec in fields(args):
+        if spec.type is float and not math.isfinite(getattr(args, spec.name)):
+            raise UserError(f"--{spec.name} {getattr(args, spec.name)} must be a finite number.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 0 and less than 1.")
     if args.encoder_pipe_parallel_size:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:

@@ -1,6 +1,9 @@
 """Flags and settings files of the trainer."""
 
+from dataclasses import asdict
+
 import pytest
+import yaml
 
 from fft.arguments import parse_arguments
 from fft.errors import UserError
@@ -24,6 +27,28 @@ def test_a_default_given_on_the_command_line_still_wins(tmp_path):
     assert from_file(tmp_path, "seq_len: 128\n", "--seq_len", str(default)).seq_len == default
 
 
+def test_the_settings_a_run_leaves_behind_start_it_again(tmp_path):
+    """A run folder's arguments.yaml holds every setting, those that were never given as null."""
+    args = parse_arguments([*BASE, "--learning_rate", "3e-5", "--num_train_epochs", "0.5", "--init"])
+    path = tmp_path / "arguments.yaml"
+    path.write_text(yaml.safe_dump(asdict(args)))
+    assert parse_arguments(["--config", str(path)]) == args
+
+
+def test_help_needs_no_torch(launch):
+    """On a login node without a GPU, or a laptop without torch, the flags can still be read, at once."""
+    program = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_module('fft.train', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
+    done = launch("python", "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert "--pipe_parallel_size" in done.stdout
+    assert "deepspeed --num_gpus 2 fft/train.py" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -31,6 +56,10 @@ def test_a_default_given_on_the_command_line_still_wins(tmp_path):
         ("seq_len: long\n", "seq_len must be of type int, not 'long'"),
         ("seq_len: 12.5\n", "seq_len must be of type int, not 12.5"),
         ("split_dlayer: 1\n", "split_dlayer must be of type bool, not 1"),
+        ("seq_len: true\n", "seq_len must be of type int, not True"),
+        ("seq_len: .inf\n", "seq_len must be of type int, not inf"),
+        ("learning_rate:\n", "learning_rate must be of type float, not None"),
+        ("tokenizer: [a, b]\n", "tokenizer must be of type str, not ['a', 'b']"),
         ("dtype: fp8\n", "dtype must be one of bf16, fp32, not 'fp8'"),
         ("- seq_len\n", "must map flag names to values"),
         ("seq_len: [1\n", "is not YAML"),
@@ -54,6 +83,9 @@ def test_what_launchers_add_is_accepted():
     [
         (["--seq_len", "0"], "--seq_len 0 must be at least 1"),
         (["--learning_rate", "-1"], "--learning_rate -1.0 must not be negative"),
+        (["--learning_rate", "nan"], "--learning_rate nan must be a finite number"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf must be a finite number"),
+        (["--adam_beta2", "1"], "--adam_beta2 1.0 must be at least 0 and less than 1"),
         (["--init", "--from_ckpt", "c"], "exclude each other"),
         (["--tag", "step-1"], "--from_ckpt, which is missing"),
         (["--save_steps", "5"], "--save_steps needs --checkpoint"),
