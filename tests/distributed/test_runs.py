@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ def train(folder, launch, ragged_table):
         start = ["deepspeed", "--num_gpus", "2", "--master_port", port, "fft/train.py"]
         done = launch(*start, "--config", output / "settings.yaml", *flags)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # memory that would stay after the run
         steps, evaluated = read_metrics(output / "run")
         return [step["loss"] for step in steps], evaluated
 
