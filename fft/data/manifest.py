@@ -105,7 +105,8 @@ def read_manifest(table: str | os.PathLike) -> Manifest | None:
     folder = Path(table)
     path = folder / MANIFEST_NAME
     if path.is_file():
-        return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+        # Bytes that are no text must not stop here: from_json says where they are.
+        return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if (folder / WRITING_NAME).exists() or (folder / "_temporary").exists():
         raise UserError(f"{folder} is unfinished: the job that wrote it was interrupted; run that job again.")
     return None

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.data.delta import is_delta, read_snapshot, split_version
-from fft.data.manifest import Manifest, read_manifest
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, read_manifest
 from fft.errors import UserError
 
 #: Columns the trainer reads, where a table has them; all are lists of integers.
@@ -19,9 +19,6 @@ _READ = ("input_ids", "labels", "cu_seqlens")
 
 #: The label of tokens that are not trained on.
 IGNORE = -100
-
-#: Footer path of the leaf values of ``input_ids``, as Spark, Arrow and older writers spell it.
-_LEAVES = ("input_ids.list.element", "input_ids.list.item", "input_ids.bag.array_element", "input_ids.array")
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,8 @@ class Table:
         """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
         Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
-        another type than the contract's, mixes files with and without one of them, or no longer is what its manifest
-        says.
+        another type than the contract's, mixes files with and without one of them, no longer is what its manifest
+        says, or is a folder of several tables.
         """
         root, version = split_version(path)
         if not root.exists():
@@ -82,7 +79,8 @@ class Table:
             files, manifest, version = list(snapshot.files), snapshot.manifest, snapshot.version
         else:
             manifest = read_manifest(root) if root.is_dir() else None
-            files = sorted(p for p in root.rglob("*.parquet") if not _hidden(p, root)) if root.is_dir() else [root]
+            files = _parquet_files(root) if root.is_dir() else [root]
+            _check_whole(root, files, manifest)
         if not files:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
         if manifest is not None:
@@ -140,6 +138,13 @@ class Table:
             )
         if vocab_size is not None:
             _check_ids(input_ids, vocab_size, f"{name} holds token id")
+        lengths = np.diff(offsets)
+        packed_to = self.manifest and self.manifest.seq_len
+        if packed_to and lengths.max(initial=0) > packed_to:
+            raise UserError(
+                f"{name}, row {lengths.argmax()} has {lengths.max()} tokens, the table's manifest says that rows are "
+                f"packed to {packed_to}: write the table again."
+            )
         labels = None
         if "labels" in wanted:
             labels, label_offsets = _lists(table, "labels", name)
@@ -150,8 +155,8 @@ class Table:
         documents = None
         if "cu_seqlens" in wanted:
             bounds, at = _lists(table, "cu_seqlens", name)
+            bounds = bounds.astype(np.int64)  # differences of unsigned numbers would never be negative
             documents = [bounds[a:b] for a, b in itertools.pairwise(at)]
-            lengths = np.diff(offsets)
             for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
                 if len(document) < 2 or document[0] != 0 or document[-1] != length or (np.diff(document) < 0).any():
                     raise UserError(
@@ -180,12 +185,17 @@ def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
 
 
 def _row_groups(file: Path, metadata: pq.FileMetaData) -> list[RowGroup]:
-    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path in _LEAVES)
+    # A list of integers has one leaf, whatever the writer calls it: input_ids.list.element, input_ids.array, ...
+    leaf = next(i for i in range(metadata.num_columns) if _root(metadata, i) == "input_ids")
     groups = []
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         groups.append(RowGroup(str(file), index, group.num_rows, group.column(leaf).num_values))
     return groups
+
+
+def _root(metadata: pq.FileMetaData, leaf: int) -> str:
+    return metadata.schema.column(leaf).path.partition(".")[0]
 
 
 def _check_against_manifest(root: Path, manifest: Manifest) -> None:
@@ -219,6 +229,26 @@ def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
             f"{what} {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}: tokenize with the "
             "model's own tokenizer."
         )
+
+
+def _parquet_files(root: Path) -> list[Path]:
+    """In name order. Folders may be named like files: Spark users write ``corpus.parquet``."""
+    return sorted(p for p in root.rglob("*.parquet") if p.is_file() and not _hidden(p, root))
+
+
+def _check_whole(root: Path, files: list[Path], manifest: Manifest | None) -> None:
+    """Refuse files that a manifest does not know, and folders whose subfolders are tables of ours."""
+    if manifest is not None:
+        known = {root / info.path for info in manifest.files}
+        if stray := [file for file in files if file not in known]:
+            raise UserError(f"{stray[0]} is not in the manifest of {root}: remove it or write the table again.")
+        return
+    folders = sorted({file.parent for file in files} - {root})
+    marks = (MANIFEST_NAME, WRITING_NAME, "_delta_log")
+    tables = [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
+    if tables:
+        names = ", ".join(str(folder.relative_to(root)) for folder in tables)
+        raise UserError(f"{root} is a folder of tables ({names}), not one table: name one of them.")
 
 
 def _hidden(path: Path, root: Path) -> bool:
