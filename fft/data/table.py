@@ -129,7 +129,7 @@ class Table:
             with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
                 table = file.read_row_group(where.index, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{name} cannot be read ({error}): write the table again.") from error
+            raise UserError(f"{name} cannot be read ({_one_line(error)}): write the table again.") from error
         input_ids, offsets = _lists(table, "input_ids", name)
         if len(input_ids) != where.tokens:
             raise UserError(
@@ -169,7 +169,8 @@ def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
     try:
         metadata = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is no readable parquet file ({error}): write it again or remove it.") from error
+        said = _one_line(error)
+        raise UserError(f"{file} is no readable parquet file ({said}): write it again or remove it.") from error
     schema = metadata.schema.to_arrow_schema()
     if "input_ids" not in schema.names:
         raise UserError(
@@ -192,6 +193,10 @@ def _row_groups(file: Path, metadata: pq.FileMetaData) -> list[RowGroup]:
         group = metadata.row_group(index)
         groups.append(RowGroup(str(file), index, group.num_rows, group.column(leaf).num_values))
     return groups
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _root(metadata: pq.FileMetaData, leaf: int) -> str:
