@@ -193,11 +193,22 @@ def hf_attention(
     scaling: float,
     documents: Documents,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """:func:`packed_attention` in the calling convention of transformers ([1, heads, tokens, head size] in)."""
+    """:func:`packed_attention` in the calling convention of transformers ([1, heads, tokens, head size] in).
+
+    Raises ValueError for what a model may ask for and would silently not get: a mask, dropout, capped scores, attention
+    sinks (``s_aux``), or a window shorter than a document.
+    """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes documents, no mask and no dropout")
+    if softcap is not None or s_aux is not None:
+        raise ValueError("packed attention caps no scores and has no attention sinks")
+    if sliding_window and documents.max_length > sliding_window:
+        raise ValueError(f"packed attention has no window: {documents.max_length} tokens exceed {sliding_window}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return packed_attention(q, k, v, documents, scaling)[None], None
 
