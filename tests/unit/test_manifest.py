@@ -1,0 +1,120 @@
+"""The manifest: read back as written, whole or not at all, and the hash that ties a table to its tokenizer."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fft.data import manifest as module
+from fft.data.manifest import (
+    MANIFEST_NAME,
+    WRITING_NAME,
+    FileInfo,
+    Manifest,
+    TokenizerInfo,
+    begin_writing,
+    commit,
+    read_manifest,
+    tokenizer_sha256,
+)
+from fft.errors import UserError
+
+FACTS = Manifest((FileInfo("part-0.parquet", 2, 7, 99),), 2, 7)
+
+numbers = st.integers(0, 2**53)
+names = st.text(max_size=8)
+manifests = st.builds(
+    Manifest,
+    files=st.lists(st.builds(FileInfo, names, numbers, numbers, numbers), max_size=3).map(tuple),
+    rows=numbers,
+    tokens=numbers,
+    tokenizer=st.none() | st.builds(TokenizerInfo, names, names, numbers, st.none() | numbers),
+    seq_len=st.none() | numbers,
+    seed=st.none() | numbers,
+    lineage=st.dictionaries(names, names | numbers | st.none() | st.lists(names), max_size=3),
+)
+
+
+@given(manifests)
+def test_what_is_written_is_read(manifest):
+    text = manifest.to_json()
+    assert Manifest.from_json(text, "here") == manifest
+    assert Manifest.from_json(text, "here").to_json() == text
+
+
+def test_equal_facts_have_equal_bytes():
+    ours, theirs = ({"b": 1, "a": 2}, {"a": 2, "b": 1})
+    assert Manifest((), 0, 0, lineage=ours).to_json() == Manifest((), 0, 0, lineage=theirs).to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format_version": "1"}',
+        '{"format_version": 1, "files": [{"path": "p"}], "rows": 1, "tokens": 1}',
+        '{"format_version": 1, "files": [], "rows": 1}',
+        '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "unheard": 1}',
+    ],
+)
+def test_what_is_no_manifest_is_named(text, tmp_path):
+    (tmp_path / MANIFEST_NAME).write_text(text)
+    with pytest.raises(UserError, match=f"{MANIFEST_NAME} is not a manifest"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_of_the_future_asks_for_an_upgrade():
+    future = json.loads(FACTS.to_json()) | {"format_version": 2, "unheard": 1}
+    with pytest.raises(UserError, match="there has format version 2, this release reads up to 1: upgrade"):
+        Manifest.from_json(json.dumps(future), "there")
+
+
+def test_states_of_a_folder(tmp_path):
+    """Foreign, being written, finished, being rewritten: what a reader sees at each point."""
+    table = tmp_path / "t"
+    table.mkdir()
+    assert read_manifest(table) is None
+    begin_writing(table, {"job": "x"})
+    with pytest.raises(UserError, match="t is unfinished: the job that wrote it was interrupted"):
+        read_manifest(table)
+    commit(table, FACTS)
+    assert read_manifest(table) == FACTS
+    assert [path.name for path in table.iterdir()] == [MANIFEST_NAME]
+    begin_writing(table, {"job": "y"})
+    with pytest.raises(UserError, match="unfinished"):
+        read_manifest(table)
+    assert json.loads((table / WRITING_NAME).read_text()) == {"job": "y"}
+
+
+def test_a_crash_in_mid_commit_leaves_the_table_unfinished(tmp_path, monkeypatch):
+    begin_writing(tmp_path, {})
+
+    def die(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", die)
+    with pytest.raises(OSError, match="no space left"):
+        commit(tmp_path, FACTS)
+    assert not (tmp_path / MANIFEST_NAME).exists()
+    with pytest.raises(UserError, match="unfinished"):
+        read_manifest(tmp_path)
+
+
+def tokenizer(folder, **files):
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return tokenizer_sha256(folder)
+
+
+def test_the_hash_follows_what_decides_the_ids(tmp_path):
+    plain = tokenizer(tmp_path / "a", tokenizer__json="{}", tokenizer_config__json="1")
+    assert tokenizer(tmp_path / "b", tokenizer__json="{}", tokenizer_config__json="2") == plain
+    assert tokenizer(tmp_path / "c", tokenizer__json="{ }", tokenizer_config__json="1") != plain
+    assert tokenizer(tmp_path / "d", vocab__json="{}") != plain  # the same bytes under another name
+    # Tokenizers that are all code have nothing but their settings.
+    code = tokenizer(tmp_path / "e", tokenizer_config__json="1")
+    assert tokenizer(tmp_path / "f", tokenizer_config__json="2") != code
