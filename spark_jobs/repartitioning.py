@@ -108,9 +108,10 @@ def _repartition(
         num_partition = min(max(math.ceil(dataset.table.tokens / _TOKENS_PER_PARTITION), low), high)
         # A small table keeps enough rows together to pack them well.
         num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
-    rows = read_tokens(spark, [dataset]).where(F.length("input_ids") > 0)
+    rows = read_tokens(spark, [dataset], place.stop).where(F.length("input_ids") > 0)
     buckets = num_partition * _BUCKETS_PER_PARTITION
     weights = bucket_tokens(rows, seed, buckets)
+    place.stop.check()
     assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
     order = ["part", "place", "name", *int_columns(placed)]

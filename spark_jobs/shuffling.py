@@ -77,7 +77,8 @@ def shuffle_tables(
     spark = spark or get_session("shuffle")
     start = time.monotonic()
     with claim(folder, list(shares), paths, lineage, overwrite, table_format) as places, job_settings(spark):
-        rows = read_tokens(spark, datasets).withColumn("name", F.array_join("doc_ids", "\n"))
+        stop = next(iter(places.values())).stop
+        rows = read_tokens(spark, datasets, stop).withColumn("name", F.array_join("doc_ids", "\n"))
         parts = {}
         for name, share in shares.items():
             # Held-out rows occur once: repeating them would only make an evaluation slower.

@@ -19,6 +19,7 @@ from spark_jobs.arrow import INTS, int_lists, lists_to_bytes
 from spark_jobs.parts import create_tasks
 from spark_jobs.readers import naming, read_row_groups, schema_of
 from spark_jobs.splits import SPLIT, Span, Split, deal
+from spark_jobs.stopping import Stop, Stoppable
 
 INT_COLUMNS = ("input_ids", "labels", "cu_seqlens")
 
@@ -87,12 +88,13 @@ def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
     return next(iter(known.values()), None)
 
 
-def read_tokens(spark: SparkSession, datasets: Sequence[Dataset]) -> DataFrame:
+def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], stop: Stop) -> DataFrame:
     """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels`` and ``cu_seqlens`` if any has
     them, as bytes, too.
 
     A table without them gets what their absence means: labels equal to the ids, one document a row. Rows without
-    ``doc_ids`` are named after a hash of their content. A null list is an empty one.
+    ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is said in
+    ``stop``, which the caller checks.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
     lists = tuple(name for name in INT_COLUMNS if name in columns)
@@ -104,7 +106,7 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset]) -> DataFrame:
     splits = deal(spans)
     tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
     schema = ", ".join(f"{name} binary" for name in lists)
-    return tasks.mapInArrow(TokenRows(lists), f"dataset string, doc_ids array<string>, {schema}")
+    return tasks.mapInArrow(Stoppable(TokenRows(lists), stop), f"dataset string, doc_ids array<string>, {schema}")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 from pyspark.sql import DataFrame
 
 from fft.data.delta import commit_delta, is_delta, split_version
@@ -16,6 +15,7 @@ from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, Manifest, b
 from fft.errors import UserError
 from spark_jobs.parts import QUARANTINE, REPORT, WRITING, Part, SortedFirst, publish
 from spark_jobs.session import places_rows_by_number, user_errors
+from spark_jobs.stopping import Stop, Stoppable, Work
 from spark_jobs.summary import progress
 
 SPLITS = ("train", "validation")
@@ -93,9 +93,13 @@ def _tables_at(output: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one table is written. ``tag`` is part of its files' names: "" unless older versions share the folder."""
+    """Where one table is written. ``tag`` is part of its files' names: "" unless older versions share the folder.
+
+    ``stop`` is common to all tables of a job.
+    """
 
     folder: Path
+    stop: Stop
     tag: str = ""
 
     def commit(self, manifest: Manifest) -> None:
@@ -119,7 +123,9 @@ def claim(
     check_output(output, inputs, overwrite, table_format, names)
     if table_format == "delta":
         new = [output / name for name in names if not is_delta(output / name)]
-        places = {name: Place(output / name, f"-{uuid.uuid4().hex[:12]}") for name in names}
+        tag = f"-{uuid.uuid4().hex[:12]}"
+        stop = _stop(output / names[0], tag)
+        places = {name: Place(output / name, stop, tag) for name in names}
         for place in places.values():
             place.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -145,15 +151,20 @@ def claim(
         (output / WRITING_NAME).unlink(missing_ok=True)
     try:
         with user_errors():
-            yield {name: Place(folder) for name, folder in folders.items()}
+            stop = _stop(output / names[0])
+            yield {name: Place(folder, stop) for name, folder in folders.items()}
     except UserError:
         shutil.rmtree(output)
         raise
 
 
+def _stop(folder: Path, tag: str = "") -> Stop:
+    return Stop(str(folder.absolute() / f".part-stop{tag}{WRITING}"))
+
+
 def write_parts(
     df: DataFrame,
-    work: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    work: Work,
     order: Sequence[str],
     place: Place,
     name: str,
@@ -165,11 +176,13 @@ def write_parts(
     removed. (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
     """
     with user_errors(), progress(name, place.folder, expected_bytes):
+        work = Stoppable(work, place.stop)
         if places_rows_by_number(df.sparkSession):
             df = df.sortWithinPartitions(*order)
         else:
             work = SortedFirst(tuple(order), work)
         reports = df.mapInArrow(work, REPORT).collect()
+    place.stop.check()
     return publish(place.folder, reports, place.tag)
 
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: small models and tables made from nothing but a seed."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,15 @@ def launch():
         variables = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **(env or {})}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"):
             variables.pop(name, None)
-        return subprocess.run(
-            [str(part) for part in command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout
-        )
+        arguments = [str(part) for part in command]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(arguments, cwd=ROOT, env=variables, start_new_session=True, **pipes) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except BaseException:  # a launcher's ranks would outlive it and hold the cores
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     return run
 
