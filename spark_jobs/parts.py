@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +22,8 @@ from pyspark.sql import functions as F
 
 from fft.data.manifest import FileInfo
 from fft.errors import UserError
+from spark_jobs.channel import WRITING
+from spark_jobs.place import Place
 from spark_jobs.session import places_rows_by_number
 
 #: A row group is what a reader decodes at once: this many rows, or fewer when they are long (8 MB of ids).
@@ -30,7 +31,6 @@ ROW_GROUP_ROWS, ROW_GROUP_TOKENS = 1024, 1 << 21
 #: Decodes a quarter faster than zstd, for a fifth more bytes.
 COMPRESSION = "snappy"
 
-WRITING = ".writing"
 #: Folder, inside a table's, of records set aside.
 QUARANTINE = "_quarantine"
 #: Rows of a batch that was sorted in a worker.
@@ -53,14 +53,14 @@ class Part:
 
 
 class PartFile:
-    """A parquet file that appears in ``folder`` under a hidden temporary name; see :func:`publish`.
+    """A parquet file that appears in the folder of ``place`` under a hidden temporary name; see :func:`publish`.
 
     Row groups are filled up to :data:`ROW_GROUP_ROWS` rows or :data:`ROW_GROUP_TOKENS` tokens whatever the batches are.
     """
 
-    def __init__(self, folder: str, part: int) -> None:
-        self.part, self.name = part, f".part-{part:05d}.{uuid.uuid4().hex}{WRITING}"
-        self._path = Path(folder) / self.name
+    def __init__(self, place: Place, part: int) -> None:
+        self.part, self.name = part, _hidden_name(place, part)
+        self._path, self._meter = place.folder / self.name, place.channel.meter("written")
         self._sink: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
         self._finished = False
@@ -86,6 +86,7 @@ class PartFile:
     def finish(self, tallies: Mapping[str, int], rejects: str = "") -> Part:
         """Close the file; without rows there is none. ``rejects`` names the part's :class:`RejectFile`, if any."""
         self._flush()
+        self._meter.add(parts=1)
         if self._sink is None:
             return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
         with self._naming():
@@ -124,14 +125,15 @@ class PartFile:
                 self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
             self._sink.write_table(table, row_group_size=table.num_rows)
         self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
+        self._meter.add(self._waiting_rows, self._waiting_tokens)
         self._waiting, self._waiting_rows, self._waiting_tokens = [], 0, 0
 
 
 class RejectFile:
-    """JSON lines of what could not be used, {file, reason, record}, under a hidden temporary name in ``folder``."""
+    """JSON lines of what could not be used, {file, reason, record}, in :data:`QUARANTINE` under a hidden name."""
 
-    def __init__(self, folder: str, part: int) -> None:
-        self._path = Path(folder) / f".part-{part:05d}.{uuid.uuid4().hex}{WRITING}"
+    def __init__(self, place: Place, part: int) -> None:
+        self._path = place.folder / QUARANTINE / _hidden_name(place, part)
 
     def add(self, file: str, reason: str, record: bytes | None) -> None:
         """Set one record aside."""
@@ -149,6 +151,10 @@ class RejectFile:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:  # the task fails
             self._path.unlink(missing_ok=True)
+
+
+def _hidden_name(place: Place, part: int) -> str:
+    return f".part-{part:05d}{place.tag}.{uuid.uuid4().hex}{WRITING}"
 
 
 def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
@@ -218,12 +224,12 @@ def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, parts:
     return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), parts)
 
 
-def publish(folder: Path, rows: Sequence[object], tag: str = "") -> list[Part]:
+def publish(place: Place, rows: Sequence[object]) -> list[Part]:
     """Give the files that tasks reported (collected rows of :data:`REPORT`) their names; drop what failed tries left.
 
-    ``tag`` becomes part of the names, to tell them from those of an older version in the same folder. Returns all
-    parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
+    Returns all parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
     """
+    folder, tag = place.folder, place.tag
     parts = sorted((Part(**row.asDict()) for row in rows), key=lambda p: p.part)
     for part in parts:
         if part.name and not (folder / part.name).exists():
@@ -238,10 +244,10 @@ def publish(folder: Path, rows: Sequence[object], tag: str = "") -> list[Part]:
             os.replace(folder / part.name, folder / final)
         named.append(replace(part, name=final))
         if part.rejects:
-            place = folder / QUARANTINE
-            os.replace(place / part.rejects, place / f"part-{part.part:05d}.json")
-    for leftover in (*folder.glob(f".part-*{WRITING}"), *folder.glob(f"{QUARANTINE}/.part-*{WRITING}")):
-        leftover.unlink()
+            os.replace(folder / QUARANTINE / part.rejects, folder / QUARANTINE / f"part-{part.part:05d}.json")
+    for where in (folder, folder / QUARANTINE):
+        for leftover in where.glob(f".part-*{tag}.*{WRITING}"):
+            leftover.unlink()
     return named
 
 

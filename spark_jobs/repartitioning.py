@@ -14,14 +14,14 @@ from fft.data.manifest import Manifest, write_atomically
 from fft.errors import UserError
 from spark_jobs.packed_rows import Packer, window_tokens
 from spark_jobs.parts import PartFile, by_part, files_of, report, to_tasks
+from spark_jobs.place import Place
 from spark_jobs.placing import balance, row_hash
 from spark_jobs.session import get_session, job_settings
-from spark_jobs.summary import format_table, say
+from spark_jobs.summary import format_table, progress, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 from spark_jobs.writing import (
     INFO_NAME,
     SPLITS,
-    Place,
     check_output,
     claim,
     lineage_of,
@@ -108,15 +108,18 @@ def _repartition(
         num_partition = min(max(math.ceil(dataset.table.tokens / _TOKENS_PER_PARTITION), low), high)
         # A small table keeps enough rows together to pack them well.
         num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
-    rows = read_tokens(spark, [dataset], place.stop).where(F.length("input_ids") > 0)
+    rows = read_tokens(spark, [dataset], place.channel).where(F.length("input_ids") > 0)
     buckets = num_partition * _BUCKETS_PER_PARTITION
-    weights = bucket_tokens(rows, seed, buckets)
-    place.stop.check()
+    title = f"repartition {name}".strip()
+    with progress(f"{title}: weighing", place.channel, 0, dataset.table.tokens):
+        weights = bucket_tokens(rows, seed, buckets)
+    place.channel.clear()
+    place.channel.check()
     assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
     order = ["part", "place", "name", *int_columns(placed)]
-    work = PackParts(str(place.folder.absolute()), Packer(max_len, pack, seed, window_tokens(max_len)))
-    files = files_of(write_parts(placed, work, order, place, f"repartition {name}".strip(), dataset.bytes))
+    work = PackParts(place, Packer(max_len, pack, seed, window_tokens(max_len)))
+    files = files_of(write_parts(placed, work, order, place, title, num_partition, dataset.table.tokens))
     size, tokens_in = total(files), sum(weights.values())
     if size.tokens != tokens_in:
         raise UserError(
@@ -162,13 +165,13 @@ def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, n
 class PackParts:
     """A function for ``mapInArrow``: rows of parts in; each part packed and written; reports out."""
 
-    folder: str
+    place: Place
     packer: Packer
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Do all parts of a task."""
         for part, rows in by_part(batches):
-            with PartFile(self.folder, part) as sink:
+            with PartFile(self.place, part) as sink:
                 for batch in self.packer(rows):
                     sink.write(batch)
                 done = sink.finish({})

@@ -17,6 +17,7 @@ from fft.errors import UserError
 from spark_jobs.arrow import bytes_to_lists
 from spark_jobs.mixing import check_weights, with_copies
 from spark_jobs.parts import PartFile, by_part, files_of, report, sum_tallies, to_tasks
+from spark_jobs.place import Place
 from spark_jobs.placing import block_of, is_held_out, row_hash
 from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, say
@@ -70,27 +71,27 @@ def shuffle_tables(
     parameters = {"seed": seed, "num_block": num_block, "holdout": holdout, "weights": mixture, "dedup": dedup}
     lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], parameters)
     tokens_in = {dataset.name: dataset.table.tokens for dataset in datasets}
-    bytes_in = sum(dataset.bytes for dataset in datasets)
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
     check_output(folder, paths, overwrite, table_format, list(shares))
     spark = spark or get_session("shuffle")
     start = time.monotonic()
     with claim(folder, list(shares), paths, lineage, overwrite, table_format) as places, job_settings(spark):
-        stop = next(iter(places.values())).stop
-        rows = read_tokens(spark, datasets, stop).withColumn("name", F.array_join("doc_ids", "\n"))
+        channel = next(iter(places.values())).channel
+        rows = read_tokens(spark, datasets, channel).withColumn("name", F.array_join("doc_ids", "\n"))
         parts = {}
         for name, share in shares.items():
             # Held-out rows occur once: repeating them would only make an evaluation slower.
             factors = mixture if name != "validation" else {n: float(w > 0) for n, w in mixture.items()}
             chosen = rows.transform(with_guards, seed, holdout, name, dedup)
             copied = chosen.transform(with_copies, factors, seed, F.col("name"))
-            blocks = _blocks(num_block, share, sum(tokens * factors[n] for n, tokens in tokens_in.items()))
+            tokens = sum(own * factors[n] for n, own in tokens_in.items())
+            blocks = _blocks(num_block, share, tokens)
             placed = copied.transform(in_seeded_order, seed, blocks, dedup)
-            work = WriteRows(str(places[name].folder.absolute()), tuple(int_columns(rows)) if dedup else ())
+            work = WriteRows(places[name], tuple(int_columns(rows)) if dedup else ())
             order = ["part", "place", *int_columns(rows), "guard", "dataset", "name"]
-            title, expected = f"shuffle {name}".strip(), int(bytes_in * share)
-            parts[name] = write_parts(placed, work, order, places[name], title, expected)
+            title = f"shuffle {name}".strip()
+            parts[name] = write_parts(placed, work, order, places[name], title, blocks, int(tokens * share))
             if not files_of(parts[name]):
                 raise UserError(
                     f"{f'--holdout {holdout}' if holdout else '-i'} leaves no row for {name or 'the output'}: "
@@ -154,7 +155,7 @@ class WriteRows:
     Left out, and counted, are empty rows and, if ``unique`` names columns, rows that equal the one before in them.
     """
 
-    folder: str
+    place: Place
     unique: tuple[str, ...] = ()
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -162,7 +163,7 @@ class WriteRows:
         for part, rows in by_part(batches):
             tallies: dict[str, int] = {}
             before = None
-            with PartFile(self.folder, part) as sink:
+            with PartFile(self.place, part) as sink:
                 for batch in rows:
                     kept, counts = self._choose(batch, before)
                     before = batch.slice(batch.num_rows - 1)

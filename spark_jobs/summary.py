@@ -1,12 +1,12 @@
 """What a job tells its user on stderr: a line that lives while it writes, and a table at the end."""
 
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+
+from spark_jobs.channel import Amount, Channel
 
 
 def say(text: str) -> None:
@@ -34,16 +34,27 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def progress(name: str, folder: Path, expected_bytes: int, interval: float = 1.0) -> Iterator[None]:
-    """Show how much has been written below ``folder``, the rate, and when about ``expected_bytes`` will be there.
+def progress(
+    name: str, channel: Channel, parts: int, tokens: int | None = None, interval: float = 1.0
+) -> Iterator[None]:
+    """Show what tasks have noted in ``channel``, of ``parts`` and, if that is known, ``tokens`` in all.
 
-    The listing works on every engine. A terminal gets one line rewritten, a log file one line every half minute.
+    A terminal gets one line rewritten, a log file one line every half minute.
     """
     tty = sys.stderr.isatty()
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_poll, args=(name, lambda: written_bytes(folder), expected_bytes, interval if tty else 30.0, stop, tty)
-    )
+
+    def poll() -> None:
+        start = time.monotonic()
+        while not stop.wait(interval if tty else 30.0):
+            line = progress_line(
+                name, channel.amount("read"), channel.amount("written"), parts, tokens, time.monotonic() - start
+            )
+            print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        if tty:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=poll)
     thread.start()
     try:
         yield
@@ -52,33 +63,18 @@ def progress(name: str, folder: Path, expected_bytes: int, interval: float = 1.0
         thread.join()
 
 
-def _poll(
-    name: str, measure: Callable[[], int], expected: int, interval: float, stop: threading.Event, tty: bool
-) -> None:
-    start = time.monotonic()
-    while not stop.wait(interval):
-        line = progress_line(name, measure(), expected, time.monotonic() - start)
-        print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
-    if tty:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def progress_line(name: str, read: Amount, written: Amount, parts: int, tokens: int | None, seconds: float) -> str:
+    """For example ``shuffle: 1,200 rows, 2.4 of 9.6 M tokens written, 1.2 M tokens/s, 6 s left``.
 
-
-def progress_line(name: str, done: int, expected: int, seconds: float) -> str:
-    """For example ``shuffle: 12.0 of about 48.0 MB written, 6.0 MB/s, 6 s left``."""
-    rate = done / seconds
-    left = f"{max(expected - done, 0) / rate:,.0f} s left" if done else f"{seconds:,.0f} s so far"
-    expected = max(expected, done)
-    return f"{name}: {done / 1e6:,.1f} of about {expected / 1e6:,.1f} MB written, {rate / 1e6:,.1f} MB/s, {left}"
-
-
-def written_bytes(folder: Path) -> int:
-    """Bytes of all parquet files below, finished or not. Files may come and go while this looks."""
-    total = 0
-    for place, _, names in os.walk(folder):  # passes over folders that vanish
-        for name in names:
-            if name.endswith((".parquet", ".writing")):
-                try:
-                    total += os.stat(os.path.join(place, name)).st_size
-                except FileNotFoundError:  # moved to its final place since it was listed
-                    continue
-    return total
+    Where all rows are read before the first is written, that is half of the work. Without a number of ``tokens`` to
+    expect, the share of parts that are finished says how much is left.
+    """
+    verb, now = ("written", written) if written.rows or not read.rows else ("read", read)
+    amount = f"{now.tokens / 1e6:,.1f}{f' of {tokens / 1e6:,.1f}' if tokens else ''} M tokens {verb}"
+    if tokens:
+        passes = [done.tokens / tokens for done, counts in ((read, read.rows), (written, parts)) if counts]
+        share = sum(min(p, 1.0) for p in passes) / max(1, len(passes))
+    else:
+        share = min(written.parts / parts, 1.0)
+    left = f"{seconds / share * (1 - share):,.0f} s left" if share else f"{seconds:,.0f} s so far"
+    return f"{name}: {now.rows:,} rows, {amount}, {now.tokens / seconds / 1e6:,.1f} M tokens/s, {left}"

@@ -16,10 +16,10 @@ from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo
 from fft.data.table import Table
 from fft.errors import UserError
 from spark_jobs.arrow import INTS, int_lists, lists_to_bytes
+from spark_jobs.channel import Channel, Stoppable
 from spark_jobs.parts import create_tasks
 from spark_jobs.readers import naming, read_row_groups, schema_of
 from spark_jobs.splits import SPLIT, Span, Split, deal
-from spark_jobs.stopping import Stop, Stoppable
 
 INT_COLUMNS = ("input_ids", "labels", "cu_seqlens")
 
@@ -35,11 +35,6 @@ class Dataset:
     def path(self) -> Path:
         """Where it lies."""
         return Path(self.table.path)
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk of its parquet files."""
-        return sum(Path(path).stat().st_size for path in {group.path for group in self.table.row_groups})
 
 
 def is_table(folder: Path) -> bool:
@@ -88,13 +83,13 @@ def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
     return next(iter(known.values()), None)
 
 
-def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], stop: Stop) -> DataFrame:
+def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], channel: Channel) -> DataFrame:
     """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels`` and ``cu_seqlens`` if any has
     them, as bytes, too.
 
     A table without them gets what their absence means: labels equal to the ids, one document a row. Rows without
     ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is said in
-    ``stop``, which the caller checks.
+    ``channel``, which the caller checks.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
     lists = tuple(name for name in INT_COLUMNS if name in columns)
@@ -106,7 +101,9 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], stop: Stop) ->
     splits = deal(spans)
     tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
     schema = ", ".join(f"{name} binary" for name in lists)
-    return tasks.mapInArrow(Stoppable(TokenRows(lists), stop), f"dataset string, doc_ids array<string>, {schema}")
+    return tasks.mapInArrow(
+        Stoppable(TokenRows(lists, channel), channel), f"dataset string, doc_ids array<string>, {schema}"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,15 +111,19 @@ class TokenRows:
     """A function for ``mapInArrow``: splits of token tables in (their kind is the dataset's name), rows out."""
 
     lists: tuple[str, ...]
+    channel: Channel
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Read what each split names."""
+        meter = self.channel.meter("read")
         for batch in batches:
             for row in batch.to_pylist():
                 split = Split(**row)
                 held = [name for name in (*self.lists, "doc_ids") if name in schema_of(split.path).names]
                 for rows in read_row_groups(split.path, split.start, split.stop, held):
-                    yield self._complete(rows, split)
+                    complete = self._complete(rows, split)
+                    meter.add(rows.num_rows, complete.column("input_ids").nbytes // 4)
+                    yield complete
 
     def _complete(self, rows: pa.RecordBatch, split: Split) -> pa.RecordBatch:
         with naming(split.path):

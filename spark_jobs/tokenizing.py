@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from fft.data.manifest import Manifest
+from fft.data.manifest import Manifest, TokenizerInfo
 from fft.errors import UserError
 from spark_jobs.arrow import int_lists
 from spark_jobs.chat import Chat, load_chat
@@ -19,6 +20,7 @@ from spark_jobs.documents import Keys, Malformed, Source, find_sources, first_ma
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
 from spark_jobs.outcomes import DOCUMENT, EMPTY, MALFORMED, with_outcomes
 from spark_jobs.parts import QUARANTINE, PartFile, RejectFile, by_part, create_tasks, files_of, report, sum_tallies
+from spark_jobs.place import Place
 from spark_jobs.session import get_session, job_settings
 from spark_jobs.splits import SPLIT, Split, deal
 from spark_jobs.summary import format_table, say
@@ -36,8 +38,6 @@ from spark_jobs.writing import (
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
 _MALFORMED_MARK = "malformed record: "
-#: Bytes of parquet a byte of text becomes, roughly: only for the progress line.
-_BYTES_OUT_PER_BYTE_IN = 0.6
 
 
 def tokenize_table(
@@ -68,28 +68,30 @@ def tokenize_table(
     folder = local_path(output, "-o")
     paths = local_paths(inputs, "-i")
     sources = find_sources(paths)
-    input_bytes = sum(source.bytes for source in sources)
     check_output(folder, paths, overwrite, table_format)
     place = local_path(tokenizer, "--tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     if task == "chat":
         _check_chat(sources, text_key, eos, parse_special_tokens)
-        job, info = load_chat(place, id_key, max_len)
     else:
-        recipe, info = load_recipe(place, eos, parse_special_tokens)
-        job = Pretrain(Keys(text_key, id_key), recipe, max_len)
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
     lineage = lineage_of("tokenize", list(dict.fromkeys(source.path for source in sources)), parameters)
-    spark = spark or get_session("tokenize")
+    with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
+        if task == "chat":
+            loading = pool.submit(load_chat, place, id_key, max_len)
+        else:
+            loading = pool.submit(load_pretrain, place, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
+        spark = spark or get_session("tokenize")
+        job, info = loading.result()
     start = time.monotonic()
     with claim(folder, [""], paths, lineage, overwrite, table_format) as places, job_settings(spark):
         splits = deal(spans_of(sources, job))
         shutil.rmtree(folder / QUARANTINE, ignore_errors=True)  # of an older version
         (folder / QUARANTINE).mkdir()
         tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
-        work = TokenizeParts(job, str(folder.absolute()), fail=on_error == "fail")
+        work = TokenizeParts(job, places[""], fail=on_error == "fail")
         try:
-            parts = write_parts(tasks, work, _ORDER, places[""], "tokenize", int(input_bytes * _BYTES_OUT_PER_BYTE_IN))
+            parts = write_parts(tasks, work, _ORDER, places[""], "tokenize", splits[-1].part + 1)
         except UserError as error:
             raise _located(error, job) from error
         files, tallies = files_of(parts), sum_tallies(parts)
@@ -164,12 +166,20 @@ class Pretrain:
         return []
 
 
+def load_pretrain(
+    tokenizer: Path, keys: Keys, max_len: int | None, eos: str, parse_special_tokens: bool
+) -> tuple[Pretrain, TokenizerInfo]:
+    """The task and what the manifest says about its tokenizer; see :func:`spark_jobs.encoding.load_recipe`."""
+    recipe, info = load_recipe(tokenizer, eos, parse_special_tokens)
+    return Pretrain(keys, recipe, max_len), info
+
+
 @dataclass(frozen=True)
 class TokenizeParts:
     """A function for ``mapInArrow``: splits in; each part is read, encoded and written; reports out."""
 
     job: Pretrain | Chat
-    folder: str
+    place: Place
     fail: bool
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -177,7 +187,7 @@ class TokenizeParts:
         encoder = Encoder(self.job.recipe)
         for part, rows in by_part(batches):
             splits = [Split(**row) for batch in rows for row in batch.to_pylist()]
-            with PartFile(self.folder, part) as sink, RejectFile(f"{self.folder}/{QUARANTINE}", part) as rejects:
+            with PartFile(self.place, part) as sink, RejectFile(self.place, part) as rejects:
                 tallies: dict[str, int] = {}
                 for split in splits:
                     for records, tokens in self._encoded(split, encoder, rejects):

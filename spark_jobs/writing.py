@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pyspark.sql import DataFrame
 
-from fft.data.delta import commit_delta, is_delta, split_version
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, Manifest, begin_writing, commit
+from fft.data.delta import is_delta, split_version
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, begin_writing
 from fft.errors import UserError
-from spark_jobs.parts import QUARANTINE, REPORT, WRITING, Part, SortedFirst, publish
+from spark_jobs.channel import WRITING, Channel, Stoppable, Work
+from spark_jobs.parts import QUARANTINE, REPORT, Part, SortedFirst, publish
+from spark_jobs.place import Place
 from spark_jobs.session import places_rows_by_number, user_errors
-from spark_jobs.stopping import Stop, Stoppable, Work
 from spark_jobs.summary import progress
 
 SPLITS = ("train", "validation")
@@ -91,25 +92,6 @@ def _tables_at(output: Path) -> list[Path]:
     return [folder for folder in (output, *(output / split for split in SPLITS)) if folder.is_dir()]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where one table is written. ``tag`` is part of its files' names: "" unless older versions share the folder.
-
-    ``stop`` is common to all tables of a job.
-    """
-
-    folder: Path
-    stop: Stop
-    tag: str = ""
-
-    def commit(self, manifest: Manifest) -> None:
-        """Publish the files that the manifest names: from now on they are the table."""
-        if self.tag:
-            commit_delta(self.folder, manifest)
-        else:
-            commit(self.folder, manifest)
-
-
 @contextmanager
 def claim(
     output: Path, names: Sequence[str], inputs: Sequence[Path], lineage: dict, overwrite: bool, table_format: str
@@ -124,8 +106,7 @@ def claim(
     if table_format == "delta":
         new = [output / name for name in names if not is_delta(output / name)]
         tag = f"-{uuid.uuid4().hex[:12]}"
-        stop = _stop(output / names[0], tag)
-        places = {name: Place(output / name, stop, tag) for name in names}
+        places = _places(output, names, tag)
         for place in places.values():
             place.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -151,15 +132,15 @@ def claim(
         (output / WRITING_NAME).unlink(missing_ok=True)
     try:
         with user_errors():
-            stop = _stop(output / names[0])
-            yield {name: Place(folder, stop) for name, folder in folders.items()}
+            yield _places(output, names)
     except UserError:
         shutil.rmtree(output)
         raise
 
 
-def _stop(folder: Path, tag: str = "") -> Stop:
-    return Stop(str(folder.absolute() / f".part-stop{tag}{WRITING}"))
+def _places(output: Path, names: Sequence[str], tag: str = "") -> dict[str, Place]:
+    channel = Channel(str((output / names[0]).absolute()), tag)
+    return {name: Place((output / name).absolute(), channel) for name in names}
 
 
 def write_parts(
@@ -168,22 +149,26 @@ def write_parts(
     order: Sequence[str],
     place: Place,
     name: str,
-    expected_bytes: int,
+    parts: int,
+    tokens: int | None = None,
 ) -> list[Part]:
     """Run ``work`` on the tasks of ``df``, each in the order of some columns; it writes a file a part into ``place``.
 
-    Publishes the files. A task that failed and ran again, or ran twice, leaves files that nobody reported: they are
+    Publishes the files. How many ``parts`` there are, and how many ``tokens`` if that is known, is for the progress
+    line. A task that failed and ran again, or ran twice, leaves files that nobody reported: they are
     removed. (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
     """
-    with user_errors(), progress(name, place.folder, expected_bytes):
-        work = Stoppable(work, place.stop)
+    channel = place.channel
+    with user_errors(), progress(name, channel, parts, tokens):
+        work = Stoppable(work, channel)
         if places_rows_by_number(df.sparkSession):
             df = df.sortWithinPartitions(*order)
         else:
             work = SortedFirst(tuple(order), work)
         reports = df.mapInArrow(work, REPORT).collect()
-    place.stop.check()
-    return publish(place.folder, reports, place.tag)
+    channel.clear()
+    channel.check()
+    return publish(place, reports)
 
 
 def total(files: Sequence[FileInfo]) -> Size:

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer
 from fft.errors import UserError
 from spark.helpers import files_of, rows_of, write_foreign
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
+from spark_jobs.channel import Channel
 from spark_jobs.parts import PartFile
+from spark_jobs.place import Place
 
 
 def test_a_broken_footer_is_named(spark, tokens, tokenizer, tmp_path):
@@ -80,7 +82,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     ids = pa.array([[1, 2]], pa.list_(pa.int32()))
-    with PartFile(str(tmp_path), 0) as sink:
+    with PartFile(Place(tmp_path, Channel(str(tmp_path))), 0) as sink:
         sink.write(pa.RecordBatch.from_arrays([ids], ["input_ids"]))
         with pytest.raises(UserError, match=r"cannot be written to .*No space left on device.*: make room there"):
             sink.finish({})

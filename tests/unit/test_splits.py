@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fft.errors import UserError
+from spark_jobs.channel import Channel
 from spark_jobs.parts import ROW_GROUP_ROWS, PartFile, by_part
+from spark_jobs.place import Place
 from spark_jobs.readers import read_documents, read_lines
 from spark_jobs.splits import FEWEST_PARTS, PART_BYTES, Span, cut_text, deal, piece_size
 
@@ -111,7 +113,7 @@ def test_row_groups_do_not_depend_on_the_batches(batches):
         rows = [n for lengths in batches for n in lengths]
         written = []
         for pieces in (batches, [rows]):
-            with PartFile(folder, 0) as sink:
+            with PartFile(Place(Path(folder), Channel(folder)), 0) as sink:
                 for lengths in pieces:
                     sink.write(batch(lengths))
                 written.append(sink.finish({}))
@@ -128,7 +130,7 @@ def test_row_groups_do_not_depend_on_the_batches(batches):
 
 
 def test_a_failed_part_leaves_nothing(tmp_path):
-    with PartFile(str(tmp_path), 0) as sink:
+    with PartFile(Place(tmp_path, Channel(str(tmp_path))), 0) as sink:
         sink.write(batch([3] * 2000))  # and is never finished
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
