@@ -13,9 +13,10 @@ _HOMES = {
     "repartition_table": "repartitioning",
     "shuffle_tables": "shuffling",
     "tokenize_table": "tokenizing",
+    "write_report": "reporting",
 }
 
-__all__ = ["get_session", "repartition_table", "shuffle_tables", "tokenize_table"]
+__all__ = ["get_session", "repartition_table", "shuffle_tables", "tokenize_table", "write_report"]
 
 
 def __getattr__(name: str) -> object:

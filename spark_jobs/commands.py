@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import spark_jobs
 from fft.errors import Parser, UserError
+from spark_jobs.reporting import check_report, write_report
+from spark_jobs.summary import say
 
 
 def tokenize(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +29,7 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
   spark-submit spark_jobs/tokenize.py --task chat -i chats.jsonl -o runs/chats --tokenizer Qwen3-8B --max_len 8192
 """,
         "file(s) or folder(s): JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a blank line between "
-        "documents",
+        "documents; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument(
@@ -118,6 +120,9 @@ def repartition(argv: Sequence[str] | None = None) -> None:
   # no unused position, documents cut anywhere, 64 files
   spark-submit spark_jobs/repartition.py -i runs/shuffled -o runs/packed --max_len 4096 --pack concat \\
       --num_partition 64
+
+  # in place, and a picture of the result
+  spark-submit spark_jobs/repartition.py -i runs/shuffled --max_len 4096 --overwrite --report runs/packed.html
 """,
         "one token table, or a folder with the tables train and validation",
         several=False,
@@ -144,7 +149,13 @@ def _parser(name: str, what: str, examples: str, inputs: str, several: bool = Tr
     parser.add_argument(
         "-i", "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
     )
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the new table")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=several,
+        metavar="DIR",
+        help="folder of the new table" + ("" if several else " (default: replace the input, which takes --overwrite)"),
+    )
     parser.add_argument(
         "--format",
         choices=["parquet", "delta"],
@@ -155,19 +166,29 @@ def _parser(name: str, what: str, examples: str, inputs: str, several: bool = Tr
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a table that is there; a Delta table gets a new version"
     )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="also draw lengths, mixture and packing of the new table, as an .html page or a .png picture",
+    )
     return parser
 
 
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str, drop: Sequence[str] = ()) -> None:
-    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in drop}
-    inputs, output = values.pop("inputs"), values.pop("output")
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str) -> None:
+    values = vars(parser.parse_args(argv))
+    inputs, output, picture = (values.pop(name) for name in ("inputs", "output", "report"))
+    if picture is not None:
+        check_report(picture, values["overwrite"])
     try:
         function: Callable = getattr(spark_jobs, job)
     except ModuleNotFoundError as error:
         if error.name not in ("pyspark", "pandas"):
             raise
         raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
-    function(inputs, output, **values)
+    manifests = function(inputs, output, **values)
+    if picture is not None:
+        write_report(manifests, picture)
+        say(f"wrote {picture}")
 
 
 def _positive(text: str) -> int:

@@ -152,15 +152,16 @@ def spans_of(sources: Sequence[Source], task: Task) -> list[Span]:
     pieces_of = piece_size(sum(source.bytes for source in sources))
     spans = []
     for source in sources:
+        name = str(source.path)
         for file in source.files:
             path, size = str(file.absolute()), file.stat().st_size
             if source.kind == "parquet":
                 task.columns(schema_of(path), source)
-                spans += [Span("parquet", path, i, i + 1, s) for i, s in enumerate(row_group_sizes(path))]
+                spans += [Span(name, "parquet", path, i, i + 1, s) for i, s in enumerate(row_group_sizes(path))]
             elif file.suffix.lower() in COMPRESSIONS:
-                spans.append(Span(source.kind, path, 0, 0, size * _EXPANSION))
+                spans.append(Span(name, source.kind, path, 0, 0, size * _EXPANSION))
             else:
-                spans += cut_text(source.kind, path, size, pieces_of)
+                spans += cut_text(name, source.kind, path, size, pieces_of)
     return spans
 
 

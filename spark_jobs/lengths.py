@@ -1,7 +1,7 @@
 """How long documents are: a histogram that tasks count and the manifest keeps."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -32,13 +32,3 @@ def histogram_of(tallies: Mapping[str, int]) -> dict[str, int]:
     """From tallies to what the manifest keeps: fewest tokens of a bin -> documents, in order."""
     bins = ((int(name.removeprefix(_PREFIX)), n) for name, n in tallies.items() if name.startswith(_PREFIX))
     return {str(least): n for least, n in sorted(bins)}
-
-
-def median_of(histogram: Mapping[str, int]) -> Iterable[int]:
-    """Bounds [least, most) of the bin in which the median document lies."""
-    total, seen = sum(histogram.values()), 0
-    for least, count in ((int(k), n) for k, n in histogram.items()):
-        seen += count
-        if 2 * seen >= total:
-            return least, 2 * least
-    return 0, 0

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from pyspark.sql import functions as F
 from fft.data.manifest import FileInfo
 from fft.errors import UserError
 from spark_jobs.channel import WRITING
+from spark_jobs.lengths import document_lengths, tally_lengths
 from spark_jobs.place import Place
 from spark_jobs.session import places_rows_by_number
 
@@ -65,6 +67,7 @@ class PartFile:
         self._waiting: list[pa.RecordBatch] = []
         self._finished = False
         self._rows = self._tokens = self._waiting_rows = self._waiting_tokens = 0
+        self._lengths: Counter[str] = Counter()
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows; ``input_ids`` must be one of the columns."""
@@ -84,7 +87,10 @@ class PartFile:
                 self._flush()
 
     def finish(self, tallies: Mapping[str, int], rejects: str = "") -> Part:
-        """Close the file; without rows there is none. ``rejects`` names the part's :class:`RejectFile`, if any."""
+        """Close the file; without rows there is none. ``rejects`` names the part's :class:`RejectFile`, if any.
+
+        How long its documents are is added to the tallies; see :mod:`spark_jobs.lengths`.
+        """
         self._flush()
         self._meter.add(parts=1)
         if self._sink is None:
@@ -95,7 +101,7 @@ class PartFile:
                 os.fsync(stream.fileno())
             size = self._path.stat().st_size
         self._finished = True
-        return Part(self.part, self.name, self._rows, self._tokens, size, dict(tallies), rejects)
+        return Part(self.part, self.name, self._rows, self._tokens, size, {**tallies, **self._lengths}, rejects)
 
     def __enter__(self) -> "PartFile":
         return self
@@ -119,6 +125,7 @@ class PartFile:
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
+        self._lengths += tally_lengths(document_lengths(table))
         with self._naming():
             if self._sink is None:
                 # Without Arrow's own schema: engines name the items of lists differently.
@@ -249,6 +256,16 @@ def publish(place: Place, rows: Sequence[object]) -> list[Part]:
         for leftover in where.glob(f".part-*{tag}.*{WRITING}"):
             leftover.unlink()
     return named
+
+
+def dataset_tallies(name: str, rows: int, tokens: int) -> dict[str, int]:
+    """Tallies of what a part has of a dataset."""
+    return {f"rows of {name}": rows, f"tokens of {name}": tokens}
+
+
+def by_dataset(names: Sequence[str], tallies: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Rows and tokens of each dataset, from tallies."""
+    return {n: {"rows": tallies.get(f"rows of {n}", 0), "tokens": tallies.get(f"tokens of {n}", 0)} for n in names}
 
 
 def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:

@@ -10,12 +10,15 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from fft.data.delta import split_version
 from fft.data.manifest import Manifest, write_atomically
 from fft.errors import UserError
+from spark_jobs.lengths import histogram_of
 from spark_jobs.packed_rows import Packer, window_tokens
-from spark_jobs.parts import PartFile, by_part, files_of, report, to_tasks
+from spark_jobs.parts import PartFile, by_part, files_of, report, sum_tallies, to_tasks
 from spark_jobs.place import Place
 from spark_jobs.placing import balance, row_hash
+from spark_jobs.replacing import finish_swap, place_beside, swap
 from spark_jobs.session import get_session, job_settings
 from spark_jobs.summary import format_table, progress, say
 from spark_jobs.tables import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
@@ -41,7 +44,7 @@ _BUCKETS_PER_PARTITION = 64
 
 def repartition_table(
     input: str | Path,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     max_len: int,
     pack: str = "best-fit",
@@ -54,11 +57,15 @@ def repartition_table(
     """Write a table's documents as rows of at most ``max_len`` tokens in ``num_partition`` files of equal token count.
 
     ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
-    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
+    Without ``output`` the table itself is replaced, which ``overwrite`` must allow: the new one is written beside it
+    first, or as a new version of a Delta table. ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta
+    table adds a version.
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
-    folder, source = local_path(output, "-o"), local_path(input, "-i")
+    source = local_path(input, "-i")
+    if output is None:
+        _check_in_place(source, overwrite)
     tables = find_tables(source)
     names = [""] if tables == [source] else [table.name for table in tables]
     if names != [""] and not set(names) <= set(SPLITS):
@@ -69,9 +76,18 @@ def repartition_table(
     parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
     lineage = lineage_of("repartition", [dataset.table.source for dataset in datasets.values()], parameters)
     manifests = {}
-    check_output(folder, [source], overwrite, table_format, names)
+    untouched = [source]
+    if output is not None:
+        folder = local_path(output, "-o")
+    elif all(dataset.table.version is not None for dataset in datasets.values()):
+        # A new version of a Delta table, beside the one that is read.
+        folder, table_format, untouched = split_version(source)[0], "delta", []
+    else:
+        check_output(source, [], overwrite, "parquet", names)  # what would go with the table
+        folder = place_beside(source)
+    check_output(folder, untouched, overwrite, table_format, names)
     spark = spark or get_session("repartition")
-    with claim(folder, names, [source], lineage, overwrite, table_format) as places, job_settings(spark):
+    with claim(folder, names, untouched, lineage, overwrite, table_format) as places, job_settings(spark):
         for name, dataset in datasets.items():
             manifests[name] = _repartition(
                 spark, dataset, places[name], lineage, name, max_len, pack, num_partition, seed
@@ -87,8 +103,19 @@ def repartition_table(
                 f"note: partitions of {places[name].folder} differ by {spread:.2f}: "
                 "for few documents, lower --num_partition."
             )
+    if output is None and table_format == "parquet":
+        swap(source)
+        folder = source
     say(f"wrote {folder}")
     return manifests
+
+
+def _check_in_place(table: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise UserError(
+            f"without -o {table} itself is replaced: allow that with --overwrite, or give a folder with -o."
+        )
+    finish_swap(table)
 
 
 def _repartition(
@@ -119,7 +146,8 @@ def _repartition(
     placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
     order = ["part", "place", "name", *int_columns(placed)]
     work = PackParts(place, Packer(max_len, pack, seed, window_tokens(max_len)))
-    files = files_of(write_parts(placed, work, order, place, title, num_partition, dataset.table.tokens))
+    parts = write_parts(placed, work, order, place, title, num_partition, dataset.table.tokens)
+    files = files_of(parts)
     size, tokens_in = total(files), sum(weights.values())
     if size.tokens != tokens_in:
         raise UserError(
@@ -134,6 +162,7 @@ def _repartition(
         "partitions": len(files),
         "max_over_min": round(max(per_file) / min(per_file), 4),
         "unused": size.rows * max_len - size.tokens,
+        "lengths": histogram_of(sum_tallies(parts)),
         "unused_share": round(1 - size.tokens / (size.rows * max_len), 6),
     }
     results = with_results(lineage, counts, size.tokens, time.monotonic() - start)

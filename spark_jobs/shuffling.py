@@ -15,8 +15,9 @@ from pyspark.sql import functions as F
 from fft.data.manifest import Manifest
 from fft.errors import UserError
 from spark_jobs.arrow import bytes_to_lists
+from spark_jobs.lengths import histogram_of
 from spark_jobs.mixing import check_weights, with_copies
-from spark_jobs.parts import PartFile, by_part, files_of, report, sum_tallies, to_tasks
+from spark_jobs.parts import PartFile, by_dataset, by_part, dataset_tallies, files_of, report, sum_tallies, to_tasks
 from spark_jobs.place import Place
 from spark_jobs.placing import block_of, is_held_out, row_hash
 from spark_jobs.session import get_session, job_settings
@@ -107,8 +108,10 @@ def shuffle_tables(
         seconds, tokens = time.monotonic() - start, sum(size.tokens for size in sizes.values())
         manifests = {}
         for name, size in sizes.items():
-            own = _by_dataset(datasets, sum_tallies(parts[name]))
-            counted = counts | {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes, "datasets": own}
+            own = sum_tallies(parts[name])
+            counted = counts | {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
+            counted["datasets"] = by_dataset([dataset.name for dataset in datasets], own)
+            counted["lengths"] = histogram_of(own)
             results = with_results(lineage, counted, tokens, seconds)
             length = _seq_len(datasets)
             files = files_of(parts[name])
@@ -210,16 +213,8 @@ def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
     bytes_ = pc.binary_length(batch.column("input_ids"))
     for dataset in pc.unique(batch.column("dataset")).to_pylist():
         own = bytes_.filter(pc.equal(batch.column("dataset"), dataset))
-        counts[f"rows of {dataset}"] = len(own)
-        counts[f"tokens of {dataset}"] = pc.sum(own).as_py() // 4
+        counts |= dataset_tallies(dataset, len(own), pc.sum(own).as_py() // 4)
     return counts
-
-
-def _by_dataset(datasets: Sequence[Dataset], tallies: dict[str, int]) -> dict[str, dict[str, int]]:
-    return {
-        d.name: {"rows": tallies.get(f"rows of {d.name}", 0), "tokens": tallies.get(f"tokens of {d.name}", 0)}
-        for d in datasets
-    }
 
 
 def _blocks(num_block: int | None, share: float, tokens: float) -> int:

@@ -7,16 +7,17 @@ from dataclasses import astuple, dataclass
 #: Input bytes of a part, and the fewest parts: enough to occupy a few cores with little input.
 PART_BYTES, FEWEST_PARTS = 64 << 20, 8
 #: Schema of :func:`Split.row` after ``part``.
-SPLIT = "kind string, path string, start bigint, stop bigint"
+SPLIT = "dataset string, kind string, path string, start bigint, stop bigint"
 
 
 @dataclass(frozen=True)
 class Span:
     """A stretch of a file that can be read on its own: bytes [start, stop) of a text, or row groups of a parquet file.
 
-    ``size`` is its cost in bytes. A compressed text is one span (0, 0).
+    ``dataset`` names the input it belongs to. ``size`` is its cost in bytes. A compressed text is one span (0, 0).
     """
 
+    dataset: str
     kind: str
     path: str
     start: int
@@ -29,6 +30,7 @@ class Split:
     """A :class:`Span` and the number of the part that reads it."""
 
     part: int
+    dataset: str
     kind: str
     path: str
     start: int
@@ -39,11 +41,11 @@ class Split:
         return astuple(self)
 
 
-def cut_text(kind: str, path: str, size: int, pieces_of: int) -> list[Span]:
+def cut_text(dataset: str, kind: str, path: str, size: int, pieces_of: int) -> list[Span]:
     """Cut a plain text file into spans of about ``pieces_of`` bytes; records belong to the span they begin in."""
     pieces = max(1, -(-size // pieces_of))
     bounds = [size * i // pieces for i in range(pieces + 1)]
-    return [Span(kind, path, a, b, b - a) for a, b in itertools.pairwise(bounds)]
+    return [Span(dataset, kind, path, a, b, b - a) for a, b in itertools.pairwise(bounds)]
 
 
 def piece_size(total: int) -> int:
@@ -59,6 +61,6 @@ def deal(spans: Sequence[Span]) -> list[Split]:
         bin_ = (before + span.size // 2) // target
         if bin_ != last:
             part, last = part + 1, bin_
-        splits.append(Split(part, span.kind, span.path, span.start, span.stop))
+        splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop))
         before += span.size
     return splits

@@ -94,7 +94,7 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], channel: Chann
     columns = frozenset().union(*(d.table.columns for d in datasets))
     lists = tuple(name for name in INT_COLUMNS if name in columns)
     spans = [
-        Span(dataset.name, group.path, group.index, group.index + 1, group.tokens * 4)
+        Span(dataset.name, "parquet", group.path, group.index, group.index + 1, group.tokens * 4)
         for dataset in datasets
         for group in dataset.table.row_groups
     ]
@@ -108,7 +108,7 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], channel: Chann
 
 @dataclass(frozen=True)
 class TokenRows:
-    """A function for ``mapInArrow``: splits of token tables in (their kind is the dataset's name), rows out."""
+    """A function for ``mapInArrow``: splits of token tables in, rows out."""
 
     lists: tuple[str, ...]
     channel: Channel
@@ -139,7 +139,7 @@ class TokenRows:
             bounds = np.stack([np.zeros_like(lengths), lengths], axis=1).ravel()
             packed["cu_seqlens"] = lists_to_bytes(int_lists(bounds, np.arange(0, 2 * len(ids) + 1, 2)), split.path)
         columns = {
-            "dataset": pa.array([split.kind] * rows.num_rows, pa.string()),
+            "dataset": pa.array([split.dataset] * rows.num_rows, pa.string()),
             "doc_ids": _names(rows, packed["input_ids"]),
             **{name: packed[name] for name in self.lists},
         }

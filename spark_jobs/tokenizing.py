@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.errors import UserError
@@ -18,8 +19,22 @@ from spark_jobs.arrow import int_lists
 from spark_jobs.chat import Chat, load_chat
 from spark_jobs.documents import Keys, Malformed, Source, find_sources, first_malformed, read_records, spans_of
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
+from spark_jobs.frames import columns_of, count_parts, in_parts, is_frame, open_frame, records_of
+from spark_jobs.lengths import histogram_of
 from spark_jobs.outcomes import DOCUMENT, EMPTY, MALFORMED, with_outcomes
-from spark_jobs.parts import QUARANTINE, PartFile, RejectFile, by_part, create_tasks, files_of, report, sum_tallies
+from spark_jobs.parts import (
+    QUARANTINE,
+    Part,
+    PartFile,
+    RejectFile,
+    by_dataset,
+    by_part,
+    create_tasks,
+    dataset_tallies,
+    files_of,
+    report,
+    sum_tallies,
+)
 from spark_jobs.place import Place
 from spark_jobs.session import get_session, job_settings
 from spark_jobs.splits import SPLIT, Split, deal
@@ -38,10 +53,12 @@ from spark_jobs.writing import (
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
 _MALFORMED_MARK = "malformed record: "
+FRAME_ORDER = ("part", "place", "tie")
+Records = Sequence[tuple[bytes | None, str | None]]
 
 
 def tokenize_table(
-    inputs: str | Path | Sequence[str | Path],
+    inputs: str | Path | DataFrame | Sequence[str | Path | DataFrame],
     output: str | Path,
     tokenizer: str | Path,
     *,
@@ -56,7 +73,9 @@ def tokenize_table(
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> Manifest:
-    """Tokenize documents of JSON lines, parquet or text files into the folder ``output``.
+    """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
+
+    An input may also name a catalog table (``catalog.schema.table``) or be a URL that Spark can read.
 
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
@@ -66,7 +85,9 @@ def tokenize_table(
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
     folder = local_path(output, "-o")
-    paths = local_paths(inputs, "-i")
+    inputs = [inputs] if isinstance(inputs, str | Path | DataFrame) else list(inputs)
+    unread = [path for path in inputs if is_frame(path)]
+    paths = local_paths([path for path in inputs if not is_frame(path)], "-i")
     sources = find_sources(paths)
     check_output(folder, paths, overwrite, table_format)
     place = local_path(tokenizer, "--tokenizer")
@@ -75,7 +96,6 @@ def tokenize_table(
         _check_chat(sources, text_key, eos, parse_special_tokens)
     else:
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
-    lineage = lineage_of("tokenize", list(dict.fromkeys(source.path for source in sources)), parameters)
     with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
         if task == "chat":
             loading = pool.submit(load_chat, place, id_key, max_len)
@@ -84,24 +104,37 @@ def tokenize_table(
         spark = spark or get_session("tokenize")
         job, info = loading.result()
     start = time.monotonic()
+    frames = [open_frame(spark, path) for path in unread]
+    names = list(dict.fromkeys([*(str(source.path) for source in sources), *(frame.name for frame in frames)]))
+    lineage = lineage_of("tokenize", names, parameters)
     with claim(folder, [""], paths, lineage, overwrite, table_format) as places, job_settings(spark):
-        splits = deal(spans_of(sources, job))
         shutil.rmtree(folder / QUARANTINE, ignore_errors=True)  # of an older version
         (folder / QUARANTINE).mkdir()
-        tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
-        work = TokenizeParts(job, places[""], fail=on_error == "fail")
+        fail = on_error == "fail"
+        parts: list[Part] = []
         try:
-            parts = write_parts(tasks, work, _ORDER, places[""], "tokenize", splits[-1].part + 1)
+            if sources:
+                splits = deal(spans_of(sources, job))
+                tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+                work = TokenizeParts(job, places[""], fail)
+                parts += write_parts(tasks, work, _ORDER, places[""], "tokenize", splits[-1].part + 1)
+            for frame in frames:
+                rows = frame.rows.select(columns_of(frame, job))
+                count, first = count_parts(rows), 1 + max((part.part for part in parts), default=-1)
+                work = TokenizeFrame(job, places[""], fail, frame.name, frame.kind)
+                title = f"tokenize {frame.name}"
+                parts += write_parts(in_parts(rows, count, first), work, FRAME_ORDER, places[""], title, count)
         except UserError as error:
             raise _located(error, job) from error
         files, tallies = files_of(parts), sum_tallies(parts)
         size = total(files)
-        names = ("documents_in", "documents_out", "empty", "quarantined", "checked", *(n for n, _ in job.tallies))
-        counts = {name: tallies.get(name, 0) for name in names}
+        counted = ("documents_in", "documents_out", "empty", "quarantined", "checked", *(n for n, _ in job.tallies))
+        counts = {name: tallies.get(name, 0) for name in counted}
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
+        counts |= {"datasets": by_dataset(names, tallies), "lengths": histogram_of(tallies)}
         if not counts["quarantined"]:
             (folder / QUARANTINE).rmdir()
-        _check_counts(counts, paths)
+        _check_counts(counts, names)
         engine = ENGINES[max(number for number in range(len(ENGINES)) if f"engine {number}" in tallies)]
         seconds = time.monotonic() - start
         lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
@@ -174,9 +207,54 @@ def load_pretrain(
     return Pretrain(keys, recipe, max_len), info
 
 
+class PartTokenizer:
+    """Encodes records into one part, and counts what becomes of them."""
+
+    def __init__(self, job: Pretrain | Chat, encoder: Encoder, sink: PartFile, rejects: RejectFile | None) -> None:
+        self._job, self._encoder, self._sink, self._rejects = job, encoder, sink, rejects
+        self.tallies: Counter[str] = Counter()
+
+    def add(self, records: Records, kind: str, dataset: str, source: str, numbered: bool = True) -> None:
+        """Write the documents among ``records``, which are of a ``kind`` and come from ``source``, a file or a table.
+
+        Without a :class:`RejectFile`, a malformed record raises :class:`UserError`; that of a file is ``numbered``:
+        the driver finds its line.
+        """
+        documents, malformed = [], 0
+        for record, doc_id in records:
+            try:
+                documents.append(self._job.parse(kind, record, doc_id))
+            except Malformed as error:
+                if self._rejects is None:
+                    where = _MALFORMED_MARK + json.dumps([source, str(error)])
+                    raise UserError(where if numbered else _malformed(f"{source}, id {doc_id}", str(error))) from error
+                malformed += 1
+                self._rejects.add(source, str(error), record)
+        tokens = self._job.token_rows(documents, malformed, self._encoder)
+        # Documents come first.
+        kept = tokens.slice(0, int(np.count_nonzero(tokens.column("outcome").to_numpy() == DOCUMENT)))
+        self._sink.write(kept.select(self._job.columns_out))
+        ids = int(kept.column("input_ids").value_lengths().to_numpy().sum())
+        self.tallies.update({"documents_in": len(records), **dataset_tallies(dataset, kept.num_rows, ids)})
+        self.tallies.update(self._tallies_of(tokens))
+
+    def _tallies_of(self, tokens: pa.RecordBatch) -> dict[str, int]:
+        first = tokens.column("piece").to_numpy() == 0
+        outcome = tokens.column("outcome").to_numpy()[first]
+        kinds = {"documents_out": DOCUMENT, "empty": EMPTY, "quarantined": MALFORMED}
+        counts = {name: int(np.count_nonzero(outcome == kind)) for name, kind in kinds.items()}
+        sums = {name: int(tokens.column(column).to_numpy().sum()) for name, column in self._job.tallies}
+        engines = {f"engine {number}": 1 for number in set(tokens.column("engine").to_pylist())}
+        checked = int(tokens.column("checked").to_numpy().sum())
+        return {**counts, **sums, **engines, "checked": checked}
+
+
 @dataclass(frozen=True)
 class TokenizeParts:
-    """A function for ``mapInArrow``: splits in; each part is read, encoded and written; reports out."""
+    """A function for ``mapInArrow``: batches of parts in; each part is encoded and written; reports out.
+
+    The batches name splits of files, which are read here.
+    """
 
     job: Pretrain | Chat
     place: Place
@@ -186,40 +264,31 @@ class TokenizeParts:
         """Do all parts of a task."""
         encoder = Encoder(self.job.recipe)
         for part, rows in by_part(batches):
-            splits = [Split(**row) for batch in rows for row in batch.to_pylist()]
             with PartFile(self.place, part) as sink, RejectFile(self.place, part) as rejects:
-                tallies: dict[str, int] = {}
-                for split in splits:
-                    for records, tokens in self._encoded(split, encoder, rejects):
-                        for name, value in {"documents_in": records, **self._tallies(tokens)}.items():
-                            tallies[name] = tallies.get(name, 0) + value
-                        kept = int(np.count_nonzero(tokens.column("outcome").to_numpy() == DOCUMENT))
-                        sink.write(tokens.slice(0, kept).select(self.job.columns_out))  # documents come first
-                done = sink.finish(tallies, rejects.finish())
+                tokenizer = PartTokenizer(self.job, encoder, sink, None if self.fail else rejects)
+                self._fill(tokenizer, rows)
+                done = sink.finish(tokenizer.tallies, rejects.finish())
             yield report([done])
 
-    def _encoded(self, split: Split, encoder: Encoder, rejects: RejectFile) -> Iterator[tuple[int, pa.RecordBatch]]:
-        for records in read_records(split, self.job):
-            documents, malformed = [], 0
-            for record, doc_id in records:
-                try:
-                    documents.append(self.job.parse(split.kind, record, doc_id))
-                except Malformed as error:
-                    if self.fail:
-                        raise UserError(_MALFORMED_MARK + json.dumps([split.path, str(error)])) from error
-                    malformed += 1
-                    rejects.add(split.path, str(error), record)
-            yield len(records), self.job.token_rows(documents, malformed, encoder)
+    def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
+        # All of a part's splits are known before the first is read: the engine's batches are freed.
+        for split in [Split(**row) for batch in rows for row in batch.to_pylist()]:
+            for records in read_records(split, self.job):
+                tokenizer.add(records, split.kind, split.dataset, split.path)
 
-    def _tallies(self, tokens: pa.RecordBatch) -> dict[str, int]:
-        first = tokens.column("piece").to_numpy() == 0
-        outcome = tokens.column("outcome").to_numpy()[first]
-        kinds = {"documents_out": DOCUMENT, "empty": EMPTY, "quarantined": MALFORMED}
-        counts = {name: int(np.count_nonzero(outcome == kind)) for name, kind in kinds.items()}
-        sums = {name: int(tokens.column(column).to_numpy().sum()) for name, column in self.job.tallies}
-        engines = {f"engine {number}": 1 for number in set(tokens.column("engine").to_pylist())}
-        checked = int(tokens.column("checked").to_numpy().sum())
-        return {**counts, **sums, **engines, "checked": checked}
+
+@dataclass(frozen=True)
+class TokenizeFrame(TokenizeParts):
+    """As :class:`TokenizeParts`, but the batches hold the records themselves, of one input."""
+
+    name: str
+    kind: str
+
+    def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
+        for batch in rows:
+            records = records_of(batch, self.kind, self.job)
+            if records:
+                tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 
 _NO_IDS, _ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)
@@ -230,18 +299,20 @@ def _located(error: UserError, job: Pretrain | Chat) -> UserError:
     if not text.startswith(_MALFORMED_MARK):
         return error
     file, reason = json.loads(text.removeprefix(_MALFORMED_MARK))
-    return UserError(
-        f"{first_malformed(file, job)}: {reason}: mend it, or give --on_error quarantine to set such records aside."
-    )
+    return UserError(_malformed(first_malformed(file, job), reason))
 
 
-def _check_counts(counts: dict, inputs: Sequence[Path]) -> None:
+def _malformed(where: str, reason: str) -> str:
+    return f"{where}: {reason}: mend it, or give --on_error quarantine to set such records aside."
+
+
+def _check_counts(counts: dict, inputs: Sequence[str]) -> None:
     if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
         raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
     if not counts["documents_out"]:
-        names = ", ".join(map(str, inputs))
         raise UserError(
-            f"-i {names} holds no documents: {counts['empty']} are empty and {counts['quarantined']} malformed."
+            f"-i {', '.join(inputs)} holds no documents: {counts['empty']} are empty and "
+            f"{counts['quarantined']} malformed."
         )
 
 
@@ -253,5 +324,8 @@ def _report(manifest: Manifest, engine: str, folder: Path, notes: Sequence[str])
     row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]
     for note in notes:
         say(note)
+    if len(counts["datasets"]) > 1:
+        rows = [[name, own["rows"], own["tokens"]] for name, own in counts["datasets"].items()]
+        say(format_table(("input", "rows", "tokens"), rows) + "\n")
     say(format_table(header, [[*row, timing["seconds"], timing["tokens_per_second"]]]))
     say(f"wrote {folder} ({engine}, {counts['checked']} documents checked against Hugging Face tokenizers)")

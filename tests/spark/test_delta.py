@@ -111,3 +111,12 @@ def test_what_cannot_be_read_is_refused(spark, raw, tokenizer, tmp_path):
     log.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match="uses deletion vectors"):
         Table.open(mapped)
+
+
+def test_in_place_is_a_new_version(spark, tokenizer, raw, tmp_path):
+    tokenize_table(raw, tmp_path / "t", tokenizer, table_format="delta")
+    before = ids_of(tmp_path / "t")
+    repartition_table(tmp_path / "t", max_len=64, num_partition=1, overwrite=True)
+    assert ids_of(tmp_path / "t", 0) == before
+    assert len(ids_of(tmp_path / "t")) == 1
+    assert Table.open(tmp_path / "t").manifest.lineage["inputs"] == [f"{tmp_path / 't'}@v0"]

@@ -1,12 +1,21 @@
 """The same commands on Spark's JVM and on Sail: the same bytes in every file."""
 
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from spark.helpers import files_of
-from spark_jobs import repartition_table
+from spark_jobs import repartition_table, shuffle_tables, tokenize_table
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +58,69 @@ def test_bad_input_is_one_sentence_on_sail_too(on_sail, tokenizer, tmp_path):
     assert "a.jsonl, line 2: not valid JSON" in said
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_chats_give_the_same_bytes(on_sail, spark, tokenizer, tmp_path):
+    folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    chats = [[{"user": f"{i}?"}, {"assistant": "a" * (i % 50)}, {"user": "?"}, {"assistant": "b"}] for i in range(500)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    flags = ("--task", "chat", "--tokenizer", folder, "--max_len", 40)
+    done = on_sail("tokenize", "-i", tmp_path / "chats.jsonl", "-o", tmp_path / "sail", *flags)
+    assert done.returncode == 0, done.stderr
+    tokenize_table(tmp_path / "chats.jsonl", tmp_path / "jvm", folder, task="chat", max_len=40)
+    assert same_files(tmp_path / "sail", tmp_path / "jvm")
+
+
+def test_a_disk_without_room(launch, tokenizer, tmp_path):
+    """A limit on the size of files stands for a full disk: the same error of the operating system's, at any depth."""
+    lines = (json.dumps({"text": f"{i} " + "x y z " * 400}) + "\n" for i in range(4000))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    out = tmp_path / "out"
+    job = f"{sys.executable} spark_jobs/tokenize.py -i {tmp_path / 'a.jsonl'} -o {out} --tokenizer {tokenizer}"
+    done = launch("bash", "-c", f"ulimit -f 16; exec {job}", env={"FFT_ENGINE": "sail"})
+    assert done.returncode == 2, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot be written to" in said
+    assert "make room there" in said
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+    done = launch("bash", "-c", f"exec {job}", env={"FFT_ENGINE": "sail"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_connect_server(launch, tokens, tmp_path):
+    """A server of Spark Connect in a JVM of its own, found by SPARK_REMOTE."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = [f"spark.connect.grpc.binding.port={port}", "spark.ui.enabled=false"]
+    command = ["spark-submit", "--master", "local[2]", *(part for s in settings for part in ("--conf", s))]
+    command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer", "spark-internal"]
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, **quiet) as server:
+        try:
+            wait_for(port, server)
+            flags = ["-i", tokens, "-o", tmp_path / "out", "--holdout", "0.1", "--num_block", "4"]
+            done = launch(
+                sys.executable, "spark_jobs/shuffle.py", *flags, env={"SPARK_REMOTE": f"sc://127.0.0.1:{port}"}
+            )
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
+    shuffle_tables(tokens, tmp_path / "here", holdout=0.1, num_block=4)
+    for split in ("train", "validation"):
+        assert same_files(tmp_path / "out" / split, tmp_path / "here" / split)
+
+
+def wait_for(port, server):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise TimeoutError("the Connect server did not start")

@@ -1,5 +1,7 @@
 """The repartition job: equal partitions, packed rows, no token lost."""
 
+import os
+import shutil
 from collections import defaultdict
 
 import pyarrow as pa
@@ -123,3 +125,42 @@ def test_what_is_no_input_is_refused_in_one_sentence(spark, tmp_path, packed):
         main(["-i", str(tmp_path / "many/a"), "-o", str(packed), "--max_len", "8"])
     with pytest.raises(UserError, match="--max_len: 0 is not a positive number"):
         main(["-i", "x", "-o", "y", "--max_len", "0"])
+
+
+def test_in_place(shuffled, tmp_path):
+    table = tmp_path / "t"
+    shutil.copytree(shuffled, table)
+    with pytest.raises(UserError, match=r"without -o .*t itself is replaced: allow that with --overwrite"):
+        repartition_table(table, max_len=128)
+    (table / "train" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt, which is no part of a table"):
+        repartition_table(table, max_len=128, overwrite=True)
+    (table / "train" / "notes.txt").unlink()
+    repartition_table(table, max_len=128, num_partition=3, overwrite=True)
+    repartition_table(shuffled, tmp_path / "other", max_len=128, num_partition=3)
+    for split in ("train", "validation"):
+        assert hashes_of(table / split) == hashes_of(tmp_path / "other" / split)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "t"]
+
+
+def test_an_interrupted_replacement_is_finished(shuffled, tmp_path, monkeypatch):
+    table = tmp_path / "t"
+    shutil.copytree(shuffled / "train", table)
+    rename = os.rename
+
+    def dies_at_the_second(source, target):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spark_jobs.replacing.os.rename", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        repartition_table(table, max_len=128, num_partition=2, overwrite=True)
+    assert not table.exists()
+    monkeypatch.setattr("spark_jobs.replacing.os.rename", rename)
+    # The same command again: first the table is there again, packed; then it is packed once more.
+    repartition_table(table, max_len=128, num_partition=2, overwrite=True)
+    repartition_table(shuffled / "train", tmp_path / "once", max_len=128, num_partition=2)
+    assert sum(len(row["input_ids"]) for row in rows_of(table)) == sum(
+        len(row["input_ids"]) for row in rows_of(tmp_path / "once")
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["once", "t"]

@@ -23,7 +23,7 @@ text_ = st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\n\n", b"\r\n", b"
 
 
 def in_pieces(read, path: Path, pieces_of: int) -> list[bytes]:
-    spans = cut_text("text", str(path), path.stat().st_size, pieces_of)
+    spans = cut_text("d", "text", str(path), path.stat().st_size, pieces_of)
     return [record for span in spans for record in read(span.path, span.start, span.stop)]
 
 
@@ -82,7 +82,7 @@ def test_zstandard_frames(tmp_path):
 
 @given(st.lists(st.integers(0, 3 * PART_BYTES), min_size=1, max_size=40))
 def test_parts_are_numbered_without_gaps_in_the_order_of_the_input(sizes):
-    spans = [Span("json", str(i), 0, 0, size) for i, size in enumerate(sizes)]
+    spans = [Span("d", "json", str(i), 0, 0, size) for i, size in enumerate(sizes)]
     splits = deal(spans)
     assert [split.path for split in splits] == [span.path for span in spans]
     numbers = [split.part for split in splits]
@@ -93,7 +93,7 @@ def test_parts_are_numbered_without_gaps_in_the_order_of_the_input(sizes):
 
 
 def test_little_input_still_occupies_a_few_cores():
-    spans = cut_text("json", "a", 1000, piece_size(1000))
+    spans = cut_text("d", "json", "a", 1000, piece_size(1000))
     assert deal(spans)[-1].part + 1 == FEWEST_PARTS
 
 

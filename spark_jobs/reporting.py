@@ -1,0 +1,137 @@
+"""A picture of a finished table: how long its documents are, what it is mixed from, how full its rows are."""
+
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fft.data.manifest import Manifest
+from fft.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+KINDS = (".html", ".png")
+_BLUE, _GREY = "#2f6690", "#c9d3dc"
+_STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em .9em .2em 0;text-align:left}"
+
+
+def check_report(path: str | Path, overwrite: bool) -> None:
+    """Raise :class:`UserError`, before a job begins, for a report that could not be written after it."""
+    path = Path(path)
+    if path.suffix not in KINDS:
+        raise UserError(f"--report {path} must end in {' or '.join(KINDS)}.")
+    if not path.parent.is_dir():
+        raise UserError(f"--report {path}: there is no folder {path.parent}; make it first.")
+    if path.exists() and not overwrite:
+        raise UserError(f"--report {path} exists: give --overwrite to replace it, or another name.")
+    try:
+        import matplotlib  # noqa: F401 - takes a while, and only reports need it
+    except ModuleNotFoundError as error:
+        raise UserError("--report needs matplotlib: pip install 'flash-fine-tuning[local]'.") from error
+
+
+def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path) -> None:
+    """Draw what the manifests of a job say, a row of pictures for each table, as a PNG or an HTML page of its own."""
+    path = Path(path)
+    tables = {"": manifests} if isinstance(manifests, Manifest) else dict(manifests)
+    figure = _figure(tables)
+    data = io.BytesIO()
+    figure.savefig(data, format="png" if path.suffix == ".png" else "svg")
+    content = data.getvalue() if path.suffix == ".png" else _page(tables, data.getvalue().decode()).encode()
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def _figure(tables: Mapping[str, Manifest]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4 * len(tables)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(tables), 3, squeeze=False)
+    for axes, (name, manifest) in zip(grid, tables.items(), strict=True):
+        _draw_lengths(axes[0], name, manifest.lineage["counts"].get("lengths", {}))
+        _draw_mixture(axes[1], manifest)
+        _draw_packing(axes[2], manifest)
+    return figure
+
+
+def _draw_lengths(axes: "Axes", name: str, histogram: Mapping[str, int]) -> None:
+    documents = {int(least): n for least, n in histogram.items()}
+    bins = [1 << k for k in range(min(documents).bit_length() - 1, max(documents).bit_length())] if documents else []
+    axes.bar([f"{least:,}" for least in bins], [documents.get(b, 0) for b in bins], color=_BLUE, width=0.9)
+    axes.tick_params(axis="x", rotation=60)
+    axes.set(title=f"{name} documents by length".strip(), xlabel="tokens, at least", ylabel="documents")
+
+
+def _draw_mixture(axes: "Axes", manifest: Manifest) -> None:
+    datasets = manifest.lineage["counts"].get("datasets") or {"all": {"tokens": manifest.tokens}}
+    names = [Path(name).name or name for name in datasets]
+    tokens = [own["tokens"] for own in datasets.values()]
+    bars = axes.barh(names, tokens, color=_BLUE, height=0.6)
+    axes.xaxis.set_major_formatter(_counts())
+    axes.bar_label(bars, [f"{n / max(1, sum(tokens)):.1%}" for n in tokens], padding=3)
+    axes.margins(x=0.18, y=max(0.05, 1 / len(names) ** 2))
+    axes.invert_yaxis()
+    axes.set(title=f"mixture of {manifest.tokens:,} tokens", xlabel="tokens")
+
+
+def _draw_packing(axes: "Axes", manifest: Manifest) -> None:
+    files = [file.path for file in manifest.files]
+    tokens = [file.tokens for file in manifest.files]
+    unused = manifest.lineage["counts"].get("unused")
+    title = f"{len(files)} files"
+    if unused is not None:
+        free = [file.rows * manifest.seq_len - file.tokens for file in manifest.files]
+        axes.bar(range(len(files)), free, bottom=tokens, color=_GREY, label="unused positions")
+        title += f", {1 - unused / (manifest.tokens + unused):.3%} of positions used"
+    axes.bar(range(len(files)), tokens, color=_BLUE, label="tokens")
+    axes.yaxis.set_major_formatter(_counts())
+    axes.legend(loc="lower right")
+    axes.set(title=title, xlabel="file", ylabel="tokens")
+
+
+def _counts() -> "EngFormatter":
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")  # 20k, 1.5M
+
+
+def _page(tables: Mapping[str, Manifest], picture: str) -> str:
+    names = " and ".join(name for name in tables if name)
+    facts = "".join(f"<h2>{html.escape(name)}</h2>{_facts(manifest)}" for name, manifest in tables.items())
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>Token table {html.escape(names)}</title><style>{_STYLE}</style>'
+        f"<h1>Token table {html.escape(names)}</h1>{picture[picture.index('<svg') :]}{facts}"
+    )
+
+
+def _facts(manifest: Manifest) -> str:
+    lineage = manifest.lineage
+    counts = {k: v for k, v in lineage["counts"].items() if not isinstance(v, Mapping)}
+    facts = {
+        "job": lineage["job"],
+        "inputs": ", ".join(lineage["inputs"]),
+        **lineage["parameters"],
+        **counts,
+        "tokens/s": lineage["timing"]["tokens_per_second"],
+    }
+    tables = [_rows(facts.items())]
+    if datasets := lineage["counts"].get("datasets"):
+        tables.append(
+            _rows([("dataset", "rows", "tokens"), *((n, d["rows"], d["tokens"]) for n, d in datasets.items())])
+        )
+    return "".join(tables)
+
+
+def _rows(rows: Sequence[Sequence[object]]) -> str:
+    cells = ("".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
