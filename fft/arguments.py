@@ -43,6 +43,12 @@ class TrainArguments:
     overwrite: bool = _flag("allow an existing --output_dir or --checkpoint run to be replaced", False)
     # How long, how much at a time
     seq_len: int = _flag("tokens of a sample", 2048)
+    pack: str = _flag(
+        "make samples of rows that are not packed to --seq_len: cut = lay them end to end and cut, nothing unused; "
+        "best-fit = cut only rows longer than a sample",
+        "cut",
+        choices=("cut", "best-fit"),
+    )
     per_device_train_batch_size: int = _flag("samples of a micro-batch", 1)
     gradient_accumulation_steps: int = _flag("micro-batches of a step, per data-parallel replica", 1)
     num_train_epochs: float = _flag("passes over --train_data; 0 only converts", 1.0)

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,11 @@ import yaml
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import hf
-from fft.data.loader import BatchPlan, MicroBatch, step_batches
+from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.engine import DTYPES, build_engine, init_distributed, stages
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
 from fft.preflight import Plan, batch_plan, checkpoint_steps, checkpoint_tag, prepare
-
-#: Steps decoded ahead of the one that trains.
-_STEPS_AHEAD = 2
 
 #: What gloo says when another process is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -68,7 +64,11 @@ class Trainer:
         self.engine, self.loss = build_engine(args, source, bounds, plan.total_steps)
         self.batches: BatchPlan = batch_plan(args, plan.mesh, self.engine.grid.get_data_parallel_id())
         #: Only the first stage reads ids and only the last reads labels; the others open nothing.
-        self.reads = self.engine.is_first_stage() or self.engine.is_last_stage()
+        first, last = self.engine.is_first_stage(), self.engine.is_last_stage()
+        self.reads = first or last
+        self.training, self.evaluation = (
+            reader and reader.for_stage(ids=first, labels=last) for reader in (plan.train, plan.evaluation)
+        )
 
     def train(self) -> None:
         """Take every step of the plan, evaluating and checkpointing along the way."""
@@ -100,7 +100,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> float | None:
         """Mean loss over every predicted token of ``--eval_data``, the same on all ranks; None without a table."""
-        reader = self.plan.evaluation
+        reader = self.evaluation
         if reader is None:
             return None
         samples = reader.samples_per_epoch
@@ -112,7 +112,7 @@ class Trainer:
         def batches() -> Iterator[MicroBatch]:
             nonlocal trained
             for i in range(micro_batches):
-                batch = step_batches(reader, plan, i, samples)[0]
+                batch = step_batches(reader, plan, i * plan.global_batch, samples)[0]
                 trained += batch.trained
                 yield batch
 
@@ -165,19 +165,15 @@ class Trainer:
                 shutil.rmtree(run / checkpoint_tag(old))
 
     def _steps(self) -> Iterator[tuple[list[MicroBatch], float]]:
-        """Micro-batches of every step, decoded ahead in a thread, and the seconds this rank waited for them."""
+        """Micro-batches of every step, and the seconds this rank waited for them."""
         if not self.reads:
             yield from (([], 0.0) for _ in range(self.plan.total_steps))
             return
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            ahead = []
-            for step in range(self.plan.total_steps + _STEPS_AHEAD):
-                if step < self.plan.total_steps:
-                    job = (step_batches, self.plan.train, self.batches, step, self.plan.total_samples)
-                    ahead.append(pool.submit(*job))
-                if step >= _STEPS_AHEAD:
-                    asked = time.perf_counter()
-                    yield ahead.pop(0).result(), time.perf_counter() - asked
+        loader = Loader(self.training, self.batches, self.plan.total_samples)
+        waited = 0.0
+        for batches in loader:
+            yield batches, loader.waited - waited
+            waited = loader.waited
 
     def _step(self, batches: list[MicroBatch]) -> torch.Tensor:
         """One optimizer step; returns the mean loss over the trained tokens of the global batch."""

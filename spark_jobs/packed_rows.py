@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from fft.errors import UserError
 from spark_jobs.arrow import int_lists, values_of_bytes
-from spark_jobs.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
+from fft.data.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
 
 _BATCH_ROWS = 1024
 #: Rows by which a window grows: fixed, since the batches that an engine makes differ.

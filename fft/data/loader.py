@@ -1,23 +1,26 @@
 """From a token table to micro-batches: packed, no padding, boundaries kept, resumable at any sample.
 
 A sample is ``seq_len`` tokens. From a table packed to that length it is one row (whose unused tail, if any, is filled).
-From any other table, rows of any length, samples are cut from the rows laid end to end in the epoch's order; only
-the epoch's last sample may be partly filled. Either way sample ``i`` is found by arithmetic on the footers.
+From any other table, samples are cut from the rows laid end to end, or hold whole documents that fit together
+(``pack="best-fit"``). Which rows a sample is made of is arithmetic on the footers: see :mod:`fft.data.order`.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
-from fft.data.order import EpochOrder
-from fft.data.table import Rows, Table
+from fft.data.order import EpochOrder, lanes_for
+from fft.data.packing import Pieces, best_fit
+from fft.data.table import IGNORE, Rows, Table
+from fft.errors import UserError
 
-IGNORE = -100
-
-#: Decoded row groups kept per reader. Neighbouring samples share one; two cover the seam between row groups.
-_CACHED_GROUPS = 2
+#: Threads that decode row groups.
+_DECODERS = 2
 
 
 @dataclass(frozen=True)
@@ -43,121 +46,227 @@ class MicroBatch:
     trained: int
 
 
-class SampleReader:
-    """Random access to the samples of an endless sequence of epochs."""
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of a row of a row group (its number in the file's order), at ``at`` of a sample."""
 
-    def __init__(self, table: Table, seq_len: int, seed: int, vocab_size: int | None = None, shuffle: bool = True):
+    group: int
+    row: int
+    start: int
+    stop: int
+    at: int
+
+
+class Decoded:
+    """A row group and the slots an epoch takes from it, in its order; nothing is moved, rows are looked up.
+
+    A slot is a row, or a bin of rows that were packed together.
+    """
+
+    def __init__(self, rows: Rows, order: np.ndarray, bins: Pieces | None) -> None:
+        self.rows, self.order, self.bins = rows, order, bins
+        #: Where each row, in that order, ends: in tokens.
+        self.ends = None if bins is not None else np.cumsum(np.diff(rows.offsets)[order])
+
+    def slot(self, number: int) -> list[tuple[int, int, int]]:
+        """Stretches (row, first token, last + 1) of a slot."""
+        at = int(self.order[number])
+        if self.bins is None:
+            return [(at, 0, int(self.rows.offsets[at + 1] - self.rows.offsets[at]))]
+        pieces = self.bins.rows(at, at + 1)
+        return [
+            (row, start, start + length)
+            for row, start, length in zip(
+                pieces.document.tolist(), pieces.start.tolist(), pieces.length.tolist(), strict=True
+            )
+        ]
+
+    def stretch(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Stretches of tokens [start, stop) of the rows laid end to end."""
+        place = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begin = int(self.ends[place - 1]) if place else 0
+            end = min(stop, int(self.ends[place]))
+            yield int(self.order[place]), start - begin, end - begin
+            start, place = end, place + 1
+
+
+class SampleReader:
+    """Random access to the samples of an endless sequence of epochs; for one thread, which others decode for.
+
+    ``pack`` says how samples are made of rows that are not packed to ``seq_len``: "cut" lays them end to end and cuts,
+    "best-fit" packs the rows of each row group, cutting only those longer than ``seq_len``; it reads all lengths once,
+    when it begins. ``ids`` and ``labels`` say what is needed of the two: what is not is neither read nor filled in.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        seq_len: int,
+        seed: int,
+        vocab_size: int | None = None,
+        shuffle: bool = True,
+        pack: str = "cut",
+        ids: bool = True,
+        labels: bool = True,
+    ) -> None:
         manifest = table.manifest
-        self._by_row = manifest is not None and manifest.seq_len == seq_len
-        sizes = [g.rows if self._by_row else g.tokens for g in table.row_groups]
-        self.seq_len = seq_len
-        self.table, self._seed, self._shuffle = table, seed, shuffle
-        self._vocab_size = vocab_size
-        self._sizes = np.array(sizes, dtype=np.int64)
+        # Without boundaries its rows are documents that were cut to that length, most of them shorter.
+        packed = manifest is not None and manifest.seq_len == seq_len and "cu_seqlens" in table.columns
+        self.table, self.seq_len, self.seed, self.pack = table, seq_len, seed, "rows" if packed else pack
+        self._vocab_size, self._shuffle, self._ids, self._labels = vocab_size, shuffle, ids, labels
+        self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._sizes = self._units()
+        self._step = seq_len if self.pack == "cut" else 1
+        self.samples_per_epoch = -(-int(self._sizes.sum()) // self._step)
+        self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch) if shuffle else 1
+        #: By how many samples row groups are asked for before they are needed: an eighth of what the open ones hold.
+        self.lookahead = self.samples_per_epoch * self.lanes // (8 * len(self._sizes))
+        #: Each lane has a row group open and, for a while, the next; samples may reach into one more.
+        self._keep = 2 * self.lanes + 2
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
-        self._decoded: OrderedDict[tuple[int, int], Rows] = OrderedDict()
-        self._step = 1 if self._by_row else seq_len
+        self._decoded: OrderedDict[tuple[int, int], Future[Decoded]] = OrderedDict()
 
     @property
-    def samples_per_epoch(self) -> int:
-        """Samples of one epoch, the last of which may be partly filled."""
-        return -(-int(self._sizes.sum()) // self._step)
+    def has_labels(self) -> bool:
+        """Whether the table says what is trained on; otherwise every token is."""
+        return "labels" in self.table.columns
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All that the order depends on."""
+        order = {"seed": self.seed, "seq_len": self.seq_len, "pack": self.pack, "lanes": self.lanes}
+        return {"table": self.table.source, "fingerprint": self.table.fingerprint, **order}
+
+    def for_stage(self, ids: bool, labels: bool) -> "SampleReader":
+        """The same order, for who needs only ids, or only labels."""
+        reader = copy(self)
+        reader._ids, reader._labels = ids, labels
+        reader._orders, reader._decoded = OrderedDict(), OrderedDict()
+        return reader
 
     def sample(self, index: int) -> Sample:
         """Sample ``index`` counted from the start of epoch 0."""
-        epoch, within = divmod(index, self.samples_per_epoch)
-        order = self._order(epoch)
-        ids, labels, bounds = [], [], [0]
-        for group, start, stop in order.spans(within * self._step, (within + 1) * self._step):
-            rows = self._rows(epoch, group, order)
-            for piece_ids, piece_labels, piece_bounds in self._pieces(rows, start, stop):
-                bounds.extend(piece_bounds[1:] + (bounds[-1] - piece_bounds[0]))
-                ids.append(piece_ids)
-                labels.append(piece_labels)
-        return self._assemble(ids, labels, np.asarray(bounds))
+        batch = micro_batch(self, [index], index + 1)
+        return Sample(batch.input_ids[0], batch.labels, np.unique(batch.cu_seqlens))
 
-    def _assemble(self, ids: list, labels: list, bounds: np.ndarray) -> Sample:
-        """Shift labels inside documents and fill what is left with a document that is not trained on."""
-        length, total = int(bounds[-1]), self.seq_len
-        input_ids = np.zeros(total, dtype=np.int32)
-        shifted = np.full(total, IGNORE, dtype=np.int64)
-        if length:
-            input_ids[:length] = np.concatenate(ids)
-            targets = np.concatenate(labels)
-            shifted[: length - 1] = targets[1:]
-            shifted[bounds[1:] - 1] = IGNORE  # a document's last token predicts nothing
-        if length < total:
-            bounds = np.append(bounds, total)
-        return Sample(input_ids, shifted, bounds.astype(np.int32))
+    def fill(self, indices: Sequence[int], ids: np.ndarray, labels: np.ndarray) -> tuple[list[int], list[int]]:
+        """Write samples, one after the other, into ``ids`` and ``labels``, both [samples * seq_len].
 
-    def _pieces(self, rows: Rows, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Cut units [start, stop) of a row group into (ids, labels, boundaries), one per row touched."""
-        offsets = rows.offsets
-        if self._by_row:
-            first, last = start, stop
+        Labels stand where their token stands, and are not written where the table has none. Returns where the
+        documents end, and up to where each sample is filled.
+        """
+        ends: list[int] = []
+        filled: list[int] = []
+        for number, pieces in enumerate(self._pieces(indices)):
+            at = number * self.seq_len
+            for piece, rows in pieces:
+                begin, length = int(rows.offsets[piece.row]) + piece.start, piece.stop - piece.start
+                if rows.input_ids is not None:
+                    ids[at : at + length] = rows.input_ids[begin : begin + length]
+                if rows.labels is not None:
+                    labels[at : at + length] = rows.labels[begin : begin + length]
+                ends += [at + end for end in rows.document_ends(piece.row, piece.start, piece.stop)]
+                at += length
+            filled.append(at)
+        return ends, filled
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What sample ``index`` is made of."""
+        (pieces,) = self._pieces([index])
+        return [piece for piece, _ in pieces]
+
+    def samples_with(self, epoch: int, group: int, row: int, start: int, stop: int) -> list[int]:
+        """Samples of an epoch that hold some of tokens [start, stop) of a row."""
+        order = self.order(epoch)
+        decoded = self._request(epoch, order, group).result()
+        begin = order.first_unit(group)
+        if self.pack == "cut":
+            place = int(np.flatnonzero(decoded.order == row)[0])
+            begin += int(decoded.ends[place - 1]) if place else 0
+            places = range((begin + start) // self._step, (begin + stop - 1) // self._step + 1)
         else:
-            first = int(np.searchsorted(offsets, start, side="right")) - 1
-            last = int(np.searchsorted(offsets, stop, side="left"))
-        targets = rows.input_ids if rows.labels is None else rows.labels
-        for row in range(first, last):
-            a, b = int(offsets[row]), int(offsets[row + 1])
-            if not self._by_row:
-                a, b = max(a, start), min(b, stop)
-            bounds = np.clip(rows.boundaries(row) + int(offsets[row]), a, b)
-            yield rows.input_ids[a:b], targets[a:b], np.unique(bounds)
+            slots = [row]
+            if decoded.bins is not None:
+                bins = decoded.bins
+                touched = (bins.document == row) & (bins.start < stop) & (bins.start + bins.length > start)
+                slots = np.unique(bins.row_ends.searchsorted(np.flatnonzero(touched), "right")).tolist()
+            places = [begin + int(np.flatnonzero(decoded.order == slot)[0]) for slot in slots]
+        return sorted(epoch * self.samples_per_epoch + order.index(place) for place in places)
 
-    def _order(self, epoch: int) -> EpochOrder:
-        if epoch not in self._orders:
-            self._orders[epoch] = EpochOrder(self._sizes, self._seed, epoch, self._shuffle)
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to decode what samples will need."""
+        for epoch, order, spans in self._spans(indices):
+            for group, _, _ in spans:
+                self._request(epoch, order, group)
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch."""
+        order = self._orders.get(epoch)
+        if order is None:
+            order = EpochOrder(self._sizes, self.seed, epoch, self._step, self.lanes, self._shuffle)
+            self._orders[epoch] = order
             while len(self._orders) > 2:
                 self._orders.popitem(last=False)
-        return self._orders[epoch]
+        return order
 
-    def _rows(self, epoch: int, group: int, order: EpochOrder) -> Rows:
+    def _units(self) -> np.ndarray:
+        groups = self.table.row_groups
+        if self.pack == "rows":
+            return np.array([g.rows for g in groups], dtype=np.int64)
+        if self.pack == "cut":
+            return np.array([g.tokens for g in groups], dtype=np.int64)
+        return np.fromiter(self._pool.map(self._count_bins, range(len(groups))), np.int64, len(groups))
+
+    def _count_bins(self, group: int) -> int:
+        return len(self._bins(self.table.read(group, labels=False)).row_ends)
+
+    def _bins(self, rows: Rows) -> Pieces:
+        return best_fit(np.diff(rows.offsets), self.seq_len)
+
+    def _spans(self, indices: Sequence[int]) -> Iterator[tuple[int, EpochOrder, list[tuple[int, int, int]]]]:
+        if not len(indices):
+            return
+        epochs, within = np.divmod(np.asarray(indices, dtype=np.int64), self.samples_per_epoch)
+        cuts = np.flatnonzero(np.diff(epochs)) + 1
+        for own, epoch in zip(np.split(within, cuts), epochs[np.concatenate(([0], cuts))].tolist(), strict=True):
+            order = self.order(epoch)
+            for spans in order.spans(own):
+                yield epoch, order, spans
+
+    def _pieces(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
+        for epoch, order, spans in self._spans(indices):
+            pieces, at = [], 0
+            for group, start, stop in spans:
+                decoded = self._request(epoch, order, group).result()
+                for row, first, last in decoded.stretch(start, stop) if self.pack == "cut" else decoded.slot(start):
+                    pieces.append((Piece(group, row, first, last, at), decoded.rows))
+                    at += last - first
+            yield pieces
+
+    def _request(self, epoch: int, order: EpochOrder, group: int) -> "Future[Decoded]":
         key = (epoch, group)
-        if key not in self._decoded:
-            rows = self.table.read(group, self._vocab_size)
-            self._decoded[key] = _permuted(rows, order.row_order(group, len(rows.offsets) - 1))
-            while len(self._decoded) > _CACHED_GROUPS:
+        future = self._decoded.get(key)
+        if future is None:
+            future = self._decoded[key] = self._pool.submit(self._decode, order, group)
+            while len(self._decoded) > self._keep:
                 self._decoded.popitem(last=False)
-        self._decoded.move_to_end(key)
-        return self._decoded[key]
+        else:
+            self._decoded.move_to_end(key)
+        return future
 
-
-def _permuted(rows: Rows, order: np.ndarray) -> Rows:
-    lengths = np.diff(rows.offsets)[order]
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    # Source position of every token: row starts repeated, plus the place within the row.
-    source = np.repeat(rows.offsets[:-1][order] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    labels = None if rows.labels is None else rows.labels[source]
-    documents = None if rows.documents is None else [rows.documents[i] for i in order]
-    return Rows(rows.input_ids[source], offsets, labels, documents)
-
-
-def blank_sample(seq_len: int) -> Sample:
-    """A sample on which nothing is trained; fills the last batch when the samples run out."""
-    zeros = np.zeros(seq_len, dtype=np.int32)
-    return Sample(zeros, np.full(seq_len, IGNORE, dtype=np.int64), np.array([0, seq_len], dtype=np.int32))
-
-
-def collate(samples: list[Sample]) -> MicroBatch:
-    """Lay samples end to end; the boundary between two is a document boundary."""
-    seq_len = len(samples[0].input_ids)
-    total = seq_len * len(samples)
-    cu_seqlens = np.full(total + 1, total, dtype=np.int32)
-    bounds = np.concatenate([[0], *(s.cu_seqlens[1:] + i * seq_len for i, s in enumerate(samples))])
-    cu_seqlens[: len(bounds)] = bounds
-    labels = np.concatenate([s.labels for s in samples])
-    return MicroBatch(
-        np.concatenate([s.input_ids for s in samples])[None], labels, cu_seqlens, int((labels != IGNORE).sum())
-    )
+    def _decode(self, order: EpochOrder, group: int) -> Decoded:
+        rows = self.table.read(group, self._vocab_size, self._ids, self._labels)
+        bins = self._bins(rows) if self.pack == "best-fit" else None
+        slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
+        return Decoded(rows, order.row_order(group, slots), bins)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is dealt: micro-batch ``m`` of replica ``r`` takes samples (m * replicas + r) * size onward.
+    """How a global batch is dealt: replica ``r`` takes its samples ``i`` with ``i % replicas == r``, in order.
 
-    The samples of a global batch, and so its loss, do not depend on the number of replicas.
+    The samples of a global batch, and so its loss, depend neither on the number of replicas nor on the micro-batch.
     """
 
     replicas: int
@@ -170,16 +279,87 @@ class BatchPlan:
         """Samples of one optimizer step."""
         return self.replicas * self.micro_batches * self.micro_batch_size
 
-    def indices(self, step: int) -> list[range]:
-        """Sample indices of this replica's micro-batches at ``step``."""
-        size = self.micro_batch_size
-        first = step * self.global_batch + self.replica * size
-        return [range(at, at + size) for at in (first + m * self.replicas * size for m in range(self.micro_batches))]
+    def indices(self, first: int) -> list[range]:
+        """Sample indices of this replica's micro-batches, in the global batch that begins with sample ``first``."""
+        own = first + (self.replica - first) % self.replicas
+        size = self.micro_batch_size * self.replicas
+        return [range(own + m * size, own + (m + 1) * size, self.replicas) for m in range(self.micro_batches)]
 
 
-def step_batches(reader: SampleReader, plan: BatchPlan, step: int, total_samples: int) -> list[MicroBatch]:
-    """This replica's micro-batches of one step; indices from ``total_samples`` on are blank."""
-    blank = blank_sample(reader.seq_len)
-    return [
-        collate([reader.sample(i) if i < total_samples else blank for i in indices]) for indices in plan.indices(step)
-    ]
+def micro_batch(reader: SampleReader, indices: Sequence[int], total_samples: int) -> MicroBatch:
+    """Samples laid end to end; those from ``total_samples`` on are blank.
+
+    Nothing is trained on the last token of a document, which predicts nothing, and on what is left over of a sample,
+    which is a document of its own.
+    """
+    length, tokens = reader.seq_len, reader.seq_len * len(indices)
+    real = [index for index in indices if index < total_samples]
+    ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
+    ends, filled = reader.fill(real, ids, labels) if real else ([], [])
+    stops = range(length, tokens + 1, length)
+    filled += range(len(real) * length, tokens, length)
+    unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
+    labels[:-1] = labels[1:] if reader.has_labels else ids[1:]
+    ends = np.array(ends, dtype=np.int64)
+    if unfilled:
+        ends = np.union1d(ends, stops)
+    labels[ends - 1] = IGNORE
+    for start, stop in unfilled:
+        labels[start:stop] = IGNORE
+    cu_seqlens = np.full(tokens + 1, tokens, dtype=np.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(ends) + 1] = ends
+    return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
+
+
+def step_batches(reader: SampleReader, plan: BatchPlan, first: int, total_samples: int) -> list[MicroBatch]:
+    """This replica's micro-batches of the global batch that begins with sample ``first``."""
+    return [micro_batch(reader, indices, total_samples) for indices in plan.indices(first)]
+
+
+class Loader:
+    """The micro-batches of one replica, step after step; row groups are decoded ahead. State is a number of samples.
+
+    Iterating yields the list of a step's micro-batches until ``total_samples`` have been consumed by all replicas
+    together. ``waited`` adds up the seconds for which the caller had to wait.
+    """
+
+    def __init__(self, reader: SampleReader, plan: BatchPlan, total_samples: int) -> None:
+        self._reader, self._plan, self._total = reader, plan, total_samples
+        self._consumed = 0
+        self.waited = 0.0
+
+    def state_dict(self) -> dict[str, object]:
+        """Epoch, samples consumed in it by all replicas together, and what their order depends on."""
+        epoch, samples = divmod(self._consumed, self._reader.samples_per_epoch)
+        return {"epoch": epoch, "samples": samples, **self._reader.identity}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on after the samples that were consumed. Raises :class:`UserError` when the order would be another."""
+        for name, value in self._reader.identity.items():
+            if state[name] != value and name != "table":
+                raise UserError(
+                    f"the data's {name} is {value}, that of the run to be resumed {state[name]}: give the same table, "
+                    "--seq_len, --seed and --pack."
+                )
+        self._consumed = state["epoch"] * self._reader.samples_per_epoch + state["samples"]
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        batch = self._plan.global_batch
+        begin = self._consumed
+        for first in range(begin, begin + self._reader.lookahead + self._reader.lanes, batch):
+            self._prefetch(first)
+        while self._consumed < self._total:
+            begin = time.perf_counter()
+            self._prefetch(self._consumed + self._reader.lookahead + self._reader.lanes)
+            made = step_batches(self._reader, self._plan, self._consumed, self._total)
+            self.waited += time.perf_counter() - begin
+            self._consumed += batch
+            yield made
+
+    def _prefetch(self, first: int) -> None:
+        """Ask for what the global batch around sample ``first`` needs."""
+        batch = self._plan.global_batch
+        first = self._consumed + (first - self._consumed) // batch * batch
+        own = [i for part in self._plan.indices(first) for i in part if i < self._total]
+        self._reader.prefetch(own)

@@ -1,6 +1,6 @@
 """Open a token table: which files, how many rows and tokens each row group holds. Footers only, no scan."""
 
-import itertools
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,19 +35,27 @@ class RowGroup:
 class Rows:
     """A decoded row group: row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
 
-    ``labels`` has the same length as ``input_ids`` (or is None). ``documents[i]`` are the boundaries inside row ``i``.
+    ``labels`` are aligned with ``input_ids``; either is None where the table has it not, or it was not asked for. The
+    documents of row ``i`` end at ``ends[end_offsets[i]:end_offsets[i + 1]]``, counted from the row's begin; ``ends``
+    is None where every row is one document.
     """
 
-    input_ids: np.ndarray
+    input_ids: np.ndarray | None
     offsets: np.ndarray
-    labels: np.ndarray | None
-    documents: list[np.ndarray] | None
+    labels: np.ndarray | None = None
+    ends: np.ndarray | None = None
+    end_offsets: np.ndarray | None = None
 
-    def boundaries(self, row: int) -> np.ndarray:
-        """Document boundaries of a row, first 0, last its length."""
-        if self.documents is not None:
-            return self.documents[row]
-        return np.array([0, self.offsets[row + 1] - self.offsets[row]])
+    def document_ends(self, row: int, start: int, stop: int) -> list[int]:
+        """Where documents end in tokens [start, stop) of a row, counted from ``start``; the last is ``stop``'s."""
+        if self.ends is None:
+            return [stop - start]
+        ends = self.ends[self.end_offsets[row] : self.end_offsets[row + 1]]
+        if start == 0 and ends[-1] == stop:
+            return ends.tolist()
+        first, last = ends.searchsorted((start, stop), side="right")
+        inside = (ends[first:last] - start).tolist()
+        return inside if inside and inside[-1] == stop - start else [*inside, stop - start]
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,12 @@ class Table:
         return self.path if self.version is None else f"{self.path}@v{self.version}"
 
     @cached_property
+    def fingerprint(self) -> str:
+        """A hash of which files there are and how many rows and tokens their row groups hold."""
+        facts = [(os.path.relpath(g.path, self.path), g.index, g.rows, g.tokens) for g in self.row_groups]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    @cached_property
     def rows(self) -> int:
         """Rows in all files."""
         return sum(g.rows for g in self.row_groups)
@@ -119,24 +133,31 @@ class Table:
         """Tokens in all files."""
         return sum(g.tokens for g in self.row_groups)
 
-    def read(self, group: int, vocab_size: int | None = None) -> Rows:
-        """Decode one row group. Raises :class:`UserError` naming file and row group when its content is not valid."""
+    def read(self, group: int, vocab_size: int | None = None, ids: bool = True, labels: bool = True) -> Rows:
+        """Decode one row group: no other columns than are asked for, but ids, where there are no labels.
+
+        Raises :class:`UserError` naming file and row group when its content is not valid.
+        """
         where = self.row_groups[group]
         name = f"{where.path}, row group {where.index}"
-        wanted = [c for c in _READ if c in self.columns]
+        labels = labels and "labels" in self.columns
+        unused = {"input_ids": labels and not ids, "labels": not labels}
+        wanted = [c for c in _READ if c in self.columns and not unused.get(c)]
         try:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
             with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
                 table = file.read_row_group(where.index, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{name} cannot be read ({_one_line(error)}): write the table again.") from error
-        input_ids, offsets = _lists(table, "input_ids", name)
-        if len(input_ids) != where.tokens:
+        lists = {column: _lists(table, column, name) for column in wanted}
+        values, offsets = next(iter(lists.values()))
+        if len(values) != where.tokens:
             raise UserError(
-                f"{name} holds {where.tokens - len(input_ids)} empty row(s), which parquet footers count as tokens: "
+                f"{name} holds {where.tokens - len(values)} empty row(s), which parquet footers count as tokens: "
                 "drop rows whose input_ids are empty."
             )
-        if vocab_size is not None:
+        input_ids, targets = (lists[c][0] if c in lists else None for c in ("input_ids", "labels"))
+        if vocab_size is not None and input_ids is not None:
             _check_ids(input_ids, vocab_size, f"{name} holds token id")
         lengths = np.diff(offsets)
         packed_to = self.manifest and self.manifest.seq_len
@@ -145,24 +166,13 @@ class Table:
                 f"{name}, row {lengths.argmax()} has {lengths.max()} tokens, the table's manifest says that rows are "
                 f"packed to {packed_to}: write the table again."
             )
-        labels = None
-        if "labels" in wanted:
-            labels, label_offsets = _lists(table, "labels", name)
-            if not np.array_equal(offsets, label_offsets):
+        if targets is not None:
+            if not np.array_equal(offsets, lists["labels"][1]):
                 raise UserError(f"{name}: labels and input_ids differ in length: write the table again.")
             if vocab_size is not None:
-                _check_ids(labels[labels != IGNORE], vocab_size, f"{name} holds label")
-        documents = None
-        if "cu_seqlens" in wanted:
-            bounds, at = _lists(table, "cu_seqlens", name)
-            bounds = bounds.astype(np.int64)  # differences of unsigned numbers would never be negative
-            documents = [bounds[a:b] for a, b in itertools.pairwise(at)]
-            for row, (document, length) in enumerate(zip(documents, lengths, strict=True)):
-                if len(document) < 2 or document[0] != 0 or document[-1] != length or (np.diff(document) < 0).any():
-                    raise UserError(
-                        f"{name}, row {row}: cu_seqlens must rise from 0 to the row's length: write the table again."
-                    )
-        return Rows(input_ids, offsets, labels, documents)
+                _check_ids(targets[targets != IGNORE], vocab_size, f"{name} holds label")
+        ends = _document_ends(*lists["cu_seqlens"], lengths, name) if "cu_seqlens" in lists else ()
+        return Rows(input_ids, offsets, targets, *ends)
 
 
 def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
@@ -222,9 +232,38 @@ def _lists(table: pa.Table, column: str, name: str) -> tuple[np.ndarray, np.ndar
         array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
     if array.null_count or array.values.null_count:
         raise UserError(f"{name}: column {column} holds nulls: write the table again without them.")
-    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-    values = array.values.to_numpy(zero_copy_only=False)
-    return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+    offsets = _numpy(array.offsets).astype(np.int64)
+    return _numpy(array.values)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+    """Numbers without nulls, zero-copy. (``to_numpy`` would import pandas, a fifth of a second.)"""
+    buffer = array.buffers()[1]
+    if buffer is None:  # of an empty array
+        return np.empty(0, array.type.to_pandas_dtype())
+    return np.frombuffer(buffer, array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
+
+
+def _document_ends(
+    bounds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """``cu_seqlens`` without the 0 that begins each row and without empty documents: (ends, their offsets)."""
+    bounds = bounds.astype(np.int64)  # differences of unsigned numbers would never be negative
+    rows = np.repeat(np.arange(len(lengths)), np.diff(offsets))
+    steps = np.diff(bounds, prepend=0)
+    first = offsets[:-1][np.diff(offsets) > 0]
+    steps[first] = 0
+    wrong = np.diff(offsets) < 2
+    if len(bounds):
+        filled = np.diff(offsets) > 0
+        wrong[filled] |= (bounds[first] != 0) | (bounds[offsets[1:][filled] - 1] != lengths[filled])
+        wrong[rows[steps < 0]] = True
+    if wrong.any():
+        raise UserError(
+            f"{name}, row {wrong.argmax()}: cu_seqlens must rise from 0 to the row's length: write the table again."
+        )
+    kept = steps > 0
+    return bounds[kept], np.concatenate(([0], np.cumsum(np.bincount(rows[kept], minlength=len(lengths)))))
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:

@@ -35,8 +35,9 @@ def unigram_cross_entropy(train: np.ndarray, evaluated: np.ndarray) -> float:
 
 def _first_positions(rows: Rows) -> np.ndarray:
     """Where the document pieces of a row group begin, empty pieces left out."""
-    starts = []
-    for row, offset in enumerate(rows.offsets[:-1]):
-        bounds = rows.boundaries(row)
-        starts.append(offset + bounds[:-1][np.diff(bounds) > 0])
-    return np.concatenate(starts)
+    if rows.ends is None:
+        return rows.offsets[:-1]
+    per_row = np.diff(rows.end_offsets)
+    starts = np.concatenate(([0], rows.ends[:-1]))
+    starts[rows.end_offsets[:-1]] = 0
+    return starts + np.repeat(rows.offsets[:-1], per_row)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fft.data.packing import best_fit, concat, cut_documents, cut_rows, gather, permute_rows
 from fft.errors import UserError
 from spark_jobs.packed_rows import Packer
-from spark_jobs.packing import best_fit, concat, cut_documents, cut_rows, gather, permute_rows
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=60)
 MAX_LEN = st.integers(1, 25)

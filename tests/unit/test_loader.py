@@ -78,11 +78,13 @@ def test_rows_cut_to_another_length_keep_labels_and_boundaries(tmp_path, rows, s
     """A table packed to one length, or to none, is cut to any other; nothing is lost but labels at the cuts."""
     table, document_of = write(tmp_path / "t", rows)
     reader, total = SampleReader(table, seq_len, seed), sum(map(sum, rows))
-    samples = [reader.sample(reader.samples_per_epoch + i) for i in range(reader.samples_per_epoch)]
-    for index, sample in enumerate(samples):
-        check(sample, document_of, filled=total - index * seq_len)
-    ids = np.concatenate([s.input_ids for s in samples])[:total]
-    assert sorted(ids.tolist()) == list(range(total))
+    indices = range(reader.samples_per_epoch, 2 * reader.samples_per_epoch)
+    seen = []
+    for index in indices:
+        sample, filled = reader.sample(index), sum(piece.stop - piece.start for piece in reader.pieces(index))
+        check(sample, document_of, filled)
+        seen += sample.input_ids[:filled].tolist()
+    assert sorted(seen) == list(range(total))
 
 
 @EXAMPLES
@@ -96,19 +98,19 @@ def test_samples_do_not_depend_on_what_was_read_before(tmp_path, rows, indices):
             np.testing.assert_array_equal(getattr(ours, name), getattr(fresh, name))
 
 
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10))
-def test_replicas_and_steps_tile_the_samples(replicas, micro_batches, size, step):
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 100))
+def test_replicas_and_steps_tile_the_samples(replicas, micro_batches, size, first):
     plans = [BatchPlan(replicas, r, micro_batches, size) for r in range(replicas)]
-    dealt = [plan.indices(step) for plan in plans]
-    ours = [i for m in range(micro_batches) for own in dealt for i in own[m]]
-    first = step * plans[0].global_batch
-    assert ours == list(range(first, first + plans[0].global_batch))
+    dealt = [[list(part) for part in plan.indices(first)] for plan in plans]
+    assert sorted(i for own in dealt for part in own for i in part) == list(range(first, first + plans[0].global_batch))
+    assert all(len(part) == size for own in dealt for part in own)
+    assert all(i % replicas == r for r, own in enumerate(dealt) for part in own for i in part)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_step_past_the_last_sample_trains_on_what_is_left(ragged_table, replicas):
     reader = SampleReader(Table.open(ragged_table), 32, seed=0)
-    dealt = [step_batches(reader, BatchPlan(replicas, r, 4 // replicas, 2), 1, 11) for r in range(replicas)]
+    dealt = [step_batches(reader, BatchPlan(replicas, r, 4 // replicas, 2), 8, 11) for r in range(replicas)]
     samples = [reader.sample(i) for i in range(8, 11)]  # 5 of the 8 are blank
     assert sum(b.trained for own in dealt for b in own) == sum(int((s.labels != IGNORE).sum()) for s in samples)
     assert all(batch.input_ids.shape == (1, 64) and batch.cu_seqlens.shape == (65,) for own in dealt for batch in own)

@@ -12,7 +12,7 @@ from conftest import write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fft.data.loader import IGNORE, BatchPlan, SampleReader, collate, step_batches
+from fft.data.loader import IGNORE, BatchPlan, SampleReader, micro_batch, step_batches
 from fft.data.manifest import FileInfo, Manifest, commit
 from fft.data.order import EpochOrder, permutation
 from fft.data.table import Table
@@ -26,7 +26,7 @@ def make_table(lengths, files=2, row_group_size=3, **columns) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         table = Table.open(write_table(Path(folder) / "t", rows, files, row_group_size, **columns))
         held = {group: table.read(group) for group in range(len(table.row_groups))}
-    object.__setattr__(table, "read", lambda group, vocab_size=None: held[group])
+    object.__setattr__(table, "read", lambda group, *_, **__: held[group])
     return table
 
 
@@ -39,9 +39,12 @@ def test_every_token_once_an_epoch(lengths, seq_len, seed):
     reader = SampleReader(make_table(lengths), seq_len, seed)
     total = sum(lengths)
     for epoch in range(2):
-        samples = [reader.sample(epoch * reader.samples_per_epoch + i) for i in range(reader.samples_per_epoch)]
+        indices = [epoch * reader.samples_per_epoch + i for i in range(reader.samples_per_epoch)]
+        samples = [reader.sample(i) for i in indices]
         assert all(len(s.input_ids) == seq_len and s.cu_seqlens[-1] == seq_len for s in samples)
-        ids = np.concatenate([s.input_ids for s in samples])[:total]  # only the last sample is filled up
+        filled = [sum(piece.stop - piece.start for piece in reader.pieces(i)) for i in indices]
+        assert sum(n < seq_len for n in filled) <= 1  # only one sample is filled up
+        ids = np.concatenate([s.input_ids[:n] for s, n in zip(samples, filled, strict=True)])
         assert sorted(ids.tolist()) == list(range(total))
 
 
@@ -52,7 +55,7 @@ def test_labels_predict_the_next_token_of_the_same_document(lengths, seq_len, se
     document_of = np.repeat(np.arange(len(lengths)), lengths)
     for index in range(reader.samples_per_epoch):
         sample = reader.sample(index)
-        filled = min(seq_len, sum(lengths) - index * seq_len)
+        filled = sum(piece.stop - piece.start for piece in reader.pieces(index))
         ids, labels, bounds = sample.input_ids, sample.labels, sample.cu_seqlens
         for a, b in itertools.pairwise(bounds):
             if a >= filled:
@@ -69,10 +72,11 @@ def test_global_batches_do_not_depend_on_the_replicas(lengths, replicas, size, s
     reader = SampleReader(make_table(lengths), 8, seed=1)
     micro_batches = 8 // (replicas * size)
     plans = [BatchPlan(replicas, r, micro_batches, size) for r in range(replicas)]
-    dealt = [step_batches(reader, plan, step, 10**6) for plan in plans]
-    ours = np.concatenate([dealt[r][m].input_ids[0] for m in range(micro_batches) for r in range(replicas)])
-    alone = step_batches(reader, BatchPlan(1, 0, 8, 1), step, 10**6)
-    assert ours.tolist() == np.concatenate([batch.input_ids[0] for batch in alone]).tolist()
+    first = 8 * step
+    dealt = [step_batches(reader, plan, first, 10**6) for plan in plans]
+    own = [[row.tolist() for batch in replica for row in batch.input_ids.reshape(-1, 8)] for replica in dealt]
+    alone = step_batches(reader, BatchPlan(1, 0, 8, 1), first, 10**6)
+    assert [own[i % replicas][i // replicas] for i in range(8)] == [batch.input_ids[0].tolist() for batch in alone]
     assert sum(b.trained for own in dealt for b in own) == sum(b.trained for b in alone)
 
 
@@ -111,7 +115,7 @@ def test_rows_packed_to_the_length_are_taken_whole(tmp_path):
     filled = reader.sample(3)
     assert filled.cu_seqlens.tolist() == [0, 1, 7, 8]
     assert filled.labels.tolist() == [IGNORE, 32, 33, 34, 35, 36, IGNORE, IGNORE]
-    batch = collate([reader.sample(0), filled])
+    batch = micro_batch(reader, [0, 3], 4)
     assert batch.cu_seqlens.tolist() == [0, 3, 8, 9, 15, 16] + [16] * 11
     assert batch.trained == 6 + 5
 
@@ -165,12 +169,14 @@ def test_the_permutation_never_changes():
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=10), st.data())
 def test_spans_tile_the_epoch(sizes, data):
-    order = EpochOrder(np.array(sizes), seed=1, epoch=0)
-    cuts = sorted(data.draw(st.lists(st.integers(0, order.units), max_size=5)))
-    bounds = [0, *cuts, order.units]
+    step, lanes = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 64))
+    order = EpochOrder(np.array(sizes), seed=1, epoch=0, step=step, lanes=min(lanes, -(-sum(sizes) // step)))
     seen = [set() for _ in sizes]
-    for start, stop in itertools.pairwise(bounds):
-        for group, first, last in order.spans(start, stop):
+    for index in range(order.samples):
+        assert order.index(order.place(index)) == index
+        (spans,) = order.spans(np.array([index]))
+        assert sum(last - first for _, first, last in spans) == step or order.place(index) == order.samples - 1
+        for group, first, last in spans:
             assert not seen[group].intersection(range(first, last))
             seen[group].update(range(first, last))
     assert [len(s) for s in seen] == sizes

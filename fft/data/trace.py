@@ -1,0 +1,131 @@
+"""Which documents a training step saw, and at which steps a document was seen: from the order alone, without a log.
+
+python -m fft.data.trace --train_data runs/packed/train --seq_len 2048 --global_batch 64 --step 1200
+python -m fft.data.trace --train_data runs/packed/train --seq_len 2048 --global_batch 64 --doc_id wiki/17 --epochs 2
+"""
+
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from fft.data.loader import SampleReader
+from fft.data.table import Rows, Table
+from fft.errors import Parser, UserError, run_cli
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Tokens [start, stop) of a document, counted from where the row's part of it begins, in a sample of a step."""
+
+    step: int
+    epoch: int
+    sample: int
+    doc_id: str
+    start: int
+    stop: int
+    file: str
+    row_group: int
+    row: int
+
+
+def documents_of_step(reader: SampleReader, step: int, global_batch: int) -> Iterator[Seen]:
+    """What step ``step`` (the first is 1) trained on, in the order of its samples."""
+    for sample in range((step - 1) * global_batch, step * global_batch):
+        for piece in reader.pieces(sample):
+            rows, names = reader.table.read(piece.group), _names(reader.table, piece.group)
+            for number, (begin, end) in enumerate(_documents(rows, piece.row)):
+                start, stop = max(begin, piece.start), min(end, piece.stop)
+                if start < stop:
+                    name = names[piece.row][number] if names else ""
+                    yield _seen(reader, sample, step, name, start - begin, stop - begin, piece.group, piece.row)
+
+
+def steps_of_document(reader: SampleReader, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
+    """Every sample of the first ``epochs`` epochs that holds tokens of a document. Reads all of ``doc_ids`` once.
+
+    Raises :class:`UserError` when the table has no such column, or no such document.
+    """
+    table = reader.table
+    if "doc_ids" not in table.columns:
+        raise UserError(f"{table.path} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
+    found = False
+    for group in range(len(table.row_groups)):
+        named = [(row, number) for row, names in enumerate(_names(table, group)) for number, name in enumerate(names)
+                 if name == doc_id]  # fmt: skip
+        rows = table.read(group) if named else None
+        for row, number in named:
+            found = True
+            begin, end = _documents(rows, row)[number]
+            for epoch in range(epochs):
+                for sample in reader.samples_with(epoch, group, row, begin, end):
+                    for piece in reader.pieces(sample):
+                        start, stop = max(begin, piece.start), min(end, piece.stop)
+                        if (piece.group, piece.row) == (group, row) and start < stop:
+                            step = sample // global_batch + 1
+                            yield _seen(reader, sample, step, doc_id, start - begin, stop - begin, group, row)
+    if not found:
+        raise UserError(f"{table.path} holds no document with the id {doc_id!r}.")
+
+
+def _seen(reader: SampleReader, sample: int, step: int, name: str, start: int, stop: int, group: int, row: int) -> Seen:
+    where = reader.table.row_groups[group]
+    file = Path(where.path).name
+    return Seen(step, sample // reader.samples_per_epoch, sample, name, start, stop, file, where.index, row)
+
+
+def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
+    """Begin and end of each document in a row."""
+    ends = rows.document_ends(row, 0, int(rows.offsets[row + 1] - rows.offsets[row]))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _names(table: Table, group: int) -> list[list[str]]:
+    if "doc_ids" not in table.columns:
+        return []
+    where = table.row_groups[group]
+    with pq.ParquetFile(where.path) as file:
+        return file.read_row_group(where.index, columns=["doc_ids"]).column("doc_ids").to_pylist()
+
+
+def main() -> None:
+    """Command line."""
+    parser = Parser(
+        prog="python -m fft.data.trace",
+        description=(__doc__ or "").split("\n\n")[0] + " Prints tab-separated lines.",
+        epilog="examples:\n" + (__doc__ or "").split("\n\n")[1],
+    )
+    parser.add_argument("--train_data", required=True, metavar="TABLE", help="the run's table (PATH@v12: a version)")
+    parser.add_argument("--seq_len", type=int, required=True, help="the run's tokens of a sample")
+    parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
+    parser.add_argument("--pack", choices=("cut", "best-fit"), default="cut", help="the run's --pack (default: cut)")
+    parser.add_argument(
+        "--global_batch",
+        type=int,
+        required=True,
+        help="samples of an optimizer step: replicas x gradient_accumulation_steps x per_device_train_batch_size",
+    )
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--step", type=int, help="show the documents of this step, the first of which is 1")
+    wanted.add_argument("--doc_id", help="show where this document was seen")
+    parser.add_argument("--epochs", type=int, default=1, help="with --doc_id: look through this many (default: 1)")
+    args = parser.parse_args()
+    for name in ("seq_len", "global_batch", "step", "epochs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
+    reader = SampleReader(Table.open(args.train_data), args.seq_len, args.seed, pack=args.pack)
+    if args.step is not None:
+        seen = documents_of_step(reader, args.step, args.global_batch)
+    else:
+        seen = steps_of_document(reader, args.doc_id, args.global_batch, args.epochs)
+    out = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+    out.writerow([field.name for field in fields(Seen)])
+    for one in seen:
+        out.writerow([getattr(one, field.name) for field in fields(Seen)])
+
+
+if __name__ == "__main__":
+    run_cli(main)
