@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from fft.data.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
 from fft.errors import UserError
 from spark_jobs.arrow import int_lists, values_of_bytes
-from fft.data.packing import Pieces, best_fit, concat, cut_rows, gather, permute_rows
 
 _BATCH_ROWS = 1024
 #: Rows by which a window grows: fixed, since the batches that an engine makes differ.

@@ -13,6 +13,7 @@ from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from fft.data.order import EpochOrder, lanes_for
 from fft.data.packing import Pieces, best_fit
@@ -120,12 +121,12 @@ class SampleReader:
         self._step = seq_len if self.pack == "cut" else 1
         self.samples_per_epoch = -(-int(self._sizes.sum()) // self._step)
         self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch) if shuffle else 1
-        #: By how many samples row groups are asked for before they are needed: an eighth of what the open ones hold.
-        self.lookahead = self.samples_per_epoch * self.lanes // (8 * len(self._sizes))
+        #: By how many samples row groups are asked for before they are needed: half of what the open ones hold.
+        self.lookahead = self.samples_per_epoch * self.lanes // (2 * len(self._sizes))
         #: Each lane has a row group open and, for a while, the next; samples may reach into one more.
         self._keep = 2 * self.lanes + 2
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
-        self._decoded: OrderedDict[tuple[int, int], Future[Decoded]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[int, int], Future[pa.Table] | Decoded] = OrderedDict()
 
     @property
     def has_labels(self) -> bool:
@@ -142,7 +143,7 @@ class SampleReader:
         """The same order, for who needs only ids, or only labels."""
         reader = copy(self)
         reader._ids, reader._labels = ids, labels
-        reader._orders, reader._decoded = OrderedDict(), OrderedDict()
+        reader._orders, reader._loaded = OrderedDict(), OrderedDict()
         return reader
 
     def sample(self, index: int) -> Sample:
@@ -179,7 +180,7 @@ class SampleReader:
     def samples_with(self, epoch: int, group: int, row: int, start: int, stop: int) -> list[int]:
         """Samples of an epoch that hold some of tokens [start, stop) of a row."""
         order = self.order(epoch)
-        decoded = self._request(epoch, order, group).result()
+        decoded = self._decoded(epoch, order, group)
         begin = order.first_unit(group)
         if self.pack == "cut":
             place = int(np.flatnonzero(decoded.order == row)[0])
@@ -196,9 +197,9 @@ class SampleReader:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to decode what samples will need."""
-        for epoch, order, spans in self._spans(indices):
+        for epoch, _, spans in self._spans(indices):
             for group, _, _ in spans:
-                self._request(epoch, order, group)
+                self._request(epoch, group)
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch."""
@@ -228,38 +229,41 @@ class SampleReader:
         if not len(indices):
             return
         epochs, within = np.divmod(np.asarray(indices, dtype=np.int64), self.samples_per_epoch)
-        cuts = np.flatnonzero(np.diff(epochs)) + 1
-        for own, epoch in zip(np.split(within, cuts), epochs[np.concatenate(([0], cuts))].tolist(), strict=True):
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             order = self.order(epoch)
-            for spans in order.spans(own):
+            for spans in order.spans(within if epochs[0] == epochs[-1] else within[epochs == epoch]):
                 yield epoch, order, spans
 
     def _pieces(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
         for epoch, order, spans in self._spans(indices):
             pieces, at = [], 0
             for group, start, stop in spans:
-                decoded = self._request(epoch, order, group).result()
+                decoded = self._decoded(epoch, order, group)
                 for row, first, last in decoded.stretch(start, stop) if self.pack == "cut" else decoded.slot(start):
                     pieces.append((Piece(group, row, first, last, at), decoded.rows))
                     at += last - first
             yield pieces
 
-    def _request(self, epoch: int, order: EpochOrder, group: int) -> "Future[Decoded]":
+    def _request(self, epoch: int, group: int) -> "Future[pa.Table] | Decoded":
         key = (epoch, group)
-        future = self._decoded.get(key)
-        if future is None:
-            future = self._decoded[key] = self._pool.submit(self._decode, order, group)
-            while len(self._decoded) > self._keep:
-                self._decoded.popitem(last=False)
+        found = self._loaded.get(key)
+        if found is None:
+            found = self._loaded[key] = self._pool.submit(self.table.load, group, self._ids, self._labels)
+            while len(self._loaded) > self._keep:
+                self._loaded.popitem(last=False)
         else:
-            self._decoded.move_to_end(key)
-        return future
+            self._loaded.move_to_end(key)
+        return found
 
-    def _decode(self, order: EpochOrder, group: int) -> Decoded:
-        rows = self.table.read(group, self._vocab_size, self._ids, self._labels)
+    def _decoded(self, epoch: int, order: EpochOrder, group: int) -> Decoded:
+        found = self._request(epoch, group)
+        if isinstance(found, Decoded):
+            return found
+        rows = self.table.check(group, found.result(), self._vocab_size)
         bins = self._bins(rows) if self.pack == "best-fit" else None
         slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
-        return Decoded(rows, order.row_order(group, slots), bins)
+        decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)
+        return decoded
 
 
 @dataclass(frozen=True)
@@ -346,20 +350,17 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         batch = self._plan.global_batch
-        begin = self._consumed
-        for first in range(begin, begin + self._reader.lookahead + self._reader.lanes, batch):
+        ahead = -(-(self._reader.lookahead + self._reader.lanes) // batch) * batch
+        for first in range(self._consumed, self._consumed + ahead, batch):
             self._prefetch(first)
         while self._consumed < self._total:
             begin = time.perf_counter()
-            self._prefetch(self._consumed + self._reader.lookahead + self._reader.lanes)
+            self._prefetch(self._consumed + ahead)
             made = step_batches(self._reader, self._plan, self._consumed, self._total)
             self.waited += time.perf_counter() - begin
             self._consumed += batch
             yield made
 
     def _prefetch(self, first: int) -> None:
-        """Ask for what the global batch around sample ``first`` needs."""
-        batch = self._plan.global_batch
-        first = self._consumed + (first - self._consumed) // batch * batch
-        own = [i for part in self._plan.indices(first) for i in part if i < self._total]
-        self._reader.prefetch(own)
+        parts = self._plan.indices(first)
+        self._reader.prefetch([index for part in parts for index in part if index < self._total])

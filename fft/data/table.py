@@ -30,6 +30,9 @@ class RowGroup:
     rows: int
     tokens: int
 
+    def __str__(self) -> str:
+        return f"{self.path}, row group {self.index}"
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -134,22 +137,31 @@ class Table:
         return sum(g.tokens for g in self.row_groups)
 
     def read(self, group: int, vocab_size: int | None = None, ids: bool = True, labels: bool = True) -> Rows:
+        """Decode and check one row group: :meth:`load`, then :meth:`check`."""
+        return self.check(group, self.load(group, ids, labels), vocab_size)
+
+    def load(self, group: int, ids: bool = True, labels: bool = True) -> pa.Table:
         """Decode one row group: no other columns than are asked for, but ids, where there are no labels.
 
-        Raises :class:`UserError` naming file and row group when its content is not valid.
+        Nearly all of it happens outside Python, so that other threads go on. Raises :class:`UserError` naming file
+        and row group when it cannot be read.
         """
         where = self.row_groups[group]
-        name = f"{where.path}, row group {where.index}"
         labels = labels and "labels" in self.columns
         unused = {"input_ids": labels and not ids, "labels": not labels}
         wanted = [c for c in _READ if c in self.columns and not unused.get(c)]
         try:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
             with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
-                table = file.read_row_group(where.index, columns=wanted, use_threads=False)
+                return file.read_row_group(where.index, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{name} cannot be read ({_one_line(error)}): write the table again.") from error
-        lists = {column: _lists(table, column, name) for column in wanted}
+            raise UserError(f"{where} cannot be read ({_one_line(error)}): write the table again.") from error
+
+    def check(self, group: int, loaded: pa.Table, vocab_size: int | None = None) -> Rows:
+        """A decoded row group as arrays. Raises :class:`UserError` naming file and row group when it is not valid."""
+        where = self.row_groups[group]
+        name = str(where)
+        lists = {column: _lists(loaded, column, name) for column in _READ if column in loaded.column_names}
         values, offsets = next(iter(lists.values()))
         if len(values) != where.tokens:
             raise UserError(

@@ -94,10 +94,8 @@ def test_best_fit_cuts_no_row_that_fits(tmp_path, lengths, seed):
 def test_replicas_share_the_row_groups_out(tmp_path, monkeypatch):
     """Lanes that divide among replicas: a row group is decoded by one of them, two where a lane ends inside it."""
     table = table_of(tmp_path / "t", [8] * 512, row_group_size=8)
-    read = []
-    monkeypatch.setattr(
-        Table, "read", lambda self, group, *a, _read=Table.read, **k: read.append(group) or _read(self, group)
-    )
+    read, load = [], Table.load
+    monkeypatch.setattr(Table, "load", lambda self, group, *_: read.append(group) or load(self, group))
     lanes = SampleReader(table, 8, 0).lanes
     for replicas in (1, 2, 4):
         read.clear()
@@ -113,7 +111,7 @@ def test_no_more_row_groups_are_held_than_lanes_need(tmp_path):
     assert reader.lanes == order.LANES
     most = 0
     for _ in Loader(reader, BatchPlan(1, 0, 1, 8), 2000):
-        most = max(most, len(reader._decoded))
+        most = max(most, len(reader._loaded))
     assert most <= 2 * reader.lanes + 2
 
 

@@ -25,8 +25,8 @@ def make_table(lengths, files=2, row_group_size=3, **columns) -> Table:
     rows = [np.arange(a, b, dtype=np.int32) for a, b in itertools.pairwise(bounds)]
     with tempfile.TemporaryDirectory() as folder:
         table = Table.open(write_table(Path(folder) / "t", rows, files, row_group_size, **columns))
-        held = {group: table.read(group) for group in range(len(table.row_groups))}
-    object.__setattr__(table, "read", lambda group, *_, **__: held[group])
+        held = {group: table.load(group) for group in range(len(table.row_groups))}
+    object.__setattr__(table, "load", lambda group, *_, **__: held[group])
     return table
 
 

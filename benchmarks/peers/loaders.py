@@ -1,0 +1,130 @@
+"""One epoch of packed rows through one loader, in this process; prints what it cost as JSON.
+
+    python benchmarks/peers/loaders.py KIND TABLE SEQ_LEN BATCH WORK [RANK RANKS]
+
+KIND is pyarrow (no shuffle, no batches: the limit), fft, datasets or mosaic. Peers make batches of ids alone; ours have
+labels and document boundaries as well.
+"""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+#: Rows in the buffer that Hugging Face datasets shuffles.
+WINDOW = 10_000
+
+
+def read_pyarrow(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
+    """Decode input_ids of all files, in order."""
+    import pyarrow.parquet as pq
+
+    def tokens() -> Iterator[int]:
+        for path in sorted(table.glob("*.parquet")):
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+                for rows in file.iter_batches(512, columns=["input_ids"]):
+                    yield len(rows.column(0).flatten())
+
+    return tokens(), None
+
+
+def read_fft(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], Callable[[], float]]:
+    """Ours, shuffled."""
+    from fft.data.loader import BatchPlan, Loader, SampleReader
+    from fft.data.table import Table
+
+    def loader() -> Loader:
+        reader = SampleReader(Table.open(table), seq_len, seed=0)
+        rank, ranks = map(int, sys.argv[6:8])
+        return Loader(reader, BatchPlan(ranks, rank, 1, batch), reader.samples_per_epoch)
+
+    def resume() -> float:
+        begin = time.perf_counter()
+        middle = loader()
+        half = middle.state_dict() | {"samples": middle._reader.samples_per_epoch // 2}
+        middle.load_state_dict(half)
+        next(iter(middle))
+        return time.perf_counter() - begin
+
+    return (step[0].input_ids.size for step in loader()), resume
+
+
+def read_datasets(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
+    """Hugging Face datasets, streaming the same parquet files, shuffled in a buffer."""
+    import datasets
+    import torch
+
+    files = sorted(map(str, table.glob("*.parquet")))
+
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["input_ids"])
+    rows = rows.shuffle(seed=0, buffer_size=WINDOW).with_format("torch")
+    loader = torch.utils.data.DataLoader(rows, batch_size=batch)
+    return (step["input_ids"].numel() for step in loader), None
+
+
+def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
+    """MosaicML streaming, after its conversion to shards, shuffled by its default py1e."""
+    import types
+
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+
+    # streaming imports torchvision for its image datasets; the wheel for another torch would be gigabytes.
+    import transformers  # noqa: F401 - before it can see what stands for torchvision here
+
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    sys.modules |= {name: types.ModuleType(name) for name in names}
+    sys.modules["torchvision.datasets"].VisionDataset = object
+    sys.modules["torchvision.transforms.functional"].to_tensor = None
+    from streaming import MDSWriter, StreamingDataset
+
+    shards = work / "mds"
+    shutil.rmtree(shards, ignore_errors=True)
+    begin = time.perf_counter()
+    with MDSWriter(out=str(shards), columns={"input_ids": "ndarray:int32"}) as sink:
+        for path in sorted(table.glob("*.parquet")):
+            for rows in pq.ParquetFile(path).iter_batches(512, columns=["input_ids"]):
+                for row in rows.column(0):
+                    sink.write({"input_ids": row.values.to_numpy().astype(np.int32)})
+    print(json.dumps({"conversion": time.perf_counter() - begin}), file=sys.stderr)
+    dataset = StreamingDataset(local=str(shards), shuffle=True, batch_size=batch)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch)
+    return (step["input_ids"].numel() for step in loader), None
+
+
+KINDS = {"pyarrow": read_pyarrow, "fft": read_fft, "datasets": read_datasets, "mosaic": read_mosaic}
+
+
+def main() -> None:
+    """See the module."""
+    kind, table, seq_len, batch, work = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    begin = time.perf_counter()
+    steps, resume = KINDS[kind](table, seq_len, batch, Path(work))
+    ready = time.perf_counter()
+    tokens = next(steps)
+    first = time.perf_counter()
+    for size in steps:
+        tokens += size
+    end = time.perf_counter()
+    cost = {
+        "tokens": tokens,
+        "seconds": end - ready,
+        "first": first - (begin if kind != "mosaic" else ready),
+        "prepared": ready - begin if kind == "mosaic" else 0.0,
+        "resume": resume() if resume else None,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    print(json.dumps(cost))
+    sys.stdout.flush()
+    os._exit(0)  # some peers' threads would keep the process
+
+
+if __name__ == "__main__":
+    main()
