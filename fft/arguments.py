@@ -37,7 +37,11 @@ class TrainArguments:
     model: str = _flag("Hugging Face model directory; with --init a config.json or a directory that has one", None)
     init: bool = _flag("start from random weights (seeded) instead of loading them", False)
     tokenizer: str | None = _flag("tokenizer directory copied into --output_dir (default: --model's own)", None)
-    train_data: str | None = _flag("token table to train on: a folder of parquet files", None)
+    train_data: str | None = _flag(
+        "token table to train on: a folder of parquet files or a Delta table (PATH@v3: version 3); or several, each "
+        "with the weight of its samples: 'web:0.7 books:0.3'",
+        None,
+    )
     eval_data: str | None = _flag("token table to evaluate on", None)
     output_dir: str | None = _flag("Hugging Face model directory to write at the end", None)
     overwrite: bool = _flag("allow an existing --output_dir or --checkpoint run to be replaced", False)

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
+from fft.data.blend import Blend, parse_tables
 from fft.data.loader import BatchPlan, SampleReader
 from fft.data.manifest import tokenizer_sha256
 from fft.data.table import Table
@@ -27,8 +28,8 @@ class Plan:
     weights: WeightReader | None
     tokenizer: str | None
     mesh: MeshSizes
-    train: SampleReader | None
-    evaluation: SampleReader | None
+    train: SampleReader | Blend | None
+    evaluation: SampleReader | Blend | None
     total_samples: int
     total_steps: int
 
@@ -46,7 +47,7 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     readers = {}
     for flag in ("train_data", "eval_data"):
         path = getattr(args, flag)
-        readers[flag] = path and _open(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
+        readers[flag] = path and _open_all(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
     total_samples, total_steps = _length(args, readers["train_data"], mesh)
     weights = None if args.init else WeightReader(model)
     return Plan(
@@ -127,6 +128,19 @@ def _load_config(model: str, init: bool) -> PretrainedConfig:
         ) from error
 
 
+def _open_all(
+    flag: str, text: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
+) -> SampleReader | Blend:
+    # A path may have blanks in it: only what is no path is several.
+    tables = [(text, 1.0)] if Path(text).exists() else parse_tables(text, flag)
+    readers = [_open(flag, path, args, config, tokenizer, shuffle) for path, _ in tables]
+    if len(readers) == 1:
+        return readers[0]
+    if not shuffle:
+        raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
+    return Blend(readers, [weight for _, weight in tables])
+
+
 def _open(
     flag: str, path: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
 ) -> SampleReader:
@@ -146,7 +160,7 @@ def _open(
     return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack)
 
 
-def _length(args: TrainArguments, train: SampleReader | None, mesh: MeshSizes) -> tuple[int, int]:
+def _length(args: TrainArguments, train: SampleReader | Blend | None, mesh: MeshSizes) -> tuple[int, int]:
     if train is None or (args.num_train_epochs == 0 and args.max_steps < 0) or args.max_steps == 0:
         return 0, 0
     global_batch = batch_plan(args, mesh, 0).global_batch

@@ -240,11 +240,9 @@ def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: lis
         share = sum(flops[a:b]) / sum(flops)
         lines.append(f"{stage:>5}  {f'{a}-{b - 1}':>7}  {sum(parameters[a:b]):>12,}  {share:>6.1%}")
     if plan.train is not None:
-        table = plan.train.table
-        lines.append(
-            f"{table.path}: {table.rows:,} rows, {table.tokens:,} tokens; {plan.total_steps:,} steps of "
-            f"{batch_plan(args, plan.mesh, 0).global_batch * args.seq_len:,} tokens"
-        )
+        lines += [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
+        tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
+        lines.append(f"{plan.total_steps:,} steps of {tokens:,} tokens")
     return "\n".join(lines)
 
 

@@ -7,10 +7,11 @@ From any other table, samples are cut from the rows laid end to end, or hold who
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,9 @@ from fft.data.order import EpochOrder, lanes_for
 from fft.data.packing import Pieces, best_fit
 from fft.data.table import IGNORE, Rows, Table
 from fft.errors import UserError
+
+if TYPE_CHECKING:
+    from fft.data.blend import Blend
 
 #: Threads that decode row groups.
 _DECODERS = 2
@@ -121,12 +125,19 @@ class SampleReader:
         self._step = seq_len if self.pack == "cut" else 1
         self.samples_per_epoch = -(-int(self._sizes.sum()) // self._step)
         self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch) if shuffle else 1
-        #: By how many samples row groups are asked for before they are needed: half of what the open ones hold.
-        self.lookahead = self.samples_per_epoch * self.lanes // (2 * len(self._sizes))
-        #: Each lane has a row group open and, for a while, the next; samples may reach into one more.
-        self._keep = 2 * self.lanes + 2
+        #: Whether labels are written where their token stands, or, as ids, need not be.
+        self.aligned = self.has_labels
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._loaded: OrderedDict[tuple[int, int], Future[pa.Table] | Decoded] = OrderedDict()
+
+    @property
+    def tables(self) -> list[Table]:
+        """The table, as the only one of a list: a blend has several."""
+        return [self.table]
+
+    def part(self, index: int) -> tuple["SampleReader", int]:
+        """Who reads a sample, and its index there: this reader itself, which is no blend."""
+        return self, index
 
     @property
     def has_labels(self) -> bool:
@@ -139,11 +150,23 @@ class SampleReader:
         order = {"seed": self.seed, "seq_len": self.seq_len, "pack": self.pack, "lanes": self.lanes}
         return {"table": self.table.source, "fingerprint": self.table.fingerprint, **order}
 
+    @property
+    def lookahead(self) -> int:
+        """By how many samples row groups are asked for before they are needed: half of what the open ones hold."""
+        return self.samples_per_epoch * self.lanes // (2 * len(self._sizes))
+
     def for_stage(self, ids: bool, labels: bool) -> "SampleReader":
         """The same order, for who needs only ids, or only labels."""
+        return self._changed(_ids=ids, _labels=labels)
+
+    def as_part(self, lanes: int, aligned: bool) -> "SampleReader":
+        """The same table in another number of lanes, in a blend in which some table has labels, or none."""
+        return self._changed(lanes=lanes, aligned=aligned)
+
+    def _changed(self, **attributes: object) -> "SampleReader":
         reader = copy(self)
-        reader._ids, reader._labels = ids, labels
         reader._orders, reader._loaded = OrderedDict(), OrderedDict()
+        vars(reader).update(attributes)
         return reader
 
     def sample(self, index: int) -> Sample:
@@ -151,31 +174,21 @@ class SampleReader:
         batch = micro_batch(self, [index], index + 1)
         return Sample(batch.input_ids[0], batch.labels, np.unique(batch.cu_seqlens))
 
-    def fill(self, indices: Sequence[int], ids: np.ndarray, labels: np.ndarray) -> tuple[list[int], list[int]]:
-        """Write samples, one after the other, into ``ids`` and ``labels``, both [samples * seq_len].
-
-        Labels stand where their token stands, and are not written where the table has none. Returns where the
-        documents end, and up to where each sample is filled.
-        """
-        ends: list[int] = []
-        filled: list[int] = []
-        for number, pieces in enumerate(self._pieces(indices)):
-            at = number * self.seq_len
-            for piece, rows in pieces:
-                begin, length = int(rows.offsets[piece.row]) + piece.start, piece.stop - piece.start
-                if rows.input_ids is not None:
-                    ids[at : at + length] = rows.input_ids[begin : begin + length]
-                if rows.labels is not None:
-                    labels[at : at + length] = rows.labels[begin : begin + length]
-                ends += [at + end for end in rows.document_ends(piece.row, piece.start, piece.stop)]
-                at += length
-            filled.append(at)
-        return ends, filled
-
     def pieces(self, index: int) -> list[Piece]:
         """What sample ``index`` is made of."""
-        (pieces,) = self._pieces([index])
+        (pieces,) = self.samples([index])
         return [piece for piece, _ in pieces]
+
+    def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
+        """What samples are made of, and the rows in which it lies."""
+        for epoch, order, spans in self._spans(indices):
+            pieces, at = [], 0
+            for group, start, stop in spans:
+                decoded = self._decoded(epoch, order, group)
+                for row, first, last in decoded.stretch(start, stop) if self.pack == "cut" else decoded.slot(start):
+                    pieces.append((Piece(group, row, first, last, at), decoded.rows))
+                    at += last - first
+            yield pieces
 
     def samples_with(self, epoch: int, group: int, row: int, start: int, stop: int) -> list[int]:
         """Samples of an epoch that hold some of tokens [start, stop) of a row."""
@@ -234,22 +247,13 @@ class SampleReader:
             for spans in order.spans(within if epochs[0] == epochs[-1] else within[epochs == epoch]):
                 yield epoch, order, spans
 
-    def _pieces(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
-        for epoch, order, spans in self._spans(indices):
-            pieces, at = [], 0
-            for group, start, stop in spans:
-                decoded = self._decoded(epoch, order, group)
-                for row, first, last in decoded.stretch(start, stop) if self.pack == "cut" else decoded.slot(start):
-                    pieces.append((Piece(group, row, first, last, at), decoded.rows))
-                    at += last - first
-            yield pieces
-
     def _request(self, epoch: int, group: int) -> "Future[pa.Table] | Decoded":
         key = (epoch, group)
         found = self._loaded.get(key)
         if found is None:
             found = self._loaded[key] = self._pool.submit(self.table.load, group, self._ids, self._labels)
-            while len(self._loaded) > self._keep:
+            # Each lane has a row group open and, for a while, the next; samples may reach into one more.
+            while len(self._loaded) > 2 * self.lanes + 2:
                 self._loaded.popitem(last=False)
         else:
             self._loaded.move_to_end(key)
@@ -290,7 +294,7 @@ class BatchPlan:
         return [range(own + m * size, own + (m + 1) * size, self.replicas) for m in range(self.micro_batches)]
 
 
-def micro_batch(reader: SampleReader, indices: Sequence[int], total_samples: int) -> MicroBatch:
+def micro_batch(reader: "SampleReader | Blend", indices: Sequence[int], total_samples: int) -> MicroBatch:
     """Samples laid end to end; those from ``total_samples`` on are blank.
 
     Nothing is trained on the last token of a document, which predicts nothing, and on what is left over of a sample,
@@ -299,11 +303,11 @@ def micro_batch(reader: SampleReader, indices: Sequence[int], total_samples: int
     length, tokens = reader.seq_len, reader.seq_len * len(indices)
     real = [index for index in indices if index < total_samples]
     ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
-    ends, filled = reader.fill(real, ids, labels) if real else ([], [])
+    ends, filled = _fill(reader.samples(real), length, reader.aligned, ids, labels)
     stops = range(length, tokens + 1, length)
     filled += range(len(real) * length, tokens, length)
     unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
-    labels[:-1] = labels[1:] if reader.has_labels else ids[1:]
+    labels[:-1] = labels[1:] if reader.aligned else ids[1:]
     ends = np.array(ends, dtype=np.int64)
     if unfilled:
         ends = np.union1d(ends, stops)
@@ -316,7 +320,31 @@ def micro_batch(reader: SampleReader, indices: Sequence[int], total_samples: int
     return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
 
 
-def step_batches(reader: SampleReader, plan: BatchPlan, first: int, total_samples: int) -> list[MicroBatch]:
+def _fill(
+    samples: Iterable[list[tuple[Piece, Rows]]], seq_len: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """Write samples, one after the other, into ``ids`` and, where their token stands, if ``aligned``, ``labels``.
+
+    Returns where the documents end, and up to where each sample is filled.
+    """
+    ends: list[int] = []
+    filled: list[int] = []
+    for number, pieces in enumerate(samples):
+        at = number * seq_len
+        for piece, rows in pieces:
+            begin, length = int(rows.offsets[piece.row]) + piece.start, piece.stop - piece.start
+            if rows.input_ids is not None:
+                ids[at : at + length] = rows.input_ids[begin : begin + length]
+            if aligned:
+                targets = rows.input_ids if rows.labels is None else rows.labels
+                labels[at : at + length] = targets[begin : begin + length]
+            ends += [at + end for end in rows.document_ends(piece.row, piece.start, piece.stop)]
+            at += length
+        filled.append(at)
+    return ends, filled
+
+
+def step_batches(reader: "SampleReader | Blend", plan: BatchPlan, first: int, total_samples: int) -> list[MicroBatch]:
     """This replica's micro-batches of the global batch that begins with sample ``first``."""
     return [micro_batch(reader, indices, total_samples) for indices in plan.indices(first)]
 
@@ -328,7 +356,7 @@ class Loader:
     together. ``waited`` adds up the seconds for which the caller had to wait.
     """
 
-    def __init__(self, reader: SampleReader, plan: BatchPlan, total_samples: int) -> None:
+    def __init__(self, reader: "SampleReader | Blend", plan: BatchPlan, total_samples: int) -> None:
         self._reader, self._plan, self._total = reader, plan, total_samples
         self._consumed = 0
         self.waited = 0.0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from fft.data.blend import Blend, parse_tables
 from fft.data.loader import SampleReader
 from fft.data.table import Rows, Table
 from fft.errors import Parser, UserError, run_cli
@@ -22,8 +23,9 @@ class Seen:
     """Tokens [start, stop) of a document, counted from where the row's part of it begins, in a sample of a step."""
 
     step: int
-    epoch: int
     sample: int
+    epoch: int
+    dataset: str
     doc_id: str
     start: int
     stop: int
@@ -32,16 +34,18 @@ class Seen:
     row: int
 
 
-def documents_of_step(reader: SampleReader, step: int, global_batch: int) -> Iterator[Seen]:
+def documents_of_step(reader: SampleReader | Blend, step: int, global_batch: int) -> Iterator[Seen]:
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
     for sample in range((step - 1) * global_batch, step * global_batch):
-        for piece in reader.pieces(sample):
-            rows, names = reader.table.read(piece.group), _names(reader.table, piece.group)
+        part, index = reader.part(sample)
+        for piece in part.pieces(index):
+            rows, names = part.table.read(piece.group), _names(part.table, piece.group)
             for number, (begin, end) in enumerate(_documents(rows, piece.row)):
                 start, stop = max(begin, piece.start), min(end, piece.stop)
                 if start < stop:
                     name = names[piece.row][number] if names else ""
-                    yield _seen(reader, sample, step, name, start - begin, stop - begin, piece.group, piece.row)
+                    place = sample, index // part.samples_per_epoch
+                    yield _seen(part.table, place, step, name, start - begin, stop - begin, piece.group, piece.row)
 
 
 def steps_of_document(reader: SampleReader, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
@@ -66,15 +70,17 @@ def steps_of_document(reader: SampleReader, doc_id: str, global_batch: int, epoc
                         start, stop = max(begin, piece.start), min(end, piece.stop)
                         if (piece.group, piece.row) == (group, row) and start < stop:
                             step = sample // global_batch + 1
-                            yield _seen(reader, sample, step, doc_id, start - begin, stop - begin, group, row)
+                            place = sample, epoch
+                            yield _seen(table, place, step, doc_id, start - begin, stop - begin, group, row)
     if not found:
         raise UserError(f"{table.path} holds no document with the id {doc_id!r}.")
 
 
-def _seen(reader: SampleReader, sample: int, step: int, name: str, start: int, stop: int, group: int, row: int) -> Seen:
-    where = reader.table.row_groups[group]
-    file = Path(where.path).name
-    return Seen(step, sample // reader.samples_per_epoch, sample, name, start, stop, file, where.index, row)
+def _seen(
+    table: Table, place: tuple[int, int], step: int, name: str, start: int, stop: int, group: int, row: int
+) -> Seen:
+    where = table.row_groups[group]
+    return Seen(step, *place, table.path, name, start, stop, Path(where.path).name, where.index, row)
 
 
 def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
@@ -116,9 +122,13 @@ def main() -> None:
     for name in ("seq_len", "global_batch", "step", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
-    reader = SampleReader(Table.open(args.train_data), args.seq_len, args.seed, pack=args.pack)
+    tables = [(args.train_data, 1.0)] if Path(args.train_data).exists() else parse_tables(args.train_data, "train_data")
+    readers = [SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack) for path, _ in tables]
+    reader = readers[0] if len(readers) == 1 else Blend(readers, [weight for _, weight in tables])
     if args.step is not None:
         seen = documents_of_step(reader, args.step, args.global_batch)
+    elif len(readers) > 1:
+        raise UserError("--doc_id searches one table, --train_data names several: use --step.")
     else:
         seen = steps_of_document(reader, args.doc_id, args.global_batch, args.epochs)
     out = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")

@@ -75,7 +75,7 @@ def test_the_command(reader):
     flags += ["--pack", "best-fit" if reader.pack == "best-fit" else "cut"]
     command = [sys.executable, "-m", "fft.data.trace", *flags]
     lines = subprocess.run([*command, "--step", "2"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[0].split("\t")[:4] == ["step", "epoch", "sample", "doc_id"]
-    assert [line.split("\t")[3] for line in lines[1:]] == [s.doc_id for s in documents_of_step(reader, 2, 4)]
+    assert lines[0].split("\t")[:4] == ["step", "sample", "epoch", "dataset"]
+    assert [line.split("\t")[4] for line in lines[1:]] == [s.doc_id for s in documents_of_step(reader, 2, 4)]
     none = subprocess.run([*command, "--step", "0"], capture_output=True, text=True, check=False)
     assert (none.returncode, none.stderr) == (2, "error: --step 0 must be at least 1.\n")
