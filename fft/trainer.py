@@ -60,7 +60,7 @@ class Trainer:
     def __init__(self, args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> None:
         self.args, self.plan = args, plan
         if _rank() == 0 and args.checkpoint:
-            _start_run_folder(args)
+            _start_run_folder(args, plan)
         self.engine, self.loss = build_engine(args, source, bounds, plan.total_steps)
         self.batches: BatchPlan = batch_plan(args, plan.mesh, self.engine.grid.get_data_parallel_id())
         #: Only the first stage reads ids and only the last reads labels; the others open nothing.
@@ -219,7 +219,7 @@ def _to_torch(batch: MicroBatch) -> tuple[tuple[torch.Tensor, torch.Tensor], tor
     return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
 
 
-def _start_run_folder(args: TrainArguments) -> None:
+def _start_run_folder(args: TrainArguments, plan: Plan) -> None:
     run = Path(args.checkpoint)
     run.mkdir(parents=True, exist_ok=True)
     for step in checkpoint_steps(run):
@@ -227,6 +227,9 @@ def _start_run_folder(args: TrainArguments) -> None:
     (run / "metrics.jsonl").unlink(missing_ok=True)
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     (run / "arguments.yaml").write_text(settings, encoding="utf-8")
+    # Which tables, at which versions, in which order: what a later run must find to go on with this one.
+    data = {"train_data": plan.train and plan.train.identity, "eval_data": plan.evaluation and plan.evaluation.identity}
+    (run / "data.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
 def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> str:

@@ -8,7 +8,6 @@ labels and document boundaries as well.
 
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -99,6 +98,12 @@ def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iter
     return (step["input_ids"].numel() for step in loader), None
 
 
+def peak_bytes() -> int:
+    """Peak resident memory. (``ru_maxrss`` would count the parent's, from before this program was loaded.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 KINDS = {"pyarrow": read_pyarrow, "fft": read_fft, "datasets": read_datasets, "mosaic": read_mosaic}
 
 
@@ -119,7 +124,7 @@ def main() -> None:
         "first": first - (begin if kind != "mosaic" else ready),
         "prepared": ready - begin if kind == "mosaic" else 0.0,
         "resume": resume() if resume else None,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
     }
     print(json.dumps(cost))
     sys.stdout.flush()

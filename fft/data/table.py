@@ -163,7 +163,9 @@ class Table:
         name = str(where)
         lists = {column: _lists(loaded, column, name) for column in _READ if column in loaded.column_names}
         values, offsets = next(iter(lists.values()))
-        if len(values) != where.tokens:
+        if len(values) > where.tokens or len(offsets) - 1 != where.rows:
+            raise UserError(f"{name} was changed after the run had read its footer: give the run a table that stays.")
+        if len(values) < where.tokens:
             raise UserError(
                 f"{name} holds {where.tokens - len(values)} empty row(s), which parquet footers count as tokens: "
                 "drop rows whose input_ids are empty."
