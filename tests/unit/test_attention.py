@@ -61,7 +61,7 @@ def test_parts_of_a_softmax_add_up(lengths, split, backend):
     out, lse = backend.forward(q, k, v, queries, keys, False, 0.4)
     whole = backend.backward(dout, q, k, v, out, lse, queries, keys, False, 0.4)
     total = [torch.zeros_like(x) for x in whole]
-    for q_span, k_span in enumerate(paired_spans(queries, keys)):
+    for q_span, k_span in paired_spans(queries, keys):
         for part in (slice(k_span.start, k_span.start + split), slice(k_span.start + split, k_span.stop)):
             part = slice(part.start, min(part.stop, k_span.stop))
             if part.start >= part.stop:
