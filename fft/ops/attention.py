@@ -10,20 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from fft.ops.backends import Backend, cpu, cuda, reference
+from fft.ops.backends import Backend
+from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
 
 #: The name under which :func:`hf_attention` is registered with transformers.
 HF_NAME = "fft_packed"
-
-_BACKENDS = {"cpu": cpu, "cuda": cuda}
-
-
-def backend_for(tensor: Tensor) -> Backend:
-    """The backend of a tensor's device; the reference where the device has none of its own."""
-    if tensor.dtype == torch.float64:
-        return reference
-    return _BACKENDS.get(tensor.device.type, reference)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -50,7 +42,7 @@ def packed_attention(
 
     ``q`` is [tokens, heads, head size], ``k`` and ``v`` [tokens, key/value heads, head size]; returns q's shape.
     """
-    return _PackedAttention.apply(q, k, v, documents, scale, backend or backend_for(q))
+    return _PackedAttention.apply(q, k, v, documents, scale, backend or choose(q.device, q.dtype))
 
 
 def hf_attention(

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fft.errors import UserError
-from fft.ops.attention import backend_for
 from fft.ops.backends import Backend
+from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, lse_dtype
 from fft.parallel.ring_plan import Layout, RankPlan, Span, plan_rank
 
@@ -276,7 +276,7 @@ class SequenceParallel:
         ``q`` [this rank's tokens, heads, head size]; ``layout`` planned for size / degree ranks. Returns q's shape.
         Raises :class:`UserError` where heads cannot be shared out.
         """
-        plan, backend = plan_rank(layout, self._exchange.rank), backend or backend_for(q)
+        plan, backend = plan_rank(layout, self._exchange.rank), backend or choose(q.device, q.dtype)
         if self.degree > 1:
             for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
                 if heads % self.degree:

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fft.ops.attention import backend_for, hf_attention, packed_attention
+from fft.errors import UserError
+from fft.ops.attention import hf_attention, packed_attention
 from fft.ops.backends import cpu, reference
+from fft.ops.backends.choice import check, choose
 from fft.ops.documents import Documents, paired_spans
 
 
@@ -104,9 +106,35 @@ def test_bf16_is_as_good_as_bf16_can_be():
 
 
 def test_each_device_gets_its_backend():
-    assert backend_for(torch.empty(0)) is cpu
-    assert backend_for(torch.empty(0, dtype=torch.float64)) is reference  # the kernels of GPUs have none
-    assert backend_for(torch.empty(0, device="meta")) is reference
+    device = torch.device("cpu")
+    assert choose(device, torch.float32) is choose(device, torch.bfloat16) is cpu
+    assert choose(device, torch.float64) is reference
+    assert choose(torch.device("meta"), torch.bfloat16) is reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_backends_pass_the_check(backend, dtype):
+    check(backend, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("wrong", ["output", "log-sum-exp", "dq", "dk", "dv"])
+def test_a_wrong_kernel_is_refused(wrong):
+    class Wrong:
+        __name__ = "fft.ops.backends.wrong"
+
+        @staticmethod
+        def forward(*inputs):
+            out, lse = cpu.forward(*inputs)
+            return (out * 1.02 if wrong == "output" else out), (lse + 0.2 if wrong == "log-sum-exp" else lse)
+
+        @staticmethod
+        def backward(*inputs):
+            grads = cpu.backward(*inputs)
+            return tuple(g * 1.02 if wrong == n else g for n, g in zip(("dq", "dk", "dv"), grads, strict=True))
+
+    with pytest.raises(UserError, match=f"the wrong attention kernel of cpu in torch.float32 .*: {wrong} by"):
+        check(Wrong(), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(
