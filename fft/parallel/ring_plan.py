@@ -158,11 +158,21 @@ def plan_rank(layout: Layout, rank: int) -> RankPlan:
     return RankPlan(rank, own.bounds, tuple(steps))
 
 
+def layout_of(bounds: tuple[int, ...], owners: Sequence[int]) -> Layout:
+    """Cut the row into as many equal chunks as there are ``owners`` and give them to those."""
+    cuts = np.arange(len(owners) + 1) * bounds[-1] // len(owners)
+    sums = np.zeros(max(owners) + 1, dtype=np.int64)
+    np.add.at(sums, list(owners), np.diff(_area_before(np.asarray(bounds), cuts)))
+    return Layout(bounds, tuple(cuts.tolist()), tuple(owners), tuple(sums.tolist()))
+
+
 def _deal(bounds: tuple[int, ...], ranks: int, chunks: int) -> Layout:
     """Longest processing time first (Graham 1969), each rank taking ``chunks`` chunks."""
     total, count = bounds[-1], ranks * chunks
     cuts = np.arange(count + 1) * total // count
     areas = np.diff(_area_before(np.asarray(bounds), cuts))
+    if chunks == 1:
+        return layout_of(bounds, list(range(ranks)))  # neighbours share documents: ranks in the row's order
     owners = np.empty(count, dtype=int)
     loads = [(0, 0, rank) for rank in range(ranks)]  # a heap of (area, chunks taken, rank)
     for chunk in np.argsort(-areas, kind="stable"):
@@ -170,11 +180,7 @@ def _deal(bounds: tuple[int, ...], ranks: int, chunks: int) -> Layout:
         owners[chunk] = rank
         if taken + 1 < chunks:
             heapq.heappush(loads, (area + int(areas[chunk]), taken + 1, rank))
-    if chunks == 1:
-        owners = np.arange(count)  # neighbours share documents: ranks in the row's order
-    sums = np.zeros(ranks, dtype=np.int64)
-    np.add.at(sums, owners, areas)
-    return Layout(bounds, tuple(cuts.tolist()), tuple(owners.tolist()), tuple(sums.tolist()))
+    return layout_of(bounds, owners.tolist())
 
 
 def _area_before(bounds: np.ndarray, tokens: np.ndarray) -> np.ndarray:

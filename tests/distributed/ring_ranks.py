@@ -1,4 +1,4 @@
-"""What every rank of ``test_ring.py`` runs: the ring, and Ulysses before it, against one process. Started by torchrun.
+"""What every rank of ``test_ring_ranks.py`` runs: the ring, and Ulysses before it, against one process.
 
 Rank 0 prints a line of JSON for each case: the largest errors of the output and of the gradients over all ranks.
 """

@@ -100,20 +100,17 @@ def test_padded_boundaries():
     assert documents.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["_flash_attention_forward", "_flash_attention_backward"])
-def test_cuda_backend_calls_operators_as_they_are(name):
+@pytest.mark.parametrize("causal", [True, False])
+def test_cuda_backend_calls_operators_as_they_are(causal):
     """Without a GPU: the meta kernels accept the very calls of the backend and give the contract's shapes."""
-    lengths = [5, 1, 33]
-    documents = documents_of(lengths)
-    q, k, v, dout = (x.to("meta", torch.bfloat16) for x in tensors(lengths, 4, 2, 64, torch.float32))
-    documents = Documents.of(documents.bounds, "meta")
-    if name.endswith("forward"):
-        out, lse = cuda.forward(q, k, v, documents, documents, True, 0.1)
-        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 39), torch.float32)
-    else:
-        lse = torch.empty(4, 39, device="meta")
-        grads = cuda.backward(dout, q, k, v, q, lse, documents, documents, True, 0.1)
-        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    queries = Documents.of((0, 5, 6, 39), "meta")
+    keys = queries if causal else Documents.of((0, 7, 50, 60), "meta")
+    q, dout = (torch.empty(39, 4, 64, device="meta", dtype=torch.bfloat16) for _ in "qd")
+    k, v = (torch.empty(keys.bounds[-1], 2, 64, device="meta", dtype=torch.bfloat16) for _ in "kv")
+    out, lse = cuda.forward(q, k, v, queries, keys, causal, 0.1)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 39), torch.float32)
+    grads = cuda.backward(dout, q, k, v, out, lse, queries, keys, causal, 0.1)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize("chunk", [1, 70, 1 << 20])

@@ -1,4 +1,4 @@
-"""The ring's arithmetic, with ranks as threads of this process; `tests/distributed/test_ring.py` has real ones."""
+"""The ring's arithmetic, ranks being threads of this process; `tests/distributed/test_ring_ranks.py` has real ones."""
 
 import queue
 import threading
