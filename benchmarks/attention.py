@@ -179,7 +179,9 @@ def wall(options: argparse.Namespace) -> None:
     whole = best_of(lambda: backend.forward(q, k, v, documents, documents, True, options.size**-0.5), options.repeats)
     flags = [f"--{name}={getattr(options, name)}" for name in ("documents", "tokens", "heads", "kv", "size", "repeats")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-    done = subprocess.run([*command, "-m", "benchmarks.attention", "wall-rank", *flags], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, "-m", "benchmarks.attention", "wall-rank", *flags], capture_output=True, text=True, check=True
+    )
     print("| scheme | seconds | of one process |\n| --- | --- | --- |")
     print(f"| one process, {options.ranks} threads | {whole:.3f} | 1.00 |")
     for line in done.stdout.splitlines():

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from fft.errors import UserError
 from fft.ops.attention import packed_attention
 from fft.ops.documents import Documents
 from fft.ops.ring import SequenceParallel
@@ -48,6 +49,18 @@ def errors(parallel: SequenceParallel, lengths: list[int], dtype: torch.dtype, r
     return [float((ours - theirs[mine]).detach().abs().max()) for ours, theirs in pairs]
 
 
+def refusal(parallel: SequenceParallel) -> str:
+    """What is said of key/value heads that ``degree`` does not divide."""
+    layout = plan_layout((0, 64), parallel.rings)
+    a, b = parallel.token_span(layout)
+    q, k = torch.zeros(b - a, 4 * parallel.degree, 8), torch.zeros(b - a, 1, 8)
+    try:
+        parallel.attention(q, k, k, layout, 0.3)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     """Run all cases on all Ulysses degrees given; with two groups, both at once."""
     degrees, group_size = json.loads(sys.argv[1]), int(sys.argv[2])
@@ -56,6 +69,8 @@ def main() -> None:
     groups = [list(range(i, i + group_size)) for i in range(0, world, group_size)]
     for degree in degrees:
         parallel = SequenceParallel(groups, degree)
+        if degree > 1 and dist.get_rank() == 0:
+            print(json.dumps({"degree": degree, "refusal": refusal(parallel)}))
         for name, lengths in DOCUMENTS.items():
             for kind, dtype in DTYPES.items():
                 worst = torch.tensor(errors(parallel, lengths, dtype, recompute=name == "longer than two ranks"))

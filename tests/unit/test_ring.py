@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fft.errors import UserError
 from fft.ops.backends import cpu, reference
 from fft.ops.documents import Documents
-from fft.ops.ring import ring_backward, ring_forward
+from fft.ops.ring import SequenceParallel, ring_backward, ring_forward
 from fft.parallel.ring_plan import plan_layout, plan_rank
 
 
@@ -157,3 +158,9 @@ def test_results_do_not_depend_on_timing():
     for _ in range(3):
         for a, b in zip(first, emulate(layout, inputs, cpu, 0.4), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("degree", [0, 3])
+def test_degrees_that_do_not_divide_are_refused(degree):
+    with pytest.raises(UserError, match=f"--ulysses_degree {degree} must divide the sequence-parallel size 4"):
+        SequenceParallel([[0, 1, 2, 3]], degree)
