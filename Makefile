@@ -15,10 +15,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env quickstart test lint format dist clean
+.PHONY: help prerequisites env quickstart test test-gpu lint format dist clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 	@echo
 	@echo "PYTHON=... chooses the interpreter of a new .venv (now: $(PYTHON)). A machine without a GPU saves 3 GB with"
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env"
@@ -49,6 +49,10 @@ quickstart: env  ## from text to a trained model that talks, in runs/quickstart 
 
 test: env lint  ## lint, then the unit, Spark and distributed tests
 	@$(VENV)/bin/python -m pytest $(TESTS)
+
+test-gpu: env  ## the attention tests that need an NVIDIA GPU (80 GB)
+	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU: make test is for machines without one.")'
+	@$(VENV)/bin/python -m pytest tests/gpu
 
 lint: env  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check --quiet .

@@ -16,7 +16,8 @@ from transformers.activations import ACT2FN
 
 from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
-from fft.ops.attention import Documents, register_with_transformers
+from fft.ops.attention import register_with_transformers
+from fft.ops.documents import Documents
 
 Activations = tuple[Tensor, Tensor]
 

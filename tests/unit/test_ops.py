@@ -9,20 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fft.ops.attention import (
-    CpuBackend,
-    CudaBackend,
-    Documents,
-    ReferenceBackend,
-    packed_attention,
-    register_with_transformers,
-)
+from fft.ops.attention import packed_attention, register_with_transformers
+from fft.ops.backends import cpu, cuda, reference
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+from fft.ops.documents import Documents
 
 
 def documents_of(lengths) -> Documents:
-    bounds = (0, *np.cumsum(lengths).tolist())
-    return Documents(torch.tensor(bounds, dtype=torch.int32), bounds)
+    return Documents.of((0, *np.cumsum(lengths).tolist()))
 
 
 def tensors(lengths, heads, kv_heads, size, dtype, seed=0):
@@ -48,17 +42,17 @@ CASES = [([7], 2, 2), ([1, 1, 1], 2, 1), ([5, 1, 33, 2], 4, 2), ([64, 3], 4, 1)]
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [(ReferenceBackend, torch.float64, 1e-12), (CpuBackend, torch.float64, 1e-12), (CpuBackend, torch.float32, 1e-5)],
+    [(reference, torch.float64, 1e-12), (cpu, torch.float64, 1e-12), (cpu, torch.float32, 1e-5)],
 )
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads"), CASES)
 def test_backends_equal_masked_softmax(backend, dtype, tolerance, lengths, heads, kv_heads):
     q, k, v, dout = tensors(lengths, heads, kv_heads, 8, dtype)
     documents, scale = documents_of(lengths), 0.3
-    out, lse = backend.forward(q, k, v, documents, scale)
+    out, lse = backend.forward(q, k, v, documents, documents, True, scale)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = by_mask(*leaves, lengths, scale)
     expected.backward(dout.double())
-    grads = backend.backward(dout, q, k, v, out, lse, documents, scale)
+    grads = backend.backward(dout, q, k, v, out, lse, documents, documents, True, scale)
     for ours, theirs in zip((out, lse, *grads), (expected, expected_lse, *(x.grad for x in leaves)), strict=True):
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=tolerance, atol=tolerance)
 
@@ -106,20 +100,17 @@ def test_padded_boundaries():
     assert documents.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["_flash_attention_forward", "_flash_attention_backward"])
-def test_cuda_backend_calls_operators_as_they_are(name):
+@pytest.mark.parametrize("causal", [True, False])
+def test_cuda_backend_calls_operators_as_they_are(causal):
     """Without a GPU: the meta kernels accept the very calls of the backend and give the contract's shapes."""
-    lengths = [5, 1, 33]
-    documents = documents_of(lengths)
-    q, k, v, dout = (x.to("meta", torch.bfloat16) for x in tensors(lengths, 4, 2, 64, torch.float32))
-    documents = Documents(documents.cu_seqlens.to("meta"), documents.bounds)
-    if name.endswith("forward"):
-        out, lse = CudaBackend.forward(q, k, v, documents, 0.1)
-        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 39), torch.float32)
-    else:
-        lse = torch.empty(4, 39, device="meta")
-        grads = CudaBackend.backward(dout, q, k, v, q, lse, documents, 0.1)
-        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    queries = Documents.of((0, 5, 6, 39), "meta")
+    keys = queries if causal else Documents.of((0, 7, 50, 60), "meta")
+    q, dout = (torch.empty(39, 4, 64, device="meta", dtype=torch.bfloat16) for _ in "qd")
+    k, v = (torch.empty(keys.bounds[-1], 2, 64, device="meta", dtype=torch.bfloat16) for _ in "kv")
+    out, lse = cuda.forward(q, k, v, queries, keys, causal, 0.1)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 39), torch.float32)
+    grads = cuda.backward(dout, q, k, v, out, lse, queries, keys, causal, 0.1)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize("chunk", [1, 70, 1 << 20])

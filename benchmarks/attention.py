@@ -1,0 +1,265 @@
+"""Attention over ranks: what a plan saves, and what it costs. Prints the tables of docs/attention.md.
+
+    python -m benchmarks.attention plans              # any machine: balance, traffic and calls, simulated
+    python -m benchmarks.attention wall --ranks 2     # CPU: ring, all-gather and one process, seconds
+    python -m benchmarks.attention emulate --ranks 8  # one GPU (or CPU): all ranks' kernels one after another
+
+Peers: `contiguous` and `zigzag` cut the row (not its documents) and pass all keys and values around a ring;
+`all-gather` (Llama 3, arXiv:2407.21783) takes the zigzag and gathers all keys and values first; `ulysses` exchanges
+tokens for heads.
+"""
+
+import argparse
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fft.ops.backends import Backend
+from fft.ops.backends.choice import choose
+from fft.ops.documents import Documents
+from fft.ops.ring import Exchange, GroupExchange, ring_backward, ring_forward
+from fft.parallel.ring_plan import Layout, RankPlan, layout_of, plan_layout, plan_rank
+
+#: Llama-3-8B: query heads, key/value heads, head size.
+HEADS, KV_HEADS, SIZE = 32, 8, 128
+
+DOCUMENTS = {
+    "log-normal, median 2k": lambda rng: rng.lognormal(np.log(2000), 1.3),
+    "uniform to 8k": lambda rng: rng.uniform(1, 8192),
+    "chats, median 300": lambda rng: rng.lognormal(np.log(300), 0.8),
+    "one document": lambda rng: np.inf,
+}
+
+
+def bounds_of(draw: Callable, tokens: int) -> tuple[int, ...]:
+    """Boundaries of documents that fill a row, the last one cut off."""
+    rng, bounds = np.random.default_rng(0), [0]
+    while bounds[-1] < tokens:
+        bounds.append(int(min(tokens, bounds[-1] + 1 + draw(rng))))
+    return tuple(bounds)
+
+
+def plans(options: argparse.Namespace) -> None:
+    """Simulated forward passes. Efficiency: ideal time (equal parts at the kernel's rate) over the slowest rank's."""
+    print(
+        f"kernel {options.tflops:g} TFLOP/s and {options.launch_us:g} us a call, link {options.gbytes:g} GB/s a rank, "
+        f"{HEADS}/{KV_HEADS} heads of {SIZE}, bf16\n\n"
+        "| documents | tokens | ranks | scheme | busiest/mean | MB received | calls | efficiency |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    for name, draw in DOCUMENTS.items():
+        for tokens in options.tokens:
+            bounds = bounds_of(draw, tokens)
+            for ranks in options.ranks:
+                for scheme, row in schemes(bounds, ranks, options).items():
+                    balance, received, calls, efficiency = row
+                    print(
+                        f"| {name} | {tokens:,} | {ranks} | {scheme} | {balance:.2f} | {received / 1e6:,.1f} | {calls} "
+                        f"| {efficiency:.0%} |"
+                    )
+
+
+def schemes(bounds: tuple[int, ...], ranks: int, options: argparse.Namespace) -> dict[str, tuple]:
+    """(busiest rank over mean, most bytes a rank receives, most calls, efficiency) of each scheme."""
+    contiguous = layout_of(bounds, range(ranks))
+    zigzag = layout_of(bounds, [*range(ranks), *reversed(range(ranks))])
+    ours = plan_layout(bounds, ranks)
+    ideal = seconds(sum(ours.areas) / ranks, 0, options)
+    token = 2 * KV_HEADS * SIZE * 2  # bytes of a token's key and value
+    everything = token * bounds[-1] * (ranks - 1) / ranks
+    rows = {}
+    for name, layout in (("contiguous", contiguous), ("zigzag", zigzag), ("plan", ours)):
+        every = [plan_rank(layout, rank) for rank in range(ranks)]
+        block = None if name == "plan" else token * bounds[-1] / ranks
+        slowest = max(
+            overlapped(plan, area, token, block, options) for plan, area in zip(every, layout.areas, strict=True)
+        )
+        received = token * max(sum(s.received for s in p.steps) for p in every) if block is None else everything
+        rows[name] = (layout.imbalance, received, max(plan.calls for plan in every), ideal / slowest)
+    gathered = max(seconds(area, 2, options) for area in zigzag.areas) + everything / options.gbytes / 1e9
+    rows["all-gather"] = (zigzag.imbalance, everything, 2, ideal / gathered)
+    if KV_HEADS % ranks == 0:
+        exchanged = 2 * (2 * HEADS + 2 * KV_HEADS) * SIZE * bounds[-1] / ranks * (ranks - 1) / ranks
+        whole = seconds(sum(ours.areas) / ranks, 1, options) + exchanged / options.gbytes / 1e9
+        rows["ulysses"] = (1.0, exchanged, 1, ideal / whole)
+    return rows
+
+
+def seconds(area: float, calls: int, options: argparse.Namespace) -> float:
+    """Time of a forward kernel over ``area`` pairs of tokens: two products of a head's size each."""
+    return area * 4 * HEADS * SIZE / options.tflops / 1e12 + calls * options.launch_us / 1e6
+
+
+def overlapped(plan: RankPlan, area: int, token: int, block: float | None, options: argparse.Namespace) -> float:
+    """Time of a rank whose next keys fly while it computes; ``block`` bytes a step where all of them travel."""
+    dense = [sum(call.area for call in step.calls) for step in plan.steps]
+    work = [seconds(area - sum(dense), 1, options)]
+    work += [seconds(part, len(step.calls), options) for part, step in zip(dense, plan.steps, strict=True)]
+    flights = [(token * step.received if block is None else block) / options.gbytes / 1e9 for step in plan.steps]
+    return sum(max(pair) for pair in zip(work, [*flights, 0.0], strict=True))
+
+
+def random_inputs(options: argparse.Namespace, device: torch.device) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient for the whole row."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(options.tokens, heads, options.size) for heads in (options.heads, options.kv, options.kv, options.heads)]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
+
+
+def best_of(work: Callable[[], object], repeats: int, finish: Callable[[], object] = lambda: None) -> float:
+    """Seconds of the fastest of some repeats, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        finish()
+        begin = time.perf_counter()
+        work()
+        finish()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+class Gathered:
+    """An exchange that has everything already: blocks come out of all ranks' keys and values, in the plan's order."""
+
+    def __init__(self, rank: int, layout: Layout, keys: torch.Tensor) -> None:
+        self.rank, self._layout, self._keys, self._step = rank, layout, keys, 0
+
+    def start(self, sends: list, receives: list) -> Callable[[], None]:
+        """Copy the rows another rank would have sent."""
+        step = plan_rank(self._layout, self.rank).steps[self._step]
+        self._step += 1
+        if receives:
+            (sent,) = (s.sent for s in plan_rank(self._layout, step.source).steps if s.to == self.rank)
+            at = sum(plan_rank(self._layout, rank).tokens for rank in range(step.source))
+            receives[0][1].copy_(torch.cat([self._keys[:, at + a : at + b] for a, b in sent], dim=1))
+        return lambda: None
+
+
+def wall_rank(options: argparse.Namespace) -> None:
+    """One rank of :func:`wall`: prints seconds, forward, slowest rank."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    q, k, v, _ = random_inputs(options, torch.device("cpu"))
+    backend, scale = choose(q.device, q.dtype), options.size**-0.5
+    layout = plan_layout(bounds_of(DOCUMENTS[options.documents], options.tokens), ranks)
+    plan, tokens = plan_rank(layout, rank), torch.from_numpy(layout.tokens(rank))
+    mine = [x[tokens] for x in (q, k, v)]
+    exchange = GroupExchange(dist.group.WORLD)
+
+    def gather() -> None:
+        both = torch.stack(mine[1:])
+        shares = [both.new_empty(2, plan_rank(layout, r).tokens, *both.shape[2:]) for r in range(ranks)]
+        dist.all_gather(shares, both)
+        ring_forward(*mine, plan, Gathered(rank, layout, torch.cat(shares, 1)), backend, scale)
+
+    for name, work in (
+        ("ring", lambda: ring_forward(*mine, plan, exchange, backend, scale)),
+        ("all-gather", gather),
+    ):
+        spent = torch.tensor(best_of(work, options.repeats, dist.barrier))
+        dist.all_reduce(spent, dist.ReduceOp.MAX)
+        if rank == 0:
+            print(f"{name} {spent.item()}", flush=True)
+    dist.destroy_process_group()
+
+
+def wall(options: argparse.Namespace) -> None:
+    """Forward seconds on this machine: one process with a thread for each rank, and ranks with one thread each."""
+    torch.set_num_threads(options.ranks)
+    q, k, v, _ = random_inputs(options, torch.device("cpu"))
+    documents = Documents.of(bounds_of(DOCUMENTS[options.documents], options.tokens))
+    backend = choose(q.device, q.dtype)
+    whole = best_of(lambda: backend.forward(q, k, v, documents, documents, True, options.size**-0.5), options.repeats)
+    flags = [f"--{name}={getattr(options, name)}" for name in ("documents", "tokens", "heads", "kv", "size", "repeats")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
+    done = subprocess.run(
+        [*command, "-m", "benchmarks.attention", "wall-rank", *flags], capture_output=True, text=True, check=True
+    )
+    print("| scheme | seconds | of one process |\n| --- | --- | --- |")
+    print(f"| one process, {options.ranks} threads | {whole:.3f} | 1.00 |")
+    for line in done.stdout.splitlines():
+        name, spent = line.split()
+        print(f"| {name}, {options.ranks} ranks | {float(spent):.3f} | {whole / float(spent):.2f} |")
+
+
+class Nobody:
+    """An exchange without others, for timing: what would arrive is zeros."""
+
+    rank = 0
+
+    def start(self, sends: list, receives: list) -> Callable[[], None]:
+        """Fill the buffers."""
+        for _, buffer in receives:
+            buffer.zero_()
+        return lambda: None
+
+
+def emulate(options: argparse.Namespace) -> None:
+    """All ranks' kernels, merges and copies on one device, one rank after another, against one call over the row."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    finish = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    q, k, v, dout = random_inputs(options, device)
+    backend, scale = choose(device, q.dtype), options.size**-0.5
+    bounds = bounds_of(DOCUMENTS[options.documents], options.tokens)
+    documents, layout = Documents.of(bounds, device), plan_layout(bounds, options.ranks)
+
+    def one_call() -> None:
+        out, lse = backend.forward(q, k, v, documents, documents, True, scale)
+        backend.backward(dout, q, k, v, out, lse, documents, documents, True, scale)
+
+    shards = [[x[torch.from_numpy(layout.tokens(r)).to(device)] for x in (q, k, v, dout)] for r in range(options.ranks)]
+    whole = best_of(one_call, options.repeats, finish)
+    parts = [
+        best_of(functools.partial(one_rank, layout, rank, shard, Nobody(), backend, scale), options.repeats, finish)
+        for rank, shard in enumerate(shards)
+    ]
+    flops = sum(layout.areas) * 4 * options.heads * options.size * 3.5  # backward: five products for forward's two
+    print("| scheme | seconds | TFLOP/s | of one call |\n| --- | --- | --- | --- |")
+    for name, spent in (("one call", whole), ("all ranks", sum(parts)), ("ranks x slowest", max(parts) * len(parts))):
+        print(f"| {name} | {spent:.4f} | {flops / spent / 1e12:.2f} | {whole / spent:.0%} |")
+
+
+def one_rank(
+    layout: Layout, rank: int, shard: list[torch.Tensor], exchange: Exchange, backend: Backend, scale: float
+) -> None:
+    """Forward and backward of a rank."""
+    *inputs, dout = shard
+    plan = plan_rank(layout, rank)
+    out, lse = ring_forward(*inputs, plan, exchange, backend, scale)
+    ring_backward(dout, *inputs, out, lse, plan, exchange, backend, scale)
+
+
+def main() -> None:
+    """Parse the command line and run one of the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    table = commands.add_parser("plans", help=plans.__doc__)
+    table.add_argument("--tokens", type=int, nargs="+", default=[1 << 16, 1 << 18, 1 << 20])
+    table.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16, 64])
+    table.add_argument("--tflops", type=float, default=500, help="the kernel's rate (default: an H100's, about)")
+    table.add_argument("--launch_us", type=float, default=10, help="cost of a call besides its work")
+    table.add_argument("--gbytes", type=float, default=50, help="a rank's link, GB/s (default: 400 Gb/s)")
+    table.set_defaults(run=plans)
+    for name, run in (("wall", wall), ("wall-rank", wall_rank), ("emulate", emulate)):
+        command = commands.add_parser(name, help=run.__doc__)
+        command.add_argument("--documents", choices=DOCUMENTS, default="log-normal, median 2k")
+        command.add_argument("--tokens", type=int, default=1 << 14)
+        command.add_argument("--heads", type=int, default=8)
+        command.add_argument("--kv", type=int, default=2)
+        command.add_argument("--size", type=int, default=64)
+        command.add_argument("--ranks", type=int, default=2)
+        command.add_argument("--repeats", type=int, default=3)
+        command.set_defaults(run=run)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The CPU's fused kernel, one call per document."""
+
+import torch
+from torch import Tensor
+
+from fft.ops.documents import Documents, lse_dtype, paired_spans
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See :class:`fft.ops.backends.Backend`."""
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
+    for row, col in paired_spans(queries, keys):
+        piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _bhtd(q[row]), _bhtd(k[col]), _bhtd(v[col]), 0.0, causal, scale=scale
+        )
+        out[row] = piece[0].transpose(0, 1)
+        lse[:, row] = piece_lse[0]
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    queries: Documents,
+    keys: Documents,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`fft.ops.backends.Backend`."""
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for row, col in paired_spans(queries, keys):
+        inputs = (_bhtd(x) for x in (dout[row], q[row], k[col], v[col], out[row]))
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *inputs, lse[None, :, row], 0.0, causal, scale=scale
+        )
+        dq[row], dk[col], dv[col] = (piece[0].transpose(0, 1) for piece in pieces)
+    return dq, dk, dv
+
+
+def _bhtd(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]

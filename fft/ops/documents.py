@@ -1,0 +1,63 @@
+"""Where the documents of a packed row of tokens begin and end, on the device and on the host."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a packed row of tokens.
+
+    ``cu_seqlens`` is an int32 tensor [documents + 1] on the device, ``bounds`` the same numbers on the host, so that
+    no layer waits for the device to learn them.
+    """
+
+    cu_seqlens: Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, bounds: tuple[int, ...], device: torch.device | str = "cpu") -> "Documents":
+        """From boundaries known on the host."""
+        return cls(torch.tensor(bounds, dtype=torch.int32, device=device), bounds)
+
+    @classmethod
+    def from_padded(cls, cu_seqlens: Tensor) -> "Documents":
+        """Drop the repeated last entries that pad ``cu_seqlens`` to a fixed length (one host synchronisation)."""
+        host = cu_seqlens.tolist()
+        bounds = tuple(host[: host.index(host[-1]) + 1])
+        return cls(cu_seqlens[: len(bounds)], bounds)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(b - a for a, b in pairwise(self.bounds))
+
+    def positions(self) -> Tensor:
+        """Position of every token within its document, int64 [tokens]."""
+        starts = self.cu_seqlens[:-1].long()
+        lengths = self.cu_seqlens.diff().long()
+        total = self.bounds[-1]
+        return torch.arange(total, device=starts.device) - starts.repeat_interleave(lengths, output_size=total)
+
+
+def paired_spans(queries: Documents, keys: Documents) -> list[tuple[slice, slice]]:
+    """Rows of the queries and of the keys of each document, for kernels that take one document at a time.
+
+    Raises ValueError for queries without a key: what a softmax over nothing is, kernels do not agree on.
+    """
+    spans = []
+    for (a, b), (c, d) in zip(pairwise(queries.bounds), pairwise(keys.bounds), strict=True):
+        if a == b:
+            continue
+        if c == d:
+            raise ValueError(f"queries {a} to {b} have no keys to attend to")
+        spans.append((slice(a, b), slice(c, d)))
+    return spans
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Scores, their log-sum-exp and sums of partial results are float32, float64 for float64 inputs."""
+    return torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,287 @@
+"""Causal attention over packed documents whose tokens are spread over ranks (ring attention, arXiv:2310.01889).
+
+What is computed and what travels is planned on the host, see :mod:`fft.parallel.ring_plan`. Keys and values of a step
+are in flight while those of the step before are computed with; their gradients return while the next are computed.
+Partial results are merged, and all gradients summed, in float32 and in the order of the steps, so that results do not
+depend on timing. Queries never travel, and nothing waits for the device.
+
+Ulysses (arXiv:2309.14509) composes in front: ``degree`` consecutive ranks exchange tokens for heads, and each then
+takes part in a ring of its own for its heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fft.errors import UserError
+from fft.ops.backends import Backend
+from fft.ops.backends.choice import choose
+from fft.ops.documents import Documents, lse_dtype
+from fft.parallel.ring_plan import Layout, RankPlan, Span, plan_rank
+
+
+class Exchange(Protocol):
+    """How the ranks of a ring reach each other."""
+
+    rank: int
+
+    def start(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> Callable[[], None]:
+        """Begin to send and to receive contiguous tensors, given with the other side's rank; call the result to wait.
+
+        Between two ranks, messages arrive in the order in which they were sent.
+        """
+
+
+class GroupExchange:
+    """An :class:`Exchange` between the ranks of a process group. Collective: all ranks of the group create it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank = group, dist.get_rank(group)
+        dist.barrier(
+            group
+        )  # NCCL wants all ranks in a group's first operation; with nothing to send some would miss it
+
+    def start(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> Callable[[], None]:
+        """See :class:`Exchange`."""
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
+            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, tensor in messages
+        ]
+        requests = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> None:
+            for request in requests:
+                request.wait()
+            operations.clear()  # what was sent had to live until here
+
+        return wait
+
+
+@dataclass(frozen=True)
+class _Boundaries:
+    """The documents of every call of a plan on the device: of the own causal call, and of each step's dense calls."""
+
+    own: Documents
+    steps: tuple[tuple[tuple[Documents, Documents], ...], ...]
+
+
+@lru_cache(maxsize=64)
+def _boundaries(plan: RankPlan, device: torch.device) -> _Boundaries:
+    """All boundaries in one copy to the device."""
+    dense = [bounds for step in plan.steps for call in step.calls for bounds in (call.query_bounds, call.key_bounds)]
+    everything = [plan.bounds, *dense]
+    flat = torch.tensor([x for bounds in everything for x in bounds], dtype=torch.int32).to(device)
+    pieces = flat.split([len(bounds) for bounds in everything])
+    documents = iter([Documents(cu, bounds) for cu, bounds in zip(pieces, everything, strict=True)])
+    own = next(documents)
+    return _Boundaries(own, tuple(tuple((next(documents), next(documents)) for _ in step.calls) for step in plan.steps))
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, exchange: Exchange, backend: Backend, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over all tokens of their documents, wherever they are.
+
+    ``q`` [rank's tokens, heads, head size], ``k``, ``v`` [rank's tokens, key/value heads, head size], in the plan's
+    order. Returns ``out`` like q and ``lse`` [heads, rank's tokens], of the whole softmax.
+    """
+    documents = _boundaries(plan, q.device)
+    flights = _KeysInFlight(k, v, plan, exchange)
+    out, lse = backend.forward(q, k, v, documents.own, documents.own, True, scale)
+    dtype = out.dtype
+    out = out.to(lse_dtype(q))
+    for index, step in enumerate(plan.steps):
+        keys, values = flights.land(index)
+        for call, (queries, seen) in zip(step.calls, documents.steps[index], strict=True):
+            rows, cols = slice(*call.queries), slice(*call.keys)
+            part = backend.forward(q[rows], keys[cols], values[cols], queries, seen, False, scale)
+            _merge(out[rows], lse[:, rows], *part)
+    return out.to(dtype), lse
+
+
+def ring_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: RankPlan,
+    exchange: Exchange,
+    backend: Backend,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients ``(dq, dk, dv)`` of :func:`ring_forward`; keys and values travel once more, their gradients back."""
+    documents = _boundaries(plan, q.device)
+    flights = _KeysInFlight(k, v, plan, exchange)
+    accumulator = lse_dtype(q)
+    parts = backend.backward(dout, q, k, v, out, lse, documents.own, documents.own, True, scale)
+    dq = parts[0].to(accumulator)
+    dkv = torch.stack([part.to(accumulator) for part in parts[1:]], dim=1)
+    returning: Callable[[], None] | None = None
+    for index, step in enumerate(plan.steps):
+        keys, values = flights.land(index)
+        away = dkv.new_zeros(step.received, *dkv.shape[1:])
+        for call, (queries, seen) in zip(step.calls, documents.steps[index], strict=True):
+            rows, cols = slice(*call.queries), slice(*call.keys)
+            inputs = (dout[rows], q[rows], keys[cols], values[cols], out[rows], lse[:, rows].contiguous())
+            part_q, part_k, part_v = backend.backward(*inputs, queries, seen, False, scale)
+            dq[rows] += part_q
+            away[cols, 0] += part_k
+            away[cols, 1] += part_v
+        if returning:
+            returning()
+        returning = _return_gradients(dkv, away, step.sent, step.to, step.source, exchange)
+    if returning:
+        returning()
+    return dq.to(q.dtype), dkv[:, 0].to(k.dtype), dkv[:, 1].to(v.dtype)
+
+
+class _KeysInFlight:
+    """Keys and values of the next step travel while those of the current one are used."""
+
+    def __init__(self, k: Tensor, v: Tensor, plan: RankPlan, exchange: Exchange) -> None:
+        self._own, self._plan, self._exchange = (k, v), plan, exchange
+        self._next = self._start(0)
+
+    def _start(self, index: int) -> tuple[Tensor, Callable[[], None]] | None:
+        if index == len(self._plan.steps):
+            return None
+        step, (k, v) = self._plan.steps[index], self._own
+        block = k.new_empty(2, step.received, *k.shape[1:])
+        sends = [(step.to, torch.stack([_gather(x, step.sent) for x in (k, v)]))] if step.sent else []
+        return block, self._exchange.start(sends, [(step.source, block)] if step.received else [])
+
+    def land(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of step ``index``, [tokens received, heads, size] each; those of the next one take off."""
+        block, wait = self._next
+        wait()
+        self._next = self._start(index + 1)
+        return block[0], block[1]
+
+
+def _return_gradients(
+    dkv: Tensor, away: Tensor, sent: tuple[Span, ...], to: int, source: int, exchange: Exchange
+) -> Callable[[], None]:
+    """Send gradients of another's keys home; waiting adds what came home to ``dkv``."""
+    home = dkv.new_empty(sum(b - a for a, b in sent), *dkv.shape[1:])
+    wait = exchange.start([(source, away)] if len(away) else [], [(to, home)] if len(home) else [])
+
+    def finish() -> None:
+        wait()
+        at = 0
+        for a, b in sent:
+            dkv[a:b] += home[at : at + b - a]
+            at += b - a
+
+    return finish
+
+
+def _gather(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    return torch.cat([x[a:b] for a, b in spans])
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add a part of a softmax in place: ``out`` [tokens, heads, size], ``lse`` [heads, tokens]."""
+    total = torch.logaddexp(lse, part_lse)
+    before, after = (weight.sub(total).exp_().t().unsqueeze(-1) for weight in (lse, part_lse))
+    out.mul_(before).addcmul_(part.to(out.dtype), after)
+    lse.copy_(total)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RankPlan,
+        exchange: Exchange,
+        backend: Backend,
+        scale: float,
+    ) -> Tensor:
+        out, lse = ring_forward(q, k, v, plan, exchange, backend, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring = plan, exchange, backend, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        return *ring_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.ring), None, None, None, None
+
+
+class _HeadsForTokens(torch.autograd.Function):
+    """[tokens of this rank, heads, size] -> [tokens of all ranks, heads / ranks, size], or back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: tuple[int, ...], group: dist.ProcessGroup, back: bool) -> Tensor:
+        ctx.exchange = tokens, group, back
+        ranks, own = len(tokens), tokens[dist.get_rank(group)]
+        _, heads, size = x.shape
+        if back:
+            mixed = x.new_empty(ranks * own, heads, size)
+            dist.all_to_all_single(mixed, x.contiguous(), [own] * ranks, list(tokens), group=group)
+            return mixed.view(ranks, own, heads, size).transpose(0, 1).reshape(own, ranks * heads, size)
+        mixed = x.view(own, ranks, heads // ranks, size).transpose(0, 1).reshape(ranks * own, heads // ranks, size)
+        gathered = x.new_empty(sum(tokens), heads // ranks, size)
+        dist.all_to_all_single(gathered, mixed, list(tokens), [own] * ranks, group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        tokens, group, back = ctx.exchange
+        return _HeadsForTokens.apply(grad, tokens, group, not back), None, None, None
+
+
+class SequenceParallel:
+    """Attention over ``group``: rings over ranks ``degree`` apart, Ulysses within each ``degree`` consecutive ones.
+
+    Collective: every rank of the default group creates it, for all ``groups`` (lists of global ranks, of one size).
+    Raises :class:`UserError` where ``degree`` does not divide that size.
+    """
+
+    def __init__(self, groups: list[list[int]], degree: int = 1) -> None:
+        size = len(groups[0])
+        if degree < 1 or size % degree:
+            raise UserError(f"--ulysses_degree {degree} must divide the sequence-parallel size {size}.")
+        self.degree, self.rings = degree, size // degree
+        rank = dist.get_rank()
+        self.place = next(group.index(rank) for group in groups if rank in group)
+        inner = [group[i : i + degree] for group in groups for i in range(0, size, degree)]
+        outer = [group[i::degree] for group in groups for i in range(degree)]
+        self._ulysses = dist.new_subgroups_by_enumeration(inner)[0] if degree > 1 else None
+        self._exchange = GroupExchange(dist.new_subgroups_by_enumeration(outer)[0])
+
+    def token_span(self, layout: Layout) -> Span:
+        """Which of the tokens ``layout.tokens(place // degree)`` this rank holds: Ulysses shares them out equally."""
+        return self._parts(plan_rank(layout, self._exchange.rank))[self.place % self.degree]
+
+    def _parts(self, plan: RankPlan) -> list[Span]:
+        cuts = [plan.tokens * i // self.degree for i in range(self.degree + 1)]
+        return list(pairwise(cuts))
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, backend: Backend | None = None
+    ) -> Tensor:
+        """Causal attention inside each document, over all ranks of the group.
+
+        ``q`` [this rank's tokens, heads, head size]; ``layout`` planned for size / degree ranks. Returns q's shape.
+        Raises :class:`UserError` where heads cannot be shared out.
+        """
+        plan, backend = plan_rank(layout, self._exchange.rank), backend or choose(q.device, q.dtype)
+        if self.degree > 1:
+            for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
+                if heads % self.degree:
+                    raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
+            tokens = tuple(b - a for a, b in self._parts(plan))
+            q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
+        out = _RingAttention.apply(q, k, v, plan, self._exchange, backend, scale)
+        return _HeadsForTokens.apply(out, tokens, self._ulysses, True) if self.degree > 1 else out
