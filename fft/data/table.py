@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import FileSystem
 
 from fft.data.delta import is_delta, read_snapshot, split_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, read_manifest
+from fft.data.remote import is_url, read_folder
 from fft.errors import UserError
 
 #: Columns the trainer reads, where a table has them; all are lists of integers.
@@ -73,19 +75,25 @@ class Table:
     columns: frozenset[str]
     manifest: Manifest | None
     version: int | None = None
+    filesystem: FileSystem | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Table":
         """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
+        A folder may be one of an object store, by URL.
         Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
         another type than the contract's, mixes files with and without one of them, no longer is what its manifest
         says, or is a folder of several tables.
         """
-        root, version = split_version(path)
-        if not root.exists():
+        filesystem = None
+        root, version = (str(path).rstrip("/"), None) if is_url(path) else split_version(path)
+        if is_url(path):
+            remote = read_folder(root)
+            files, manifest, filesystem = list(remote.files), remote.manifest, remote.filesystem
+        elif not root.exists():
             raise UserError(f"{root} does not exist: give a folder of parquet files that Spark wrote.")
-        if version is not None or is_delta(root):
+        elif version is not None or is_delta(root):
             snapshot = read_snapshot(root, version)
             files, manifest, version = list(snapshot.files), snapshot.manifest, snapshot.version
         else:
@@ -94,12 +102,12 @@ class Table:
             _check_whole(root, files, manifest)
         if not files:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
-        if manifest is not None:
+        if manifest is not None and filesystem is None:
             _check_against_manifest(root, manifest)
         groups: list[RowGroup] = []
         columns: frozenset[str] | None = None
         for file in files:
-            metadata, found = _footer(file)
+            metadata, found = _footer(file, filesystem)
             columns = found if columns is None else columns
             for column in _READ:
                 if (column in columns) != (column in found):
@@ -113,7 +121,7 @@ class Table:
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
-        return cls(str(root), tuple(groups), columns or frozenset(), manifest, version)
+        return cls(str(root), tuple(groups), columns or frozenset(), manifest, version, filesystem)
 
     @property
     def source(self) -> str:
@@ -152,7 +160,8 @@ class Table:
         wanted = [c for c in _READ if c in self.columns and not unused.get(c)]
         try:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
-            with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20) as file:
+            options = {"pre_buffer": False, "buffer_size": 1 << 20, "filesystem": self.filesystem}
+            with pq.ParquetFile(where.path, **options) as file:
                 return file.read_row_group(where.index, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{where} cannot be read ({_one_line(error)}): write the table again.") from error
@@ -189,9 +198,9 @@ class Table:
         return Rows(input_ids, offsets, targets, *ends)
 
 
-def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
+def _footer(file: Path | str, filesystem: FileSystem | None) -> tuple[pq.FileMetaData, frozenset[str]]:
     try:
-        metadata = pq.read_metadata(file)
+        metadata = pq.read_metadata(file, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
         said = _one_line(error)
         raise UserError(f"{file} is no readable parquet file ({said}): write it again or remove it.") from error
@@ -209,7 +218,7 @@ def _footer(file: Path) -> tuple[pq.FileMetaData, frozenset[str]]:
     return metadata, frozenset(schema.names)
 
 
-def _row_groups(file: Path, metadata: pq.FileMetaData) -> list[RowGroup]:
+def _row_groups(file: Path | str, metadata: pq.FileMetaData) -> list[RowGroup]:
     # A list of integers has one leaf, whatever the writer calls it: input_ids.list.element, input_ids.array, ...
     leaf = next(i for i in range(metadata.num_columns) if _root(metadata, i) == "input_ids")
     groups = []

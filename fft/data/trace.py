@@ -93,7 +93,7 @@ def _names(table: Table, group: int) -> list[list[str]]:
     if "doc_ids" not in table.columns:
         return []
     where = table.row_groups[group]
-    with pq.ParquetFile(where.path) as file:
+    with pq.ParquetFile(where.path, filesystem=table.filesystem) as file:
         return file.read_row_group(where.index, columns=["doc_ids"]).column("doc_ids").to_pylist()
 
 

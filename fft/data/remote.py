@@ -1,0 +1,63 @@
+"""Folders of an object store, by URL, through pyarrow's own file systems: s3://, gs://, abfs://, hdfs://, file://.
+
+Credentials are what those find by themselves: the environment, a profile, the machine's role.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import fs
+
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest
+from fft.errors import UserError
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """Parquet files of a folder in name order, as paths of its file system, and the manifest if there is one."""
+
+    filesystem: fs.FileSystem
+    files: tuple[str, ...]
+    manifest: Manifest | None
+
+
+def is_url(path: object) -> bool:
+    """Whether a path names its file system."""
+    return "://" in str(path)
+
+
+def read_folder(url: str) -> RemoteFolder:
+    """List a folder. Raises :class:`UserError` when it cannot be, is unfinished, or is not what its manifest says."""
+    try:
+        filesystem, root = fs.FileSystem.from_uri(url)
+        found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        sizes = {info.path[len(root) :].lstrip("/"): info.size for info in found if info.type == fs.FileType.File}
+        text = None
+        if MANIFEST_NAME in sizes:
+            with filesystem.open_input_stream(f"{root}/{MANIFEST_NAME}") as stream:
+                text = stream.read().decode("utf-8", "replace")
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{url} cannot be listed ({reason}): check the address and this machine's credentials."
+        ) from error
+    if any(name.startswith("_delta_log/") for name in sizes):
+        raise UserError(f"{url} is a Delta table, which is read from mounted storage only: mount it (/Volumes/...).")
+    if text is None and WRITING_NAME in sizes:
+        raise UserError(f"{url} is unfinished: the job that wrote it was interrupted; run that job again.")
+    manifest = Manifest.from_json(text, f"{url}/{MANIFEST_NAME}") if text is not None else None
+    names = sorted(name for name in sizes if name.endswith(".parquet") and not _is_hidden(name))
+    if manifest is not None:
+        for info in manifest.files:
+            if sizes.get(info.path) != info.bytes:
+                raise UserError(
+                    f"{url}/{info.path} has {sizes.get(info.path, 'no')} bytes, its manifest says {info.bytes}: the "
+                    "table was changed after it was written; write it again."
+                )
+        if stray := sorted(set(names) - {info.path for info in manifest.files}):
+            raise UserError(f"{url}/{stray[0]} is not in the table's manifest: remove it or write the table again.")
+    return RemoteFolder(filesystem, tuple(f"{root.rstrip('/')}/{name}" for name in names), manifest)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in name.split("/"))
