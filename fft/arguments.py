@@ -74,7 +74,10 @@ class TrainArguments:
     # Layout
     pipe_parallel_size: int = _flag("pipeline stages", 1)
     model_parallel_size: int = _flag("tensor-parallel ranks (this release: 1)", 1)
-    sequence_parallel_size: int = _flag("sequence-parallel ranks (this release: 1)", 1)
+    sequence_parallel_size: int = _flag("ranks that share the tokens of a micro-batch: for very long rows", 1)
+    ulysses_degree: int = _flag(
+        "so many neighbours of the sequence-parallel ranks exchange heads, rings of keys run across (1: rings only)", 1
+    )
     encoder_pipe_parallel_size: int = _flag("pipeline stages of a vision encoder (this release: 0)", 0)
     partition_method: str = _flag(
         "stages by fast (equal time), parameters, uniform, or layers per stage: 5,4,4", "fast"

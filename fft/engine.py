@@ -18,6 +18,7 @@ from torch import Tensor
 from fft.arguments import TrainArguments
 from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
 from fft.ops.cross_entropy import linear_cross_entropy
+from fft.ops.ring import SequenceParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.partition import stage_bounds
 from fft.schedule import lr_multiplier
@@ -28,8 +29,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class TokenMeanLoss:
     """Loss function of the last stage: a sum over tokens times ``scale``.
 
-    With ``scale = replicas * micro_batches / trained tokens of the global batch``, set before every step, DeepSpeed's
-    own division by replicas and micro-batches leaves the exact mean over the global batch's trained tokens.
+    With ``scale = data axis * micro_batches / trained tokens of the global batch``, set before every step, DeepSpeed's
+    own division by its data axis (replicas x sequence) and micro-batches leaves the exact mean over the global batch's
+    trained tokens.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,7 @@ def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[i
 
 
 def build_engine(
-    args: TrainArguments, source: ModelSource, bounds: list[int], total_steps: int
+    args: TrainArguments, source: ModelSource, mesh: MeshSizes, bounds: list[int], total_steps: int
 ) -> tuple[deepspeed.PipelineEngine, TokenMeanLoss]:
     """Build this rank's stage, optimizer, schedule and engine."""
     loss = TokenMeanLoss()
@@ -113,7 +115,19 @@ def build_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
         config=_deepspeed_config(args),
     )
+    if mesh.sequence > 1:
+        source.parallel = SequenceParallel(_sequence_groups(module, mesh), args.ulysses_degree)
     return engine, loss
+
+
+def _sequence_groups(module: PipelineModule, mesh: MeshSizes) -> list[list[int]]:
+    """Global ranks that share the rows of a replica, stage by stage: neighbours on DeepSpeed's data axis."""
+    topology = module.topology()
+    return [
+        [topology.get_rank(pipe=pipe, data=replica * mesh.sequence + place) for place in range(mesh.sequence)]
+        for pipe in range(mesh.pipe)
+        for replica in range(mesh.data)
+    ]
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -40,6 +40,7 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     model = _checkpoint_dir(args) if args.from_ckpt else args.model
     config = _load_config(model, args.init)
     check_supported(config, args.seq_len)
+    _check_sequence_parallel(args, config)
     tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
@@ -53,6 +54,24 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     return Plan(
         config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
     )
+
+
+def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> None:
+    size, degree, tokens = (
+        args.sequence_parallel_size,
+        args.ulysses_degree,
+        args.seq_len * args.per_device_train_batch_size,
+    )
+    if tokens % size:
+        raise UserError(
+            f"--sequence_parallel_size {size} must divide the {tokens} tokens of a micro-batch: change --seq_len."
+        )
+    if degree < 1 or size % degree:
+        raise UserError(f"--ulysses_degree {degree} must divide --sequence_parallel_size {size}.")
+    if config.num_key_value_heads % degree:
+        raise UserError(
+            f"--ulysses_degree {degree} must divide the model's {config.num_key_value_heads} key/value heads."
+        )
 
 
 def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:

@@ -18,6 +18,7 @@ import yaml
 from fft.arguments import TrainArguments
 from fft.checkpoint import hf
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
+from fft.data.table import IGNORE
 from fft.engine import DTYPES, build_engine, init_distributed, stages
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
@@ -59,10 +60,13 @@ class Trainer:
 
     def __init__(self, args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> None:
         self.args, self.plan = args, plan
-        if _rank() == 0 and args.checkpoint:
+        self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
+        if _rank() == 0 and args.checkpoint:  # not before: weights that do not fit must not cost an older run
             _start_run_folder(args, plan)
-        self.engine, self.loss = build_engine(args, source, bounds, plan.total_steps)
-        self.batches: BatchPlan = batch_plan(args, plan.mesh, self.engine.grid.get_data_parallel_id())
+        #: Where every rank has a share of a row's tokens; None where it has whole rows.
+        self.parallel = source.parallel
+        replica = self.engine.grid.get_data_parallel_id() // plan.mesh.sequence
+        self.batches: BatchPlan = batch_plan(args, plan.mesh, replica)
         #: Only the first stage reads ids and only the last reads labels; the others open nothing.
         first, last = self.engine.is_first_stage(), self.engine.is_last_stage()
         self.reads = first or last
@@ -112,7 +116,7 @@ class Trainer:
         def batches() -> Iterator[MicroBatch]:
             nonlocal trained
             for i in range(micro_batches):
-                batch = step_batches(reader, plan, i * plan.global_batch, samples)[0]
+                batch = self._own(step_batches(reader, plan, i * plan.global_batch, samples)[0])
                 trained += batch.trained
                 yield batch
 
@@ -140,8 +144,7 @@ class Trainer:
         """Write a Hugging Face directory: every stage its own shard, in parallel; replaces what stands there."""
         staging, shards = hf.staging_dir(output), self.plan.mesh.pipe
         if _rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            hf.start_staging(output)
         dist.barrier()
         if self.engine.grid.get_data_parallel_id() == 0:
             tensors = canonical_parameters(self.engine.module)
@@ -152,7 +155,8 @@ class Trainer:
         dist.barrier()
         if _rank() == 0:
             self.plan.config.dtype = DTYPES[self.args.dtype]
-            hf.finish(staging, output, self.plan.config, self.plan.tokenizer, shards)
+            model = self.plan.weights.directory if self.plan.weights else None
+            hf.finish(staging, output, self.plan.config, self.plan.tokenizer, shards, model)
         dist.barrier()
 
     def save_checkpoint(self, step: int) -> None:
@@ -172,15 +176,25 @@ class Trainer:
         loader = Loader(self.training, self.batches, self.plan.total_samples)
         waited = 0.0
         for batches in loader:
-            yield batches, loader.waited - waited
+            yield [self._own(batch) for batch in batches], loader.waited - waited
             waited = loader.waited
+
+    def _own(self, batch: MicroBatch) -> MicroBatch:
+        """This rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries."""
+        if self.parallel is None:
+            return batch
+        bounds = batch.cu_seqlens.tolist()
+        own = self.parallel.tokens(self.parallel.layout(tuple(bounds[: bounds.index(bounds[-1]) + 1])))
+        labels = batch.labels[own]
+        return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
 
     def _step(self, batches: list[MicroBatch]) -> torch.Tensor:
         """One optimizer step; returns the mean loss over the trained tokens of the global batch."""
         if self.engine.is_last_stage():
             trained = torch.tensor(sum(b.trained for b in batches), dtype=torch.int64, device=self.engine.device)
             dist.all_reduce(trained, group=self.engine.grid.get_data_parallel_group())
-            self.loss.scale = self.batches.replicas * self.batches.micro_batches / max(1, int(trained))
+            axis = self.engine.grid.get_data_parallel_world_size()
+            self.loss.scale = axis * self.batches.micro_batches / max(1, int(trained))
         return self.engine.train_batch(map(_to_torch, batches))
 
     def _report(self, step: int, loss: float, lr: float, rate: float, waiting: float, elapsed: float) -> None:
@@ -236,7 +250,7 @@ def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: lis
     flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
     lines = [
         f"{plan.config.model_type}, {sum(parameters) / 1e6:.2f} M parameters, {args.dtype}; "
-        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe}",
+        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe} x sequence {plan.mesh.sequence}",
         f"{'stage':>5}  {'layers':>7}  {'parameters':>12}  {'time':>6}",
     ]
     for stage, (a, b) in enumerate(itertools.pairwise(bounds)):

@@ -16,6 +16,7 @@ from fft.errors import UserError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_GENERATION = "generation_config.json"
 
 #: Files that make a tokenizer, copied as they are so that nothing about it changes.
 _TOKENIZER_FILES = (
@@ -36,7 +37,7 @@ class WeightReader:
     """Tensors of a (sharded) safetensors directory by name, each read from disk when asked for."""
 
     def __init__(self, directory: str | os.PathLike) -> None:
-        root = Path(directory)
+        self.directory = root = Path(directory)
         if (root / _INDEX).is_file():
             self._files = {name: root / file for name, file in _weight_map(root / _INDEX).items()}
         elif (root / _SINGLE).is_file():
@@ -77,18 +78,45 @@ def staging_dir(output: str | os.PathLike) -> Path:
     return path.with_name(f".{path.name}.writing")
 
 
+def start_staging(output: str | os.PathLike) -> Path:
+    """Make an empty staging directory; what :func:`finish` was interrupted in replacing gets its name back first."""
+    target, staging = _place(output), staging_dir(output)
+    if _old(target).is_dir() and not target.exists():
+        os.replace(_old(target), target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
 def write_shard(staging: Path, tensors: dict[str, Tensor], shard: int, shards: int) -> None:
-    """Write one stage's tensors (canonical names) as shard ``shard`` of ``shards``, counted from 0."""
+    """Write one stage's tensors (canonical names) as shard ``shard`` of ``shards``, counted from 0.
+
+    Raises :class:`UserError` when they cannot be written.
+    """
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(cpu, staging / _shard_name(shard, shards), metadata={"format": "pt"})
+    try:
+        save_file(cpu, staging / _shard_name(shard, shards), metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        said = str(error).rstrip(".")
+        raise UserError(f"{staging} cannot be written to ({said}): make room there and run again.") from error
 
 
-def finish(staging: Path, output: str | os.PathLike, config: object, tokenizer: str | None, shards: int) -> None:
+def finish(
+    staging: Path,
+    output: str | os.PathLike,
+    config: object,
+    tokenizer: str | None,
+    shards: int,
+    model: Path | None = None,
+) -> None:
     """Add index, config and tokenizer to the written shards, then move the directory to its final name.
 
-    ``config`` is a ``PretrainedConfig``. A directory that stood at ``output`` is replaced.
+    ``config`` is a ``PretrainedConfig``; the generation config is that of the ``model`` directory trained from. A
+    directory that stood at ``output`` is replaced.
     """
     config.save_pretrained(staging)
+    if model is not None and (model / _GENERATION).is_file():
+        shutil.copyfile(model / _GENERATION, staging / _GENERATION)
     if tokenizer is not None:
         for name in _TOKENIZER_FILES:
             if (Path(tokenizer) / name).is_file():
@@ -101,19 +129,39 @@ def finish(staging: Path, output: str | os.PathLike, config: object, tokenizer: 
             file = _shard_name(shard, shards)
             with safe_open(staging / file, framework="pt") as tensors:
                 weight_map.update(dict.fromkeys(tensors.keys(), file))
-            size += (staging / file).stat().st_size
+            size += _tensor_bytes(staging / file)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (staging / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     for file in staging.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
+        _sync(file)
+    _sync(staging)
     target = _place(output)
-    old = target.with_name(f".{target.name}.old")
+    old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
     os.replace(staging, target)
+    _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Size of a safetensors file without its header, whose length its first eight bytes tell."""
+    with open(file, "rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
 
 
 def _place(output: str | os.PathLike) -> Path:

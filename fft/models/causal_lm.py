@@ -18,6 +18,7 @@ from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
+from fft.ops.ring import SequenceParallel, ShardedDocuments
 
 Activations = tuple[Tensor, Tensor]
 
@@ -63,12 +64,16 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
 
 @dataclass
 class ModelSource:
-    """Where the modules and weights of a model come from: its config, and a weight reader or a seed."""
+    """Where the modules and weights of a model come from: its config, and a weight reader or a seed.
+
+    ``parallel`` is set, before the first forward, where every rank holds a share of a row's tokens.
+    """
 
     config: PretrainedConfig
     dtype: torch.dtype
     weights: WeightReader | None = None
     seed: int = 0
+    parallel: SequenceParallel | None = None
     skeleton: PreTrainedModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,12 +126,16 @@ class Positions:
         self._seen: Tensor | None = None
         self._known: tuple = ()
 
-    def of(self, cu_seqlens: Tensor, hidden: Tensor) -> tuple[Documents, Tensor, tuple[Tensor, Tensor]]:
+    def of(
+        self, cu_seqlens: Tensor, hidden: Tensor
+    ) -> tuple[Documents | ShardedDocuments, Tensor, tuple[Tensor, Tensor]]:
         """Documents, in-document positions [1, tokens] and rotary (cos, sin) for the boundaries given."""
         if self._seen is not cu_seqlens:
             if self._rotary is None:
                 self._rotary = self._source.rotary(hidden.device)
-            documents = Documents.from_padded(cu_seqlens)
+            documents, parallel = Documents.from_padded(cu_seqlens), self._source.parallel
+            if parallel is not None:
+                documents = ShardedDocuments(documents, parallel.layout(documents.bounds), parallel)
             positions = documents.positions()[None]
             self._known = documents, positions, self._rotary(hidden.detach(), position_ids=positions)
             self._seen = cu_seqlens

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
+from fft.ops.ring import ShardedDocuments
 
 #: The name under which :func:`hf_attention` is registered with transformers.
 HF_NAME = "fft_packed"
@@ -52,7 +53,7 @@ def hf_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    documents: Documents,
+    documents: Documents | ShardedDocuments,
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -71,6 +72,8 @@ def hf_attention(
     if sliding_window and documents.max_length > sliding_window:
         raise ValueError(f"packed attention has no window: {documents.max_length} tokens exceed {sliding_window}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if isinstance(documents, ShardedDocuments):
+        return documents.parallel.attention(q, k, v, documents.layout, scaling)[None], None
     return packed_attention(q, k, v, documents, scaling)[None], None
 
 

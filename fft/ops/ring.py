@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +24,7 @@ from fft.errors import UserError
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, lse_dtype
-from fft.parallel.ring_plan import Layout, RankPlan, Span, plan_rank
+from fft.parallel.ring_plan import Layout, RankPlan, Span, plan_layout, plan_rank
 
 
 class Exchange(Protocol):
@@ -241,6 +242,25 @@ class _HeadsForTokens(torch.autograd.Function):
         return _HeadsForTokens.apply(grad, tokens, group, not back), None, None, None
 
 
+@dataclass(frozen=True)
+class ShardedDocuments:
+    """The documents of a packed row whose tokens are spread over ranks: what a model passes to its attention."""
+
+    row: Documents
+    layout: Layout
+    parallel: "SequenceParallel"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return self.row.max_length
+
+    def positions(self) -> Tensor:
+        """Position of each of this rank's tokens within its document, int64 [tokens]."""
+        own = torch.from_numpy(self.parallel.tokens(self.layout)).to(self.row.cu_seqlens.device)
+        return self.row.positions()[own]
+
+
 class SequenceParallel:
     """Attention over ``group``: rings over ranks ``degree`` apart, Ulysses within each ``degree`` consecutive ones.
 
@@ -260,9 +280,14 @@ class SequenceParallel:
         self._ulysses = dist.new_subgroups_by_enumeration(inner)[0] if degree > 1 else None
         self._exchange = GroupExchange(dist.new_subgroups_by_enumeration(outer)[0])
 
-    def token_span(self, layout: Layout) -> Span:
-        """Which of the tokens ``layout.tokens(place // degree)`` this rank holds: Ulysses shares them out equally."""
-        return self._parts(plan_rank(layout, self._exchange.rank))[self.place % self.degree]
+    def layout(self, bounds: tuple[int, ...]) -> Layout:
+        """Who holds which tokens of a row with these document boundaries: the same for all ranks of a Ulysses group."""
+        return plan_layout(bounds, self.rings)
+
+    def tokens(self, layout: Layout) -> np.ndarray:
+        """Index in the row of every token that this rank holds, int64: Ulysses shares a ring's rank's out equally."""
+        start, stop = self._parts(plan_rank(layout, self._exchange.rank))[self.place % self.degree]
+        return layout.tokens(self.place // self.degree)[start:stop]
 
     def _parts(self, plan: RankPlan) -> list[Span]:
         cuts = [plan.tokens * i // self.degree for i in range(self.degree + 1)]

@@ -25,17 +25,18 @@ def mesh_sizes(world: int, pipe: int, sequence: int, tensor: int) -> MeshSizes:
     for flag, size in (("pipe", pipe), ("sequence", sequence), ("model", tensor)):
         if size < 1:
             raise UserError(f"--{flag}_parallel_size {size} must be at least 1.")
-    for flag, size in (("sequence", sequence), ("model", tensor)):
-        if size > 1:
-            raise UserError(
-                f"--{flag}_parallel_size {size}: this release trains over data and pipe only; set it to 1 "
-                "and raise --pipe_parallel_size instead."
-            )
+    if tensor > 1:
+        raise UserError(
+            f"--model_parallel_size {tensor}: this release has no tensor parallelism; set it to 1 and raise "
+            "--pipe_parallel_size instead."
+        )
     model = pipe * sequence * tensor
     if world % model:
         fitting = [p for p in range(1, world + 1) if world % (p * sequence * tensor) == 0]
+        by = f"--pipe_parallel_size {pipe}"
+        by += f" x --sequence_parallel_size {sequence}" if sequence > 1 else ""
+        instead = f", or use a pipe size of {' or '.join(map(str, fitting))}" if fitting else ""
         raise UserError(
-            f"the world of {world} rank(s) cannot be divided by --pipe_parallel_size {pipe}: "
-            f"start a multiple of {model} ranks, or use a pipe size of {' or '.join(map(str, fitting))}."
+            f"the world of {world} rank(s) cannot be divided by {by}: start a multiple of {model} ranks{instead}."
         )
     return MeshSizes(world // model, pipe, sequence, tensor)

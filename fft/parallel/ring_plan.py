@@ -123,7 +123,7 @@ def plan_layout(bounds: tuple[int, ...], ranks: int, chunks: int | None = None) 
     """Cut the row with document boundaries ``bounds`` (first 0, last N) into chunks and deal them to the ranks.
 
     Without ``chunks`` (chunks per rank) the fewest are taken that balance attention to :data:`BALANCED`, or those that
-    balance it best. Ranks hold equally many tokens where N is a multiple of ranks * chunks, else to within a token per
+    balance it best. Ranks hold equally many tokens where N is a multiple of the ranks, else to within a token per
     chunk. Raises ValueError if there are fewer tokens than chunks.
     """
     tokens = bounds[-1]
@@ -135,6 +135,8 @@ def plan_layout(bounds: tuple[int, ...], ranks: int, chunks: int | None = None) 
     for count in CHUNKS:
         if count > 1 and tokens < ranks * count * (1 if count == 2 else MIN_CHUNK):
             break
+        if tokens % ranks == 0 and tokens % (ranks * count):
+            continue  # equal shares are worth more than balance
         layout = _deal(bounds, ranks, count)
         if best is None or layout.imbalance < best.imbalance:
             best = layout

@@ -38,7 +38,7 @@ def errors(parallel: SequenceParallel, lengths: list[int], dtype: torch.dtype, r
     expected.backward(dout)
 
     layout = plan_layout(documents.bounds, parallel.rings)
-    mine = torch.from_numpy(layout.tokens(parallel.place // parallel.degree)[slice(*parallel.token_span(layout))])
+    mine = torch.from_numpy(parallel.tokens(layout))
     shards = [x[mine].requires_grad_() for x in inputs]
     if recompute:
         out = checkpoint(lambda *x: parallel.attention(*x, layout, 0.3), *shards, use_reentrant=False)
@@ -52,8 +52,8 @@ def errors(parallel: SequenceParallel, lengths: list[int], dtype: torch.dtype, r
 def refusal(parallel: SequenceParallel) -> str:
     """What is said of key/value heads that ``degree`` does not divide."""
     layout = plan_layout((0, 64), parallel.rings)
-    a, b = parallel.token_span(layout)
-    q, k = torch.zeros(b - a, 4 * parallel.degree, 8), torch.zeros(b - a, 1, 8)
+    tokens = len(parallel.tokens(layout))
+    q, k = torch.zeros(tokens, 4 * parallel.degree, 8), torch.zeros(tokens, 1, 8)
     try:
         parallel.attention(q, k, k, layout, 0.3)
     except UserError as error:

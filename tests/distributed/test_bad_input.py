@@ -196,9 +196,25 @@ def test_world_that_the_sizes_do_not_divide(good, tmp_path, world, sizes):
     assert "cannot be divided by --pipe_parallel_size" in refusal(flags(good, tmp_path, **sizes), world)
 
 
-@pytest.mark.parametrize("flag", ["model_parallel_size", "sequence_parallel_size", "encoder_pipe_parallel_size"])
+@pytest.mark.parametrize("flag", ["model_parallel_size", "encoder_pipe_parallel_size"])
 def test_what_this_release_lacks_is_refused_by_name(good, tmp_path, flag):
     assert f"--{flag}" in refusal(flags(good, tmp_path, **{flag: 2}), 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"sequence_parallel_size": 3}, "--sequence_parallel_size 3 must divide the 32 tokens of a micro-batch"),
+        (
+            {"sequence_parallel_size": 2, "ulysses_degree": 3},
+            "--ulysses_degree 3 must divide --sequence_parallel_size 2",
+        ),
+        ({"sequence_parallel_size": 4, "ulysses_degree": 4}, "must divide the model's 2 key/value heads"),
+    ],
+)
+def test_shares_of_a_row_that_cannot_be(good, tmp_path, sizes, sentence):
+    world = sizes["sequence_parallel_size"]
+    assert sentence in refusal(flags(good, tmp_path, **sizes), world)
 
 
 def test_existing_output_is_kept(good, tmp_path):

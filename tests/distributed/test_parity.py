@@ -28,6 +28,19 @@ LAYOUTS = {
     "pipe2": ("deepspeed", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8"),
     "data2": ("torchrun", 2, "--gradient_accumulation_steps 4"),
     "pipe2-data2": ("deepspeed", 4, "--pipe_parallel_size 2 --gradient_accumulation_steps 4"),
+    "sequence2": ("torchrun", 2, "--sequence_parallel_size 2 --gradient_accumulation_steps 8"),
+    "sequence4-ulysses2": (
+        "torchrun",
+        4,
+        "--sequence_parallel_size 4 --ulysses_degree 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 4",
+    ),
+    "pipe2-sequence2": (
+        "deepspeed",
+        4,
+        "--pipe_parallel_size 2 --sequence_parallel_size 2 --gradient_accumulation_steps 8 "
+        "--checkpoint_grad_interval 1",
+    ),
+    "data2-sequence2": ("deepspeed", 4, "--sequence_parallel_size 2 --gradient_accumulation_steps 4"),
     "pipe2-split-recompute": (
         "deepspeed",
         2,
@@ -39,6 +52,7 @@ LAYOUTS = {
 CASES = [
     *(("llama", layout) for layout in LAYOUTS),
     *(("qwen2-tied", layout) for layout in ("one", "pipe2", "pipe2-data2")),
+    ("qwen2-tied", "pipe2-sequence2"),
     ("qwen3", "pipe2"),
     ("mistral", "pipe2"),
 ]
@@ -174,6 +188,13 @@ def test_layout_equals_one_process(family, layout, launch, model_dir, ragged_tab
     assert min(norms) > CLIP  # clipping was at work
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
     assert set(exported) == set(weights)
-    # Adam divides each gradient by its own size, so the rounding of a tiny gradient shows: hence atol.
+    # Adam divides each gradient by its own size, so the rounding of a tiny gradient shows: hence atol. Softmaxes merged
+    # from parts round in another order, which shows in a few elements: by less than a tenth of one step of Adam.
+    merged = "sequence" in layout
     for name, value in weights.items():
-        torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        if merged:
+            off = (exported[name] - value).abs()
+            assert float((off > 1e-5 + 1e-5 * value.abs()).float().mean()) <= 0.005, name
+            assert float(off.max()) < LR / 10, name
+        else:
+            torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

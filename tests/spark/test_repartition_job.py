@@ -59,7 +59,7 @@ def test_partitions_hold_equal_token_counts_and_little_is_unused(packed):
 def test_the_trainer_reads_it_in_small_row_groups(packed):
     table = Table.open(packed / "train")
     rows = table.read(0, vocab_size=table.manifest.tokenizer.vocab_size)
-    assert rows.documents is not None
+    assert rows.ends is not None
     for file in files_of(packed / "train"):
         metadata = pq.read_metadata(file)
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]

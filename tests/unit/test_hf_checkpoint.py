@@ -1,6 +1,7 @@
 """Hugging Face directories: read by name, written by stage, published whole."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -114,3 +115,47 @@ def test_a_link_stays_a_link(tmp_path):
 def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hf.staging_dir(".") == tmp_path.with_name(f".{tmp_path.name}.writing")
+
+
+def staged(tmp_path, shards):
+    staging = hf.start_staging(tmp_path / "model")
+    for shard in range(shards):
+        hf.write_shard(staging, {f"{shard}.weight": torch.ones(2, 4)}, shard, shards)
+    return staging
+
+
+def test_the_index_counts_bytes_of_tensors(tmp_path):
+    hf.finish(staged(tmp_path, 2), tmp_path / "model", LlamaConfig(), None, 2)
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * 2 * 4 * 4
+
+
+def test_the_generation_config_is_the_models(tmp_path):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    hf.finish(staged(tmp_path, 1), tmp_path / "model", LlamaConfig(), None, 1, tmp_path / "from")
+    assert (tmp_path / "model" / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
+
+
+def test_an_interrupted_replacement_loses_no_model(tmp_path, monkeypatch):
+    hf.finish(staged(tmp_path, 1), tmp_path / "model", LlamaConfig(), None, 1)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    staging, replace = staged(tmp_path, 1), os.replace
+
+    def dies_after_the_first(source, target):
+        replace(source, target)
+        if str(target).endswith(".old"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", dies_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        hf.finish(staging, tmp_path / "model", LlamaConfig(), None, 1)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(os, "replace", replace)
+    hf.start_staging(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"none cannot be written to \(.*\): make room there"):
+        hf.write_shard(tmp_path / "none", {"a": torch.ones(2)}, 0, 1)
