@@ -46,6 +46,7 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
         type=_positive,
         help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
     )
+    parser.add_argument("--image_path", metavar="DIR", help="folder of the images that chats name (this release: none)")
     parser.add_argument(
         "--eos",
         choices=["auto", "always", "never"],
@@ -177,6 +178,10 @@ def _parser(name: str, what: str, examples: str, inputs: str, several: bool = Tr
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str) -> None:
     values = vars(parser.parse_args(argv))
     inputs, output, picture = (values.pop(name) for name in ("inputs", "output", "report"))
+    if values.pop("image_path", None) is not None:
+        raise UserError(
+            "--image_path: this release reads no images, and its trainer has no vision encoders; leave it out."
+        )
     if picture is not None:
         check_report(picture, values["overwrite"])
     try:

@@ -252,8 +252,8 @@ class SampleReader:
         found = self._loaded.get(key)
         if found is None:
             found = self._loaded[key] = self._pool.submit(self.table.load, group, self._ids, self._labels)
-            # Each lane has a row group open and, for a while, the next; samples may reach into one more.
-            while len(self._loaded) > 2 * self.lanes + 2:
+            # Each lane has a row group open and, for a while, the next; small ones may fit several times into a sample.
+            while len(self._loaded) > (2 * self.lanes + 2) * (1 + len(self._sizes) // self.samples_per_epoch):
                 self._loaded.popitem(last=False)
         else:
             self._loaded.move_to_end(key)

@@ -213,3 +213,8 @@ def test_files_that_are_not_whole_are_named(spark, tokenizer, corpus, tmp_path):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             tokenize_table(tmp_path / name, tmp_path / "out", tokenizer)
         assert not (tmp_path / "out").exists()
+
+
+def test_images_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="--image_path: this release reads no images"):
+        main(["-i", "chats.jsonl", "-o", str(tmp_path / "o"), "--tokenizer", "t", "--image_path", str(tmp_path)])
