@@ -21,6 +21,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one sentence: what is wrong, where, and the remedy."""
 
 
+def one_line(error: Exception) -> str:
+    """What another program's error says, fit to stand inside a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one sentence, too, with the flag that was probably meant."""
 

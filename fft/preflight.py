@@ -15,7 +15,7 @@ from fft.data.blend import Blend, parse_tables
 from fft.data.loader import BatchPlan, SampleReader
 from fft.data.manifest import tokenizer_sha256
 from fft.data.table import Table
-from fft.errors import UserError
+from fft.errors import UserError, one_line
 from fft.models.causal_lm import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 
@@ -141,17 +141,15 @@ def _load_config(model: str, init: bool) -> PretrainedConfig:
             raise ValueError(f"model_type is {kind!r}, which transformers does not know")
         return AutoConfig.for_model(**raw)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        said = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"{file} is not a model configuration ({said}): give one that transformers can read."
+            f"{file} is not a model configuration ({one_line(error)}): give one that transformers can read."
         ) from error
 
 
 def _open_all(
     flag: str, text: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
 ) -> SampleReader | Blend:
-    # A path may have blanks in it: only what is no path is several.
-    tables = [(text, 1.0)] if Path(text).exists() else parse_tables(text, flag)
+    tables = parse_tables(text, flag)
     readers = [_open(flag, path, args, config, tokenizer, shuffle) for path, _ in tables]
     if len(readers) == 1:
         return readers[0]

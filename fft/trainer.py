@@ -22,6 +22,7 @@ from fft.data.table import IGNORE
 from fft.engine import DTYPES, build_engine, init_distributed, stages
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
+from fft.ops.documents import Documents
 from fft.preflight import Plan, batch_plan, checkpoint_steps, checkpoint_tag, prepare
 
 #: What gloo says when another process is gone.
@@ -183,8 +184,8 @@ class Trainer:
         """This rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries."""
         if self.parallel is None:
             return batch
-        bounds = batch.cu_seqlens.tolist()
-        own = self.parallel.tokens(self.parallel.layout(tuple(bounds[: bounds.index(bounds[-1]) + 1])))
+        documents = Documents.from_padded(torch.from_numpy(batch.cu_seqlens))
+        own = self.parallel.tokens(self.parallel.layout(documents.bounds))
         labels = batch.labels[own]
         return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
 

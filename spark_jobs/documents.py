@@ -11,6 +11,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from fft.data.delta import is_delta, read_snapshot, split_version
+from fft.data.manifest import is_hidden
 from fft.errors import UserError
 from spark_jobs.readers import COMPRESSIONS, READERS, read_row_groups, row_group_sizes, schema_of
 from spark_jobs.splits import Span, Split, cut_text, piece_size
@@ -131,7 +132,9 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
             if kind_of(path) is None:
                 raise UserError(f"-i {path} is of no known kind: its name must end in {_known()}.")
         else:
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path) and kind_of(p))
+            files = sorted(
+                p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)) and kind_of(p)
+            )
             if not files:
                 raise UserError(f"-i {path} holds no documents: no file there ends in {_known()}.")
         for kind in dict.fromkeys(kind_of(file) for file in files):
@@ -141,10 +144,6 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
 
 def _known() -> str:
     return f"{', '.join(KINDS)} (and {', '.join(COMPRESSIONS)} of the text kinds)"
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(("_", ".")) for part in path.relative_to(root).parts)
 
 
 def spans_of(sources: Sequence[Source], task: Task) -> list[Span]:

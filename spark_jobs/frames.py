@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import StructType
 
 from fft.errors import UserError
 from spark_jobs.documents import Source, Task, kind_of
@@ -20,6 +21,8 @@ from spark_jobs.parts import to_tasks
 from spark_jobs.placing import row_hash
 from spark_jobs.splits import piece_size
 
+#: Columns by whose order a part's rows are written.
+ORDER = ("part", "place", "tie")
 _TABLE_NAME = re.compile(r"\w+(\.\w+){1,2}")
 #: Column of a record that is read as text: a JSON line, or a document.
 _RECORD = "value"
@@ -32,6 +35,7 @@ class Frame:
     name: str
     kind: str
     rows: DataFrame
+    schema: StructType
 
 
 def is_frame(path: object) -> bool:
@@ -48,7 +52,7 @@ def is_frame(path: object) -> bool:
 def open_frame(spark: SparkSession, path: object) -> Frame:
     """The rows behind an input. Raises :class:`UserError` when the engine cannot find or read it."""
     if isinstance(path, DataFrame):
-        return Frame("DataFrame", "parquet", path)
+        return Frame("DataFrame", "parquet", path, path.schema)
     name = str(path)
     kind = kind_of(Path(name)) if "://" in name else None
     try:
@@ -60,27 +64,27 @@ def open_frame(spark: SparkSession, path: object) -> Frame:
             rows = spark.read.text(name, lineSep="\n\n")
         else:
             rows = spark.read.load(name, format="parquet")
-        rows.schema  # noqa: B018 - what cannot be read is met here
+        schema = rows.schema  # what cannot be read is met here
     except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
         lines = [line.lstrip(": ") for line in str(error).splitlines() if not line.startswith("An error occurred")]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"-i {name} is no existing path, and no table or URL that Spark can read: {reason}") from error
-    return Frame(name, kind or "parquet", rows)
+    return Frame(name, kind or "parquet", rows, schema)
 
 
 def columns_of(frame: Frame, task: Task) -> list[str]:
     """Columns to read. Raises :class:`UserError` when those of the task are not there."""
     if frame.kind != "parquet":
         return [_RECORD]
-    return task.columns(to_arrow_schema(frame.rows.schema), Source(Path(frame.name), "parquet", ()))
+    return task.columns(to_arrow_schema(frame.schema), Source(Path(frame.name), "parquet", ()))
 
 
 def records_of(batch: pa.RecordBatch, kind: str, task: Task) -> list[tuple[bytes | None, str | None]]:
     """Record and id of each row of a frame's columns."""
     if kind == "parquet":
         return list(task.rows(batch))
-    records = [(text, None) for text in batch.column(_RECORD).cast(pa.large_binary()).to_pylist()]
-    return [(text, None) for text, _ in records if text.strip()]  # blank lines between records are none
+    texts = batch.column(_RECORD).cast(pa.large_binary()).to_pylist()
+    return [(text, None) for text in texts if text.strip()]  # blank lines between records are none
 
 
 def count_parts(rows: DataFrame) -> int:
@@ -91,14 +95,9 @@ def count_parts(rows: DataFrame) -> int:
 
 def in_parts(rows: DataFrame, parts: int, first: int) -> DataFrame:
     """Rows with their ``part``, counted from ``first``, and ``place`` and ``tie`` that order them in it."""
-    place = row_hash("frame", 0, _content(rows.columns))
-    placed = rows.withColumns(
-        {
-            "part": F.pmod(place, F.lit(parts)).cast("int"),
-            "place": place,
-            "tie": row_hash("tie", 1, _content(rows.columns)),
-        }
-    )
+    content = _content(rows.columns)
+    place, tie = row_hash("frame", 0, content), row_hash("tie", 1, content)
+    placed = rows.withColumns({"part": F.pmod(place, F.lit(parts)).cast("int"), "place": place, "tie": tie})
     return placed.transform(to_tasks, parts).withColumn("part", F.col("part") + F.lit(first))
 
 

@@ -140,7 +140,6 @@ def _repartition(
     title = f"repartition {name}".strip()
     with progress(f"{title}: weighing", place.channel, 0, dataset.table.tokens):
         weights = bucket_tokens(rows, seed, buckets)
-    place.channel.clear()
     place.channel.check()
     assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)

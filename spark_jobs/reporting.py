@@ -1,13 +1,13 @@
 """A picture of a finished table: how long its documents are, what it is mixed from, how full its rows are."""
 
 import html
+import importlib.util
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fft.data.manifest import Manifest
+from fft.data.manifest import Manifest, write_atomically
 from fft.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ def check_report(path: str | Path, overwrite: bool) -> None:
         raise UserError(f"--report {path}: there is no folder {path.parent}; make it first.")
     if path.exists() and not overwrite:
         raise UserError(f"--report {path} exists: give --overwrite to replace it, or another name.")
-    try:
-        import matplotlib  # noqa: F401 - takes a while, and only reports need it
-    except ModuleNotFoundError as error:
-        raise UserError("--report needs matplotlib: pip install 'flash-fine-tuning[local]'.") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--report needs matplotlib: pip install 'flash-fine-tuning[local]'.")
 
 
 def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path) -> None:
@@ -42,10 +40,8 @@ def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path)
     figure = _figure(tables)
     data = io.BytesIO()
     figure.savefig(data, format="png" if path.suffix == ".png" else "svg")
-    content = data.getvalue() if path.suffix == ".png" else _page(tables, data.getvalue().decode()).encode()
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    content = data.getvalue() if path.suffix == ".png" else _page(tables, data.getvalue().decode())
+    write_atomically(path, content)
 
 
 def _figure(tables: Mapping[str, Manifest]) -> "Figure":

@@ -37,7 +37,7 @@ def _cell(value: object) -> str:
 def progress(
     name: str, channel: Channel, parts: int, tokens: int | None = None, interval: float = 1.0
 ) -> Iterator[None]:
-    """Show what tasks have noted in ``channel``, of ``parts`` and, if that is known, ``tokens`` in all.
+    """Show what tasks have noted in ``channel``, of ``parts`` and, if that is known, ``tokens`` in all; then clear it.
 
     A terminal gets one line rewritten, a log file one line every half minute.
     """
@@ -61,6 +61,7 @@ def progress(
     finally:
         stop.set()
         thread.join()
+        channel.clear()
 
 
 def progress_line(name: str, read: Amount, written: Amount, parts: int, tokens: int | None, seconds: float) -> str:

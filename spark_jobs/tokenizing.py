@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from spark_jobs.arrow import int_lists
 from spark_jobs.chat import Chat, load_chat
 from spark_jobs.documents import Keys, Malformed, Source, find_sources, first_malformed, read_records, spans_of
 from spark_jobs.encoding import ENGINES, Encoder, Recipe, load_recipe, surround
+from spark_jobs.frames import ORDER as FRAME_ORDER
 from spark_jobs.frames import columns_of, count_parts, in_parts, is_frame, open_frame, records_of
 from spark_jobs.lengths import histogram_of
 from spark_jobs.outcomes import DOCUMENT, EMPTY, MALFORMED, with_outcomes
@@ -53,7 +55,6 @@ from spark_jobs.writing import (
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
 _MALFORMED_MARK = "malformed record: "
-FRAME_ORDER = ("part", "place", "tie")
 Records = Sequence[tuple[bytes | None, str | None]]
 
 
@@ -94,13 +95,12 @@ def tokenize_table(
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     if task == "chat":
         _check_chat(sources, text_key, eos, parse_special_tokens)
+        load = partial(load_chat, place, id_key, max_len)
     else:
+        load = partial(load_pretrain, place, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
     with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
-        if task == "chat":
-            loading = pool.submit(load_chat, place, id_key, max_len)
-        else:
-            loading = pool.submit(load_pretrain, place, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
+        loading = pool.submit(load)
         spark = spark or get_session("tokenize")
         job, info = loading.result()
     start = time.monotonic()

@@ -166,7 +166,6 @@ def write_parts(
         else:
             work = SortedFirst(tuple(order), work)
         reports = df.mapInArrow(work, REPORT).collect()
-    channel.clear()
     channel.check()
     return publish(place, reports)
 

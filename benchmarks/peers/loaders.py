@@ -6,6 +6,7 @@ KIND is pyarrow (no shuffle, no batches: the limit), fft, datasets or mosaic. Pe
 labels and document boundaries as well.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -76,8 +77,7 @@ def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iter
     import torch
 
     # streaming imports torchvision for its image datasets; the wheel for another torch would be gigabytes.
-    import transformers  # noqa: F401 - before it can see what stands for torchvision here
-
+    importlib.import_module("transformers")  # before it can see what stands for torchvision here
     names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
     sys.modules |= {name: types.ModuleType(name) for name in names}
     sys.modules["torchvision.datasets"].VisionDataset = object

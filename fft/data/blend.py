@@ -12,6 +12,7 @@ begins again, in its next epoch's order.
 
 from collections.abc import Iterator, Sequence
 from math import gcd
+from pathlib import Path
 
 import numpy as np
 
@@ -73,6 +74,10 @@ class Blend:
         self.parts = [part.as_part(lanes, aligned) for part in parts]
         self.weights = list(weights)
         self._mixture = Mixture(weights)
+        #: Samples of each table [tables, lanes] that come before the place where each lane begins.
+        self._earlier = np.array(
+            [[self._mixture.count(part, lane * _STRIDE) for lane in range(lanes)] for part in range(len(parts))]
+        )
         self.lanes, self.aligned, self.seq_len = lanes, aligned, parts[0].seq_len
         self.samples_per_epoch = sum(part.samples_per_epoch for part in parts)
         self.lookahead = min(part.lookahead for part in self.parts)
@@ -100,34 +105,32 @@ class Blend:
     def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
         """What samples are made of."""
         tables, own = self._place(indices)
-        streams = [
-            part.samples([index for table, index in zip(tables, own, strict=True) if table == number])
-            for number, part in enumerate(self.parts)
-        ]
+        streams = [part.samples(theirs) for part, theirs in self._dealt(tables, own)]
         return (next(streams[table]) for table in tables)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to decode what samples will need."""
-        tables, own = self._place(indices)
+        for part, theirs in self._dealt(*self._place(indices)):
+            part.prefetch(theirs)
+
+    def _dealt(self, tables: list[int], own: list[int]) -> Iterator[tuple[SampleReader, list[int]]]:
         for number, part in enumerate(self.parts):
-            part.prefetch([index for table, index in zip(tables, own, strict=True) if table == number])
+            yield part, [index for table, index in zip(tables, own, strict=True) if table == number]
 
     def _place(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
         within, lane = np.divmod(np.asarray(indices, dtype=np.int64), self.lanes)
-        begin = lane * _STRIDE
-        tables, before = self._mixture.choose(begin + within)
-        for number in range(len(self.parts)):
-            mine = tables == number
-            earlier = [self._mixture.count(number, start) for start in begin[mine].tolist()]
-            before[mine] -= np.array(earlier, dtype=np.int64)
-        return tables.tolist(), (before * self.lanes + lane).tolist()
+        tables, before = self._mixture.choose(lane * _STRIDE + within)
+        return tables.tolist(), ((before - self._earlier[tables, lane]) * self.lanes + lane).tolist()
 
 
 def parse_tables(text: str, flag: str) -> list[tuple[str, float]]:
     """Tables and weights of ``"web:0.7 books:0.3"``; a weight is 1 where none is given.
 
+    A path that exists is one table, whatever blanks are in it.
     Raises :class:`UserError` for weights that are none, or of no use.
     """
+    if Path(text).exists():
+        return [(text, 1.0)]
     tables = []
     for part in text.split():
         path, colon, weight = part.rpartition(":")

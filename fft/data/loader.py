@@ -101,7 +101,7 @@ class SampleReader:
 
     ``pack`` says how samples are made of rows that are not packed to ``seq_len``: "cut" lays them end to end and cuts,
     "best-fit" packs the rows of each row group, cutting only those longer than ``seq_len``; it reads all lengths once,
-    when it begins. ``ids`` and ``labels`` say what is needed of the two: what is not is neither read nor filled in.
+    when it begins.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class SampleReader:
         vocab_size: int | None = None,
         shuffle: bool = True,
         pack: str = "cut",
-        ids: bool = True,
-        labels: bool = True,
     ) -> None:
         manifest = table.manifest
         # Without boundaries its rows are documents that were cut to that length, most of them shorter.
         packed = manifest is not None and manifest.seq_len == seq_len and "cu_seqlens" in table.columns
         self.table, self.seq_len, self.seed, self.pack = table, seq_len, seed, "rows" if packed else pack
-        self._vocab_size, self._shuffle, self._ids, self._labels = vocab_size, shuffle, ids, labels
+        self._vocab_size, self._shuffle = vocab_size, shuffle
+        #: Which of the two are needed; what is not is neither read nor filled in.
+        self._ids = self._labels = True
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1

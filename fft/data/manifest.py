@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fft.errors import UserError
 
@@ -127,11 +127,16 @@ def commit(table: str | os.PathLike, manifest: Manifest) -> None:
     (folder / WRITING_NAME).unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def is_hidden(path: PurePath) -> bool:
+    """Whether Spark, and so everything here, passes over a file of a table: ``path`` is relative to the table."""
+    return any(part.startswith(("_", ".")) for part in path.parts)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside, flush to disk, rename over."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(aside, "wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, path)

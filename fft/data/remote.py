@@ -4,12 +4,13 @@ Credentials are what those find by themselves: the environment, a profile, the m
 """
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest
-from fft.errors import UserError
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, is_hidden
+from fft.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,15 @@ def read_folder(url: str) -> RemoteFolder:
             with filesystem.open_input_stream(f"{root}/{MANIFEST_NAME}") as stream:
                 text = stream.read().decode("utf-8", "replace")
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"{url} cannot be listed ({reason}): check the address and this machine's credentials."
+            f"{url} cannot be listed ({one_line(error)}): check the address and this machine's credentials."
         ) from error
     if any(name.startswith("_delta_log/") for name in sizes):
         raise UserError(f"{url} is a Delta table, which is read from mounted storage only: mount it (/Volumes/...).")
     if text is None and WRITING_NAME in sizes:
         raise UserError(f"{url} is unfinished: the job that wrote it was interrupted; run that job again.")
     manifest = Manifest.from_json(text, f"{url}/{MANIFEST_NAME}") if text is not None else None
-    names = sorted(name for name in sizes if name.endswith(".parquet") and not _is_hidden(name))
+    names = sorted(name for name in sizes if name.endswith(".parquet") and not is_hidden(PurePosixPath(name)))
     if manifest is not None:
         for info in manifest.files:
             if sizes.get(info.path) != info.bytes:
@@ -57,7 +57,3 @@ def read_folder(url: str) -> RemoteFolder:
         if stray := sorted(set(names) - {info.path for info in manifest.files}):
             raise UserError(f"{url}/{stray[0]} is not in the table's manifest: remove it or write the table again.")
     return RemoteFolder(filesystem, tuple(f"{root.rstrip('/')}/{name}" for name in names), manifest)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in name.split("/"))

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from fft.data.delta import is_delta, read_snapshot, split_version
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, read_manifest
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, is_hidden, read_manifest
 from fft.data.remote import is_url, read_folder
-from fft.errors import UserError
+from fft.errors import UserError, one_line
 
 #: Columns the trainer reads, where a table has them; all are lists of integers.
 _READ = ("input_ids", "labels", "cu_seqlens")
@@ -164,7 +164,7 @@ class Table:
             with pq.ParquetFile(where.path, **options) as file:
                 return file.read_row_group(where.index, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{where} cannot be read ({_one_line(error)}): write the table again.") from error
+            raise UserError(f"{where} cannot be read ({one_line(error)}): write the table again.") from error
 
     def check(self, group: int, loaded: pa.Table, vocab_size: int | None = None) -> Rows:
         """A decoded row group as arrays. Raises :class:`UserError` naming file and row group when it is not valid."""
@@ -202,7 +202,7 @@ def _footer(file: Path | str, filesystem: FileSystem | None) -> tuple[pq.FileMet
     try:
         metadata = pq.read_metadata(file, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
-        said = _one_line(error)
+        said = one_line(error)
         raise UserError(f"{file} is no readable parquet file ({said}): write it again or remove it.") from error
     schema = metadata.schema.to_arrow_schema()
     if "input_ids" not in schema.names:
@@ -226,10 +226,6 @@ def _row_groups(file: Path | str, metadata: pq.FileMetaData) -> list[RowGroup]:
         group = metadata.row_group(index)
         groups.append(RowGroup(str(file), index, group.num_rows, group.column(leaf).num_values))
     return groups
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 def _root(metadata: pq.FileMetaData, leaf: int) -> str:
@@ -300,7 +296,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
 
 def _parquet_files(root: Path) -> list[Path]:
     """In name order. Folders may be named like files: Spark users write ``corpus.parquet``."""
-    return sorted(p for p in root.rglob("*.parquet") if p.is_file() and not _hidden(p, root))
+    return sorted(p for p in root.rglob("*.parquet") if p.is_file() and not is_hidden(p.relative_to(root)))
 
 
 def _check_whole(root: Path, files: list[Path], manifest: Manifest | None) -> None:
@@ -316,7 +312,3 @@ def _check_whole(root: Path, files: list[Path], manifest: Manifest | None) -> No
     if tables:
         names = ", ".join(str(folder.relative_to(root)) for folder in tables)
         raise UserError(f"{root} is a folder of tables ({names}), not one table: name one of them.")
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(("_", ".")) for part in path.relative_to(root).parts)

@@ -36,10 +36,13 @@ class Seen:
 
 def documents_of_step(reader: SampleReader | Blend, step: int, global_batch: int) -> Iterator[Seen]:
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
+    known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
         part, index = reader.part(sample)
-        for piece in part.pieces(index):
-            rows, names = part.table.read(piece.group), _names(part.table, piece.group)
+        (pieces,) = part.samples([index])
+        for piece, rows in pieces:
+            key = part.table.source, piece.group
+            names = known[key] = known[key] if key in known else _names(part.table, piece.group)
             for number, (begin, end) in enumerate(_documents(rows, piece.row)):
                 start, stop = max(begin, piece.start), min(end, piece.stop)
                 if start < stop:
@@ -122,7 +125,7 @@ def main() -> None:
     for name in ("seq_len", "global_batch", "step", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
-    tables = [(args.train_data, 1.0)] if Path(args.train_data).exists() else parse_tables(args.train_data, "train_data")
+    tables = parse_tables(args.train_data, "train_data")
     readers = [SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack) for path, _ in tables]
     reader = readers[0] if len(readers) == 1 else Blend(readers, [weight for _, weight in tables])
     if args.step is not None:
