@@ -22,6 +22,8 @@ _EXAMPLES = """examples:
 
 Every flag may also stand in a YAML file (--config) under its name without dashes; the command line wins.
 The table's order depends on --seed alone; the same seed gives the same loss at every step.
+A run with --checkpoint that is asked to stop (SIGTERM, SIGINT) saves after its step and exits with code 75; the same
+command with --resume auto goes on from there, on any layout.
 """
 
 
@@ -89,8 +91,19 @@ class TrainArguments:
     logging_steps: int = _flag("print every k steps", 10)
     checkpoint: str | None = _flag("run folder: metrics.jsonl, the resolved settings, checkpoints", None)
     save_steps: int = _flag("write a checkpoint into --checkpoint every k steps (0: never)", 0)
-    only_ckpt_model: bool = _flag("checkpoints hold the model alone, as Hugging Face directories", False)
+    only_ckpt_model: bool = _flag("checkpoints hold the model alone: smaller, but no run goes on from them", False)
     max_num_checkpoints: int = _flag("keep the newest k checkpoints (0: all)", 0)
+    best_of: int = _flag("keep, besides the newest, the k of lowest validation loss; evaluates before each save", 0)
+    background_executor: str = _flag(
+        "who writes a checkpoint while training goes on: a thread, a process, or none: training waits",
+        "thread",
+        choices=("thread", "process", "none"),
+    )
+    resume: str | None = _flag(
+        "go on with the run in --checkpoint, from its newest whole checkpoint (auto; or else from the start) "
+        "or from the one named, for example step-100",
+        None,
+    )
     from_ckpt: str | None = _flag("take the weights from a checkpoint in this run folder instead of --model", None)
     tag: str | None = _flag("which checkpoint of --from_ckpt, for example step-100 (default: the newest)", None)
 
@@ -196,6 +209,7 @@ def _check(args: TrainArguments) -> None:
         "eval_steps",
         "save_steps",
         "max_num_checkpoints",
+        "best_of",
         "checkpoint_grad_interval",
         "seed",
     ):
@@ -220,7 +234,14 @@ def _check(args: TrainArguments) -> None:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")
     if args.save_steps and not args.checkpoint:
         raise UserError("--save_steps needs --checkpoint, the folder to write to.")
-    if args.save_steps and not args.only_ckpt_model:
-        raise UserError("--save_steps: this release checkpoints models, not optimizer state; add --only_ckpt_model.")
+    if args.resume and not args.checkpoint:
+        raise UserError("--resume needs --checkpoint, the folder of the run to go on with.")
+    if args.resume and args.only_ckpt_model:
+        raise UserError("--resume needs whole checkpoints, which --only_ckpt_model does not write: leave one out.")
+    if args.best_of and not (args.eval_data and args.save_steps and args.max_num_checkpoints):
+        raise UserError(
+            "--best_of chooses by evaluation what else to keep: it needs --eval_data, --save_steps and "
+            "--max_num_checkpoints."
+        )
     if not (args.output_dir or args.checkpoint):
         raise UserError("--output_dir is missing: name the model directory to write.")

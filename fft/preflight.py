@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fft.arguments import TrainArguments
+from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag
 from fft.checkpoint.hf import WeightReader
 from fft.data.blend import Blend, parse_tables
 from fft.data.loader import BatchPlan, SampleReader
@@ -79,17 +79,6 @@ def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan
     return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size)
 
 
-def checkpoint_tag(step: int) -> str:
-    """Name of the checkpoint taken after ``step`` optimizer steps."""
-    return f"step-{step}"
-
-
-def checkpoint_steps(run: str | os.PathLike) -> list[int]:
-    """Steps of the checkpoints in a run folder, oldest first."""
-    found = (p.name.removeprefix("step-") for p in Path(run).glob("step-*") if (p / "config.json").is_file())
-    return sorted(int(name) for name in found if name.isdigit())
-
-
 def _checkpoint_dir(args: TrainArguments) -> str:
     steps = checkpoint_steps(args.from_ckpt)
     tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
@@ -104,11 +93,13 @@ def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> N
     for flag, path in (("--output_dir", args.output_dir), ("--checkpoint", args.checkpoint)):
         if path and Path(path).exists() and not Path(path).is_dir():
             raise UserError(f"{flag} {path} is a file: name a folder.")
-        if path and Path(path).is_dir() and any(Path(path).iterdir()) and not args.overwrite:
-            raise UserError(f"{flag} {path} exists and is not empty: choose another folder or add --overwrite.")
+        going_on = flag == "--checkpoint" and args.resume
+        if path and not args.overwrite and not going_on and _holds_something(Path(path)):
+            remedy = ", add --resume auto to go on with that run," if flag == "--checkpoint" else ""
+            raise UserError(f"{flag} {path} exists and is not empty: choose another folder{remedy} or add --overwrite.")
     # --output_dir is replaced as a whole at the end, the checkpoints of --checkpoint are removed at the start.
     replaced = [("--output_dir", args.output_dir)] if args.output_dir else []
-    if args.checkpoint:
+    if args.checkpoint and not args.resume:
         run = Path(args.checkpoint)
         replaced += [("--checkpoint", str(run / checkpoint_tag(step))) for step in checkpoint_steps(run)]
     weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer}
@@ -121,6 +112,11 @@ def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> N
             in_place = flag == "--output_dir" and reader in weights and Path(path).resolve() == Path(folder).resolve()
             if not in_place:
                 raise UserError(f"{flag} would replace {folder} and with it {path} of {reader}: choose another folder.")
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more than the lock of a run that ended before it began."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def _load_config(model: str, init: bool) -> PretrainedConfig:

@@ -1,10 +1,11 @@
-"""A training run: plan, build, step, evaluate, write a Hugging Face model."""
+"""A training run: plan, build or resume, step, evaluate, save, write a Hugging Face model."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,20 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
+from transformers import PretrainedConfig
 
+from fft import run_folder
 from fft.arguments import TrainArguments
-from fft.checkpoint import hf
+from fft.checkpoint import folder, hf, state
+from fft.checkpoint.saver import Contents, Part, Saver
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.engine import DTYPES, build_engine, init_distributed, stages
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
 from fft.ops.documents import Documents
-from fft.preflight import Plan, batch_plan, checkpoint_steps, checkpoint_tag, prepare
+from fft.preflight import Plan, batch_plan, prepare
+from fft.run_folder import Start
 
 #: What gloo says when another process is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+#: Exit code of a run that was asked to stop and saved first: EX_TEMPFAIL of sysexits.h, "try again".
+EXIT_STOPPED = 75
 
 
 def run(args: TrainArguments) -> int:
@@ -38,11 +45,14 @@ def run(args: TrainArguments) -> int:
     init_distributed()
     try:
         _log(_describe(args, plan, source, bounds))
-        trainer = Trainer(args, plan, source, bounds)
-        trainer.train()
-        if args.output_dir:
-            trainer.save_model(args.output_dir)
-            _log(f"model written to {args.output_dir}")
+        with contextlib.ExitStack() as held:
+            control = dist.new_group(backend="gloo")
+            start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
+            trainer = Trainer(args, plan, source, bounds, control, start)
+            code = trainer.train()
+            if code == 0 and args.output_dir:
+                trainer.save_model(args.output_dir)
+                _log(f"model written to {args.output_dir}")
         dist.barrier()
     except RuntimeError as error:
         if not any(text in str(error) for text in _LOST_PEER):
@@ -53,17 +63,30 @@ def run(args: TrainArguments) -> int:
         ) from error
     # Not after an error: the others would see a closed connection before they see this rank's message.
     dist.destroy_process_group()
-    return 0
+    return code
 
 
 class Trainer:
     """The loop around DeepSpeed's pipeline engine."""
 
-    def __init__(self, args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> None:
-        self.args, self.plan = args, plan
+    def __init__(
+        self,
+        args: TrainArguments,
+        plan: Plan,
+        source: ModelSource,
+        bounds: list[int],
+        control: dist.ProcessGroup,
+        start: Start,
+    ) -> None:
+        self.args, self.plan, self.start = args, plan, start
+        if start.checkpoint is not None:
+            source.weights = hf.WeightReader(start.checkpoint)
         self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
+        if start.checkpoint is not None:
+            self._restore(start.checkpoint / folder.TRAINING)
         if _rank() == 0 and args.checkpoint:  # not before: weights that do not fit must not cost an older run
-            _start_run_folder(args, plan)
+            run_folder.prepare(args, plan, start)
+        self.saver = Saver(self._contents(), args.background_executor, control) if args.checkpoint else None
         #: Where every rank has a share of a row's tokens; None where it has whole rows.
         self.parallel = source.parallel
         replica = self.engine.grid.get_data_parallel_id() // plan.mesh.sequence
@@ -74,15 +97,23 @@ class Trainer:
         self.training, self.evaluation = (
             reader and reader.for_stage(ids=first, labels=last) for reader in (plan.train, plan.evaluation)
         )
+        self.loader = (
+            Loader(self.training, self.batches, plan.total_samples) if self.reads and plan.total_steps else None
+        )
+        if self.loader is not None and start.checkpoint is not None:
+            self.loader.load_state_dict(start.state["data"])
 
-    def train(self) -> None:
-        """Take every step of the plan, evaluating and checkpointing along the way."""
+    def train(self) -> int:
+        """Take every step of the plan, evaluating and checkpointing along the way; returns the exit code."""
         args, plan = self.args, self.plan
-        every, tokens_per_step = args.eval_steps, self.batches.global_batch * args.seq_len
-        self.evaluate(0)
+        tokens_per_step = self.batches.global_batch * args.seq_len
+        if self.start.state.get("eval_loss") is None and (not self.start.step or self._evaluates(self.start.step)):
+            self.evaluate(self.start.step)
+        asked = _asked_to_stop() if self.saver is not None and not args.only_ckpt_model else []
+        stop = False
         started = window = time.perf_counter()
-        waited, logged = 0.0, 0
-        for step, (batches, wait) in enumerate(self._steps(), start=1):
+        waited, logged = 0.0, self.start.step
+        for step, (batches, wait) in enumerate(self._steps(), start=self.start.step + 1):
             waited += wait
             lr = self._learning_rate()
             loss = float(self._step(batches))
@@ -96,12 +127,25 @@ class Trainer:
             else:
                 self._record(step=step, loss=loss, lr=lr, grad_norm=self._grad_norm())
             pause = time.perf_counter()
-            if args.save_steps and step % args.save_steps == 0:
-                self.save_checkpoint(step)
-            if step == plan.total_steps or (every and step % every == 0):
-                self.evaluate(step)
+            stop = self.saver is not None and self.saver.step(bool(asked)) and step < plan.total_steps
+            saves = bool(args.save_steps) and step % args.save_steps == 0
+            evaluates = not stop and (self._evaluates(step) or (saves and args.best_of > 0))
+            eval_loss = self.evaluate(step) if evaluates else None
+            if saves or stop:
+                self.save_checkpoint(step, eval_loss)
             # Time spent saving and evaluating is not training time.
             window += time.perf_counter() - pause
+            if stop:
+                break
+        if self.saver is not None:
+            self.saver.close()
+        if not stop:
+            return 0
+        _log(
+            f"stopped by signal {asked[0] if asked else 'of another rank'} after step {step}/{plan.total_steps}: "
+            f"saved; the same command with --resume auto goes on from there"
+        )
+        return EXIT_STOPPED
 
     def evaluate(self, step: int) -> float | None:
         """Mean loss over every predicted token of ``--eval_data``, the same on all ranks; None without a table."""
@@ -148,37 +192,64 @@ class Trainer:
             hf.start_staging(output)
         dist.barrier()
         if self.engine.grid.get_data_parallel_id() == 0:
-            tensors = canonical_parameters(self.engine.module)
-            if self.plan.config.get_text_config().tie_word_embeddings and not self.engine.is_first_stage():
-                # The last stage's copy of a tied embedding is the first stage's tensor.
-                tensors = {name: t for name, t in tensors.items() if "embed_tokens" not in name}
-            hf.write_shard(staging, tensors, self.engine.stage_id, shards)
+            hf.write_shard(staging, self._own_parameters(), self.engine.stage_id, shards)
         dist.barrier()
         if _rank() == 0:
-            self.plan.config.dtype = DTYPES[self.args.dtype]
-            model = self.plan.weights.directory if self.plan.weights else None
-            hf.finish(staging, output, self.plan.config, self.plan.tokenizer, shards, model)
+            hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
+            hf.publish(staging, output)
         dist.barrier()
 
-    def save_checkpoint(self, step: int) -> None:
-        """Write the model after ``step`` into the run folder and drop what exceeds ``--max_num_checkpoints``."""
-        run = Path(self.args.checkpoint)
-        self.save_model(str(run / checkpoint_tag(step)))
-        _log(f"step {step}/{self.plan.total_steps}  checkpoint {run / checkpoint_tag(step)}")
-        if _rank() == 0 and self.args.max_num_checkpoints:
-            for old in checkpoint_steps(run)[: -self.args.max_num_checkpoints]:
-                shutil.rmtree(run / checkpoint_tag(old))
+    def save_checkpoint(self, step: int, eval_loss: float | None) -> None:
+        """Begin to write the model after ``step``, and what a run needs to go on from it, into the run folder."""
+        begun, tag = time.perf_counter(), folder.checkpoint_tag(step)
+        parameters = self._own_parameters()
+        first = self.engine.grid.get_data_parallel_id() == 0
+        part = Part(
+            (parameters, self.engine.stage_id) if first else None,
+            None if self.args.only_ckpt_model else state.gather(self.engine, parameters),
+        )
+        data = self.loader.state_dict() if self.loader else None
+        self.saver.save(tag, part, run_folder.state_of(self.args, self.plan, step, data, eval_loss))
+        self._record(step=step, save_seconds=time.perf_counter() - begun)
+        _log(f"step {step}/{self.plan.total_steps}  checkpoint {Path(self.args.checkpoint) / tag}")
+
+    def _restore(self, training: Path) -> None:
+        state.restore(self.engine, canonical_parameters(self.engine.module), training, self.start.step)
+        if self.start.state["layout"] == dataclasses.asdict(self.plan.mesh):
+            state.restore_random(training, _rank())
+
+    def _own_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
+        parameters = canonical_parameters(self.engine.module)
+        if self.plan.config.get_text_config().tie_word_embeddings and not self.engine.is_first_stage():
+            return {name: p for name, p in parameters.items() if "embed_tokens" not in name}
+        return parameters
+
+    def _config(self) -> PretrainedConfig:
+        self.plan.config.dtype = DTYPES[self.args.dtype]
+        return self.plan.config
+
+    def _model(self) -> Path | None:
+        return self.plan.weights.directory if self.plan.weights else None
+
+    def _contents(self) -> Contents:
+        args, pipe = self.args, self.plan.mesh.pipe
+        kept = {"newest": args.max_num_checkpoints, "best": args.best_of}
+        return Contents(Path(args.checkpoint), self._config(), self.plan.tokenizer, self._model(), pipe, **kept)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.args.eval_steps
+        return step == self.plan.total_steps or (every > 0 and step % every == 0)
 
     def _steps(self) -> Iterator[tuple[list[MicroBatch], float]]:
         """Micro-batches of every step, and the seconds this rank waited for them."""
-        if not self.reads:
-            yield from (([], 0.0) for _ in range(self.plan.total_steps))
+        if self.loader is None:
+            yield from (([], 0.0) for _ in range(self.start.step, self.plan.total_steps))
             return
-        loader = Loader(self.training, self.batches, self.plan.total_samples)
         waited = 0.0
-        for batches in loader:
-            yield [self._own(batch) for batch in batches], loader.waited - waited
-            waited = loader.waited
+        for batches in self.loader:
+            yield [self._own(batch) for batch in batches], self.loader.waited - waited
+            waited = self.loader.waited
 
     def _own(self, batch: MicroBatch) -> MicroBatch:
         """This rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries."""
@@ -209,7 +280,7 @@ class Trainer:
             data_wait=waiting,
             seconds=elapsed,
         )
-        left = elapsed / step * (total - step)
+        left = elapsed / (step - self.start.step) * (total - step)
         _log(
             f"step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  "
             f"data wait {waiting:.1%}  {_clock(elapsed)} < {_clock(left)}"
@@ -217,7 +288,7 @@ class Trainer:
 
     def _record(self, **metrics: float) -> None:
         if _rank() == 0 and self.args.checkpoint:
-            with open(Path(self.args.checkpoint) / "metrics.jsonl", "a", encoding="utf-8") as stream:
+            with open(Path(self.args.checkpoint) / run_folder.METRICS, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(metrics) + "\n")
 
     def _learning_rate(self) -> float:
@@ -229,22 +300,17 @@ class Trainer:
         return float(norm) if norm is not None else float("nan")
 
 
+def _asked_to_stop() -> list[int]:
+    """A list that receives the signals which ask this process to end, from now on; none ends it at once."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda caught, _: received.append(caught))
+    return received
+
+
 def _to_torch(batch: MicroBatch) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """As DeepSpeed's engine takes it: (inputs of the first stage, labels of the last)."""
     return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
-
-
-def _start_run_folder(args: TrainArguments, plan: Plan) -> None:
-    run = Path(args.checkpoint)
-    run.mkdir(parents=True, exist_ok=True)
-    for step in checkpoint_steps(run):
-        shutil.rmtree(run / checkpoint_tag(step))
-    (run / "metrics.jsonl").unlink(missing_ok=True)
-    settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-    (run / "arguments.yaml").write_text(settings, encoding="utf-8")
-    # Which tables, at which versions, in which order: what a later run must find to go on with this one.
-    data = {"train_data": plan.train and plan.train.identity, "eval_data": plan.evaluation and plan.evaluation.identity}
-    (run / "data.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
 def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> str:

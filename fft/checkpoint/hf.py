@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fft.errors import UserError
+from fft.errors import UserError, one_line
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -79,13 +79,17 @@ def staging_dir(output: str | os.PathLike) -> Path:
 
 
 def start_staging(output: str | os.PathLike) -> Path:
-    """Make an empty staging directory; what :func:`finish` was interrupted in replacing gets its name back first."""
-    target, staging = _place(output), staging_dir(output)
-    if _old(target).is_dir() and not target.exists():
-        os.replace(_old(target), target)
+    """Make an empty staging directory; what :func:`publish` was interrupted in replacing gets its name back first."""
+    recover(output)
+    staging = staging_dir(output)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """Name of shard ``shard`` of ``shards``, counted from 0."""
+    return _SINGLE if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
 
 
 def write_shard(staging: Path, tensors: dict[str, Tensor], shard: int, shards: int) -> None:
@@ -93,27 +97,27 @@ def write_shard(staging: Path, tensors: dict[str, Tensor], shard: int, shards: i
 
     Raises :class:`UserError` when they cannot be written.
     """
+    write_tensors(staging / shard_name(shard, shards), tensors, {"format": "pt"})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, down to the disk. Raises :class:`UserError` when it cannot be written."""
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(cpu, staging / _shard_name(shard, shards), metadata={"format": "pt"})
+        save_file(cpu, path, metadata=metadata)
+        sync(path)
     except (SafetensorError, OSError) as error:
-        said = str(error).rstrip(".")
-        raise UserError(f"{staging} cannot be written to ({said}): make room there and run again.") from error
+        raise UserError(f"{path} cannot be written ({one_line(error)}): make room there and run again.") from error
 
 
-def finish(
-    staging: Path,
-    output: str | os.PathLike,
-    config: object,
-    tokenizer: str | None,
-    shards: int,
-    model: Path | None = None,
-) -> None:
-    """Add index, config and tokenizer to the written shards, then move the directory to its final name.
+def write_metadata(
+    staging: Path, config: object, tokenizer: str | None, shards: int, model: Path | None = None
+) -> list[str]:
+    """Add index, config and tokenizer to the written shards; returns the names of these files.
 
-    ``config`` is a ``PretrainedConfig``; the generation config is that of the ``model`` directory trained from. A
-    directory that stood at ``output`` is replaced.
+    ``config`` is a ``PretrainedConfig``; the generation config is that of the ``model`` directory trained from.
     """
+    before = set(os.listdir(staging))
     config.save_pretrained(staging)
     if model is not None and (model / _GENERATION).is_file():
         shutil.copyfile(model / _GENERATION, staging / _GENERATION)
@@ -121,35 +125,47 @@ def finish(
         for name in _TOKENIZER_FILES:
             if (Path(tokenizer) / name).is_file():
                 shutil.copyfile(Path(tokenizer) / name, staging / name)
-    if shards == 1:
-        os.replace(staging / _shard_name(0, 1), staging / _SINGLE)
-    else:
+    if shards > 1:
         weight_map, size = {}, 0
         for shard in range(shards):
-            file = _shard_name(shard, shards)
+            file = shard_name(shard, shards)
             with safe_open(staging / file, framework="pt") as tensors:
                 weight_map.update(dict.fromkeys(tensors.keys(), file))
             size += _tensor_bytes(staging / file)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (staging / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    for file in staging.iterdir():
-        _sync(file)
-    _sync(staging)
+    return sorted(set(os.listdir(staging)) - before)
+
+
+def publish(staging: Path, output: str | os.PathLike) -> None:
+    """Move a whole directory, once it is on the disk, to its final name. One that stood there is replaced."""
+    for path in staging.rglob("*"):
+        sync(path)
+    sync(staging)
     target = _place(output)
     old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.replace(target, old)
     os.replace(staging, target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(output: str | os.PathLike) -> None:
+    """Clear what :func:`publish` was interrupted in: a directory that it had moved away gets its name back."""
+    target = _place(output)
+    if target.exists():
+        shutil.rmtree(_old(target), ignore_errors=True)
+    elif _old(target).is_dir():
+        os.replace(_old(target), target)
 
 
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file, or the names in a directory, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -189,7 +205,3 @@ def _opened(file: Path) -> Iterator[safe_open]:
         ) from error
     with shard:
         yield shard
-
-
-def _shard_name(shard: int, shards: int) -> str:
-    return f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"

@@ -9,9 +9,10 @@ from test_parity import command, read_metrics
 from test_runs import loss_of
 
 from fft.arguments import parse_arguments
+from fft.checkpoint.folder import checkpoint_steps
 from fft.checkpoint.hf import staging_dir
 from fft.errors import UserError
-from fft.preflight import checkpoint_steps, prepare
+from fft.preflight import prepare
 
 FLAGS = "--seq_len 64 --dtype fp32"
 
@@ -52,7 +53,12 @@ def test_checkpoints_hold_the_weights_of_their_step(run, step, ragged_table):
     """Also those over whose name something half-written lay."""
     evaluated = read_metrics(run)[1][step]
     assert loss_of(run / f"step-{step}", ragged_table) == pytest.approx(evaluated, rel=1e-5)
-    assert sorted(path.name for path in (run / f"step-{step}").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (run / f"step-{step}").iterdir()) == [
+        "SHA256SUMS",
+        "config.json",
+        "model.safetensors",
+        "training",
+    ]
 
 
 def test_the_newest_checkpoint_is_a_whole_one(run):

@@ -13,13 +13,18 @@ from fft.errors import UserError
 SHARDS = [{"a.weight": torch.arange(6.0).view(2, 3)}, {"b.weight": torch.ones(4), "c.bias": torch.zeros(2)}]
 
 
+def finish(staging, output, shards, model=None):
+    hf.write_metadata(staging, LlamaConfig(), None, shards, model)
+    hf.publish(staging, output)
+
+
 def write(output, shards=SHARDS):
     staging = hf.staging_dir(output)
     staging.mkdir()
     for number, tensors in enumerate(shards):
         hf.write_shard(staging, tensors, number, len(shards))
     assert not output.exists() or not (output / "half").exists()
-    hf.finish(staging, output, LlamaConfig(), None, len(shards))
+    finish(staging, output, len(shards))
     return hf.WeightReader(output)
 
 
@@ -125,7 +130,7 @@ def staged(tmp_path, shards):
 
 
 def test_the_index_counts_bytes_of_tensors(tmp_path):
-    hf.finish(staged(tmp_path, 2), tmp_path / "model", LlamaConfig(), None, 2)
+    finish(staged(tmp_path, 2), tmp_path / "model", 2)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2 * 2 * 4 * 4
 
@@ -133,12 +138,12 @@ def test_the_index_counts_bytes_of_tensors(tmp_path):
 def test_the_generation_config_is_the_models(tmp_path):
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    hf.finish(staged(tmp_path, 1), tmp_path / "model", LlamaConfig(), None, 1, tmp_path / "from")
+    finish(staged(tmp_path, 1), tmp_path / "model", 1, tmp_path / "from")
     assert (tmp_path / "model" / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
 
 
 def test_an_interrupted_replacement_loses_no_model(tmp_path, monkeypatch):
-    hf.finish(staged(tmp_path, 1), tmp_path / "model", LlamaConfig(), None, 1)
+    finish(staged(tmp_path, 1), tmp_path / "model", 1)
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     staging, replace = staged(tmp_path, 1), os.replace
 
@@ -149,7 +154,7 @@ def test_an_interrupted_replacement_loses_no_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", dies_after_the_first)
     with pytest.raises(KeyboardInterrupt):
-        hf.finish(staging, tmp_path / "model", LlamaConfig(), None, 1)
+        finish(staging, tmp_path / "model", 1)
     assert not (tmp_path / "model").exists()
     monkeypatch.setattr(os, "replace", replace)
     hf.start_staging(tmp_path / "model")
@@ -157,5 +162,5 @@ def test_an_interrupted_replacement_loses_no_model(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"none cannot be written to \(.*\): make room there"):
+    with pytest.raises(UserError, match=r"none/model\.safetensors cannot be written \(.*\): make room there"):
         hf.write_shard(tmp_path / "none", {"a": torch.ones(2)}, 0, 1)

@@ -1,0 +1,173 @@
+"""A run folder and its checkpoints: published whole, verified before they are read, pruned, written by one run only.
+
+``RUN/step-N/`` is a Hugging Face model directory with two things more: ``training/``, which holds what a run needs to
+go on from there, and ``SHA256SUMS``, which ``sha256sum --check`` understands and which covers every other file.
+``RUN/latest`` names the newest. What is being written, or was taken out of service, has a hidden name.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from fft.checkpoint import hf
+from fft.data.manifest import write_atomically
+from fft.errors import UserError
+
+SUMS = "SHA256SUMS"
+LATEST = "latest"
+LOCK = ".lock"
+#: What a run goes on from: ``state.json`` and a file of tensors per rank.
+TRAINING = "training"
+STATE = f"{TRAINING}/state.json"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+def checkpoint_tag(step: int) -> str:
+    """Name of the checkpoint taken after ``step`` optimizer steps."""
+    return f"step-{step}"
+
+
+def checkpoint_steps(run: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a run folder, oldest first."""
+    found = (p for p in Path(run).glob("step-*") if (p / "config.json").is_file() or (p / SUMS).is_file())
+    names = (p.name.removeprefix("step-") for p in found)
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What ``training/state.json`` says. Raises :class:`UserError` when it cannot be read."""
+    try:
+        return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint / STATE} cannot be read ({error}): choose another checkpoint.") from error
+
+
+def to_json(state: Mapping[str, object]) -> str:
+    """The text of ``training/state.json``."""
+    return json.dumps(state, indent=1)
+
+
+def note_sums(staging: Path, names: Iterable[str], writer: int | str) -> None:
+    """Leave the checksums of the files that ``writer``, a rank, wrote, for :func:`publish`."""
+    lines = []
+    for name in names:
+        with open(staging / name, "rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
+    write_atomically(staging / f"{SUMS}.{writer}", "".join(lines))
+
+
+def _gather_sums(staging: Path) -> None:
+    """Make one file of the checksums that ranks have left."""
+    parts = sorted(staging.glob(f"{SUMS}.*"))
+    lines = sorted(
+        (line for part in parts for line in part.read_text(encoding="utf-8").splitlines()), key=lambda line: line[66:]
+    )
+    write_atomically(staging / SUMS, "".join(f"{line}\n" for line in lines))
+    for part in parts:
+        part.unlink()
+
+
+def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Say what is wrong with a checkpoint's files, or with each ``parts``-th of them from ``part`` on; None if nothing.
+
+    Reads them: ranks share the work.
+    """
+    try:
+        text = (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"{checkpoint / SUMS} cannot be read ({error.strerror})"
+    lines = [_LINE.fullmatch(line) for line in text.splitlines()]
+    if not all(lines) or not text.endswith("\n"):
+        return f"{checkpoint / SUMS} is no list of checksums"
+    sums = {line[2]: line[1] for line in lines}
+    written = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*.safetensors")]
+    unlisted = sorted({*written, "config.json", STATE} - set(sums))
+    if unlisted:
+        return f"{checkpoint / unlisted[0]} is missing from {SUMS}"
+    for name in sorted(sums)[part::parts]:
+        try:
+            with open(checkpoint / name, "rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            return f"{checkpoint / name} cannot be read ({error.strerror})"
+        if found != sums[name]:
+            return f"{checkpoint / name} is not what was written: its checksum differs from that in {SUMS}"
+    return None
+
+
+def publish(staging: Path, run: Path, tag: str) -> None:
+    """Give a whole checkpoint its name, then let ``latest`` point to it."""
+    _gather_sums(staging)
+    hf.publish(staging, run / tag)
+    write_atomically(run / LATEST, f"{tag}\n")
+
+
+def kept(losses: Mapping[int, float | None], newest: int, best: int) -> set[int]:
+    """Steps of the checkpoints to keep: the ``newest`` (0: all), and the ``best`` by evaluation loss.
+
+    ``losses`` has the loss of every checkpoint's evaluation, None where there was none.
+    """
+    steps = sorted(losses)
+    evaluated = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
+    return set(steps[-newest:] if newest else steps) | {-step for _, step in evaluated[:best]}
+
+
+def prune(run: Path, newest: int, best: int) -> None:
+    """Remove the checkpoints that are not to be kept."""
+    losses = {}
+    for step in checkpoint_steps(run):
+        with contextlib.suppress(UserError):  # a folder of another origin is left alone
+            losses[step] = read_state(run / checkpoint_tag(step)).get("eval_loss")
+    for step in losses.keys() - kept(losses, newest, best):
+        remove(run / checkpoint_tag(step))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; interrupted, it leaves nothing that looks like one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Take a damaged checkpoint out of service but keep it to be looked at; returns its new place."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.bad")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    return hidden
+
+
+def tidy(run: Path) -> None:
+    """Remove what a run that was killed left half done."""
+    for pattern in ("writing", "removed"):
+        for left in run.glob(f".step-*.{pattern}"):
+            shutil.rmtree(left)
+    for left in run.glob(".step-*.old"):
+        hf.recover(left.with_name(left.name.removeprefix(".").removesuffix(".old")))
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder, at most until the process ends. Raises :class:`UserError` when another process holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise UserError(
+                f"--checkpoint {run} is in use by another run ({stream.read().strip()}): wait for its end or choose "
+                "another folder."
+            ) from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        yield

@@ -1,0 +1,200 @@
+"""Checkpoints written behind the training: copy the state, go on, and publish when every rank has written its part.
+
+A save blocks the run for a copy in memory. A thread or a process then writes the copy, hashes and syncs it; when all
+ranks are done, which they learn from one small reduction per step, rank 0 gives the checkpoint its name. One save is
+under way at a time: a save that comes too early waits, so that memory holds one copy of a rank's state at most.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing  # lets tensors travel to another process through shared memory
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fft.checkpoint import folder, hf
+from fft.checkpoint.state import rank_file
+from fft.data.manifest import write_atomically
+from fft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into every checkpoint of a run besides tensors. ``shards`` is the number of weight files."""
+
+    run: Path
+    config: PretrainedConfig
+    tokenizer: str | None
+    model: Path | None
+    shards: int
+    newest: int
+    best: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes: a shard of the weights, or None, and its share of the training state, or None."""
+
+    weights: tuple[dict[str, Tensor], int] | None
+    training: tuple[dict[str, Tensor], dict[str, str]] | None
+
+
+class Inline(Executor):
+    """Does the work in the call."""
+
+    def submit(self, work: Callable, /, *args: object) -> Future:
+        """Run ``work`` now."""
+        done = Future()
+        try:
+            done.set_result(work(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+class Saver:
+    """Writes the checkpoints of a run; every rank has one, and all call its methods in the same order.
+
+    ``control`` is a group of all ranks that reduces tensors in host memory.
+    """
+
+    def __init__(self, contents: Contents, executor: str, control: dist.ProcessGroup) -> None:
+        self._contents, self._kind, self._control = contents, executor, control
+        self._executor = _executor(executor)
+        self._buffers: dict[str, Tensor] = {}
+        self._tag: str | None = None
+        self._state: dict = {}
+        self._written = self._published = _done()
+
+    def save(self, tag: str, part: Part, state: dict) -> None:
+        """Save this rank's ``part`` as checkpoint ``tag``; ``state`` is the content of ``training/state.json``.
+
+        Returns when the tensors may change again. Raises :class:`UserError` when the save before this one failed.
+        """
+        self.finish()
+        staging = hf.staging_dir(self._contents.run / tag)
+        if dist.get_rank() == 0:
+            (hf.start_staging(self._contents.run / tag) / folder.TRAINING).mkdir()
+        dist.barrier(self._control)
+        copied = self._snapshot(part)
+        self._tag, self._state = tag, state
+        self._written = self._executor.submit(_write_part, staging, copied, self._contents.shards, dist.get_rank())
+        if self._kind == "none":
+            self.finish()
+
+    def step(self, stop: bool = False) -> bool:
+        """To be called after every step: moves a save along. Returns whether any rank was asked to ``stop``.
+
+        Raises :class:`UserError` when writing failed on any rank.
+        """
+        busy = not (self._written.done() and self._published.done())
+        failed = not busy and (self._written.exception() or self._published.exception()) is not None
+        flags = torch.tensor([stop, failed, busy], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
+        stopping, failing, pending = map(bool, flags)
+        if failing:
+            self._raise()
+        if not pending and self._tag is not None:
+            if dist.get_rank() == 0:
+                self._published = self._executor.submit(_publish, self._contents, self._tag, self._state)
+            self._tag = None
+        return stopping
+
+    def finish(self) -> None:
+        """Wait until what was saved has its name. Raises :class:`UserError` when writing failed on any rank."""
+        for _ in range(2):  # written by all; published by rank 0
+            self._written.exception()
+            self._published.exception()
+            self.step()
+
+    def close(self) -> None:
+        """Finish, and let the background go."""
+        self.finish()
+        self._executor.shutdown()
+
+    def _raise(self) -> None:
+        error = self._written.exception() or self._published.exception()
+        if error is None:
+            raise UserError("another rank could not write its part of the checkpoint: see what that said.")
+        if isinstance(error, (UserError, OSError)):
+            raise UserError(f"a checkpoint could not be saved, the ones before it are intact: {error}") from error
+        raise error
+
+    def _snapshot(self, part: Part) -> Part:
+        """The tensors of ``part`` in host memory that training does not touch, the same at every save."""
+        if self._kind == "none":
+            return part
+        copied = {}
+        for kind, tensors in (("weights", part.weights), ("training", part.training)):
+            copied[kind] = tensors and (
+                {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors[0].items()},
+                tensors[1],
+            )
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return Part(**copied)
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            pinned = tensor.device.type == "cuda" and self._kind == "thread"
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._buffers[key] = buffer.share_memory_() if self._kind == "process" else buffer
+        return self._buffers[key].copy_(tensor.detach(), non_blocking=True)
+
+
+def _executor(kind: str) -> Executor:
+    if kind == "thread":
+        return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    if kind == "process":
+        # A forked process would share the locks of this one's threads.
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_in_child)
+    return Inline()
+
+
+def _in_child() -> None:
+    """A signal to the job is the trainer's to answer; when that is gone, so is the reason to stay."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _done() -> Future:
+    done = Future()
+    done.set_result(None)
+    return done
+
+
+def _write_part(staging: Path, part: Part, shards: int, rank: int) -> None:
+    names = []
+    if part.weights is not None:
+        tensors, shard = part.weights
+        hf.write_shard(staging, tensors, shard, shards)
+        names.append(hf.shard_name(shard, shards))
+    if part.training is not None:
+        name = f"{folder.TRAINING}/{rank_file(rank)}"
+        hf.write_tensors(staging / name, *part.training)
+        names.append(name)
+    folder.note_sums(staging, names, rank)
+
+
+def _publish(contents: Contents, tag: str, state: Mapping[str, object]) -> None:
+    staging = hf.staging_dir(contents.run / tag)
+    names = hf.write_metadata(staging, contents.config, contents.tokenizer, contents.shards, contents.model)
+    write_atomically(staging / folder.STATE, folder.to_json(state))
+    folder.note_sums(staging, [*names, folder.STATE], "rest")
+    folder.publish(staging, contents.run, tag)
+    folder.prune(contents.run, contents.newest, contents.best)
