@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -115,7 +116,7 @@ def kept(losses: Mapping[int, float | None], newest: int, best: int) -> set[int]
     ``losses`` has the loss of every checkpoint's evaluation, None where there was none.
     """
     steps = sorted(losses)
-    evaluated = sorted((loss, -step) for step, loss in losses.items() if loss is not None)
+    evaluated = sorted((loss, -step) for step, loss in losses.items() if loss is not None and not math.isnan(loss))
     return set(steps[-newest:] if newest else steps) | {-step for _, step in evaluated[:best]}
 
 
