@@ -288,8 +288,14 @@ class Trainer:
 
     def _record(self, **metrics: float) -> None:
         if _rank() == 0 and self.args.checkpoint:
-            with open(Path(self.args.checkpoint) / run_folder.METRICS, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(metrics) + "\n")
+            path = Path(self.args.checkpoint) / run_folder.METRICS
+            try:
+                with open(path, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(metrics) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be written ({error.strerror}): mend that and add --resume auto."
+                ) from error
 
     def _learning_rate(self) -> float:
         """The rate the next step will use."""

@@ -82,7 +82,10 @@ class Saver:
         self.finish()
         staging = hf.staging_dir(self._contents.run / tag)
         if dist.get_rank() == 0:
-            (hf.start_staging(self._contents.run / tag) / folder.TRAINING).mkdir()
+            try:
+                (hf.start_staging(self._contents.run / tag) / folder.TRAINING).mkdir()
+            except OSError as error:
+                raise UserError(f"{staging} cannot be made ({error.strerror}): make room and run again.") from error
         dist.barrier(self._control)
         copied = self._snapshot(part)
         self._tag, self._state = tag, state
