@@ -142,8 +142,8 @@ class Trainer:
         if not stop:
             return 0
         _log(
-            f"stopped by signal {asked[0] if asked else 'of another rank'} after step {step}/{plan.total_steps}: "
-            f"saved; the same command with --resume auto goes on from there"
+            f"stopped by the signal {signal.Signals(asked[0]).name if asked else 'of another rank'} after step "
+            f"{step}/{plan.total_steps}: saved; the same command with --resume auto goes on from there"
         )
         return EXIT_STOPPED
 

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from conftest import BIN, ROOT, SMALL
 from safetensors.torch import load_file
 from test_parity import command, read_metrics
 
-from fft.checkpoint.folder import checkpoint_tag
+from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, fault
 
 pytestmark = pytest.mark.slow
 STEPS, CRASHES, SEED = 60, 20, 5
@@ -126,3 +128,125 @@ def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
     left = {path.name for path in run.iterdir()}
     kept = {checkpoint_tag(step) for step in (STEPS - 4, STEPS - 2, STEPS)}
     assert left == kept | {"metrics.jsonl", "arguments.yaml", "data.yaml", "latest", ".lock"}
+
+
+def stopped_in_the_middle(words, pick, number):
+    """Start a job, send a signal to one of its processes after some steps; returns its exit code and what it said."""
+    output = Path(words[words.index("--output_dir") + 1]).parent
+    with running(*words) as (job, process):
+        wait_until(lambda: lines(output / "run") > 5, process)
+        pick(job).send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(number, straight, launch, model, ragged_table, tmp_path):
+    """One process on its own: the exit code says "saved, try again", and the next launch ends as the straight run."""
+    given = [*command("python", 1), *flags(model, ragged_table, tmp_path)]
+    code, said = stopped_in_the_middle(given, lambda job: job, number)
+    assert code == 75, said
+    newest = max(checkpoint_steps(tmp_path / "run"))
+    assert f"after step {newest}/{STEPS}: saved; the same command with --resume auto goes on" in said
+    assert not (tmp_path / "model").exists()
+    done = launch(*given, "--resume", "auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [loss for _, loss, _ in outcome(tmp_path)[0]] == pytest.approx(
+        [loss for _, loss, _ in straight[0]], rel=2e-2
+    )
+    assert len(outcome(tmp_path)[0]) == STEPS
+
+
+def test_one_rank_is_asked_to_stop(straight, launch, model, ragged_table, tmp_path):
+    """A node that is reclaimed: only its rank gets the signal, all of them save and end after the same step."""
+    given = [*command("torchrun", 2), *flags(model, ragged_table, tmp_path), "--pipe_parallel_size", "2"]
+    _, said = stopped_in_the_middle(given, lambda job: ranks(job)[-1], signal.SIGTERM)
+    assert "stopped by the signal" in said
+    done = launch(*given, "--resume", "auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(tmp_path) == straight
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, launch, model, ragged_table):
+    """The folder of a run with checkpoints of steps 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("half")
+    done = launch(*command("python", 1), *flags(model, ragged_table, output, 6))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.fixture
+def go_on(half, launch, model, ragged_table, tmp_path):
+    """Go on with a copy of that run; ``before`` is called with its folder."""
+
+    def run(before, *more):
+        shutil.copytree(half / "run", tmp_path / "run")
+        before(tmp_path / "run")
+        return launch(*command("python", 1), *flags(model, ragged_table, tmp_path, 8), "--resume", "auto", *more)
+
+    return run
+
+
+HARM = {
+    "model.safetensors": lambda file: file.write_bytes(bytes(reversed(file.read_bytes()))),
+    "training/rank-00000.safetensors": lambda file: os.truncate(file, 1000),
+    "config.json": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, go_on, tmp_path):
+    done = go_on(lambda run: HARM[name](run / "step-6" / name))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"warning: {tmp_path / 'run' / 'step-6' / name} " in done.stderr
+    assert f"going on from {tmp_path / 'run' / 'step-4'}" in done.stderr
+    assert (tmp_path / "run" / ".step-6.bad").is_dir()
+    assert checkpoint_steps(tmp_path / "run") == [4, 6, 8]
+
+
+def test_when_none_is_whole_the_run_does_not_start_over(go_on, tmp_path):
+    def harm(run):
+        for file in run.glob("step-*/model.safetensors"):
+            os.truncate(file, 1000)
+
+    done = go_on(harm)
+    assert done.returncode == 2
+    assert f"--resume auto: no checkpoint of {tmp_path / 'run'} is whole" in done.stderr
+    assert checkpoint_steps(tmp_path / "run") == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--dtype", "fp32"], "was trained in bf16"),
+        (["--gradient_accumulation_steps", "4"], "the global batch is 4 samples"),
+        (["--seed", "1"], "the data's seed is 1, that of the run to be resumed 0"),
+        (["--resume", "step-4"], "holds newer checkpoints, which would no longer belong to the run (step-6)"),
+        (["--resume", "step-5"], "is no checkpoint"),
+    ],
+)
+def test_going_on_with_something_else_is_refused(more, said, go_on):
+    done = go_on(lambda run: None, *more)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+def test_a_full_disk_stops_the_run_and_costs_no_older_checkpoint(half, launch, model, ragged_table, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        shutil.copytree(half / "run", disk / "run")
+        given = flags(model, ragged_table, disk, 8)
+        given[given.index("--max_num_checkpoints") + 1] = "9"
+        done = launch(*command("python", 1), *given, "--resume", "auto")
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert "a checkpoint could not be saved, the ones before it are intact: " in done.stderr
+        assert "No space left on device" in done.stderr
+        assert checkpoint_steps(disk / "run") == [2, 4, 6]
+        assert fault(disk / "run" / "step-6") is None
+    finally:
+        subprocess.run(["umount", disk], check=True)
