@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from fft.errors import UserError, one_line
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: Where weights may be, the preferred first: index and single file.
+_PLACES = ((_INDEX, _SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 _GENERATION = "generation_config.json"
 
 #: Files that make a tokenizer, copied as they are so that nothing about it changes.
@@ -34,26 +37,34 @@ _TOKENIZER_FILES = (
 
 
 class WeightReader:
-    """Tensors of a (sharded) safetensors directory by name, each read from disk when asked for."""
+    """Tensors of a directory of (sharded) safetensors or ``.bin`` files by name, each read from disk when asked for."""
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = root = Path(directory)
-        if (root / _INDEX).is_file():
-            self._files = {name: root / file for name, file in _weight_map(root / _INDEX).items()}
-        elif (root / _SINGLE).is_file():
-            with _opened(root / _SINGLE) as shard:
-                self._files = dict.fromkeys(shard.keys(), root / _SINGLE)
+        for index, single in _PLACES:
+            if (root / index).is_file():
+                self._files = {name: root / file for name, file in _weight_map(root / index).items()}
+                break
+            if (root / single).is_file():
+                with _opened(root / single) as shard:
+                    self._files = dict.fromkeys(shard.keys(), root / single)
+                break
         else:
             raise UserError(
-                f"{root} holds no {_SINGLE} (nor {_INDEX}): give a Hugging Face model directory with safetensors "
-                "weights, or start from scratch with --init."
+                f"{root} holds no {_SINGLE} (nor {_INDEX}): give a Hugging Face model directory with weights, "
+                "or start from scratch with --init."
             )
         missing = sorted({str(f) for f in self._files.values() if not f.is_file()})
         if missing:
             raise UserError(f"{root} lacks {', '.join(missing)}, named in its index: restore the model directory.")
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        """Return a tensor. Raises :class:`UserError` when it is absent or of another shape than the config implies."""
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor as it is stored. Raises :class:`UserError` when it is absent."""
         if name not in self._files:
             raise UserError(
                 f"the model directory has no tensor {name}: its config.json and weights do not belong together."
@@ -63,7 +74,11 @@ class WeightReader:
                 raise UserError(
                     f"{self._files[name]} has no tensor {name}, which its index places there: restore both."
                 )
-            tensor = shard.get_tensor(name)
+            return shard.get_tensor(name)
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """Return a tensor. Raises :class:`UserError` when it is absent or of another shape than the config implies."""
+        tensor = self.tensor(name)
         if tensor.shape != shape:
             raise UserError(
                 f"{self._files[name]}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies "
@@ -194,8 +209,30 @@ def _weight_map(index: Path) -> dict[str, str]:
         ) from error
 
 
+class _Pickled:
+    """A ``.bin`` file under the interface of ``safe_open``; tensors are mapped, not read, until they are used."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+            raise UserError(
+                f"{file} is no readable file of weights ({one_line(error)[:120]}): fetch it again, or the model's "
+                "safetensors."
+            ) from error
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name].clone()  # tied ones share their storage
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+def _opened(file: Path) -> Iterator[safe_open | _Pickled]:
+    if file.suffix == ".bin":
+        yield _Pickled(file)
+        return
     try:
         shard = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fft.checkpoint import folder, hf
-from fft.checkpoint.state import rank_file
+from fft.checkpoint.pieces import rank_file
 from fft.data.manifest import write_atomically
 from fft.errors import UserError
 

@@ -6,7 +6,6 @@ safetensors; a rank that resumes reads the ranges that it holds now, whoever wro
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,18 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fft.errors import UserError
+from fft.checkpoint.pieces import FRAGMENTS, MASTER, Pieces, rank_file
 
-_MASTER = "master"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANDOM = "random/cpu"
 _DEVICE_RANDOM = "random/device"
-_FRAGMENTS = "fragments"
-
-
-def rank_file(rank: int) -> str:
-    """Name of the file with a rank's share of the training state."""
-    return f"rank-{rank:05d}.safetensors"
 
 
 def gather(
@@ -47,7 +39,7 @@ def gather(
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() != "cpu":
         tensors[_DEVICE_RANDOM] = accelerator.get_rng_state().cpu()
-    return tensors, {_FRAGMENTS: json.dumps(ranges)}
+    return tensors, {FRAGMENTS: json.dumps(ranges)}
 
 
 @torch.no_grad()
@@ -63,7 +55,7 @@ def restore(
         for flat in group["params"]:
             moments = {name: torch.zeros_like(flat) for name in _MOMENTS}
             optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
-    saved = _Saved(training)
+    saved = Pieces(training)
     for name, parameter in parameters.items():
         for kind, tensor in _fragments(engine, parameter).items():
             saved.fill(tensor, name, kind, parameter._hp_mapping.lp_fragment_address.start)
@@ -94,32 +86,5 @@ def _fragments(engine: deepspeed.PipelineEngine, parameter: nn.Parameter) -> dic
     (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
     held = {kind: optimizer.state[flat][kind].narrow(0, address.start, address.numel) for kind in _MOMENTS}
     if parameter.dtype != torch.float32:
-        held[_MASTER] = mapping.hp_fragment
+        held[MASTER] = mapping.hp_fragment
     return held
-
-
-class _Saved:
-    """Ranges of flattened parameters, each in some rank's file, read slice by slice."""
-
-    def __init__(self, training: Path) -> None:
-        self._training = training
-        self._pieces: dict[str, list[tuple[int, int, safe_open]]] = defaultdict(list)
-        for file in sorted(training.glob("rank-*.safetensors")):
-            tensors = safe_open(file, framework="pt")
-            for name, (start, stop) in json.loads(tensors.metadata()[_FRAGMENTS]).items():
-                self._pieces[name].append((start, stop, tensors))
-
-    def fill(self, target: Tensor, name: str, kind: str, start: int) -> None:
-        """Copy what was saved from ``start`` on into ``target``. Raises :class:`UserError` if some is missing."""
-        stop, filled = start + target.numel(), 0
-        for first, last, tensors in self._pieces[name]:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                source = tensors.get_slice(f"{kind}/{name}")[low - first : high - first]
-                target[low - start : high - start].copy_(source)
-                filled += high - low
-        if filled != target.numel():
-            raise UserError(
-                f"{self._training} holds {filled:,} of {target.numel():,} values of {kind} of {name}: it was not "
-                "written by a run of this model."
-            )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_parity import FAMILIES, LAYOUTS, command, flags, model_dir, read_metrics  # noqa: F401 - a fixture
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 #: Steps of the straight run, and the step after which another one goes on. An epoch of the table ends within step 13.
@@ -100,3 +101,46 @@ def test_on_another_layout(family, before, after, straight, train, tmp_path):
     assert again[2].keys() == weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(again[2][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def converted(launch, source, output, *more):
+    done = launch("python", "-m", "fft.checkpoint.convert", source, output, *more)
+    assert done.returncode == 0, done.stderr
+    tensors = {}
+    for file in sorted(output.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, launch, tmp_path):
+    output, (_, _, weights) = straight("llama", "data2", "bf16")
+    stored = converted(launch, output / "run", tmp_path / "stored")
+    masters = converted(launch, output / "run", tmp_path / "masters", "--dtype", "fp32")
+    assert stored.keys() == masters.keys() == weights.keys()
+    assert all(torch.equal(stored[name], value) for name, value in weights.items())
+    assert all(torch.equal(masters[name].bfloat16(), value) for name, value in weights.items())
+    assert not any(torch.equal(masters[name], value.float()) for name, value in weights.items() if value.ndim == 2)
+    AutoModelForCausalLM.from_pretrained(output / "run" / f"step-{STEPS}")  # a checkpoint needs no conversion
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-sequence2"])
+def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, launch, model_dir, tmp_path):  # noqa: F811
+    launcher, ranks, extra = LAYOUTS[layout]
+    given = ["--model", model_dir(family), "--num_train_epochs", 0, "--seq_len", 64, "--dtype", "fp32"]
+    done = launch(*command(launcher, ranks), *given, *extra.split(), "--output_dir", tmp_path / "model")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (model_dir(family), tmp_path / "model"))
+    assert before.state_dict().keys() == after.state_dict().keys()
+    assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
+    assert before.config.to_diff_dict() == after.config.to_diff_dict()
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", []), ("qwen2-tied", []), ("qwen3", ["--split_dlayer"])])
+def test_deepspeeds_own_checkpoints_convert(family, more, launch, model_dir, tmp_path):  # noqa: F811
+    flags = ["--model", model_dir(family), "--num_train_epochs", 0, "--dtype", "fp32", "--output_dir", tmp_path / "o"]
+    saved = launch("python", "-m", "tests.distributed.deepspeed_layers", *flags, *more, tmp_path / "ds")
+    assert saved.returncode == 0, saved.stderr[-3000:]
+    converted(launch, tmp_path / "ds" / "global_step0", tmp_path / "hf", "--model", model_dir(family))
+    before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (model_dir(family), tmp_path / "hf"))
+    assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())

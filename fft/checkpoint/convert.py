@@ -1,0 +1,257 @@
+"""Write a Hugging Face model directory from a checkpoint, without launching a trainer; holds one shard in memory.
+
+python -m fft.checkpoint.convert runs/run OUT --tag step-500
+python -m fft.checkpoint.convert runs/run OUT --dtype fp32           # from the optimizer's fp32 masters
+python -m fft.checkpoint.convert Qwen3-8B OUT --lora adapter         # merge an adapter in PEFT's format
+python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   # DeepSpeed's layer files
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from fft.checkpoint import folder, hf
+from fft.checkpoint.pieces import MASTER, Pieces
+from fft.errors import Parser, UserError, one_line, run_cli
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+_LAYER_FILES = "layer_*-model_states.pt"
+_ADAPTER = "adapter_model.safetensors"
+
+
+class Weights(Protocol):
+    """A model's tensors by Hugging Face name."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+
+
+class LayerFiles:
+    """Weights in the files that DeepSpeed's own checkpoints have of a pipeline's layers, by Hugging Face name.
+
+    Layers are numbered as :func:`fft.models.causal_lm.pipeline_layers` lists them: embedding, decoder layers, whole or
+    in halves, norm, head. Raises :class:`UserError` when the files are not those of such a model.
+    """
+
+    def __init__(self, directory: Path, layers: int, tied: bool) -> None:
+        self._open: tuple[Path, dict[str, Tensor]] | None = None
+        files: dict[int, Path] = {}
+        for path in sorted(directory.glob(_LAYER_FILES)):
+            layer, part = _LAYER_FILE.fullmatch(path.name).groups()
+            if int(part or 0):
+                raise UserError(f"{path}: tensor-parallel layer files are not read; merge them with DeepSpeed first.")
+            files[int(layer)] = path
+        halves = 2 if 1 in files and not any("mlp." in key for key in self._read(files[1])) else 1
+        wanted = range(halves * layers + (2 if tied else 3))
+        if set(files) != set(wanted):
+            raise UserError(
+                f"{directory} has files of layers {', '.join(map(str, files))}; a model of {layers} decoder layers has "
+                f"0 to {wanted[-1]}: restore them or give its --model."
+            )
+        decoder = [f"model.layers.{index}" for index in range(layers) for _ in range(halves)]
+        paths = ["model.embed_tokens", *decoder, "model.norm", "lm_head"]
+        self._places: dict[str, tuple[Path, str]] = {}
+        for layer, file in sorted(files.items()):
+            for key in self._read(file):
+                self._places[f"{paths[layer]}.{key.removeprefix('module.')}"] = file, key
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._places)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+        file, key = self._places[name]
+        return self._read(file)[key]
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        if self._open is None or self._open[0] != file:
+            try:
+                self._open = file, torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            except (RuntimeError, ValueError, EOFError, OSError) as error:
+                raise UserError(f"{file} cannot be read ({one_line(error)[:120]}): restore it.") from error
+        return self._open[1]
+
+
+class Masters:
+    """A checkpoint's weights in the fp32 that its optimizer steps."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._weights, self._pieces = hf.WeightReader(checkpoint), Pieces(checkpoint / folder.TRAINING)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return self._weights.names
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+        stored = self._weights.tensor(name)
+        if stored.dtype == torch.float32 or name not in self._pieces:
+            return stored
+        flat = torch.empty(stored.numel())
+        self._pieces.fill(flat, name, MASTER, 0)
+        return flat.view(stored.shape)
+
+
+class Merged:
+    """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32.
+
+    Raises :class:`UserError` for adapters of another kind, and for tensors that belong to no weight of the model.
+    """
+
+    def __init__(self, weights: Weights, adapter: Path) -> None:
+        self._weights = weights
+        try:
+            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            rank, alpha = config["r"], config["lora_alpha"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--lora {adapter} is no adapter directory ({error}): give one that PEFT saved.") from error
+        other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
+        if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
+            raise UserError(
+                f"--lora {adapter}: only plain LoRA is merged, this has {', '.join(other) or config.get('peft_type')}: "
+                "merge it with PEFT."
+            )
+        self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self._transposed = bool(config.get("fan_in_fan_out"))
+        try:
+            self._adapter = load_file(adapter / _ADAPTER)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{adapter / _ADAPTER} cannot be read ({one_line(error)}): save it again.") from error
+        unused = set(self._adapter)
+        for name in weights.names:
+            unused -= {self._key(name, part) for part in "AB"}
+        if unused:
+            raise UserError(
+                f"--lora {adapter}: {min(unused)} belongs to no weight of the model: wrong adapter or model."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return self._weights.names
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+        weight = self._weights.tensor(name)
+        if self._key(name, "A") not in self._adapter:
+            return weight
+        down, up = (self._adapter[self._key(name, part)].float() for part in "AB")
+        delta = self._scale * (up @ down)
+        return (weight.float() + (delta.T if self._transposed else delta)).to(weight.dtype)
+
+    @staticmethod
+    def _key(name: str, part: str) -> str:
+        return f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"
+
+
+def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors in groups of at most ``limit`` bytes, or of one tensor; floating ones as ``dtype``, or as they are."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name in weights.names:
+        tensor = weights.tensor(name)
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        if group and size + tensor.nbytes > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
+
+
+def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int) -> int:
+    """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model} has no readable config.json ({one_line(error)[:120]}).") from error
+    begun, written, number = time.perf_counter(), 0, 0
+    staging = hf.start_staging(output)
+    for number, group in enumerate(shards(source, DTYPES.get(dtype), limit), start=1):
+        hf.write_tensors(staging / f"shard-{number}", group, {"format": "pt"})
+        config.dtype = next(iter(group.values())).dtype
+        written += sum(tensor.nbytes for tensor in group.values())
+        rate = written / 1e6 / (time.perf_counter() - begun)
+        print(f"shard {number}: {written / 1e6:,.0f} MB, {rate:,.0f} MB/s", file=sys.stderr, flush=True)
+    for shard in range(number):
+        (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
+    hf.write_metadata(staging, config, str(model), number, model)
+    hf.publish(staging, output)
+    return len(source.names)
+
+
+def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
+    """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is."""
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory: give a run folder, a checkpoint or a model directory.")
+    steps = folder.checkpoint_steps(path)
+    if tag or steps:
+        tag = tag or folder.checkpoint_tag(steps[-1])
+        if not (path / tag).is_dir():
+            have = ", ".join(map(folder.checkpoint_tag, steps)) or "none"
+            raise UserError(f"--tag {tag}: {path / tag} is no checkpoint; {path} holds: {have}.")
+        path = path / tag
+    if (path / folder.SUMS).is_file():
+        found = folder.fault(path)
+        if found is not None:
+            raise UserError(f"{found}: choose another checkpoint with --tag.")
+    if any(path.glob(_LAYER_FILES)):
+        where = model or path
+        try:
+            config = AutoConfig.from_pretrained(where)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.") from error
+        return LayerFiles(path, config.num_hidden_layers, config.tie_word_embeddings), where
+    wants_masters = dtype == "fp32" and any((path / folder.TRAINING).glob("rank-*.safetensors"))
+    return Masters(path) if wants_masters else hf.WeightReader(path), model or path
+
+
+def main() -> None:
+    """Command line."""
+    title, examples = (__doc__ or "").split("\n\n")
+    parser = Parser(prog="python -m fft.checkpoint.convert", description=title, epilog=f"examples:\n{examples}")
+    parser.add_argument(
+        "source", metavar="DIR", help="run folder, checkpoint, model directory, or DeepSpeed checkpoint"
+    )
+    parser.add_argument("output", metavar="OUT", help="model directory to write")
+    parser.add_argument("--tag", help="which checkpoint of a run folder (default: the newest)")
+    parser.add_argument("--model", metavar="DIR", help="where config and tokenizer are (default: with the weights)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type to write (default: as stored)")
+    parser.add_argument("--lora", metavar="DIR", help="adapter to merge, as PEFT saves them")
+    parser.add_argument("--max_shard_size", type=float, default=5.0, metavar="GB", help="of a file (default: 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    args = parser.parse_args()
+    output = Path(args.output)
+    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+        raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
+    if args.max_shard_size <= 0:
+        raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
+    source, model = open_source(Path(args.source), args.tag, args.model and Path(args.model), args.dtype)
+    if args.lora:
+        source = Merged(source, Path(args.lora))
+    tensors = convert(source, model, args.output, args.dtype, int(args.max_shard_size * 1e9))
+    print(f"{tensors} tensors written to {output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_cli(main)

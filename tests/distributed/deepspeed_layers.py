@@ -1,0 +1,16 @@
+"""Save a model as DeepSpeed's pipeline engine does, for ``test_resume.py``: flags of the trainer, then the folder."""
+
+import sys
+
+from fft.arguments import parse_arguments
+from fft.engine import DTYPES, build_engine, init_distributed, stages
+from fft.models.causal_lm import ModelSource
+from fft.preflight import prepare
+
+if __name__ == "__main__":
+    args = parse_arguments(sys.argv[1:-1])
+    plan = prepare(args, 1)
+    source = ModelSource(plan.config, DTYPES[args.dtype], plan.weights, args.seed)
+    init_distributed()
+    engine, _ = build_engine(args, source, plan.mesh, stages(args, source, plan.mesh), 1)
+    engine.save_checkpoint(sys.argv[-1], tag="global_step0")
