@@ -1,0 +1,182 @@
+"""Saving a training state: how long training stands still, how long until it is on disk, memory, loading.
+
+python -m benchmarks.checkpoint                    # 60 M parameters in bf16: some three minutes on 2 cores
+python -m benchmarks.checkpoint --layers 48        # 220 M
+
+Each method saves the same state of one process four times, and is timed at the last three (median): the first makes
+buffers. `blocked` is until training may go on, `whole` until the checkpoint is complete. Ours are checksummed and synced
+to the disk in that time; the others are left to the page cache, as their users have them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import run_measured
+from spark_jobs.summary import format_table, say
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("none", "thread", "process", "deepspeed", "dcp", "dcp-async")
+_NAMES = {
+    "none": "fft, none",
+    "thread": "fft, thread",
+    "process": "fft, process",
+    "deepspeed": "DeepSpeed save_checkpoint",
+    "dcp": "torch DCP save",
+    "dcp-async": "torch DCP async_save",
+}
+
+
+def main() -> int:
+    """Run every method in a process of its own and print the table."""
+    args = _parse()
+    if args.method:
+        return measure(args.method, args.work, args.layers)
+    work, rows, synchronous = args.work.resolve(), [], None
+    work.mkdir(parents=True, exist_ok=True)
+    for method in METHODS:
+        say(f"{_NAMES[method]} ...")
+        command = [sys.executable, "-m", "benchmarks.checkpoint", "--method", method, "--work", work]
+        cost = run_measured([*command, "--layers", args.layers], ROOT, os.environ, work / f"{method}.log")
+        told = json.loads((work / f"{method}.json").read_text())
+        synchronous = synchronous or told["blocked"]
+        shares = told["blocked"] / synchronous, told["blocked"], told["whole"], told["load"]
+        rows.append([_NAMES[method], *shares, told["bytes"] / 2**20, cost.peak_bytes / 2**20])
+        shutil.rmtree(work / method)
+    header = ("saver", "blocked / none", "blocked s", "whole s", "load s", "MB on disk", "peak MB")
+    print(f"{told['parameters'] / 1e6:.0f} M parameters, bf16, fp32 masters and moments; one process")
+    print(format_table(header, rows))
+    return 0
+
+
+def measure(method: str, work: Path, layers: int) -> int:
+    """Save and load by one method; leaves ``METHOD.json`` in ``work``."""
+    import torch
+    import torch.distributed as dist
+
+    from fft.checkpoint import state
+    from fft.engine import init_distributed
+    from fft.models.causal_lm import canonical_parameters
+
+    folder = work / method
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    init_distributed()
+    engine, config = _trained_engine(layers)
+    parameters = canonical_parameters(engine.module)
+    if method in ("none", "thread", "process"):
+        save, load, close = _ours(method, folder, engine, parameters, config)
+    elif method == "deepspeed":
+        save, load, close = _deepspeed(folder, engine)
+    else:
+        training, _ = state.gather(engine, parameters)
+        tensors = {**{name: p.detach() for name, p in parameters.items()}, **training}
+        save, load, close = _dcp(folder, tensors, method == "dcp-async")
+    blocked, whole = [], []
+    for number in range(4):
+        begun = time.perf_counter()
+        wait = save(number)
+        blocked.append(time.perf_counter() - begun)
+        wait()
+        whole.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    load(3)
+    told = {
+        "blocked": statistics.median(blocked[1:]),
+        "whole": statistics.median(whole[1:]),
+        "load": time.perf_counter() - begun,
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 4,
+        "parameters": sum(p.numel() for p in parameters.values()),
+    }
+    close()
+    (work / f"{method}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+    assert torch.isfinite(next(iter(parameters.values()))).all()
+    return 0
+
+
+def _trained_engine(layers: int) -> tuple:
+    """An engine after one step, so that the optimizer has a state."""
+    import numpy as np
+    import torch
+    from transformers import AutoConfig
+
+    from fft.arguments import parse_arguments
+    from fft.engine import DTYPES, build_engine, stages
+    from fft.models.causal_lm import ModelSource
+    from fft.parallel.mesh import mesh_sizes
+
+    args = parse_arguments(
+        ["--init", "--model", ".", "--num_train_epochs", "0", "--seq_len", "64", "--output_dir", "unwritten"]
+    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = AutoConfig.for_model("llama", vocab_size=16_000, num_hidden_layers=layers, **sizes)
+    source, mesh = ModelSource(config, DTYPES[args.dtype]), mesh_sizes(1, 1, 1, 1)
+    engine, _ = build_engine(args, source, mesh, stages(args, source, mesh), 1)
+    ids = np.random.default_rng(0).integers(0, 16_000, 64)
+    bounds = torch.tensor([0] + [64] * 64, dtype=torch.int32)
+    inputs = torch.from_numpy(ids[None].astype(np.int32)), bounds
+    engine.train_batch(iter([(inputs, torch.from_numpy(np.roll(ids, -1)))]))
+    return engine, config
+
+
+def _ours(method: str, folder: Path, engine: object, parameters: dict, config: object) -> tuple[Callable, ...]:
+    import torch.distributed as dist
+
+    from fft.checkpoint import folder as checkpoints
+    from fft.checkpoint import hf, state
+    from fft.checkpoint.saver import Contents, Part, Saver
+
+    saver = Saver(Contents(folder, config, None, None, 1, 0, 0), method, dist.new_group(backend="gloo"))
+
+    def save(number: int) -> Callable:
+        saver.save(f"step-{number}", Part((parameters, 0), state.gather(engine, parameters)), {"step": number})
+        return saver.finish
+
+    def load(number: int) -> None:
+        checkpoint = folder / f"step-{number}"
+        assert checkpoints.fault(checkpoint) is None
+        reader = hf.WeightReader(checkpoint)
+        for name, parameter in parameters.items():
+            parameter.data.copy_(reader.read(name, parameter.shape))
+        state.restore(engine, parameters, checkpoint / checkpoints.TRAINING, 1)
+
+    return save, load, saver.close
+
+
+def _deepspeed(folder: Path, engine: object) -> tuple[Callable, ...]:
+    def save(number: int) -> Callable:
+        engine.save_checkpoint(folder, tag=f"step-{number}")
+        return lambda: None
+
+    return save, lambda number: engine.load_checkpoint(folder, tag=f"step-{number}"), lambda: None
+
+
+def _dcp(folder: Path, tensors: dict, background: bool) -> tuple[Callable, ...]:
+    import torch.distributed.checkpoint as dcp
+
+    def save(number: int) -> Callable:
+        if background:
+            return dcp.async_save(tensors, checkpoint_id=folder / f"step-{number}").result
+        dcp.save(tensors, checkpoint_id=folder / f"step-{number}")
+        return lambda: None
+
+    return save, lambda number: dcp.load(tensors, checkpoint_id=folder / f"step-{number}"), lambda: None
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/fft-checkpoint-benchmark"), help="where to write")
+    parser.add_argument("--layers", type=int, default=12, help="decoder layers of the model")
+    parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
