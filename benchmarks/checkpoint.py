@@ -4,8 +4,8 @@ python -m benchmarks.checkpoint                    # 60 M parameters in bf16: so
 python -m benchmarks.checkpoint --layers 48        # 220 M
 
 Each method saves the same state of one process four times, and is timed at the last three (median): the first makes
-buffers. `blocked` is until training may go on, `whole` until the checkpoint is complete. Ours are checksummed and synced
-to the disk in that time; the others are left to the page cache, as their users have them.
+buffers. `blocked` is until training may go on, `whole` until the checkpoint is complete. Ours are checksummed and
+synced to the disk in that time; the others are left to the page cache, as their users have them.
 """
 
 import argparse
@@ -112,9 +112,7 @@ def _trained_engine(layers: int) -> tuple:
     from fft.models.causal_lm import ModelSource
     from fft.parallel.mesh import mesh_sizes
 
-    args = parse_arguments(
-        ["--init", "--model", ".", "--num_train_epochs", "0", "--seq_len", "64", "--output_dir", "unwritten"]
-    )
+    args = parse_arguments(["--init", "--model=.", "--num_train_epochs=0", "--seq_len=64", "--output_dir=unwritten"])
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = AutoConfig.for_model("llama", vocab_size=16_000, num_hidden_layers=layers, **sizes)
     source, mesh = ModelSource(config, DTYPES[args.dtype]), mesh_sizes(1, 1, 1, 1)
