@@ -9,7 +9,7 @@ from test_parity import command, read_metrics
 from test_runs import loss_of
 
 from fft.arguments import parse_arguments
-from fft.checkpoint.folder import checkpoint_steps
+from fft.checkpoint.folder import checkpoint_steps, read_state
 from fft.checkpoint.hf import staging_dir
 from fft.errors import UserError
 from fft.preflight import prepare
@@ -73,3 +73,20 @@ def test_what_is_no_checkpoint_is_refused_by_name(run, tag):
     with pytest.raises(UserError) as raised:
         start_from(run, "--tag", tag)
     assert f"{run / tag} is no checkpoint; {run} holds: step-2, step-3, step-4" in str(raised.value)
+
+
+def test_the_best_is_kept_besides_the_newest(launch, run, ragged_table, tmp_path):
+    """At a rate at which the loss soon rises again."""
+    flags = (
+        f"--init --model {run.parent}/config.json --train_data {ragged_table} --eval_data {ragged_table} {FLAGS} "
+        f"--max_steps 8 --learning_rate 3 --lr_scheduler_type linear --warmup_steps 8 --save_steps 1 "
+        f"--max_num_checkpoints 2 --best_of 1 --checkpoint {tmp_path}/run"
+    )
+    done = launch(*command("python", 1), *flags.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    evaluated = read_metrics(tmp_path / "run")[1][1:]  # without that before the first step
+    assert len(evaluated) == 8
+    best = evaluated.index(min(evaluated)) + 1
+    assert best < 7, evaluated
+    assert checkpoint_steps(tmp_path / "run") == [best, 7, 8]
+    assert read_state(tmp_path / "run" / f"step-{best}")["eval_loss"] == min(evaluated)

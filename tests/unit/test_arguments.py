@@ -89,6 +89,9 @@ def test_what_launchers_add_is_accepted():
         (["--init", "--from_ckpt", "c"], "exclude each other"),
         (["--tag", "step-1"], "--from_ckpt, which is missing"),
         (["--save_steps", "5"], "--save_steps needs --checkpoint"),
+        (["--resume", "auto"], "--resume needs --checkpoint"),
+        (["--resume", "auto", "--checkpoint", "r", "--only_ckpt_model"], "--resume needs whole checkpoints"),
+        (["--best_of", "1", "--checkpoint", "r", "--save_steps", "5"], "--best_of chooses by evaluation"),
     ],
 )
 def test_flags_that_contradict(flags, sentence):
