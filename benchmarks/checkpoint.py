@@ -5,7 +5,8 @@ python -m benchmarks.checkpoint --layers 48        # 220 M
 
 Each method saves the same state of one process four times, and is timed at the last three (median): the first makes
 buffers. `blocked` is until training may go on, `whole` until the checkpoint is complete. Ours are checksummed and
-synced to the disk in that time; the others are left to the page cache, as their users have them.
+synced to the disk in that time; the others are left to the page cache, as their users have them. `held` is the
+memory that saving adds to the process and its children, `peak` that of all, which is reached while it loads.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from benchmarks.measure import run_measured
 from spark_jobs.summary import format_table, say
@@ -47,9 +50,9 @@ def main() -> int:
         told = json.loads((work / f"{method}.json").read_text())
         synchronous = synchronous or told["blocked"]
         shares = told["blocked"] / synchronous, told["blocked"], told["whole"], told["load"]
-        rows.append([_NAMES[method], *shares, told["bytes"] / 2**20, cost.peak_bytes / 2**20])
+        rows.append([_NAMES[method], *shares, told["bytes"] / 2**20, told["held"] / 2**20, cost.peak_bytes / 2**20])
         shutil.rmtree(work / method)
-    header = ("saver", "blocked / none", "blocked s", "whole s", "load s", "MB on disk", "peak MB")
+    header = ("saver", "blocked / none", "blocked s", "whole s", "load s", "MB on disk", "held MB", "peak MB")
     print(f"{told['parameters'] / 1e6:.0f} M parameters, bf16, fp32 masters and moments; one process")
     print(format_table(header, rows))
     return 0
@@ -78,19 +81,21 @@ def measure(method: str, work: Path, layers: int) -> int:
         training, _ = state.gather(engine, parameters)
         tensors = {**{name: p.detach() for name, p in parameters.items()}, **training}
         save, load, close = _dcp(folder, tensors, method == "dcp-async")
-    blocked, whole = [], []
+    blocked, whole, before, held = [], [], _resident(), 0
     for number in range(4):
         begun = time.perf_counter()
         wait = save(number)
         blocked.append(time.perf_counter() - begun)
         wait()
         whole.append(time.perf_counter() - begun)
+        held = max(held, _resident() - before)
     begun = time.perf_counter()
     load(3)
     told = {
         "blocked": statistics.median(blocked[1:]),
         "whole": statistics.median(whole[1:]),
         "load": time.perf_counter() - begun,
+        "held": held,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 4,
         "parameters": sum(p.numel() for p in parameters.values()),
     }
@@ -99,6 +104,11 @@ def measure(method: str, work: Path, layers: int) -> int:
     dist.destroy_process_group()
     assert torch.isfinite(next(iter(parameters.values()))).all()
     return 0
+
+
+def _resident() -> int:
+    process = psutil.Process()
+    return sum(part.memory_full_info().uss for part in (process, *process.children(recursive=True)))
 
 
 def _trained_engine(layers: int) -> tuple:
