@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 #: Steps of the straight run, and the step after which another one goes on. An epoch of the table ends within step 13.
-STEPS, HALF = 8, 4
+STEPS, HALF = 10, 5
 #: Of the same global batch as ``data2``: two replicas more.
 DATA4 = ("torchrun", 4, "--gradient_accumulation_steps 2")
 
