@@ -75,7 +75,7 @@ class TrainArguments:
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
     pipe_parallel_size: int = _flag("pipeline stages", 1)
-    model_parallel_size: int = _flag("tensor-parallel ranks (this release: 1)", 1)
+    model_parallel_size: int = _flag("ranks that share the parameters of a layer (tensor parallel)", 1)
     sequence_parallel_size: int = _flag("ranks that share the tokens of a micro-batch: for very long rows", 1)
     ulysses_degree: int = _flag(
         "so many neighbours of the sequence-parallel ranks exchange heads, rings of keys run across (1: rings only)", 1

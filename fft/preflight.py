@@ -18,6 +18,7 @@ from fft.data.table import Table
 from fft.errors import UserError, one_line
 from fft.models.causal_lm import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
+from fft.parallel.tensor_plan import check_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     model = _checkpoint_dir(args) if args.from_ckpt else args.model
     config = _load_config(model, args.init)
     check_supported(config, args.seq_len)
+    check_tensor_parallel(config, mesh.tensor)
     _check_sequence_parallel(args, config)
     tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
@@ -68,10 +70,9 @@ def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> 
         )
     if degree < 1 or size % degree:
         raise UserError(f"--ulysses_degree {degree} must divide --sequence_parallel_size {size}.")
-    if config.num_key_value_heads % degree:
-        raise UserError(
-            f"--ulysses_degree {degree} must divide the model's {config.num_key_value_heads} key/value heads."
-        )
+    kv_heads = max(1, config.num_key_value_heads // args.model_parallel_size)
+    if kv_heads % degree:
+        raise UserError(f"--ulysses_degree {degree} must divide the {kv_heads} key/value heads of a rank.")
 
 
 def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:
