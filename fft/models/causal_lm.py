@@ -165,7 +165,9 @@ class ModelSource:
                     parameter.copy_(self.weights.read(part, shape, shard))
                 continue
             whole = copy(child)
-            whole._parameters = {key: self._whole(p, self.shards.get(f"{full}.{key}")) for key, p in own.items()}
+            whole._parameters = {
+                key: self._whole(p, self.shards.get(f"{full}.{key}")) for key, p in child._parameters.items()
+            }
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_seed_of(full, self.seed))
                 self.skeleton._init_weights(whole)
@@ -174,7 +176,7 @@ class ModelSource:
                     parameter.copy_(shard.of(whole._parameters[key]))
 
     @staticmethod
-    def _whole(parameter: nn.Parameter, shard: Shard | None) -> nn.Parameter:
+    def _whole(parameter: nn.Parameter | None, shard: Shard | None) -> nn.Parameter | None:
         return parameter if shard is None else nn.Parameter(parameter.new_empty(shard.shape))
 
     def rotary(self, device: torch.device) -> nn.Module:
