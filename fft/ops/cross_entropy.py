@@ -5,7 +5,7 @@ known as soon as the logits are, so both gradients are formed in the forward pas
 are dropped before the matrix product: their logits are never computed.
 
 Where the vocabulary is shared out over tensor-parallel ranks (Megatron-LM, arXiv:1909.08053), each forms the logits of
-its own rows, and three numbers a token are reduced: the largest logit, the sum of exponentials, the target's logit.
+its own rows, and three numbers a token are reduced: two for the log-sum-exp, and the target's logit.
 """
 
 from typing import Any
@@ -41,16 +41,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(trained), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
             logits = (chunk @ weight.t()).to(total.dtype)
-            if ranks is None:
-                lse, own, hit = logits.logsumexp(-1, keepdim=True), target, 1.0
-                score = logits.gather(1, target)
-            else:
-                lse, score, own, hit = _reduced(logits, target, ranks)
+            own = target.clamp(0, logits.shape[1] - 1)
+            hit = (own == target).to(logits.dtype)
+            score = logits.gather(1, own) * hit
+            grad = logits.softmax(-1)
+            lse = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
+            if ranks is not None:
+                lse, score = _of_all(lse, score, grad, ranks)
             total += (lse - score).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad = logits.sub_(lse).exp_()
-            grad.scatter_add_(1, own, -grad.new_ones((1, 1)).expand_as(own) * hit)
+            grad.scatter_add_(1, own, -hit)
             grad = grad.to(weight.dtype)
             if need_hidden:
                 dhidden[trained[start : start + rows]] = grad @ weight
@@ -70,14 +71,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _reduced(logits: Tensor, target: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over all ranks: log-sum-exp and the target's logit; of this rank: the target's column, and 1 if it has it."""
-    largest = ranks.all_reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)
-    own = target.clamp(0, logits.shape[1] - 1)
-    hit = (own == target).to(logits.dtype)
-    sums = torch.cat([(logits - largest).exp_().sum(-1, keepdim=True), logits.gather(1, own) * hit], dim=1)
-    exponentials, score = ranks.all_reduce(sums).split(1, dim=1)
-    return exponentials.log().add_(largest), score, own, hit
+def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and target's logit over the parts of all ranks; ``softmax`` becomes this part of the whole one."""
+    largest = ranks.all_reduce(lse.clone(), dist.ReduceOp.MAX)
+    sums, score = ranks.all_reduce(torch.cat([(lse - largest).exp(), score], dim=1)).split(1, dim=1)
+    whole = largest + sums.log()
+    softmax.mul_((lse - whole).exp())
+    return whole, score
 
 
 def linear_cross_entropy(
