@@ -328,8 +328,8 @@ def _heading(config: PretrainedConfig, plan: Plan, ranks: int) -> str:
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
     heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} keys"
     return (
-        f"{ranks} ranks = {sizes} against one process, in fp32\n{config.model_type}: {config.num_hidden_layers} layers, "
-        f"hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}"
+        f"{ranks} ranks = {sizes} against one process, in fp32\n{config.model_type}: {config.num_hidden_layers} "
+        f"layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}"
     )
 
 

@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
+# Models are tiny here and cores few: threads that share out a product of 32 columns only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 VOCAB = 101
 SMALL = {
     "vocab_size": VOCAB,

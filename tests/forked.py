@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fft.trainer"])
+#: The second is what DeepSpeed imports, with torch's compiler, when it makes an optimizer.
+_CONTEXT.set_forkserver_preload(["fft.trainer", "deepspeed.runtime.zero.muon.original_muon"])
 
 
 def run_ranks(
