@@ -1,7 +1,7 @@
 """Does a layout compute what one process would? A user's own layout and data, on a shrunken copy of the model.
 
 python -m fft.parity --config conf/mine.yaml
-python -m fft.parity --config conf/mine.yaml --steps 5 --ranks 8 --pipe_parallel_size 4
+python -m fft.parity --config conf/mine.yaml --steps 5 --ranks 8 --pipe_parallel_size 4 --seq_len 256   # quicker
 
 The trainer takes a few steps in fp32 with the layout, data, optimizer and schedule that the flags say; a plain loop of
 transformers and ``torch.optim.AdamW`` in this process takes the same steps, one document at a time. Losses, gradient
@@ -28,6 +28,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from fft.arguments import TrainArguments, build_parser, resolve
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
@@ -130,7 +131,7 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     if getattr(config, "layer_types", None):
         small.layer_types = config.layer_types[: small.num_hidden_layers]
     ranks = args.model_parallel_size * args.ulysses_degree  # that share heads
-    small.num_key_value_heads = _fewest(config.num_key_value_heads, lambda heads: heads % ranks == 0)
+    small.num_key_value_heads = _fewest(config.num_key_value_heads, lambda heads: heads > 1 and heads % ranks == 0)
     sharing = _fewest(
         config.num_attention_heads // config.num_key_value_heads,
         lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0,
@@ -304,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps, ranks = given.pop("steps"), given.pop("ranks", None)
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1.")
+    disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="fft-parity-") as folder:
         model, run = Path(folder, "model"), Path(folder, "run")
         mine = resolve({"output_dir": str(run), **given})
