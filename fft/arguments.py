@@ -140,9 +140,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     """Command line over YAML over defaults. Raises :class:`UserError` for unknown or mistyped settings."""
-    given = vars(build_parser().parse_args(argv))
-    for name in ("local_rank", "deepspeed", "deepspeed_config"):
-        given.pop(name, None)
+    return resolve(vars(build_parser().parse_args(argv)))
+
+
+def resolve(given: dict) -> TrainArguments:
+    """The arguments that flags, as :func:`build_parser` leaves them, and the file named by ``config`` make together."""
+    given = {
+        name: value for name, value in given.items() if name not in ("local_rank", "deepspeed", "deepspeed_config")
+    }
     config = given.pop("config", None)
     settings = {**(_read_yaml(config) if config else {}), **given}
     arguments = TrainArguments(**settings)

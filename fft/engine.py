@@ -129,12 +129,22 @@ def build_engine(
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (norms, biases) do not."""
+    """Matrices decay, vectors (norms, biases) do not.
+
+    DeepSpeed sums the gradients' norm over the stages group by group, so a stage that lacked one (the head alone has no
+    vectors) would leave the others waiting for ever: it gets a parameter that nothing uses.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups = []
+    for name, decay, chosen in (
+        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2]),
+        ("unused_vector", 0.0, [p for p in parameters if p.ndim < 2]),
+    ):
+        if not chosen:
+            module.register_parameter(name, torch.nn.Parameter(next(module.parameters()).new_zeros(1)))
+            chosen = [module.get_parameter(name)]
+        groups.append({"params": chosen, "weight_decay": decay})
+    return groups
 
 
 def _deepspeed_config(args: TrainArguments) -> dict:
