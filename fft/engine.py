@@ -56,6 +56,18 @@ class StagedModel(PipelineModule):
         self.parts = self._bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        self._sends = stage + 1 < self._topo.get_dim("pipe")
+
+    def forward(self, *args: object, **options: object) -> object:
+        """One stage. The engine starts backward from what a stage sends, even where nothing in it is trained."""
+        outputs = super().forward(*args, **options)
+        if self._sends and torch.is_grad_enabled() and not outputs[0].requires_grad:
+            outputs[0].requires_grad_()
+        return outputs
+
+    def get_tied_weights_and_groups(self) -> list:
+        """Weights whose gradients two stages add up: frozen ones have none."""
+        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
 
 
 def init_distributed() -> None:
