@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from fft.data.loader import Loader
 from fft.data.manifest import write_atomically
 from fft.errors import UserError
 from fft.preflight import Plan, batch_plan
-
-METRICS = "metrics.jsonl"
+from fft.sinks import METRICS, TENSORBOARD
 
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
 _TERMS = (
@@ -72,19 +72,21 @@ def state_of(args: TrainArguments, plan: Plan, step: int, data: dict | None, eva
     }
 
 
-def prepare(args: TrainArguments, plan: Plan, start: Start) -> None:
-    """Write down a run's settings, and leave in the folder only what belongs to the run up to its start."""
+def prepare(args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
+    """Write down a run's settings and environment; leave in the folder only what belongs to the run up to its start."""
     run = Path(args.checkpoint)
     if start.checkpoint is None:
         for step in folder.checkpoint_steps(run):
             folder.remove(run / folder.checkpoint_tag(step))
         (run / folder.LATEST).unlink(missing_ok=True)
         (run / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     elif (run / METRICS).is_file():
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomically(run / METRICS, "".join(line for line in lines if _written_by(line, start.step)))
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     write_atomically(run / "arguments.yaml", settings)
+    write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
     # Which tables, at which versions, in which order: what a later run must find to go on with this one.
     data = {"train_data": plan.train and plan.train.identity, "eval_data": plan.evaluation and plan.evaluation.identity}
     write_atomically(run / "data.yaml", yaml.safe_dump(data, sort_keys=False))
