@@ -22,6 +22,7 @@ from fft.checkpoint.saver import Contents, Part, Saver
 from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
+from fft.early_stop import EarlyStop
 from fft.engine import DTYPES, build_engine, init_distributed, stages
 from fft.environment import environment
 from fft.errors import UserError
@@ -100,6 +101,7 @@ class Trainer:
         if _rank() == 0 and args.checkpoint:  # not before: weights that do not fit must not cost an older run
             run_folder.prepare(args, plan, start, facts)
         self.metrics = self._metrics(held)
+        self.early_stop = EarlyStop.from_state(args.early_stop_patience, start.state.get("early_stop"))
         self.saver = Saver(self._contents(), args.background_executor, control) if args.checkpoint else None
         #: Where every rank has a share of a row's tokens; None where it has whole rows.
         self.parallel = source.parallel
@@ -123,9 +125,10 @@ class Trainer:
         if self.start.state.get("eval_loss") is None and (not self.start.step or self._evaluates(self.start.step)):
             self.evaluate(self.start.step)
         asked = _asked_to_stop() if self.saver is not None and not args.only_ckpt_model else []
-        stop = False
+        stop, step = False, self.start.step
+        steps = () if self.early_stop.over else self._steps()
         watch = Stopwatch(self.start.step)
-        for step, (batches, wait) in enumerate(self._steps(), start=self.start.step + 1):
+        for step, (batches, wait) in enumerate(steps, start=self.start.step + 1):
             watch.waited(wait)
             lr = self._learning_rate()
             loss = float(self._step(batches))
@@ -144,11 +147,16 @@ class Trainer:
                 eval_loss = self.evaluate(step) if evaluates else None
                 if saves or stop:
                     self.save_checkpoint(step, eval_loss)
-            if stop:
+            if stop or self.early_stop.over:
                 break
         if self.saver is not None:
             self.saver.close()
         if not stop:
+            if self.early_stop.over:
+                _log(
+                    f"stopped early after step {step}/{plan.total_steps}: {self.early_stop.stalled} evaluations "
+                    f"brought no lower validation loss than {self.early_stop.best:.4f}"
+                )
             return 0
         _log(
             f"stopped by the signal {signal.Signals(asked[0]).name if asked else 'of another rank'} after step "
@@ -190,6 +198,7 @@ class Trainer:
                 f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
             )
         loss = float(totals[0] / totals[1])
+        self.early_stop.see(loss)
         self.metrics.record(step, eval_loss=loss, eval_tokens=int(totals[1]))
         _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {int(totals[1]):,} tokens")
         return loss
@@ -218,7 +227,7 @@ class Trainer:
             None if self.args.only_ckpt_model else state.gather(self.engine, parameters, self.source.shards),
         )
         data = self.loader.state_dict() if self.loader else None
-        self.saver.save(tag, part, run_folder.state_of(self.args, self.plan, step, data, eval_loss))
+        self.saver.save(tag, part, run_folder.state_of(self.args, self.plan, step, data, eval_loss, self.early_stop))
         self.metrics.record(step, save_seconds=time.perf_counter() - begun)
         _log(f"step {step}/{self.plan.total_steps}  checkpoint {Path(self.args.checkpoint) / tag}")
 
