@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -17,6 +18,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from fft.arguments import TrainArguments
+from fft.errors import UserError
 from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
@@ -25,7 +27,7 @@ from fft.parallel.partition import stage_bounds
 from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TokenMeanLoss:
@@ -57,6 +59,16 @@ class StagedModel(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
+    def get_tied_weights_and_groups(self) -> list:
+        """Tied weights, whose ``grad`` the engine adds up, with their groups.
+
+        Gradients of fp16 that are summed in fp32 are not in ``grad`` but beside it: the engine would leave them apart.
+        """
+        return [
+            (weight if weight.dtype != torch.float16 else SimpleNamespace(grad=weight.grad_accum), group)
+            for weight, group in super().get_tied_weights_and_groups()
+        ]
+
 
 def init_distributed() -> None:
     """Join the launcher's process group, or make a world of one when there is no launcher."""
@@ -83,6 +95,15 @@ def _unlink_shared_buffer() -> None:
     """
     job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
+
+
+def check_device(args: TrainArguments) -> None:
+    """Raise :class:`UserError` where the accelerator, as DeepSpeed knows it, lacks what the flags ask for."""
+    accelerator = deepspeed.get_accelerator()
+    if args.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"--dtype fp16 does not run on this machine's device ({accelerator.device_name()}): use bf16 or fp32."
+        )
 
 
 def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
@@ -156,6 +177,7 @@ def _deepspeed_config(args: TrainArguments) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": args.dtype == "bf16"},
+        "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
         # bf16 gradients summed over micro-batches in bf16 would lose most of their digits.
         "data_types": {"grad_accum_dtype": "fp32"},
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
