@@ -14,7 +14,7 @@ from fft.errors import UserError
 
 #: An initial loss scale that does not overflow, and one that does: a power of two, the scale then halves each step.
 FITS, TOO_LARGE = 16, 24
-LAYOUT = "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --dtype fp16 --checkpoint_grad_interval 1".split()
+LAYOUT = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8", "--checkpoint_grad_interval=1", "--dtype=fp16"]
 
 
 @pytest.fixture
@@ -67,6 +67,6 @@ def test_a_device_without_fp16_is_refused_by_name(monkeypatch):
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: False)
-    args = parse_arguments("--model m --train_data t --output_dir o --dtype fp16".split())
+    args = parse_arguments(["--model", "m", "--train_data", "t", "--output_dir", "o", "--dtype", "fp16"])
     with pytest.raises(UserError, match=r"--dtype fp16 does not run on this machine's device \(cpu\): use bf16"):
         check_device(args)
