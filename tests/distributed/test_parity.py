@@ -55,6 +55,9 @@ LAYOUTS = {
         "--pipe_parallel_size 2 --sequence_parallel_size 2 --gradient_accumulation_steps 8 "
         "--checkpoint_grad_interval 1",
     ),
+    "tensor2": ("torchrun", 2, "--model_parallel_size 2 --gradient_accumulation_steps 8"),
+    "pipe2-tensor2": ("deepspeed", 4, "--pipe_parallel_size 2 --model_parallel_size 2 --gradient_accumulation_steps 8"),
+    "data2-tensor2": ("torchrun", 4, "--model_parallel_size 2 --gradient_accumulation_steps 4"),
     "pipe2-split-recompute": (
         "deepspeed",
         2,
@@ -63,7 +66,7 @@ LAYOUTS = {
     ),
 }
 #: Those that a launcher of its own starts.
-LAUNCHED = ("one", "pipe2", "sequence2")
+LAUNCHED = ("one", "pipe2-tensor2", "sequence2")
 
 
 def factorisations(world: int) -> list[tuple[int, int, int, int]]:

@@ -70,6 +70,7 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
         ("llama", "sequence2", "fp32", "thread"),
         ("llama", "pipe2-split-recompute", "bf16", "thread"),
+        ("qwen2-moe", "data2-tensor2", "bf16", "thread"),
     ],
 )
 def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight, train, tmp_path):
@@ -90,6 +91,9 @@ def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight
         ("llama", "sequence2", "one"),
         ("llama", "one", "sequence2"),
         ("llama", "data2", "pipe2"),
+        ("qwen2-tied", "pipe2-tensor2", "data2"),
+        ("llama", "one", "tensor2"),
+        ("qwen2-moe", "data2-tensor2", "pipe2"),
     ],
 )
 def test_on_another_layout(family, before, after, straight, train, tmp_path):
@@ -125,7 +129,7 @@ def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, la
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-sequence2"])
+@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-tensor2"])
 def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model_dir, tmp_path):  # noqa: F811
     _, ranks, extra = LAYOUTS[layout]
     given = ["--model", model_dir(family), "--num_train_epochs", 0, "--seq_len", 64, "--dtype", "fp32"]
