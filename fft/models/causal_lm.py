@@ -18,6 +18,7 @@ from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
+from fft.ops.fused import FusedOps, fuse
 from fft.ops.ring import SequenceParallel, ShardedDocuments
 
 Activations = tuple[Tensor, Tensor]
@@ -66,6 +67,7 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
 class ModelSource:
     """Where the modules and weights of a model come from: its config, and a weight reader or a seed.
 
+    ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
     ``parallel`` is set, before the first forward, where every rank holds a share of a row's tokens.
     """
 
@@ -73,6 +75,8 @@ class ModelSource:
     dtype: torch.dtype
     weights: WeightReader | None = None
     seed: int = 0
+    attention: str = "auto"
+    fused: FusedOps | None = None
     parallel: SequenceParallel | None = None
     skeleton: PreTrainedModel = field(init=False)
 
@@ -81,6 +85,8 @@ class ModelSource:
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         self.skeleton.config._attn_implementation = register_with_transformers()
+        if self.fused is not None:
+            fuse(self.skeleton, self.fused)
 
     @property
     def base(self) -> str:
@@ -121,7 +127,7 @@ class Positions:
     """What every decoder layer of a stage needs to know of a micro-batch, computed by the first one that asks."""
 
     def __init__(self, source: ModelSource) -> None:
-        self._source = source
+        self._source, self.attention = source, source.attention
         self._rotary: nn.Module | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
@@ -190,6 +196,7 @@ class DecoderLayer(nn.Module):
             position_ids=position_ids,
             position_embeddings=position_embeddings,
             documents=documents,
+            attention=self._positions.attention,
         )
         return hidden, cu_seqlens
 
