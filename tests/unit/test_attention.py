@@ -119,7 +119,7 @@ def test_a_backend_may_be_asked_for_by_name():
     assert choose(device, torch.float32, "cpu") is cpu
     assert choose(device, torch.float32, "reference") is reference
     asked = next(spec for spec in fields(TrainArguments) if spec.name == "attention").metadata["choices"]
-    assert set(asked) == {"auto", "reference", *choice._KERNELS}
+    assert set(asked) == {"auto", "reference", *choice.KERNELS}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_models_compute_with_the_kernel_asked_for():
             return reference.forward(*inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(choice._KERNELS, "counted", choice._Kernel(Counted(), "cpu", (torch.float64,)))
+        patch.setitem(choice.KERNELS, "counted", choice.Kernel(Counted(), "cpu", (torch.float64,)))
         q = random((1, 2, 4, 8))
         expected, _ = hf_attention(None, q, q, q, None, 1.0, documents_of(0, 3, 4), attention="reference")
         assert not calls

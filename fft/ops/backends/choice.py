@@ -24,7 +24,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class Kernel:
     """A backend, where it runs, on what, and the package it needs besides torch."""
 
     backend: Backend
@@ -33,9 +33,11 @@ class _Kernel:
     package: str | None = None
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it runs there, on that."""
         return device.type == self.device and dtype in self.dtypes
 
     def is_installed(self) -> bool:
+        """Whether its package is there."""
         try:
             return self.package is None or bool(version(self.package))
         except PackageNotFoundError:
@@ -43,13 +45,13 @@ class _Kernel:
 
 
 #: Fused kernels by name. On a device, the first one that is installed and right is taken.
-_KERNELS = {
-    "cpu": _Kernel(cpu, "cpu", (torch.float32, *_HALF)),
-    "flash_attention_4": _Kernel(flash_attention_4, "cuda", _HALF, "flash-attn-4"),
-    "flash_attention_3": _Kernel(flash_attention_3, "cuda", _HALF, "flash-attn-3"),
-    "flash_attention_2": _Kernel(flash_attention_2, "cuda", _HALF, "flash-attn"),
-    "cuda": _Kernel(cuda, "cuda", _HALF),
-    "npu": _Kernel(npu, "npu", _HALF),
+KERNELS = {
+    "cpu": Kernel(cpu, "cpu", (torch.float32, *_HALF)),
+    "flash_attention_4": Kernel(flash_attention_4, "cuda", _HALF, "flash-attn-4"),
+    "flash_attention_3": Kernel(flash_attention_3, "cuda", _HALF, "flash-attn-3"),
+    "flash_attention_2": Kernel(flash_attention_2, "cuda", _HALF, "flash-attn"),
+    "cuda": Kernel(cuda, "cuda", _HALF),
+    "npu": Kernel(npu, "npu", _HALF),
 }
 
 #: Largest error of a sample, relative to its norm. Kernels multiply rounded weights, float32 ones perhaps as TF32.
@@ -67,7 +69,7 @@ def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: i
     if name == "reference":
         return reference
     if name != "auto":
-        kernel = _KERNELS[name]
+        kernel = KERNELS[name]
         if not kernel.fits(device, dtype):
             takes = " or ".join(_plain(dtype) for dtype in kernel.dtypes)
             raise UserError(
@@ -78,7 +80,7 @@ def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: i
             raise UserError(f"--attention {name} needs the package {kernel.package}: install it or leave it at auto.")
         check(kernel.backend, device, dtype, size)
         return kernel.backend
-    fitting = [kernel for kernel in _KERNELS.values() if kernel.fits(device, dtype) and kernel.is_installed()]
+    fitting = [kernel for kernel in KERNELS.values() if kernel.fits(device, dtype) and kernel.is_installed()]
     for kernel in fitting:
         try:
             check(kernel.backend, device, dtype, size)
