@@ -1,5 +1,6 @@
-"""The backends for CUDA that are installed, and the ring's arithmetic on real kernels, against the float64 reference and
-one whole call; and Liger's operators, where they are installed."""
+"""The CUDA backends that are installed, and the ring's arithmetic on them, against the float64 reference and one whole
+call; and Liger's operators, where they are installed.
+"""
 
 import itertools
 
