@@ -26,7 +26,7 @@ FAMILIES = {
 LAYOUTS = {
     "one": ("python", 1, "--per_device_train_batch_size 2 --gradient_accumulation_steps 4"),
     "pipe2": ("deepspeed", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8"),
-    "data2": ("torchrun", 2, "--gradient_accumulation_steps 4 --attention reference"),
+    "data2": ("torchrun", 2, "--gradient_accumulation_steps 4"),
     "pipe2-data2": ("deepspeed", 4, "--pipe_parallel_size 2 --gradient_accumulation_steps 4"),
     "sequence2": ("torchrun", 2, "--sequence_parallel_size 2 --gradient_accumulation_steps 8"),
     "sequence4": ("torchrun", 4, "--sequence_parallel_size 4 --gradient_accumulation_steps 8"),
@@ -41,7 +41,11 @@ LAYOUTS = {
         "--pipe_parallel_size 2 --sequence_parallel_size 2 --gradient_accumulation_steps 8 "
         "--checkpoint_grad_interval 1",
     ),
-    "data2-sequence2": ("deepspeed", 4, "--sequence_parallel_size 2 --gradient_accumulation_steps 4"),
+    "data2-sequence2": (
+        "deepspeed",
+        4,
+        "--sequence_parallel_size 2 --gradient_accumulation_steps 4 --attention reference",
+    ),
     "pipe2-split-recompute": (
         "deepspeed",
         2,
