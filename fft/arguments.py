@@ -72,6 +72,27 @@ class TrainArguments:
     dtype: str = _flag(
         "type of weights and activations; masters and moments are fp32", "bf16", choices=("bf16", "fp32")
     )
+    attention: str = _flag(
+        "attention kernel, which is compared with the reference before the first step; auto takes the device's fastest "
+        "that is installed and right (docs/attention.md)",
+        "auto",
+        choices=(
+            "auto",
+            "reference",
+            "cpu",
+            "cuda",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+            "npu",
+        ),
+    )
+    fused_ops: str = _flag(
+        "auto: one kernel each for RMSNorm, rotary embedding and SwiGLU, on NPUs and on GPUs that have liger-kernel; "
+        "none: as transformers computes them",
+        "auto",
+        choices=("auto", "none"),
+    )
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
     pipe_parallel_size: int = _flag("pipeline stages", 1)

@@ -15,9 +15,13 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
+from fft.checkpoint.hf import WeightReader
 from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
+from fft.ops import fused
+from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
 from fft.parallel.mesh import MeshSizes
@@ -83,6 +87,26 @@ def _unlink_shared_buffer() -> None:
     """
     job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
+
+
+def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
+    """The model, with the kernels asked for."""
+    operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
+    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators)
+
+
+def check_kernels(source: ModelSource) -> str:
+    """Compare the kernels that this rank will train with to their references; returns their names.
+
+    Raises :class:`UserError` if they differ or do not fit the device.
+    """
+    device, config = torch.device(deepspeed.get_accelerator().current_device_name()), source.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, size))}"]
+    if source.fused is not None:
+        fused.check(source.fused, device, source.dtype)
+        names.append(f"fused operators {source.fused.name}")
+    return ", ".join(names)
 
 
 def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:

@@ -23,7 +23,7 @@ from fft.checkpoint.saver import Contents, Part, Saver
 from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
-from fft.engine import DTYPES, build_engine, init_distributed, stages
+from fft.engine import DTYPES, build_engine, check_kernels, init_distributed, model_source, stages
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
 from fft.ops.documents import Documents
@@ -41,11 +41,12 @@ def run(args: TrainArguments) -> int:
     """Run to the end; returns the exit code."""
     world = _world_size()
     plan = prepare(args, world)
-    source = ModelSource(plan.config, DTYPES[args.dtype], plan.weights, args.seed)
+    source = model_source(args, plan.config, plan.weights)
     bounds = stages(args, source, plan.mesh)
     init_distributed()
     try:
         _log(_describe(args, plan, source, bounds))
+        _log(f"kernels: {check_kernels(source)}")
         with contextlib.ExitStack() as held:
             control = dist.new_group(backend="gloo")
             start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()

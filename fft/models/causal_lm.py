@@ -20,6 +20,7 @@ from fft.errors import UserError
 from fft.models.experts import LoadBalance, watch_router
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
+from fft.ops.fused import FusedOps, fuse
 from fft.ops.ring import SequenceParallel, ShardedDocuments
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.parallel.tensor_plan import Shard, plan_of, shard_of
@@ -50,13 +51,16 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(
             f"num_hidden_layers is {config.num_hidden_layers} in the model's config.json: it must be 1 or more."
         )
+    _check_scores(config)
+    _check_rotary(config, seq_len)
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"num_key_value_heads {config.num_key_value_heads} does not divide num_attention_heads "
             f"{config.num_attention_heads} in the model's config.json."
         )
-    if config.hidden_act not in ACT2FN:
-        raise UserError(f"hidden_act {config.hidden_act!r} in the model's config.json is none that transformers knows.")
+    activation = getattr(config, "hidden_act", None)
+    if activation not in ACT2FN:
+        raise UserError(f"hidden_act {activation!r} in the model's config.json is none that transformers knows.")
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds if kinds else bool(window)
@@ -72,10 +76,44 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError("attention_dropout is not supported with packed documents: set it to 0 in config.json.")
 
 
+def _check_scores(config: PretrainedConfig) -> None:
+    """Raise :class:`UserError` for what a model does to scores, embeddings or logits, and we would leave out."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key, None):
+            raise UserError(
+                f"model type {config.model_type!r} caps scores ({key} {getattr(config, key)} in its config.json), "
+                "which this release does not: use another model."
+            )
+    for key in ("embedding_multiplier", "logits_scaling", "logit_scale"):
+        if getattr(config, key, None) not in (None, 1):
+            raise UserError(
+                f"model type {config.model_type!r} scales outside its layers ({key} {getattr(config, key)} in its "
+                "config.json), which this release does not: use another model."
+            )
+
+
+def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
+    """Raise :class:`UserError` where a document's frequencies would depend on its neighbours' length."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type")
+    if kind == "dynamic":
+        limit = config.max_position_embeddings
+    elif kind == "longrope":
+        limit = rotary["original_max_position_embeddings"]
+    else:
+        return
+    if seq_len > limit:
+        raise UserError(
+            f"model type {config.model_type!r} has rotary scaling of type {kind!r}, whose frequencies change with the "
+            f"longest document beyond {limit} tokens: use --seq_len {limit} or less, or yarn, llama3 or linear scaling."
+        )
+
+
 @dataclass
 class ModelSource:
     """Where the modules and weights of a model come from: its config, and a weight reader or a seed.
 
+    ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
     ``tensor`` is set, before layers are built, where every rank holds a part of a layer's parameters; ``parallel``,
     before the first forward, where it holds a share of a row's tokens. ``balance`` is there for mixtures of experts.
     """
@@ -85,6 +123,8 @@ class ModelSource:
     weights: WeightReader | None = None
     seed: int = 0
     tensor: TensorParallel | None = None
+    attention: str = "auto"
+    fused: FusedOps | None = None
     parallel: SequenceParallel | None = None
     balance: LoadBalance | None = field(init=False, default=None)
     skeleton: PreTrainedModel = field(init=False)
@@ -100,6 +140,8 @@ class ModelSource:
         routed = sum(name.endswith("mlp.gate") for name, _ in self.skeleton.named_modules())
         if routed:
             self.balance = LoadBalance(self.config, routed)
+        if self.fused is not None:
+            fuse(self.skeleton, self.fused)
 
     @property
     def base(self) -> str:
@@ -188,7 +230,7 @@ class Positions:
     """What every decoder layer of a stage needs to know of a micro-batch, computed by the first one that asks."""
 
     def __init__(self, source: ModelSource) -> None:
-        self._source = source
+        self._source, self.attention = source, source.attention
         self._rotary: nn.Module | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
@@ -267,6 +309,7 @@ class DecoderLayer(nn.Module):
             position_ids=position_ids,
             position_embeddings=position_embeddings,
             documents=documents,
+            attention=self._positions.attention,
         )
         if self._routed is not None:
             hidden = self._balance.attach(hidden, *self._routed())

@@ -289,6 +289,7 @@ def test_the_command_ends_with_the_sentence_alone(good, tmp_path, case, monkeypa
         ("python", "missing"),
         ("torchrun", "missing"),
         ("torchrun", "ids"),
+        ("torchrun", "kernel"),
         ("deepspeed", "indivisible"),
         ("deepspeed", "ids"),
     ],
@@ -305,6 +306,7 @@ def test_launchers_end_with_one_sentence(launcher, case, good, launch, tmp_path)
     wild = write_table(tmp_path / "wild", [np.full(40, VOCAB, np.int32)] * 20)
     changes, sentence = {
         "missing": ({"train_data": tmp_path / "nowhere"}, f"error: {tmp_path / 'nowhere'} does not exist: give"),
+        "kernel": ({"attention": "npu"}, "error: --attention npu runs on npu in bfloat16 or float16, not on cpu in"),
         "indivisible": ({"pipe_parallel_size": 2}, "error: the world of 3 rank(s) cannot be divided by"),
         "ids": (
             {"train_data": wild, "pipe_parallel_size": ranks},

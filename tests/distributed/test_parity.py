@@ -109,10 +109,11 @@ CASES = [
     pytest.param(
         "llama",
         (2, 2, 1, 1),
-        [f"--partition_method={layers}", "--pipe_parallel_size=2", "--gradient_accumulation_steps=4"],
+        [f"--partition_method={layers}", "--pipe_parallel_size=2", "--gradient_accumulation_steps=4", *more],
         id=f"llama-layers-{layers}",
     )
-    for layers in ("1,5", "5,1")  # stages of one parameter, embedding and head
+    # Stages of one parameter, embedding and head; and the attention that all others are compared with.
+    for layers, *more in (("1,5",), ("5,1", "--attention=reference"))
 ]
 
 
