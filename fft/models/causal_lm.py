@@ -122,9 +122,9 @@ class ModelSource:
     dtype: torch.dtype
     weights: WeightReader | None = None
     seed: int = 0
-    tensor: TensorParallel | None = None
     attention: str = "auto"
     fused: FusedOps | None = None
+    tensor: TensorParallel | None = None
     parallel: SequenceParallel | None = None
     balance: LoadBalance | None = field(init=False, default=None)
     skeleton: PreTrainedModel = field(init=False)
