@@ -29,7 +29,6 @@ LAYOUTS = {
     "data2": ("torchrun", 2, "--gradient_accumulation_steps 4"),
     "pipe2-data2": ("deepspeed", 4, "--pipe_parallel_size 2 --gradient_accumulation_steps 4"),
     "sequence2": ("torchrun", 2, "--sequence_parallel_size 2 --gradient_accumulation_steps 8"),
-    "sequence4": ("torchrun", 4, "--sequence_parallel_size 4 --gradient_accumulation_steps 8"),
     "sequence4-ulysses2": (
         "torchrun",
         4,
@@ -41,11 +40,7 @@ LAYOUTS = {
         "--pipe_parallel_size 2 --sequence_parallel_size 2 --gradient_accumulation_steps 8 "
         "--checkpoint_grad_interval 1",
     ),
-    "data2-sequence2": (
-        "deepspeed",
-        4,
-        "--sequence_parallel_size 2 --gradient_accumulation_steps 4 --attention reference",
-    ),
+    "data2-sequence2": ("deepspeed", 4, "--sequence_parallel_size 2 --gradient_accumulation_steps 4"),
     "pipe2-split-recompute": (
         "deepspeed",
         2,
@@ -55,7 +50,7 @@ LAYOUTS = {
 }
 
 CASES = [
-    *(("llama", layout) for layout in LAYOUTS if layout != "pipe2-sequence2"),
+    *(("llama", layout) for layout in LAYOUTS),
     *(("qwen2-tied", layout) for layout in ("one", "pipe2", "pipe2-data2")),
     ("qwen2-tied", "pipe2-sequence2"),
     ("qwen3", "pipe2"),
@@ -185,8 +180,6 @@ def test_layout_equals_one_process(family, layout, launch, model_dir, ragged_tab
     launcher, ranks, extra = LAYOUTS[layout]
     done = launch(*command(launcher, ranks), *flags(model_dir(family), ragged_table, tmp_path), *extra.split())
     assert done.returncode == 0, done.stderr[-3000:]
-    checked = f"kernels: attention {'reference' if 'reference' in extra else 'cpu'}\n"
-    assert 0 < done.stderr.find(checked) < done.stderr.find("step 0/")
     losses, evaluations, norms, weights = reference(family)
     steps, evaluated = read_metrics(tmp_path / "run")
     np.testing.assert_allclose([s["loss"] for s in steps], losses, rtol=1e-5)
