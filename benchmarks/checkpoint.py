@@ -78,7 +78,7 @@ def measure(method: str, work: Path, layers: int) -> int:
     elif method == "deepspeed":
         save, load, close = _deepspeed(folder, engine)
     else:
-        training, _ = state.gather(engine, parameters)
+        training, _ = state.gather(engine, parameters, {})
         tensors = {**{name: p.detach() for name, p in parameters.items()}, **training}
         save, load, close = _dcp(folder, tensors, method == "dcp-async")
     blocked, whole, before, held = [], [], _resident(), 0
@@ -144,7 +144,7 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
     saver = Saver(Contents(folder, config, None, None, 1, 0, 0), method, dist.new_group(backend="gloo"))
 
     def save(number: int) -> Callable:
-        saver.save(f"step-{number}", Part((parameters, 0), state.gather(engine, parameters)), {"step": number})
+        saver.save(f"step-{number}", Part((parameters, 0), state.gather(engine, parameters, {})), {"step": number})
         return saver.finish
 
     def load(number: int) -> None:
@@ -153,7 +153,7 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
         reader = hf.WeightReader(checkpoint)
         for name, parameter in parameters.items():
             parameter.data.copy_(reader.read(name, parameter.shape))
-        state.restore(engine, parameters, checkpoint / checkpoints.TRAINING, 1)
+        state.restore(engine, parameters, {}, checkpoint / checkpoints.TRAINING, 1)
 
     return save, load, saver.close
 

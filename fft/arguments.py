@@ -96,7 +96,7 @@ class TrainArguments:
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
     pipe_parallel_size: int = _flag("pipeline stages", 1)
-    model_parallel_size: int = _flag("tensor-parallel ranks (this release: 1)", 1)
+    model_parallel_size: int = _flag("ranks that share the parameters of a layer (tensor parallel)", 1)
     sequence_parallel_size: int = _flag("ranks that share the tokens of a micro-batch: for very long rows", 1)
     ulysses_degree: int = _flag(
         "so many neighbours of the sequence-parallel ranks exchange heads, rings of keys run across (1: rings only)", 1
@@ -161,9 +161,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     """Command line over YAML over defaults. Raises :class:`UserError` for unknown or mistyped settings."""
-    given = vars(build_parser().parse_args(argv))
-    for name in ("local_rank", "deepspeed", "deepspeed_config"):
-        given.pop(name, None)
+    return resolve(vars(build_parser().parse_args(argv)))
+
+
+def resolve(given: dict) -> TrainArguments:
+    """The arguments that flags, as :func:`build_parser` leaves them, and the file named by ``config`` make together."""
+    given = {
+        name: value for name, value in given.items() if name not in ("local_rank", "deepspeed", "deepspeed_config")
+    }
     config = given.pop("config", None)
     settings = {**(_read_yaml(config) if config else {}), **given}
     arguments = TrainArguments(**settings)

@@ -13,6 +13,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -25,6 +26,7 @@ from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.partition import stage_bounds
+from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,20 +40,21 @@ class TokenMeanLoss:
     trained tokens.
     """
 
-    def __init__(self) -> None:
-        self.scale = 1.0
+    def __init__(self, source: ModelSource) -> None:
+        self._source, self.scale = source, 1.0
 
     def __call__(self, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """``outputs`` are hidden states [tokens, hidden size] and the head's weight."""
-        return linear_cross_entropy(*outputs, labels) * self.scale
+        """``outputs`` are hidden states [tokens, hidden size] and the head's weight, or this rank's part of it."""
+        return linear_cross_entropy(*outputs, labels, self._source.head_shard, self._source.tensor) * self.scale
 
 
 class StagedModel(PipelineModule):
     """A :class:`PipelineModule` whose stage bounds are given, so that no rank builds layers it does not keep."""
 
-    def __init__(self, layers: list, bounds: list[int], **options: object) -> None:
+    def __init__(self, layers: list, bounds: list[int], mesh: MeshSizes, **options: object) -> None:
         self._bounds = bounds
-        super().__init__(layers, num_stages=len(bounds) - 1, **options)
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pipe, num_mp=mesh.tensor, num_dp=mesh.data * mesh.sequence)
+        super().__init__(layers, topology=topology, **options)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
@@ -116,11 +119,14 @@ def build_engine(
     args: TrainArguments, source: ModelSource, mesh: MeshSizes, bounds: list[int], total_steps: int
 ) -> tuple[deepspeed.PipelineEngine, TokenMeanLoss]:
     """Build this rank's stage, optimizer, schedule and engine."""
-    loss = TokenMeanLoss()
+    loss = TokenMeanLoss(source)
+    if mesh.tensor > 1:
+        source.tensor = TensorParallel(mesh, source.config.num_key_value_heads)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
         module = StagedModel(
             pipeline_layers(source, args.split_dlayer),
             bounds,
+            mesh,
             loss_fn=loss,
             activation_checkpoint_interval=args.checkpoint_grad_interval,
             checkpointable_layers=[DecoderLayer.__name__],
@@ -140,27 +146,29 @@ def build_engine(
         config=_deepspeed_config(args),
     )
     if mesh.sequence > 1:
-        source.parallel = SequenceParallel(_sequence_groups(module, mesh), args.ulysses_degree)
+        source.parallel = SequenceParallel(mesh.sequence_groups(), args.ulysses_degree)
+        if source.balance is not None:
+            source.balance.sequence = source.parallel.group
     return engine, loss
 
 
-def _sequence_groups(module: PipelineModule, mesh: MeshSizes) -> list[list[int]]:
-    """Global ranks that share the rows of a replica, stage by stage: neighbours on DeepSpeed's data axis."""
-    topology = module.topology()
-    return [
-        [topology.get_rank(pipe=pipe, data=replica * mesh.sequence + place) for place in range(mesh.sequence)]
-        for pipe in range(mesh.pipe)
-        for replica in range(mesh.data)
-    ]
-
-
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (norms, biases) do not."""
+    """Matrices decay, vectors (norms, biases) do not.
+
+    DeepSpeed sums the gradients' norm over the stages group by group, so a stage that lacked one (the head alone has no
+    vectors) would leave the others waiting for ever: it gets a parameter that nothing uses.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups = []
+    for name, decay, chosen in (
+        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2]),
+        ("unused_vector", 0.0, [p for p in parameters if p.ndim < 2]),
+    ):
+        if not chosen:
+            module.register_parameter(name, torch.nn.Parameter(next(module.parameters()).new_zeros(1)))
+            chosen = [module.get_parameter(name)]
+        groups.append({"params": chosen, "weight_decay": decay})
+    return groups
 
 
 def _deepspeed_config(args: TrainArguments) -> dict:

@@ -18,6 +18,7 @@ from fft.data.table import Table
 from fft.errors import UserError, one_line
 from fft.models.causal_lm import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
+from fft.parallel.tensor_plan import check_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Plan:
 def prepare(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
     mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
-    model = _checkpoint_dir(args) if args.from_ckpt else args.model
-    config = _load_config(model, args.init)
+    model = start_of(args)
+    config = load_config(model, args.init)
     check_supported(config, args.seq_len)
+    check_tensor_parallel(config, mesh.tensor)
     _check_sequence_parallel(args, config)
     tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
@@ -68,10 +70,9 @@ def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> 
         )
     if degree < 1 or size % degree:
         raise UserError(f"--ulysses_degree {degree} must divide --sequence_parallel_size {size}.")
-    if config.num_key_value_heads % degree:
-        raise UserError(
-            f"--ulysses_degree {degree} must divide the model's {config.num_key_value_heads} key/value heads."
-        )
+    kv_heads = max(1, config.num_key_value_heads // args.model_parallel_size)
+    if kv_heads % degree:
+        raise UserError(f"--ulysses_degree {degree} must divide the {kv_heads} key/value heads of a rank.")
 
 
 def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:
@@ -79,7 +80,10 @@ def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan
     return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size)
 
 
-def _checkpoint_dir(args: TrainArguments) -> str:
+def start_of(args: TrainArguments) -> str:
+    """The model directory, or ``config.json``, that a run starts from: --model's or a checkpoint of --from_ckpt."""
+    if not args.from_ckpt:
+        return args.model
     steps = checkpoint_steps(args.from_ckpt)
     tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
     path = Path(args.from_ckpt) / tag
@@ -119,7 +123,8 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
-def _load_config(model: str, init: bool) -> PretrainedConfig:
+def load_config(model: str, init: bool) -> PretrainedConfig:
+    """Read the config of ``--model``. Raises :class:`UserError` where there is none."""
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

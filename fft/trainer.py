@@ -20,6 +20,7 @@ from fft import run_folder
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder, hf, state
 from fft.checkpoint.saver import Contents, Part, Saver
+from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.engine import DTYPES, build_engine, check_kernels, init_distributed, model_source, stages
@@ -79,7 +80,7 @@ class Trainer:
         control: dist.ProcessGroup,
         start: Start,
     ) -> None:
-        self.args, self.plan, self.start = args, plan, start
+        self.args, self.plan, self.source, self.start = args, plan, source, start
         if start.checkpoint is not None:
             source.weights = hf.WeightReader(start.checkpoint)
         self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
@@ -126,7 +127,7 @@ class Trainer:
                 self._report(step, loss, lr, rate, waited / (now - window), now - started)
                 window, waited, logged = now, 0.0, step
             else:
-                self._record(step=step, loss=loss, lr=lr, grad_norm=self._grad_norm())
+                self._record(step=step, loss=loss, lr=lr, grad_norm=self._grad_norm(), **self._balance())
             pause = time.perf_counter()
             stop = self.saver is not None and self.saver.step(bool(asked)) and step < plan.total_steps
             saves = bool(args.save_steps) and step % args.save_steps == 0
@@ -158,6 +159,7 @@ class Trainer:
         micro_batches = -(-samples // per_step)
         plan = dataclasses.replace(self.batches, micro_batches=1)
         trained = 0
+        counts = self.engine.is_last_stage() and self.engine.grid.get_slice_parallel_rank() == 0
 
         def batches() -> Iterator[MicroBatch]:
             nonlocal trained
@@ -173,8 +175,7 @@ class Trainer:
             bcast_loss=False,
             num_micro_batches=micro_batches,
         )
-        last = self.engine.is_last_stage()
-        totals = torch.tensor([float(sum(sums)) if last else 0.0, float(trained) if last else 0.0], dtype=torch.float64)
+        totals = torch.tensor([float(sum(sums)), float(trained)] if counts else [0.0, 0.0], dtype=torch.float64)
         totals = totals.to(self.engine.device)
         dist.all_reduce(totals)
         if not totals[1]:
@@ -187,13 +188,13 @@ class Trainer:
         return loss
 
     def save_model(self, output: str) -> None:
-        """Write a Hugging Face directory: every stage its own shard, in parallel; replaces what stands there."""
-        staging, shards = hf.staging_dir(output), self.plan.mesh.pipe
+        """Write a Hugging Face directory: every stage its own shards, in parallel; replaces what stands there."""
+        staging, shards = hf.staging_dir(output), self._shards
         if _rank() == 0:
             hf.start_staging(output)
         dist.barrier()
         if self.engine.grid.get_data_parallel_id() == 0:
-            hf.write_shard(staging, self._own_parameters(), self.engine.stage_id, shards)
+            hf.write_shard(staging, whole_tensors(self._own_parameters(), self.source), self._shard, shards)
         dist.barrier()
         if _rank() == 0:
             hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
@@ -206,8 +207,8 @@ class Trainer:
         parameters = self._own_parameters()
         first = self.engine.grid.get_data_parallel_id() == 0
         part = Part(
-            (parameters, self.engine.stage_id) if first else None,
-            None if self.args.only_ckpt_model else state.gather(self.engine, parameters),
+            (whole_tensors(parameters, self.source), self._shard) if first else None,
+            None if self.args.only_ckpt_model else state.gather(self.engine, parameters, self.source.shards),
         )
         data = self.loader.state_dict() if self.loader else None
         self.saver.save(tag, part, run_folder.state_of(self.args, self.plan, step, data, eval_loss))
@@ -215,7 +216,8 @@ class Trainer:
         _log(f"step {step}/{self.plan.total_steps}  checkpoint {Path(self.args.checkpoint) / tag}")
 
     def _restore(self, training: Path) -> None:
-        state.restore(self.engine, canonical_parameters(self.engine.module), training, self.start.step)
+        parameters = canonical_parameters(self.engine.module)
+        state.restore(self.engine, parameters, self.source.shards, training, self.start.step)
         if self.start.state["layout"] == dataclasses.asdict(self.plan.mesh):
             state.restore_random(training, _rank())
 
@@ -234,9 +236,19 @@ class Trainer:
         return self.plan.weights.directory if self.plan.weights else None
 
     def _contents(self) -> Contents:
-        args, pipe = self.args, self.plan.mesh.pipe
+        args = self.args
         kept = {"newest": args.max_num_checkpoints, "best": args.best_of}
-        return Contents(Path(args.checkpoint), self._config(), self.plan.tokenizer, self._model(), pipe, **kept)
+        return Contents(Path(args.checkpoint), self._config(), self.plan.tokenizer, self._model(), self._shards, **kept)
+
+    @property
+    def _shards(self) -> int:
+        """Weight files of a model: one for each stage and tensor-parallel rank."""
+        return self.plan.mesh.pipe * self.plan.mesh.tensor
+
+    @property
+    def _shard(self) -> int:
+        """The one of them that this rank writes."""
+        return self.engine.stage_id * self.plan.mesh.tensor + self.engine.grid.get_slice_parallel_rank()
 
     def _evaluates(self, step: int) -> bool:
         every = self.args.eval_steps
@@ -268,7 +280,21 @@ class Trainer:
             dist.all_reduce(trained, group=self.engine.grid.get_data_parallel_group())
             axis = self.engine.grid.get_data_parallel_world_size()
             self.loss.scale = axis * self.batches.micro_batches / max(1, int(trained))
+        if self.source.balance is not None:
+            self.source.balance.start(self.batches.micro_batches)
         return self.engine.train_batch(map(_to_torch, batches))
+
+    def _balance(self) -> dict[str, float]:
+        """The experts' balance loss of the step, the mean over layers and micro-batches, where there are experts."""
+        balance = self.source.balance
+        if balance is None:
+            return {}
+        sums = torch.tensor(
+            [float(balance.total), float(balance.count)], dtype=torch.float64, device=self.engine.device
+        )
+        dist.all_reduce(sums)
+        # A row's ranks have shares of its losses, which add up.
+        return {"aux_loss": float(sums[0] / sums[1]) * self.plan.mesh.sequence}
 
     def _report(self, step: int, loss: float, lr: float, rate: float, waiting: float, elapsed: float) -> None:
         norm, total = self._grad_norm(), self.plan.total_steps
@@ -280,6 +306,7 @@ class Trainer:
             tokens_per_second=rate,
             data_wait=waiting,
             seconds=elapsed,
+            **self._balance(),
         )
         left = elapsed / (step - self.start.step) * (total - step)
         _log(
@@ -324,7 +351,8 @@ def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: lis
     flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
     lines = [
         f"{plan.config.model_type}, {sum(parameters) / 1e6:.2f} M parameters, {args.dtype}; "
-        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe} x sequence {plan.mesh.sequence}",
+        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe} x sequence {plan.mesh.sequence} "
+        f"x tensor {plan.mesh.tensor}",
         f"{'stage':>5}  {'layers':>7}  {'parameters':>12}  {'time':>6}",
     ]
     for stage, (a, b) in enumerate(itertools.pairwise(bounds)):

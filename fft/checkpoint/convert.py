@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fft.checkpoint import folder, hf
+from fft.checkpoint.experts import place_of
 from fft.checkpoint.pieces import MASTER, Pieces
 from fft.errors import Parser, UserError, one_line, run_cli
 
@@ -104,10 +105,11 @@ class Masters:
     def tensor(self, name: str) -> Tensor:
         """One of them."""
         stored = self._weights.tensor(name)
-        if stored.dtype == torch.float32 or name not in self._pieces:
+        parameter, start = place_of(name, stored.shape)
+        if stored.dtype == torch.float32 or parameter not in self._pieces:
             return stored
         flat = torch.empty(stored.numel())
-        self._pieces.fill(flat, name, MASTER, 0)
+        self._pieces.fill(flat, parameter, MASTER, start)
         return flat.view(stored.shape)
 
 

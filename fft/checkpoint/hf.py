@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fft.checkpoint.experts import stored_names, stored_shape, stored_shard
 from fft.errors import UserError, one_line
+from fft.parallel.tensor_plan import Shard
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -63,28 +65,42 @@ class WeightReader:
         """Names of all tensors."""
         return list(self._files)
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor as it is stored. Raises :class:`UserError` when it is absent."""
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None, shard: Shard | None = None) -> Tensor:
+        """Return a tensor, or a part of it, as it is stored.
+
+        Raises :class:`UserError` when it is absent, or of another ``shape`` than the config implies.
+        """
         if name not in self._files:
             raise UserError(
                 f"the model directory has no tensor {name}: its config.json and weights do not belong together."
             )
-        with _opened(self._files[name]) as shard:
-            if name not in set(shard.keys()):
+        file = self._files[name]
+        with _opened(file) as opened:
+            if name not in set(opened.keys()):
+                raise UserError(f"{file} has no tensor {name}, which its index places there: restore both.")
+            stored = opened.get_slice(name)
+            found = tuple(stored.get_shape())
+            if shape is not None and found != tuple(shape):
                 raise UserError(
-                    f"{self._files[name]} has no tensor {name}, which its index places there: restore both."
+                    f"{file}: tensor {name} has shape {found}, config.json implies {tuple(shape)}: the two do not "
+                    "belong together."
                 )
-            return shard.get_tensor(name)
+            if shard is None:
+                return opened.get_tensor(name)
+            before = (slice(None),) * shard.dim
+            return torch.cat([stored[(*before, slice(a, b))] for a, b in shard.spans], dim=shard.dim)
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        """Return a tensor. Raises :class:`UserError` when it is absent or of another shape than the config implies."""
-        tensor = self.tensor(name)
-        if tensor.shape != shape:
-            raise UserError(
-                f"{self._files[name]}: tensor {name} has shape {tuple(tensor.shape)}, config.json implies "
-                f"{tuple(shape)}: the two do not belong together."
-            )
-        return tensor
+    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        """Return a parameter of the model of ``shape``, or this rank's part of it; nothing else is read from disk.
+
+        Raises :class:`UserError` as :meth:`tensor` does.
+        """
+        names = stored_names(name, shape[0]) if name not in self._files else []
+        if not names:
+            return self.tensor(name, shape, shard)
+        each, part = stored_shape(len(names), shape), stored_shard(len(names), shard)
+        local = shape if shard is None else shard.local_shape
+        return torch.cat([self.tensor(stored, each, part) for stored in names]).view(local)
 
 
 def staging_dir(output: str | os.PathLike) -> Path:
@@ -226,6 +242,22 @@ class _Pickled:
 
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name].clone()  # tied ones share their storage
+
+    def get_slice(self, name: str) -> "_Mapped":
+        return _Mapped(self._tensors[name])
+
+
+class _Mapped:
+    """A tensor under the interface of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        return self._tensor[index]
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fft.checkpoint.pieces import FRAGMENTS, MASTER, Pieces, rank_file
+from fft.checkpoint.pieces import FRAGMENTS, MASTER, Fragment, Pieces, rank_file
+from fft.parallel.tensor_plan import Shard
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANDOM = "random/cpu"
@@ -22,18 +23,21 @@ _DEVICE_RANDOM = "random/device"
 
 
 def gather(
-    engine: deepspeed.PipelineEngine, parameters: Mapping[str, nn.Parameter]
+    engine: deepspeed.PipelineEngine, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """This rank's share of the optimizer state and its random states, and what tells where the share belongs.
 
-    Tensors alias the optimizer's own. Parameters in fp32 are their own masters, which are not given again.
+    ``shards`` has the parameters of which this rank holds a part. Tensors alias the optimizer's own. Parameters in fp32
+    are their own masters, which are not given again; of what several tensor-parallel ranks hold, the first gives it.
     """
     tensors, ranges = {}, {}
+    first = engine.grid.get_slice_parallel_rank() == 0
     for name, parameter in parameters.items():
-        fragments = _fragments(engine, parameter)
-        if fragments:
+        fragments, shard = _fragments(engine, parameter), shards.get(name)
+        if fragments and (first if shard is None else shard.copy == 0):
             start = parameter._hp_mapping.lp_fragment_address.start
-            ranges[name] = [start, start + parameter._hp_mapping.lp_fragment_address.numel]
+            stop = start + parameter._hp_mapping.lp_fragment_address.numel
+            ranges[name] = Fragment.of(start, stop, shard).to_list()
             tensors.update({f"{kind}/{name}": tensor for kind, tensor in fragments.items()})
     tensors[_RANDOM] = torch.get_rng_state()
     accelerator = deepspeed.get_accelerator()
@@ -44,7 +48,11 @@ def gather(
 
 @torch.no_grad()
 def restore(
-    engine: deepspeed.PipelineEngine, parameters: Mapping[str, nn.Parameter], training: Path, step: int
+    engine: deepspeed.PipelineEngine,
+    parameters: Mapping[str, nn.Parameter],
+    shards: Mapping[str, Shard],
+    training: Path,
+    step: int,
 ) -> None:
     """Put the optimizer and the schedule of a new engine where they stood after ``step`` steps.
 
@@ -58,7 +66,7 @@ def restore(
     saved = Pieces(training)
     for name, parameter in parameters.items():
         for kind, tensor in _fragments(engine, parameter).items():
-            saved.fill(tensor, name, kind, parameter._hp_mapping.lp_fragment_address.start)
+            saved.fill(tensor, name, kind, parameter._hp_mapping.lp_fragment_address.start, shards.get(name))
     scheduler = engine.lr_scheduler
     scheduler.last_epoch = step
     rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)

@@ -6,6 +6,7 @@ stage and fills them parameter by parameter, from safetensors or from a seed. Be
 """
 
 import hashlib
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -16,15 +17,21 @@ from transformers.activations import ACT2FN
 
 from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
+from fft.models.experts import LoadBalance, watch_router
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
 from fft.ops.fused import FusedOps, fuse
 from fft.ops.ring import SequenceParallel, ShardedDocuments
+from fft.parallel.tensor import TensorParallel, parallelise
+from fft.parallel.tensor_plan import Shard, plan_of, shard_of
 
 Activations = tuple[Tensor, Tensor]
 
 #: Modules that ``base_model_pp_plan`` must name for a model to be cut the way we cut it.
 _PLAN = {"embed_tokens", "layers", "norm"}
+
+#: Mixtures of experts whose routers and stored weights we know.
+_EXPERTS = ("qwen2_moe", "qwen3_moe")
 
 
 def check_supported(config: PretrainedConfig, seq_len: int) -> None:
@@ -33,10 +40,13 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     if set(getattr(config, "base_model_pp_plan", None) or ()) != _PLAN:
         raise UserError(
             f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: "
-            "use a Llama, Qwen2, Qwen3 or Mistral class model."
+            "use a Llama, Qwen2, Qwen3 or Mistral class model, or a Qwen mixture of experts."
         )
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        raise UserError(f"model type {name!r} is a mixture of experts, which this release does not train.")
+    if name not in _EXPERTS and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
+        raise UserError(
+            f"model type {name!r} is a mixture of experts of another kind than {' and '.join(_EXPERTS)}, which this "
+            "release does not train."
+        )
     if config.num_hidden_layers < 1:
         raise UserError(
             f"num_hidden_layers is {config.num_hidden_layers} in the model's config.json: it must be 1 or more."
@@ -104,7 +114,8 @@ class ModelSource:
     """Where the modules and weights of a model come from: its config, and a weight reader or a seed.
 
     ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
-    ``parallel`` is set, before the first forward, where every rank holds a share of a row's tokens.
+    ``tensor`` is set, before layers are built, where every rank holds a part of a layer's parameters; ``parallel``,
+    before the first forward, where it holds a share of a row's tokens. ``balance`` is there for mixtures of experts.
     """
 
     config: PretrainedConfig
@@ -113,8 +124,12 @@ class ModelSource:
     seed: int = 0
     attention: str = "auto"
     fused: FusedOps | None = None
+    tensor: TensorParallel | None = None
     parallel: SequenceParallel | None = None
+    balance: LoadBalance | None = field(init=False, default=None)
     skeleton: PreTrainedModel = field(init=False)
+    #: Parts of parameters that this rank holds, by full name; what is not here it holds whole.
+    shards: dict[str, Shard] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.config._attn_implementation = register_with_transformers()
@@ -123,6 +138,10 @@ class ModelSource:
         self.skeleton.config._attn_implementation = register_with_transformers()
         if self.fused is not None:
             fuse(self.skeleton, self.fused)
+        self.plan = plan_of(self.config)
+        routed = sum(name.endswith("mlp.gate") for name, _ in self.skeleton.named_modules())
+        if routed:
+            self.balance = LoadBalance(self.config, routed)
 
     @property
     def base(self) -> str:
@@ -134,25 +153,73 @@ class ModelSource:
         """Whether the output head is the embedding."""
         return bool(self.config.get_text_config().tie_word_embeddings)
 
-    def build(self, path: str) -> nn.Module:
-        """Materialise the module at ``path`` (a dotted name within the model) on the CPU with its weights."""
-        module = self.skeleton.get_submodule(path).to_empty(device="cpu")
-        self.fill(module, path)
+    @property
+    def head_shard(self) -> Shard | None:
+        """This rank's part of the output head, of the last stage; None where it has all of it."""
+        return self.shards.get(f"{self.base}.embed_tokens.weight" if self.tied else "lm_head.weight")
+
+    def build(self, path: str, module: nn.Module | None = None) -> nn.Module:
+        """Materialise the module at ``path`` (a dotted name within the model), this rank's part of it, on the CPU.
+
+        ``module`` stands for the one at ``path`` where only some of its children are wanted.
+        """
+        module = module or self.skeleton.get_submodule(path)
+        if self.tensor is not None:
+            self._cut(module, path)
+        module.to_empty(device="cpu")
+        self._fill(module, path)
+        if self.tensor is not None:
+            prefix = f"{path}."
+            shards = {name.removeprefix(prefix): s for name, s in self.shards.items() if name.startswith(prefix)}
+            parallelise(module, self._relative(path), self.plan, shards, self.tensor)
         return module
 
-    def fill(self, module: nn.Module, path: str) -> None:
+    def _relative(self, path: str) -> str:
+        return path.removeprefix(f"{self.base}.")
+
+    def shard(self, name: str, shape: tuple[int, ...], rank: int) -> Shard | None:
+        """The part of a parameter of ``shape`` that a tensor-parallel rank holds, None for all of it."""
+        heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return shard_of(self._relative(name), shape, self.plan, heads, rank, self.tensor.size)
+
+    def _cut(self, module: nn.Module, path: str) -> None:
+        """Make the parameters below ``module``, still on the meta device, as small as this rank's parts."""
+        for name, child in module.named_modules():
+            full = f"{path}.{name}" if name else path
+            for key, parameter in child.named_parameters(recurse=False):
+                shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank)
+                if shard is not None:
+                    self.shards[f"{full}.{key}"] = shard
+                    child._parameters[key] = nn.Parameter(parameter.new_empty(shard.local_shape))
+
+    @torch.no_grad()
+    def _fill(self, module: nn.Module, path: str) -> None:
         """Give every parameter below ``module`` its value, independent of how the model is cut."""
-        with torch.no_grad():
-            for name, child in module.named_modules():
-                full = f"{path}.{name}" if name else path
-                own = dict(child.named_parameters(recurse=False))
-                if self.weights is not None:
-                    for key, parameter in own.items():
-                        parameter.copy_(self.weights.read(f"{full}.{key}", parameter.shape))
-                elif own:
-                    with torch.random.fork_rng(devices=[]):
-                        torch.manual_seed(_seed_of(full, self.seed))
-                        self.skeleton._init_weights(child)
+        for name, child in module.named_modules():
+            full = f"{path}.{name}" if name else path
+            own = dict(child.named_parameters(recurse=False))
+            if not own:
+                continue
+            if self.weights is not None:
+                for key, parameter in own.items():
+                    part, shard = f"{full}.{key}", self.shards.get(f"{full}.{key}")
+                    shape = tuple(parameter.shape) if shard is None else shard.shape
+                    parameter.copy_(self.weights.read(part, shape, shard))
+                continue
+            whole = copy(child)
+            whole._parameters = {
+                key: self._whole(p, self.shards.get(f"{full}.{key}")) for key, p in child._parameters.items()
+            }
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed_of(full, self.seed))
+                self.skeleton._init_weights(whole)
+            for key, parameter in own.items():
+                if (shard := self.shards.get(f"{full}.{key}")) is not None:
+                    parameter.copy_(shard.of(whole._parameters[key]))
+
+    @staticmethod
+    def _whole(parameter: nn.Parameter | None, shard: Shard | None) -> nn.Parameter | None:
+        return parameter if shard is None else nn.Parameter(parameter.new_empty(shard.shape))
 
     def rotary(self, device: torch.device) -> nn.Module:
         """The model's rotary embedding; its buffers are computed, never stored."""
@@ -191,16 +258,26 @@ class Embedding(nn.Module):
         super().__init__()
         self.path = f"{source.base}.embed_tokens"
         self.module = source.build(self.path)
+        self._ranks, self._rows = source.tensor, source.shards.get(f"{self.path}.weight")
+        if self._rows is not None and self.module.padding_idx is not None:
+            (start, stop), pad = self._rows.spans[0], self.module.padding_idx
+            self.module.padding_idx = pad - start if start <= pad < stop else None
 
     @property
     def weight(self) -> Tensor:
-        """[vocabulary, hidden size]."""
+        """[vocabulary, hidden size], or this rank's rows of it."""
         return self.module.weight
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Activations:
         """``inputs`` are int32 [1, tokens] and the boundaries."""
         input_ids, cu_seqlens = inputs
-        return self.module(input_ids), cu_seqlens
+        if self._rows is None:
+            return self.module(input_ids), cu_seqlens
+        ((start, stop),) = self._rows.spans
+        elsewhere = (input_ids < start) | (input_ids >= stop)
+        # Any row will do for what is elsewhere: it is masked, and so is its gradient.
+        own = self.module(input_ids.sub(start).clamp(0, stop - start - 1))
+        return self._ranks.leave(own.masked_fill(elsewhere[..., None], 0)), cu_seqlens
 
 
 class DecoderLayer(nn.Module):
@@ -218,9 +295,9 @@ class DecoderLayer(nn.Module):
             layer = _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
         elif half == "mlp":
             layer = _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
-        self.module = layer.to_empty(device="cpu")
-        source.fill(self.module, self.path)
+        self.module = source.build(self.path, layer)
         self._positions = positions
+        self._balance, self._routed = source.balance, watch_router(self.module)
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
@@ -234,6 +311,8 @@ class DecoderLayer(nn.Module):
             documents=documents,
             attention=self._positions.attention,
         )
+        if self._routed is not None:
+            hidden = self._balance.attach(hidden, *self._routed())
         return hidden, cu_seqlens
 
 

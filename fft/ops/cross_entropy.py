@@ -3,12 +3,19 @@
 The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989): the gradient with respect to the logits is
 known as soon as the logits are, so both gradients are formed in the forward pass, chunk by chunk. Untrained positions
 are dropped before the matrix product: their logits are never computed.
+
+Where the vocabulary is shared out over tensor-parallel ranks (Megatron-LM, arXiv:1909.08053), each forms the logits of
+its own rows, and three numbers a token are reduced: two for the log-sum-exp, and the target's logit.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from fft.parallel.tensor import TensorParallel
+from fft.parallel.tensor_plan import Shard
 
 #: Labels with this value are not trained on (PyTorch's and Hugging Face's convention).
 IGNORE = -100
@@ -19,28 +26,39 @@ _MAX_LOGITS = 1 << 26
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, part: Shard | None, ranks: TensorParallel | None
+    ) -> Tensor:
         trained = (labels != IGNORE).nonzero().squeeze(-1)
         states, targets = hidden[trained], labels[trained]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=_accumulator(hidden), device=hidden.device)
         dhidden = torch.zeros_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
-        rows = max(1, _MAX_LOGITS // weight.shape[0])
+        # The same on all ranks, whose parts may differ by a row: they reduce chunk by chunk.
+        first, columns = (0, weight.shape[0]) if part is None else (part.spans[0][0], -(-part.shape[0] // ranks.size))
+        rows = max(1, _MAX_LOGITS // columns)
         for start in range(0, len(trained), rows):
-            chunk, target = states[start : start + rows], targets[start : start + rows, None]
+            chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
             logits = (chunk @ weight.t()).to(total.dtype)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(1, target)).sum()
+            own = target.clamp(0, logits.shape[1] - 1)
+            hit = (own == target).to(logits.dtype)
+            score = logits.gather(1, own) * hit
+            grad = logits.softmax(-1)
+            lse = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
+            if ranks is not None:
+                lse, score = _of_all(lse, score, grad, ranks)
+            total += (lse - score).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad = logits.sub_(lse).exp_()
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+            grad.scatter_add_(1, own, -hit)
             grad = grad.to(weight.dtype)
             if need_hidden:
                 dhidden[trained[start : start + rows]] = grad @ weight
             if need_weight:
                 dweight += grad.t() @ chunk
+        if need_hidden and ranks is not None:
+            ranks.all_reduce(dhidden)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
         return total
 
@@ -50,17 +68,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled = (
             (g.to(grad_output.dtype) * grad_output).to(g.dtype) if g is not None else None for g in ctx.saved_tensors
         )
-        return *scaled, None
+        return *scaled, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and target's logit over the parts of all ranks; ``softmax`` becomes this part of the whole one."""
+    largest = ranks.all_reduce(lse.clone(), dist.ReduceOp.MAX)
+    sums, score = ranks.all_reduce(torch.cat([(lse - largest).exp(), score], dim=1)).split(1, dim=1)
+    whole = largest + sums.log()
+    softmax.mul_((lse - whole).exp())
+    return whole, score
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, part: Shard | None = None, ranks: TensorParallel | None = None
+) -> Tensor:
     """Sum over trained tokens of the cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
     ``hidden`` is [tokens, hidden size], ``weight`` [vocabulary, hidden size], ``labels`` int64 [tokens] already aligned
     with the position that predicts them, :data:`IGNORE` where nothing is predicted. Returns a float32 scalar (float64
     for float64 inputs), in nats.
+
+    With ``ranks``, ``weight`` is this rank's ``part`` of the vocabulary's rows; ``hidden`` and ``labels``, and the
+    result, are the same on all of them.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, part, ranks)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

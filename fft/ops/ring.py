@@ -279,6 +279,8 @@ class SequenceParallel:
         outer = [group[i::degree] for group in groups for i in range(degree)]
         self._ulysses = dist.new_subgroups_by_enumeration(inner)[0] if degree > 1 else None
         self._exchange = GroupExchange(dist.new_subgroups_by_enumeration(outer)[0])
+        #: All ranks that share this rank's rows.
+        self.group = self._exchange.group if degree == 1 else dist.new_subgroups_by_enumeration(groups)[0]
 
     def layout(self, bounds: tuple[int, ...]) -> Layout:
         """Who holds which tokens of a row with these document boundaries: the same for all ranks of a Ulysses group."""

@@ -209,7 +209,7 @@ def test_what_this_release_lacks_is_refused_by_name(good, tmp_path, flag):
             {"sequence_parallel_size": 2, "ulysses_degree": 3},
             "--ulysses_degree 3 must divide --sequence_parallel_size 2",
         ),
-        ({"sequence_parallel_size": 4, "ulysses_degree": 4}, "must divide the model's 2 key/value heads"),
+        ({"sequence_parallel_size": 4, "ulysses_degree": 4}, "must divide the 2 key/value heads of a rank"),
     ],
 )
 def test_shares_of_a_row_that_cannot_be(good, tmp_path, sizes, sentence):

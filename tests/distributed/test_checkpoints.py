@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from conftest import SMALL
-from test_parity import command, read_metrics
+from forked import run_ranks
+from test_parity import read_metrics
 from test_runs import loss_of
 
 from fft.arguments import parse_arguments
@@ -18,7 +19,7 @@ FLAGS = "--seq_len 64 --dtype fp32"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, launch, ragged_table):
+def run(tmp_path_factory, ragged_table):
     """The folder of a run that was started again where a former one had been killed while writing."""
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"}))
@@ -33,7 +34,7 @@ def run(tmp_path_factory, launch, ragged_table):
         f"--max_steps 4 --learning_rate 1e-2 --save_steps 1 --eval_steps 1 --only_ckpt_model --max_num_checkpoints 3 "
         f"--checkpoint {run} --overwrite"
     )
-    done = launch(*command("python", 1), *flags.split())
+    done = run_ranks(1, *flags.split())
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 
@@ -75,14 +76,14 @@ def test_what_is_no_checkpoint_is_refused_by_name(run, tag):
     assert f"{run / tag} is no checkpoint; {run} holds: step-2, step-3, step-4" in str(raised.value)
 
 
-def test_the_best_is_kept_besides_the_newest(launch, run, ragged_table, tmp_path):
+def test_the_best_is_kept_besides_the_newest(run, ragged_table, tmp_path):
     """At a rate at which the loss soon rises again."""
     flags = (
         f"--init --model {run.parent}/config.json --train_data {ragged_table} --eval_data {ragged_table} {FLAGS} "
         f"--max_steps 8 --learning_rate 3 --lr_scheduler_type linear --warmup_steps 8 --save_steps 1 "
         f"--max_num_checkpoints 2 --best_of 1 --checkpoint {tmp_path}/run"
     )
-    done = launch(*command("python", 1), *flags.split())
+    done = run_ranks(1, *flags.split())
     assert done.returncode == 0, done.stderr[-3000:]
     evaluated = read_metrics(tmp_path / "run")[1][1:]  # without that before the first step
     assert len(evaluated) == 8

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, ROOT, SMALL
+from conftest import ROOT, SMALL
+from forked import run_ranks
 from safetensors.torch import load_file
 from test_parity import command, read_metrics
 
@@ -40,9 +41,8 @@ def flags(model, table, output, steps=STEPS, batch=8):
 @contextlib.contextmanager
 def running(*words):
     """A job in the background; on leaving, all of it is gone."""
-    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([str(w) for w in words], cwd=ROOT, env=env, start_new_session=True, **pipes) as process:
+    with subprocess.Popen([str(w) for w in words], cwd=ROOT, start_new_session=True, **pipes) as process:
         try:
             yield psutil.Process(process.pid), process
         finally:
@@ -93,10 +93,10 @@ def outcome(output: Path):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, launch, model, ragged_table):
+def straight(tmp_path_factory, model, ragged_table):
     """A run of two stages that nothing ends."""
     output = tmp_path_factory.mktemp("straight")
-    done = launch(*command("torchrun", 2), *flags(model, ragged_table, output), "--pipe_parallel_size", "2")
+    done = run_ranks(2, *flags(model, ragged_table, output), "--pipe_parallel_size", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     return outcome(output)
 
@@ -168,22 +168,22 @@ def test_one_rank_is_asked_to_stop(straight, launch, model, ragged_table, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory, launch, model, ragged_table):
+def half(tmp_path_factory, model, ragged_table):
     """The folder of a run with checkpoints of steps 2, 4 and 6."""
     output = tmp_path_factory.mktemp("half")
-    done = launch(*command("python", 1), *flags(model, ragged_table, output, 6))
+    done = run_ranks(1, *flags(model, ragged_table, output, 6))
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
 
 @pytest.fixture
-def go_on(half, launch, model, ragged_table, tmp_path):
+def go_on(half, model, ragged_table, tmp_path):
     """Go on with a copy of that run; ``before`` is called with its folder."""
 
     def run(before, *more):
         shutil.copytree(half / "run", tmp_path / "run")
         before(tmp_path / "run")
-        return launch(*command("python", 1), *flags(model, ragged_table, tmp_path, 8), "--resume", "auto", *more)
+        return run_ranks(1, *flags(model, ragged_table, tmp_path, 8), "--resume", "auto", *more)
 
     return run
 
@@ -233,7 +233,7 @@ def test_going_on_with_something_else_is_refused(more, said, go_on):
     assert done.stderr.count("error:") == 1
 
 
-def test_a_full_disk_stops_the_run_and_costs_no_older_checkpoint(half, launch, model, ragged_table, tmp_path):
+def test_a_full_disk_stops_the_run_and_costs_no_older_checkpoint(half, model, ragged_table, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", disk], capture_output=True).returncode:
@@ -242,7 +242,7 @@ def test_a_full_disk_stops_the_run_and_costs_no_older_checkpoint(half, launch, m
         shutil.copytree(half / "run", disk / "run")
         given = flags(model, ragged_table, disk, 8)
         given[given.index("--max_num_checkpoints") + 1] = "9"
-        done = launch(*command("python", 1), *given, "--resume", "auto")
+        done = run_ranks(1, *given, "--resume", "auto")
         assert done.returncode == 2, done.stderr[-3000:]
         assert "a checkpoint could not be saved, the ones before it are intact: " in done.stderr
         assert "No space left on device" in done.stderr

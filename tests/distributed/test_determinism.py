@@ -1,4 +1,4 @@
-"""Random initial weights depend on the seed and a parameter's name alone: not on the layout, not on the launcher.
+"""Random initial weights depend on the seed and a parameter's name alone: not on the layout.
 
 Equal losses for equal seeds over a whole run are tested in ``test_runs.py``.
 """
@@ -9,28 +9,29 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from test_parity import command, read_metrics
+from forked import run_ranks
+from test_parity import read_metrics
 from transformers import AutoModelForCausalLM
 
 LAYOUTS = {
-    "one": ("python", 1, "--gradient_accumulation_steps 4"),
-    "pipe2": ("torchrun", 2, "--gradient_accumulation_steps 4 --pipe_parallel_size 2"),
+    "one": (1, "--gradient_accumulation_steps 4"),
+    "pipe2": (2, "--gradient_accumulation_steps 4 --pipe_parallel_size 2"),
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, launch, ragged_table):
+def runs(tmp_path_factory, ragged_table):
     """One step from random weights in each layout, at a learning rate of 0: what is exported is what was drawn."""
     folder = tmp_path_factory.mktemp("layouts")
     (folder / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama", "tie_word_embeddings": True}))
-    for name, (launcher, ranks, extra) in LAYOUTS.items():
+    for name, (ranks, extra) in LAYOUTS.items():
         output = folder / name
         flags = (
             f"--init --model {folder}/config.json --train_data {ragged_table} --eval_data {ragged_table} --seq_len 64 "
             f"--max_steps 1 --learning_rate 0 --seed 5 --dtype fp32 --checkpoint {output}/run "
             f"--output_dir {output}/model"
         )
-        done = launch(*command(launcher, ranks), *flags.split(), *extra.split())
+        done = run_ranks(ranks, *flags.split(), *extra.split())
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -8,14 +8,15 @@ import json
 import numpy as np
 import pytest
 from conftest import SMALL
-from test_parity import command, read_metrics
+from forked import run_ranks
+from test_parity import read_metrics
 from test_runs import SEQ_LEN, loss_of
 
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, launch, ragged_table):
+def runs(tmp_path_factory, ragged_table):
     """A folder with two runs, ``first`` from random weights, ``second`` from the model of ``first``."""
     folder = tmp_path_factory.mktemp("export")
     # The model directory has its own tokenizer; no flag names it.
@@ -26,7 +27,7 @@ def runs(tmp_path_factory, launch, ragged_table):
             f"--train_data {ragged_table} --eval_data {ragged_table} --seq_len {SEQ_LEN} --max_steps 3 --dtype fp32 "
             f"--learning_rate 1e-2 --checkpoint {folder}/{name}-run --output_dir {folder}/{name}"
         )
-        done = launch(*command("python", 1), *start, *flags.split())
+        done = run_ranks(1, *start, *flags.split())
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

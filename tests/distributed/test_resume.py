@@ -5,23 +5,24 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from forked import run_ranks
 from safetensors.torch import load_file
-from test_parity import FAMILIES, LAYOUTS, command, flags, model_dir, read_metrics  # noqa: F401 - a fixture
+from test_parity import FAMILIES, LAYOUTS, flags, held_out, model_dir, read_metrics  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 #: Steps of the straight run, and the step after which another one goes on. An epoch of the table ends within step 13.
 STEPS, HALF = 10, 5
 #: Of the same global batch as ``data2``: two replicas more.
-DATA4 = ("torchrun", 4, "--gradient_accumulation_steps 2")
+DATA4 = (4, "--gradient_accumulation_steps 2")
 
 
 @pytest.fixture(scope="module")
-def train(launch, model_dir, ragged_table):  # noqa: F811
+def train(model_dir, ragged_table, held_out):  # noqa: F811
     def run(output, family, layout, *more):
-        launcher, ranks, extra = DATA4 if layout == "data4" else LAYOUTS[layout]
-        given = [*flags(model_dir(family), ragged_table, output), *extra.split(), "--max_steps", STEPS]
-        done = launch(*command(launcher, ranks), *given, "--save_steps", HALF, "--eval_steps", 3, *more)
+        ranks, extra = DATA4 if layout == "data4" else LAYOUTS[layout][1:]
+        given = [*flags(model_dir(family), ragged_table, output, held_out), *extra.split(), "--max_steps", STEPS]
+        done = run_ranks(ranks, *given, "--save_steps", HALF, "--eval_steps", 3, *more)
         assert done.returncode == 0, done.stderr[-3000:]
         return outcome(output)
 
@@ -69,6 +70,7 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
         ("llama", "sequence2", "fp32", "thread"),
         ("llama", "pipe2-split-recompute", "bf16", "thread"),
+        ("qwen2-moe", "data2-tensor2", "bf16", "thread"),
     ],
 )
 def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight, train, tmp_path):
@@ -89,6 +91,9 @@ def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight
         ("llama", "sequence2", "one"),
         ("llama", "one", "sequence2"),
         ("llama", "data2", "pipe2"),
+        ("qwen2-tied", "pipe2-tensor2", "data2"),
+        ("llama", "one", "tensor2"),
+        ("qwen2-moe", "data2-tensor2", "pipe2"),
     ],
 )
 def test_on_another_layout(family, before, after, straight, train, tmp_path):
@@ -124,11 +129,11 @@ def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, la
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-sequence2"])
-def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, launch, model_dir, tmp_path):  # noqa: F811
-    launcher, ranks, extra = LAYOUTS[layout]
+@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-tensor2"])
+def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model_dir, tmp_path):  # noqa: F811
+    _, ranks, extra = LAYOUTS[layout]
     given = ["--model", model_dir(family), "--num_train_epochs", 0, "--seq_len", 64, "--dtype", "fp32"]
-    done = launch(*command(launcher, ranks), *given, *extra.split(), "--output_dir", tmp_path / "model")
+    done = run_ranks(ranks, *given, *extra.split(), "--output_dir", tmp_path / "model")
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (model_dir(family), tmp_path / "model"))
     assert before.state_dict().keys() == after.state_dict().keys()
@@ -139,7 +144,7 @@ def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, launc
 @pytest.mark.parametrize(("family", "more"), [("llama", []), ("qwen2-tied", []), ("qwen3", ["--split_dlayer"])])
 def test_deepspeeds_own_checkpoints_convert(family, more, launch, model_dir, tmp_path):  # noqa: F811
     flags = ["--model", model_dir(family), "--num_train_epochs", 0, "--dtype", "fp32", "--output_dir", tmp_path / "o"]
-    saved = launch("python", "-m", "tests.distributed.deepspeed_layers", *flags, *more, tmp_path / "ds")
+    saved = run_ranks(1, *flags, *more, tmp_path / "ds", module="tests.distributed.deepspeed_layers")
     assert saved.returncode == 0, saved.stderr[-3000:]
     converted(launch, tmp_path / "ds" / "global_step0", tmp_path / "hf", "--model", model_dir(family))
     before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (model_dir(family), tmp_path / "hf"))

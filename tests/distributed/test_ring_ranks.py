@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from forked import run_ranks
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
@@ -12,9 +13,8 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
     [(2, 2, [1, 2]), (3, 3, [1]), (4, 4, [1, 2, 4]), (4, 2, [1])],
     ids=["2", "3", "4", "two groups of 2"],
 )
-def test_ranks_compute_what_one_process_would(launch, world, group, degrees):
-    flags = f"--standalone --nproc_per_node {world} -m tests.distributed.ring_ranks".split()
-    done = launch("torchrun", *flags, json.dumps(degrees), group, env={"OMP_NUM_THREADS": "1"})
+def test_ranks_compute_what_one_process_would(world, group, degrees):
+    done = run_ranks(world, json.dumps(degrees), group, module="tests.distributed.ring_ranks")
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     refusals = {result["degree"]: result["refusal"] for result in results if "refusal" in result}

@@ -9,11 +9,13 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL
-from test_parity import document_losses, read_metrics
+from forked import run_ranks
+from test_parity import read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fft.data.loader import SampleReader
 from fft.data.table import Table
+from fft.parity import mean_loss
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
 def train(folder, launch, ragged_table):
     """Train for six steps on two pipeline stages; returns the run's step and evaluation losses."""
 
-    def run(output, *flags, settings: dict | None = None) -> tuple[list[float], list[float]]:
+    def run(output, *flags, settings: dict | None = None, launched: bool = False) -> tuple[list[float], list[float]]:
         given = {
             **{"train_data": str(ragged_table), "eval_data": str(ragged_table), "seq_len": SEQ_LEN, "max_steps": 6},
             **{"pipe_parallel_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-2, "dtype": "fp32"},
@@ -41,9 +43,10 @@ def train(folder, launch, ragged_table):
         }
         output.mkdir()
         (output / "settings.yaml").write_text(yaml.safe_dump(given))
+        given = ["--config", output / "settings.yaml", *flags]
         port = str(random.SystemRandom().randint(20000, 50000))
-        start = ["deepspeed", "--num_gpus", "2", "--master_port", port, "fft/train.py"]
-        done = launch(*start, "--config", output / "settings.yaml", *flags)
+        deepspeed = ["deepspeed", "--num_gpus", "2", "--master_port", port, "fft/train.py"]
+        done = launch(*deepspeed, *given) if launched else run_ranks(2, *given)
         assert done.returncode == 0, done.stderr[-3000:]
         assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # memory that would stay after the run
         steps, evaluated = read_metrics(output / "run")
@@ -57,17 +60,14 @@ def first(folder, train):
     """A run from random weights that keeps checkpoints, in bf16."""
     scratch = ["--init", "--model", folder / "config.json", "--tokenizer", folder / "tokenizer", "--dtype", "bf16"]
     keep = ["--save_steps", "2", "--eval_steps", "2", "--only_ckpt_model", "--max_num_checkpoints", "2"]
-    return (folder / "first", *train(folder / "first", *scratch, *keep))
+    return (folder / "first", *train(folder / "first", *scratch, *keep, launched=True))
 
 
 def loss_of(model_dir, table) -> float:
     """The loss by a plain loop: transformers' model, one document at a time."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     reader = SampleReader(Table.open(table), SEQ_LEN, seed=0, shuffle=False)
-    samples = [reader.sample(i) for i in range(reader.samples_per_epoch)]
-    with torch.no_grad():
-        total = sum(float(document_losses(model, sample)) for sample in samples)
-    return total / sum(int((sample.labels != -100).sum()) for sample in samples)
+    return mean_loss(model, reader)
 
 
 def test_same_seed_same_losses(folder, train, first, tmp_path):

@@ -1,0 +1,264 @@
+"""A training step against a plain PyTorch loop, the loss against naive logits, the bubble against its formula.
+
+python -m benchmarks.step step        # two engines of one model in one process, step about step: some two minutes
+python -m benchmarks.step loss        # peak memory and time of the loss, each way in a process of its own
+python -m benchmarks.step bubble      # stages that sleep instead of computing: cores are not what is measured
+
+`step`: the loop is transformers' own model with its own attention, torch's cross-entropy, clipping and AdamW, on rows
+of one document, so that both do the same work; fp32 on a CPU, bf16 on a GPU (the loop: fp32 weights, autocast).
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from spark_jobs.summary import format_table, say
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
+_SLEEP = 0.02
+_SLEEPERS = 8
+
+
+def main() -> int:
+    """Run one of the three."""
+    args = _parse()
+    if args.role:
+        told = {"step-memory": step_memory, "loss": loss_peak, "bubble": bubble_of}[args.role](args)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(told))
+        return 0
+    {"step": compare_steps, "loss": compare_losses, "bubble": compare_bubbles}[args.what](args)
+    return 0
+
+
+def compare_steps(args: argparse.Namespace) -> None:
+    """Print seconds a step and peak memory of ours and of the plain loop."""
+    import torch.distributed as dist
+
+    import fft.engine
+
+    fft.engine.init_distributed()
+    steps = {"fft": _ours(args), "plain PyTorch": _plain(args)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(args.steps + 2):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - begun)
+    dist.destroy_process_group()
+    rows = []
+    for name, times in seconds.items():
+        ratios = [ours / theirs for ours, theirs in zip(times, seconds["plain PyTorch"], strict=True)]
+        told = _in_own_process("--role", "step-memory", "--way", name, *_sizes(args))
+        rate = args.micro_batches * args.tokens / statistics.median(times)
+        rows.append([name, statistics.median(times), statistics.median(ratios), rate, told["peak"] / 2**20])
+    print(f"{args.layers} layers of {args.hidden}, {args.micro_batches} micro-batches of {args.tokens} tokens")
+    print(format_table(("loop", "s/step", "of plain", "tokens/s", "peak MB"), rows))
+
+
+def step_memory(args: argparse.Namespace) -> dict:
+    """What two steps add to a process's memory, the model included."""
+    import fft.engine
+
+    fft.engine.init_distributed()
+    before = _peak()
+    step = (_ours if args.way == "fft" else _plain)(args)
+    for _ in range(2):
+        step()
+    return {"peak": _peak() - before}
+
+
+def compare_losses(args: argparse.Namespace) -> None:
+    """Print time and peak memory of the loss's forward and backward, fused and naive."""
+    rows = []
+    for way in ("fused", "naive"):
+        told = _in_own_process("--role", "loss", "--way", way, *_sizes(args))
+        rows.append([way, told["seconds"], told["peak"] / 2**20])
+    print(f"{args.tokens} tokens of {args.hidden}, vocabulary {args.vocabulary}, fp32")
+    print(format_table(("loss", "s", "peak MB"), rows))
+
+
+def loss_peak(args: argparse.Namespace) -> dict:
+    """Seconds and added peak memory of one way to get from hidden states to gradients."""
+    import torch
+
+    from fft.ops.cross_entropy import linear_cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(args.tokens, args.hidden, requires_grad=True)
+    weight = torch.randn(args.vocabulary, args.hidden, requires_grad=True)
+    labels = torch.randint(args.vocabulary, (args.tokens,))
+    before, begun = _peak(), time.perf_counter()
+    if args.way == "fused":
+        loss = linear_cross_entropy(hidden, weight, labels)
+    else:
+        loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    loss.backward()
+    return {"seconds": time.perf_counter() - begun, "peak": _peak() - before}
+
+
+def compare_bubbles(args: argparse.Namespace) -> None:
+    """Print the share of a step that stages wait, measured and by the formula of 1F1B."""
+    rows = []
+    for stages in (2, 4):
+        for micro_batches in (4, 8, 16):
+            say(f"{stages} stages, {micro_batches} micro-batches ...")
+            port = str(random.SystemRandom().randint(20000, 50000))
+            launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(stages), "--master_port", port)
+            told = _in_own_process("--role", "bubble", "--micro_batches", str(micro_batches), launcher=launcher)
+            ideal = micro_batches * 3 * _SLEEP * _SLEEPERS / stages
+            formula = (stages - 1) / (micro_batches + stages - 1)
+            rows.append([stages, micro_batches, told["seconds"], 1 - ideal / told["seconds"], formula])
+    print(format_table(("stages", "micro-batches", "s/step", "bubble measured", "bubble by formula"), rows))
+
+
+def bubble_of(args: argparse.Namespace) -> dict:
+    """Seconds of a step whose decoder layers sleep."""
+    import torch
+    import torch.distributed as dist
+
+    import fft.engine
+
+    fft.engine.init_distributed()
+    stages = dist.get_world_size()
+    each = _SLEEPERS // stages
+    layers = [each + 1, *[each] * (stages - 2), each + 2]  # with the embedding; with norm and head
+    args.layers, args.hidden, args.vocabulary, args.tokens = _SLEEPERS, 32, 64, 32
+    step, engine = _engine(args, "--pipe_parallel_size", str(stages), "--partition_method", ",".join(map(str, layers)))
+    for layer in engine.module.modules():
+        if type(layer).__name__ == "DecoderLayer":
+            layer.register_forward_pre_hook(lambda *_: time.sleep(_SLEEP))
+            layer.module.register_full_backward_hook(lambda *_: time.sleep(2 * _SLEEP))
+    seconds = []
+    for _ in range(4):
+        dist.barrier()
+        begun = time.perf_counter()
+        step()
+        dist.barrier()
+        seconds.append(time.perf_counter() - begun)
+    assert torch.isfinite(engine.agg_train_loss)
+    return {"seconds": statistics.median(seconds[1:])}
+
+
+def _ours(args: argparse.Namespace) -> Callable[[], None]:
+    return _engine(args)[0]
+
+
+def _engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], None], object]:
+    import deepspeed
+    import torch
+
+    from fft.arguments import parse_arguments
+    from fft.engine import DTYPES, build_engine, stages
+    from fft.models.causal_lm import ModelSource
+    from fft.parallel.mesh import mesh_sizes
+
+    cpu = deepspeed.get_accelerator().device_name() == "cpu"
+    fixed = ("--init", "--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
+    sizes = f"--seq_len={args.tokens}", f"--gradient_accumulation_steps={args.micro_batches}"
+    parsed = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if cpu else 'bf16'}", *flags])
+    source = ModelSource(_config(args), DTYPES[parsed.dtype])
+    mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), parsed.pipe_parallel_size, 1, 1)
+    engine, loss = build_engine(parsed, source, mesh, stages(parsed, source, mesh), 1)
+    loss.scale = 1 / args.tokens
+    bounds = torch.tensor([0] + [args.tokens] * args.tokens, dtype=torch.int32)
+    batches = [((ids[None].int(), bounds), ids.roll(-1)) for ids in _ids(args)]
+
+    def step() -> None:
+        engine.train_batch(iter(batches))
+        deepspeed.get_accelerator().synchronize()
+
+    return step, engine
+
+
+def _plain(args: argparse.Namespace) -> Callable[[], None]:
+    import contextlib
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_config(_config(args), dtype=torch.float32, attn_implementation="sdpa").to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    batches = _ids(args).to(device)
+    precision = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+    def step() -> None:
+        for ids in batches:
+            with precision:
+                logits = model(ids[None]).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits.float(), ids.roll(-1))
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss)
+
+    return step
+
+
+def _ids(args: argparse.Namespace) -> "object":
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(args.vocabulary, (args.micro_batches, args.tokens), generator=generator)
+
+
+def _config(args: argparse.Namespace) -> object:
+    from transformers import AutoConfig
+
+    heads = max(1, args.hidden // 64)
+    shape = {"hidden_size": args.hidden, "intermediate_size": 3 * args.hidden, "num_hidden_layers": args.layers}
+    names = {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": args.vocabulary}
+    return AutoConfig.for_model("llama", **shape, **names, max_position_embeddings=1 << 20)
+
+
+def _peak() -> int:
+    """Largest memory of this process so far, in bytes: of the device where there is one, else resident."""
+    import deepspeed
+
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return accelerator.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _sizes(args: argparse.Namespace) -> list[str]:
+    names = ("tokens", "hidden", "layers", "vocabulary", "micro_batches")
+    return [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+
+
+def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> dict:
+    command = [sys.executable, *launcher, "-m", "benchmarks.step", "-", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "loss", "bubble", "-"), metavar="step|loss|bubble")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
+    parser.add_argument("--micro_batches", type=int, default=2, help="of a step")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers")
+    parser.add_argument("--vocabulary", type=int, default=32_000, help="tokens of the vocabulary")
+    parser.add_argument("--steps", type=int, default=8, help="steps counted, after two that are not")
+    parser.add_argument("--role", choices=("step-memory", "loss", "bubble"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Tensor parallelism over plain local tensors (Megatron-LM, arXiv:1909.08053), by the plan that a model publishes.
+
+transformers' own modules run unchanged on their part of the weights. A hook where the region of parts begins passes
+activations on and sums their gradients over the ranks; one where it ends sums activations and passes gradients on.
+Between layers every rank has the same hidden states.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fft.parallel.mesh import MeshSizes
+from fft.parallel.tensor_plan import Shard, style_of
+
+
+class TensorParallel:
+    """The ranks that share this rank's parameters. Collective: every rank of the world creates it.
+
+    Where there are fewer key/value heads than ranks, several neighbours hold the same head: ``copies`` is their group.
+    """
+
+    def __init__(self, mesh: MeshSizes, kv_heads: int) -> None:
+        self.size = mesh.tensor
+        self.rank = dist.get_rank() % mesh.tensor
+        groups, number = mesh.tensor_groups(), max(1, mesh.tensor // kv_heads)
+        self.group = dist.new_subgroups_by_enumeration(groups)[0]
+        parts = [group[i : i + number] for group in groups for i in range(0, mesh.tensor, number)]
+        self.copies = dist.new_subgroups_by_enumeration(parts)[0] if number > 1 else None
+
+    def all_reduce(
+        self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        """Reduce in place, over all that share the parameters or a group of them; returns ``x``."""
+        dist.all_reduce(x, op, group=group or self.group)
+        return x
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Where what every rank has is used by parts: the gradients of the parts add up."""
+        return _Enter.apply(x, self)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Where parts of a sum become the sum on every rank."""
+        return _Leave.apply(x, self)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: TensorParallel) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: TensorParallel) -> Tensor:
+        return ranks.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def parallelise(
+    layer: nn.Module, path: str, plan: Mapping[str, str], shards: Mapping[str, Shard], ranks: TensorParallel
+) -> None:
+    """Let a layer whose parameters are parts compute what the whole layer would.
+
+    ``path`` is the layer's name relative to the decoder, ``shards`` what this rank holds, by names within the layer.
+    """
+    regions: dict[str, nn.Module] = {}
+    for name, module in layer.named_modules():
+        style = style_of(f"{path}.{name}", plan)
+        if style == "colwise":
+            # One sum for all that a block's input goes into: q, k and v, or gate and up.
+            block = name.rpartition(".")[0]
+            regions[block] = layer.get_submodule(block)
+        elif style == "moe_tp_experts":
+            regions[name] = module
+            module.register_forward_hook(lambda _, __, output: ranks.leave(output))
+        elif style == "rowwise":
+            module.register_forward_hook(lambda _, __, output: ranks.leave(output))
+        elif style == "replicated_with_grad_allreduce":
+            # Whole on every rank, but used for its part of the heads.
+            for parameter in module.parameters():
+                parameter.register_hook(lambda grad: ranks.all_reduce(grad.clone()))
+    for region in regions.values():
+        region.register_forward_pre_hook(lambda _, args, kwargs: _enter_all(ranks, args, kwargs), with_kwargs=True)
+    for name, parameter in layer.named_parameters():
+        mark(parameter, shards.get(name), ranks)
+
+
+def mark(parameter: nn.Parameter, shard: Shard | None, ranks: TensorParallel) -> None:
+    """Have a part count once in DeepSpeed's gradient norm; copies of a part sum their gradients."""
+    # DeepSpeed counts what is marked on every rank, and all else on the first rank of a group.
+    parameter.model_parallel = shard is not None and shard.copy == 0
+    if shard is not None and shard.copies > 1:
+        parameter.register_hook(lambda grad: ranks.all_reduce(grad.clone(), group=ranks.copies))
+
+
+def _enter_all(ranks: TensorParallel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def enter(x: object) -> object:
+        return ranks.enter(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(map(enter, args)), {name: enter(x) for name, x in kwargs.items()}

@@ -1,0 +1,143 @@
+"""Which part of a parameter a tensor-parallel rank holds, from the plan that a model's config publishes.
+
+Host arithmetic, a pure function of names and shapes. The plan (``config.base_model_tp_plan`` of transformers) says of a
+module, or of a parameter, ``colwise``: cut along its outputs; ``rowwise``: along its inputs; ``packed_colwise``: along
+its outputs, of which there are two kinds, one after the other. What it does not name is held whole by every rank.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fft.errors import UserError
+
+#: A gated MLP beside the experts, which the published plans leave out, is cut like any other.
+_SHARED_EXPERT = {
+    "layers.*.mlp.shared_expert.gate_proj": "colwise",
+    "layers.*.mlp.shared_expert.up_proj": "colwise",
+    "layers.*.mlp.shared_expert.down_proj": "rowwise",
+}
+_KEYS_AND_VALUES = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank holds of a parameter of ``shape``: ``spans`` of dimension ``dim``, one after the other.
+
+    ``copies`` neighbouring ranks hold the same; this is the ``copy``-th of them.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    spans: tuple[tuple[int, int], ...]
+    copies: int = 1
+    copy: int = 0
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        held = sum(b - a for a, b in self.spans)
+        return (*self.shape[: self.dim], held, *self.shape[self.dim + 1 :])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part, of the whole parameter."""
+        return torch.cat([whole.narrow(self.dim, a, b - a) for a, b in self.spans], dim=self.dim)
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Write the part into the whole parameter."""
+        lengths = [b - a for a, b in self.spans]
+        for (a, b), piece in zip(self.spans, part.split(lengths, dim=self.dim), strict=True):
+            whole.narrow(self.dim, a, b - a).copy_(piece)
+
+    def flat(self, index: Tensor) -> Tensor:
+        """Where elements of the flattened part are in the flattened parameter, int64."""
+        inner = prod(self.shape[self.dim + 1 :])
+        held = torch.cat([torch.arange(a, b) for a, b in self.spans])
+        row, column = index // inner, index % inner
+        return (row // len(held) * self.shape[self.dim] + held[row % len(held)]) * inner + column
+
+    def locate(self, index: Tensor) -> Tensor:
+        """Where elements of the flattened parameter are in the flattened part, -1 for what is not in it."""
+        inner, length = prod(self.shape[self.dim + 1 :]), self.shape[self.dim]
+        held = torch.cat([torch.arange(a, b) for a, b in self.spans])
+        places = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
+        row, column = index // inner, index % inner
+        place = places[row % length]
+        return torch.where(place < 0, -1, (row // length * len(held) + place) * inner + column)
+
+    @property
+    def flat_start(self) -> int | None:
+        """Where the part begins in the flattened parameter, if it is one stretch of it."""
+        if len(self.spans) == 1 and prod(self.shape[: self.dim]) == 1:
+            return self.spans[0][0] * prod(self.shape[self.dim + 1 :])
+        return None
+
+
+def plan_of(config: PretrainedConfig) -> dict[str, str]:
+    """Style by module or parameter name, relative to the decoder, layer numbers as ``*``."""
+    return {**_SHARED_EXPERT, **(config.base_model_tp_plan or {})}
+
+
+def style_of(name: str, plan: Mapping[str, str]) -> str | None:
+    """What the plan says of a module or parameter, given by its name relative to the decoder (``layers.3.mlp...``)."""
+    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+
+
+def shard_of(
+    name: str, shape: tuple[int, ...], plan: Mapping[str, str], heads: tuple[int, int], rank: int, size: int
+) -> Shard | None:
+    """The part of a parameter that ``rank`` of ``size`` holds, None for all of it.
+
+    ``name`` is relative to the decoder, ``heads`` are the model's attention and key/value heads.
+    """
+    if size == 1:
+        return None
+    if name in ("embed_tokens.weight", "lm_head.weight"):
+        return Shard(shape, 0, (_share(shape[0], rank, size),))
+    module, _, kind = name.rpartition(".")
+    style = style_of(name, plan) or style_of(module, plan)
+    if style == "packed_colwise":
+        half = shape[-2] // 2
+        a, b = _share(half, rank, size)
+        return Shard(shape, len(shape) - 2, ((a, b), (half + a, half + b)))
+    if style == "colwise":
+        if module.endswith(_KEYS_AND_VALUES) and heads[1] < size:
+            copies = size // heads[1]  # several ranks have the same head
+            span = _share(shape[0], rank // copies, heads[1])
+            return Shard(shape, 0, (span,), copies, rank % copies)
+        return Shard(shape, 0, (_share(shape[0], rank, size),))
+    if style == "rowwise":
+        if kind == "bias":
+            raise UserError(
+                f"--model_parallel_size {size}: {name} is added to a sum over ranks, which this release does not "
+                "share out; set it to 1 and raise --pipe_parallel_size instead."
+            )
+        return Shard(shape, len(shape) - 1, (_share(shape[-1], rank, size),))
+    return None
+
+
+def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
+    """Raise :class:`UserError` where ``--model_parallel_size`` cannot share out a model's heads."""
+    if size == 1:
+        return
+    if not config.base_model_tp_plan:
+        raise UserError(
+            f"--model_parallel_size {size}: model type {config.model_type!r} publishes no tensor-parallel plan; "
+            "set it to 1 and raise --pipe_parallel_size instead."
+        )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if size not in fitting:
+        raise UserError(
+            f"--model_parallel_size {size} cannot share out {heads} attention and {kv_heads} key/value heads: use "
+            f"{', '.join(map(str, fitting))}."
+        )
+
+
+def _share(length: int, rank: int, size: int) -> tuple[int, int]:
+    return length * rank // size, length * (rank + 1) // size

@@ -1,0 +1,358 @@
+"""Does a layout compute what one process would? A user's own layout and data, on a shrunken copy of the model.
+
+python -m fft.parity --config conf/mine.yaml
+python -m fft.parity --config conf/mine.yaml --steps 5 --ranks 8 --pipe_parallel_size 4 --seq_len 256   # quicker
+
+The trainer takes a few steps in fp32 with the layout, data, optimizer and schedule that the flags say; a plain loop of
+transformers and ``torch.optim.AdamW`` in this process takes the same steps, one document at a time. Losses, gradient
+norms, gradients (through AdamW's first moments, their running mean) and final weights are compared. Nothing of the
+user's is written. Flags count as they are given, but for outputs, evaluation, saving and ``--dtype``; the learning rate
+is at least 1e-3 and the warm-up at most half of the steps, so that weights move; accumulation is at most 4; AdamW's
+epsilon is at least 1e-5, so that the rounding of gradients near zero is not blown up. The run uses the machine's
+accelerators, if it has some (``DS_ACCELERATOR=cpu`` keeps it off them). The exit code is 1 where the two differ.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+from transformers.utils.logging import disable_progress_bar
+
+from fft.arguments import TrainArguments, build_parser, resolve
+from fft.checkpoint.folder import TRAINING, checkpoint_tag
+from fft.checkpoint.pieces import Pieces
+from fft.data.blend import Blend
+from fft.data.loader import MicroBatch, SampleReader, micro_batch
+from fft.data.table import IGNORE
+from fft.errors import UserError, run_cli
+from fft.preflight import Plan, batch_plan, load_config, prepare, start_of
+from fft.run_folder import METRICS
+from fft.schedule import lr_multiplier
+
+#: Largest relative differences in fp32. That of a gradient is of its norm, but for this part of the whole norm.
+LOSS, NORM, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-4, 1e-6
+#: Weights may differ by this, absolute and relative; so much of a tensor's values, whose gradients are near zero, by
+#: more, but never by a tenth of a step.
+WEIGHT, OUTLIERS, OUTLIER_STEPS = 1e-5, 0.005, 0.1
+
+
+@dataclass
+class Outcome:
+    """What a run did: per step, and at its end by parameter. ``gradients`` are AdamW's first moments."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    evaluations: list[float] = field(default_factory=list)
+
+
+# The one process
+
+
+def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss."""
+    total, routed = torch.zeros(()), defaultdict(list)
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [r.register_forward_hook(lambda r, _, output: routed[r].append(output[0])) for r in routers]
+    input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
+    for a, b in itertools.pairwise(bounds):
+        labels = torch.from_numpy(batch.labels[a:b])
+        if routers or (labels != IGNORE).any():
+            logits = model(input_ids[a:b][None]).logits[0]
+            total = total + nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+    for hook in hooks:
+        hook.remove()
+    config = model.config
+    balance = [
+        load_balancing_loss_func((torch.cat(logits),), config.num_experts, config.num_experts_per_tok)
+        for logits in routed.values()
+    ]
+    return total, torch.stack(balance).mean() if balance else torch.zeros(())
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, reader: SampleReader) -> float:
+    """Mean loss over the trained tokens of an epoch, as the trainer evaluates."""
+    batches = [micro_batch(reader, [i], i + 1) for i in range(reader.samples_per_epoch)]
+    return sum(float(document_losses(model, b)[0]) for b in batches) / sum(b.trained for b in batches)
+
+
+def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
+    """Train the model in ``directory`` as ``args`` say, by transformers and torch alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    matrices, vectors = ([p for p in parameters.values() if (p.ndim < 2) == small] for small in (False, True))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    floor = args.min_learning_rate / args.learning_rate
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    evaluations = [mean_loss(model, plan.evaluation)] if plan.evaluation else []
+    dealt = [batch_plan(args, plan.mesh, replica) for replica in range(plan.mesh.data)]
+    losses, norms = [], []
+    for step in range(plan.total_steps):
+        optimizer.zero_grad()
+        first = step * dealt[0].global_batch
+        losses.append(_backward(model, plan.train, [part for deal in dealt for part in deal.indices(first)]))
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
+        optimizer.step()
+        schedule.step()
+    if plan.evaluation:
+        evaluations.append(mean_loss(model, plan.evaluation))
+    gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return Outcome(losses, norms, weights, gradients, evaluations)
+
+
+def _backward(model: PreTrainedModel, reader: SampleReader | Blend, parts: Sequence[range]) -> float:
+    """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
+    batches = [micro_batch(reader, part, part[-1] + 1) for part in parts]
+    trained, total = sum(b.trained for b in batches), 0.0
+    weight = getattr(model.config, "router_aux_loss_coef", 0.0) / len(batches)
+    for batch in batches:
+        loss, balance = document_losses(model, batch)
+        if (objective := loss / trained + weight * balance).requires_grad:
+            objective.backward()
+        total += loss.item() / trained
+    return total
+
+
+# The model: small, but of the same kind
+
+
+def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig:
+    """The same architecture, small: few layers, heads of 16, experts; vocabulary, tying and grouping of heads stay."""
+    small = copy.deepcopy(config)
+    given = "," in args.partition_method  # layers per stage, which must remain that many
+    if not given:
+        small.num_hidden_layers = min(config.num_hidden_layers, max(2, args.pipe_parallel_size))
+    if getattr(config, "layer_types", None):
+        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    ranks = args.model_parallel_size * args.ulysses_degree  # that share heads
+    small.num_key_value_heads = _fewest(config.num_key_value_heads, lambda heads: heads > 1 and heads % ranks == 0)
+    sharing = _fewest(
+        config.num_attention_heads // config.num_key_value_heads,
+        lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0,
+    )
+    small.num_attention_heads = sharing * small.num_key_value_heads
+    small.hidden_size = max(64, 16 * small.num_attention_heads)
+    if getattr(config, "head_dim", None):
+        wider = config.head_dim * config.num_attention_heads != config.hidden_size
+        small.head_dim = (2 if wider else 1) * small.hidden_size // small.num_attention_heads
+    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if getattr(config, name, None):
+            setattr(small, name, 2 * small.hidden_size)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if getattr(config, name, None):
+            setattr(small, name, min(getattr(config, name), max(4, args.model_parallel_size)))
+            small.num_experts_per_tok = min(config.num_experts_per_tok, 2)
+    small.initializer_range = 0.2  # of this size, gradients tell one layer's mistake from another's rounding
+    small.dtype = torch.float32
+    return small
+
+
+def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:
+    """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(directory)
+
+
+def _fewest(number: int, fits: Callable[[int], bool]) -> int:
+    """The smallest divisor that fits; the number itself if none does."""
+    return next((n for n in range(1, number + 1) if number % n == 0 and fits(n)), number)
+
+
+# The run
+
+
+def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> TrainArguments:
+    """The flags of the run that is compared."""
+    quiet = {"eval_data": None, "eval_steps": 0, "best_of": 0, "resume": None, "from_ckpt": None, "tag": None}
+    keep = {"checkpoint": str(output), "output_dir": None, "save_steps": steps, "max_num_checkpoints": 0}
+    rate = max(args.learning_rate, 1e-3)
+    return dataclasses.replace(
+        args,
+        **quiet,
+        **keep,
+        only_ckpt_model=False,
+        background_executor="none",
+        model=str(model),
+        init=False,
+        tokenizer=None,
+        max_steps=steps,
+        dtype="fp32",
+        logging_steps=1,
+        learning_rate=rate,
+        min_learning_rate=rate * args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0,
+        warmup_steps=min(args.warmup_steps, steps // 2),
+        adam_epsilon=max(args.adam_epsilon, 1e-5),
+        gradient_accumulation_steps=min(args.gradient_accumulation_steps, 4),
+    )
+
+
+def launch(args: TrainArguments, ranks: int, folder: Path) -> None:
+    """Run the trainer in ``ranks`` processes of this machine. Raises :class:`UserError` with what it said last."""
+    settings = folder / "settings.yaml"
+    settings.write_text(yaml.safe_dump(dataclasses.asdict(args)), encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*torchrun, str(Path(__file__).with_name("train.py")), "--config", str(settings)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+        raise UserError(said[0].removeprefix("error: ") if said else "the run failed: its output stands above.")
+
+
+def read_outcome(run: Path) -> Outcome:
+    """What a run in fp32 left in its folder, with its newest checkpoint's weights and moments."""
+    lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    checkpoint = run / checkpoint_tag(steps[-1]["step"])
+    model, pieces, gradients = AutoModelForCausalLM.from_pretrained(checkpoint), Pieces(checkpoint / TRAINING), {}
+    for name, parameter in model.named_parameters():
+        gradients[name] = torch.empty(parameter.shape)
+        pieces.fill(gradients[name].view(-1), name, "exp_avg", 0)
+    losses, norms = ([step[name] for step in steps] for name in ("loss", "grad_norm"))
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return Outcome(losses, norms, model.state_dict(), gradients, evaluations)
+
+
+# The comparison
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a parameter: its gradient's, relative to its norm; its values' largest, and the share of those far off."""
+
+    name: str
+    gradient: float
+    weight: float
+    outliers: float
+
+
+def relative(ours: float, theirs: float) -> float:
+    """Difference relative to what is expected."""
+    return abs(ours - theirs) / max(abs(theirs), 1e-30)
+
+
+def compare_parameters(run: Outcome, expected: Outcome) -> list[Difference]:
+    """All parameters, those with the largest difference of gradients first."""
+    whole = float(torch.stack([g.norm() for g in expected.gradients.values()]).norm())
+    differences = []
+    for name, theirs in expected.gradients.items():
+        scale = float(theirs.norm()) + whole * FLOOR / GRADIENT
+        off = (run.weights[name] - expected.weights[name]).abs()
+        outliers = float((off > WEIGHT + WEIGHT * expected.weights[name].abs()).float().mean())
+        gradient = float((run.gradients[name] - theirs).norm()) / scale
+        differences.append(Difference(name, gradient, float(off.max()), outliers))
+    return sorted(differences, key=lambda d: -d.gradient)
+
+
+def faults(run: Outcome, expected: Outcome, learning_rate: float) -> list[str]:
+    """What is beyond the tolerances, a sentence each; nothing when the two agree."""
+    found = []
+    if run.weights.keys() != expected.weights.keys():
+        return [f"the models have different tensors: {sorted(run.weights.keys() ^ expected.weights.keys())}."]
+    for what, ours, theirs, tolerance in (
+        ("loss", run.losses, expected.losses, LOSS),
+        ("gradient norm", run.norms, expected.norms, NORM),
+        ("validation loss", run.evaluations, expected.evaluations, LOSS),
+    ):
+        if len(ours) != len(theirs):
+            found.append(f"{len(ours)} times a {what} instead of {len(theirs)}.")
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
+            if not relative(a, b) <= tolerance:
+                found.append(f"{what} {number} is {a:.9g} instead of {b:.9g}: more than {tolerance:g} off.")
+    for d in compare_parameters(run, expected):
+        if not d.gradient <= GRADIENT:
+            found.append(f"the gradient of {d.name} differs by {d.gradient:.1e} of its norm, more than {GRADIENT:g}.")
+        if not (d.outliers <= OUTLIERS and d.weight <= OUTLIER_STEPS * learning_rate):
+            found.append(
+                f"{d.name}: {d.outliers:.2%} of its values are more than {WEIGHT:g} off, one by {d.weight:.1e}."
+            )
+    return found
+
+
+def report(run: Outcome, expected: Outcome, parameters: int = 8) -> str:
+    """The table that is printed."""
+    columns = f"{'one process':>12} {'off by':>8}"
+    lines = [f"{'step':>4}  {'loss':>11} {columns}  {'grad norm':>11} {columns}"]
+    for step, (a, b, c, d) in enumerate(zip(run.losses, expected.losses, run.norms, expected.norms, strict=True), 1):
+        row = f"{a:>11.7f} {b:>12.7f} {relative(a, b):>8.1e}  {c:>11.6f} {d:>12.6f} {relative(c, d):>8.1e}"
+        lines.append(f"{step:>4}  {row}")
+    lines += ["", f"{'gradient off by':>15}  {'a weight by':>11}  {'far off':>7}  largest differences, by parameter"]
+    for d in compare_parameters(run, expected)[:parameters]:
+        lines.append(f"{d.gradient:>15.1e}  {d.weight:>11.1e}  {d.outliers:>7.2%}  {d.name}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare and print; returns 0 when all is within the tolerances, 1 when not."""
+    parser = build_parser()
+    parser.prog, parser.description, parser.epilog = "python -m fft.parity", __doc__, None
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps to compare (default: 3)")
+    parser.add_argument(
+        "--ranks", type=int, help="processes of the run (default: the fewest with 2 data-parallel replicas)"
+    )
+    given = vars(parser.parse_args(argv))
+    steps, ranks = given.pop("steps"), given.pop("ranks", None)
+    if steps < 1:
+        raise UserError(f"--steps {steps} must be at least 1.")
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="fft-parity-") as folder:
+        model, run = Path(folder, "model"), Path(folder, "run")
+        mine = resolve({"output_dir": str(run), **given})
+        args = flags_of(mine, model, run, steps)
+        shape = args.pipe_parallel_size * args.sequence_parallel_size * args.model_parallel_size
+        ranks = ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
+        small = shrunken(load_config(start_of(mine), mine.init), mine)
+        write_random_model(small, model, args.seed)
+        plan = prepare(args, ranks)
+        print(_heading(small, plan, ranks), flush=True)
+        launch(args, ranks, Path(folder))
+        ours, expected = read_outcome(run), one_process(model, args, plan)
+    print(report(ours, expected))
+    found = faults(ours, expected, args.learning_rate)
+    verdict = f"{len(found)} differences: {found[0]}" if found else "the run is what one process does."
+    print(f"\n{verdict}  Tolerances: losses {LOSS:g}, gradients and their norm {NORM:g}, weights {WEIGHT:g}.")
+    return 1 if found else 0
+
+
+def _heading(config: PretrainedConfig, plan: Plan, ranks: int) -> str:
+    mesh = plan.mesh
+    sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
+    heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} keys"
+    return (
+        f"{ranks} ranks = {sizes} against one process, in fp32\n{config.model_type}: {config.num_hidden_layers} "
+        f"layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}"
+    )
+
+
+def cli() -> None:
+    """Console entry point."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,111 @@
+"""Tensor parallelism with threads as ranks: outputs, gradients and seeds equal those of the whole model."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SMALL, VOCAB
+from transformers import AutoConfig
+
+from fft.models.causal_lm import ModelSource, canonical_parameters, pipeline_layers
+from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+from fft.parallel.tensor import TensorParallel
+
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True, "pad_token_id": 60},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "intermediate_size": 61},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.5,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "router_aux_loss_coef": 0.5,
+    },
+}
+
+
+class ThreadRanks(TensorParallel):
+    """Ranks that meet at a barrier in memory. A group is a list of ranks."""
+
+    def __init__(self, rank, size, kv_heads, shared):
+        self.rank, self.size, self._shared = rank, size, shared
+        self.group = list(range(size))
+        number = max(1, size // kv_heads)
+        first = rank // number * number
+        self.copies = list(range(first, first + number))
+
+    def all_reduce(self, x, op=dist.ReduceOp.SUM, group=None):
+        barrier, places = self._shared
+        places[self.rank] = x.clone()
+        barrier.wait(timeout=60)
+        parts = torch.stack([places[rank] for rank in group or self.group])
+        barrier.wait(timeout=60)
+        return x.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
+
+
+def build(family, ranks):
+    """A rank's part of the model. Not in a thread: seeds are the process's."""
+    config = AutoConfig.for_model(**{**SMALL, **FAMILIES[family]})
+    config._experts_implementation = "eager"  # the only one in float64
+    source = ModelSource(config, torch.float64, seed=5, tensor=ranks)
+    specs = pipeline_layers(source)
+    layers = [spec.build() for spec in specs[:-1]]
+    if source.tied:
+        return source, [*layers, lambda x: specs[-1].forward_fn(layers[0], x)]
+    return source, [*layers, specs[-1].build()]
+
+
+def run(source, layers):
+    """Loss, the experts' loss, and every parameter as (shard, value, gradient)."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (1, 24), generator=generator, dtype=torch.int32)
+    labels = torch.randint(VOCAB, (24,), generator=generator).masked_fill(torch.arange(24) % 5 == 0, IGNORE)
+    activations = ids, torch.tensor([0, 9, 10, 24, *[24] * 21], dtype=torch.int32)
+    if source.balance is not None:
+        source.balance.start(1)
+    for layer in layers:
+        activations = layer(activations)
+    loss = linear_cross_entropy(*activations, labels, source.head_shard, source.tensor)
+    loss.backward()
+    modules = torch.nn.ModuleList(layer for layer in layers if isinstance(layer, torch.nn.Module))
+    known = {name: (source.shards.get(name), p.detach(), p.grad) for name, p in canonical_parameters(modules).items()}
+    return loss.item(), source.balance and float(source.balance.total), known
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_equal_the_whole(family, size):
+    loss, balance, whole = run(*build(family, None))
+    shared = threading.Barrier(size), {}
+    ranks = [ThreadRanks(rank, size, SMALL["num_key_value_heads"], shared) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(lambda parts: run(*parts), [build(family, rank) for rank in ranks]))
+    # Norms and a router's softmax are float32 whatever the model is.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    counted = dict.fromkeys(whole, 0)
+    for (ours, our_balance, parts), rank in zip(results, ranks, strict=True):
+        assert ours == pytest.approx(loss, rel=tolerance["rtol"])
+        assert our_balance == (balance and pytest.approx(balance, rel=1e-6))
+        for name, (_, value, grad) in whole.items():
+            shard, our_value, our_grad = parts[name]
+            expected = (value, grad) if shard is None else (shard.of(value), shard.of(grad))
+            assert torch.equal(our_value, expected[0]), name
+            torch.testing.assert_close(our_grad, expected[1], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            if shard.copy == 0 if shard else rank.rank == 0:
+                counted[name] += our_grad.numel()
+    # What DeepSpeed's norm counts is every element once.
+    assert counted == {name: grad.numel() for name, (_, _, grad) in whole.items()}
