@@ -224,4 +224,5 @@ def test_started_by_a_launcher(layout, launch, model_dir, ragged_table, held_out
     given = [*flags(model_dir("llama"), ragged_table, tmp_path, held_out), *extra.split(), "--save_steps", STEPS]
     done = launch(*command(launcher, ranks), *given)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert 0 < done.stderr.find("kernels: attention cpu\n") < done.stderr.find("step 0/")  # checked before it is used
     assert_is_one_process(tmp_path, reference("llama"))

@@ -205,23 +205,25 @@ def test_a_kernel_that_fails_is_refused():
         check(cuda, torch.device("cpu"), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", ["output", "log-sum-exp", "dq", "dk", "dv"])
-def test_a_wrong_kernel_is_refused(wrong):
+def test_a_wrong_kernel_is_refused(wrong, dtype):
     class Wrong:
         __name__ = "fft.ops.backends.wrong"
 
         @staticmethod
         def forward(*inputs):
             out, lse = cpu.forward(*inputs)
-            return (out * 1.02 if wrong == "output" else out), (lse + 0.2 if wrong == "log-sum-exp" else lse)
+            return (out * 1.03 if wrong == "output" else out), (lse + 0.2 if wrong == "log-sum-exp" else lse)
 
         @staticmethod
         def backward(*inputs):
             grads = cpu.backward(*inputs)
-            return tuple(g * 1.02 if wrong == n else g for n, g in zip(("dq", "dk", "dv"), grads, strict=True))
+            return tuple(g * 1.03 if wrong == n else g for n, g in zip(("dq", "dk", "dv"), grads, strict=True))
 
-    with pytest.raises(UserError, match=f"the wrong attention kernel of cpu in float32, .*: {wrong} by"):
-        check(Wrong(), torch.device("cpu"), torch.float32)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=f"the wrong attention kernel of cpu in {name}, .*: {wrong} by"):
+        check(Wrong(), torch.device("cpu"), dtype)
 
 
 def test_models_compute_with_the_kernel_asked_for():

@@ -122,6 +122,14 @@ def test_rotary_scaling_is_the_config_s(kind):
         assert (run(ids, bounds)[0] - hidden).abs().max() > 1e-3  # scaling was at work
 
 
+def test_layers_attend_with_the_kernel_asked_for():
+    made = source()
+    made.attention = "cuda"
+    _, run = build(made)
+    with pytest.raises(UserError, match="--attention cuda runs on cuda in bfloat16 or float16, not on cpu in float32"):
+        run(torch.zeros(1, 4), [0, 4])
+
+
 @pytest.mark.parametrize(("split", "count"), [(False, 3 + SMALL["num_hidden_layers"]), (True, 3 + 6)])
 def test_number_of_layers(split, count):
     assert len(pipeline_layers(source(), split)) == count

@@ -13,7 +13,8 @@ from test_npu_backend import bound as bound_npu
 from test_npu_backend import schemas
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fft.engine import check_kernels
+from fft.arguments import TrainArguments
+from fft.engine import check_kernels, model_source
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, pipeline_layers
 from fft.ops.fused import FAMILIES, check, fuse, fused_ops, plain_ops
@@ -116,6 +117,12 @@ def test_start_up_names_and_checks_kernels():
     wrong = replace(plain_ops(), name="wrong", swiglu=lambda gate, up: gate * up)
     with pytest.raises(UserError, match="operators of wrong on cpu in bfloat16 differ from their formulas: swiglu by"):
         check_kernels(ModelSource(config, torch.bfloat16, fused=wrong))
+
+
+def test_flags_choose_kernels():
+    config = AutoConfig.for_model(**(SMALL | {"model_type": "llama"}))
+    source = model_source(TrainArguments("model", dtype="fp32", attention="reference"), config, None)
+    assert (source.attention, source.fused, check_kernels(source)) == ("reference", None, "attention reference")
 
 
 def test_operators_that_fail_are_refused():
