@@ -151,7 +151,7 @@ def _open_all(
         return readers[0]
     if not shuffle:
         raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
-    return Blend(readers, [weight for _, weight in tables])
+    return Blend(readers, [weight for _, weight in tables], args.blend_end)
 
 
 def _open(
