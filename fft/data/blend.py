@@ -206,7 +206,7 @@ def parse_tables(text: str, flag: str) -> list[tuple[str, float]]:
     tables = []
     for part in text.split():
         path, colon, weight = part.rpartition(":")
-        if not colon or weight.startswith("//"):
+        if not colon or "/" in weight:  # s3://bucket/table, hdfs://host:8020/table
             tables.append((part, 1.0))
             continue
         try:

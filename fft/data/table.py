@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from fft.data.delta import is_delta, read_snapshot, split_version
+from fft.data.delta import is_delta, read_snapshot, split_name, split_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, is_hidden, read_manifest
 from fft.data.remote import is_url, read_folder
 from fft.errors import UserError, one_line
@@ -81,16 +81,17 @@ class Table:
     def open(cls, path: str | os.PathLike) -> "Table":
         """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
-        A folder may be one of an object store, by URL.
+        Either may be one of an object store, by URL.
         Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
         another type than the contract's, mixes files with and without one of them, no longer is what its manifest
         says, or is a folder of several tables.
         """
         filesystem = None
-        root, version = (str(path).rstrip("/"), None) if is_url(path) else split_version(path)
+        root, version = split_name(str(path).rstrip("/")) if is_url(path) else split_version(path)
         if is_url(path):
-            remote = read_folder(root)
+            remote = read_folder(root, version)
             files, manifest, filesystem = list(remote.files), remote.manifest, remote.filesystem
+            version = remote.version
         elif not root.exists():
             raise UserError(f"{root} does not exist: give a folder of parquet files that Spark wrote.")
         elif version is not None or is_delta(root):

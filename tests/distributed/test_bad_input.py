@@ -235,6 +235,9 @@ def test_overwriting_never_takes_what_the_run_needs(good, tmp_path):
     """--overwrite replaces --output_dir as a whole and removes the run folder's checkpoints."""
     said = refusal([*flags(good, tmp_path, output_dir=good, eval_data=good / "table"), "--overwrite"])
     assert f"--output_dir would replace {good} and with it" in said
+    blend = f"{good / 'table'}:0.7 {tmp_path / 'web'}@v3:0.3"
+    said = refusal([*flags(good, tmp_path, output_dir=tmp_path / "web", train_data=blend), "--overwrite"])
+    assert f"{tmp_path / 'web'} of --train_data: choose another folder" in said
     run = tmp_path / "run"
     assert f"{run} of --checkpoint" in refusal(flags(good, tmp_path, output_dir=run, checkpoint=run))
     (run / "step-2").mkdir(parents=True)

@@ -197,6 +197,7 @@ def test_flags():
     assert parse_tables("a:0.7 b:0.3", "train_data") == [("a", 0.7), ("b", 0.3)]
     assert parse_tables("a b@v3:2", "train_data") == [("a", 1.0), ("b@v3", 2.0)]
     assert parse_tables("s3://x/y s3://x/z:2", "train_data") == [("s3://x/y", 1.0), ("s3://x/z", 2.0)]
+    assert parse_tables("hdfs://x:8020/y", "train_data") == [("hdfs://x:8020/y", 1.0)]
     with pytest.raises(UserError, match="--train_data a:b: 'b' is no weight"):
         parse_tables("a:b", "train_data")
     with pytest.raises(UserError, match="a weight lies between"):
