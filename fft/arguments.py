@@ -55,6 +55,12 @@ class TrainArguments:
         "cut",
         choices=("cut", "best-fit"),
     )
+    blend_end: str = _flag(
+        "what a table of a blend does that has been read once: repeat = it begins again, in another order; drop = it "
+        "leaves the blend until all have been read",
+        "repeat",
+        choices=("repeat", "drop"),
+    )
     per_device_train_batch_size: int = _flag("samples of a micro-batch", 1)
     gradient_accumulation_steps: int = _flag("micro-batches of a step, per data-parallel replica", 1)
     num_train_epochs: float = _flag("passes over --train_data; 0 only converts", 1.0)

@@ -12,6 +12,7 @@ from fft.arguments import TrainArguments
 from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag
 from fft.checkpoint.hf import WeightReader
 from fft.data.blend import Blend, parse_tables
+from fft.data.delta import split_version
 from fft.data.loader import BatchPlan, SampleReader
 from fft.data.manifest import tokenizer_sha256
 from fft.data.table import Table
@@ -107,9 +108,12 @@ def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> N
         run = Path(args.checkpoint)
         replaced += [("--checkpoint", str(run / checkpoint_tag(step))) for step in checkpoint_steps(run)]
     weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer}
-    needed = {"--train_data": args.train_data, "--eval_data": args.eval_data, "--checkpoint": args.checkpoint}
+    needed = [*weights.items(), ("--checkpoint", args.checkpoint)]
+    for flag in ("train_data", "eval_data"):
+        tables = parse_tables(getattr(args, flag), flag) if getattr(args, flag) else []
+        needed += [(f"--{flag}", split_version(path)[0]) for path, _ in tables]
     for flag, folder in replaced:
-        for reader, path in (weights | needed).items():
+        for reader, path in needed:
             if path is None or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
                 continue
             # A model may be trained in place: it has been read long before it is replaced.
@@ -156,7 +160,7 @@ def _open_all(
         return readers[0]
     if not shuffle:
         raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
-    return Blend(readers, [weight for _, weight in tables])
+    return Blend(readers, [weight for _, weight in tables], args.blend_end)
 
 
 def _open(
