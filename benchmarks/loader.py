@@ -107,6 +107,7 @@ def run(name: str, table: Path, args: argparse.Namespace, work: Path) -> dict:
     return {
         **whole,
         "tokens": sum(cost["tokens"] for cost in costs),
+        "busy": sum(cost["busy"] for cost in costs),
         "peak_bytes": sum(cost["peak_bytes"] for cost in costs),
     }
 
@@ -133,13 +134,23 @@ def _environment(work: Path, name: str) -> Path | None:
 
 def _table(costs: dict[str, dict]) -> str:
     limit = costs.get("pyarrow")
-    header = ("loader", "M tokens/s", "of pyarrow", "first batch s", "resume s", "preparing s", "peak MB")
+    header = (
+        "loader",
+        "M tokens/s",
+        "of pyarrow",
+        "M tokens/core s",
+        "first batch s",
+        "resume s",
+        "preparing s",
+        "peak MB",
+    )
     rows = []
     for name, cost in costs.items():
         rate = cost["tokens"] / cost["seconds"]
         share = f"{rate / (limit['tokens'] / limit['seconds']):.0%}" if limit else "-"
         resume = "-" if cost["resume"] is None else f"{cost['resume']:.3f}"
-        rows.append([name, rate / 1e6, share, cost["first"], resume, cost["prepared"], cost["peak_bytes"] / 1e6])
+        busy = f"{cost['tokens'] / cost['busy'] / 1e6:.1f}"
+        rows.append([name, rate / 1e6, share, busy, cost["first"], resume, cost["prepared"], cost["peak_bytes"] / 1e6])
     return format_table(header, rows)
 
 

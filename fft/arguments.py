@@ -55,6 +55,11 @@ class TrainArguments:
         "cut",
         choices=("cut", "best-fit"),
     )
+    shuffle_lanes: int = _flag(
+        "places of --train_data that are read side by side: more shuffle better and hold more in memory; data-parallel "
+        "replicas whose number divides it decode no row group twice",
+        32,
+    )
     blend_end: str = _flag(
         "what a table of a blend does that has been read once: repeat = it begins again, in another order; drop = it "
         "leaves the blend until all have been read",
@@ -227,7 +232,13 @@ def _plain_type(annotation: object) -> type:
 
 def _check(args: TrainArguments) -> None:
     """Faults that need nothing but the flags themselves."""
-    for name in ("seq_len", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+    for name in (
+        "seq_len",
+        "shuffle_lanes",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+    ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     for name in (

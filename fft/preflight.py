@@ -179,7 +179,7 @@ def _open(
                 f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
                 "tokenize again or name the right --tokenizer."
             )
-    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack)
+    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack, args.shuffle_lanes)
 
 
 def _length(args: TrainArguments, train: SampleReader | Blend | None, mesh: MeshSizes) -> tuple[int, int]:

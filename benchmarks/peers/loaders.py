@@ -144,15 +144,16 @@ def main() -> None:
     kind, table, seq_len, batch, work = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     begin = time.perf_counter()
     steps, resume = KINDS[kind](table, seq_len, batch, Path(work))
-    ready = time.perf_counter()
+    ready, busy = time.perf_counter(), time.process_time()
     tokens = next(steps)
     first = time.perf_counter()
     for size in steps:
         tokens += size
-    end = time.perf_counter()
+    end, busy = time.perf_counter(), time.process_time() - busy
     cost = {
         "tokens": tokens,
         "seconds": end - ready,
+        "busy": busy,
         "first": first - (ready if kind in CONVERTS else begin),
         "prepared": ready - begin if kind in CONVERTS else 0.0,
         "resume": resume() if resume else None,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from fft.data.order import EpochOrder, lanes_for
+from fft.data.order import LANES, EpochOrder, lanes_for
 from fft.data.packing import Pieces, best_fit
 from fft.data.table import IGNORE, Rows, Table
 from fft.errors import UserError
@@ -113,6 +113,7 @@ class SampleReader:
         vocab_size: int | None = None,
         shuffle: bool = True,
         pack: str = "cut",
+        lanes: int = LANES,
     ) -> None:
         manifest = table.manifest
         # Without boundaries its rows are documents that were cut to that length, most of them shorter.
@@ -125,7 +126,7 @@ class SampleReader:
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1
         self.samples_per_epoch = -(-int(self._sizes.sum()) // self._step)
-        self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch) if shuffle else 1
+        self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch, lanes) if shuffle else 1
         #: Whether labels are written where their token stands, or, as ids, need not be.
         self.aligned = self.has_labels
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
@@ -385,7 +386,7 @@ class Loader:
             if state.get(name) != value and name != "table":
                 raise UserError(
                     f"the data's {name} is {value}, that of the run to be resumed {state.get(name)}: give the same "
-                    "tables and weights, --seq_len, --seed, --pack and --blend_end."
+                    "tables and weights, --seq_len, --seed, --pack, --shuffle_lanes and --blend_end."
                 )
         self._consumed = state["epoch"] * self._reader.samples_per_epoch + state["samples"]
 

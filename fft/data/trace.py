@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
 from fft.data.loader import SampleReader
+from fft.data.order import LANES
 from fft.data.table import Rows, Table
 from fft.errors import Parser, UserError, run_cli
 
@@ -135,6 +136,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
     parser.add_argument("--pack", choices=("cut", "best-fit"), default="cut", help="the run's --pack (default: cut)")
     parser.add_argument(
+        "--shuffle_lanes", type=int, default=LANES, help=f"the run's --shuffle_lanes (default: {LANES})"
+    )
+    parser.add_argument(
         "--blend_end", choices=("repeat", "drop"), default="repeat", help="the run's --blend_end (default: repeat)"
     )
     parser.add_argument(
@@ -148,11 +152,14 @@ def main() -> None:
     wanted.add_argument("--doc_id", help="show where this document was seen")
     parser.add_argument("--epochs", type=int, default=1, help="with --doc_id: look through this many (default: 1)")
     args = parser.parse_args()
-    for name in ("seq_len", "global_batch", "step", "epochs"):
+    for name in ("seq_len", "shuffle_lanes", "global_batch", "step", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     tables = parse_tables(args.train_data, "train_data")
-    readers = [SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack) for path, _ in tables]
+    readers = [
+        SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack, lanes=args.shuffle_lanes)
+        for path, _ in tables
+    ]
     reader = readers[0] if len(readers) == 1 else Blend(readers, [weight for _, weight in tables], args.blend_end)
     if args.step is not None:
         seen = documents_of_step(reader, args.step, args.global_batch)

@@ -101,14 +101,22 @@ def test_replicas_share_the_row_groups_out(tmp_path, monkeypatch):
     table = table_of(tmp_path / "t", [8] * 512, row_group_size=8)
     read, load = [], Table.load
     monkeypatch.setattr(Table, "load", lambda self, group, *_: read.append(group) or load(self, group))
-    lanes = SampleReader(table, 8, 0).lanes
-    for replicas in (1, 2, 4):
-        read.clear()
-        for replica in range(replicas):
-            for _ in Loader(SampleReader(table, 8, 0), BatchPlan(replicas, replica, 4 // replicas, 2), 512):
-                pass
-        assert set(read) == set(range(64))
-        assert len(read) < 64 + lanes
+    for lanes, all_replicas in ((32, (1, 2, 4)), (24, (3, 6))):
+        assert SampleReader(table, 8, 0, lanes=lanes).lanes == lanes
+        for replicas in all_replicas:
+            read.clear()
+            for replica in range(replicas):
+                reader = SampleReader(table, 8, 0, lanes=lanes)
+                for _ in Loader(reader, BatchPlan(replicas, replica, 1, 2), 512):
+                    pass
+            assert set(read) == set(range(64))
+            assert len(read) < 64 + lanes
+
+
+def test_small_tables_have_fewer_lanes():
+    assert [lanes_for(groups, 10**6) for groups in (1, 5, 16, 10**6)] == [1, 4, 16, 32]
+    assert [lanes_for(groups, 10**6, 48) for groups in (1, 5, 16, 10**6)] == [1, 3, 12, 48]
+    assert lanes_for(100, 3) == 2
 
 
 def test_no_more_row_groups_are_held_than_lanes_need(tmp_path):
@@ -144,7 +152,7 @@ def test_another_order_is_not_resumed(tmp_path):
     next(iter(loader))
     state = loader.state_dict()
     assert (state["epoch"], state["samples"]) == (0, 2)
-    for change in ({"seed": 1}, {"seq_len": 4}, {"pack": "best-fit"}):
+    for change in ({"seed": 1}, {"seq_len": 4}, {"pack": "best-fit"}, {"lanes": 2}):
         other = SampleReader(table, **{"seq_len": 8, "seed": 0, **change})
         with pytest.raises(UserError, match=f"the data's {next(iter(change))} is .* give the same tables"):
             Loader(other, BatchPlan(1, 0, 1, 2), 16).load_state_dict(state)
