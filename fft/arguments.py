@@ -26,6 +26,9 @@ A run with --checkpoint that is asked to stop (SIGTERM, SIGINT) saves after its 
 command with --resume auto goes on from there, on any layout.
 """
 
+#: Linear layers that LoRA adapts, as most decoders name them.
+LORA_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
 
 def _flag(help: str, default: object = MISSING, **extra: object) -> object:
     return field(default=default, metadata={"help": help, **extra})
@@ -47,6 +50,11 @@ class TrainArguments:
     eval_data: str | None = _flag("token table to evaluate on", None)
     output_dir: str | None = _flag("Hugging Face model directory to write at the end", None)
     overwrite: bool = _flag("allow an existing --output_dir or --checkpoint run to be replaced", False)
+    # Which parameters
+    lora_dim: int = _flag("train low-rank adapters of this rank alone, and write them as PEFT does (0: the model)", 0)
+    lora_alpha: int = _flag("what an adapter adds is multiplied by this / --lora_dim", 16)
+    lora_module_name: str = _flag("linear modules of the decoder layers that get adapters", LORA_MODULES)
+    freeze: str | None = _flag("do not train parameters whose name has one of these regular expressions, a,b,c", None)
     # How long, how much at a time
     seq_len: int = _flag("tokens of a sample", 2048)
     pack: str = _flag(
@@ -254,6 +262,7 @@ def _check(args: TrainArguments) -> None:
         "max_num_checkpoints",
         "best_of",
         "checkpoint_grad_interval",
+        "lora_dim",
         "seed",
     ):
         if getattr(args, name) < 0:
@@ -272,6 +281,11 @@ def _check(args: TrainArguments) -> None:
         raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
     if args.tag and not args.from_ckpt:
         raise UserError("--tag names a checkpoint of --from_ckpt, which is missing.")
+    if args.lora_dim and (args.init or args.freeze):
+        other = "--init, whose weights would be nowhere" if args.init else "--freeze: all else is frozen"
+        raise UserError(f"--lora_dim trains adapters of an existing model alone, not with {other}.")
+    if args.lora_dim and args.lora_alpha < 1:
+        raise UserError(f"--lora_alpha {args.lora_alpha} must be at least 1.")
     trains = args.num_train_epochs > 0 and args.max_steps != 0
     if trains and not args.train_data:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
 from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
+from fft.models.lora import Lora
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
@@ -60,6 +61,18 @@ class StagedModel(PipelineModule):
         self.parts = self._bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        self._sends = stage + 1 < self._topo.get_dim("pipe")
+
+    def forward(self, *args: object, **options: object) -> object:
+        """One stage. The engine starts backward from what a stage sends, even where nothing in it is trained."""
+        outputs = super().forward(*args, **options)
+        if self._sends and torch.is_grad_enabled() and not outputs[0].requires_grad:
+            outputs[0].requires_grad_()
+        return outputs
+
+    def get_tied_weights_and_groups(self) -> list:
+        """Weights whose gradients two stages add up: frozen ones have none."""
+        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
 
 
 def init_distributed() -> None:
@@ -92,7 +105,8 @@ def _unlink_shared_buffer() -> None:
 def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
     """The model, with the kernels asked for."""
     operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
-    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators)
+    train = {"lora": Lora.of(args), "frozen": args.freeze}
+    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators, **train)
 
 
 def check_kernels(source: ModelSource) -> str:

@@ -27,18 +27,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 from transformers.utils.logging import disable_progress_bar
 
 from fft.arguments import TrainArguments, build_parser, resolve
+from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.pieces import Pieces
 from fft.data.blend import Blend
 from fft.data.loader import MicroBatch, SampleReader, micro_batch
 from fft.data.table import IGNORE
 from fft.errors import UserError, run_cli
+from fft.models.lora import Lora, adapt, freeze, reset_adapters
 from fft.preflight import Plan, batch_plan, load_config, prepare, start_of
 from fft.run_folder import METRICS
 from fft.schedule import lr_multiplier
@@ -95,7 +98,13 @@ def mean_loss(model: PreTrainedModel, reader: SampleReader) -> float:
 def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     """Train the model in ``directory`` as ``args`` say, by transformers and torch alone."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    parameters = dict(model.named_parameters())
+    lora = Lora.of(args)
+    if lora is not None:
+        adapt(model, f"{model.base_model_prefix}.layers", lora)
+        reset_adapters(model, args.seed)
+    if args.freeze:
+        freeze(model, args.freeze)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, vectors = ([p for p in parameters.values() if (p.ndim < 2) == small] for small in (False, True))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (args.adam_beta1, args.adam_beta2)
@@ -117,6 +126,8 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
         evaluations.append(mean_loss(model, plan.evaluation))
     gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    if lora is not None:
+        weights = adapter.adapter_parameters(weights)
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 
@@ -229,13 +240,18 @@ def read_outcome(run: Path) -> Outcome:
     lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     checkpoint = run / checkpoint_tag(steps[-1]["step"])
-    model, pieces, gradients = AutoModelForCausalLM.from_pretrained(checkpoint), Pieces(checkpoint / TRAINING), {}
-    for name, parameter in model.named_parameters():
-        gradients[name] = torch.empty(parameter.shape)
+    pieces, gradients = Pieces(checkpoint / TRAINING), {}
+    if (checkpoint / adapter.CONFIG).is_file():
+        stored = load_file(checkpoint / adapter.WEIGHTS)
+        weights = {name.removeprefix(adapter.PREFIX): value for name, value in stored.items()}
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    for name in filter(pieces.__contains__, weights):
+        gradients[name] = torch.empty(weights[name].shape)
         pieces.fill(gradients[name].view(-1), name, "exp_avg", 0)
     losses, norms = ([step[name] for step in steps] for name in ("loss", "grad_norm"))
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    return Outcome(losses, norms, model.state_dict(), gradients, evaluations)
+    return Outcome(losses, norms, weights, gradients, evaluations)
 
 
 # The comparison
@@ -274,6 +290,8 @@ def faults(run: Outcome, expected: Outcome, learning_rate: float) -> list[str]:
     found = []
     if run.weights.keys() != expected.weights.keys():
         return [f"the models have different tensors: {sorted(run.weights.keys() ^ expected.weights.keys())}."]
+    if run.gradients.keys() != expected.gradients.keys():
+        return [f"other parameters are trained: {sorted(run.gradients.keys() ^ expected.gradients.keys())}."]
     for what, ours, theirs, tolerance in (
         ("loss", run.losses, expected.losses, LOSS),
         ("gradient norm", run.norms, expected.norms, NORM),

@@ -91,6 +91,11 @@ def start_of(args: TrainArguments) -> str:
     if tag not in map(checkpoint_tag, steps):
         have = ", ".join(map(checkpoint_tag, steps)) or "none"
         raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--from_ckpt: {path} is an adapter (--lora_dim): go on with --resume, or merge it first by "
+            f"python -m fft.checkpoint.convert {args.from_ckpt} OUT --tag {tag}."
+        )
     return str(path)
 
 

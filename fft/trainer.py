@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from fft import run_folder
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder, hf, state
+from fft.checkpoint.adapter import AdapterReader, adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.saver import Contents, Part, Saver
 from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
@@ -26,6 +27,7 @@ from fft.data.table import IGNORE
 from fft.engine import DTYPES, build_engine, check_kernels, init_distributed, model_source, stages
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
+from fft.models.lora import trained
 from fft.ops.documents import Documents
 from fft.preflight import Plan, batch_plan, prepare
 from fft.run_folder import Start
@@ -47,6 +49,8 @@ def run(args: TrainArguments) -> int:
     try:
         _log(_describe(args, plan, source, bounds))
         _log(f"kernels: {check_kernels(source)}")
+        if args.lora_dim or args.freeze:
+            _log(f"{trained(source.skeleton.parameters()):,} parameters are trained, the others are frozen")
         with contextlib.ExitStack() as held:
             control = dist.new_group(backend="gloo")
             start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
@@ -82,7 +86,10 @@ class Trainer:
     ) -> None:
         self.args, self.plan, self.source, self.start = args, plan, source, start
         if start.checkpoint is not None:
-            source.weights = hf.WeightReader(start.checkpoint)
+            if source.lora is not None:
+                source.adapter = AdapterReader(start.checkpoint)
+            else:
+                source.weights = hf.WeightReader(start.checkpoint)
         self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
         if start.checkpoint is not None:
             self._restore(start.checkpoint / folder.TRAINING)
@@ -188,7 +195,7 @@ class Trainer:
         return loss
 
     def save_model(self, output: str) -> None:
-        """Write a Hugging Face directory: every stage its own shards, in parallel; replaces what stands there."""
+        """Write a model or adapter directory: every stage its own shards, in parallel; replaces what stands there."""
         staging, shards = hf.staging_dir(output), self._shards
         if _rank() == 0:
             hf.start_staging(output)
@@ -197,7 +204,10 @@ class Trainer:
             hf.write_shard(staging, whole_tensors(self._own_parameters(), self.source), self._shard, shards)
         dist.barrier()
         if _rank() == 0:
-            hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
+            if self.source.lora is not None:
+                write_adapter(staging, shards, self._adapter())
+            else:
+                hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
             hf.publish(staging, output)
         dist.barrier()
 
@@ -224,6 +234,8 @@ class Trainer:
     def _own_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
         parameters = canonical_parameters(self.engine.module)
+        if self.source.lora is not None:
+            return adapter_parameters(parameters)
         if self.plan.config.get_text_config().tie_word_embeddings and not self.engine.is_first_stage():
             return {name: p for name, p in parameters.items() if "embed_tokens" not in name}
         return parameters
@@ -235,9 +247,13 @@ class Trainer:
     def _model(self) -> Path | None:
         return self.plan.weights.directory if self.plan.weights else None
 
+    def _adapter(self) -> dict | None:
+        """Content of ``adapter_config.json``; None where the model itself is trained."""
+        return self.source.lora and adapter_config(self.source.lora, self.plan.weights.directory)
+
     def _contents(self) -> Contents:
         args = self.args
-        kept = {"newest": args.max_num_checkpoints, "best": args.best_of}
+        kept = {"newest": args.max_num_checkpoints, "best": args.best_of, "adapter": self._adapter()}
         return Contents(Path(args.checkpoint), self._config(), self.plan.tokenizer, self._model(), self._shards, **kept)
 
     @property

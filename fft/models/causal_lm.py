@@ -5,7 +5,6 @@ stage and fills them parameter by parameter, from safetensors or from a seed. Be
 [1, tokens, hidden size], the only floating tensor, and the document boundaries, int32 [tokens + 1].
 """
 
-import hashlib
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
 from fft.models.experts import LoadBalance, watch_router
+from fft.models.lora import Lora, adapt, freeze, is_adapter, reset_adapter, seed_of
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
 from fft.ops.fused import FusedOps, fuse
@@ -116,6 +117,8 @@ class ModelSource:
     ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
     ``tensor`` is set, before layers are built, where every rank holds a part of a layer's parameters; ``parallel``,
     before the first forward, where it holds a share of a row's tokens. ``balance`` is there for mixtures of experts.
+    With ``lora`` adapters alone are trained, from ``adapter`` or, without it, from the seed; ``frozen`` are patterns as
+    :func:`fft.models.lora.freeze` takes them.
     """
 
     config: PretrainedConfig
@@ -126,6 +129,9 @@ class ModelSource:
     fused: FusedOps | None = None
     tensor: TensorParallel | None = None
     parallel: SequenceParallel | None = None
+    lora: Lora | None = None
+    adapter: AdapterReader | None = None
+    frozen: str | None = None
     balance: LoadBalance | None = field(init=False, default=None)
     skeleton: PreTrainedModel = field(init=False)
     #: Parts of parameters that this rank holds, by full name; what is not here it holds whole.
@@ -136,6 +142,10 @@ class ModelSource:
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         self.skeleton.config._attn_implementation = register_with_transformers()
+        if self.lora is not None:
+            adapt(self.skeleton, f"{self.base}.layers", self.lora)
+        if self.frozen:
+            freeze(self.skeleton, self.frozen)
         self.plan = plan_of(self.config)
         routed = sum(name.endswith("mlp.gate") for name, _ in self.skeleton.named_modules())
         if routed:
@@ -190,7 +200,8 @@ class ModelSource:
                 shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank)
                 if shard is not None:
                     self.shards[f"{full}.{key}"] = shard
-                    child._parameters[key] = nn.Parameter(parameter.new_empty(shard.local_shape))
+                    part = parameter.new_empty(shard.local_shape)
+                    child._parameters[key] = nn.Parameter(part, parameter.requires_grad)
 
     @torch.no_grad()
     def _fill(self, module: nn.Module, path: str) -> None:
@@ -200,19 +211,23 @@ class ModelSource:
             own = dict(child.named_parameters(recurse=False))
             if not own:
                 continue
-            if self.weights is not None:
+            weights = self.adapter if is_adapter(full) else self.weights
+            if weights is not None:
                 for key, parameter in own.items():
                     part, shard = f"{full}.{key}", self.shards.get(f"{full}.{key}")
                     shape = tuple(parameter.shape) if shard is None else shard.shape
-                    parameter.copy_(self.weights.read(part, shape, shard))
+                    parameter.copy_(weights.read(part, shape, shard))
                 continue
             whole = copy(child)
             whole._parameters = {
                 key: self._whole(p, self.shards.get(f"{full}.{key}")) for key, p in child._parameters.items()
             }
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed_of(full, self.seed))
-                self.skeleton._init_weights(whole)
+                torch.manual_seed(seed_of(full, self.seed))
+                if is_adapter(full):
+                    reset_adapter(full, whole)
+                else:
+                    self.skeleton._init_weights(whole)
             for key, parameter in own.items():
                 if (shard := self.shards.get(f"{full}.{key}")) is not None:
                     parameter.copy_(shard.of(whole._parameters[key]))
@@ -426,7 +441,3 @@ def _without(layer: nn.Module, **replacements: nn.Module) -> nn.Module:
     half.__dict__.update(layer.__dict__)
     half._modules = {**layer._modules, **replacements}
     return half
-
-
-def _seed_of(name: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

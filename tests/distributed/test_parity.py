@@ -12,6 +12,7 @@ from forked import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import parse_arguments
+from fft.checkpoint import adapter
 from fft.parity import faults, one_process, read_outcome, write_random_model
 from fft.preflight import prepare
 
@@ -144,12 +145,12 @@ def reference(model_dir, ragged_table, held_out, tmp_path_factory):
     """What the plain loop does with a family's model."""
     known = {}
 
-    def of(family: str):
-        if family not in known:
+    def of(family: str, *extra: str):
+        if (family, *extra) not in known:
             given = flags(model_dir(family), ragged_table, tmp_path_factory.mktemp("unused"), held_out)
-            args = parse_arguments([*given, "--gradient_accumulation_steps", str(GLOBAL_BATCH)])
-            known[family] = one_process(model_dir(family), args, prepare(args, 1))
-        return known[family]
+            args = parse_arguments([*given, *extra, "--gradient_accumulation_steps", str(GLOBAL_BATCH)])
+            known[(family, *extra)] = one_process(model_dir(family), args, prepare(args, 1))
+        return known[(family, *extra)]
 
     return of
 
@@ -204,7 +205,12 @@ def assert_is_one_process(output, expected):
     assert faults(found, expected, LR) == []
     assert len(found.losses) == STEPS
     assert min(expected.norms) > CLIP  # clipping was at work
-    exported = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).state_dict()
+    if (output / "model" / adapter.CONFIG).is_file():
+        stored = adapter.AdapterReader(output / "model")
+        assert len(stored.names) == len(found.weights)
+        exported = {name: stored.tensor(name) for name in found.weights}
+    else:
+        exported = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).state_dict()
     assert all(torch.equal(exported[name], value) for name, value in found.weights.items())
 
 
@@ -215,6 +221,39 @@ def test_layout_equals_one_process(family, shape, extra, model_dir, ragged_table
     done = run_ranks(int(np.prod(shape)), *given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_is_one_process(tmp_path, reference(family))
+
+
+LORA = ["--lora_dim=3", "--lora_alpha=12"]
+PIPE2 = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "ranks", "trained", "layout"),
+    [
+        pytest.param("qwen2-tied", 2, LORA, [*PIPE2, "--partition_method=1,5"], id="lora-pipe2"),
+        pytest.param("llama", 4, LORA, ["--model_parallel_size=2", "--gradient_accumulation_steps=4"], id="lora-2x2"),
+        pytest.param(
+            "qwen2-tied",
+            2,
+            ["--freeze=embed_tokens,layers.0,q_proj"],
+            [*PIPE2, "--partition_method=2,4", "--checkpoint_grad_interval=1"],
+            id="frozen-first-stage",
+        ),
+    ],
+)
+def test_part_of_the_parameters(family, ranks, trained, layout, model_dir, ragged_table, held_out, reference, tmp_path):
+    """Adapters alone, or all but frozen parameters; the first stages of two pipelines have nothing to train."""
+    given = [*flags(model_dir(family), ragged_table, tmp_path, held_out), *trained, *layout, "--save_steps", STEPS]
+    done = run_ranks(ranks, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = reference(family, *trained)
+    assert_is_one_process(tmp_path, expected)
+    if trained is not LORA:
+        start = AutoModelForCausalLM.from_pretrained(model_dir(family)).state_dict()
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+        changed = {name for name, value in start.items() if not torch.equal(exported[name], value)}
+        assert changed == set(expected.gradients)
 
 
 @pytest.mark.slow

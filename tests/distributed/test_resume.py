@@ -122,6 +122,32 @@ def test_on_another_layout(family, before, after, straight, train, tmp_path):
         torch.testing.assert_close(again[2][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_adapters_alone(train, launch, model_dir, tmp_path):  # noqa: F811
+    """LoRA: on the same layout to the bit, with tensor parallelism to 1e-5; and merged, from the run folder."""
+    family, lora = "qwen2-tied", ["--lora_dim", 3, "--lora_alpha", 12]
+    numbers, evaluated, weights = train(tmp_path / "straight", family, "pipe2", *lora)
+    again = go_on(train, tmp_path / "straight", tmp_path / "again", family, "pipe2", "fp32", *lora)
+    np.testing.assert_array_equal(again[0], numbers)
+    assert again[1] == evaluated
+    assert again[2].keys() == weights.keys()
+    assert all(torch.equal(again[2][name], value) for name, value in weights.items())
+    tensor = ["--sequence_parallel_size", 1, "--model_parallel_size", 2]
+    other = go_on(train, tmp_path / "straight", tmp_path / "other", family, "sequence2", "fp32", *lora, *tensor)
+    np.testing.assert_allclose(other[0][:, :2], numbers[:, :2], rtol=1e-5)
+    np.testing.assert_allclose(other[0][:, 2], numbers[:, 2], rtol=1e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(other[2][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    merged = converted(launch, tmp_path / "straight" / "run", tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(model_dir(family)).state_dict()
+    adapted = 0
+    for name, value in merged.items():
+        down, up = (weights.get(f"base_model.model.{name[:-7]}.lora_{part}.weight") for part in "AB")
+        adapted += down is not None
+        expected = base[name] if down is None else base[name] + 12 / 3 * (up @ down)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+    assert 2 * adapted == len(weights)
+
+
 def converted(launch, source, output, *more):
     done = launch("python", "-m", "fft.checkpoint.convert", source, output, *more)
     assert done.returncode == 0, done.stderr
