@@ -81,7 +81,12 @@ class TrainArguments:
     # Optimizer
     learning_rate: float = _flag("peak learning rate", 1e-4)
     min_learning_rate: float = _flag("where the schedule ends", 0.0)
-    lr_scheduler_type: str = _flag("decay after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
+    lr_scheduler_type: str = _flag(
+        "decay after the warm-up; wsd (warmup-stable-decay) is constant but for its end",
+        "cosine",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    decay_ratio: float = _flag("share of all steps at whose end wsd decays, linearly", 0.1)
     warmup_steps: int = _flag("steps of linear warm-up", 0)
     weight_decay: float = _flag("AdamW's decay of matrices (never of norms and biases)", 0.1)
     adam_beta1: float = _flag("AdamW's first beta", 0.9)
@@ -128,6 +133,9 @@ class TrainArguments:
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
     # Watching and keeping
     eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
+    early_stop_patience: int = _flag(
+        "end the run after k evaluations in a row without a lower validation loss (0: never)", 0
+    )
     logging_steps: int = _flag("print every k steps", 10)
     checkpoint: str | None = _flag("run folder: metrics.jsonl, the resolved settings, checkpoints", None)
     save_steps: int = _flag("write a checkpoint into --checkpoint every k steps (0: never)", 0)
@@ -258,6 +266,7 @@ def _check(args: TrainArguments) -> None:
         "adam_epsilon",
         "max_grad_norm",
         "eval_steps",
+        "early_stop_patience",
         "save_steps",
         "max_num_checkpoints",
         "best_of",
@@ -273,6 +282,10 @@ def _check(args: TrainArguments) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 0 and less than 1.")
+    if not 0 <= args.decay_ratio <= 1:
+        raise UserError(f"--decay_ratio {args.decay_ratio} must be a share of all steps, from 0 to 1.")
+    if args.early_stop_patience and not (args.eval_data and args.eval_steps):
+        raise UserError("--early_stop_patience counts evaluations: it needs --eval_data and --eval_steps.")
     if args.encoder_pipe_parallel_size:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:

@@ -152,7 +152,7 @@ def build_engine(
         eps=args.adam_epsilon,
     )
     floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
-    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor)
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,

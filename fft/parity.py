@@ -110,7 +110,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
     floor = args.min_learning_rate / args.learning_rate
-    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor)
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor, args.decay_ratio)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     evaluations = [mean_loss(model, plan.evaluation)] if plan.evaluation else []
     dealt = [batch_plan(args, plan.mesh, replica) for replica in range(plan.mesh.data)]
@@ -199,7 +199,15 @@ def _fewest(number: int, fits: Callable[[int], bool]) -> int:
 
 def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> TrainArguments:
     """The flags of the run that is compared."""
-    quiet = {"eval_data": None, "eval_steps": 0, "best_of": 0, "resume": None, "from_ckpt": None, "tag": None}
+    quiet = {
+        "eval_data": None,
+        "eval_steps": 0,
+        "best_of": 0,
+        "early_stop_patience": 0,
+        "resume": None,
+        "from_ckpt": None,
+        "tag": None,
+    }
     keep = {"checkpoint": str(output), "output_dir": None, "save_steps": steps, "max_num_checkpoints": 0}
     rate = max(args.learning_rate, 1e-3)
     return dataclasses.replace(

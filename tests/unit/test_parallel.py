@@ -69,6 +69,12 @@ def test_schedules():
     linear = lr_multiplier("linear", warmup_steps=0, total_steps=10, floor=0.0)
     assert [linear(step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
     assert lr_multiplier("constant", 0, 10, 0.0)(9) == 1.0
+    wsd = lr_multiplier("wsd", warmup_steps=2, total_steps=20, floor=0.2, decay_ratio=0.25)
+    assert [wsd(step) for step in (0, 1, 2, 15)] == [0.5, 1.0, 1.0, 1.0]
+    assert [wsd(step) for step in (16, 18, 20, 25)] == pytest.approx([0.84, 0.52, 0.2, 0.2])
+    assert [lr_multiplier("wsd", 0, 20, 0.0, 0.0)(step) for step in (0, 19)] == [1.0, 1.0]
+    all_warm = lr_multiplier("wsd", 20, 20, 0.0, 1.0)
+    assert [all_warm(step) for step in (0, 19)] == [1 / 20, 1.0]
 
 
 def source(**changes) -> ModelSource:
