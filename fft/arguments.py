@@ -82,10 +82,18 @@ class TrainArguments:
     )
     encoder_pipe_parallel_size: int = _flag("pipeline stages of a vision encoder (this release: 0)", 0)
     partition_method: str = _flag(
-        "stages by fast (equal time), parameters, uniform, or layers per stage: 5,4,4", "fast"
+        "stages by fast (equal time), mem (equal memory), parameters, uniform, or layers per stage: 5,4,4", "fast"
     )
     split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
+    # Planning
+    dry_run: bool = _flag(
+        "print the layout, its memory and its bubble, and end: needs no weights, data or devices", False
+    )
+    ranks: int = _flag("how many ranks --dry_run plans for (0: as many as were launched)", 0)
+    device_memory: float = _flag(
+        "GB of a device: --dry_run ends with exit code 1 where a stage needs more (0: any)", 0.0
+    )
     # Watching and keeping
     eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
     logging_steps: int = _flag("print every k steps", 10)
@@ -216,6 +224,8 @@ def _check(args: TrainArguments) -> None:
         "max_num_checkpoints",
         "best_of",
         "checkpoint_grad_interval",
+        "ranks",
+        "device_memory",
         "seed",
     ):
         if getattr(args, name) < 0:
@@ -230,10 +240,14 @@ def _check(args: TrainArguments) -> None:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:
         raise UserError("--model is missing: give a Hugging Face model directory, or a config.json with --init.")
+    if not args.dry_run and (args.ranks or args.device_memory):
+        raise UserError("--ranks and --device_memory are for --dry_run: a run has the ranks it was launched with.")
     if args.init and args.from_ckpt:
         raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
     if args.tag and not args.from_ckpt:
         raise UserError("--tag names a checkpoint of --from_ckpt, which is missing.")
+    if args.dry_run:
+        return  # what a run reads and writes is not looked at
     trains = args.num_train_epochs > 0 and args.max_steps != 0
     if trains and not args.train_data:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")
