@@ -127,10 +127,18 @@ class TrainArguments:
     )
     encoder_pipe_parallel_size: int = _flag("pipeline stages of a vision encoder (this release: 0)", 0)
     partition_method: str = _flag(
-        "stages by fast (equal time), parameters, uniform, or layers per stage: 5,4,4", "fast"
+        "stages by fast (equal time), mem (equal memory), parameters, uniform, or layers per stage: 5,4,4", "fast"
     )
     split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
+    # Planning
+    dry_run: bool = _flag(
+        "print the layout, its memory and its bubble, and end: needs no weights, data or devices", False
+    )
+    ranks: int = _flag("how many ranks --dry_run plans for (0: as many as were launched)", 0)
+    device_memory: float = _flag(
+        "GB of a device: --dry_run ends with exit code 1 where a stage needs more (0: any)", 0.0
+    )
     # Watching and keeping
     eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
     early_stop_patience: int = _flag(
@@ -272,6 +280,8 @@ def _check(args: TrainArguments) -> None:
         "best_of",
         "checkpoint_grad_interval",
         "lora_dim",
+        "ranks",
+        "device_memory",
         "seed",
     ):
         if getattr(args, name) < 0:
@@ -290,6 +300,8 @@ def _check(args: TrainArguments) -> None:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:
         raise UserError("--model is missing: give a Hugging Face model directory, or a config.json with --init.")
+    if not args.dry_run and (args.ranks or args.device_memory):
+        raise UserError("--ranks and --device_memory are for --dry_run: a run has the ranks it was launched with.")
     if args.init and args.from_ckpt:
         raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
     if args.tag and not args.from_ckpt:
@@ -299,6 +311,8 @@ def _check(args: TrainArguments) -> None:
         raise UserError(f"--lora_dim trains adapters of an existing model alone, not with {other}.")
     if args.lora_dim and args.lora_alpha < 1:
         raise UserError(f"--lora_alpha {args.lora_alpha} must be at least 1.")
+    if args.dry_run:
+        return  # what a run reads and writes is not looked at
     trains = args.num_train_epochs > 0 and args.max_steps != 0
     if trains and not args.train_data:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")

@@ -19,14 +19,14 @@ from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
-from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
+from fft.layout import plan_layout
+from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
 from fft.models.lora import Lora
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
 from fft.parallel.mesh import MeshSizes
-from fft.parallel.partition import stage_bounds
 from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
 
@@ -82,8 +82,7 @@ def init_distributed() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if on_host() and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; left alone each would start a thread on every core.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
@@ -123,10 +122,14 @@ def check_kernels(source: ModelSource) -> str:
     return ", ".join(names)
 
 
+def on_host() -> bool:
+    """Whether the device is the CPU."""
+    return deepspeed.get_accelerator().device_name() == "cpu"
+
+
 def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
     """Bounds of the pipeline stages in the list of layers."""
-    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
-    return stage_bounds(args.partition_method, flops, parameters, mesh.pipe)
+    return plan_layout(args, source, mesh, on_host()).bounds
 
 
 def build_engine(

@@ -38,12 +38,8 @@ class Plan:
 
 def prepare(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
-    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    config, mesh = lay_out(args, world)
     model = start_of(args)
-    config = load_config(model, args.init)
-    check_supported(config, args.seq_len)
-    check_tensor_parallel(config, mesh.tensor)
-    _check_sequence_parallel(args, config)
     tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
@@ -57,6 +53,16 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     return Plan(
         config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
     )
+
+
+def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:
+    """The model's config and the sizes of ``world`` ranks, which suit each other. Raises :class:`UserError`."""
+    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    config = load_config(start_of(args), args.init or args.dry_run)
+    check_supported(config, args.seq_len)
+    check_tensor_parallel(config, mesh.tensor)
+    _check_sequence_parallel(args, config)
+    return config, mesh
 
 
 def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import signal
 import sys
@@ -24,9 +23,10 @@ from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.early_stop import EarlyStop
-from fft.engine import DTYPES, build_engine, check_kernels, init_distributed, model_source, stages
+from fft.engine import DTYPES, build_engine, check_kernels, init_distributed, model_source, on_host
 from fft.environment import environment
 from fft.errors import UserError
+from fft.layout import describe, plan_layout
 from fft.metrics import (
     Metrics,
     Stopwatch,
@@ -36,7 +36,8 @@ from fft.metrics import (
     over_ranks,
     pipeline_bubble,
 )
-from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
+from fft.models.causal_lm import ModelSource, canonical_parameters
+from fft.models.costs import layer_costs
 from fft.models.lora import trained
 from fft.ops.documents import Documents
 from fft.preflight import Plan, batch_plan, prepare
@@ -55,17 +56,17 @@ def run(args: TrainArguments) -> int:
     world = _world_size()
     plan = prepare(args, world)
     source = model_source(args, plan.config, plan.weights)
-    bounds = stages(args, source, plan.mesh)
+    layout = plan_layout(args, source, plan.mesh, on_host())
     init_distributed()
     try:
-        _log(_describe(args, plan, source, bounds))
+        _log("\n".join([describe(args, plan.config.model_type, layout), *_data(args, plan)]))
         _log(f"kernels: {check_kernels(source)}")
         if args.lora_dim or args.freeze:
             _log(f"{trained(source.skeleton.parameters()):,} parameters are trained, the others are frozen")
         with contextlib.ExitStack() as held:
             control = dist.new_group(backend="gloo")
             start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
-            trainer = Trainer(args, plan, source, bounds, control, start, held)
+            trainer = Trainer(args, plan, source, layout.bounds, control, start, held)
             code = trainer.train()
             if code == 0 and args.output_dir:
                 trainer.save_model(args.output_dir)
@@ -324,7 +325,7 @@ class Trainer:
             run = Path(args.checkpoint) if args.checkpoint else None
             sinks = held.enter_context(open_sinks(run, self.start.step, dataclasses.asdict(args), _log))
         tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
-        flops = flops_per_token(layer_costs(self.source, args.seq_len)[0])
+        flops = flops_per_token([cost.flops for cost in layer_costs(self.source, args.seq_len)])
         rate = matrix_rate(DTYPES[args.dtype], device) if plan.total_steps else float("nan")
         peak = over_ranks(rate, dist.ReduceOp.SUM, device)
         metrics = Metrics(sinks, _log, plan.total_steps, tokens, flops, peak, device)
@@ -359,22 +360,11 @@ def _to_torch(batch: MicroBatch) -> tuple[tuple[torch.Tensor, torch.Tensor], tor
     return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
 
 
-def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> str:
-    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
-    lines = [
-        f"{plan.config.model_type}, {sum(parameters) / 1e6:.2f} M parameters, {args.dtype}; "
-        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe} x sequence {plan.mesh.sequence} "
-        f"x tensor {plan.mesh.tensor}",
-        f"{'stage':>5}  {'layers':>7}  {'parameters':>12}  {'time':>6}",
-    ]
-    for stage, (a, b) in enumerate(itertools.pairwise(bounds)):
-        share = sum(flops[a:b]) / sum(flops)
-        lines.append(f"{stage:>5}  {f'{a}-{b - 1}':>7}  {sum(parameters[a:b]):>12,}  {share:>6.1%}")
-    if plan.train is not None:
-        lines += [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
-        tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
-        lines.append(f"{plan.total_steps:,} steps of {tokens:,} tokens")
-    return "\n".join(lines)
+def _data(args: TrainArguments, plan: Plan) -> list[str]:
+    if plan.train is None:
+        return []
+    tables = [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
+    return [*tables, f"{plan.total_steps:,} steps of {batch_plan(args, plan.mesh, 0).global_batch:,} samples"]
 
 
 def _world_size() -> int:

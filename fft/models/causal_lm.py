@@ -187,17 +187,17 @@ class ModelSource:
     def _relative(self, path: str) -> str:
         return path.removeprefix(f"{self.base}.")
 
-    def shard(self, name: str, shape: tuple[int, ...], rank: int) -> Shard | None:
-        """The part of a parameter of ``shape`` that a tensor-parallel rank holds, None for all of it."""
+    def shard(self, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard | None:
+        """The part of a parameter of ``shape`` that a tensor-parallel rank of ``size`` holds, None for all of it."""
         heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return shard_of(self._relative(name), shape, self.plan, heads, rank, self.tensor.size)
+        return shard_of(self._relative(name), shape, self.plan, heads, rank, size)
 
     def _cut(self, module: nn.Module, path: str) -> None:
         """Make the parameters below ``module``, still on the meta device, as small as this rank's parts."""
         for name, child in module.named_modules():
             full = f"{path}.{name}" if name else path
             for key, parameter in child.named_parameters(recurse=False):
-                shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank)
+                shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank, self.tensor.size)
                 if shard is not None:
                     self.shards[f"{full}.{key}"] = shard
                     part = parameter.new_empty(shard.local_shape)
@@ -305,11 +305,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, source: ModelSource, index: int, positions: Positions, half: str | None = None) -> None:
         super().__init__()
         self.path = f"{source.base}.layers.{index}"
-        layer = source.skeleton.get_submodule(self.path)
-        if half == "attention":
-            layer = _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
-        elif half == "mlp":
-            layer = _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
+        layer = decoder_half(source.skeleton.get_submodule(self.path), half)
         self.module = source.build(self.path, layer)
         self._positions = positions
         self._balance, self._routed = source.balance, watch_router(self.module)
@@ -383,32 +379,13 @@ def pipeline_layers(source: ModelSource, split_dlayer: bool = False) -> list[Lay
     return [first, *decoder, LayerSpec(FinalNorm, source), last]
 
 
-def layer_costs(source: ModelSource, seq_len: int, split_dlayer: bool = False) -> tuple[list[float], list[int]]:
-    """Multiply-adds per token and parameters of each pipeline layer, in the order of :func:`pipeline_layers`.
-
-    Attention counts the average causal span of a ``seq_len`` row; the embedding is a lookup and costs nothing.
-    """
-    config = source.config
-    layer = source.skeleton.get_submodule(f"{source.base}.layers.0")
-    vocabulary = config.vocab_size * config.hidden_size
-
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    attention = count(layer.self_attn) + count(layer.input_layernorm)
-    mlp = count(layer.mlp) + count(layer.post_attention_layernorm)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scores = config.num_attention_heads * head_dim * seq_len  # q.k and weights.v over seq_len / 2 keys
-    if split_dlayer:
-        flops, parameters = [float(attention + scores), float(mlp)], [attention, mlp]
-    else:
-        flops, parameters = [float(attention + scores + mlp)], [attention + mlp]
-    layers = config.num_hidden_layers
-    head_parameters = 0 if source.tied else vocabulary
-    return (
-        [0.0, *flops * layers, float(config.hidden_size), float(vocabulary)],
-        [vocabulary, *parameters * layers, config.hidden_size, head_parameters],
-    )
+def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
+    """A decoder layer, whole (None) or its "attention" or "mlp" half; see :class:`DecoderLayer`."""
+    if half == "attention":
+        return _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
+    if half == "mlp":
+        return _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
+    return layer
 
 
 def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

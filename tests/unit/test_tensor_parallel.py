@@ -101,7 +101,7 @@ def run(source, layers):
 @pytest.mark.parametrize(("size", "fused"), [(2, None), (4, None), (2, plain_ops())], ids=["2", "4", "2-fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_equal_the_whole(family, size, fused):
-    loss, balance, whole = run(*build(family, None))
+    loss, balance, whole = run(*build(family, None, fused))
     shared = threading.Barrier(size), {}
     ranks = [ThreadRanks(rank, size, SMALL["num_key_value_heads"], shared) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
