@@ -94,7 +94,9 @@ class TrainArguments:
     adam_epsilon: float = _flag("AdamW's epsilon", 1e-8)
     max_grad_norm: float = _flag("clip the global gradient norm to this (0: never)", 1.0)
     dtype: str = _flag(
-        "type of weights and activations; masters and moments are fp32", "bf16", choices=("bf16", "fp32")
+        "type of weights and activations; masters and moments are fp32",
+        "bf16",
+        choices=("bf16", "fp16", "fp32"),
     )
     attention: str = _flag(
         "attention kernel, which is compared with the reference before the first step; auto takes the device's fastest "

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
+from fft.errors import UserError
 from fft.layout import plan_layout
 from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
 from fft.models.lora import Lora
@@ -30,7 +32,7 @@ from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TokenMeanLoss:
@@ -71,8 +73,16 @@ class StagedModel(PipelineModule):
         return outputs
 
     def get_tied_weights_and_groups(self) -> list:
-        """Weights whose gradients two stages add up: frozen ones have none."""
-        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
+        """Tied weights, whose ``grad`` the engine adds up, with their groups.
+
+        Gradients of fp16 that are summed in fp32 are not in ``grad`` but beside it: the engine would leave them apart.
+        Frozen weights have none.
+        """
+        return [
+            (weight if weight.dtype != torch.float16 else SimpleNamespace(grad=weight.grad_accum), group)
+            for weight, group in super().get_tied_weights_and_groups()
+            if weight.requires_grad
+        ]
 
 
 def init_distributed() -> None:
@@ -125,6 +135,15 @@ def check_kernels(source: ModelSource) -> str:
 def on_host() -> bool:
     """Whether the device is the CPU."""
     return deepspeed.get_accelerator().device_name() == "cpu"
+
+
+def check_device(args: TrainArguments) -> None:
+    """Raise :class:`UserError` where the accelerator, as DeepSpeed knows it, lacks what the flags ask for."""
+    accelerator = deepspeed.get_accelerator()
+    if args.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"--dtype fp16 does not run on this machine's device ({accelerator.device_name()}): use bf16 or fp32."
+        )
 
 
 def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
@@ -197,6 +216,7 @@ def _deepspeed_config(args: TrainArguments) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": args.dtype == "bf16"},
+        "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
         # bf16 gradients summed over micro-batches in bf16 would lose most of their digits.
         "data_types": {"grad_accum_dtype": "fp32"},
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},

@@ -81,6 +81,16 @@ def mean_balance(balance: LoadBalance | None, device: torch.device) -> dict[str,
     return {"aux_loss": float(sums[0] / sums[1]) * shares}
 
 
+def loss_scale(engine: deepspeed.PipelineEngine) -> float:
+    """What gradients are multiplied by until the optimizer divides them by it: not 1 in fp16 alone."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def scaling(engine: deepspeed.PipelineEngine) -> dict[str, float]:
+    """Of fp16: the loss scale, and the steps skipped so far because gradients overflowed."""
+    return {"loss_scale": loss_scale(engine), "skipped_steps": engine.skipped_steps} if engine.fp16_enabled() else {}
+
+
 class Stopwatch:
     """Times the steps from one report to the next; what is done while :meth:`paused` is no training."""
 
@@ -144,6 +154,9 @@ class Metrics:
         memory = over_ranks(peak_memory(), dist.ReduceOp.MAX, self.device)
         rate = lap.rate * self.tokens_per_step
         utilisation = rate * self.flops / self.peak
+        scaled = (
+            f"scale {values['loss_scale']:.0f} ({values['skipped_steps']} skipped)  " if "loss_scale" in values else ""
+        )
         self.record(
             step,
             **values,
@@ -156,7 +169,7 @@ class Metrics:
         )
         self.log(
             f"step {step}/{self.total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  MFU {utilisation:.1%}  "
+            f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {utilisation:.1%}  "
             f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {_clock(lap.elapsed)} < {_clock(lap.left)}"
         )
 

@@ -23,7 +23,7 @@ from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.early_stop import EarlyStop
-from fft.engine import DTYPES, build_engine, check_kernels, init_distributed, model_source, on_host
+from fft.engine import DTYPES, build_engine, check_device, check_kernels, init_distributed, model_source, on_host
 from fft.environment import environment
 from fft.errors import UserError
 from fft.layout import describe, plan_layout
@@ -31,10 +31,12 @@ from fft.metrics import (
     Metrics,
     Stopwatch,
     flops_per_token,
+    loss_scale,
     matrix_rate,
     mean_balance,
     over_ranks,
     pipeline_bubble,
+    scaling,
 )
 from fft.models.causal_lm import ModelSource, canonical_parameters
 from fft.models.costs import layer_costs
@@ -54,6 +56,7 @@ EXIT_STOPPED = 75
 def run(args: TrainArguments) -> int:
     """Run to the end; returns the exit code."""
     world = _world_size()
+    check_device(args)
     plan = prepare(args, world)
     source = model_source(args, plan.config, plan.weights)
     layout = plan_layout(args, source, plan.mesh, on_host())
@@ -144,7 +147,7 @@ class Trainer:
             if not np.isfinite(loss):
                 raise UserError(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
             values = {"loss": loss, "lr": lr, "grad_norm": self._grad_norm()}
-            values |= mean_balance(self.source.balance, self.engine.device)
+            values |= mean_balance(self.source.balance, self.engine.device) | scaling(self.engine)
             if step % args.logging_steps == 0 or step == plan.total_steps:
                 metrics.report(step, values, watch.lap(step, plan.total_steps))
             else:
@@ -239,13 +242,15 @@ class Trainer:
             None if self.args.only_ckpt_model else state.gather(self.engine, parameters, self.source.shards),
         )
         data = self.loader.state_dict() if self.loader else None
-        self.saver.save(tag, part, run_folder.state_of(self.args, self.plan, step, data, eval_loss, self.early_stop))
+        facts = run_folder.state_of(self.args, self.plan, step, data, eval_loss, self.early_stop)
+        self.saver.save(tag, part, facts | {"loss_scaler": state.loss_scaler(self.engine)})
         self.metrics.record(step, save_seconds=time.perf_counter() - begun)
         _log(f"step {step}/{self.plan.total_steps}  checkpoint {Path(self.args.checkpoint) / tag}")
 
     def _restore(self, training: Path) -> None:
         parameters = canonical_parameters(self.engine.module)
         state.restore(self.engine, parameters, self.source.shards, training, self.start.step)
+        state.restore_loss_scaler(self.engine, self.start.state.get("loss_scaler"))
         if self.start.state["layout"] == dataclasses.asdict(self.plan.mesh):
             state.restore_random(training, _rank())
 
@@ -315,7 +320,7 @@ class Trainer:
             axis = self.engine.grid.get_data_parallel_world_size()
             self.loss.scale = axis * self.batches.micro_batches / max(1, int(trained))
         if self.source.balance is not None:
-            self.source.balance.start(self.batches.micro_batches)
+            self.source.balance.start(self.batches.micro_batches, loss_scale(self.engine))
         return self.engine.train_batch(map(_to_torch, batches))
 
     def _metrics(self, held: contextlib.ExitStack) -> Metrics:

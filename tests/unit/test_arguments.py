@@ -60,7 +60,7 @@ def test_help_needs_no_torch(launch):
         ("seq_len: .inf\n", "seq_len must be of type int, not inf"),
         ("learning_rate:\n", "learning_rate must be of type float, not None"),
         ("tokenizer: [a, b]\n", "tokenizer must be of type str, not ['a', 'b']"),
-        ("dtype: fp8\n", "dtype must be one of bf16, fp32, not 'fp8'"),
+        ("dtype: fp8\n", "dtype must be one of bf16, fp16, fp32, not 'fp8'"),
         ("- seq_len\n", "must map flag names to values"),
         ("seq_len: [1\n", "is not YAML"),
     ],
