@@ -302,8 +302,6 @@ def _check(args: TrainArguments) -> None:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:
         raise UserError("--model is missing: give a Hugging Face model directory, or a config.json with --init.")
-    if not args.dry_run and (args.ranks or args.device_memory):
-        raise UserError("--ranks and --device_memory are for --dry_run: a run has the ranks it was launched with.")
     if args.init and args.from_ckpt:
         raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
     if args.tag and not args.from_ckpt:

@@ -81,7 +81,9 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     tokens = mesh.data * micro_batches * args.per_device_train_batch_size * args.seq_len
     flops = 6 * tokens * sum(cost.flops for cost in costs)  # two a multiply-add; backward is twice the forward
     bubble = (mesh.pipe - 1) / (micro_batches + mesh.pipe - 1)
-    lines.append(f"a step: {tokens:,} tokens, {_flops(flops)}, pipeline bubble {bubble:.1%}")
+    lines.append(
+        f"a step: {tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
+    )
     return "\n".join(lines)
 
 

@@ -369,7 +369,8 @@ def _data(args: TrainArguments, plan: Plan) -> list[str]:
     if plan.train is None:
         return []
     tables = [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
-    return [*tables, f"{plan.total_steps:,} steps of {batch_plan(args, plan.mesh, 0).global_batch:,} samples"]
+    tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
+    return [*tables, f"{plan.total_steps:,} steps of {tokens:,} tokens"]
 
 
 def _world_size() -> int:

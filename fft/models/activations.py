@@ -57,7 +57,7 @@ def layer_activations(
     return found
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Counts the bytes of tensors made while it is active: those that live, and the most that lived at once."""
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -104,7 +104,7 @@ def _run(
         parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
     parameters = list(module.parameters())
     existing = [hidden, ids, *rotary, positions, *parameters, *(p.grad for p in parameters)]
-    with _Alive(existing) as alive:
+    with Alive(existing) as alive:
         if isinstance(module, nn.Embedding):
             output = module(ids)
         elif path.endswith(".norm"):
@@ -122,8 +122,9 @@ def _run(
         forward = alive.most
         del output, loss
         saved = alive.most = alive.now
+        extra = end.nbytes
         end.backward()
-    return LayerActivations(saved, forward - saved, alive.most - saved)
+    return LayerActivations(saved - extra, forward - saved, alive.most - saved)
 
 
 class _End(torch.autograd.Function):
