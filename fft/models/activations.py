@@ -20,6 +20,7 @@ from fft.models.causal_lm import ModelSource
 from fft.models.costs import head_size, layer_modules
 from fft.models.experts import balance_loss, watch_router
 from fft.ops.attention import packed_attention
+from fft.ops.backends import Backend
 from fft.ops.documents import Documents, lse_dtype
 from fft.ops.ring import SequenceParallel, ShardedDocuments
 from fft.parallel.ring_plan import Layout, plan_layout
@@ -182,7 +183,7 @@ class _Alone:
     def __init__(self, row: Documents) -> None:
         self._row = row
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, _: Backend) -> Tensor:
         return packed_attention(q, k, v, self._row, scale, _Shapes)
 
 
@@ -209,5 +210,5 @@ class _SilentSequence(SequenceParallel):
     def __init__(self, size: int) -> None:
         self.degree, self.rings, self.place, self._exchange = 1, size, 0, _SilentExchange()
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, _: Backend) -> Tensor:
         return super().attention(q, k, v, layout, scale, _Shapes)
