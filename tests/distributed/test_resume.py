@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, write_table
 from safetensors.torch import load_file
 from test_parity import FAMILIES, LAYOUTS, command, flags, model_dir, read_metrics  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
@@ -13,28 +12,15 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.slow
 #: Steps of the straight run, and the step after which another one goes on. An epoch of the table ends within step 13.
 STEPS, HALF = 10, 5
-#: ``data4`` has the same global batch as ``data2``: two replicas more. ``blend`` is ``one`` on the two tables.
-MORE = {
-    "data4": ("torchrun", 4, "--gradient_accumulation_steps 2"),
-    "blend": (*LAYOUTS["one"][:2], f"{LAYOUTS['one'][2]} --pack best-fit --blend_end drop"),
-}
+#: Of the same global batch as ``data2``: two replicas more.
+DATA4 = ("torchrun", 4, "--gradient_accumulation_steps 2")
 
 
 @pytest.fixture(scope="module")
-def small_table(tmp_path_factory):
-    """Rows that make some 30 samples: in a blend that is half theirs they end within step 8, after the run's stop."""
-    rng = np.random.default_rng(1)
-    rows = [rng.integers(0, VOCAB, rng.integers(20, 45)).astype(np.int32) for _ in range(48)]
-    return write_table(tmp_path_factory.mktemp("small") / "table", rows)
-
-
-@pytest.fixture(scope="module")
-def train(launch, model_dir, ragged_table, small_table):  # noqa: F811
+def train(launch, model_dir, ragged_table):  # noqa: F811
     def run(output, family, layout, *more):
-        launcher, ranks, extra = (LAYOUTS | MORE)[layout]
+        launcher, ranks, extra = DATA4 if layout == "data4" else LAYOUTS[layout]
         given = [*flags(model_dir(family), ragged_table, output), *extra.split(), "--max_steps", STEPS]
-        if layout == "blend":
-            given += ["--train_data", f"{ragged_table}:0.5 {small_table}:0.5"]
         done = launch(*command(launcher, ranks), *given, "--save_steps", HALF, "--eval_steps", 3, *more)
         assert done.returncode == 0, done.stderr[-3000:]
         return outcome(output)
@@ -77,7 +63,7 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
     ("family", "layout", "dtype", "executor"),
     [
         ("llama", "one", "fp32", "none"),
-        ("llama", "blend", "bf16", "process"),
+        ("llama", "one", "bf16", "process"),
         ("llama", "data2", "bf16", "thread"),
         ("qwen2-tied", "pipe2", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
