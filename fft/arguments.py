@@ -119,6 +119,7 @@ class TrainArguments:
         "auto",
         choices=("auto", "none"),
     )
+    offload_optimizer: bool = _flag("keep masters and moments in the machine's memory, and step there: slower", False)
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
     pipe_parallel_size: int = _flag("pipeline stages", 1)
@@ -298,6 +299,8 @@ def _check(args: TrainArguments) -> None:
         raise UserError(f"--decay_ratio {args.decay_ratio} must be a share of all steps, from 0 to 1.")
     if args.early_stop_patience and not (args.eval_data and args.eval_steps):
         raise UserError("--early_stop_patience counts evaluations: it needs --eval_data and --eval_steps.")
+    if args.offload_optimizer and args.dtype == "fp16":
+        raise UserError("--offload_optimizer with --dtype fp16 never recovers from an overflow: use bf16 or fp32.")
     if args.encoder_pipe_parallel_size:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:

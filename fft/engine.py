@@ -75,12 +75,14 @@ class StagedModel(PipelineModule):
     def get_tied_weights_and_groups(self) -> list:
         """Tied weights, whose ``grad`` the engine adds up, with their groups.
 
-        Gradients of fp16 that are summed in fp32 are not in ``grad`` but beside it: the engine would leave them apart.
-        Frozen weights have none.
+        Where gradients are summed in another type than their own (fp16; bf16 with an offloaded optimizer), the sum is
+        not in ``grad`` but beside it: the engine would leave the two apart. Frozen weights have none.
         """
+        tied = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in tied]
         return [
-            (weight if weight.dtype != torch.float16 else SimpleNamespace(grad=weight.grad_accum), group)
-            for weight, group in super().get_tied_weights_and_groups()
+            (weight if total is None else SimpleNamespace(grad=total), group)
+            for (weight, group), total in zip(tied, sums, strict=True)
             if weight.requires_grad
         ]
 
@@ -208,11 +210,12 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
 
 
 def _deepspeed_config(args: TrainArguments) -> dict:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if args.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.max_grad_norm,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 1, **offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": args.dtype == "bf16"},

@@ -65,6 +65,11 @@ LAYOUTS = {
         "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --split_dlayer --checkpoint_grad_interval 1 "
         "--partition_method 4,5",
     ),
+    "pipe2-data2-offload": (
+        "torchrun",
+        4,
+        "--pipe_parallel_size 2 --gradient_accumulation_steps 4 --offload_optimizer",
+    ),
 }
 #: Those that a launcher of its own starts.
 LAUNCHED = ("one", "pipe2-tensor2", "sequence2")
@@ -116,6 +121,9 @@ CASES = [
     # Stages of one parameter, embedding and head; and the attention that all others are compared with.
     for layers, *more in (("1,5",), ("5,1", "--attention=reference"))
 ]
+CASES.append(
+    pytest.param("qwen2-tied", (2, 2, 1, 1), LAYOUTS["pipe2-data2-offload"][2].split(), id="qwen2-tied-offload")
+)
 
 
 @pytest.fixture(scope="session")
@@ -179,10 +187,12 @@ def read_metrics(run) -> tuple[list[dict], list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
-def test_bf16_follows_fp32(family, model_dir, ragged_table, held_out, reference, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "pipe2"), ("qwen2-tied", "pipe2"), ("qwen2-tied", "pipe2-data2-offload")]
+)
+def test_bf16_follows_fp32(family, layout, model_dir, ragged_table, held_out, reference, tmp_path):
     """bf16 keeps 8 bits: a loss may differ by some 2^-9 and a matrix must move as in fp32, but for its rounding."""
-    _, ranks, extra = LAYOUTS["pipe2"]
+    _, ranks, extra = LAYOUTS[layout]
     given = [*flags(model_dir(family), ragged_table, tmp_path, held_out), *extra.split(), "--dtype", "bf16"]
     done = run_ranks(ranks, *given)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -72,6 +72,13 @@ def test_bad_files_are_explained(tmp_path, text, sentence):
     assert "settings.yaml" in str(raised.value)
 
 
+def test_an_offloaded_optimizer_in_fp16_is_refused():
+    """DeepSpeed 0.19.8 skips every step after the first that overflowed."""
+    assert parse_arguments([*BASE, "--offload_optimizer"]).offload_optimizer
+    with pytest.raises(UserError, match="--offload_optimizer with --dtype fp16"):
+        parse_arguments([*BASE, "--offload_optimizer", "--dtype", "fp16"])
+
+
 def test_what_launchers_add_is_accepted():
     plain = parse_arguments(BASE)
     added = ["--local_rank=1", "--deepspeed", "--deepspeed_config", "x.json"]
