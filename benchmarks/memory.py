@@ -3,7 +3,7 @@
 python -m benchmarks.memory           # five configurations on this machine's device, some three minutes on two cores
 
 Measured is, on an accelerator, its allocator's peak; on a CPU the largest resident size less that before the model was
-built, with malloc told to give freed memory back, which it would otherwise keep.
+built and what libraries were read in meanwhile, with malloc told to give freed memory back.
 """
 
 import argparse
@@ -65,12 +65,16 @@ def measure(pipe: int, dtype: str, interval: int) -> dict:
     sizes = argparse.Namespace(**_SIZES)
     fft.engine.init_distributed()
     layout = make_layout(sizes, *flags)[2]
-    accelerator = deepspeed.get_accelerator()
-    before = psutil.Process().memory_info().rss if fft.engine.on_host() else accelerator.memory_allocated()
+    accelerator, host = deepspeed.get_accelerator(), fft.engine.on_host()
+    before = psutil.Process().memory_info() if host else accelerator.memory_allocated()
     step, engine = make_engine(sizes, *flags)
     for _ in range(3):
         step()
     memory = layout.memory[engine.stage_id]
+    if host:
+        # Pages of libraries and of the communication library's shared buffers, which only come, are not the model's.
+        shared = psutil.Process().memory_info().shared - before.shared
+        before = before.rss + shared
     return {**vars(memory), "total": memory.total, "peak": peak_memory() - before}
 
 
