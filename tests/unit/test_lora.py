@@ -1,15 +1,18 @@
 """What is trained: adapters against a plain product, and what names may be given."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import SMALL
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import LORA_MODULES
+from fft.checkpoint import adapter, hf
 from fft.errors import UserError
 from fft.models.causal_lm import ModelSource
-from fft.models.lora import Lora, LoraLinear, reset_adapter, trained
+from fft.models.lora import Lora, LoraLinear, adapt, reset_adapter, reset_adapters, trained
 
 DEFAULT = tuple(LORA_MODULES.split(","))
 
@@ -49,6 +52,35 @@ def test_frozen_by_pattern():
     expected = ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
     assert frozen == {name for name, _ in made.skeleton.named_parameters() if name.startswith(expected)}
     assert 0 < trained(made.skeleton.parameters()) < sum(p.numel() for p in made.skeleton.parameters())
+
+
+def test_peft_reads_what_is_written(tmp_path):
+    """The same logits, from two ranks' parts; PEFT refuses or warns of names that it does not know."""
+    peft = pytest.importorskip("peft")
+    lora = Lora(2, 6, ("q_proj", "down_proj"))
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(source().config)
+    plain.save_pretrained(tmp_path / "base")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapt(ours, "model.layers", lora)
+    reset_adapters(ours, seed=1)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("lora_B.weight"):
+            nn.init.normal_(parameter)
+    tensors = adapter.adapter_parameters(dict(ours.named_parameters()))
+    output = tmp_path / "adapter"
+    output.mkdir()
+    for rank in range(2):
+        hf.write_shard(output, dict(list(tensors.items())[rank::2]), rank, 2)
+    adapter.write_adapter(output, 2, adapter.adapter_config(lora, tmp_path / "base"))
+    assert {path.name for path in output.iterdir()} == {adapter.WEIGHTS, adapter.CONFIG}
+    ids = torch.arange(20)[None]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        theirs = peft.PeftModel.from_pretrained(base, output)(ids).logits
+        torch.testing.assert_close(theirs, ours(ids).logits)
+        assert not torch.allclose(theirs, AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen2-lora": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3-lora": {"model_type": "qwen3", "head_dim": 16},
 }
+FAMILIES["qwen2-moe-lora"] = FAMILIES["qwen2-moe"]
 
 
 class ThreadRanks(TensorParallel):
