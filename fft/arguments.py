@@ -26,6 +26,9 @@ A run with --checkpoint that is asked to stop (SIGTERM, SIGINT) saves after its 
 command with --resume auto goes on from there, on any layout.
 """
 
+#: Linear layers that LoRA adapts, as most decoders name them.
+LORA_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
 
 def _flag(help: str, default: object = MISSING, **extra: object) -> object:
     return field(default=default, metadata={"help": help, **extra})
@@ -47,6 +50,11 @@ class TrainArguments:
     eval_data: str | None = _flag("token table to evaluate on", None)
     output_dir: str | None = _flag("Hugging Face model directory to write at the end", None)
     overwrite: bool = _flag("allow an existing --output_dir or --checkpoint run to be replaced", False)
+    # Which parameters
+    lora_dim: int = _flag("train low-rank adapters of this rank alone, and write them as PEFT does (0: the model)", 0)
+    lora_alpha: int = _flag("what an adapter adds is multiplied by this / --lora_dim", 16)
+    lora_module_name: str = _flag("linear modules of the decoder layers that get adapters", LORA_MODULES)
+    freeze: str | None = _flag("do not train parameters whose name has one of these regular expressions, a,b,c", None)
     # How long, how much at a time
     seq_len: int = _flag("tokens of a sample", 2048)
     pack: str = _flag(
@@ -54,6 +62,17 @@ class TrainArguments:
         "best-fit = cut only rows longer than a sample",
         "cut",
         choices=("cut", "best-fit"),
+    )
+    shuffle_lanes: int = _flag(
+        "places of --train_data that are read side by side: more shuffle better and hold more in memory; data-parallel "
+        "replicas whose number divides it decode no row group twice",
+        32,
+    )
+    blend_end: str = _flag(
+        "what a table of a blend does that has been read once: repeat = it begins again, in another order; drop = it "
+        "leaves the blend until all have been read",
+        "repeat",
+        choices=("repeat", "drop"),
     )
     per_device_train_batch_size: int = _flag("samples of a micro-batch", 1)
     gradient_accumulation_steps: int = _flag("micro-batches of a step, per data-parallel replica", 1)
@@ -79,6 +98,27 @@ class TrainArguments:
         "bf16",
         choices=("bf16", "fp16", "fp32"),
     )
+    attention: str = _flag(
+        "attention kernel, which is compared with the reference before the first step; auto takes the device's fastest "
+        "that is installed and right (docs/attention.md)",
+        "auto",
+        choices=(
+            "auto",
+            "reference",
+            "cpu",
+            "cuda",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+            "npu",
+        ),
+    )
+    fused_ops: str = _flag(
+        "auto: one kernel each for RMSNorm, rotary embedding and SwiGLU, on NPUs and on GPUs that have liger-kernel; "
+        "none: as transformers computes them",
+        "auto",
+        choices=("auto", "none"),
+    )
     offload_optimizer: bool = _flag("keep masters and moments in the machine's memory, and step there: slower", False)
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
@@ -90,10 +130,18 @@ class TrainArguments:
     )
     encoder_pipe_parallel_size: int = _flag("pipeline stages of a vision encoder (this release: 0)", 0)
     partition_method: str = _flag(
-        "stages by fast (equal time), parameters, uniform, or layers per stage: 5,4,4", "fast"
+        "stages by fast (equal time), mem (equal memory), parameters, uniform, or layers per stage: 5,4,4", "fast"
     )
     split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
+    # Planning
+    dry_run: bool = _flag(
+        "print the layout, its memory and its bubble, and end: needs no weights, data or devices", False
+    )
+    ranks: int = _flag("how many ranks --dry_run plans for (0: as many as were launched)", 0)
+    device_memory: float = _flag(
+        "GB of a device: --dry_run ends with exit code 1 where a stage needs more (0: any)", 0.0
+    )
     # Watching and keeping
     eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
     early_stop_patience: int = _flag(
@@ -211,7 +259,13 @@ def _plain_type(annotation: object) -> type:
 
 def _check(args: TrainArguments) -> None:
     """Faults that need nothing but the flags themselves."""
-    for name in ("seq_len", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+    for name in (
+        "seq_len",
+        "shuffle_lanes",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+    ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     for name in (
@@ -228,6 +282,9 @@ def _check(args: TrainArguments) -> None:
         "max_num_checkpoints",
         "best_of",
         "checkpoint_grad_interval",
+        "lora_dim",
+        "ranks",
+        "device_memory",
         "seed",
     ):
         if getattr(args, name) < 0:
@@ -252,6 +309,13 @@ def _check(args: TrainArguments) -> None:
         raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
     if args.tag and not args.from_ckpt:
         raise UserError("--tag names a checkpoint of --from_ckpt, which is missing.")
+    if args.lora_dim and (args.init or args.freeze):
+        other = "--init, whose weights would be nowhere" if args.init else "--freeze: all else is frozen"
+        raise UserError(f"--lora_dim trains adapters of an existing model alone, not with {other}.")
+    if args.lora_dim and args.lora_alpha < 1:
+        raise UserError(f"--lora_alpha {args.lora_alpha} must be at least 1.")
+    if args.dry_run:
+        return  # what a run reads and writes is not looked at
     trains = args.num_train_epochs > 0 and args.max_steps != 0
     if trains and not args.train_data:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")

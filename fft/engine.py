@@ -16,14 +16,19 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
+from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
-from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
+from fft.layout import plan_layout
+from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
+from fft.models.lora import Lora
+from fft.ops import fused
+from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
 from fft.parallel.mesh import MeshSizes
-from fft.parallel.partition import stage_bounds
 from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
 
@@ -58,18 +63,27 @@ class StagedModel(PipelineModule):
         self.parts = self._bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        self._sends = stage + 1 < self._topo.get_dim("pipe")
+
+    def forward(self, *args: object, **options: object) -> object:
+        """One stage. The engine starts backward from what a stage sends, even where nothing in it is trained."""
+        outputs = super().forward(*args, **options)
+        if self._sends and torch.is_grad_enabled() and not outputs[0].requires_grad:
+            outputs[0].requires_grad_()
+        return outputs
 
     def get_tied_weights_and_groups(self) -> list:
         """Tied weights, whose ``grad`` the engine adds up, with their groups.
 
         Where gradients are summed in another type than their own (fp16; bf16 with an offloaded optimizer), the sum is
-        not in ``grad`` but beside it: the engine would leave the two apart.
+        not in ``grad`` but beside it: the engine would leave the two apart. Frozen weights have none.
         """
         tied = super().get_tied_weights_and_groups()
         sums = [getattr(weight, "grad_accum", None) for weight, _ in tied]
         return [
             (weight if total is None else SimpleNamespace(grad=total), group)
             for (weight, group), total in zip(tied, sums, strict=True)
+            if weight.requires_grad
         ]
 
 
@@ -80,8 +94,7 @@ def init_distributed() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if on_host() and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; left alone each would start a thread on every core.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
@@ -100,6 +113,32 @@ def _unlink_shared_buffer() -> None:
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
 
 
+def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
+    """The model, with the kernels asked for."""
+    operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
+    train = {"lora": Lora.of(args), "frozen": args.freeze}
+    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators, **train)
+
+
+def check_kernels(source: ModelSource) -> str:
+    """Compare the kernels that this rank will train with to their references; returns their names.
+
+    Raises :class:`UserError` if they differ or do not fit the device.
+    """
+    device, config = torch.device(deepspeed.get_accelerator().current_device_name()), source.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, size))}"]
+    if source.fused is not None:
+        fused.check(source.fused, device, source.dtype)
+        names.append(f"fused operators {source.fused.name}")
+    return ", ".join(names)
+
+
+def on_host() -> bool:
+    """Whether the device is the CPU."""
+    return deepspeed.get_accelerator().device_name() == "cpu"
+
+
 def check_device(args: TrainArguments) -> None:
     """Raise :class:`UserError` where the accelerator, as DeepSpeed knows it, lacks what the flags ask for."""
     accelerator = deepspeed.get_accelerator()
@@ -111,8 +150,7 @@ def check_device(args: TrainArguments) -> None:
 
 def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
     """Bounds of the pipeline stages in the list of layers."""
-    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
-    return stage_bounds(args.partition_method, flops, parameters, mesh.pipe)
+    return plan_layout(args, source, mesh, on_host()).bounds
 
 
 def build_engine(

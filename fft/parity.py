@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +27,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 from transformers.utils.logging import disable_progress_bar
 
 from fft.arguments import TrainArguments, build_parser, resolve
+from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.pieces import Pieces
 from fft.data.blend import Blend
 from fft.data.loader import MicroBatch, SampleReader, micro_batch
 from fft.data.table import IGNORE
 from fft.errors import UserError, run_cli
+from fft.models.lora import Lora, adapt, freeze, reset_adapters
 from fft.preflight import Plan, batch_plan, load_config, prepare, start_of
 from fft.run_folder import METRICS
 from fft.schedule import lr_multiplier
@@ -62,29 +67,44 @@ class Outcome:
 # The one process
 
 
-def document_losses(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Sum of next-token losses, each document run through the model on its own."""
-    total = torch.zeros(())
+def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss."""
+    total, routed = torch.zeros(()), defaultdict(list)
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [r.register_forward_hook(lambda r, _, output: routed[r].append(output[0])) for r in routers]
     input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
     for a, b in itertools.pairwise(bounds):
         labels = torch.from_numpy(batch.labels[a:b])
-        if b - a > 1 and (labels != IGNORE).any():
+        if routers or (labels != IGNORE).any():
             logits = model(input_ids[a:b][None]).logits[0]
             total = total + nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-    return total
+    for hook in hooks:
+        hook.remove()
+    config = model.config
+    balance = [
+        load_balancing_loss_func((torch.cat(logits),), config.num_experts, config.num_experts_per_tok)
+        for logits in routed.values()
+    ]
+    return total, torch.stack(balance).mean() if balance else torch.zeros(())
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, reader: SampleReader) -> float:
     """Mean loss over the trained tokens of an epoch, as the trainer evaluates."""
     batches = [micro_batch(reader, [i], i + 1) for i in range(reader.samples_per_epoch)]
-    return sum(float(document_losses(model, b)) for b in batches) / sum(b.trained for b in batches)
+    return sum(float(document_losses(model, b)[0]) for b in batches) / sum(b.trained for b in batches)
 
 
 def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     """Train the model in ``directory`` as ``args`` say, by transformers and torch alone."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    parameters = dict(model.named_parameters())
+    lora = Lora.of(args)
+    if lora is not None:
+        adapt(model, f"{model.base_model_prefix}.layers", lora)
+        reset_adapters(model, args.seed)
+    if args.freeze:
+        freeze(model, args.freeze)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, vectors = ([p for p in parameters.values() if (p.ndim < 2) == small] for small in (False, True))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (args.adam_beta1, args.adam_beta2)
@@ -93,10 +113,12 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor, args.decay_ratio)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     evaluations = [mean_loss(model, plan.evaluation)] if plan.evaluation else []
+    dealt = [batch_plan(args, plan.mesh, replica) for replica in range(plan.mesh.data)]
     losses, norms = [], []
     for step in range(plan.total_steps):
         optimizer.zero_grad()
-        losses.append(_backward(model, plan.train, batch_plan(args, plan.mesh, 0).global_batch, step))
+        first = step * dealt[0].global_batch
+        losses.append(_backward(model, plan.train, [part for deal in dealt for part in deal.indices(first)]))
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
         optimizer.step()
         schedule.step()
@@ -104,18 +126,21 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
         evaluations.append(mean_loss(model, plan.evaluation))
     gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    if lora is not None:
+        weights = adapter.adapter_parameters(weights)
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 
-def _backward(model: PreTrainedModel, reader: SampleReader | Blend, samples: int, step: int) -> float:
-    """Gradients of a global batch, one sample's graph at a time; returns its loss."""
-    batches = [micro_batch(reader, [i], i + 1) for i in range(step * samples, (step + 1) * samples)]
+def _backward(model: PreTrainedModel, reader: SampleReader | Blend, parts: Sequence[range]) -> float:
+    """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
+    batches = [micro_batch(reader, part, part[-1] + 1) for part in parts]
     trained, total = sum(b.trained for b in batches), 0.0
+    weight = getattr(model.config, "router_aux_loss_coef", 0.0) / len(batches)
     for batch in batches:
-        if batch.trained:
-            loss = document_losses(model, batch) / trained
-            loss.backward()
-            total += loss.item()
+        loss, balance = document_losses(model, batch)
+        if (objective := loss / trained + weight * balance).requires_grad:
+            objective.backward()
+        total += loss.item() / trained
     return total
 
 
@@ -223,13 +248,18 @@ def read_outcome(run: Path) -> Outcome:
     lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     checkpoint = run / checkpoint_tag(steps[-1]["step"])
-    model, pieces, gradients = AutoModelForCausalLM.from_pretrained(checkpoint), Pieces(checkpoint / TRAINING), {}
-    for name, parameter in model.named_parameters():
-        gradients[name] = torch.empty(parameter.shape)
+    pieces, gradients = Pieces(checkpoint / TRAINING), {}
+    if (checkpoint / adapter.CONFIG).is_file():
+        stored = load_file(checkpoint / adapter.WEIGHTS)
+        weights = {name.removeprefix(adapter.PREFIX): value for name, value in stored.items()}
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    for name in filter(pieces.__contains__, weights):
+        gradients[name] = torch.empty(weights[name].shape)
         pieces.fill(gradients[name].view(-1), name, "exp_avg", 0)
     losses, norms = ([step[name] for step in steps] for name in ("loss", "grad_norm"))
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    return Outcome(losses, norms, model.state_dict(), gradients, evaluations)
+    return Outcome(losses, norms, weights, gradients, evaluations)
 
 
 # The comparison
@@ -268,6 +298,8 @@ def faults(run: Outcome, expected: Outcome, learning_rate: float) -> list[str]:
     found = []
     if run.weights.keys() != expected.weights.keys():
         return [f"the models have different tensors: {sorted(run.weights.keys() ^ expected.weights.keys())}."]
+    if run.gradients.keys() != expected.gradients.keys():
+        return [f"other parameters are trained: {sorted(run.gradients.keys() ^ expected.gradients.keys())}."]
     for what, ours, theirs, tolerance in (
         ("loss", run.losses, expected.losses, LOSS),
         ("gradient norm", run.norms, expected.norms, NORM),

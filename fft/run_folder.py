@@ -111,6 +111,11 @@ def _compare(args: TrainArguments, plan: Plan, checkpoint: Path, state: dict, lo
     before = state["arguments"]
     if before["dtype"] != args.dtype:
         raise UserError(f"--dtype {args.dtype}: {checkpoint} was trained in {before['dtype']}; resume with that.")
+    for name in ("lora_dim", "lora_alpha", "lora_module_name", "freeze"):
+        if before.get(name, getattr(TrainArguments, name)) != getattr(args, name):
+            raise UserError(
+                f"--{name} {getattr(args, name)}: {checkpoint} was trained with {before.get(name)}; resume with that."
+            )
     batch = batch_plan(args, plan.mesh, 0).global_batch
     if batch != state["global_batch"]:
         raise UserError(

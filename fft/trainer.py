@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import signal
 import sys
@@ -18,14 +17,16 @@ from transformers import PretrainedConfig
 from fft import run_folder
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder, hf, state
+from fft.checkpoint.adapter import AdapterReader, adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.saver import Contents, Part, Saver
 from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.early_stop import EarlyStop
-from fft.engine import DTYPES, build_engine, check_device, init_distributed, stages
+from fft.engine import DTYPES, build_engine, check_device, check_kernels, init_distributed, model_source, on_host
 from fft.environment import environment
 from fft.errors import UserError
+from fft.layout import describe, plan_layout
 from fft.metrics import (
     Metrics,
     Stopwatch,
@@ -37,7 +38,9 @@ from fft.metrics import (
     pipeline_bubble,
     scaling,
 )
-from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
+from fft.models.causal_lm import ModelSource, canonical_parameters
+from fft.models.costs import layer_costs
+from fft.models.lora import trained
 from fft.ops.documents import Documents
 from fft.preflight import Plan, batch_plan, prepare
 from fft.run_folder import Start
@@ -55,15 +58,18 @@ def run(args: TrainArguments) -> int:
     world = _world_size()
     check_device(args)
     plan = prepare(args, world)
-    source = ModelSource(plan.config, DTYPES[args.dtype], plan.weights, args.seed)
-    bounds = stages(args, source, plan.mesh)
+    source = model_source(args, plan.config, plan.weights)
+    layout = plan_layout(args, source, plan.mesh, on_host())
     init_distributed()
     try:
-        _log(_describe(args, plan, source, bounds))
+        _log("\n".join([describe(args, plan.config.model_type, layout), *_data(args, plan)]))
+        _log(f"kernels: {check_kernels(source)}")
+        if args.lora_dim or args.freeze:
+            _log(f"{trained(source.skeleton.parameters()):,} parameters are trained, the others are frozen")
         with contextlib.ExitStack() as held:
             control = dist.new_group(backend="gloo")
             start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
-            trainer = Trainer(args, plan, source, bounds, control, start, held)
+            trainer = Trainer(args, plan, source, layout.bounds, control, start, held)
             code = trainer.train()
             if code == 0 and args.output_dir:
                 trainer.save_model(args.output_dir)
@@ -96,7 +102,10 @@ class Trainer:
     ) -> None:
         self.args, self.plan, self.source, self.start = args, plan, source, start
         if start.checkpoint is not None:
-            source.weights = hf.WeightReader(start.checkpoint)
+            if source.lora is not None:
+                source.adapter = AdapterReader(start.checkpoint)
+            else:
+                source.weights = hf.WeightReader(start.checkpoint)
         self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
         if start.checkpoint is not None:
             self._restore(start.checkpoint / folder.TRAINING)
@@ -207,7 +216,7 @@ class Trainer:
         return loss
 
     def save_model(self, output: str) -> None:
-        """Write a Hugging Face directory: every stage its own shards, in parallel; replaces what stands there."""
+        """Write a model or adapter directory: every stage its own shards, in parallel; replaces what stands there."""
         staging, shards = hf.staging_dir(output), self._shards
         if _rank() == 0:
             hf.start_staging(output)
@@ -216,7 +225,10 @@ class Trainer:
             hf.write_shard(staging, whole_tensors(self._own_parameters(), self.source), self._shard, shards)
         dist.barrier()
         if _rank() == 0:
-            hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
+            if self.source.lora is not None:
+                write_adapter(staging, shards, self._adapter())
+            else:
+                hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
             hf.publish(staging, output)
         dist.barrier()
 
@@ -245,6 +257,8 @@ class Trainer:
     def _own_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
         parameters = canonical_parameters(self.engine.module)
+        if self.source.lora is not None:
+            return adapter_parameters(parameters)
         if self.plan.config.get_text_config().tie_word_embeddings and not self.engine.is_first_stage():
             return {name: p for name, p in parameters.items() if "embed_tokens" not in name}
         return parameters
@@ -256,9 +270,13 @@ class Trainer:
     def _model(self) -> Path | None:
         return self.plan.weights.directory if self.plan.weights else None
 
+    def _adapter(self) -> dict | None:
+        """Content of ``adapter_config.json``; None where the model itself is trained."""
+        return self.source.lora and adapter_config(self.source.lora, self.plan.weights.directory)
+
     def _contents(self) -> Contents:
         args = self.args
-        kept = {"newest": args.max_num_checkpoints, "best": args.best_of}
+        kept = {"newest": args.max_num_checkpoints, "best": args.best_of, "adapter": self._adapter()}
         return Contents(Path(args.checkpoint), self._config(), self.plan.tokenizer, self._model(), self._shards, **kept)
 
     @property
@@ -312,7 +330,7 @@ class Trainer:
             run = Path(args.checkpoint) if args.checkpoint else None
             sinks = held.enter_context(open_sinks(run, self.start.step, dataclasses.asdict(args), _log))
         tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
-        flops = flops_per_token(layer_costs(self.source, args.seq_len)[0])
+        flops = flops_per_token([cost.flops for cost in layer_costs(self.source, args.seq_len)])
         rate = matrix_rate(DTYPES[args.dtype], device) if plan.total_steps else float("nan")
         peak = over_ranks(rate, dist.ReduceOp.SUM, device)
         metrics = Metrics(sinks, _log, plan.total_steps, tokens, flops, peak, device)
@@ -347,22 +365,12 @@ def _to_torch(batch: MicroBatch) -> tuple[tuple[torch.Tensor, torch.Tensor], tor
     return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
 
 
-def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> str:
-    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
-    lines = [
-        f"{plan.config.model_type}, {sum(parameters) / 1e6:.2f} M parameters, {args.dtype}; "
-        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe} x sequence {plan.mesh.sequence} "
-        f"x tensor {plan.mesh.tensor}",
-        f"{'stage':>5}  {'layers':>7}  {'parameters':>12}  {'time':>6}",
-    ]
-    for stage, (a, b) in enumerate(itertools.pairwise(bounds)):
-        share = sum(flops[a:b]) / sum(flops)
-        lines.append(f"{stage:>5}  {f'{a}-{b - 1}':>7}  {sum(parameters[a:b]):>12,}  {share:>6.1%}")
-    if plan.train is not None:
-        lines += [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
-        tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
-        lines.append(f"{plan.total_steps:,} steps of {tokens:,} tokens")
-    return "\n".join(lines)
+def _data(args: TrainArguments, plan: Plan) -> list[str]:
+    if plan.train is None:
+        return []
+    tables = [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
+    tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
+    return [*tables, f"{plan.total_steps:,} steps of {tokens:,} tokens"]
 
 
 def _world_size() -> int:

@@ -3,10 +3,10 @@
 python -m fft.checkpoint.convert runs/run OUT --tag step-500
 python -m fft.checkpoint.convert runs/run OUT --dtype fp32           # from the optimizer's fp32 masters
 python -m fft.checkpoint.convert Qwen3-8B OUT --lora adapter         # merge an adapter in PEFT's format
+python -m fft.checkpoint.convert runs/lora OUT                       # a run's adapter, merged into the model it adapts
 python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   # DeepSpeed's layer files
 """
 
-import json
 import math
 import re
 import sys
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder, hf
 from fft.checkpoint.experts import place_of
 from fft.checkpoint.pieces import MASTER, Pieces
@@ -29,7 +30,6 @@ from fft.errors import Parser, UserError, one_line, run_cli
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _LAYER_FILES = "layer_*-model_states.pt"
-_ADAPTER = "adapter_model.safetensors"
 
 
 class Weights(Protocol):
@@ -121,11 +121,11 @@ class Merged:
 
     def __init__(self, weights: Weights, adapter: Path) -> None:
         self._weights = weights
+        config = adapters.read_config(adapter)
         try:
-            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             rank, alpha = config["r"], config["lora_alpha"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--lora {adapter} is no adapter directory ({error}): give one that PEFT saved.") from error
+        except KeyError as error:
+            raise UserError(f"--lora {adapter} is no LoRA adapter: its config has no {error}.") from error
         other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
         if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
             raise UserError(
@@ -135,9 +135,11 @@ class Merged:
         self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self._transposed = bool(config.get("fan_in_fan_out"))
         try:
-            self._adapter = load_file(adapter / _ADAPTER)
+            self._adapter = load_file(adapter / adapters.WEIGHTS)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{adapter / _ADAPTER} cannot be read ({one_line(error)}): save it again.") from error
+            raise UserError(
+                f"{adapter / adapters.WEIGHTS} cannot be read ({one_line(error)}): save it again."
+            ) from error
         unused = set(self._adapter)
         for name in weights.names:
             unused -= {self._key(name, part) for part in "AB"}
@@ -162,7 +164,7 @@ class Merged:
 
     @staticmethod
     def _key(name: str, part: str) -> str:
-        return f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"
+        return f"{adapters.PREFIX}{name.removesuffix('.weight')}.lora_{part}.weight"
 
 
 def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
@@ -217,6 +219,9 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         found = folder.fault(path)
         if found is not None:
             raise UserError(f"{found}: choose another checkpoint with --tag.")
+    if (path / adapters.CONFIG).is_file():
+        model = model or Path(adapters.read_config(path).get("base_model_name_or_path") or "")
+        return Merged(hf.WeightReader(model), path), model
     if any(path.glob(_LAYER_FILES)):
         where = model or path
         try:

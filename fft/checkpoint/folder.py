@@ -1,8 +1,9 @@
 """A run folder and its checkpoints: published whole, verified before they are read, pruned, written by one run only.
 
-``RUN/step-N/`` is a Hugging Face model directory with two things more: ``training/``, which holds what a run needs to
-go on from there, and ``SHA256SUMS``, which ``sha256sum --check`` understands and which covers every other file.
-``RUN/latest`` names the newest. What is being written, or was taken out of service, has a hidden name.
+``RUN/step-N/`` is a Hugging Face model directory, or an adapter in PEFT's format, with two things more: ``training/``,
+which holds what a run needs to go on from there, and ``SHA256SUMS``, which ``sha256sum --check`` understands and which
+covers every other file. ``RUN/latest`` names the newest. What is being written, or was taken out of service, has a
+hidden name.
 """
 
 import contextlib
@@ -89,7 +90,8 @@ def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{checkpoint / SUMS} is no list of checksums"
     sums = {line[2]: line[1] for line in lines}
     written = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*.safetensors")]
-    unlisted = sorted({*written, "config.json", STATE} - set(sums))
+    config = "adapter_config.json" if "adapter_model.safetensors" in sums else "config.json"
+    unlisted = sorted({*written, config, STATE} - set(sums))
     if unlisted:
         return f"{checkpoint / unlisted[0]} is missing from {SUMS}"
     for name in sorted(sums)[part::parts]:

@@ -48,7 +48,7 @@ class WeightReader:
                 self._files = {name: root / file for name, file in _weight_map(root / index).items()}
                 break
             if (root / single).is_file():
-                with _opened(root / single) as shard:
+                with opened(root / single) as shard:
                     self._files = dict.fromkeys(shard.keys(), root / single)
                 break
         else:
@@ -75,10 +75,10 @@ class WeightReader:
                 f"the model directory has no tensor {name}: its config.json and weights do not belong together."
             )
         file = self._files[name]
-        with _opened(file) as opened:
-            if name not in set(opened.keys()):
+        with opened(file) as tensors:
+            if name not in set(tensors.keys()):
                 raise UserError(f"{file} has no tensor {name}, which its index places there: restore both.")
-            stored = opened.get_slice(name)
+            stored = tensors.get_slice(name)
             found = tuple(stored.get_shape())
             if shape is not None and found != tuple(shape):
                 raise UserError(
@@ -86,7 +86,7 @@ class WeightReader:
                     "belong together."
                 )
             if shard is None:
-                return opened.get_tensor(name)
+                return tensors.get_tensor(name)
             before = (slice(None),) * shard.dim
             return torch.cat([stored[(*before, slice(a, b))] for a, b in shard.spans], dim=shard.dim)
 
@@ -261,7 +261,8 @@ class _Mapped:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open | _Pickled]:
+def opened(file: Path) -> Iterator[safe_open | _Pickled]:
+    """A file of weights. Raises :class:`UserError` when it cannot be read."""
     if file.suffix == ".bin":
         yield _Pickled(file)
         return

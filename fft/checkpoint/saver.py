@@ -20,7 +20,7 @@ import torch.multiprocessing  # lets tensors travel to another process through s
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fft.checkpoint import folder, hf
+from fft.checkpoint import adapter, folder, hf
 from fft.checkpoint.pieces import rank_file
 from fft.data.manifest import write_atomically
 from fft.errors import UserError
@@ -37,6 +37,8 @@ class Contents:
     shards: int
     newest: int
     best: int
+    #: Content of ``adapter_config.json`` where checkpoints hold an adapter, not the model.
+    adapter: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Saver:
         dist.barrier(self._control)
         copied = self._snapshot(part)
         self._tag, self._state = tag, state
-        self._written = self._executor.submit(_write_part, staging, copied, self._contents.shards, dist.get_rank())
+        self._written = self._executor.submit(_write_part, staging, copied, self._contents, dist.get_rank())
         if self._kind == "none":
             self.finish()
 
@@ -141,14 +143,14 @@ class Saver:
                 {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors[0].items()},
                 tensors[1],
             )
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.current_stream().synchronize()
         return Part(**copied)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
-            pinned = tensor.device.type == "cuda" and self._kind == "thread"
+            pinned = tensor.device.type != "cpu" and self._kind == "thread"
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self._buffers[key] = buffer.share_memory_() if self._kind == "process" else buffer
         return self._buffers[key].copy_(tensor.detach(), non_blocking=True)
@@ -181,12 +183,13 @@ def _done() -> Future:
     return done
 
 
-def _write_part(staging: Path, part: Part, shards: int, rank: int) -> None:
+def _write_part(staging: Path, part: Part, contents: Contents, rank: int) -> None:
     names = []
     if part.weights is not None:
         tensors, shard = part.weights
-        hf.write_shard(staging, tensors, shard, shards)
-        names.append(hf.shard_name(shard, shards))
+        hf.write_shard(staging, tensors, shard, contents.shards)
+        if contents.adapter is None:  # else it goes into the adapter's one file
+            names.append(hf.shard_name(shard, contents.shards))
     if part.training is not None:
         name = f"{folder.TRAINING}/{rank_file(rank)}"
         hf.write_tensors(staging / name, *part.training)
@@ -196,7 +199,10 @@ def _write_part(staging: Path, part: Part, shards: int, rank: int) -> None:
 
 def _publish(contents: Contents, tag: str, state: Mapping[str, object]) -> None:
     staging = hf.staging_dir(contents.run / tag)
-    names = hf.write_metadata(staging, contents.config, contents.tokenizer, contents.shards, contents.model)
+    if contents.adapter is None:
+        names = hf.write_metadata(staging, contents.config, contents.tokenizer, contents.shards, contents.model)
+    else:
+        names = adapter.write_adapter(staging, contents.shards, contents.adapter)
     write_atomically(staging / folder.STATE, folder.to_json(state))
     folder.note_sums(staging, [*names, folder.STATE], "rest")
     folder.publish(staging, contents.run, tag)

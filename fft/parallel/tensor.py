@@ -88,7 +88,7 @@ def parallelise(
             module.register_forward_hook(lambda _, __, output: ranks.leave(output))
         elif style == "replicated_with_grad_allreduce":
             # Whole on every rank, but used for its part of the heads.
-            for parameter in module.parameters():
+            for parameter in filter(_is_trained, module.parameters()):
                 parameter.register_hook(lambda grad: ranks.all_reduce(grad.clone()))
     for region in regions.values():
         region.register_forward_pre_hook(lambda _, args, kwargs: _enter_all(ranks, args, kwargs), with_kwargs=True)
@@ -100,8 +100,12 @@ def mark(parameter: nn.Parameter, shard: Shard | None, ranks: TensorParallel) ->
     """Have a part count once in DeepSpeed's gradient norm; copies of a part sum their gradients."""
     # DeepSpeed counts what is marked on every rank, and all else on the first rank of a group.
     parameter.model_parallel = shard is not None and shard.copy == 0
-    if shard is not None and shard.copies > 1:
+    if shard is not None and shard.copies > 1 and _is_trained(parameter):
         parameter.register_hook(lambda grad: ranks.all_reduce(grad.clone(), group=ranks.copies))
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def _enter_all(ranks: TensorParallel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -23,6 +23,10 @@ _SHARED_EXPERT = {
     "layers.*.mlp.shared_expert.down_proj": "rowwise",
 }
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
+#: torch's grouped products of experts take rows of whole 16 bytes: 8 values of bf16.
+_ALIGNED = 8
+#: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
+_WHOLE = {"colwise": "lora_A", "rowwise": "lora_B"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,11 @@ def plan_of(config: PretrainedConfig) -> dict[str, str]:
 
 def style_of(name: str, plan: Mapping[str, str]) -> str | None:
     """What the plan says of a module or parameter, given by its name relative to the decoder (``layers.3.mlp...``)."""
-    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    name = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    layer, _, matrix = name.rpartition(".")
+    if name not in plan and matrix == _WHOLE.get(plan.get(layer)):
+        return "replicated_with_grad_allreduce"
+    return plan.get(name)
 
 
 def shard_of(
@@ -100,6 +108,8 @@ def shard_of(
     if name in ("embed_tokens.weight", "lm_head.weight"):
         return Shard(shape, 0, (_share(shape[0], rank, size),))
     module, _, kind = name.rpartition(".")
+    if module.endswith((".lora_A", ".lora_B")) and style_of(module, plan) is None:
+        module = module.rpartition(".")[0]  # it is cut as its layer is
     style = style_of(name, plan) or style_of(module, plan)
     if style == "packed_colwise":
         half = shape[-2] // 2
@@ -136,6 +146,12 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
         raise UserError(
             f"--model_parallel_size {size} cannot share out {heads} attention and {kv_heads} key/value heads: use "
             f"{', '.join(map(str, fitting))}."
+        )
+    width = getattr(config, "moe_intermediate_size", 0)
+    if width % (_ALIGNED * size):
+        raise UserError(
+            f"--model_parallel_size {size} cannot share out experts of moe_intermediate_size {width}: it must be a "
+            f"multiple of {_ALIGNED} for each rank."
         )
 
 

@@ -12,6 +12,7 @@ from forked import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import parse_arguments
+from fft.checkpoint import adapter
 from fft.parity import faults, one_process, read_outcome, write_random_model
 from fft.preflight import prepare
 
@@ -22,10 +23,25 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "router_aux_loss_coef": 0.1,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.1,
+    },
 }
-
-#: Largest tensor-parallel size that the trainer does not refuse.
-TENSOR = 1
 
 #: Name: launcher, ranks, flags besides those all share. The global batch is always GLOBAL_BATCH samples.
 LAYOUTS = {
@@ -40,6 +56,9 @@ LAYOUTS = {
         "--pipe_parallel_size 2 --sequence_parallel_size 2 --gradient_accumulation_steps 8 "
         "--checkpoint_grad_interval 1",
     ),
+    "tensor2": ("torchrun", 2, "--model_parallel_size 2 --gradient_accumulation_steps 8"),
+    "pipe2-tensor2": ("deepspeed", 4, "--pipe_parallel_size 2 --model_parallel_size 2 --gradient_accumulation_steps 8"),
+    "data2-tensor2": ("torchrun", 4, "--model_parallel_size 2 --gradient_accumulation_steps 4"),
     "pipe2-split-recompute": (
         "deepspeed",
         2,
@@ -53,7 +72,7 @@ LAYOUTS = {
     ),
 }
 #: Those that a launcher of its own starts.
-LAUNCHED = ("one", "pipe2", "sequence2")
+LAUNCHED = ("one", "pipe2-tensor2", "sequence2")
 
 
 def factorisations(world: int) -> list[tuple[int, int, int, int]]:
@@ -62,10 +81,11 @@ def factorisations(world: int) -> list[tuple[int, int, int, int]]:
     return [shape for shape in itertools.product(sizes, repeat=4) if np.prod(shape) == world]
 
 
-def layout_flags(shape: tuple[int, int, int, int], number: int) -> list[str]:
+def layout_flags(family: str, shape: tuple[int, int, int, int], number: int) -> list[str]:
     """Flags of a layout, with every other option on in every second, fourth, ... case."""
     data, pipe, sequence, tensor = shape
-    samples = 2 if number % 3 == 0 and data <= 2 else 1
+    # The experts' balance is that of a micro-batch: the reference's have one sample.
+    samples = 2 if number % 3 == 0 and data <= 2 and "moe" not in family else 1
     flags = {
         "pipe_parallel_size": pipe,
         "sequence_parallel_size": sequence,
@@ -78,25 +98,28 @@ def layout_flags(shape: tuple[int, int, int, int], number: int) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()] + ["--split_dlayer"] * (number // 2 % 2)
 
 
-#: Of the layouts of eight ranks, which are many, these.
-EIGHT = ((2, 2, 2, 1), (1, 4, 2, 1), (4, 2, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 2, 2))
-SHAPES = [
-    *(shape for world in (1, 2, 4) for shape in factorisations(world) if shape[3] <= TENSOR),
-    *(shape for shape in EIGHT if shape[3] <= TENSOR),
-]
-#: Other families than llama go through the same layouts with other options.
+SHAPES = [shape for world in (1, 2, 4) for shape in factorisations(world)]
+#: Of the layouts of eight ranks, which are many, these; and for whom all layouts would show nothing new, two.
+EIGHT = {
+    "llama": [(2, 2, 2, 1), (1, 4, 2, 1), (1, 2, 2, 2)],
+    "qwen2-tied": [(2, 2, 1, 2)],
+    "qwen2-moe": [(2, 1, 2, 2)],
+}
+FEW = {"mistral": [(1, 2, 1, 1), (2, 1, 1, 2)], "qwen3-moe": [(1, 2, 1, 2), (1, 1, 2, 2)]}
+#: Families go through the same layouts with different options.
 CASES = [
-    pytest.param(family, shape, layout_flags(shape, number + shift), id=f"{family}-{'x'.join(map(str, shape))}")
+    pytest.param(family, shape, layout_flags(family, shape, number + shift), id=f"{family}-{'x'.join(map(str, shape))}")
     for shift, family in enumerate(FAMILIES)
-    for number, shape in enumerate(SHAPES)
+    for number, shape in enumerate(FEW.get(family, [*SHAPES, *EIGHT.get(family, ())]))
 ] + [
     pytest.param(
         "llama",
         (2, 2, 1, 1),
-        [f"--partition_method={layers}", "--pipe_parallel_size=2", "--gradient_accumulation_steps=4"],
+        [f"--partition_method={layers}", "--pipe_parallel_size=2", "--gradient_accumulation_steps=4", *more],
         id=f"llama-layers-{layers}",
     )
-    for layers in ("1,5", "5,1")  # stages of one parameter, embedding and head
+    # Stages of one parameter, embedding and head; and the attention that all others are compared with.
+    for layers, *more in (("1,5",), ("5,1", "--attention=reference"))
 ]
 CASES.append(
     pytest.param("qwen2-tied", (2, 2, 1, 1), LAYOUTS["pipe2-data2-offload"][2].split(), id="qwen2-tied-offload")
@@ -130,12 +153,12 @@ def reference(model_dir, ragged_table, held_out, tmp_path_factory):
     """What the plain loop does with a family's model."""
     known = {}
 
-    def of(family: str):
-        if family not in known:
+    def of(family: str, *extra: str):
+        if (family, *extra) not in known:
             given = flags(model_dir(family), ragged_table, tmp_path_factory.mktemp("unused"), held_out)
-            args = parse_arguments([*given, "--gradient_accumulation_steps", str(GLOBAL_BATCH)])
-            known[family] = one_process(model_dir(family), args, prepare(args, 1))
-        return known[family]
+            args = parse_arguments([*given, *extra, "--gradient_accumulation_steps", str(GLOBAL_BATCH)])
+            known[(family, *extra)] = one_process(model_dir(family), args, prepare(args, 1))
+        return known[(family, *extra)]
 
     return of
 
@@ -192,7 +215,12 @@ def assert_is_one_process(output, expected):
     assert faults(found, expected, LR) == []
     assert len(found.losses) == STEPS
     assert min(expected.norms) > CLIP  # clipping was at work
-    exported = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).state_dict()
+    if (output / "model" / adapter.CONFIG).is_file():
+        stored = adapter.AdapterReader(output / "model")
+        assert len(stored.names) == len(found.weights)
+        exported = {name: stored.tensor(name) for name in found.weights}
+    else:
+        exported = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).state_dict()
     assert all(torch.equal(exported[name], value) for name, value in found.weights.items())
 
 
@@ -205,6 +233,39 @@ def test_layout_equals_one_process(family, shape, extra, model_dir, ragged_table
     assert_is_one_process(tmp_path, reference(family))
 
 
+LORA = ["--lora_dim=3", "--lora_alpha=12"]
+PIPE2 = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "ranks", "trained", "layout"),
+    [
+        pytest.param("qwen2-tied", 2, LORA, [*PIPE2, "--partition_method=1,5"], id="lora-pipe2"),
+        pytest.param("llama", 4, LORA, ["--model_parallel_size=2", "--gradient_accumulation_steps=4"], id="lora-2x2"),
+        pytest.param(
+            "qwen2-tied",
+            2,
+            ["--freeze=embed_tokens,layers.0,q_proj"],
+            [*PIPE2, "--partition_method=2,4", "--checkpoint_grad_interval=1"],
+            id="frozen-first-stage",
+        ),
+    ],
+)
+def test_part_of_the_parameters(family, ranks, trained, layout, model_dir, ragged_table, held_out, reference, tmp_path):
+    """Adapters alone, or all but frozen parameters; the first stages of two pipelines have nothing to train."""
+    given = [*flags(model_dir(family), ragged_table, tmp_path, held_out), *trained, *layout, "--save_steps", STEPS]
+    done = run_ranks(ranks, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = reference(family, *trained)
+    assert_is_one_process(tmp_path, expected)
+    if trained is not LORA:
+        start = AutoModelForCausalLM.from_pretrained(model_dir(family)).state_dict()
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+        changed = {name for name, value in start.items() if not torch.equal(exported[name], value)}
+        assert changed == set(expected.gradients)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAUNCHED)
 def test_started_by_a_launcher(layout, launch, model_dir, ragged_table, held_out, reference, tmp_path):
@@ -212,4 +273,5 @@ def test_started_by_a_launcher(layout, launch, model_dir, ragged_table, held_out
     given = [*flags(model_dir("llama"), ragged_table, tmp_path, held_out), *extra.split(), "--save_steps", STEPS]
     done = launch(*command(launcher, ranks), *given)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert 0 < done.stderr.find("kernels: attention cpu\n") < done.stderr.find("step 0/")  # checked before it is used
     assert_is_one_process(tmp_path, reference("llama"))

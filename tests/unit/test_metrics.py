@@ -11,14 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.environment import commit_of
 from fft.metrics import Stopwatch, flops_per_token, matrix_rate, peak_memory, pipeline_bubble
-from fft.models.causal_lm import ModelSource, layer_costs
+from fft.models.causal_lm import ModelSource
+from fft.models.costs import layer_costs
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_are_those_torch_counts(tied):
     tokens = 128
     config = AutoConfig.for_model(**{**SMALL, "model_type": "llama", "hidden_size": 128, "tie_word_embeddings": tied})
-    ours = flops_per_token(layer_costs(ModelSource(config, torch.float32), tokens)[0])
+    ours = flops_per_token([cost.flops for cost in layer_costs(ModelSource(config, torch.float32), tokens)])
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config)
     with FlopCounterMode(display=False) as counter:

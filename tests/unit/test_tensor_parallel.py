@@ -9,8 +9,11 @@ import torch.distributed as dist
 from conftest import SMALL, VOCAB
 from transformers import AutoConfig
 
+from fft.arguments import LORA_MODULES
 from fft.models.causal_lm import ModelSource, canonical_parameters, pipeline_layers
+from fft.models.lora import Lora
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+from fft.ops.fused import plain_ops
 from fft.parallel.tensor import TensorParallel
 
 FAMILIES = {
@@ -35,7 +38,10 @@ FAMILIES = {
         "mlp_only_layers": [1],
         "router_aux_loss_coef": 0.5,
     },
+    "qwen2-lora": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3-lora": {"model_type": "qwen3", "head_dim": 16},
 }
+FAMILIES["qwen2-moe-lora"] = FAMILIES["qwen2-moe"]
 
 
 class ThreadRanks(TensorParallel):
@@ -57,13 +63,20 @@ class ThreadRanks(TensorParallel):
         return x.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
 
 
-def build(family, ranks):
+def build(family, ranks, fused=None):
     """A rank's part of the model. Not in a thread: seeds are the process's."""
     config = AutoConfig.for_model(**{**SMALL, **FAMILIES[family]})
     config._experts_implementation = "eager"  # the only one in float64
-    source = ModelSource(config, torch.float64, seed=5, tensor=ranks)
+    lora = Lora(2, 8, tuple(LORA_MODULES.split(","))) if family.endswith("-lora") else None
+    source = ModelSource(config, torch.float64, seed=5, fused=fused, tensor=ranks, lora=lora)
     specs = pipeline_layers(source)
     layers = [spec.build() for spec in specs[:-1]]
+    for name, parameter in canonical_parameters(torch.nn.ModuleList(layers)).items():
+        if name.endswith("lora_B.weight"):  # zeros, which would hide everything
+            shard = source.shards.get(name)
+            shape = parameter.shape if shard is None else shard.shape
+            values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name)))
+            parameter.detach().copy_(values if shard is None else shard.of(values))
     if source.tied:
         return source, [*layers, lambda x: specs[-1].forward_fn(layers[0], x)]
     return source, [*layers, specs[-1].build()]
@@ -86,14 +99,14 @@ def run(source, layers):
     return loss.item(), source.balance and float(source.balance.total), known
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "fused"), [(2, None), (4, None), (2, plain_ops())], ids=["2", "4", "2-fused"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_equal_the_whole(family, size):
-    loss, balance, whole = run(*build(family, None))
+def test_parts_equal_the_whole(family, size, fused):
+    loss, balance, whole = run(*build(family, None, fused))
     shared = threading.Barrier(size), {}
     ranks = [ThreadRanks(rank, size, SMALL["num_key_value_heads"], shared) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        results = list(pool.map(lambda parts: run(*parts), [build(family, rank) for rank in ranks]))
+        results = list(pool.map(lambda parts: run(*parts), [build(family, rank, fused) for rank in ranks]))
     # Norms and a router's softmax are float32 whatever the model is.
     tolerance = {"rtol": 1e-5, "atol": 1e-5}
     counted = dict.fromkeys(whole, 0)
@@ -102,10 +115,13 @@ def test_parts_equal_the_whole(family, size):
         assert our_balance == (balance and pytest.approx(balance, rel=1e-6))
         for name, (_, value, grad) in whole.items():
             shard, our_value, our_grad = parts[name]
-            expected = (value, grad) if shard is None else (shard.of(value), shard.of(grad))
-            assert torch.equal(our_value, expected[0]), name
-            torch.testing.assert_close(our_grad, expected[1], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            assert torch.equal(our_value, value if shard is None else shard.of(value)), name
+            if grad is None:  # frozen
+                assert our_grad is None, name
+                continue
+            expected = grad if shard is None else shard.of(grad)
+            torch.testing.assert_close(our_grad, expected, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
             if shard.copy == 0 if shard else rank.rank == 0:
                 counted[name] += our_grad.numel()
     # What DeepSpeed's norm counts is every element once.
-    assert counted == {name: grad.numel() for name, (_, _, grad) in whole.items()}
+    assert counted == {name: 0 if grad is None else grad.numel() for name, (_, _, grad) in whole.items()}
