@@ -3,6 +3,7 @@
     python -m benchmarks.attention plans              # any machine: balance, traffic and calls, simulated
     python -m benchmarks.attention wall --ranks 2     # CPU: ring, all-gather and one process, seconds
     python -m benchmarks.attention emulate --ranks 8  # one GPU (or CPU): all ranks' kernels one after another
+    python -m benchmarks.attention backends           # one GPU (or CPU): all kernels that run here, and PyTorch's SDPA
 
 Peers: `contiguous` and `zigzag` cut the row (not its documents) and pass all keys and values around a ring;
 `all-gather` (Llama 3, arXiv:2407.21783) takes the zigzag and gathers all keys and values first; `ulysses` exchanges
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fft.errors import UserError
 from fft.ops.backends import Backend
-from fft.ops.backends.choice import choose
+from fft.ops.backends.choice import KERNELS, choose, kernel_name
 from fft.ops.documents import Documents
 from fft.ops.ring import Exchange, GroupExchange, ring_backward, ring_forward
 from fft.parallel.ring_plan import Layout, RankPlan, layout_of, plan_layout, plan_rank
@@ -206,7 +208,7 @@ def emulate(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     finish = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     q, k, v, dout = random_inputs(options, device)
-    backend, scale = choose(device, q.dtype), options.size**-0.5
+    backend, scale = choose(device, q.dtype, options.attention, options.size), options.size**-0.5
     bounds = bounds_of(DOCUMENTS[options.documents], options.tokens)
     documents, layout = Documents.of(bounds, device), plan_layout(bounds, options.ranks)
 
@@ -221,7 +223,7 @@ def emulate(options: argparse.Namespace) -> None:
         for rank, shard in enumerate(shards)
     ]
     flops = sum(layout.areas) * 4 * options.heads * options.size * 3.5  # backward: five products for forward's two
-    print("| scheme | seconds | TFLOP/s | of one call |\n| --- | --- | --- | --- |")
+    print(f"kernel {kernel_name(backend)}\n\n| scheme | seconds | TFLOP/s | of one call |\n| --- | --- | --- | --- |")
     for name, spent in (("one call", whole), ("all ranks", sum(parts)), ("ranks x slowest", max(parts) * len(parts))):
         print(f"| {name} | {spent:.4f} | {flops / spent / 1e12:.2f} | {whole / spent:.0%} |")
 
@@ -234,6 +236,58 @@ def one_rank(
     plan = plan_rank(layout, rank)
     out, lse = ring_forward(*inputs, plan, exchange, backend, scale)
     ring_backward(dout, *inputs, out, lse, plan, exchange, backend, scale)
+
+
+def backends(options: argparse.Namespace) -> None:
+    """Forward and backward of every kernel that runs here, on rows of documents of equal length, beside SDPA."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    finish = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    scale = options.size**-0.5
+    print("| document | kernel | forward ms | backward ms | TFLOP/s |\n| --- | --- | --- | --- | --- |")
+    for length in options.lengths:
+        options.tokens = length * max(1, options.row // length)
+        q, k, v, dout = random_inputs(options, device)
+        bounds = tuple(range(0, options.tokens + 1, length))
+        documents = Documents.of(bounds, device)
+        flops = sum(layout_of(bounds, [0]).areas) * 4 * options.heads * options.size * 3.5
+        timed: dict[str, tuple[Callable, Callable]] = {}
+        for name, kernel in KERNELS.items():
+            if not kernel.fits(device, q.dtype) or not kernel.is_installed():
+                continue
+            try:
+                backend = choose(device, q.dtype, name, options.size)
+            except UserError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
+            given = (q, k, v, documents, documents, True, scale)
+            out, lse = backend.forward(*given)
+            timed[name] = (
+                functools.partial(backend.forward, *given),
+                functools.partial(backend.backward, dout, q, k, v, out, lse, *given[3:]),
+            )
+        timed["PyTorch's SDPA"] = sdpa(q, k, v, dout, length, scale)
+        for name, (forward, backward) in timed.items():
+            spent = [best_of(work, options.repeats, finish) for work in (forward, backward)]
+            times = " | ".join(f"{1000 * x:.2f}" for x in spent)
+            print(
+                f"| {length:,} x {len(bounds) - 1} | {name} | {times} | {flops / sum(spent) / 1e12:.2f} |", flush=True
+            )
+
+
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, length: int, scale: float
+) -> tuple[Callable, Callable]:
+    """Forward and backward of ``scaled_dot_product_attention`` on a batch of documents of one length."""
+    batch = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v, dout)]
+    leaves = [x.detach().requires_grad_() for x in batch[:3]]
+
+    def forward() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            *leaves, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    out = forward()
+    return forward, lambda: torch.autograd.grad(out, leaves, batch[3], retain_graph=True)
 
 
 def main() -> None:
@@ -256,7 +310,14 @@ def main() -> None:
         command.add_argument("--size", type=int, default=64)
         command.add_argument("--ranks", type=int, default=2)
         command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--attention", choices=("auto", *KERNELS), default="auto", help="kernel to emulate with")
         command.set_defaults(run=run)
+    side = commands.add_parser("backends", help=backends.__doc__)
+    side.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768], help="tokens of a document")
+    side.add_argument("--row", type=int, default=32768, help="tokens of a row, if documents are shorter")
+    for name, default in (("heads", 8), ("kv", 2), ("size", 64), ("repeats", 3)):
+        side.add_argument(f"--{name}", type=int, default=default)
+    side.set_defaults(run=backends)
     options = parser.parse_args()
     options.run(options)
 

@@ -25,8 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = {
     "datasets": ["datasets==5.2.0", "dill", "multiprocess", "xxhash", "aiohttp", "httpx"],
     "mosaic": ["mosaicml-streaming==0.13.0", "catalogue", "python-snappy", "cramjam", "zstd", "brotli", "xxhash"],
+    "litdata": [
+        *("litdata==0.2.76", "lightning-utilities", "boto3", "botocore", "s3transfer", "jmespath"),
+        *("requests", "urllib3", "charset-normalizer", "certifi"),
+    ],
 }
-LOADERS = ("pyarrow", "fft", "datasets", "mosaic")
+LOADERS = ("pyarrow", "fft", *PEERS)
 VOCAB, GROUP_TOKENS, FILES = 32_000, 1 << 20, 8
 
 
@@ -36,7 +40,8 @@ def main() -> int:
     work = args.work.resolve()
     for millions in args.millions:
         table = make_table(work / f"tokens-{millions}-{args.seq_len}", millions * 1_000_000, args.seq_len)
-        costs = {name: run(name, table, args, work) for name in args.only or LOADERS}
+        loaders = [name for name in args.only or LOADERS if name not in PEERS or _environment(work, name)]
+        costs = {name: run(name, table, args, work) for name in loaders}
         say("")
         cores = len(os.sched_getaffinity(0))
         print(
@@ -102,12 +107,16 @@ def run(name: str, table: Path, args: argparse.Namespace, work: Path) -> dict:
     return {
         **whole,
         "tokens": sum(cost["tokens"] for cost in costs),
+        "busy": sum(cost["busy"] for cost in costs),
         "peak_bytes": sum(cost["peak_bytes"] for cost in costs),
     }
 
 
-def _environment(work: Path, name: str) -> Path:
-    """A virtual environment for a peer that finds this one's packages, so torch is not installed twice."""
+def _environment(work: Path, name: str) -> Path | None:
+    """A virtual environment for a peer that finds this one's packages, so torch is not installed twice.
+
+    None, and a line that says so, where pip cannot install the peer.
+    """
     home = work / f"peer-{name}"
     if not (home / "installed").exists():
         say(f"installing {', '.join(PEERS[name])}")
@@ -115,20 +124,33 @@ def _environment(work: Path, name: str) -> Path:
         (site,) = (home / "lib").glob("python3*/site-packages")
         ours = [path for path in sys.path if path.endswith("site-packages")]
         (site / "shared.pth").write_text("\n".join(ours) + "\n")
-        subprocess.run([home / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", *PEERS[name]], check=True)
+        install = [home / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", *PEERS[name]]
+        if subprocess.run(install, check=False).returncode:
+            say(f"{name} is left out: it could not be installed with {' '.join(map(str, install))}")
+            return None
         (home / "installed").touch()
     return home / "bin/python"
 
 
 def _table(costs: dict[str, dict]) -> str:
     limit = costs.get("pyarrow")
-    header = ("loader", "M tokens/s", "of pyarrow", "first batch s", "resume s", "preparing s", "peak MB")
+    header = (
+        "loader",
+        "M tokens/s",
+        "of pyarrow",
+        "M tokens/core s",
+        "first batch s",
+        "resume s",
+        "preparing s",
+        "peak MB",
+    )
     rows = []
     for name, cost in costs.items():
         rate = cost["tokens"] / cost["seconds"]
         share = f"{rate / (limit['tokens'] / limit['seconds']):.0%}" if limit else "-"
         resume = "-" if cost["resume"] is None else f"{cost['resume']:.3f}"
-        rows.append([name, rate / 1e6, share, cost["first"], resume, cost["prepared"], cost["peak_bytes"] / 1e6])
+        busy = f"{cost['tokens'] / cost['busy'] / 1e6:.1f}"
+        rows.append([name, rate / 1e6, share, busy, cost["first"], resume, cost["prepared"], cost["peak_bytes"] / 1e6])
     return format_table(header, rows)
 
 

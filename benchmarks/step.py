@@ -71,11 +71,11 @@ def step_memory(args: argparse.Namespace) -> dict:
     import fft.engine
 
     fft.engine.init_distributed()
-    before = _peak()
+    before = peak_memory()
     step = (_ours if args.way == "fft" else _plain)(args)
     for _ in range(2):
         step()
-    return {"peak": _peak() - before}
+    return {"peak": peak_memory() - before}
 
 
 def compare_losses(args: argparse.Namespace) -> None:
@@ -98,13 +98,13 @@ def loss_peak(args: argparse.Namespace) -> dict:
     hidden = torch.randn(args.tokens, args.hidden, requires_grad=True)
     weight = torch.randn(args.vocabulary, args.hidden, requires_grad=True)
     labels = torch.randint(args.vocabulary, (args.tokens,))
-    before, begun = _peak(), time.perf_counter()
+    before, begun = peak_memory(), time.perf_counter()
     if args.way == "fused":
         loss = linear_cross_entropy(hidden, weight, labels)
     else:
         loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
     loss.backward()
-    return {"seconds": time.perf_counter() - begun, "peak": _peak() - before}
+    return {"seconds": time.perf_counter() - begun, "peak": peak_memory() - before}
 
 
 def compare_bubbles(args: argparse.Namespace) -> None:
@@ -134,7 +134,9 @@ def bubble_of(args: argparse.Namespace) -> dict:
     each = _SLEEPERS // stages
     layers = [each + 1, *[each] * (stages - 2), each + 2]  # with the embedding; with norm and head
     args.layers, args.hidden, args.vocabulary, args.tokens = _SLEEPERS, 32, 64, 32
-    step, engine = _engine(args, "--pipe_parallel_size", str(stages), "--partition_method", ",".join(map(str, layers)))
+    step, engine = make_engine(
+        args, "--pipe_parallel_size", str(stages), "--partition_method", ",".join(map(str, layers))
+    )
     for layer in engine.module.modules():
         if type(layer).__name__ == "DecoderLayer":
             layer.register_forward_pre_hook(lambda *_: time.sleep(_SLEEP))
@@ -151,25 +153,34 @@ def bubble_of(args: argparse.Namespace) -> dict:
 
 
 def _ours(args: argparse.Namespace) -> Callable[[], None]:
-    return _engine(args)[0]
+    return make_engine(args)[0]
 
 
-def _engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], None], object]:
-    import deepspeed
-    import torch
-
+def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
+    """Arguments, model and layout for sizes as on the command line and further flags."""
     from fft.arguments import parse_arguments
-    from fft.engine import DTYPES, build_engine, stages
+    from fft.engine import DTYPES, on_host
+    from fft.layout import plan_layout
     from fft.models.causal_lm import ModelSource
     from fft.parallel.mesh import mesh_sizes
 
-    cpu = deepspeed.get_accelerator().device_name() == "cpu"
     fixed = ("--init", "--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
     sizes = f"--seq_len={args.tokens}", f"--gradient_accumulation_steps={args.micro_batches}"
-    parsed = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if cpu else 'bf16'}", *flags])
+    parsed = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *flags])
     source = ModelSource(_config(args), DTYPES[parsed.dtype])
     mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), parsed.pipe_parallel_size, 1, 1)
-    engine, loss = build_engine(parsed, source, mesh, stages(parsed, source, mesh), 1)
+    return parsed, source, plan_layout(parsed, source, mesh, on_host())
+
+
+def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], None], object]:
+    """A step on random tokens, and the engine that takes it; see :func:`make_layout`."""
+    import deepspeed
+    import torch
+
+    from fft.engine import build_engine
+
+    parsed, source, layout = make_layout(args, *flags)
+    engine, loss = build_engine(parsed, source, layout.mesh, layout.bounds, 1)
     loss.scale = 1 / args.tokens
     bounds = torch.tensor([0] + [args.tokens] * args.tokens, dtype=torch.int32)
     batches = [((ids[None].int(), bounds), ids.roll(-1)) for ids in _ids(args)]
@@ -223,7 +234,7 @@ def _config(args: argparse.Namespace) -> object:
     return AutoConfig.for_model("llama", **shape, **names, max_position_embeddings=1 << 20)
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Largest memory of this process so far, in bytes: of the device where there is one, else resident."""
     import deepspeed
 

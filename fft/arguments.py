@@ -63,6 +63,17 @@ class TrainArguments:
         "cut",
         choices=("cut", "best-fit"),
     )
+    shuffle_lanes: int = _flag(
+        "places of --train_data that are read side by side: more shuffle better and hold more in memory; data-parallel "
+        "replicas whose number divides it decode no row group twice",
+        32,
+    )
+    blend_end: str = _flag(
+        "what a table of a blend does that has been read once: repeat = it begins again, in another order; drop = it "
+        "leaves the blend until all have been read",
+        "repeat",
+        choices=("repeat", "drop"),
+    )
     per_device_train_batch_size: int = _flag("samples of a micro-batch", 1)
     gradient_accumulation_steps: int = _flag("micro-batches of a step, per data-parallel replica", 1)
     num_train_epochs: float = _flag("passes over --train_data; 0 only converts", 1.0)
@@ -70,7 +81,12 @@ class TrainArguments:
     # Optimizer
     learning_rate: float = _flag("peak learning rate", 1e-4)
     min_learning_rate: float = _flag("where the schedule ends", 0.0)
-    lr_scheduler_type: str = _flag("decay after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
+    lr_scheduler_type: str = _flag(
+        "decay after the warm-up; wsd (warmup-stable-decay) is constant but for its end",
+        "cosine",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    decay_ratio: float = _flag("share of all steps at whose end wsd decays, linearly", 0.1)
     warmup_steps: int = _flag("steps of linear warm-up", 0)
     weight_decay: float = _flag("AdamW's decay of matrices (never of norms and biases)", 0.1)
     adam_beta1: float = _flag("AdamW's first beta", 0.9)
@@ -78,8 +94,32 @@ class TrainArguments:
     adam_epsilon: float = _flag("AdamW's epsilon", 1e-8)
     max_grad_norm: float = _flag("clip the global gradient norm to this (0: never)", 1.0)
     dtype: str = _flag(
-        "type of weights and activations; masters and moments are fp32", "bf16", choices=("bf16", "fp32")
+        "type of weights and activations; masters and moments are fp32",
+        "bf16",
+        choices=("bf16", "fp16", "fp32"),
     )
+    attention: str = _flag(
+        "attention kernel, which is compared with the reference before the first step; auto takes the device's fastest "
+        "that is installed and right (docs/attention.md)",
+        "auto",
+        choices=(
+            "auto",
+            "reference",
+            "cpu",
+            "cuda",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+            "npu",
+        ),
+    )
+    fused_ops: str = _flag(
+        "auto: one kernel each for RMSNorm, rotary embedding and SwiGLU, on NPUs and on GPUs that have liger-kernel; "
+        "none: as transformers computes them",
+        "auto",
+        choices=("auto", "none"),
+    )
+    offload_optimizer: bool = _flag("keep masters and moments in the machine's memory, and step there: slower", False)
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
     pipe_parallel_size: int = _flag("pipeline stages", 1)
@@ -90,12 +130,23 @@ class TrainArguments:
     )
     encoder_pipe_parallel_size: int = _flag("pipeline stages of a vision encoder (this release: 0)", 0)
     partition_method: str = _flag(
-        "stages by fast (equal time), parameters, uniform, or layers per stage: 5,4,4", "fast"
+        "stages by fast (equal time), mem (equal memory), parameters, uniform, or layers per stage: 5,4,4", "fast"
     )
     split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
+    # Planning
+    dry_run: bool = _flag(
+        "print the layout, its memory and its bubble, and end: needs no weights, data or devices", False
+    )
+    ranks: int = _flag("how many ranks --dry_run plans for (0: as many as were launched)", 0)
+    device_memory: float = _flag(
+        "GB of a device: --dry_run ends with exit code 1 where a stage needs more (0: any)", 0.0
+    )
     # Watching and keeping
     eval_steps: int = _flag("evaluate every k steps, besides before the first and after the last (0: only those)", 0)
+    early_stop_patience: int = _flag(
+        "end the run after k evaluations in a row without a lower validation loss (0: never)", 0
+    )
     logging_steps: int = _flag("print every k steps", 10)
     checkpoint: str | None = _flag("run folder: metrics.jsonl, the resolved settings, checkpoints", None)
     save_steps: int = _flag("write a checkpoint into --checkpoint every k steps (0: never)", 0)
@@ -208,7 +259,13 @@ def _plain_type(annotation: object) -> type:
 
 def _check(args: TrainArguments) -> None:
     """Faults that need nothing but the flags themselves."""
-    for name in ("seq_len", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+    for name in (
+        "seq_len",
+        "shuffle_lanes",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+    ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     for name in (
@@ -220,11 +277,14 @@ def _check(args: TrainArguments) -> None:
         "adam_epsilon",
         "max_grad_norm",
         "eval_steps",
+        "early_stop_patience",
         "save_steps",
         "max_num_checkpoints",
         "best_of",
         "checkpoint_grad_interval",
         "lora_dim",
+        "ranks",
+        "device_memory",
         "seed",
     ):
         if getattr(args, name) < 0:
@@ -235,6 +295,12 @@ def _check(args: TrainArguments) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 0 and less than 1.")
+    if not 0 <= args.decay_ratio <= 1:
+        raise UserError(f"--decay_ratio {args.decay_ratio} must be a share of all steps, from 0 to 1.")
+    if args.early_stop_patience and not (args.eval_data and args.eval_steps):
+        raise UserError("--early_stop_patience counts evaluations: it needs --eval_data and --eval_steps.")
+    if args.offload_optimizer and args.dtype == "fp16":
+        raise UserError("--offload_optimizer with --dtype fp16 never recovers from an overflow: use bf16 or fp32.")
     if args.encoder_pipe_parallel_size:
         raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
     if not args.model and not args.from_ckpt:
@@ -248,6 +314,8 @@ def _check(args: TrainArguments) -> None:
         raise UserError(f"--lora_dim trains adapters of an existing model alone, not with {other}.")
     if args.lora_dim and args.lora_alpha < 1:
         raise UserError(f"--lora_alpha {args.lora_alpha} must be at least 1.")
+    if args.dry_run:
+        return  # what a run reads and writes is not looked at
     trains = args.num_train_epochs > 0 and args.max_steps != 0
     if trains and not args.train_data:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")

@@ -9,23 +9,30 @@ import logging
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
-from fft.models.causal_lm import DecoderLayer, ModelSource, layer_costs, pipeline_layers
+from fft.checkpoint.hf import WeightReader
+from fft.errors import UserError
+from fft.layout import plan_layout
+from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
+from fft.models.lora import Lora
+from fft.ops import fused
+from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
 from fft.parallel.mesh import MeshSizes
-from fft.parallel.partition import stage_bounds
 from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TokenMeanLoss:
@@ -66,8 +73,18 @@ class StagedModel(PipelineModule):
         return outputs
 
     def get_tied_weights_and_groups(self) -> list:
-        """Weights whose gradients two stages add up: frozen ones have none."""
-        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
+        """Tied weights, whose ``grad`` the engine adds up, with their groups.
+
+        Where gradients are summed in another type than their own (fp16; bf16 with an offloaded optimizer), the sum is
+        not in ``grad`` but beside it: the engine would leave the two apart. Frozen weights have none.
+        """
+        tied = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in tied]
+        return [
+            (weight if total is None else SimpleNamespace(grad=total), group)
+            for (weight, group), total in zip(tied, sums, strict=True)
+            if weight.requires_grad
+        ]
 
 
 def init_distributed() -> None:
@@ -77,8 +94,7 @@ def init_distributed() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if on_host() and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; left alone each would start a thread on every core.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
@@ -97,10 +113,44 @@ def _unlink_shared_buffer() -> None:
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
 
 
+def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
+    """The model, with the kernels asked for."""
+    operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
+    train = {"lora": Lora.of(args), "frozen": args.freeze}
+    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators, **train)
+
+
+def check_kernels(source: ModelSource) -> str:
+    """Compare the kernels that this rank will train with to their references; returns their names.
+
+    Raises :class:`UserError` if they differ or do not fit the device.
+    """
+    device, config = torch.device(deepspeed.get_accelerator().current_device_name()), source.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, size))}"]
+    if source.fused is not None:
+        fused.check(source.fused, device, source.dtype)
+        names.append(f"fused operators {source.fused.name}")
+    return ", ".join(names)
+
+
+def on_host() -> bool:
+    """Whether the device is the CPU."""
+    return deepspeed.get_accelerator().device_name() == "cpu"
+
+
+def check_device(args: TrainArguments) -> None:
+    """Raise :class:`UserError` where the accelerator, as DeepSpeed knows it, lacks what the flags ask for."""
+    accelerator = deepspeed.get_accelerator()
+    if args.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"--dtype fp16 does not run on this machine's device ({accelerator.device_name()}): use bf16 or fp32."
+        )
+
+
 def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
     """Bounds of the pipeline stages in the list of layers."""
-    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
-    return stage_bounds(args.partition_method, flops, parameters, mesh.pipe)
+    return plan_layout(args, source, mesh, on_host()).bounds
 
 
 def build_engine(
@@ -126,7 +176,7 @@ def build_engine(
         eps=args.adam_epsilon,
     )
     floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
-    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor)
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -160,14 +210,16 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
 
 
 def _deepspeed_config(args: TrainArguments) -> dict:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if args.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.max_grad_norm,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 1, **offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": args.dtype == "bf16"},
+        "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
         # bf16 gradients summed over micro-batches in bf16 would lose most of their digits.
         "data_types": {"grad_accum_dtype": "fp32"},
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},

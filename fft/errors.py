@@ -20,6 +20,8 @@ _PATIENCE = 10
 class UserError(Exception):
     """Something the user can mend. The message is one sentence: what is wrong, where, and the remedy."""
 
+    exit_code = EXIT_BAD_INPUT
+
 
 def one_line(error: Exception) -> str:
     """What another program's error says, fit to stand inside a sentence."""
@@ -42,7 +44,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and exit with its code; a :class:`UserError` becomes one line on stderr and exit code 2.
+    """Run ``main`` and exit with its code; a :class:`UserError` becomes one line on stderr and exit code 2
+    (its own, if it has one).
 
     Ranks of a distributed job meet the same bad input, so rank 0 speaks for all: the others wait for their launcher to
     stop them. One that is still there after :data:`_PATIENCE` seconds has met something of its own, and says so.
@@ -54,7 +57,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
             time.sleep(_PATIENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
-        code = EXIT_BAD_INPUT
+        code = error.exit_code
     except BrokenPipeError:
         code = 1
     sys.exit(code)

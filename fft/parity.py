@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 from transformers.utils.logging import disable_progress_bar
 
 from fft.arguments import TrainArguments, build_parser, resolve
@@ -65,23 +67,32 @@ class Outcome:
 # The one process
 
 
-def document_losses(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Sum of next-token losses, each document run through the model on its own."""
-    total = torch.zeros(())
+def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss."""
+    total, routed = torch.zeros(()), defaultdict(list)
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [r.register_forward_hook(lambda r, _, output: routed[r].append(output[0])) for r in routers]
     input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
     for a, b in itertools.pairwise(bounds):
         labels = torch.from_numpy(batch.labels[a:b])
-        if b - a > 1 and (labels != IGNORE).any():
+        if routers or (labels != IGNORE).any():
             logits = model(input_ids[a:b][None]).logits[0]
             total = total + nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-    return total
+    for hook in hooks:
+        hook.remove()
+    config = model.config
+    balance = [
+        load_balancing_loss_func((torch.cat(logits),), config.num_experts, config.num_experts_per_tok)
+        for logits in routed.values()
+    ]
+    return total, torch.stack(balance).mean() if balance else torch.zeros(())
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, reader: SampleReader) -> float:
     """Mean loss over the trained tokens of an epoch, as the trainer evaluates."""
     batches = [micro_batch(reader, [i], i + 1) for i in range(reader.samples_per_epoch)]
-    return sum(float(document_losses(model, b)) for b in batches) / sum(b.trained for b in batches)
+    return sum(float(document_losses(model, b)[0]) for b in batches) / sum(b.trained for b in batches)
 
 
 def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
@@ -99,13 +110,15 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
     floor = args.min_learning_rate / args.learning_rate
-    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor)
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor, args.decay_ratio)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     evaluations = [mean_loss(model, plan.evaluation)] if plan.evaluation else []
+    dealt = [batch_plan(args, plan.mesh, replica) for replica in range(plan.mesh.data)]
     losses, norms = [], []
     for step in range(plan.total_steps):
         optimizer.zero_grad()
-        losses.append(_backward(model, plan.train, batch_plan(args, plan.mesh, 0).global_batch, step))
+        first = step * dealt[0].global_batch
+        losses.append(_backward(model, plan.train, [part for deal in dealt for part in deal.indices(first)]))
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
         optimizer.step()
         schedule.step()
@@ -118,15 +131,16 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 
-def _backward(model: PreTrainedModel, reader: SampleReader | Blend, samples: int, step: int) -> float:
-    """Gradients of a global batch, one sample's graph at a time; returns its loss."""
-    batches = [micro_batch(reader, [i], i + 1) for i in range(step * samples, (step + 1) * samples)]
+def _backward(model: PreTrainedModel, reader: SampleReader | Blend, parts: Sequence[range]) -> float:
+    """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
+    batches = [micro_batch(reader, part, part[-1] + 1) for part in parts]
     trained, total = sum(b.trained for b in batches), 0.0
+    weight = getattr(model.config, "router_aux_loss_coef", 0.0) / len(batches)
     for batch in batches:
-        if batch.trained:
-            loss = document_losses(model, batch) / trained
-            loss.backward()
-            total += loss.item()
+        loss, balance = document_losses(model, batch)
+        if (objective := loss / trained + weight * balance).requires_grad:
+            objective.backward()
+        total += loss.item() / trained
     return total
 
 
@@ -185,7 +199,15 @@ def _fewest(number: int, fits: Callable[[int], bool]) -> int:
 
 def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> TrainArguments:
     """The flags of the run that is compared."""
-    quiet = {"eval_data": None, "eval_steps": 0, "best_of": 0, "resume": None, "from_ckpt": None, "tag": None}
+    quiet = {
+        "eval_data": None,
+        "eval_steps": 0,
+        "best_of": 0,
+        "early_stop_patience": 0,
+        "resume": None,
+        "from_ckpt": None,
+        "tag": None,
+    }
     keep = {"checkpoint": str(output), "output_dir": None, "save_steps": steps, "max_num_checkpoints": 0}
     rate = max(args.learning_rate, 1e-3)
     return dataclasses.replace(

@@ -12,6 +12,7 @@ from fft.arguments import TrainArguments
 from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag
 from fft.checkpoint.hf import WeightReader
 from fft.data.blend import Blend, parse_tables
+from fft.data.delta import split_version
 from fft.data.loader import BatchPlan, SampleReader
 from fft.data.manifest import tokenizer_sha256
 from fft.data.table import Table
@@ -37,12 +38,8 @@ class Plan:
 
 def prepare(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
-    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    config, mesh = lay_out(args, world)
     model = start_of(args)
-    config = load_config(model, args.init)
-    check_supported(config, args.seq_len)
-    check_tensor_parallel(config, mesh.tensor)
-    _check_sequence_parallel(args, config)
     tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
@@ -56,6 +53,16 @@ def prepare(args: TrainArguments, world: int) -> Plan:
     return Plan(
         config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
     )
+
+
+def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:
+    """The model's config and the sizes of ``world`` ranks, which suit each other. Raises :class:`UserError`."""
+    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    config = load_config(start_of(args), args.init or args.dry_run)
+    check_supported(config, args.seq_len)
+    check_tensor_parallel(config, mesh.tensor)
+    _check_sequence_parallel(args, config)
+    return config, mesh
 
 
 def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> None:
@@ -112,9 +119,12 @@ def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> N
         run = Path(args.checkpoint)
         replaced += [("--checkpoint", str(run / checkpoint_tag(step))) for step in checkpoint_steps(run)]
     weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer}
-    needed = {"--train_data": args.train_data, "--eval_data": args.eval_data, "--checkpoint": args.checkpoint}
+    needed = [*weights.items(), ("--checkpoint", args.checkpoint)]
+    for flag in ("train_data", "eval_data"):
+        tables = parse_tables(getattr(args, flag), flag) if getattr(args, flag) else []
+        needed += [(f"--{flag}", split_version(path)[0]) for path, _ in tables]
     for flag, folder in replaced:
-        for reader, path in (weights | needed).items():
+        for reader, path in needed:
             if path is None or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
                 continue
             # A model may be trained in place: it has been read long before it is replaced.
@@ -161,7 +171,7 @@ def _open_all(
         return readers[0]
     if not shuffle:
         raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
-    return Blend(readers, [weight for _, weight in tables])
+    return Blend(readers, [weight for _, weight in tables], args.blend_end)
 
 
 def _open(
@@ -180,7 +190,7 @@ def _open(
                 f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
                 "tokenize again or name the right --tokenizer."
             )
-    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack)
+    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack, args.shuffle_lanes)
 
 
 def _length(args: TrainArguments, train: SampleReader | Blend | None, mesh: MeshSizes) -> tuple[int, int]:

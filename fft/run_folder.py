@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from fft.checkpoint import folder
 from fft.checkpoint.resume import choose
 from fft.data.loader import Loader
 from fft.data.manifest import write_atomically
+from fft.early_stop import EarlyStop
 from fft.errors import UserError
 from fft.preflight import Plan, batch_plan
-
-METRICS = "metrics.jsonl"
+from fft.sinks import METRICS, TENSORBOARD
 
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
 _TERMS = (
-    *("learning_rate", "min_learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "min_learning_rate", "lr_scheduler_type", "warmup_steps", "decay_ratio"),
+    *("num_train_epochs", "max_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
 )
 
@@ -59,7 +61,9 @@ def enter(
     return Start(state["step"], checkpoint, state)
 
 
-def state_of(args: TrainArguments, plan: Plan, step: int, data: dict | None, eval_loss: float | None) -> dict:
+def state_of(
+    args: TrainArguments, plan: Plan, step: int, data: dict | None, eval_loss: float | None, early_stop: EarlyStop
+) -> dict:
     """The content of a checkpoint's ``training/state.json``; ``data`` is what :meth:`Loader.state_dict` gives."""
     return {
         "format": 1,
@@ -67,24 +71,27 @@ def state_of(args: TrainArguments, plan: Plan, step: int, data: dict | None, eva
         "eval_loss": eval_loss,
         "global_batch": batch_plan(args, plan.mesh, 0).global_batch,
         "layout": dataclasses.asdict(plan.mesh),
+        "early_stop": early_stop.state(),
         "data": data,
         "arguments": dataclasses.asdict(args),
     }
 
 
-def prepare(args: TrainArguments, plan: Plan, start: Start) -> None:
-    """Write down a run's settings, and leave in the folder only what belongs to the run up to its start."""
+def prepare(args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
+    """Write down a run's settings and environment; leave in the folder only what belongs to the run up to its start."""
     run = Path(args.checkpoint)
     if start.checkpoint is None:
         for step in folder.checkpoint_steps(run):
             folder.remove(run / folder.checkpoint_tag(step))
         (run / folder.LATEST).unlink(missing_ok=True)
         (run / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     elif (run / METRICS).is_file():
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomically(run / METRICS, "".join(line for line in lines if _written_by(line, start.step)))
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     write_atomically(run / "arguments.yaml", settings)
+    write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
     # Which tables, at which versions, in which order: what a later run must find to go on with this one.
     data = {"train_data": plan.train and plan.train.identity, "eval_data": plan.evaluation and plan.evaluation.identity}
     write_atomically(run / "data.yaml", yaml.safe_dump(data, sort_keys=False))
@@ -118,5 +125,6 @@ def _compare(args: TrainArguments, plan: Plan, checkpoint: Path, state: dict, lo
     if plan.train is not None and state["data"] is not None:
         Loader(plan.train, batch_plan(args, plan.mesh, 0), plan.total_samples).load_state_dict(state["data"])
     for name in _TERMS:
-        if before[name] != getattr(args, name):
-            log(f"warning: --{name} is {getattr(args, name)}, it was {before[name]}: losses will differ from before")
+        now = getattr(args, name)
+        if before.get(name, now) != now:  # a flag may be younger than the checkpoint
+            log(f"warning: --{name} is {now}, it was {before[name]}: losses will differ from before")

@@ -21,7 +21,10 @@ from fft.errors import run_cli
 def main() -> int:
     """Parse, check what can be checked without starting anything, then train."""
     arguments = parse_arguments()
-    from fft.trainer import run
+    if arguments.dry_run:
+        from fft.dry_run import run
+    else:
+        from fft.trainer import run
 
     return run(arguments)
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
-import json
 import os
 import signal
 import sys
@@ -24,13 +22,29 @@ from fft.checkpoint.saver import Contents, Part, Saver
 from fft.checkpoint.whole import whole_tensors
 from fft.data.loader import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
-from fft.engine import DTYPES, build_engine, init_distributed, stages
+from fft.early_stop import EarlyStop
+from fft.engine import DTYPES, build_engine, check_device, check_kernels, init_distributed, model_source, on_host
+from fft.environment import environment
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource, canonical_parameters, layer_costs
-from fft.models.lora import Lora, trained
+from fft.layout import describe, plan_layout
+from fft.metrics import (
+    Metrics,
+    Stopwatch,
+    flops_per_token,
+    loss_scale,
+    matrix_rate,
+    mean_balance,
+    over_ranks,
+    pipeline_bubble,
+    scaling,
+)
+from fft.models.causal_lm import ModelSource, canonical_parameters
+from fft.models.costs import layer_costs
+from fft.models.lora import trained
 from fft.ops.documents import Documents
 from fft.preflight import Plan, batch_plan, prepare
 from fft.run_folder import Start
+from fft.sinks import Sinks, open_sinks
 
 #: What gloo says when another process is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -42,20 +56,20 @@ EXIT_STOPPED = 75
 def run(args: TrainArguments) -> int:
     """Run to the end; returns the exit code."""
     world = _world_size()
+    check_device(args)
     plan = prepare(args, world)
-    source = ModelSource(
-        plan.config, DTYPES[args.dtype], plan.weights, args.seed, lora=Lora.of(args), frozen=args.freeze
-    )
-    bounds = stages(args, source, plan.mesh)
+    source = model_source(args, plan.config, plan.weights)
+    layout = plan_layout(args, source, plan.mesh, on_host())
     init_distributed()
     try:
-        _log(_describe(args, plan, source, bounds))
+        _log("\n".join([describe(args, plan.config.model_type, layout), *_data(args, plan)]))
+        _log(f"kernels: {check_kernels(source)}")
         if args.lora_dim or args.freeze:
             _log(f"{trained(source.skeleton.parameters()):,} parameters are trained, the others are frozen")
         with contextlib.ExitStack() as held:
             control = dist.new_group(backend="gloo")
             start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
-            trainer = Trainer(args, plan, source, bounds, control, start)
+            trainer = Trainer(args, plan, source, layout.bounds, control, start, held)
             code = trainer.train()
             if code == 0 and args.output_dir:
                 trainer.save_model(args.output_dir)
@@ -84,6 +98,7 @@ class Trainer:
         bounds: list[int],
         control: dist.ProcessGroup,
         start: Start,
+        held: contextlib.ExitStack,
     ) -> None:
         self.args, self.plan, self.source, self.start = args, plan, source, start
         if start.checkpoint is not None:
@@ -94,8 +109,11 @@ class Trainer:
         self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
         if start.checkpoint is not None:
             self._restore(start.checkpoint / folder.TRAINING)
+        facts = environment(control) if args.checkpoint else {}
         if _rank() == 0 and args.checkpoint:  # not before: weights that do not fit must not cost an older run
-            run_folder.prepare(args, plan, start)
+            run_folder.prepare(args, plan, start, facts)
+        self.metrics = self._metrics(held)
+        self.early_stop = EarlyStop.from_state(args.early_stop_patience, start.state.get("early_stop"))
         self.saver = Saver(self._contents(), args.background_executor, control) if args.checkpoint else None
         #: Where every rank has a share of a row's tokens; None where it has whole rows.
         self.parallel = source.parallel
@@ -115,41 +133,42 @@ class Trainer:
 
     def train(self) -> int:
         """Take every step of the plan, evaluating and checkpointing along the way; returns the exit code."""
-        args, plan = self.args, self.plan
-        tokens_per_step = self.batches.global_batch * args.seq_len
+        args, plan, metrics = self.args, self.plan, self.metrics
         if self.start.state.get("eval_loss") is None and (not self.start.step or self._evaluates(self.start.step)):
             self.evaluate(self.start.step)
         asked = _asked_to_stop() if self.saver is not None and not args.only_ckpt_model else []
-        stop = False
-        started = window = time.perf_counter()
-        waited, logged = 0.0, self.start.step
-        for step, (batches, wait) in enumerate(self._steps(), start=self.start.step + 1):
-            waited += wait
+        stop, step = False, self.start.step
+        steps = () if self.early_stop.over else self._steps()
+        watch = Stopwatch(self.start.step)
+        for step, (batches, wait) in enumerate(steps, start=self.start.step + 1):
+            watch.waited(wait)
             lr = self._learning_rate()
             loss = float(self._step(batches))
             if not np.isfinite(loss):
                 raise UserError(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
+            values = {"loss": loss, "lr": lr, "grad_norm": self._grad_norm()}
+            values |= mean_balance(self.source.balance, self.engine.device) | scaling(self.engine)
             if step % args.logging_steps == 0 or step == plan.total_steps:
-                now = time.perf_counter()
-                rate = (step - logged) * tokens_per_step / (now - window)
-                self._report(step, loss, lr, rate, waited / (now - window), now - started)
-                window, waited, logged = now, 0.0, step
+                metrics.report(step, values, watch.lap(step, plan.total_steps))
             else:
-                self._record(step=step, loss=loss, lr=lr, grad_norm=self._grad_norm(), **self._balance())
-            pause = time.perf_counter()
-            stop = self.saver is not None and self.saver.step(bool(asked)) and step < plan.total_steps
-            saves = bool(args.save_steps) and step % args.save_steps == 0
-            evaluates = not stop and (self._evaluates(step) or (saves and args.best_of > 0))
-            eval_loss = self.evaluate(step) if evaluates else None
-            if saves or stop:
-                self.save_checkpoint(step, eval_loss)
-            # Time spent saving and evaluating is not training time.
-            window += time.perf_counter() - pause
-            if stop:
+                metrics.record(step, **values)
+            with watch.paused():
+                stop = self.saver is not None and self.saver.step(bool(asked)) and step < plan.total_steps
+                saves = bool(args.save_steps) and step % args.save_steps == 0
+                evaluates = not stop and (self._evaluates(step) or (saves and args.best_of > 0))
+                eval_loss = self.evaluate(step) if evaluates else None
+                if saves or stop:
+                    self.save_checkpoint(step, eval_loss)
+            if stop or self.early_stop.over:
                 break
         if self.saver is not None:
             self.saver.close()
         if not stop:
+            if self.early_stop.over:
+                _log(
+                    f"stopped early after step {step}/{plan.total_steps}: {self.early_stop.stalled} evaluations "
+                    f"brought no lower validation loss than {self.early_stop.best:.4f}"
+                )
             return 0
         _log(
             f"stopped by the signal {signal.Signals(asked[0]).name if asked else 'of another rank'} after step "
@@ -191,7 +210,8 @@ class Trainer:
                 f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
             )
         loss = float(totals[0] / totals[1])
-        self._record(step=step, eval_loss=loss, eval_tokens=int(totals[1]))
+        self.early_stop.see(loss)
+        self.metrics.record(step, eval_loss=loss, eval_tokens=int(totals[1]))
         _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {int(totals[1]):,} tokens")
         return loss
 
@@ -222,13 +242,15 @@ class Trainer:
             None if self.args.only_ckpt_model else state.gather(self.engine, parameters, self.source.shards),
         )
         data = self.loader.state_dict() if self.loader else None
-        self.saver.save(tag, part, run_folder.state_of(self.args, self.plan, step, data, eval_loss))
-        self._record(step=step, save_seconds=time.perf_counter() - begun)
+        facts = run_folder.state_of(self.args, self.plan, step, data, eval_loss, self.early_stop)
+        self.saver.save(tag, part, facts | {"loss_scaler": state.loss_scaler(self.engine)})
+        self.metrics.record(step, save_seconds=time.perf_counter() - begun)
         _log(f"step {step}/{self.plan.total_steps}  checkpoint {Path(self.args.checkpoint) / tag}")
 
     def _restore(self, training: Path) -> None:
         parameters = canonical_parameters(self.engine.module)
         state.restore(self.engine, parameters, self.source.shards, training, self.start.step)
+        state.restore_loss_scaler(self.engine, self.start.state.get("loss_scaler"))
         if self.start.state["layout"] == dataclasses.asdict(self.plan.mesh):
             state.restore_random(training, _rank())
 
@@ -298,49 +320,28 @@ class Trainer:
             axis = self.engine.grid.get_data_parallel_world_size()
             self.loss.scale = axis * self.batches.micro_batches / max(1, int(trained))
         if self.source.balance is not None:
-            self.source.balance.start(self.batches.micro_batches)
+            self.source.balance.start(self.batches.micro_batches, loss_scale(self.engine))
         return self.engine.train_batch(map(_to_torch, batches))
 
-    def _balance(self) -> dict[str, float]:
-        """The experts' balance loss of the step, the mean over layers and micro-batches, where there are experts."""
-        balance = self.source.balance
-        if balance is None:
-            return {}
-        sums = torch.tensor(
-            [float(balance.total), float(balance.count)], dtype=torch.float64, device=self.engine.device
-        )
-        dist.all_reduce(sums)
-        # A row's ranks have shares of its losses, which add up.
-        return {"aux_loss": float(sums[0] / sums[1]) * self.plan.mesh.sequence}
-
-    def _report(self, step: int, loss: float, lr: float, rate: float, waiting: float, elapsed: float) -> None:
-        norm, total = self._grad_norm(), self.plan.total_steps
-        self._record(
-            step=step,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            tokens_per_second=rate,
-            data_wait=waiting,
-            seconds=elapsed,
-            **self._balance(),
-        )
-        left = elapsed / (step - self.start.step) * (total - step)
-        _log(
-            f"step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  "
-            f"data wait {waiting:.1%}  {_clock(elapsed)} < {_clock(left)}"
-        )
-
-    def _record(self, **metrics: float) -> None:
-        if _rank() == 0 and self.args.checkpoint:
-            path = Path(self.args.checkpoint) / run_folder.METRICS
-            try:
-                with open(path, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(metrics) + "\n")
-            except OSError as error:
-                raise UserError(
-                    f"{path} cannot be written ({error.strerror}): mend that and add --resume auto."
-                ) from error
+    def _metrics(self, held: contextlib.ExitStack) -> Metrics:
+        """Where numbers go, and what speed is measured against, which is told at once."""
+        args, plan, device, sinks = self.args, self.plan, self.engine.device, Sinks(_log)
+        if _rank() == 0:
+            run = Path(args.checkpoint) if args.checkpoint else None
+            sinks = held.enter_context(open_sinks(run, self.start.step, dataclasses.asdict(args), _log))
+        tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
+        flops = flops_per_token([cost.flops for cost in layer_costs(self.source, args.seq_len)])
+        rate = matrix_rate(DTYPES[args.dtype], device) if plan.total_steps else float("nan")
+        peak = over_ranks(rate, dist.ReduceOp.SUM, device)
+        metrics = Metrics(sinks, _log, plan.total_steps, tokens, flops, peak, device)
+        if plan.total_steps:
+            bubble = pipeline_bubble(plan.mesh.pipe, args.gradient_accumulation_steps)
+            metrics.record(self.start.step, matrix_flops_per_second=peak, pipeline_bubble=bubble)
+            _log(
+                f"{flops:.3g} FLOPs a token; matrix products of {args.dtype} reach {peak / plan.mesh.world / 1e12:.3g} "
+                f"TFLOP/s a device; pipeline bubble {bubble:.1%}"
+            )
+        return metrics
 
     def _learning_rate(self) -> float:
         """The rate the next step will use."""
@@ -364,22 +365,12 @@ def _to_torch(batch: MicroBatch) -> tuple[tuple[torch.Tensor, torch.Tensor], tor
     return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
 
 
-def _describe(args: TrainArguments, plan: Plan, source: ModelSource, bounds: list[int]) -> str:
-    flops, parameters = layer_costs(source, args.seq_len, args.split_dlayer)
-    lines = [
-        f"{plan.config.model_type}, {sum(parameters) / 1e6:.2f} M parameters, {args.dtype}; "
-        f"world {plan.mesh.world} = data {plan.mesh.data} x pipe {plan.mesh.pipe} x sequence {plan.mesh.sequence} "
-        f"x tensor {plan.mesh.tensor}",
-        f"{'stage':>5}  {'layers':>7}  {'parameters':>12}  {'time':>6}",
-    ]
-    for stage, (a, b) in enumerate(itertools.pairwise(bounds)):
-        share = sum(flops[a:b]) / sum(flops)
-        lines.append(f"{stage:>5}  {f'{a}-{b - 1}':>7}  {sum(parameters[a:b]):>12,}  {share:>6.1%}")
-    if plan.train is not None:
-        lines += [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
-        tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
-        lines.append(f"{plan.total_steps:,} steps of {tokens:,} tokens")
-    return "\n".join(lines)
+def _data(args: TrainArguments, plan: Plan) -> list[str]:
+    if plan.train is None:
+        return []
+    tables = [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
+    tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
+    return [*tables, f"{plan.total_steps:,} steps of {tokens:,} tokens"]
 
 
 def _world_size() -> int:
@@ -393,8 +384,3 @@ def _rank() -> int:
 def _log(text: str) -> None:
     if _rank() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

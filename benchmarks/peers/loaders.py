@@ -2,8 +2,8 @@
 
     python benchmarks/peers/loaders.py KIND TABLE SEQ_LEN BATCH WORK [RANK RANKS]
 
-KIND is pyarrow (no shuffle, no batches: the limit), fft, datasets or mosaic. Peers make batches of ids alone; ours have
-labels and document boundaries as well.
+KIND is pyarrow (no shuffle, no batches: the limit), fft, datasets, mosaic or litdata. Peers make batches of ids alone;
+ours have labels and document boundaries as well.
 """
 
 import importlib
@@ -98,13 +98,45 @@ def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iter
     return (step["input_ids"].numel() for step in loader), None
 
 
+def read_litdata(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
+    """Lightning's litdata, after its conversion to chunks of tokens, shuffled by its default."""
+    import litdata
+
+    chunks = work / "litdata"
+    shutil.rmtree(chunks, ignore_errors=True)
+    files = sorted(map(str, table.glob("*.parquet")))
+    loader = litdata.TokensLoader(block_size=seq_len)
+    flags = {"chunk_bytes": "64MB", "num_workers": os.cpu_count(), "verbose": False}
+    litdata.optimize(token_rows, files, str(chunks), item_loader=loader, **flags)
+    dataset = litdata.StreamingDataset(str(chunks), item_loader=litdata.TokensLoader(block_size=seq_len), shuffle=True)
+    return (step.numel() for step in litdata.StreamingDataLoader(dataset, batch_size=batch)), None
+
+
+def token_rows(path: str) -> Iterator[object]:
+    """Rows of a file as tensors, which litdata's processes convert."""
+    import pyarrow.parquet as pq
+    import torch
+
+    for rows in pq.ParquetFile(path).iter_batches(512, columns=["input_ids"]):
+        for row in rows.column(0):
+            yield torch.from_numpy(row.values.to_numpy().copy())
+
+
 def peak_bytes() -> int:
     """Peak resident memory. (``ru_maxrss`` would count the parent's, from before this program was loaded.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-KINDS = {"pyarrow": read_pyarrow, "fft": read_fft, "datasets": read_datasets, "mosaic": read_mosaic}
+KINDS = {
+    "pyarrow": read_pyarrow,
+    "fft": read_fft,
+    "datasets": read_datasets,
+    "mosaic": read_mosaic,
+    "litdata": read_litdata,
+}
+#: Those that convert the table first.
+CONVERTS = ("mosaic", "litdata")
 
 
 def main() -> None:
@@ -112,17 +144,18 @@ def main() -> None:
     kind, table, seq_len, batch, work = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     begin = time.perf_counter()
     steps, resume = KINDS[kind](table, seq_len, batch, Path(work))
-    ready = time.perf_counter()
+    ready, busy = time.perf_counter(), time.process_time()
     tokens = next(steps)
     first = time.perf_counter()
     for size in steps:
         tokens += size
-    end = time.perf_counter()
+    end, busy = time.perf_counter(), time.process_time() - busy
     cost = {
         "tokens": tokens,
         "seconds": end - ready,
-        "first": first - (begin if kind != "mosaic" else ready),
-        "prepared": ready - begin if kind == "mosaic" else 0.0,
+        "busy": busy,
+        "first": first - (ready if kind in CONVERTS else begin),
+        "prepared": ready - begin if kind in CONVERTS else 0.0,
         "resume": resume() if resume else None,
         "peak_bytes": peak_bytes(),
     }

@@ -143,14 +143,14 @@ class Saver:
                 {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors[0].items()},
                 tensors[1],
             )
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.current_stream().synchronize()
         return Part(**copied)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
         if buffer is None:
-            pinned = tensor.device.type == "cuda" and self._kind == "thread"
+            pinned = tensor.device.type != "cpu" and self._kind == "thread"
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self._buffers[key] = buffer.share_memory_() if self._kind == "process" else buffer
         return self._buffers[key].copy_(tensor.detach(), non_blocking=True)

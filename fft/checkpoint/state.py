@@ -18,6 +18,7 @@ from fft.checkpoint.pieces import FRAGMENTS, MASTER, Fragment, Pieces, rank_file
 from fft.parallel.tensor_plan import Shard
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _RANDOM = "random/cpu"
 _DEVICE_RANDOM = "random/device"
 
@@ -61,19 +62,43 @@ def restore(
     optimizer = engine.optimizer.optimizer
     for group in optimizer.param_groups:
         for flat in group["params"]:
-            moments = {name: torch.zeros_like(flat) for name in _MOMENTS}
-            optimizer.state[flat] = {"step": torch.tensor(float(step)), **moments}
+            optimizer.state[flat] = {name: torch.zeros_like(flat) for name in _MOMENTS}
     saved = Pieces(training)
     for name, parameter in parameters.items():
         for kind, tensor in _fragments(engine, parameter).items():
             saved.fill(tensor, name, kind, parameter._hp_mapping.lp_fragment_address.start, shards.get(name))
-    scheduler = engine.lr_scheduler
+    _set_step(engine, step)
+    engine.global_steps = step
+
+
+def _set_step(engine: deepspeed.PipelineEngine, step: int) -> None:
+    """Let schedule and optimizer have done ``step`` steps."""
+    optimizer, scheduler = engine.optimizer.optimizer, engine.lr_scheduler
+    for moments in optimizer.state.values():
+        moments["step"] = torch.tensor(float(step))
     scheduler.last_epoch = step
     rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     scheduler._last_lr = [base * multiplier(step) for base, multiplier in rates]
     for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate
-    engine.global_steps = step
+
+
+def loss_scaler(engine: deepspeed.PipelineEngine) -> dict | None:
+    """Where the dynamic loss scale of fp16 stands, and how many steps it has cost; None in other types."""
+    if not engine.fp16_enabled():
+        return None
+    scaler = engine.optimizer.loss_scaler
+    return {"skipped": engine.skipped_steps} | {name: getattr(scaler, name) for name in _SCALER}
+
+
+def restore_loss_scaler(engine: deepspeed.PipelineEngine, saved: dict | None) -> None:
+    """Put the loss scale back, after :func:`restore`: steps that were skipped moved neither schedule nor optimizer."""
+    if saved is None:
+        return
+    for name in _SCALER:
+        setattr(engine.optimizer.loss_scaler, name, saved[name])
+    engine.skipped_steps = saved["skipped"]
+    _set_step(engine, engine.global_steps - engine.skipped_steps)
 
 
 def restore_random(training: Path, rank: int) -> None:
@@ -92,7 +117,8 @@ def _fragments(engine: deepspeed.PipelineEngine, parameter: nn.Parameter) -> dic
     # The mapping's own view of the moments lacks those of the second group: DeepSpeed makes it after the first's step.
     optimizer, address = engine.optimizer.optimizer, mapping.hp_fragment_address
     (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
-    held = {kind: optimizer.state[flat][kind].narrow(0, address.start, address.numel) for kind in _MOMENTS}
+    moments = optimizer.state[flat] or {kind: torch.zeros_like(flat) for kind in _MOMENTS}  # none before the first step
+    held = {kind: moments[kind].narrow(0, address.start, address.numel) for kind in _MOMENTS}
     if parameter.dtype != torch.float32:
         held[MASTER] = mapping.hp_fragment
     return held

@@ -32,7 +32,7 @@ def whole_tensors(parameters: Mapping[str, Tensor], source: ModelSource) -> dict
             if owner == ranks.rank:
                 own[name] = part.cpu()
             continue
-        parts = [source.shard(name, shapes[name], rank) for rank in range(ranks.size)]
+        parts = [source.shard(name, shapes[name], rank, ranks.size) for rank in range(ranks.size)]
         whole = _collect(part, parts, owner, ranks)
         if whole is not None:
             own[name] = whole

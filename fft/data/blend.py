@@ -6,8 +6,11 @@ samples than there are splits above it, and how many samples of each table come 
 
 The split is made lane by lane (:mod:`fft.data.order`), each lane beginning at another point of the sequence: lane ``l``
 draws samples ``l``, ``l + lanes``, ``l + 2 * lanes``, ... of every table, so that replicas share out all row groups.
-So a table's samples come in its own order, but for lanes being a few samples ahead of others; a table that ends
-begins again, in its next epoch's order.
+So a table's samples come in its own order, but for lanes being a few samples ahead of others.
+
+A table that ends begins again, in its next epoch's order (``end="repeat"``), or leaves the others, whose weights then
+split what is left (``"drop"``), until all have ended and the blend begins again. How far a lane's samples of a table
+reach is known, so the ends cut a lane into as many *stages* as there are tables, each with a sequence of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +25,19 @@ from fft.errors import UserError
 
 #: Where lane ``l`` begins in the sequence of tables: ``l`` times this, a prime.
 _STRIDE = 10_007
-#: Weights count in millionths.
-_FINEST = 1_000_000
+#: Weights count in millionths, but no finer than in billionths of their sum: places times that fit into 64 bits.
+_FINEST, _LARGEST = 1_000_000, 1_000_000_000
 
 
 class Mixture:
-    """The sequence of tables that weights make. Indices may be arrays."""
+    """The sequence of tables that weights make; a weight may be 0. Indices may be arrays."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         shares = [round(weight * _FINEST) for weight in weights]
         self._weights = [share // gcd(*shares) for share in shares]
+        if sum(self._weights) > _LARGEST:
+            whole = sum(self._weights)
+            self._weights = [max(share * _LARGEST // whole, min(share, 1)) for share in self._weights]
 
     def choose(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For places of the sequence: the table, and how many of its samples come before."""
@@ -41,15 +47,25 @@ class Mixture:
 
     def count(self, table: int, length: int) -> int:
         """How many of the first ``length`` places are a table's."""
-        first, last = 0, len(self._weights)
+        for left, whole, goes_left in self._splits(table):
+            on_left = length * left // whole
+            length = on_left if goes_left else length - on_left
+        return length
+
+    def place(self, table: int, number: int) -> int:
+        """The place of a table's sample ``number``: the inverse of :meth:`choose`."""
+        for left, whole, goes_left in reversed(self._splits(table)):
+            number = ((number + 1) * whole - 1) // left if goes_left else number * whole // (whole - left)
+        return number
+
+    def _splits(self, table: int) -> list[tuple[int, int, bool]]:
+        """Weights of the left half and of both, and whether a table is on the left, from the first split down."""
+        splits, first, last = [], 0, len(self._weights)
         while last - first > 1:
             middle = (first + last) // 2
-            left = length * sum(self._weights[first:middle]) // sum(self._weights[first:last])
-            if table < middle:
-                last, length = middle, left
-            else:
-                first, length = middle, length - left
-        return length
+            splits.append((sum(self._weights[first:middle]), sum(self._weights[first:last]), table < middle))
+            first, last = (first, middle) if table < middle else (middle, last)
+        return splits
 
     def _split(self, places: np.ndarray, first: int, last: int, table: np.ndarray, before: np.ndarray) -> None:
         if last - first == 1 or not len(places):
@@ -68,19 +84,50 @@ class Mixture:
 class Blend:
     """Reads like a :class:`fft.data.loader.SampleReader`; an epoch has as many samples as all tables together."""
 
-    def __init__(self, parts: Sequence[SampleReader], weights: Sequence[float]) -> None:
+    def __init__(self, parts: Sequence[SampleReader], weights: Sequence[float], end: str = "repeat") -> None:
         lanes = min(part.lanes for part in parts)
         aligned = any(part.has_labels for part in parts)
         self.parts = [part.as_part(lanes, aligned) for part in parts]
-        self.weights = list(weights)
-        self._mixture = Mixture(weights)
-        #: Samples of each table [tables, lanes] that come before the place where each lane begins.
-        self._earlier = np.array(
-            [[self._mixture.count(part, lane * _STRIDE) for lane in range(lanes)] for part in range(len(parts))]
-        )
+        self.weights, self.end = list(weights), end
         self.lanes, self.aligned, self.seq_len = lanes, aligned, parts[0].seq_len
-        self.samples_per_epoch = sum(part.samples_per_epoch for part in parts)
+        self._samples = np.array([part.samples_per_epoch for part in parts])
+        self.samples_per_epoch = int(self._samples.sum())
         self.lookahead = min(part.lookahead for part in self.parts)
+        #: By how many lanes those of each table are turned, so that the longer ones follow each other and all lanes
+        #: of the blend are equally long, but for one sample.
+        self._turns = (np.cumsum(self._samples) - self._samples) % lanes * (end == "drop")
+        self._mixtures: list[Mixture] = []
+        # Of each lane's stages: the first sample, the number of the mixture, and how many samples of each table come
+        # before the stage's begin in the mixture, less those that the lane has drawn.
+        self._starts = np.full((lanes, len(parts)), np.iinfo(np.int64).max)
+        self._mixture = np.zeros((lanes, len(parts)), np.int64)
+        self._earlier = np.zeros((lanes, len(parts), len(parts)), np.int64)
+        known: dict[tuple[int, ...], int] = {}
+        for lane in range(lanes):
+            self._plan(lane, known)
+
+    def _plan(self, lane: int, known: dict[tuple[int, ...], int]) -> None:
+        """Cut a lane into stages. ``known`` has the number of the mixture of some tables."""
+        left = -(-(self._samples - (lane - self._turns) % self.lanes) // self.lanes)
+        drawn = np.zeros_like(left)
+        begin = place = lane * _STRIDE
+        for stage in range(len(self.parts)):
+            active = tuple(np.flatnonzero(left > drawn).tolist())
+            if not active:
+                return
+            if active not in known:
+                known[active] = len(self._mixtures)
+                self._mixtures.append(Mixture([w * (t in active) for t, w in enumerate(self.weights)]))
+            mixture = self._mixtures[known[active]]
+            before = {table: mixture.count(table, place) for table in active}
+            self._starts[lane, stage], self._mixture[lane, stage] = place - begin, known[active]
+            for table in active:
+                self._earlier[lane, stage, table] = before[table] - drawn[table]
+            if self.end == "repeat":
+                return
+            place = 1 + min(mixture.place(t, before[t] + int(left[t] - drawn[t]) - 1) for t in active)
+            for table in active:
+                drawn[table] += mixture.count(table, place) - before[table]
 
     @property
     def tables(self) -> list[Table]:
@@ -91,16 +138,32 @@ class Blend:
     def identity(self) -> dict[str, object]:
         """All that the order depends on."""
         parts = [part.identity for part in self.parts]
-        return {name: [part[name] for part in parts] for name in parts[0]} | {"weights": self.weights}
+        return {name: [part[name] for part in parts] for name in parts[0]} | {
+            "weights": self.weights,
+            "blend_end": self.end,
+        }
 
     def for_stage(self, ids: bool, labels: bool) -> "Blend":
         """The same order, for who needs only ids, or only labels."""
-        return Blend([part.for_stage(ids, labels) for part in self.parts], self.weights)
+        return Blend([part.for_stage(ids, labels) for part in self.parts], self.weights, self.end)
 
     def part(self, index: int) -> tuple[SampleReader, int]:
         """The table a sample comes from, and its index there."""
         tables, own = self._place([index])
         return self.parts[tables[0]], own[0]
+
+    def index(self, part: int, own: int) -> int:
+        """The sample that a table's sample ``own`` is: the inverse of :meth:`part`."""
+        epoch, own = divmod(own, int(self._samples[part])) if self.end == "drop" else (0, own)
+        number, lane = divmod(own, self.lanes)
+        lane = (lane + int(self._turns[part])) % self.lanes
+        stops = [*self._starts[lane, 1:].tolist(), np.iinfo(np.int64).max]
+        for stage, stop in enumerate(stops):
+            mixture = self._mixtures[self._mixture[lane, stage]]
+            within = mixture.place(part, number + int(self._earlier[lane, stage, part])) - lane * _STRIDE
+            if within < stop:
+                break
+        return epoch * self.samples_per_epoch + within * self.lanes + lane
 
     def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
         """What samples are made of."""
@@ -118,9 +181,18 @@ class Blend:
             yield part, [index for table, index in zip(tables, own, strict=True) if table == number]
 
     def _place(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-        within, lane = np.divmod(np.asarray(indices, dtype=np.int64), self.lanes)
-        tables, before = self._mixture.choose(lane * _STRIDE + within)
-        return tables.tolist(), ((before - self._earlier[tables, lane]) * self.lanes + lane).tolist()
+        index = np.asarray(indices, dtype=np.int64)
+        epoch, index = np.divmod(index, self.samples_per_epoch) if self.end == "drop" else (0, index)
+        within, lane = np.divmod(index, self.lanes)
+        stage = (self._starts[lane] <= within[:, None]).sum(axis=1) - 1
+        mixture, places = self._mixture[lane, stage], lane * _STRIDE + within
+        tables, before = np.empty_like(index), np.empty_like(index)
+        for number in np.unique(mixture):
+            at = mixture == number
+            tables[at], before[at] = self._mixtures[number].choose(places[at])
+        drawn = before - self._earlier[lane, stage, tables]
+        own = drawn * self.lanes + (lane - self._turns[tables]) % self.lanes + epoch * self._samples[tables]
+        return tables.tolist(), own.tolist()
 
 
 def parse_tables(text: str, flag: str) -> list[tuple[str, float]]:
@@ -134,7 +206,7 @@ def parse_tables(text: str, flag: str) -> list[tuple[str, float]]:
     tables = []
     for part in text.split():
         path, colon, weight = part.rpartition(":")
-        if not colon or weight.startswith("//"):
+        if not colon or "/" in weight:  # s3://bucket/table, hdfs://host:8020/table
             tables.append((part, 1.0))
             continue
         try:

@@ -2,7 +2,8 @@
 
 Names may pin a version: ``path@v12``. A commit of ours carries the manifest in its metadata, so that files, schema and
 facts appear in one atomic step, and every older version stays readable with its own facts. Paths are local or mounted
-(on Databricks a Unity Catalog volume); tables with deletion vectors or column mapping are refused.
+(on Databricks a Unity Catalog volume), or, to read a log, URLs of an object store; tables with deletion vectors or
+column mapping are refused.
 """
 
 import re
@@ -13,10 +14,20 @@ from urllib.parse import unquote, urlsplit
 import pyarrow.parquet as pq
 
 from fft.data.manifest import Manifest
-from fft.errors import UserError
+from fft.errors import UserError, one_line
 
 _MANIFEST = "fft_manifest"
 _UNREADABLE = {"deletionVectors": "deletion vectors", "columnMapping": "column mapping"}
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the log says of one version: where the table lies, its files there, and the manifest if there is one."""
+
+    version: int
+    root: str
+    files: tuple[str, ...]
+    manifest: Manifest | None
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,14 @@ class Snapshot:
 
 def split_version(path: str | Path) -> tuple[Path, int | None]:
     """``runs/table@v12`` -> (``runs/table``, 12); without a version, (path, None)."""
-    pinned = re.fullmatch(r"(.+)@v(\d+)", str(path))
-    return (Path(pinned[1]), int(pinned[2])) if pinned else (Path(path), None)
+    name, version = split_name(str(path))
+    return Path(name), version
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """The same for a URL, of which a path would swallow a slash."""
+    pinned = re.fullmatch(r"(.+)@v(\d+)", name)
+    return (pinned[1], int(pinned[2])) if pinned else (name, None)
 
 
 def is_delta(folder: Path) -> bool:
@@ -41,6 +58,15 @@ def is_delta(folder: Path) -> bool:
 
 def read_snapshot(folder: Path, version: int | None = None) -> Snapshot:
     """The files of a version, by default the latest. Raises :class:`UserError` for tables that cannot be read."""
+    log = read_log(folder, version)
+    files = tuple(sorted(_local(uri, folder) for uri in log.files))
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]} is in the Delta log of {folder} but is missing: was the table vacuumed?")
+    return Snapshot(log.version, files, log.manifest)
+
+
+def read_log(folder: Path | str, version: int | None = None) -> Log:
+    """A version, by default the latest. Raises :class:`UserError` for tables that cannot be read."""
     table = _open(folder, version)
     features = set(table.protocol().reader_features or ())
     configured = table.metadata().configuration
@@ -48,14 +74,11 @@ def read_snapshot(folder: Path, version: int | None = None) -> Snapshot:
         features.add("columnMapping")
     if found := [text for name, text in _UNREADABLE.items() if name in features]:
         raise UserError(f"{folder} uses {' and '.join(found)}, which is not read here: rewrite it without.")
-    files = tuple(sorted(_local(uri, folder) for uri in table.file_uris()))
-    if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"{missing[0]} is in the Delta log of {folder} but is missing: was the table vacuumed?")
     # deltalake 1.6 numbers the history of an older version wrongly; that of the latest is right.
     history = (_open(folder) if version is not None else table).history()
     text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == table.version()), None)
     manifest = Manifest.from_json(text, f"the Delta log of {folder}") if text else None
-    return Snapshot(table.version(), files, manifest)
+    return Log(table.version(), table.table_uri, tuple(table.file_uris()), manifest)
 
 
 def commit_delta(folder: Path, manifest: Manifest) -> int:
@@ -90,7 +113,7 @@ def commit_delta(folder: Path, manifest: Manifest) -> int:
     return _open(folder).version()
 
 
-def _open(folder: Path, version: int | None = None) -> object:
+def _open(folder: Path | str, version: int | None = None) -> object:
     deltalake = _deltalake()
     from deltalake.exceptions import DeltaError, TableNotFoundError
 
@@ -98,8 +121,8 @@ def _open(folder: Path, version: int | None = None) -> object:
         return deltalake.DeltaTable(str(folder), version=version)
     except TableNotFoundError as error:
         raise UserError(f"{folder} is no Delta table: leave out @v{version}, or give one.") from error
-    except DeltaError as error:
-        said = " ".join(str(error).split())
+    except (DeltaError, OSError) as error:
+        said = re.sub(r"\x1b\[\d+m", "", one_line(error))  # colours
         raise UserError(f"{folder}{'' if version is None else f'@v{version}'} cannot be opened: {said}.") from error
 
 

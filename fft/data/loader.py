@@ -5,6 +5,7 @@ From any other table, samples are cut from the rows laid end to end, or hold who
 (``pack="best-fit"``). Which rows a sample is made of is arithmetic on the footers: see :mod:`fft.data.order`.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from fft.data.order import EpochOrder, lanes_for
+from fft.data.order import LANES, EpochOrder, lanes_for
 from fft.data.packing import Pieces, best_fit
 from fft.data.table import IGNORE, Rows, Table
 from fft.errors import UserError
@@ -112,6 +113,7 @@ class SampleReader:
         vocab_size: int | None = None,
         shuffle: bool = True,
         pack: str = "cut",
+        lanes: int = LANES,
     ) -> None:
         manifest = table.manifest
         # Without boundaries its rows are documents that were cut to that length, most of them shorter.
@@ -124,7 +126,7 @@ class SampleReader:
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1
         self.samples_per_epoch = -(-int(self._sizes.sum()) // self._step)
-        self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch) if shuffle else 1
+        self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch, lanes) if shuffle else 1
         #: Whether labels are written where their token stands, or, as ids, need not be.
         self.aligned = self.has_labels
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
@@ -135,9 +137,18 @@ class SampleReader:
         """The table, as the only one of a list: a blend has several."""
         return [self.table]
 
+    @property
+    def parts(self) -> list["SampleReader"]:
+        """This reader itself, which is no blend."""
+        return [self]
+
     def part(self, index: int) -> tuple["SampleReader", int]:
-        """Who reads a sample, and its index there: this reader itself, which is no blend."""
+        """Who reads a sample, and its index there."""
         return self, index
+
+    def index(self, part: int, own: int) -> int:
+        """The inverse of :meth:`part`."""
+        return own
 
     @property
     def has_labels(self) -> bool:
@@ -242,9 +253,12 @@ class SampleReader:
         if not len(indices):
             return
         epochs, within = np.divmod(np.asarray(indices, dtype=np.int64), self.samples_per_epoch)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        # Where an epoch of a blend's table ends, its lanes go on to the next one by one.
+        cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1).tolist(), len(epochs)]
+        for start, stop in itertools.pairwise(cuts):
+            epoch = int(epochs[start])
             order = self.order(epoch)
-            for spans in order.spans(within if epochs[0] == epochs[-1] else within[epochs == epoch]):
+            for spans in order.spans(within[start:stop]):
                 yield epoch, order, spans
 
     def _request(self, epoch: int, group: int) -> "Future[pa.Table] | Decoded":
@@ -369,10 +383,10 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on after the samples that were consumed. Raises :class:`UserError` when the order would be another."""
         for name, value in self._reader.identity.items():
-            if state[name] != value and name != "table":
+            if state.get(name) != value and name != "table":
                 raise UserError(
-                    f"the data's {name} is {value}, that of the run to be resumed {state[name]}: give the same table, "
-                    "--seq_len, --seed and --pack."
+                    f"the data's {name} is {value}, that of the run to be resumed {state.get(name)}: give the same "
+                    "tables and weights, --seq_len, --seed, --pack, --shuffle_lanes and --blend_end."
                 )
         self._consumed = state["epoch"] * self._reader.samples_per_epoch + state["samples"]
 

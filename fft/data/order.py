@@ -2,8 +2,7 @@
 
 Row groups are permuted and laid end to end, the rows inside each in an order of their own. That stretch is cut into
 *lanes* of equal length, which are read side by side: sample ``i`` of an epoch is the next one of lane ``i % lanes``. So
-neighbouring samples come from row groups far apart, as many as
-there are lanes; and replicas whose number divides the
+neighbouring samples come from row groups far apart, as many as there are lanes; and replicas whose number divides the
 lanes share them out: each reads its own row groups and no others, in an order that does not depend on their number.
 """
 
@@ -25,9 +24,11 @@ def permutation(n: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def lanes_for(groups: int, samples: int) -> int:
-    """Lanes of a table: a power of two, :data:`LANES` unless it is small."""
-    return 1 << (max(1, min(LANES, groups // _GROUPS_PER_LANE, samples)).bit_length() - 1)
+def lanes_for(groups: int, samples: int, most: int = LANES) -> int:
+    """Lanes of a table: ``most``, halved until it is large enough."""
+    while most > max(1, min(groups // _GROUPS_PER_LANE, samples)):
+        most //= 2
+    return most
 
 
 class EpochOrder:

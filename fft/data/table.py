@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from fft.data.delta import is_delta, read_snapshot, split_version
+from fft.data.delta import is_delta, read_snapshot, split_name, split_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, is_hidden, read_manifest
 from fft.data.remote import is_url, read_folder
 from fft.errors import UserError, one_line
@@ -25,12 +26,13 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Where a row group lies and how large it is, in rows and tokens."""
+    """Where a row group lies and how large it is: rows, tokens, and bytes of the compressed ids, as its footer says."""
 
     path: str
     index: int
     rows: int
     tokens: int
+    bytes: int
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.index}"
@@ -81,16 +83,17 @@ class Table:
     def open(cls, path: str | os.PathLike) -> "Table":
         """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
-        A folder may be one of an object store, by URL.
+        Either may be one of an object store, by URL.
         Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
         another type than the contract's, mixes files with and without one of them, no longer is what its manifest
         says, or is a folder of several tables.
         """
         filesystem = None
-        root, version = (str(path).rstrip("/"), None) if is_url(path) else split_version(path)
+        root, version = split_name(str(path).rstrip("/")) if is_url(path) else split_version(path)
         if is_url(path):
-            remote = read_folder(root)
+            remote = read_folder(root, version)
             files, manifest, filesystem = list(remote.files), remote.manifest, remote.filesystem
+            version = remote.version
         elif not root.exists():
             raise UserError(f"{root} does not exist: give a folder of parquet files that Spark wrote.")
         elif version is not None or is_delta(root):
@@ -117,7 +120,7 @@ class Table:
                         "their own."
                     )
             columns &= found
-            groups.extend(_row_groups(file, metadata))
+            groups.extend(_row_groups(file, metadata, range(metadata.num_row_groups)))
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
@@ -130,8 +133,8 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of which files there are and how many rows and tokens their row groups hold."""
-        facts = [(os.path.relpath(g.path, self.path), g.index, g.rows, g.tokens) for g in self.row_groups]
+        """A hash of which files there are and how many rows, tokens and bytes their row groups hold."""
+        facts = [(os.path.relpath(g.path, self.path), g.index, g.rows, g.tokens, g.bytes) for g in self.row_groups]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @cached_property
@@ -152,7 +155,7 @@ class Table:
         """Decode one row group: no other columns than are asked for, but ids, where there are no labels.
 
         Nearly all of it happens outside Python, so that other threads go on. Raises :class:`UserError` naming file
-        and row group when it cannot be read.
+        and row group when it cannot be read, or no longer is what it was when the table was opened.
         """
         where = self.row_groups[group]
         labels = labels and "labels" in self.columns
@@ -162,9 +165,13 @@ class Table:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
             options = {"pre_buffer": False, "buffer_size": 1 << 20, "filesystem": self.filesystem}
             with pq.ParquetFile(where.path, **options) as file:
-                return file.read_row_group(where.index, columns=wanted, use_threads=False)
+                same = where in _row_groups(where.path, file.metadata, [where.index])
+                loaded = file.read_row_group(where.index, columns=wanted, use_threads=False) if same else None
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{where} cannot be read ({one_line(error)}): write the table again.") from error
+        if loaded is None:
+            raise UserError(f"{where} was changed after the run had read its footer: give the run a table that stays.")
+        return loaded
 
     def check(self, group: int, loaded: pa.Table, vocab_size: int | None = None) -> Rows:
         """A decoded row group as arrays. Raises :class:`UserError` naming file and row group when it is not valid."""
@@ -172,8 +179,6 @@ class Table:
         name = str(where)
         lists = {column: _lists(loaded, column, name) for column in _READ if column in loaded.column_names}
         values, offsets = next(iter(lists.values()))
-        if len(values) > where.tokens or len(offsets) - 1 != where.rows:
-            raise UserError(f"{name} was changed after the run had read its footer: give the run a table that stays.")
         if len(values) < where.tokens:
             raise UserError(
                 f"{name} holds {where.tokens - len(values)} empty row(s), which parquet footers count as tokens: "
@@ -218,13 +223,16 @@ def _footer(file: Path | str, filesystem: FileSystem | None) -> tuple[pq.FileMet
     return metadata, frozenset(schema.names)
 
 
-def _row_groups(file: Path | str, metadata: pq.FileMetaData) -> list[RowGroup]:
+def _row_groups(file: Path | str, metadata: pq.FileMetaData, indices: Iterable[int]) -> list[RowGroup]:
+    """Those of the row groups that are there."""
     # A list of integers has one leaf, whatever the writer calls it: input_ids.list.element, input_ids.array, ...
-    leaf = next(i for i in range(metadata.num_columns) if _root(metadata, i) == "input_ids")
+    leaf = next((i for i in range(metadata.num_columns) if _root(metadata, i) == "input_ids"), None)
     groups = []
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        groups.append(RowGroup(str(file), index, group.num_rows, group.column(leaf).num_values))
+    for index in indices:
+        if leaf is not None and index < metadata.num_row_groups:
+            group = metadata.row_group(index)
+            ids = group.column(leaf)
+            groups.append(RowGroup(str(file), index, group.num_rows, ids.num_values, ids.total_compressed_size))
     return groups
 
 

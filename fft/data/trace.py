@@ -5,6 +5,7 @@ python -m fft.data.trace --train_data runs/packed/train --seq_len 2048 --global_
 """
 
 import csv
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
 from fft.data.loader import SampleReader
+from fft.data.order import LANES
 from fft.data.table import Rows, Table
 from fft.errors import Parser, UserError, run_cli
 
@@ -51,32 +53,54 @@ def documents_of_step(reader: SampleReader | Blend, step: int, global_batch: int
                     yield _seen(part.table, place, step, name, start - begin, stop - begin, piece.group, piece.row)
 
 
-def steps_of_document(reader: SampleReader, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
+def steps_of_document(reader: SampleReader | Blend, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
     """Every sample of the first ``epochs`` epochs that holds tokens of a document. Reads all of ``doc_ids`` once.
 
-    Raises :class:`UserError` when the table has no such column, or no such document.
+    Raises :class:`UserError` when no table has such a column, or such a document.
     """
-    table = reader.table
-    if "doc_ids" not in table.columns:
-        raise UserError(f"{table.path} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
+    searched = [(number, part) for number, part in enumerate(reader.parts) if "doc_ids" in part.table.columns]
+    paths = ", ".join(part.table.path for part in reader.parts)
+    if not searched:
+        raise UserError(f"{paths} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
     found = False
+    for number, part in searched:
+        for group, row, (begin, end) in _named(part.table, doc_id):
+            found = True
+            for own in _samples_with(reader, number, epochs * reader.samples_per_epoch, (group, row, begin, end)):
+                for piece in part.pieces(own):
+                    start, stop = max(begin, piece.start), min(end, piece.stop)
+                    if (piece.group, piece.row) == (group, row) and start < stop:
+                        sample = reader.index(number, own)
+                        place = sample, own // part.samples_per_epoch
+                        step = sample // global_batch + 1
+                        yield _seen(part.table, place, step, doc_id, start - begin, stop - begin, group, row)
+    if not found:
+        raise UserError(f"{paths} holds no document with the id {doc_id!r}.")
+
+
+def _named(table: Table, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Row group, row and tokens [begin, end) of the documents of that id."""
     for group in range(len(table.row_groups)):
         named = [(row, number) for row, names in enumerate(_names(table, group)) for number, name in enumerate(names)
                  if name == doc_id]  # fmt: skip
         rows = table.read(group) if named else None
         for row, number in named:
-            found = True
-            begin, end = _documents(rows, row)[number]
-            for epoch in range(epochs):
-                for sample in reader.samples_with(epoch, group, row, begin, end):
-                    for piece in reader.pieces(sample):
-                        start, stop = max(begin, piece.start), min(end, piece.stop)
-                        if (piece.group, piece.row) == (group, row) and start < stop:
-                            step = sample // global_batch + 1
-                            place = sample, epoch
-                            yield _seen(table, place, step, doc_id, start - begin, stop - begin, group, row)
-    if not found:
-        raise UserError(f"{table.path} holds no document with the id {doc_id!r}.")
+            yield group, row, _documents(rows, row)[number]
+
+
+def _samples_with(
+    reader: SampleReader | Blend, number: int, limit: int, where: tuple[int, int, int, int]
+) -> Iterator[int]:
+    """A table's samples, among the first ``limit`` of all, that hold some of (row group, row, begin, end)."""
+    part = reader.parts[number]
+    for epoch in itertools.count():
+        first = epoch * part.samples_per_epoch
+        # A lane may be ahead of others, but its own samples come in turn.
+        if min(reader.index(number, first + lane) for lane in range(part.lanes)) >= limit:
+            return
+        for own in part.samples_with(epoch, *where):
+            if reader.index(number, own) < limit:
+                yield own
 
 
 def _seen(
@@ -112,6 +136,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
     parser.add_argument("--pack", choices=("cut", "best-fit"), default="cut", help="the run's --pack (default: cut)")
     parser.add_argument(
+        "--shuffle_lanes", type=int, default=LANES, help=f"the run's --shuffle_lanes (default: {LANES})"
+    )
+    parser.add_argument(
+        "--blend_end", choices=("repeat", "drop"), default="repeat", help="the run's --blend_end (default: repeat)"
+    )
+    parser.add_argument(
         "--global_batch",
         type=int,
         required=True,
@@ -122,16 +152,17 @@ def main() -> None:
     wanted.add_argument("--doc_id", help="show where this document was seen")
     parser.add_argument("--epochs", type=int, default=1, help="with --doc_id: look through this many (default: 1)")
     args = parser.parse_args()
-    for name in ("seq_len", "global_batch", "step", "epochs"):
+    for name in ("seq_len", "shuffle_lanes", "global_batch", "step", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     tables = parse_tables(args.train_data, "train_data")
-    readers = [SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack) for path, _ in tables]
-    reader = readers[0] if len(readers) == 1 else Blend(readers, [weight for _, weight in tables])
+    readers = [
+        SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack, lanes=args.shuffle_lanes)
+        for path, _ in tables
+    ]
+    reader = readers[0] if len(readers) == 1 else Blend(readers, [weight for _, weight in tables], args.blend_end)
     if args.step is not None:
         seen = documents_of_step(reader, args.step, args.global_batch)
-    elif len(readers) > 1:
-        raise UserError("--doc_id searches one table, --train_data names several: use --step.")
     else:
         seen = steps_of_document(reader, args.doc_id, args.global_batch, args.epochs)
     out = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")

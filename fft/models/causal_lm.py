@@ -21,6 +21,7 @@ from fft.models.experts import LoadBalance, watch_router
 from fft.models.lora import Lora, adapt, freeze, is_adapter, reset_adapter, seed_of
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
+from fft.ops.fused import FusedOps, fuse
 from fft.ops.ring import SequenceParallel, ShardedDocuments
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.parallel.tensor_plan import Shard, plan_of, shard_of
@@ -51,13 +52,16 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(
             f"num_hidden_layers is {config.num_hidden_layers} in the model's config.json: it must be 1 or more."
         )
+    _check_scores(config)
+    _check_rotary(config, seq_len)
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"num_key_value_heads {config.num_key_value_heads} does not divide num_attention_heads "
             f"{config.num_attention_heads} in the model's config.json."
         )
-    if config.hidden_act not in ACT2FN:
-        raise UserError(f"hidden_act {config.hidden_act!r} in the model's config.json is none that transformers knows.")
+    activation = getattr(config, "hidden_act", None)
+    if activation not in ACT2FN:
+        raise UserError(f"hidden_act {activation!r} in the model's config.json is none that transformers knows.")
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds if kinds else bool(window)
@@ -73,10 +77,44 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError("attention_dropout is not supported with packed documents: set it to 0 in config.json.")
 
 
+def _check_scores(config: PretrainedConfig) -> None:
+    """Raise :class:`UserError` for what a model does to scores, embeddings or logits, and we would leave out."""
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key, None):
+            raise UserError(
+                f"model type {config.model_type!r} caps scores ({key} {getattr(config, key)} in its config.json), "
+                "which this release does not: use another model."
+            )
+    for key in ("embedding_multiplier", "logits_scaling", "logit_scale"):
+        if getattr(config, key, None) not in (None, 1):
+            raise UserError(
+                f"model type {config.model_type!r} scales outside its layers ({key} {getattr(config, key)} in its "
+                "config.json), which this release does not: use another model."
+            )
+
+
+def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
+    """Raise :class:`UserError` where a document's frequencies would depend on its neighbours' length."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type")
+    if kind == "dynamic":
+        limit = config.max_position_embeddings
+    elif kind == "longrope":
+        limit = rotary["original_max_position_embeddings"]
+    else:
+        return
+    if seq_len > limit:
+        raise UserError(
+            f"model type {config.model_type!r} has rotary scaling of type {kind!r}, whose frequencies change with the "
+            f"longest document beyond {limit} tokens: use --seq_len {limit} or less, or yarn, llama3 or linear scaling."
+        )
+
+
 @dataclass
 class ModelSource:
     """Where the modules and weights of a model come from: its config, and a weight reader or a seed.
 
+    ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
     ``tensor`` is set, before layers are built, where every rank holds a part of a layer's parameters; ``parallel``,
     before the first forward, where it holds a share of a row's tokens. ``balance`` is there for mixtures of experts.
     With ``lora`` adapters alone are trained, from ``adapter`` or, without it, from the seed; ``frozen`` are patterns as
@@ -87,6 +125,8 @@ class ModelSource:
     dtype: torch.dtype
     weights: WeightReader | None = None
     seed: int = 0
+    attention: str = "auto"
+    fused: FusedOps | None = None
     tensor: TensorParallel | None = None
     parallel: SequenceParallel | None = None
     lora: Lora | None = None
@@ -110,6 +150,8 @@ class ModelSource:
         routed = sum(name.endswith("mlp.gate") for name, _ in self.skeleton.named_modules())
         if routed:
             self.balance = LoadBalance(self.config, routed)
+        if self.fused is not None:
+            fuse(self.skeleton, self.fused)
 
     @property
     def base(self) -> str:
@@ -145,17 +187,17 @@ class ModelSource:
     def _relative(self, path: str) -> str:
         return path.removeprefix(f"{self.base}.")
 
-    def shard(self, name: str, shape: tuple[int, ...], rank: int) -> Shard | None:
-        """The part of a parameter of ``shape`` that a tensor-parallel rank holds, None for all of it."""
+    def shard(self, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard | None:
+        """The part of a parameter of ``shape`` that a tensor-parallel rank of ``size`` holds, None for all of it."""
         heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return shard_of(self._relative(name), shape, self.plan, heads, rank, self.tensor.size)
+        return shard_of(self._relative(name), shape, self.plan, heads, rank, size)
 
     def _cut(self, module: nn.Module, path: str) -> None:
         """Make the parameters below ``module``, still on the meta device, as small as this rank's parts."""
         for name, child in module.named_modules():
             full = f"{path}.{name}" if name else path
             for key, parameter in child.named_parameters(recurse=False):
-                shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank)
+                shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank, self.tensor.size)
                 if shard is not None:
                     self.shards[f"{full}.{key}"] = shard
                     part = parameter.new_empty(shard.local_shape)
@@ -203,7 +245,7 @@ class Positions:
     """What every decoder layer of a stage needs to know of a micro-batch, computed by the first one that asks."""
 
     def __init__(self, source: ModelSource) -> None:
-        self._source = source
+        self._source, self.attention = source, source.attention
         self._rotary: nn.Module | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
@@ -263,11 +305,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, source: ModelSource, index: int, positions: Positions, half: str | None = None) -> None:
         super().__init__()
         self.path = f"{source.base}.layers.{index}"
-        layer = source.skeleton.get_submodule(self.path)
-        if half == "attention":
-            layer = _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
-        elif half == "mlp":
-            layer = _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
+        layer = decoder_half(source.skeleton.get_submodule(self.path), half)
         self.module = source.build(self.path, layer)
         self._positions = positions
         self._balance, self._routed = source.balance, watch_router(self.module)
@@ -282,6 +320,7 @@ class DecoderLayer(nn.Module):
             position_ids=position_ids,
             position_embeddings=position_embeddings,
             documents=documents,
+            attention=self._positions.attention,
         )
         if self._routed is not None:
             hidden = self._balance.attach(hidden, *self._routed())
@@ -340,32 +379,13 @@ def pipeline_layers(source: ModelSource, split_dlayer: bool = False) -> list[Lay
     return [first, *decoder, LayerSpec(FinalNorm, source), last]
 
 
-def layer_costs(source: ModelSource, seq_len: int, split_dlayer: bool = False) -> tuple[list[float], list[int]]:
-    """Multiply-adds per token and parameters of each pipeline layer, in the order of :func:`pipeline_layers`.
-
-    Attention counts the average causal span of a ``seq_len`` row; the embedding is a lookup and costs nothing.
-    """
-    config = source.config
-    layer = source.skeleton.get_submodule(f"{source.base}.layers.0")
-    vocabulary = config.vocab_size * config.hidden_size
-
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    attention = count(layer.self_attn) + count(layer.input_layernorm)
-    mlp = count(layer.mlp) + count(layer.post_attention_layernorm)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scores = config.num_attention_heads * head_dim * seq_len  # q.k and weights.v over seq_len / 2 keys
-    if split_dlayer:
-        flops, parameters = [float(attention + scores), float(mlp)], [attention, mlp]
-    else:
-        flops, parameters = [float(attention + scores + mlp)], [attention + mlp]
-    layers = config.num_hidden_layers
-    head_parameters = 0 if source.tied else vocabulary
-    return (
-        [0.0, *flops * layers, float(config.hidden_size), float(vocabulary)],
-        [vocabulary, *parameters * layers, config.hidden_size, head_parameters],
-    )
+def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
+    """A decoder layer, whole (None) or its "attention" or "mlp" half; see :class:`DecoderLayer`."""
+    if half == "attention":
+        return _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
+    if half == "mlp":
+        return _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
+    return layer
 
 
 def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -43,7 +43,8 @@ def packed_attention(
 
     ``q`` is [tokens, heads, head size], ``k`` and ``v`` [tokens, key/value heads, head size]; returns q's shape.
     """
-    return _PackedAttention.apply(q, k, v, documents, scale, backend or choose(q.device, q.dtype))
+    backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
+    return _PackedAttention.apply(q, k, v, documents, scale, backend)
 
 
 def hf_attention(
@@ -54,6 +55,7 @@ def hf_attention(
     attention_mask: Tensor | None,
     scaling: float,
     documents: Documents | ShardedDocuments,
+    attention: str = "auto",
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -62,6 +64,7 @@ def hf_attention(
 ) -> tuple[Tensor, None]:
     """:func:`packed_attention` in the calling convention of transformers ([1, heads, tokens, head size] in).
 
+    ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`.
     Raises ValueError for what a model may ask for and would silently not get: a mask, dropout, capped scores, attention
     sinks (``s_aux``), or a window shorter than a document.
     """
@@ -72,9 +75,10 @@ def hf_attention(
     if sliding_window and documents.max_length > sliding_window:
         raise ValueError(f"packed attention has no window: {documents.max_length} tokens exceed {sliding_window}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    backend = choose(q.device, q.dtype, attention, q.shape[-1])
     if isinstance(documents, ShardedDocuments):
-        return documents.parallel.attention(q, k, v, documents.layout, scaling)[None], None
-    return packed_attention(q, k, v, documents, scaling)[None], None
+        return documents.parallel.attention(q, k, v, documents.layout, scaling, backend)[None], None
+    return packed_attention(q, k, v, documents, scaling, backend)[None], None
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ from fft.parallel.tensor_plan import Shard
 IGNORE = -100
 
 #: Largest piece of logits held at once, in elements (64 Mi float32 = 256 MiB).
-_MAX_LOGITS = 1 << 26
+MAX_LOGITS = 1 << 26
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
         # The same on all ranks, whose parts may differ by a row: they reduce chunk by chunk.
         first, columns = (0, weight.shape[0]) if part is None else (part.spans[0][0], -(-part.shape[0] // ranks.size))
-        rows = max(1, _MAX_LOGITS // columns)
+        rows = max(1, MAX_LOGITS // columns)
         for start in range(0, len(trained), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
             logits = (chunk @ weight.t()).to(total.dtype)

@@ -303,7 +303,8 @@ class SequenceParallel:
         ``q`` [this rank's tokens, heads, head size]; ``layout`` planned for size / degree ranks. Returns q's shape.
         Raises :class:`UserError` where heads cannot be shared out.
         """
-        plan, backend = plan_rank(layout, self._exchange.rank), backend or choose(q.device, q.dtype)
+        plan = plan_rank(layout, self._exchange.rank)
+        backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
         if self.degree > 1:
             for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
                 if heads % self.degree:

@@ -23,6 +23,8 @@ _SHARED_EXPERT = {
     "layers.*.mlp.shared_expert.down_proj": "rowwise",
 }
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
+#: torch's grouped products of experts take rows of whole 16 bytes: 8 values of bf16.
+_ALIGNED = 8
 #: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
 _WHOLE = {"colwise": "lora_A", "rowwise": "lora_B"}
 
@@ -144,6 +146,12 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
         raise UserError(
             f"--model_parallel_size {size} cannot share out {heads} attention and {kv_heads} key/value heads: use "
             f"{', '.join(map(str, fitting))}."
+        )
+    width = getattr(config, "moe_intermediate_size", 0)
+    if width % (_ALIGNED * size):
+        raise UserError(
+            f"--model_parallel_size {size} cannot share out experts of moe_intermediate_size {width}: it must be a "
+            f"multiple of {_ALIGNED} for each rank."
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import SMALL, VOCAB, write_table
 
 from fft.arguments import parse_arguments
-from fft.data.manifest import FileInfo, Manifest, TokenizerInfo, begin_writing, commit
+from fft.data.manifest import FileInfo, Manifest, TokenizerInfo, begin_writing, commit, tokenizer_sha256
 from fft.errors import UserError
 from fft.preflight import prepare
 from fft.train import cli
@@ -123,8 +123,9 @@ def test_table_without_input_ids(good, tmp_path):
     assert "part-0.parquet has no column input_ids (it has id, text): make a token table with" in said
 
 
-def test_input_ids_of_another_type(good, tmp_path):
-    foreign(tmp_path / "table", {"input_ids": ["1 2 3"]})
+@pytest.mark.parametrize("value", ["1 2 3", [1.0, float("nan")], 5])
+def test_input_ids_of_another_type(good, tmp_path, value):
+    foreign(tmp_path / "table", {"input_ids": [value]})
     assert "must be a list of integers" in refusal(flags(good, tmp_path, train_data=tmp_path / "table"))
 
 
@@ -171,6 +172,21 @@ def test_vocabulary_larger_than_the_models(good, tmp_path):
     commit(table, manifest_of(table, tokenizer=TokenizerInfo("other", "0" * 64, VOCAB + 1, {})))
     said = refusal(flags(good, tmp_path, train_data=table))
     assert f"a vocabulary of {VOCAB + 1}, larger than the model's {VOCAB}: raise vocab_size" in said
+
+
+def test_table_of_another_tokenizer(good, tmp_path):
+    """The vocabulary is as large as the model's; only the hash tells that the ids mean something else."""
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / "tokenizer" / name).write_text("{}")
+    table = write_table(tmp_path / "table", [np.arange(40, dtype=np.int32)] * 20)
+    for sha256, fits in ((tokenizer_sha256(tmp_path / "tokenizer"), True), ("0" * 64, False)):
+        commit(table, manifest_of(table, tokenizer=TokenizerInfo("other", sha256, VOCAB)))
+        argv = flags(good, tmp_path, train_data=table, tokenizer=tmp_path / "tokenizer")
+        if fits:
+            prepare(parse_arguments(argv), 1)
+        else:
+            assert f"{table} was tokenized with other, not with the tokenizer in {tmp_path}" in refusal(argv)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +251,9 @@ def test_overwriting_never_takes_what_the_run_needs(good, tmp_path):
     """--overwrite replaces --output_dir as a whole and removes the run folder's checkpoints."""
     said = refusal([*flags(good, tmp_path, output_dir=good, eval_data=good / "table"), "--overwrite"])
     assert f"--output_dir would replace {good} and with it" in said
+    blend = f"{good / 'table'}:0.7 {tmp_path / 'web'}@v3:0.3"
+    said = refusal([*flags(good, tmp_path, output_dir=tmp_path / "web", train_data=blend), "--overwrite"])
+    assert f"{tmp_path / 'web'} of --train_data: choose another folder" in said
     run = tmp_path / "run"
     assert f"{run} of --checkpoint" in refusal(flags(good, tmp_path, output_dir=run, checkpoint=run))
     (run / "step-2").mkdir(parents=True)
@@ -289,6 +308,7 @@ def test_the_command_ends_with_the_sentence_alone(good, tmp_path, case, monkeypa
         ("python", "missing"),
         ("torchrun", "missing"),
         ("torchrun", "ids"),
+        ("torchrun", "kernel"),
         ("deepspeed", "indivisible"),
         ("deepspeed", "ids"),
     ],
@@ -305,6 +325,7 @@ def test_launchers_end_with_one_sentence(launcher, case, good, launch, tmp_path)
     wild = write_table(tmp_path / "wild", [np.full(40, VOCAB, np.int32)] * 20)
     changes, sentence = {
         "missing": ({"train_data": tmp_path / "nowhere"}, f"error: {tmp_path / 'nowhere'} does not exist: give"),
+        "kernel": ({"attention": "npu"}, "error: --attention npu runs on npu in bfloat16 or float16, not on cpu in"),
         "indivisible": ({"pipe_parallel_size": 2}, "error: the world of 3 rank(s) cannot be divided by"),
         "ids": (
             {"train_data": wild, "pipe_parallel_size": ranks},

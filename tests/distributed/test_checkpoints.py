@@ -1,6 +1,7 @@
 """Folders that an interrupted run leaves behind are never taken for checkpoints. See also ``test_runs.py``."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,3 +92,32 @@ def test_the_best_is_kept_besides_the_newest(run, ragged_table, tmp_path):
     assert best < 7, evaluated
     assert checkpoint_steps(tmp_path / "run") == [best, 7, 8]
     assert read_state(tmp_path / "run" / f"step-{best}")["eval_loss"] == min(evaluated)
+
+
+def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_path):
+    """At the same rate, after two evaluations without improvement; the second run goes on from one before the end."""
+    flags = (
+        f"--init --model {run.parent}/config.json --train_data {ragged_table} --eval_data {ragged_table} {FLAGS} "
+        f"--max_steps 20 --learning_rate 3 --lr_scheduler_type linear --warmup_steps 8 --save_steps 1 --eval_steps 1 "
+        f"--early_stop_patience 2 --resume auto --overwrite"
+    )
+    first, again = tmp_path / "first", tmp_path / "again"
+
+    def train(folder):
+        done = run_ranks(1, *flags.split(), "--checkpoint", folder, "--output_dir", f"{folder}-model")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr, read_metrics(folder)[1]
+
+    said, evaluated = train(first)
+    best = evaluated.index(min(evaluated))
+    assert len(evaluated) == best + 3  # the first of them before the first step
+    assert f"stopped early after step {best + 2}/20: 2 evaluations" in said
+    assert loss_of(f"{first}-model", ragged_table) == pytest.approx(evaluated[-1], rel=1e-5)
+
+    again.mkdir()
+    shutil.copytree(first / f"step-{best + 1}", again / f"step-{best + 1}")
+    shutil.copy(first / "metrics.jsonl", again)
+    assert train(again)[1] == evaluated
+    said, unchanged = train(first)  # which has ended
+    assert unchanged == evaluated
+    assert f"stopped early after step {best + 2}/20" in said

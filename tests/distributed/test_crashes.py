@@ -127,7 +127,15 @@ def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
     assert outcome(tmp_path) == straight
     left = {path.name for path in run.iterdir()}
     kept = {checkpoint_tag(step) for step in (STEPS - 4, STEPS - 2, STEPS)}
-    assert left == kept | {"metrics.jsonl", "arguments.yaml", "data.yaml", "latest", ".lock"}
+    assert left == kept | {
+        "metrics.jsonl",
+        "tensorboard",
+        "arguments.yaml",
+        "environment.yaml",
+        "data.yaml",
+        "latest",
+        ".lock",
+    }
 
 
 def stopped_in_the_middle(words, pick, number):

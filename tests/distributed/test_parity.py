@@ -23,10 +23,25 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "router_aux_loss_coef": 0.1,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.1,
+    },
 }
-
-#: Largest tensor-parallel size that the trainer does not refuse.
-TENSOR = 1
 
 #: Name: launcher, ranks, flags besides those all share. The global batch is always GLOBAL_BATCH samples.
 LAYOUTS = {
@@ -41,15 +56,23 @@ LAYOUTS = {
         "--pipe_parallel_size 2 --sequence_parallel_size 2 --gradient_accumulation_steps 8 "
         "--checkpoint_grad_interval 1",
     ),
+    "tensor2": ("torchrun", 2, "--model_parallel_size 2 --gradient_accumulation_steps 8"),
+    "pipe2-tensor2": ("deepspeed", 4, "--pipe_parallel_size 2 --model_parallel_size 2 --gradient_accumulation_steps 8"),
+    "data2-tensor2": ("torchrun", 4, "--model_parallel_size 2 --gradient_accumulation_steps 4"),
     "pipe2-split-recompute": (
         "deepspeed",
         2,
         "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --split_dlayer --checkpoint_grad_interval 1 "
         "--partition_method 4,5",
     ),
+    "pipe2-data2-offload": (
+        "torchrun",
+        4,
+        "--pipe_parallel_size 2 --gradient_accumulation_steps 4 --offload_optimizer",
+    ),
 }
 #: Those that a launcher of its own starts.
-LAUNCHED = ("one", "pipe2", "sequence2")
+LAUNCHED = ("one", "pipe2-tensor2", "sequence2")
 
 
 def factorisations(world: int) -> list[tuple[int, int, int, int]]:
@@ -58,10 +81,11 @@ def factorisations(world: int) -> list[tuple[int, int, int, int]]:
     return [shape for shape in itertools.product(sizes, repeat=4) if np.prod(shape) == world]
 
 
-def layout_flags(shape: tuple[int, int, int, int], number: int) -> list[str]:
+def layout_flags(family: str, shape: tuple[int, int, int, int], number: int) -> list[str]:
     """Flags of a layout, with every other option on in every second, fourth, ... case."""
     data, pipe, sequence, tensor = shape
-    samples = 2 if number % 3 == 0 and data <= 2 else 1
+    # The experts' balance is that of a micro-batch: the reference's have one sample.
+    samples = 2 if number % 3 == 0 and data <= 2 and "moe" not in family else 1
     flags = {
         "pipe_parallel_size": pipe,
         "sequence_parallel_size": sequence,
@@ -74,26 +98,32 @@ def layout_flags(shape: tuple[int, int, int, int], number: int) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()] + ["--split_dlayer"] * (number // 2 % 2)
 
 
-#: Of the layouts of eight ranks, which are many, these.
-EIGHT = ((2, 2, 2, 1), (1, 4, 2, 1), (4, 2, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 2, 2))
-SHAPES = [
-    *(shape for world in (1, 2, 4) for shape in factorisations(world) if shape[3] <= TENSOR),
-    *(shape for shape in EIGHT if shape[3] <= TENSOR),
-]
-#: Other families than llama go through the same layouts with other options.
+SHAPES = [shape for world in (1, 2, 4) for shape in factorisations(world)]
+#: Of the layouts of eight ranks, which are many, these; and for whom all layouts would show nothing new, two.
+EIGHT = {
+    "llama": [(2, 2, 2, 1), (1, 4, 2, 1), (1, 2, 2, 2)],
+    "qwen2-tied": [(2, 2, 1, 2)],
+    "qwen2-moe": [(2, 1, 2, 2)],
+}
+FEW = {"mistral": [(1, 2, 1, 1), (2, 1, 1, 2)], "qwen3-moe": [(1, 2, 1, 2), (1, 1, 2, 2)]}
+#: Families go through the same layouts with different options.
 CASES = [
-    pytest.param(family, shape, layout_flags(shape, number + shift), id=f"{family}-{'x'.join(map(str, shape))}")
+    pytest.param(family, shape, layout_flags(family, shape, number + shift), id=f"{family}-{'x'.join(map(str, shape))}")
     for shift, family in enumerate(FAMILIES)
-    for number, shape in enumerate(SHAPES)
+    for number, shape in enumerate(FEW.get(family, [*SHAPES, *EIGHT.get(family, ())]))
 ] + [
     pytest.param(
         "llama",
         (2, 2, 1, 1),
-        [f"--partition_method={layers}", "--pipe_parallel_size=2", "--gradient_accumulation_steps=4"],
+        [f"--partition_method={layers}", "--pipe_parallel_size=2", "--gradient_accumulation_steps=4", *more],
         id=f"llama-layers-{layers}",
     )
-    for layers in ("1,5", "5,1")  # stages of one parameter, embedding and head
+    # Stages of one parameter, embedding and head; and the attention that all others are compared with.
+    for layers, *more in (("1,5",), ("5,1", "--attention=reference"))
 ]
+CASES.append(
+    pytest.param("qwen2-tied", (2, 2, 1, 1), LAYOUTS["pipe2-data2-offload"][2].split(), id="qwen2-tied-offload")
+)
 
 
 @pytest.fixture(scope="session")
@@ -157,10 +187,12 @@ def read_metrics(run) -> tuple[list[dict], list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
-def test_bf16_follows_fp32(family, model_dir, ragged_table, held_out, reference, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "pipe2"), ("qwen2-tied", "pipe2"), ("qwen2-tied", "pipe2-data2-offload")]
+)
+def test_bf16_follows_fp32(family, layout, model_dir, ragged_table, held_out, reference, tmp_path):
     """bf16 keeps 8 bits: a loss may differ by some 2^-9 and a matrix must move as in fp32, but for its rounding."""
-    _, ranks, extra = LAYOUTS["pipe2"]
+    _, ranks, extra = LAYOUTS[layout]
     given = [*flags(model_dir(family), ragged_table, tmp_path, held_out), *extra.split(), "--dtype", "bf16"]
     done = run_ranks(ranks, *given)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -241,4 +273,5 @@ def test_started_by_a_launcher(layout, launch, model_dir, ragged_table, held_out
     given = [*flags(model_dir("llama"), ragged_table, tmp_path, held_out), *extra.split(), "--save_steps", STEPS]
     done = launch(*command(launcher, ranks), *given)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert 0 < done.stderr.find("kernels: attention cpu\n") < done.stderr.find("step 0/")  # checked before it is used
     assert_is_one_process(tmp_path, reference("llama"))

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import VOCAB, write_table
 from forked import run_ranks
 from safetensors.torch import load_file
 from test_parity import FAMILIES, LAYOUTS, flags, held_out, model_dir, read_metrics  # noqa: F401 - fixtures
@@ -13,15 +14,28 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.slow
 #: Steps of the straight run, and the step after which another one goes on. An epoch of the table ends within step 13.
 STEPS, HALF = 10, 5
-#: Of the same global batch as ``data2``: two replicas more.
-DATA4 = (4, "--gradient_accumulation_steps 2")
+#: ``data4`` has the same global batch as ``data2``: two replicas more. ``blend`` is ``one`` on the two tables.
+MORE = {
+    "data4": (4, "--gradient_accumulation_steps 2"),
+    "blend": (1, f"{LAYOUTS['one'][2]} --pack best-fit --blend_end drop"),
+}
 
 
 @pytest.fixture(scope="module")
-def train(model_dir, ragged_table, held_out):  # noqa: F811
+def small_table(tmp_path_factory):
+    """Rows that make some 30 samples: in a blend that is half theirs they end within step 8, after the run's stop."""
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, VOCAB, rng.integers(20, 45)).astype(np.int32) for _ in range(48)]
+    return write_table(tmp_path_factory.mktemp("small") / "table", rows)
+
+
+@pytest.fixture(scope="module")
+def train(model_dir, ragged_table, small_table, held_out):  # noqa: F811
     def run(output, family, layout, *more):
-        ranks, extra = DATA4 if layout == "data4" else LAYOUTS[layout][1:]
+        ranks, extra = MORE[layout] if layout in MORE else LAYOUTS[layout][1:]
         given = [*flags(model_dir(family), ragged_table, output, held_out), *extra.split(), "--max_steps", STEPS]
+        if layout == "blend":
+            given += ["--train_data", f"{ragged_table}:0.5 {small_table}:0.5"]
         done = run_ranks(ranks, *given, "--save_steps", HALF, "--eval_steps", 3, *more)
         assert done.returncode == 0, done.stderr[-3000:]
         return outcome(output)
@@ -64,12 +78,14 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
     ("family", "layout", "dtype", "executor"),
     [
         ("llama", "one", "fp32", "none"),
-        ("llama", "one", "bf16", "process"),
+        ("llama", "blend", "bf16", "process"),
         ("llama", "data2", "bf16", "thread"),
         ("qwen2-tied", "pipe2", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
         ("llama", "sequence2", "fp32", "thread"),
         ("llama", "pipe2-split-recompute", "bf16", "thread"),
+        ("qwen2-moe", "data2-tensor2", "bf16", "thread"),
+        ("qwen2-tied", "pipe2-data2-offload", "bf16", "thread"),
     ],
 )
 def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight, train, tmp_path):
@@ -90,6 +106,9 @@ def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight
         ("llama", "sequence2", "one"),
         ("llama", "one", "sequence2"),
         ("llama", "data2", "pipe2"),
+        ("qwen2-tied", "pipe2-tensor2", "data2"),
+        ("llama", "one", "tensor2"),
+        ("qwen2-moe", "data2-tensor2", "pipe2"),
     ],
 )
 def test_on_another_layout(family, before, after, straight, train, tmp_path):
@@ -151,7 +170,7 @@ def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, la
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-sequence2"])
+@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-tensor2"])
 def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model_dir, tmp_path):  # noqa: F811
     _, ranks, extra = LAYOUTS[layout]
     given = ["--model", model_dir(family), "--num_train_epochs", 0, "--seq_len", 64, "--dtype", "fp32"]

@@ -18,6 +18,11 @@ def test_ranks_compute_what_one_process_would(world, group, degrees):
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     refusals = {result["degree"]: result["refusal"] for result in results if "refusal" in result}
+    probes = [result for result in results if "leaks" in result]
+    assert [probe["degree"] for probe in probes] == degrees
+    for probe in probes:
+        assert probe["leaks"] == [0, 0, 0, 0]
+        assert max(probe["bf16"]) <= 1.25, probe
     results = [result for result in results if "errors" in result]
     assert set(refusals) == set(degrees) - {1}
     for degree, sentence in refusals.items():

@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import SMALL
 from forked import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_parity import read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,6 +82,39 @@ def test_same_seed_same_losses(folder, train, first, tmp_path):
 def test_command_line_wins_over_the_file(first):
     settings = yaml.safe_load((first[0] / "run" / "arguments.yaml").read_text())
     assert (settings["dtype"], settings["seq_len"], settings["max_num_checkpoints"]) == ("bf16", SEQ_LEN, 2)
+
+
+def test_tensorboard_shows_the_metrics_file(first):
+    run = first[0] / "run"
+    accumulated = EventAccumulator(str(run / "tensorboard"))
+    accumulated.Reload()
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = set().union(*written) - {"step"}
+    assert set(accumulated.Tags()["scalars"]) == names
+    for name in names:
+        shown = [(event.step, event.value) for event in accumulated.Scalars(name)]
+        expected = [(line["step"], line[name]) for line in written if name in line]
+        np.testing.assert_allclose(shown, expected, rtol=1e-6)
+
+
+def test_speed_is_measured_against_the_devices(first):
+    lines = [json.loads(line) for line in (first[0] / "run" / "metrics.jsonl").read_text().splitlines()]
+    start = next(line for line in lines if "matrix_flops_per_second" in line)
+    assert start["pipeline_bubble"] == pytest.approx(1 / 5)  # two stages, four micro-batches
+    reported = [line for line in lines if "mfu" in line]
+    assert [line["step"] for line in reported] == [2, 4, 6]
+    for line in reported:
+        assert line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"] / 2)
+        assert 0 < line["mfu"] < 1
+        assert 100 * 2**20 < line["memory"] < 8 * 2**30
+
+
+def test_environment_is_written_down(first):
+    facts = yaml.safe_load((first[0] / "run" / "environment.yaml").read_text())
+    assert facts["torch"] == torch.__version__
+    assert "fft/train.py" in facts["command"]
+    assert len(facts["ranks"]) == 2
+    assert all("cpu" in place for place in facts["ranks"].values())
 
 
 def test_exported_bf16_model_has_the_reported_loss(first, ragged_table):

@@ -60,7 +60,7 @@ def test_help_needs_no_torch(launch):
         ("seq_len: .inf\n", "seq_len must be of type int, not inf"),
         ("learning_rate:\n", "learning_rate must be of type float, not None"),
         ("tokenizer: [a, b]\n", "tokenizer must be of type str, not ['a', 'b']"),
-        ("dtype: fp8\n", "dtype must be one of bf16, fp32, not 'fp8'"),
+        ("dtype: fp8\n", "dtype must be one of bf16, fp16, fp32, not 'fp8'"),
         ("- seq_len\n", "must map flag names to values"),
         ("seq_len: [1\n", "is not YAML"),
     ],
@@ -70,6 +70,13 @@ def test_bad_files_are_explained(tmp_path, text, sentence):
         from_file(tmp_path, text)
     assert sentence in str(raised.value)
     assert "settings.yaml" in str(raised.value)
+
+
+def test_an_offloaded_optimizer_in_fp16_is_refused():
+    """DeepSpeed 0.19.8 skips every step after the first that overflowed."""
+    assert parse_arguments([*BASE, "--offload_optimizer"]).offload_optimizer
+    with pytest.raises(UserError, match="--offload_optimizer with --dtype fp16"):
+        parse_arguments([*BASE, "--offload_optimizer", "--dtype", "fp16"])
 
 
 def test_what_launchers_add_is_accepted():

@@ -1,16 +1,18 @@
 """What the attention operator promises beyond its formula: precision, devices, refusals."""
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fft.arguments import TrainArguments
 from fft.errors import UserError
 from fft.ops.attention import hf_attention, packed_attention
-from fft.ops.backends import cpu, reference
-from fft.ops.backends.choice import check, choose
+from fft.ops.backends import choice, cpu, cuda, flash_attention_2, flash_attention_3, flash_attention_4, reference
+from fft.ops.backends.choice import check, choose, kernel_name
 from fft.ops.documents import Documents, paired_spans
 
 
@@ -112,29 +114,139 @@ def test_each_device_gets_its_backend():
     assert choose(torch.device("meta"), torch.bfloat16) is reference
 
 
+def test_a_backend_may_be_asked_for_by_name():
+    device = torch.device("cpu")
+    assert choose(device, torch.float32, "cpu") is cpu
+    assert choose(device, torch.float32, "reference") is reference
+    asked = next(spec for spec in fields(TrainArguments) if spec.name == "attention").metadata["choices"]
+    assert set(asked) == {"auto", "reference", *choice.KERNELS}
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "sentence"),
+    [
+        ("cuda", "cpu", "--attention cuda runs on cuda in bfloat16 or float16, not on cpu in float32"),
+        ("cpu", "cuda", "--attention cpu runs on cpu in float32 or bfloat16 or float16, not on cuda in float32"),
+        ("npu", "cpu", "--attention npu runs on npu in bfloat16 or float16, not on cpu in float32"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_refused(name, device, sentence):
+    with pytest.raises(UserError, match=sentence):
+        choose(torch.device(device), torch.float32, name)
+
+
+def test_a_kernel_that_is_not_installed_is_refused():
+    with pytest.raises(UserError, match="--attention flash_attention_2 needs the package flash-attn: install it"):
+        choose(torch.device("cuda"), torch.bfloat16, "flash_attention_2")
+
+
+@pytest.fixture
+def gpu_with(monkeypatch):
+    """Pretend that packages are installed on a GPU, and that some kernels fail their check."""
+
+    def pretend(packages, wrong):
+        def version(package):
+            if package in packages:
+                return "1"
+            raise choice.PackageNotFoundError
+
+        def checked(backend, device, dtype, size):
+            if backend in wrong:
+                raise UserError(f"{kernel_name(backend)} differs")
+
+        monkeypatch.setattr(choice, "version", version)
+        monkeypatch.setattr(choice, "check", checked)
+        choose.cache_clear()
+
+    yield pretend
+    choose.cache_clear()
+
+
+FLASH = {"flash-attn-4": flash_attention_4, "flash-attn-3": flash_attention_3, "flash-attn": flash_attention_2}
+
+
+@pytest.mark.parametrize(
+    ("installed", "wrong", "chosen"),
+    [
+        ([], [], cuda),
+        (["flash-attn"], [], flash_attention_2),
+        (list(FLASH), [], flash_attention_4),
+        (list(FLASH), [flash_attention_4, flash_attention_3], flash_attention_2),
+        (list(FLASH), FLASH.values(), cuda),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:passed over")
+def test_a_gpu_gets_the_newest_kernel_that_is_installed_and_right(gpu_with, installed, wrong, chosen):
+    gpu_with(installed, wrong)
+    assert choose(torch.device("cuda"), torch.bfloat16) is chosen
+
+
+def test_kernels_passed_over_are_named(gpu_with):
+    gpu_with(["flash-attn"], [flash_attention_2])
+    with pytest.warns(UserWarning, match="passed over: flash_attention_2 differs"):
+        choose(torch.device("cuda"), torch.bfloat16)
+
+
+def test_nothing_trains_when_the_last_kernel_is_wrong(gpu_with):
+    gpu_with([], [cuda])
+    with pytest.raises(UserError, match="cuda differs"):
+        choose(torch.device("cuda"), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", [reference, cpu])
-def test_backends_pass_the_check(backend, dtype):
-    check(backend, torch.device("cpu"), dtype)
+@pytest.mark.parametrize("size", [8, 128])
+def test_backends_pass_the_check(backend, dtype, size):
+    check(backend, torch.device("cpu"), dtype, size)
 
 
+def test_a_kernel_that_fails_is_refused():
+    with pytest.raises(UserError, match="the cuda attention kernel of cpu in bfloat16, heads of 64, fails: NotImpl"):
+        check(cuda, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", ["output", "log-sum-exp", "dq", "dk", "dv"])
-def test_a_wrong_kernel_is_refused(wrong):
+def test_a_wrong_kernel_is_refused(wrong, dtype):
     class Wrong:
         __name__ = "fft.ops.backends.wrong"
 
         @staticmethod
         def forward(*inputs):
             out, lse = cpu.forward(*inputs)
-            return (out * 1.02 if wrong == "output" else out), (lse + 0.2 if wrong == "log-sum-exp" else lse)
+            return (out * 1.03 if wrong == "output" else out), (lse + 0.2 if wrong == "log-sum-exp" else lse)
 
         @staticmethod
         def backward(*inputs):
             grads = cpu.backward(*inputs)
-            return tuple(g * 1.02 if wrong == n else g for n, g in zip(("dq", "dk", "dv"), grads, strict=True))
+            return tuple(g * 1.03 if wrong == n else g for n, g in zip(("dq", "dk", "dv"), grads, strict=True))
 
-    with pytest.raises(UserError, match=f"the wrong attention kernel of cpu in torch.float32 .*: {wrong} by"):
-        check(Wrong(), torch.device("cpu"), torch.float32)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=f"the wrong attention kernel of cpu in {name}, .*: {wrong} by"):
+        check(Wrong(), torch.device("cpu"), dtype)
+
+
+def test_models_compute_with_the_kernel_asked_for():
+    calls = []
+
+    class Counted:
+        __name__ = "counted"
+        backward = staticmethod(reference.backward)
+
+        @staticmethod
+        def forward(*inputs):
+            calls.append(inputs)
+            return reference.forward(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(choice.KERNELS, "counted", choice.Kernel(Counted(), "cpu", (torch.float64,)))
+        q = random((1, 2, 4, 8))
+        expected, _ = hf_attention(None, q, q, q, None, 1.0, documents_of(0, 3, 4), attention="reference")
+        assert not calls
+        counted, _ = hf_attention(None, q, q, q, None, 1.0, documents_of(0, 3, 4), attention="counted")
+    choose.cache_clear()
+    assert len(calls) == 3 + 1  # the check's, ours
+    assert torch.equal(counted, expected)
 
 
 @pytest.mark.parametrize(

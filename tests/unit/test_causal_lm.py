@@ -89,6 +89,47 @@ def test_packed_documents_and_gradients_equal_transformers(family, split):
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+ROTARY = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    # Up to these lengths they do not depend on the batch's longest document.
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.5, 2.0],
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_scaling_is_the_config_s(kind):
+    """Of packed documents, each as transformers computes it alone; with the spelling of older config files."""
+    made = source(rope_theta=100.0, rope_scaling={"rope_type": kind, **ROTARY[kind]})
+    check_supported(made.config, 32)
+    assert made.config.rope_parameters["rope_theta"] == 100
+    modules, run = build(made)
+    model = plain_model(made.config, modules)
+    torch.manual_seed(0)
+    ids, bounds = torch.randint(VOCAB, (1, 40)), [0, 5, 6, 17, 40]
+    hidden, weight = run(ids, bounds)
+    logits = hidden @ weight.T
+    for a, b in itertools.pairwise(bounds):
+        torch.testing.assert_close(logits[a:b], model(ids[:, a:b]).logits[0], rtol=1e-5, atol=1e-5)
+    if kind != "dynamic":
+        _, run = build(source(rope_theta=100.0))
+        assert (run(ids, bounds)[0] - hidden).abs().max() > 1e-3  # scaling was at work
+
+
+def test_layers_attend_with_the_kernel_asked_for():
+    made = source()
+    made.attention = "cuda"
+    _, run = build(made)
+    with pytest.raises(UserError, match="--attention cuda runs on cuda in bfloat16 or float16, not on cpu in float32"):
+        run(torch.zeros(1, 4), [0, 4])
+
+
 @pytest.mark.parametrize(("split", "count"), [(False, 3 + SMALL["num_hidden_layers"]), (True, 3 + 6)])
 def test_number_of_layers(split, count):
     assert len(pipeline_layers(source(), split)) == count
@@ -134,6 +175,32 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
         ({"model_type": "gpt2"}, "publishes no pipeline plan"),
         ({"model_type": "mixtral"}, "is a mixture of experts"),
         ({"model_type": "mistral", "sliding_window": 32}, "a sliding window of 32 tokens: use --seq_len 32 or less"),
+        ({"model_type": "gemma2"}, r"'gemma2' caps scores \(attn_logit_softcapping 50.0 in its config.json\)"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": None}, "final_logit_softcapping 30.0"),
+        ({"model_type": "gemma3_text"}, "hidden_act None in the model's config.json is none that"),
+        ({"model_type": "cohere"}, "'cohere' scales outside its layers .logit_scale 0.0625"),
+        ({"model_type": "granite", "embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling 8.0"),
+        (
+            {
+                "model_type": "llama",
+                "max_position_embeddings": 32,
+                "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            },
+            "rotary scaling of type 'dynamic', .* beyond 32 tokens: use --seq_len 32 or less",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [4.0] * 4,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+            "rotary scaling of type 'longrope', .* beyond 16 tokens: use --seq_len 16 or less",
+        ),
     ],
 )
 def test_models_of_another_make_are_refused(changes, sentence):

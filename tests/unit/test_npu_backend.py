@@ -9,28 +9,41 @@ import sys
 import types
 import zipfile
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import SCHEMAS
 from test_ring import documents_of, emulate, tensors, whole
 
 from fft.ops.backends import npu, reference
 from fft.ops.documents import Documents
 from fft.parallel.ring_plan import plan_layout
 
-KEPT = Path(__file__).parent / "schemas" / "torch_npu.txt"
+KEPT = SCHEMAS / "torch_npu.txt"
 IN_WHEEL = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 
 
-def schemas() -> dict[str, torch.FunctionSchema]:
+def schemas(*names: str) -> dict[str, torch.FunctionSchema]:
+    """The schemas of operators, by name."""
     wheel = os.environ.get("FFT_TORCH_NPU_WHEEL")
     text = zipfile.ZipFile(wheel).read(IN_WHEEL).decode() if wheel else KEPT.read_text()
     lines = [line.strip().removeprefix("- ").removeprefix("func: ") for line in text.splitlines()]
-    names = ("npu_fusion_attention", "npu_fusion_attention_grad")
     return {name: torch._C.parse_schema(line) for name in names for line in lines if line.startswith(f"{name}(")}
+
+
+def bound(schema: torch.FunctionSchema, args: tuple, kwargs: dict) -> dict:
+    """Every argument of a call by name, defaults included; fails where the call does not fit."""
+    positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    given |= dict(zip(positional[: len(args)], args, strict=True))
+    unknown = set(kwargs) - {argument.name for argument in schema.arguments}
+    assert not unknown, f"{schema.name} has no {unknown}"
+    assert not set(kwargs) & set(positional[: len(args)])
+    given |= kwargs
+    assert set(given) == {argument.name for argument in schema.arguments}
+    return given
 
 
 class StandIn(types.ModuleType):
@@ -38,7 +51,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self):
         super().__init__("torch_npu")
-        self.schemas = schemas()
+        self.schemas = schemas("npu_fusion_attention", "npu_fusion_attention_grad")
         self.calls = 0
 
     def npu_fusion_attention(self, *args, **kwargs):
@@ -64,15 +77,7 @@ class StandIn(types.ModuleType):
 
     def _bind(self, name, args, kwargs):
         self.calls += 1
-        arguments = self.schemas[name].arguments
-        positional = [argument.name for argument in arguments if not argument.kwarg_only]
-        given = {a.name: a.default_value for a in arguments if a.has_default_value()}
-        given |= dict(zip(positional[: len(args)], args, strict=True))
-        unknown = set(kwargs) - {argument.name for argument in arguments}
-        assert not unknown, f"{name} has no {unknown}"
-        assert not set(kwargs) & set(positional[: len(args)])
-        given |= kwargs
-        assert set(given) == {argument.name for argument in arguments}
+        given = bound(self.schemas[name], args, kwargs)
         assert (given["input_layout"], given["head_num"]) == ("TND", given["query"].shape[1])
         return given
 
@@ -104,7 +109,8 @@ def stand_in():
 
 
 def test_schemas_are_found():
-    assert set(schemas()) == {"npu_fusion_attention", "npu_fusion_attention_grad"}
+    names = {"npu_fusion_attention", "npu_fusion_attention_grad"}
+    assert set(schemas(*names)) == names
 
 
 @settings(max_examples=25, deadline=None)

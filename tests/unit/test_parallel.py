@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource, canonical_parameters, check_supported, layer_costs, pipeline_layers
+from fft.models.causal_lm import ModelSource, canonical_parameters, check_supported, pipeline_layers
+from fft.models.costs import layer_costs
 from fft.parallel.mesh import mesh_sizes
 from fft.parallel.partition import partition_balanced, stage_bounds
 from fft.schedule import lr_multiplier
@@ -34,21 +35,26 @@ def test_balanced_partition_is_the_best(costs, data):
 
 def test_partition_methods():
     flops, parameters = [0.0, 4, 4, 4, 4, 1, 8], [9, 1, 1, 1, 1, 1, 9]
-    assert stage_bounds("fast", flops, parameters, 2) == [0, 4, 7]
-    assert stage_bounds("parameters", flops, parameters, 2) == [0, 3, 7]
-    assert stage_bounds("uniform", flops, parameters, 7) == list(range(8))
-    assert stage_bounds("5,2", flops, parameters, 2) == [0, 5, 7]
+
+    def held(stage: int, start: int, stop: int) -> float:
+        return sum(parameters[start:stop]) * (2 - stage)
+
+    assert stage_bounds("fast", flops, parameters, 2, held) == [0, 4, 7]
+    assert stage_bounds("mem", flops, parameters, 2, held) == [0, 1, 7]
+    assert stage_bounds("parameters", flops, parameters, 2, held) == [0, 3, 7]
+    assert stage_bounds("uniform", flops, parameters, 7, held) == list(range(8))
+    assert stage_bounds("5,2", flops, parameters, 2, held) == [0, 5, 7]
 
 
 @pytest.mark.parametrize("method", ["5,3", "7", "0,7", "quick", "5,2,0"])
 def test_impossible_partitions_are_refused(method):
     with pytest.raises(UserError, match="--partition_method"):
-        stage_bounds(method, [1.0] * 7, [1] * 7, 2)
+        stage_bounds(method, [1.0] * 7, [1] * 7, 2, max)
 
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(UserError, match="--pipe_parallel_size 9 is more than the model's 7"):
-        stage_bounds("fast", [1.0] * 7, [1] * 7, 9)
+        stage_bounds("fast", [1.0] * 7, [1] * 7, 9, max)
 
 
 @given(st.integers(1, 64), st.integers(1, 8))
@@ -69,6 +75,12 @@ def test_schedules():
     linear = lr_multiplier("linear", warmup_steps=0, total_steps=10, floor=0.0)
     assert [linear(step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
     assert lr_multiplier("constant", 0, 10, 0.0)(9) == 1.0
+    wsd = lr_multiplier("wsd", warmup_steps=2, total_steps=20, floor=0.2, decay_ratio=0.25)
+    assert [wsd(step) for step in (0, 1, 2, 15)] == [0.5, 1.0, 1.0, 1.0]
+    assert [wsd(step) for step in (16, 18, 20, 25)] == pytest.approx([0.84, 0.52, 0.2, 0.2])
+    assert [lr_multiplier("wsd", 0, 20, 0.0, 0.0)(step) for step in (0, 19)] == [1.0, 1.0]
+    all_warm = lr_multiplier("wsd", 20, 20, 0.0, 1.0)
+    assert [all_warm(step) for step in (0, 19)] == [1 / 20, 1.0]
 
 
 def source(**changes) -> ModelSource:
@@ -110,10 +122,10 @@ def test_layers_compute_what_transformers_computes():
 @pytest.mark.parametrize("tied", [False, True])
 def test_layer_costs_count_every_parameter_once(split, tied):
     made = source(tie_word_embeddings=tied)
-    flops, parameters = layer_costs(made, seq_len=64, split_dlayer=split)
-    assert len(flops) == len(parameters) == len(pipeline_layers(made, split))
-    assert sum(parameters) == sum(p.numel() for p in made.skeleton.parameters())
-    assert all(math.isfinite(cost) for cost in flops)
+    costs = layer_costs(made, seq_len=64, split_dlayer=split)
+    assert len(costs) == len(pipeline_layers(made, split))
+    assert sum(cost.parameters for cost in costs) == sum(p.numel() for p in made.skeleton.parameters())
+    assert all(math.isfinite(cost.flops) for cost in costs)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ def test_a_changed_table_is_named(folder):
     refused(folder, "not a manifest|is no manifest|JSON")
 
 
-def test_a_delta_table_is_refused(folder):
-    (folder / "_delta_log").mkdir()
-    (folder / "_delta_log" / "0.json").write_text("{}")
-    refused(folder, "is a Delta table, which is read from mounted storage only")
+def test_a_version_of_what_is_no_delta_table_is_refused(folder):
+    with pytest.raises(UserError, match="is no Delta table: leave out @v3"):
+        Table.open(f"file://{folder}@v3")

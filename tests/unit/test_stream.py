@@ -39,21 +39,19 @@ def rows_of(batches):
     return [(tuple(i), tuple(t)) for ids, labels in both for i, t in zip(ids, labels, strict=True)]
 
 
-@EXAMPLES
-@given(LENGTHS, st.sampled_from(["cut", "best-fit"]), st.data())
-def test_any_split_into_runs_of_any_replicas_gives_the_same_samples(tmp_path, lengths, pack, data):
-    table = table_of(tmp_path / "t", lengths)
-    reader = SampleReader(table, 8, seed=3, pack=pack)
+def check_any_split_into_runs(make_reader, data, longest=6):
+    """Two epochs in runs of any replicas and micro-batches, each going on from the last one's state, are one run's."""
+    reader = make_reader()
     total = 2 * reader.samples_per_epoch
     expected = rows_of([batch for step in Loader(reader, BatchPlan(1, 0, 1, 1), total) for batch in step])
     assert len(expected) == total
     seen, state = [], None
     while len(seen) < total:
         replicas, micro, size = (data.draw(st.sampled_from(n)) for n in ((1, 2, 4, 8), (1, 2, 3), (1, 2)))
-        steps = data.draw(st.integers(1, 6))
+        steps = data.draw(st.integers(1, longest))
         own, states = [], []
         for replica in range(replicas):
-            loader = Loader(SampleReader(table, 8, seed=3, pack=pack), BatchPlan(replicas, replica, micro, size), total)
+            loader = Loader(make_reader(), BatchPlan(replicas, replica, micro, size), total)
             if state:
                 loader.load_state_dict(state)
             taken = itertools.islice(loader, steps)
@@ -70,6 +68,13 @@ def test_any_split_into_runs_of_any_replicas_gives_the_same_samples(tmp_path, le
     blank = (tuple([0] * 8), tuple([IGNORE] * 8))
     assert seen[:total] == expected
     assert all(sample == blank for sample in seen[total:])
+
+
+@EXAMPLES
+@given(LENGTHS, st.sampled_from(["cut", "best-fit"]), st.data())
+def test_any_split_into_runs_of_any_replicas_gives_the_same_samples(tmp_path, lengths, pack, data):
+    table = table_of(tmp_path / "t", lengths)
+    check_any_split_into_runs(lambda: SampleReader(table, 8, seed=3, pack=pack), data)
 
 
 @EXAMPLES
@@ -96,14 +101,22 @@ def test_replicas_share_the_row_groups_out(tmp_path, monkeypatch):
     table = table_of(tmp_path / "t", [8] * 512, row_group_size=8)
     read, load = [], Table.load
     monkeypatch.setattr(Table, "load", lambda self, group, *_: read.append(group) or load(self, group))
-    lanes = SampleReader(table, 8, 0).lanes
-    for replicas in (1, 2, 4):
-        read.clear()
-        for replica in range(replicas):
-            for _ in Loader(SampleReader(table, 8, 0), BatchPlan(replicas, replica, 4 // replicas, 2), 512):
-                pass
-        assert set(read) == set(range(64))
-        assert len(read) < 64 + lanes
+    for lanes, all_replicas in ((32, (1, 2, 4)), (24, (3, 6))):
+        assert SampleReader(table, 8, 0, lanes=lanes).lanes == lanes
+        for replicas in all_replicas:
+            read.clear()
+            for replica in range(replicas):
+                reader = SampleReader(table, 8, 0, lanes=lanes)
+                for _ in Loader(reader, BatchPlan(replicas, replica, 1, 2), 512):
+                    pass
+            assert set(read) == set(range(64))
+            assert len(read) < 64 + lanes
+
+
+def test_small_tables_have_fewer_lanes():
+    assert [lanes_for(groups, 10**6) for groups in (1, 5, 16, 10**6)] == [1, 4, 16, 32]
+    assert [lanes_for(groups, 10**6, 48) for groups in (1, 5, 16, 10**6)] == [1, 3, 12, 48]
+    assert lanes_for(100, 3) == 2
 
 
 def test_no_more_row_groups_are_held_than_lanes_need(tmp_path):
@@ -139,9 +152,9 @@ def test_another_order_is_not_resumed(tmp_path):
     next(iter(loader))
     state = loader.state_dict()
     assert (state["epoch"], state["samples"]) == (0, 2)
-    for change in ({"seed": 1}, {"seq_len": 4}, {"pack": "best-fit"}):
+    for change in ({"seed": 1}, {"seq_len": 4}, {"pack": "best-fit"}, {"lanes": 2}):
         other = SampleReader(table, **{"seq_len": 8, "seed": 0, **change})
-        with pytest.raises(UserError, match=f"the data's {next(iter(change))} is .* give the same table"):
+        with pytest.raises(UserError, match=f"the data's {next(iter(change))} is .* give the same tables"):
             Loader(other, BatchPlan(1, 0, 1, 2), 16).load_state_dict(state)
     changed = SampleReader(table_of(tmp_path / "u", [8] * 15 + [9]), 8, 0)
     with pytest.raises(UserError, match="fingerprint"):

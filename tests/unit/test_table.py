@@ -149,6 +149,28 @@ def test_nulls_of_optional_columns_are_named(column, tmp_path):
     assert f"part.parquet, row group 0: column {column} holds nulls" in refusal(tmp_path, group=0)
 
 
+@pytest.mark.parametrize("change", ["other ids", "fewer row groups", "no ids", "gone"])
+def test_a_file_that_changes_under_a_run_is_named(change, tmp_path):
+    """Also where rows and tokens stay the same; a table with a manifest would not be opened again."""
+    folder = write_table(tmp_path / "t", [np.arange(64, dtype=np.int32)] * 4, files=1, row_group_size=2)
+    table, file = Table.open(folder), folder / "part-00000.parquet"
+    if change == "gone":
+        file.unlink()
+    elif change == "no ids":
+        pq.write_table(pa.table({"text": ["a"] * 4}), file, row_group_size=2)
+    else:
+        other = 7 * np.arange(64, dtype=np.int32) % 60
+        write_table(folder, [other] * 4, files=1, row_group_size=2 if change == "other ids" else 4)
+    with pytest.raises(UserError) as raised:
+        SampleReader(table, 64, seed=0, shuffle=False).sample(3)
+    expected = "cannot be read" if change == "gone" else "was changed after the run had read its footer"
+    assert f"part-00000.parquet, row group 1 {expected}" in str(raised.value)
+    if change == "other ids":  # nor would a run that stopped go on with it
+        again = Table.open(folder)
+        assert (again.rows, again.tokens) == (table.rows, table.tokens)
+        assert again.fingerprint != table.fingerprint
+
+
 def test_a_damaged_row_group_is_named(tmp_path):
     """Opened from footers alone, a table may turn out broken only when it is read."""
     file = write_table(tmp_path / "t", ROWS, files=1) / "part-00000.parquet"

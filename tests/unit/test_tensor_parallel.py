@@ -13,6 +13,7 @@ from fft.arguments import LORA_MODULES
 from fft.models.causal_lm import ModelSource, canonical_parameters, pipeline_layers
 from fft.models.lora import Lora
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+from fft.ops.fused import plain_ops
 from fft.parallel.tensor import TensorParallel
 
 FAMILIES = {
@@ -62,12 +63,12 @@ class ThreadRanks(TensorParallel):
         return x.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
 
 
-def build(family, ranks):
+def build(family, ranks, fused=None):
     """A rank's part of the model. Not in a thread: seeds are the process's."""
     config = AutoConfig.for_model(**{**SMALL, **FAMILIES[family]})
     config._experts_implementation = "eager"  # the only one in float64
     lora = Lora(2, 8, tuple(LORA_MODULES.split(","))) if family.endswith("-lora") else None
-    source = ModelSource(config, torch.float64, seed=5, tensor=ranks, lora=lora)
+    source = ModelSource(config, torch.float64, seed=5, fused=fused, tensor=ranks, lora=lora)
     specs = pipeline_layers(source)
     layers = [spec.build() for spec in specs[:-1]]
     for name, parameter in canonical_parameters(torch.nn.ModuleList(layers)).items():
@@ -98,14 +99,14 @@ def run(source, layers):
     return loss.item(), source.balance and float(source.balance.total), known
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "fused"), [(2, None), (4, None), (2, plain_ops())], ids=["2", "4", "2-fused"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_equal_the_whole(family, size):
-    loss, balance, whole = run(*build(family, None))
+def test_parts_equal_the_whole(family, size, fused):
+    loss, balance, whole = run(*build(family, None, fused))
     shared = threading.Barrier(size), {}
     ranks = [ThreadRanks(rank, size, SMALL["num_key_value_heads"], shared) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        results = list(pool.map(lambda parts: run(*parts), [build(family, rank) for rank in ranks]))
+        results = list(pool.map(lambda parts: run(*parts), [build(family, rank, fused) for rank in ranks]))
     # Norms and a router's softmax are float32 whatever the model is.
     tolerance = {"rtol": 1e-5, "atol": 1e-5}
     counted = dict.fromkeys(whole, 0)

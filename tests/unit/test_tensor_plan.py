@@ -90,6 +90,13 @@ def test_heads_that_cannot_be_shared_out_are_refused_with_the_sizes_that_can():
         check_tensor_parallel(config, 3)
 
 
+def test_experts_too_narrow_to_be_shared_out_are_refused():
+    config = AutoConfig.for_model("qwen3_moe", num_attention_heads=8, num_key_value_heads=4, moe_intermediate_size=48)
+    check_tensor_parallel(config, 2)
+    with pytest.raises(UserError, match="multiple of 8 for each rank"):
+        check_tensor_parallel(config, 4)
+
+
 def test_a_bias_behind_a_sum_is_refused():
     plan = plan_of(AutoConfig.for_model("llama"))
     with pytest.raises(UserError, match=r"o_proj.bias is added to a sum over ranks"):

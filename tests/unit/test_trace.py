@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fft.data.blend import Blend
 from fft.data.loader import SampleReader
 from fft.data.manifest import FileInfo, Manifest, commit
 from fft.data.table import Table
@@ -15,13 +16,11 @@ from fft.data.trace import documents_of_step, steps_of_document
 from fft.errors import UserError
 
 
-@pytest.fixture(scope="module", params=["rows", "cut", "best-fit"])
-def reader(request, tmp_path_factory):
-    """40 rows of up to 3 documents; tokens count on from 100 times the document's number."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp(request.param)
-    rows, bounds, names, number = [], [], [], 0
-    for _ in range(40):
+def write(folder, row_count, number):
+    """Rows of up to 3 documents, the first of that number; tokens count on from 100 times the document's number."""
+    rng = np.random.default_rng(number)
+    rows, bounds, names = [], [], []
+    for _ in range(row_count):
         lengths = rng.integers(1, 6, rng.integers(1, 4))
         rows.append(np.concatenate([100 * (number + k) + np.arange(n) for k, n in enumerate(lengths)]).astype(np.int32))
         bounds.append([0, *np.cumsum(lengths).tolist()])
@@ -35,6 +34,13 @@ def reader(request, tmp_path_factory):
         }
     )
     pq.write_table(table, folder / "part-0.parquet", row_group_size=7)
+    return rows
+
+
+@pytest.fixture(scope="module", params=["rows", "cut", "best-fit"])
+def reader(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    rows = write(folder, 40, 0)
     if request.param == "rows":
         size = (folder / "part-0.parquet").stat().st_size
         total = sum(map(len, rows))
@@ -58,6 +64,27 @@ def test_what_is_traced_is_what_was_trained_on(reader):
     for name, expected in back.items():
         assert set(steps_of_document(reader, name, 4, epochs=2)) == expected
     assert {s.epoch for s in back["d0"]} == {0, 1}
+
+
+@pytest.mark.parametrize("end", ["repeat", "drop"])
+def test_documents_of_a_blend_are_traced_both_ways(end, tmp_path_factory):
+    readers = []
+    for part, rows in enumerate((15, 40)):
+        folder = tmp_path_factory.mktemp("part")
+        write(folder, rows, 1000 * part)
+        readers.append(SampleReader(Table.open(folder), 16, seed=5))
+    blend = Blend(readers, [0.6, 0.4], end)
+    total = 2 * blend.samples_per_epoch
+    seen = [s for step in range(1, -(-total // 4) + 1) for s in documents_of_step(blend, step, 4) if s.sample < total]
+    back = {}
+    for s in seen:
+        back.setdefault(s.doc_id, []).append(s)
+    assert {"d0", "d1000"} <= back.keys()
+    for name, expected in back.items():
+        found = list(steps_of_document(blend, name, 4, epochs=2))
+        assert sorted(found, key=repr) == sorted(expected, key=repr)
+    with pytest.raises(UserError, match="holds no document with the id 'nowhere'"):
+        list(steps_of_document(blend, "nowhere", 4, 1))
 
 
 def test_what_cannot_be_found_is_named(reader, tmp_path):

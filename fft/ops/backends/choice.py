@@ -1,56 +1,137 @@
-"""Which backend a device and dtype get, and the test it has to pass first."""
+"""Which backend a device and dtype get, or were asked for by name, and the test it has to pass first."""
 
+import warnings
+from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fft.errors import UserError
-from fft.ops.backends import Backend, cpu, cuda, npu, reference
+from fft.errors import UserError, one_line
+from fft.ops.backends import (
+    Backend,
+    cpu,
+    cuda,
+    flash_attention_2,
+    flash_attention_3,
+    flash_attention_4,
+    npu,
+    reference,
+)
 from fft.ops.documents import Documents
 
 _HALF = (torch.bfloat16, torch.float16)
-_BACKENDS: dict[str, tuple[Backend, tuple[torch.dtype, ...]]] = {
-    "cpu": (cpu, (torch.float32, *_HALF)),
-    "cuda": (cuda, _HALF),
-    "npu": (npu, _HALF),
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A backend, where it runs, on what, and the package it needs besides torch."""
+
+    backend: Backend
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    package: str | None = None
+
+    def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it runs there, on that."""
+        return device.type == self.device and dtype in self.dtypes
+
+    def is_installed(self) -> bool:
+        """Whether its package is there."""
+        try:
+            return self.package is None or bool(version(self.package))
+        except PackageNotFoundError:
+            return False
+
+
+#: Fused kernels by name. On a device, the first one that is installed and right is taken.
+KERNELS = {
+    "cpu": Kernel(cpu, "cpu", (torch.float32, *_HALF)),
+    "flash_attention_4": Kernel(flash_attention_4, "cuda", _HALF, "flash-attn-4"),
+    "flash_attention_3": Kernel(flash_attention_3, "cuda", _HALF, "flash-attn-3"),
+    "flash_attention_2": Kernel(flash_attention_2, "cuda", _HALF, "flash-attn"),
+    "cuda": Kernel(cuda, "cuda", _HALF),
+    "npu": Kernel(npu, "npu", _HALF),
 }
 
 #: Largest error of a sample, relative to its norm. Kernels multiply rounded weights, float32 ones perhaps as TF32.
-_TOLERANCE = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 2**-9, torch.float64: 1e-12}
+TOLERANCE = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 2**-9, torch.float64: 1e-12}
 
 
-@lru_cache(maxsize=16)
-def choose(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The device's fused kernel where it takes the dtype, once it has passed :func:`check`; else the reference."""
-    backend, dtypes = _BACKENDS.get(device.type, (reference, ()))
-    if dtype not in dtypes:
+@lru_cache(maxsize=64)
+def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: int = 64) -> Backend:
+    """The backend called ``name``, once it has passed :func:`check` with heads of ``size``.
+
+    ``auto``: the first fused kernel of the device that takes the dtype, is installed and passes, with a warning for
+    each that does not pass; the reference where the device has none. Raises :class:`UserError` if a named kernel does
+    not fit, is missing or does not pass, or if none of several passes.
+    """
+    if name == "reference":
         return reference
-    check(backend, device, dtype)
-    return backend
+    if name != "auto":
+        kernel = KERNELS[name]
+        if not kernel.fits(device, dtype):
+            takes = " or ".join(_plain(dtype) for dtype in kernel.dtypes)
+            raise UserError(
+                f"--attention {name} runs on {kernel.device} in {takes}, not on {device.type} in {_plain(dtype)}: "
+                "choose another or leave it at auto."
+            )
+        if not kernel.is_installed():
+            raise UserError(f"--attention {name} needs the package {kernel.package}: install it or leave it at auto.")
+        check(kernel.backend, device, dtype, size)
+        return kernel.backend
+    fitting = [kernel for kernel in KERNELS.values() if kernel.fits(device, dtype) and kernel.is_installed()]
+    for kernel in fitting:
+        try:
+            check(kernel.backend, device, dtype, size)
+        except UserError as error:
+            if kernel is fitting[-1]:
+                raise
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+            continue
+        return kernel.backend
+    return reference
 
 
-def check(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+def check(backend: Backend, device: torch.device, dtype: torch.dtype, size: int = 64) -> None:
     """Compare a backend with the reference in float64, forward and backward, on packed documents and on rectangles.
 
-    Raises :class:`UserError` if they differ: training would go on, and be wrong.
+    Raises :class:`UserError` if they differ: training would go on, and be wrong; or if the backend fails.
     """
-    ends = Documents.of((0, 1, 40, 130, 200), device)
-    others = Documents.of((0, 70, 71, 100, 300), device)
+    try:
+        difference = _difference(backend, device, dtype, size)
+    except Exception as error:  # whatever a kernel built for other devices or another interface may raise
+        difference = f"fails: {type(error).__name__}: {one_line(error)}"
+    if difference:
+        raise UserError(
+            f"the {kernel_name(backend)} attention kernel of {device} in {_plain(dtype)}, heads of {size}, "
+            f"{difference}; install a build for this device and driver, or choose another kernel with --attention."
+        )
+
+
+def _difference(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str:
+    """What differs too much from the reference, or nothing."""
+    packed, others = (0, 1, 40, 130, 200), (0, 70, 71, 100, 300)
     generator = torch.Generator().manual_seed(0)
-    for keys, causal in ((ends, True), (others, False)):
-        shapes = ((200, 4, 64), (keys.bounds[-1], 2, 64), (keys.bounds[-1], 2, 64), (200, 4, 64))
-        q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    for queries, keys, causal in ((packed, packed, True), (packed, others, False), ((0, 1, 2, 3, 4), others, False)):
+        shapes = ((n, heads, size) for n, heads in ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2), (queries[-1], 4)))
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         results = []
-        for tested, inputs in ((backend, (q, k, v, dout)), (reference, [x.double().cpu() for x in (q, k, v, dout)])):
-            *qkv, grad = inputs
-            spans = [Documents.of(x.bounds, grad.device) for x in (ends, keys)]
-            out, lse = tested.forward(*qkv, *spans, causal, 0.125)
-            results.append((out, lse, *tested.backward(grad, *qkv, out, lse, *spans, causal, 0.125)))
+        for tested, (*qkv, dout) in ((backend, inputs), (reference, [x.double().cpu() for x in inputs])):
+            spans = [Documents.of(bounds, dout.device) for bounds in (queries, keys)]
+            out, lse = tested.forward(*qkv, *spans, causal, size**-0.5)
+            results.append((out, lse, *tested.backward(dout, *qkv, out, lse, *spans, causal, size**-0.5)))
         for name, ours, theirs in zip(("output", "log-sum-exp", "dq", "dk", "dv"), *results, strict=True):
             error = float((ours.double().cpu() - theirs).norm() / theirs.norm())
-            if not error <= _TOLERANCE[dtype]:
-                kernel = backend.__name__.rpartition(".")[2]
-                raise UserError(
-                    f"the {kernel} attention kernel of {device} in {dtype} differs from the reference: {name} by "
-                    f"{error:.1e} of its norm; install a torch built for this device and driver."
-                )
+            if not error <= TOLERANCE[dtype]:
+                return f"differs from the reference: {name} by {error:.1e} of its norm"
+    return ""
+
+
+def kernel_name(backend: Backend) -> str:
+    """A backend's name: what --attention calls it."""
+    return backend.__name__.rpartition(".")[2]
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

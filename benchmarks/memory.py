@@ -1,0 +1,95 @@
+"""A rank's memory as the dry run predicts it, against what the rank of a real launch held at most.
+
+python -m benchmarks.memory           # five configurations on this machine's device, some three minutes on two cores
+
+Measured is, on an accelerator, its allocator's peak; on a CPU the largest resident size less that before the model was
+built and what libraries were read in meanwhile, with malloc told to give freed memory back.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.step import ROOT, make_engine, make_layout, peak_memory
+from spark_jobs.summary import format_table, say
+
+#: Sizes by which weights and activations both matter; steps of 2,048 tokens a micro-batch.
+_SIZES = {"tokens": 2048, "hidden": 512, "layers": 8, "vocabulary": 16384, "micro_batches": 4}
+_PARTS = ("weights", "optimizer", "activations", "loss", "step", "total", "peak")
+#: Stages, type, every how many layers to recompute.
+_CONFIGURATIONS = (
+    (1, "fp32", 0),
+    (1, "bf16", 0),
+    (2, "fp32", 0),
+    (2, "fp32", 1),
+    (2, "bf16", 2),
+)
+
+
+def main() -> int:
+    """Launch each configuration, or be a rank of one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank_of", help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of:
+        told = measure(*json.loads(args.rank_of))
+        (args.into / os.environ["RANK"]).write_text(json.dumps(told))
+        return 0
+    rows = []
+    for configuration in _CONFIGURATIONS:
+        say(f"pipe {configuration[0]}, {configuration[1]}, recomputing every {configuration[2]} ...")
+        for stage, told in enumerate(_launch(configuration)):
+            parts = [
+                told[name] / 1e6 for name in ("weights", "optimizer", "activations", "loss", "step", "total", "peak")
+            ]
+            rows.append([*configuration, stage, *parts, told["total"] / told["peak"]])
+    print(", ".join(f"{name} {size}" for name, size in _SIZES.items()))
+    heads = ("pipe", "dtype", "recompute", "stage", "weights+grads", "optimizer", "activations", "loss", "step")
+    print(format_table((*heads, "predicted MB", "measured MB", "ratio"), rows))
+    return 0
+
+
+def measure(pipe: int, dtype: str, interval: int) -> dict:
+    """Bytes of this rank, predicted by kind and measured, after three steps."""
+    import deepspeed
+    import psutil
+
+    import fft.engine
+
+    flags = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
+    sizes = argparse.Namespace(**_SIZES)
+    fft.engine.init_distributed()
+    layout = make_layout(sizes, *flags)[2]
+    accelerator, host = deepspeed.get_accelerator(), fft.engine.on_host()
+    before = psutil.Process().memory_info() if host else accelerator.memory_allocated()
+    step, engine = make_engine(sizes, *flags)
+    for _ in range(3):
+        step()
+    memory = layout.memory[engine.stage_id]
+    if host:
+        # Pages of libraries and of the communication library's shared buffers, which only come, are not the model's.
+        shared = psutil.Process().memory_info().shared - before.shared
+        before = before.rss + shared
+    return {**vars(memory), "total": memory.total, "peak": peak_memory() - before}
+
+
+def _launch(configuration: tuple[int, str, int]) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={configuration[0]}")
+        flags = ("--rank_of", json.dumps(configuration), "--into", folder)
+        command = [sys.executable, *launcher, "-m", "benchmarks.memory", *flags]
+        # Blocks of 64 KiB and more go back to the system when they are freed.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(configuration[0])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What a run ran on: written into its folder, for whoever wants to repeat it."""
+
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+import fft
+
+
+def environment(group: dist.ProcessGroup) -> dict:
+    """Versions, the command, and where every rank is. All ranks of ``group`` call it together."""
+    places: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(places, f"{socket.gethostname()} {_device()}", group)
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "flash-fine-tuning": fft.__version__,
+        "commit": commit_of(Path(fft.__file__).parent.parent),
+        "ranks": dict(enumerate(places)),
+    }
+
+
+def commit_of(checkout: Path) -> str | None:
+    """Commit of a git checkout, with ``-dirty`` where files differ from it; None where there is none, or no git."""
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _device() -> str:
+    name = deepspeed.get_accelerator().device_name()
+    if name == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return f"{name}:{torch.accelerator.current_device_index()} {torch.get_device_module(name).get_device_name()}"

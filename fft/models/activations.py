@@ -1,0 +1,214 @@
+"""What a pipeline layer keeps of a micro-batch for its backward, found out by running it on the meta device.
+
+The layer's own forward and backward run, cut for a tensor- and a sequence-parallel rank, on tensors that have shapes
+and no memory; every storage that is made is counted while it lives. What autograd keeps, and for how long, is
+therefore not estimated, for any architecture; only the attention kernel is replaced by one that returns shapes.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fft.models.causal_lm import ModelSource
+from fft.models.costs import head_size, layer_modules
+from fft.models.experts import balance_loss, watch_router
+from fft.ops.attention import packed_attention
+from fft.ops.backends import Backend
+from fft.ops.documents import Documents, lse_dtype
+from fft.ops.ring import SequenceParallel, ShardedDocuments
+from fft.parallel.ring_plan import Layout, plan_layout
+from fft.parallel.tensor import TensorParallel, parallelise
+from fft.parallel.tensor_plan import Shard
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one micro-batch in one layer.
+
+    ``saved`` from forward to backward, the layer's input included where the backward needs it; ``forward`` and
+    ``backward`` are what the pass needs besides for a moment, at most.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+
+
+def layer_activations(
+    source: ModelSource, tokens: int, split_dlayer: bool = False, sequence: int = 1, tensor: int = 1
+) -> list[LayerActivations]:
+    """Activations of each pipeline layer but the head, for micro-batches of ``tokens`` over ``sequence`` ranks.
+
+    The row is taken as one document, for which a ring exchanges most. Layers of one shape are run once.
+    """
+    known: dict[tuple, LayerActivations] = {}
+    found = []
+    for path, module in layer_modules(source, split_dlayer)[:-1]:
+        shape = type(module), *((name, *p.shape) for name, p in module.named_parameters())
+        if shape not in known:
+            known[shape] = _run(source, path, module, tokens, sequence, tensor)
+        found.append(known[shape])
+    return found
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is active: those that live, and the most that lived at once."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        # By address while they live: PyTorch keeps one Python object for a storage as long as someone watches it.
+        self._seen = weakref.WeakSet()
+        self._existing = [tensor.untyped_storage() for tensor in existing]
+        self._seen.update(self._existing)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._part, storage.nbytes())
+
+    def _part(self, size: int) -> None:
+        self.now -= size
+
+
+def _run(
+    source: ModelSource, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int
+) -> LayerActivations:
+    module = copy.deepcopy(module)
+    if tensor > 1:
+        _cut(source, path, module, tensor)
+    routed = watch_router(module)
+    own, hidden_size = tokens // sequence, source.config.hidden_size
+    with torch.device("meta"):
+        hidden = torch.empty(1, own, hidden_size, dtype=source.dtype, requires_grad=True)
+        ids = torch.empty(1, own, dtype=torch.int32)
+        rotary = [torch.empty(1, own, head_size(source), dtype=source.dtype) for _ in range(2)]
+        positions = torch.empty(1, own, dtype=torch.int64)
+        documents = _documents(tokens, sequence)
+    for parameter in module.parameters():
+        parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
+    parameters = list(module.parameters())
+    existing = [hidden, ids, *rotary, positions, *parameters, *(p.grad for p in parameters)]
+    with Alive(existing) as alive:
+        if isinstance(module, nn.Embedding):
+            output = module(ids)
+        elif path.endswith(".norm"):
+            output = module(hidden.clone())
+        else:
+            output = module(
+                hidden.clone(),
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=tuple(rotary),
+                documents=documents,
+            )
+        loss = balance_loss(*routed()[:2]) if routed is not None else None
+        end = _End.apply(output, loss)
+        forward = alive.most
+        del output, loss
+        saved = alive.most = alive.now
+        extra = end.nbytes
+        end.backward()
+    return LayerActivations(saved - extra, forward - saved, alive.most - saved)
+
+
+class _End(torch.autograd.Function):
+    """What comes after: it keeps nothing and sends a gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor | None) -> Tensor:
+        ctx.like = output.shape, output.dtype, loss is not None
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        shape, dtype, routed = ctx.like
+        return grad.new_empty(shape, dtype=dtype), grad.new_empty((), dtype=torch.float32) if routed else None
+
+
+def _cut(source: ModelSource, path: str, module: nn.Module, tensor: int) -> None:
+    """Make a layer the part of it that the first tensor-parallel rank has, with the hooks that go with it."""
+    shards: dict[str, Shard] = {}
+    for name, child in module.named_modules():
+        for key, parameter in child.named_parameters(recurse=False):
+            full = f"{name}.{key}" if name else key
+            shard = source.shard(f"{path}.{full}", tuple(parameter.shape), 0, tensor)
+            if shard is not None:
+                shards[full] = shard
+                child._parameters[key] = nn.Parameter(parameter.new_empty(shard.local_shape))
+    parallelise(module, path.removeprefix(f"{source.base}."), source.plan, shards, _SilentTensor(tensor))
+
+
+def _documents(tokens: int, sequence: int) -> ShardedDocuments:
+    row = Documents.of((0, tokens), "meta")
+    if sequence == 1:
+        return ShardedDocuments(row, plan_layout(row.bounds, 1), _Alone(row))
+    return ShardedDocuments(row, plan_layout(row.bounds, sequence), _SilentSequence(sequence))
+
+
+class _Shapes:
+    """An attention backend that returns shapes, and needs what FlashAttention-2 does.
+
+    That is an fp32 accumulator of dq, and dk and dv for every head before they are summed over those that share them.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
+
+    @staticmethod
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        _accumulator = torch.empty_like(q, dtype=lse_dtype(q))
+        _expanded = [x.new_empty(x.shape[0], *q.shape[1:]) for x in (k, v)] if q.shape[1] > k.shape[1] else []
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _Alone:
+    def __init__(self, row: Documents) -> None:
+        self._row = row
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, _: Backend) -> Tensor:
+        return packed_attention(q, k, v, self._row, scale, _Shapes)
+
+
+class _SilentTensor(TensorParallel):
+    """The first of tensor-parallel ranks, whom nobody answers."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank, self.group, self.copies = size, 0, None, None
+
+    def all_reduce(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return x
+
+
+class _SilentExchange:
+    rank = 0
+
+    def start(self, sends: list, receives: list) -> Any:
+        return lambda: None
+
+
+class _SilentSequence(SequenceParallel):
+    """The first rank of a ring, whom nobody answers."""
+
+    def __init__(self, size: int) -> None:
+        self.degree, self.rings, self.place, self._exchange = 1, size, 0, _SilentExchange()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, _: Backend) -> Tensor:
+        return super().attention(q, k, v, layout, scale, _Shapes)

@@ -1,0 +1,72 @@
+"""The flash-attn package, version 2: one launch for all documents.
+
+Written against the published interface (flash-attn 2.8.3); it has not run on a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+from fft.ops.documents import Documents
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See :class:`fft.ops.backends.Backend`."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    out, lse, *_ = _flash_attn_varlen_forward(
+        q,
+        k,
+        v,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_length,
+        keys.max_length,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+    )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    queries: Documents,
+    keys: Documents,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`fft.ops.backends.Backend`."""
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    _flash_attn_varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_length,
+        keys.max_length,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return dq, dk, dv

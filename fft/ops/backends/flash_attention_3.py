@@ -1,0 +1,45 @@
+"""FlashAttention 3 (Hopper), the module ``flash_attn_interface`` that its sources install.
+
+Written against the published interface (``hopper`` of flash-attn 2.8.3); it has not run on a GPU. Later sources renamed
+backward's ``causal`` but kept its place, so it and all before it are given by position.
+"""
+
+import torch
+from torch import Tensor
+
+from fft.ops.documents import Documents
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See :class:`fft.ops.backends.Backend`."""
+    from flash_attn_interface import _flash_attn_forward
+
+    unused = (None,) * 4  # new keys and values, a second query, the output's buffer
+    lengths = (queries.cu_seqlens, keys.cu_seqlens, None, None, None, queries.max_length, keys.max_length)
+    cache = (None,) * 9  # pages, rotary embedding and scales of 8-bit inputs, all for inference
+    out, lse, *_ = _flash_attn_forward(q, k, v, *unused, *lengths, *cache, scale, causal)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    queries: Documents,
+    keys: Documents,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`fft.ops.backends.Backend`."""
+    from flash_attn_interface import _flash_attn_backward
+
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    lengths = (queries.cu_seqlens, keys.cu_seqlens, None, None, queries.max_length, keys.max_length)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, *grads, scale, causal, deterministic=deterministic)
+    return grads

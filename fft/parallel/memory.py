@@ -1,0 +1,163 @@
+"""Memory of a rank, predicted: what DeepSpeed 0.19.8, our loss and one-forward-one-backward hold, and when.
+
+Bytes, pure arithmetic. Two moments can be a stage's fullest: a backward, when activations are held, and the optimizer's
+step, which needs copies of its own; weights, gradients, masters and moments are there at both. What is not counted:
+the device's context and communication library, fragments of its allocator, and checkpoints on their way to the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Elements of the bucket that DeepSpeed reduces gradients by (its default).
+_BUCKET = 500_000_000
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One pipeline layer on one rank: elements of parameters, bytes of activations for one micro-batch.
+
+    ``saved`` is held from forward to backward; ``forward`` and ``backward`` are what those need besides at most.
+    ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again.
+    """
+
+    held: int
+    matrices: int
+    largest: int
+    saved: int
+    forward: int
+    backward: int
+    recomputes: bool = False
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the memory of all stages depends on. ``tokens`` are a rank's of a micro-batch, ``row`` is all of them.
+
+    ``replicas`` share the optimizer's state (data x sequence); ``interval`` is ``--checkpoint_grad_interval``;
+    ``itemsize`` 2 for bf16 and 4 for fp32; ``host`` is for a device that is the CPU.
+    """
+
+    stages: int
+    micro_batches: int
+    replicas: int
+    tokens: int
+    row: int
+    hidden_size: int
+    head_size: int
+    itemsize: int
+    interval: int = 0
+    tied: bool = False
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a rank. ``loss`` is what the loss adds to the fullest moment of forward and backward."""
+
+    weights: int
+    optimizer: int
+    activations: int
+    loss: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.weights + self.optimizer + max(self.activations + self.loss, self.step)
+
+
+def loss_memory(tokens: int, hidden_size: int, vocabulary: int, itemsize: int, max_logits: int) -> LayerMemory:
+    """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
+
+    Both gradients are formed in the forward. Pieces of ``max_logits`` logits are held as logits and as softmax in fp32,
+    and beside them a rounded copy or, from the second piece on, what the piece before left: 12 bytes an element.
+    """
+    states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
+    rows = min(tokens, max(1, max_logits // vocabulary))
+    first = 8 if itemsize == _FP32 else 10
+    logits = rows * vocabulary * (12 if rows < tokens else first)
+    saved = states + weight * itemsize  # gradients of states and weight, in the weights' type
+    # The weight's gradient is summed in fp32; a piece's share of it is in the weights' type.
+    most = 2 * states + weight * _FP32 + max(logits, weight * itemsize + rows * vocabulary * (_FP32 + itemsize))
+    # Gradients are scaled in fp32 and rounded.
+    backward = states + weight * (_FP32 if itemsize == _FP32 else 2 * _FP32)
+    return LayerMemory(weight, weight, weight, saved, most - saved, backward)
+
+
+def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:
+    """Memory of a rank of pipeline ``stage`` that has layers ``start`` to ``stop`` of the model's ``layers``."""
+    own = layers[start:stop]
+    both_ends = at.tied and start == 0 and stop == len(layers)  # a tied head is then the very embedding
+    counted = own[:-1] if both_ends else own
+    held = sum(layer.held for layer in counted)
+    matrices = sum(layer.matrices for layer in counted)
+    # bf16 has gradients of the last micro-batch, in bf16, and their sum, in fp32; fp32 has one that is the sum.
+    weights = held * (at.itemsize + (2 + _FP32 if at.itemsize == 2 else _FP32))
+    optimizer = held * 3 * _FP32 // at.replicas
+    largest = max(layer.largest for layer in own)
+    last = stop == len(layers)
+    peak = _passes(own, stage, last, largest, at)
+    without = _passes(own[:-1], stage, last, largest, at) if last else peak
+    step = _step_bf16(held, matrices, at) if at.itemsize == 2 else _step_fp32(held, matrices, at)
+    return StageMemory(weights, optimizer, without, peak - without, step)
+
+
+def _passes(own: Sequence[LayerMemory], stage: int, last: bool, largest: int, at: Circumstances) -> int:
+    """The most that forward and backward of micro-batches hold."""
+    hidden = at.tokens * at.hidden_size * at.itemsize
+    in_flight = min(at.micro_batches, at.stages - stage)
+    # Of a micro-batch: boundaries and the copy the forward gets, positions, cosines and sines; labels.
+    each = 8 * (at.row + 1) + at.tokens * (8 + 2 * at.head_size * at.itemsize) + (8 * at.tokens if last else 0)
+    each += 8 * at.tokens if stage == 0 else hidden  # ids twice, or what was received
+    each += hidden  # what was sent, or what the loss was computed from
+    buffers = (hidden if stage > 0 else 0) + (hidden if not last else 0)  # of the two directions
+    buffers += hidden if last and at.micro_batches > 1 else 0  # the last stage forgets its output one turn later
+    segments = _segments(own, at.interval)
+    between = each + sum(hidden if again else sum(x.saved for x in piece) for again, piece in segments)
+    others = (in_flight - 1) * between
+    before, most = each, 0
+    for again, piece in segments:
+        if again:
+            # Forward keeps the piece's input and forgets the rest; backward runs it again, and then has all of it.
+            before += hidden
+            most = max(most, before + hidden + max(x.forward + x.saved for x in piece))
+        kept = before
+        for layer in piece:
+            kept += layer.saved
+            most = max(most, kept + layer.forward, kept + layer.backward)
+        before = before if again else kept
+    # Gradients of the micro-batch before are added up in fp32, one parameter at a time, after its backward.
+    added = _FP32 * largest if at.itemsize == 2 else 0
+    return buffers + others + max(most, added)
+
+
+def _segments(own: Sequence[LayerMemory], interval: int) -> list[tuple[bool, Sequence[LayerMemory]]]:
+    """The stage in pieces of ``interval`` layers; only pieces of decoder layers alone are run again."""
+    if not interval:
+        return [(False, own)]
+    pieces = [own[i : i + interval] for i in range(0, len(own), interval)]
+    return [(all(layer.recomputes for layer in piece), piece) for piece in pieces]
+
+
+def _adam(matrices: int, at: Circumstances) -> int:
+    """The root of the second moment, and on a CPU the quotient made of it, for the larger group of parameters."""
+    return matrices * _FP32 * (2 if at.host else 1) // at.replicas
+
+
+def _step_bf16(held: int, matrices: int, at: Circumstances) -> int:
+    """Gradients are reduced group by group, in bf16; small groups are first laid end to end."""
+    reduced = 2 * matrices if matrices > _BUCKET else (2 + _FP32) * held
+    return max(reduced, _adam(matrices, at))
+
+
+def _step_fp32(held: int, matrices: int, at: Circumstances) -> int:
+    """Besides the gradients counted already: they move to a bucket, from there to a copy of this rank's part, and that
+    is copied flat for the optimizer. Of a bucket on the host only what is used is memory.
+    """
+    used = _FP32 * min(held, _BUCKET)
+    bucket = used if at.host else _FP32 * _BUCKET
+    part = _FP32 * held // at.replicas
+    # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
+    left = (bucket if at.replicas > 1 else 0) - _FP32 * held
+    return max(bucket - used + part, left + part + _FP32 * matrices // at.replicas + _adam(matrices, at))

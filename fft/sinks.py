@@ -1,0 +1,146 @@
+"""Where a run's numbers go: ``metrics.jsonl``, which must not fail, and TensorBoard and MLflow, which may.
+
+A sink has two methods, ``write(step, values)`` and ``close(well)``. Only rank 0 has sinks.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from fft.errors import UserError, one_line
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class Sink(Protocol):
+    """Takes numbers."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a step."""
+
+    def close(self, well: bool) -> None:
+        """The run has ended, well or not."""
+
+
+class JsonLines:
+    """A line a record. Raises :class:`UserError` where it cannot be written: checkpoints would not fit it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a line; whoever kills the run then finds it written."""
+        try:
+            with open(self._path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}): mend that and add --resume auto."
+            ) from error
+
+    def close(self, well: bool) -> None:
+        """Nothing is open."""
+
+
+class TensorBoard:
+    """Event files. What a run that is resumed had written beyond ``step`` is not shown any more."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=30)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A scalar each."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, well: bool) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class MLflow:
+    """The active run, the one that ``MLFLOW_RUN_ID`` names, or a new one, which ends with ours."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow, self._own = mlflow, mlflow.active_run() is None
+        run = mlflow.start_run() if self._own else mlflow.active_run()
+        if not run.data.params:  # of a run gone on with they cannot be changed
+            mlflow.log_params(dict(parameters))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Without waiting for the server."""
+        self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
+
+    def close(self, well: bool) -> None:
+        """Wait for the server; end the run if it is ours."""
+        self._mlflow.flush_async_logging()
+        if self._own:
+            self._mlflow.end_run("FINISHED" if well else "FAILED")
+
+    @staticmethod
+    def wanted() -> bool:
+        """Whether MLflow is installed and told of a server: by the environment, by Databricks, or by an active run."""
+        if importlib.util.find_spec("mlflow") is None:
+            return False
+        variables = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DATABRICKS_RUNTIME_VERSION")
+        return any(name in os.environ for name in variables) or (
+            "mlflow" in sys.modules and sys.modules["mlflow"].active_run() is not None
+        )
+
+
+class Sinks:
+    """Several of them. One that fails is told of and left out from then on; the run goes on."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log, self._sinks = log, []
+
+    def add(self, name: str, make: Callable[[], Sink]) -> None:
+        """Open a sink."""
+        self._try(name, lambda: self._sinks.append((name, make())))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand numbers to all."""
+        for name, sink in tuple(self._sinks):
+            self._try(name, lambda s=sink: s.write(step, values))
+
+    def close(self, well: bool) -> None:
+        """Close all."""
+        for name, sink in tuple(self._sinks):
+            self._try(name, lambda s=sink: s.close(well))
+        self._sinks = []
+
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(well=kind is None)
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a server or its client may raise
+            self._sinks = [kept for kept in self._sinks if kept[0] != name]
+            self._log(f"warning: {name} failed ({one_line(error)}) and gets no more metrics; training goes on")
+
+
+def open_sinks(run: Path | None, step: int, parameters: Mapping[str, Any], log: Callable[[str], None]) -> Sinks:
+    """Those of a run that begins after ``step`` and has the folder ``run``, if any."""
+    sinks = Sinks(log)
+    if run is not None:
+        sinks.add(METRICS, lambda: JsonLines(run / METRICS))
+        if importlib.util.find_spec("tensorboard") is not None:
+            sinks.add("TensorBoard", lambda: TensorBoard(run / TENSORBOARD, step))
+    if MLflow.wanted():
+        sinks.add("MLflow", lambda: MLflow(parameters))
+    return sinks

@@ -1,0 +1,18 @@
+"""The trainer in fp16 on CPU, where torch has the operators but DeepSpeed, without hardware for it, refuses.
+
+The last word of the command line is the power of two that the loss scale begins with.
+"""
+
+import sys
+
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+from fft import engine
+from fft.train import cli
+
+if __name__ == "__main__":
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    settings, power = engine._deepspeed_config, int(sys.argv.pop())
+    scaled = {"enabled": True, "initial_scale_power": power, "hysteresis": 1}
+    engine._deepspeed_config = lambda args: settings(args) | {"fp16": scaled}
+    cli()
