@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.step import ROOT, make_engine, make_layout, peak_memory
 from spark_jobs.summary import format_table, say
 
-#: Sizes by which weights and activations both matter; steps of 2,048 tokens a micro-batch.
-_SIZES = {"tokens": 2048, "hidden": 512, "layers": 8, "vocabulary": 16384, "micro_batches": 4}
+#: Sizes by which weights and activations both matter; micro-batches of 1,024 tokens.
+_SIZES = {"tokens": 1024, "hidden": 512, "layers": 8, "vocabulary": 16384, "micro_batches": 2}
 _PARTS = ("weights", "optimizer", "activations", "loss", "step", "total", "peak")
 #: Stages, type, every how many layers to recompute.
 _CONFIGURATIONS = (
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def measure(pipe: int, dtype: str, interval: int) -> dict:
-    """Bytes of this rank, predicted by kind and measured, after three steps."""
+    """Bytes of this rank, predicted by kind and measured, after two steps."""
     import deepspeed
     import psutil
 
@@ -68,7 +68,7 @@ def measure(pipe: int, dtype: str, interval: int) -> dict:
     accelerator, host = deepspeed.get_accelerator(), fft.engine.on_host()
     before = psutil.Process().memory_info() if host else accelerator.memory_allocated()
     step, engine = make_engine(sizes, *flags)
-    for _ in range(3):
+    for _ in range(2):
         step()
     memory = layout.memory[engine.stage_id]
     if host:
