@@ -220,8 +220,9 @@ def _deepspeed_config(args: TrainArguments) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": args.dtype == "bf16"},
         "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
-        # bf16 gradients summed over micro-batches in bf16 would lose most of their digits.
+        # bf16 gradients summed in bf16, over micro-batches or over replicas, would lose most of their digits.
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,

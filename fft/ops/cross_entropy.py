@@ -23,6 +23,9 @@ IGNORE = -100
 #: Largest piece of logits held at once, in elements (64 Mi float32 = 256 MiB).
 MAX_LOGITS = 1 << 26
 
+#: Elements that are scaled at once.
+_PIECE = 1 << 22
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -49,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ranks is not None:
                 lse, score = _of_all(lse, score, grad, ranks)
             total += (lse - score).sum()
+            del logits  # the memory of two pieces is all that is held
             if not (need_hidden or need_weight):
                 continue
             grad.scatter_add_(1, own, -hit)
@@ -57,6 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dhidden[trained[start : start + rows]] = grad @ weight
             if need_weight:
                 dweight += grad.t() @ chunk
+            del grad
         if need_hidden and ranks is not None:
             ranks.all_reduce(dhidden)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
@@ -64,11 +69,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        # The factor is rounded with the product, not before it: it is the same for every element.
-        scaled = (
-            (g.to(grad_output.dtype) * grad_output).to(g.dtype) if g is not None else None for g in ctx.saved_tensors
-        )
-        return *scaled, None, None, None
+        grads = ctx.saved_tensors
+        for grad in grads:
+            if grad is not None:
+                _scale(grad, grad_output)
+        return *grads, None, None, None
+
+
+def _scale(x: Tensor, factor: Tensor) -> None:
+    """Multiply in place, in pieces. The factor is rounded with the product: it is the same for every element."""
+    for piece in x.view(-1).split(_PIECE):
+        piece.copy_(piece.to(factor.dtype) * factor)
 
 
 def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:

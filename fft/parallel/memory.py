@@ -70,19 +70,17 @@ class StageMemory:
 def loss_memory(tokens: int, hidden_size: int, vocabulary: int, itemsize: int, max_logits: int) -> LayerMemory:
     """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
 
-    Both gradients are formed in the forward. Pieces of ``max_logits`` logits are held as logits and as softmax in fp32,
-    and beside them a rounded copy or, from the second piece on, what the piece before left: 12 bytes an element.
+    Both gradients are formed in the forward. Pieces of ``max_logits`` logits are held twice, as logits and as softmax
+    in fp32, then once, rounded, beside their share of the weight's gradient.
     """
     states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
     rows = min(tokens, max(1, max_logits // vocabulary))
-    first = 8 if itemsize == _FP32 else 10
-    logits = rows * vocabulary * (12 if rows < tokens else first)
+    logits = rows * vocabulary
     saved = states + weight * itemsize  # gradients of states and weight, in the weights' type
     # The weight's gradient is summed in fp32; a piece's share of it is in the weights' type.
-    most = 2 * states + weight * _FP32 + max(logits, weight * itemsize + rows * vocabulary * (_FP32 + itemsize))
-    # Gradients are scaled in fp32 and rounded.
-    backward = states + weight * (_FP32 if itemsize == _FP32 else 2 * _FP32)
-    return LayerMemory(weight, weight, weight, saved, most - saved, backward)
+    most = 2 * states + weight * _FP32 + max(2 * _FP32 * logits, (weight + logits) * itemsize)
+    # Gradients are scaled where they are; the weight's is copied to where the optimizer looks for it.
+    return LayerMemory(weight, weight, weight, saved, most - saved, weight * itemsize)
 
 
 def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:
@@ -146,8 +144,8 @@ def _adam(matrices: int, at: Circumstances) -> int:
 
 
 def _step_bf16(held: int, matrices: int, at: Circumstances) -> int:
-    """Gradients are reduced group by group, in bf16; small groups are first laid end to end."""
-    reduced = 2 * matrices if matrices > _BUCKET else (2 + _FP32) * held
+    """Gradients are reduced group by group; small groups are first laid end to end."""
+    reduced = 0 if matrices > _BUCKET else _FP32 * held
     return max(reduced, _adam(matrices, at))
 
 
