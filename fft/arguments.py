@@ -138,7 +138,9 @@ class TrainArguments:
     dry_run: bool = _flag(
         "print the layout, its memory and its bubble, and end: needs no weights, data or devices", False
     )
-    ranks: int = _flag("how many ranks --dry_run plans for (0: as many as were launched)", 0)
+    ranks: int = _flag(
+        "how many ranks --dry_run plans for (0: as many as were launched); given to fft.parity, how many it starts", 0
+    )
     device_memory: float = _flag(
         "GB of a device: --dry_run ends with exit code 1 where a stage needs more (0: any)", 0.0
     )

@@ -338,9 +338,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     parser.prog, parser.description, parser.epilog = "python -m fft.parity", __doc__, None
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps to compare (default: 3)")
-    parser.add_argument(
-        "--ranks", type=int, help="processes of the run (default: the fewest with 2 data-parallel replicas)"
-    )
     given = vars(parser.parse_args(argv))
     steps, ranks = given.pop("steps"), given.pop("ranks", None)
     if steps < 1:

@@ -90,15 +90,20 @@ class Alive(TorchDispatchMode):
 def _run(
     source: ModelSource, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int
 ) -> LayerActivations:
-    module = copy.deepcopy(module)
+    module, dtype = copy.deepcopy(module), source.dtype
+    routed = watch_router(module)
+    if routed is not None:
+        # On the meta device torch's grouped product of experts knows bf16 alone: the bytes of fp32 are twice as many.
+        dtype = torch.bfloat16
+        module.to(dtype)
+    scale = source.dtype.itemsize // dtype.itemsize
     if tensor > 1:
         _cut(source, path, module, tensor)
-    routed = watch_router(module)
     own, hidden_size = tokens // sequence, source.config.hidden_size
     with torch.device("meta"):
-        hidden = torch.empty(1, own, hidden_size, dtype=source.dtype, requires_grad=True)
+        hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)
-        rotary = [torch.empty(1, own, head_size(source), dtype=source.dtype) for _ in range(2)]
+        rotary = [torch.empty(1, own, head_size(source), dtype=dtype) for _ in range(2)]
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, sequence)
     for parameter in module.parameters():
@@ -125,7 +130,7 @@ def _run(
         saved = alive.most = alive.now
         extra = end.nbytes
         end.backward()
-    return LayerActivations(saved - extra, forward - saved, alive.most - saved)
+    return LayerActivations(scale * (saved - extra), scale * (forward - saved), scale * (alive.most - saved))
 
 
 class _End(torch.autograd.Function):

@@ -212,9 +212,12 @@ def test_world_that_the_sizes_do_not_divide(good, tmp_path, world, sizes):
     assert "cannot be divided by --pipe_parallel_size" in refusal(flags(good, tmp_path, **sizes), world)
 
 
-@pytest.mark.parametrize("flag", ["model_parallel_size", "encoder_pipe_parallel_size"])
-def test_what_this_release_lacks_is_refused_by_name(good, tmp_path, flag):
-    assert f"--{flag}" in refusal(flags(good, tmp_path, **{flag: 2}), 2)
+def test_what_this_release_lacks_is_refused_by_name(good, tmp_path):
+    assert "--encoder_pipe_parallel_size" in refusal(flags(good, tmp_path, encoder_pipe_parallel_size=2), 2)
+
+
+def test_heads_that_ranks_cannot_share_are_refused(good, tmp_path):
+    assert "--model_parallel_size 3 cannot share out 4" in refusal(flags(good, tmp_path, model_parallel_size=3), 3)
 
 
 @pytest.mark.parametrize(
