@@ -222,7 +222,7 @@ def _deepspeed_config(args: TrainArguments) -> dict:
         "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
         # bf16 gradients summed in bf16, over micro-batches or over replicas, would lose most of their digits.
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": "fp16" if args.dtype == "fp16" else "fp32",
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,

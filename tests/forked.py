@@ -5,6 +5,7 @@ others. The imports, most of what a small run costs, are saved; every rank is a 
 been computed in. Tests of launchers and of crashes start real ones.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +25,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["fft.trainer", "deepspeed.runtime.zero.muon.original_muon"])
 
 
-def run_ranks(
-    ranks: int, *argv: object, module: str = "fft.train", timeout: float = 300
-) -> subprocess.CompletedProcess:
-    """Run ``python -m module argv`` from the repository's root in so many ranks; returns the job when it has ended."""
+@contextlib.contextmanager
+def started(ranks: int, *argv: object, module: str = "fft.train") -> Iterator[tuple[list, list[Path]]]:
+    """``python -m module argv`` in so many ranks: the processes and the files they print to; all end with the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,12 +42,20 @@ def run_ranks(
         for process in processes:
             process.start()
         try:
-            code = _wait(processes, time.monotonic() + timeout)
+            yield processes, streams
         finally:
             for process in processes:
                 process.kill()
                 process.join()
-        return subprocess.CompletedProcess([module, *words], code, *(stream.read_text() for stream in streams))
+
+
+def run_ranks(
+    ranks: int, *argv: object, module: str = "fft.train", timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run ``python -m module argv`` from the repository's root in so many ranks; returns the job when it has ended."""
+    with started(ranks, *argv, module=module) as (processes, streams):
+        code = _wait(processes, time.monotonic() + timeout)
+        return subprocess.CompletedProcess([module, *argv], code, *(stream.read_text() for stream in streams))
 
 
 def _wait(processes: list, deadline: float) -> int:

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import ROOT, SMALL
-from forked import run_ranks
+from forked import run_ranks, started
 from safetensors.torch import load_file
 from test_parity import command, read_metrics
 
@@ -48,6 +49,33 @@ def running(*words):
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 kill(psutil.Process(process.pid), everything=True)
+
+
+@contextlib.contextmanager
+def forked(*argv):
+    """:func:`running` two ranks without a launcher, which start in a third of the time."""
+    with started(2, *argv) as (processes, _):
+
+        def poll():
+            return None if all(p.is_alive() for p in processes) else max(abs(p.exitcode or 0) for p in processes)
+
+        def wait(timeout):
+            for process in processes:
+                process.join(timeout)
+            return poll()
+
+        yield processes, SimpleNamespace(poll=poll, wait=wait)
+
+
+def kill_forked(processes, everything: bool, rng: random.Random) -> None:
+    """SIGKILL to all ranks, or to one and then, as a launcher would, to its neighbours."""
+    first = processes if everything else [rng.choice(processes)]
+    for process in first:
+        process.kill()
+    for process in first:
+        process.join()
+    for process in processes:
+        process.kill()
 
 
 def ranks(job: psutil.Process) -> list[psutil.Process]:
@@ -102,13 +130,17 @@ def straight(tmp_path_factory, model, ragged_table):
 
 
 def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
-    """Kills of one rank or of all, at random steps, half of them while a checkpoint is being written."""
+    """Kills of one rank or of all, at random steps, half of them while a checkpoint is being written.
+
+    Every fifth job is a real launcher's.
+    """
     rng, run = random.Random(SEED), tmp_path / "run"
     given = [*flags(model, ragged_table, tmp_path), "--pipe_parallel_size", "2", "--resume", "auto"]
     within_saves = crashes = 0
     for number in range(CRASHES):
         within = number % 2 == 0
-        with running(*command("torchrun", 2), *given) as (job, process):
+        launched = number % 5 == 0
+        with running(*command("torchrun", 2), *given) if launched else forked(*given) as (job, process):
             before, after = lines(run), rng.randint(1, 6)
             wait_until(lambda b=before, a=after: lines(run) not in range(b - 9, b + a), process)
             if within:
@@ -117,7 +149,7 @@ def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
             else:
                 time.sleep(rng.random() / 20)
             crashes += process.poll() is None
-            kill(job, everything=rng.random() < 0.5, rng=rng)
+            (kill if launched else kill_forked)(job, everything=rng.random() < 0.5, rng=rng)
             if process.wait(60) == 0:
                 break
     assert crashes >= CRASHES / 2
