@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -24,8 +24,10 @@ from spark_jobs.summary import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
-_SLEEP = 0.02
+_SLEEP = 0.05
 _SLEEPERS = 8
+#: What tells a process that it has a launcher.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main() -> int:
@@ -213,7 +215,7 @@ def _plain(args: argparse.Namespace) -> Callable[[], None]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        loss.item()
 
     return step
 
@@ -241,7 +243,9 @@ def peak_memory() -> int:
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() != "cpu":
         return accelerator.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage, whose maximum a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _sizes(args: argparse.Namespace) -> list[str]:
@@ -251,7 +255,8 @@ def _sizes(args: argparse.Namespace) -> list[str]:
 
 def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> dict:
     command = [sys.executable, *launcher, "-m", "benchmarks.step", "-", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ours = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}  # this process's own group
+    done = subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
