@@ -23,6 +23,7 @@ from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
 from fft.layout import plan_layout
 from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
+from fft.models.costs import head_size
 from fft.models.lora import Lora
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
@@ -125,9 +126,8 @@ def check_kernels(source: ModelSource) -> str:
 
     Raises :class:`UserError` if they differ or do not fit the device.
     """
-    device, config = torch.device(deepspeed.get_accelerator().current_device_name()), source.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, size))}"]
+    device = torch.device(deepspeed.get_accelerator().current_device_name())
+    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, head_size(source)))}"]
     if source.fused is not None:
         fused.check(source.fused, device, source.dtype)
         names.append(f"fused operators {source.fused.name}")

@@ -10,7 +10,7 @@ from fft.models.costs import LayerCost, head_size, layer_costs
 from fft.ops.cross_entropy import MAX_LOGITS
 from fft.parallel.memory import Circumstances, LayerMemory, StageMemory, loss_memory, stage_memory
 from fft.parallel.mesh import MeshSizes
-from fft.parallel.partition import stage_bounds
+from fft.parallel.partition import pipeline_bubble, stage_bounds
 
 _GB = 1e9
 
@@ -80,7 +80,7 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     micro_batches = args.gradient_accumulation_steps
     tokens = mesh.data * micro_batches * args.per_device_train_batch_size * args.seq_len
     flops = 6 * tokens * sum(cost.flops for cost in costs)  # two a multiply-add; backward is twice the forward
-    bubble = (mesh.pipe - 1) / (micro_batches + mesh.pipe - 1)
+    bubble = pipeline_bubble(mesh.pipe, micro_batches)
     lines.append(
         f"a step: {tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
     )

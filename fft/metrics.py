@@ -27,11 +27,6 @@ def flops_per_token(multiply_adds: Sequence[float]) -> float:
     return 6.0 * sum(multiply_adds)
 
 
-def pipeline_bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step that a stage of a 1F1B pipeline waits, were all stages equally fast and sending free."""
-    return (stages - 1) / (micro_batches + stages - 1)
-
-
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs a second of this device in square products of ``dtype``: the best of growing sizes, in a fraction of 1 s.
 

@@ -35,13 +35,13 @@ from fft.metrics import (
     matrix_rate,
     mean_balance,
     over_ranks,
-    pipeline_bubble,
     scaling,
 )
 from fft.models.causal_lm import ModelSource, canonical_parameters
 from fft.models.costs import layer_costs
 from fft.models.lora import trained
 from fft.ops.documents import Documents
+from fft.parallel.partition import pipeline_bubble
 from fft.preflight import Plan, batch_plan, prepare
 from fft.run_folder import Start
 from fft.sinks import Sinks, open_sinks

@@ -25,7 +25,6 @@ from fft.ops.documents import Documents, lse_dtype
 from fft.ops.ring import SequenceParallel, ShardedDocuments
 from fft.parallel.ring_plan import Layout, plan_layout
 from fft.parallel.tensor import TensorParallel, parallelise
-from fft.parallel.tensor_plan import Shard
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ def _run(
         module.to(dtype)
     scale = source.dtype.itemsize // dtype.itemsize
     if tensor > 1:
-        _cut(source, path, module, tensor)
+        shards = source.cut(module, path, 0, tensor)
+        parallelise(module, path.removeprefix(f"{source.base}."), source.plan, shards, _SilentTensor(tensor))
     own, hidden_size = tokens // sequence, source.config.hidden_size
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
@@ -145,19 +145,6 @@ class _End(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         shape, dtype, routed = ctx.like
         return grad.new_empty(shape, dtype=dtype), grad.new_empty((), dtype=torch.float32) if routed else None
-
-
-def _cut(source: ModelSource, path: str, module: nn.Module, tensor: int) -> None:
-    """Make a layer the part of it that the first tensor-parallel rank has, with the hooks that go with it."""
-    shards: dict[str, Shard] = {}
-    for name, child in module.named_modules():
-        for key, parameter in child.named_parameters(recurse=False):
-            full = f"{name}.{key}" if name else key
-            shard = source.shard(f"{path}.{full}", tuple(parameter.shape), 0, tensor)
-            if shard is not None:
-                shards[full] = shard
-                child._parameters[key] = nn.Parameter(parameter.new_empty(shard.local_shape))
-    parallelise(module, path.removeprefix(f"{source.base}."), source.plan, shards, _SilentTensor(tensor))
 
 
 def _documents(tokens: int, sequence: int) -> ShardedDocuments:

@@ -174,13 +174,13 @@ class ModelSource:
         ``module`` stands for the one at ``path`` where only some of its children are wanted.
         """
         module = module or self.skeleton.get_submodule(path)
+        shards = {}
         if self.tensor is not None:
-            self._cut(module, path)
+            shards = self.cut(module, path, self.tensor.rank, self.tensor.size)
+            self.shards.update({f"{path}.{name}": shard for name, shard in shards.items()})
         module.to_empty(device="cpu")
         self._fill(module, path)
         if self.tensor is not None:
-            prefix = f"{path}."
-            shards = {name.removeprefix(prefix): s for name, s in self.shards.items() if name.startswith(prefix)}
             parallelise(module, self._relative(path), self.plan, shards, self.tensor)
         return module
 
@@ -192,16 +192,21 @@ class ModelSource:
         heads = self.config.num_attention_heads, self.config.num_key_value_heads
         return shard_of(self._relative(name), shape, self.plan, heads, rank, size)
 
-    def _cut(self, module: nn.Module, path: str) -> None:
-        """Make the parameters below ``module``, still on the meta device, as small as this rank's parts."""
+    def cut(self, module: nn.Module, path: str, rank: int, size: int) -> dict[str, Shard]:
+        """Make the parameters below ``module``, on the meta device, as small as the parts of ``rank`` of ``size``.
+
+        Returns the parts, by names within the module.
+        """
+        shards = {}
         for name, child in module.named_modules():
-            full = f"{path}.{name}" if name else path
             for key, parameter in child.named_parameters(recurse=False):
-                shard = self.shard(f"{full}.{key}", tuple(parameter.shape), self.tensor.rank, self.tensor.size)
+                within = f"{name}.{key}" if name else key
+                shard = self.shard(f"{path}.{within}", tuple(parameter.shape), rank, size)
                 if shard is not None:
-                    self.shards[f"{full}.{key}"] = shard
+                    shards[within] = shard
                     part = parameter.new_empty(shard.local_shape)
                     child._parameters[key] = nn.Parameter(part, parameter.requires_grad)
+        return shards
 
     @torch.no_grad()
     def _fill(self, module: nn.Module, path: str) -> None:

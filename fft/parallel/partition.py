@@ -119,3 +119,8 @@ def stage_bounds(
     for size in sizes:
         bounds.append(bounds[-1] + size)
     return bounds
+
+
+def pipeline_bubble(stages: int, micro_batches: int) -> float:
+    """Share of a step that a stage of a 1F1B pipeline waits, were all stages equally fast and sending free."""
+    return (stages - 1) / (micro_batches + stages - 1)

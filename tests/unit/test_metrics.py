@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.environment import commit_of
-from fft.metrics import Stopwatch, flops_per_token, matrix_rate, peak_memory, pipeline_bubble
+from fft.metrics import Stopwatch, flops_per_token, matrix_rate, peak_memory
 from fft.models.causal_lm import ModelSource
 from fft.models.costs import layer_costs
+from fft.parallel.partition import pipeline_bubble
 
 
 @pytest.mark.parametrize("tied", [False, True])
