@@ -119,6 +119,12 @@ class TrainArguments:
         "auto",
         choices=("auto", "none"),
     )
+    zero_stage: str = _flag(
+        "1 shares masters and moments out over the data- and sequence-parallel ranks; 0 gives every rank all of them, "
+        "in fp32 only; auto is 0 for fp32 on a single such rank, and 1 otherwise",
+        "auto",
+        choices=("auto", "0", "1"),
+    )
     offload_optimizer: bool = _flag("keep masters and moments in the machine's memory, and step there: slower", False)
     seed: int = _flag("seed of the initial weights and of the table's order", 0)
     # Layout
@@ -301,6 +307,11 @@ def _check(args: TrainArguments) -> None:
         raise UserError(f"--decay_ratio {args.decay_ratio} must be a share of all steps, from 0 to 1.")
     if args.early_stop_patience and not (args.eval_data and args.eval_steps):
         raise UserError("--early_stop_patience counts evaluations: it needs --eval_data and --eval_steps.")
+    if args.zero_stage == "0" and (args.dtype != "fp32" or args.offload_optimizer):
+        raise UserError(
+            "--zero_stage 0 is for --dtype fp32 without --offload_optimizer: half types and offloading need the fp32 "
+            "sums and masters of stage 1."
+        )
     if args.offload_optimizer and args.dtype == "fp16":
         raise UserError("--offload_optimizer with --dtype fp16 never recovers from an overflow: use bf16 or fp32.")
     if args.encoder_pipe_parallel_size:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
-from fft.layout import plan_layout
+from fft.layout import plan_layout, zero_stage
 from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
 from fft.models.costs import head_size
 from fft.models.lora import Lora
@@ -29,6 +29,7 @@ from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.ops.ring import SequenceParallel
+from fft.optimizer import make_optimizer
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel
 from fft.schedule import lr_multiplier
@@ -169,20 +170,19 @@ def build_engine(
             activation_checkpoint_interval=args.checkpoint_grad_interval,
             checkpointable_layers=[DecoderLayer.__name__],
         )
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(module, args.weight_decay),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-    )
+    stage = zero_stage(args, mesh)
+    optimizer = make_optimizer(args, module, _parameter_groups(module, args.weight_decay), stage)
     floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
     multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
-        config=_deepspeed_config(args),
+        config=_deepspeed_config(args, stage),
     )
+    replicas = mesh.data * mesh.sequence
+    if replicas == 1 and (engine.using_bf16_optimizer or not stage):
+        engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
     if mesh.sequence > 1:
         source.parallel = SequenceParallel(mesh.sequence_groups(), args.ulysses_degree)
         if source.balance is not None:
@@ -209,16 +209,17 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
     return groups
 
 
-def _deepspeed_config(args: TrainArguments) -> dict:
+def _deepspeed_config(args: TrainArguments, stage: int) -> dict:
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if args.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm,
-        "zero_optimization": {"stage": 1, **offload},
+        "gradient_clipping": args.max_grad_norm if stage else 0.0,  # without ZeRO our optimizer clips
+        "zero_optimization": {"stage": stage, **offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": args.dtype == "bf16"},
+        # Each gradient is added to its fp32 sum, and gone, as soon as backward has made it.
+        "bf16": {"enabled": args.dtype == "bf16", "immediate_grad_update": True},
         "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
         # bf16 gradients summed in bf16, over micro-batches or over replicas, would lose most of their digits.
         "data_types": {"grad_accum_dtype": "fp32"},

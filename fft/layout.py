@@ -45,11 +45,12 @@ def plan_layout(args: TrainArguments, source: ModelSource, mesh: MeshSizes, host
         itemsize=source.dtype.itemsize,
         interval=args.checkpoint_grad_interval,
         tied=source.tied,
+        zero=zero_stage(args, mesh),
         host=host,
     )
     decoder = range(1, len(ran) - 1)
     layers = [
-        LayerMemory(c.held, c.matrices, c.largest, a.saved, a.forward, a.backward, i in decoder)
+        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder)
         for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
     ]
     vocabulary = costs[-1].held // at.hidden_size
@@ -66,6 +67,13 @@ def plan_layout(args: TrainArguments, source: ModelSource, mesh: MeshSizes, host
         lambda *of: memory(*of).total,
     )
     return Layout(mesh, bounds, costs, [memory(stage, *ends) for stage, ends in enumerate(pairwise(bounds))])
+
+
+def zero_stage(args: TrainArguments, mesh: MeshSizes) -> int:
+    """What ``--zero_stage`` means: auto is 1, but 0 in fp32, where that spares copies, if nobody is there to share."""
+    if args.zero_stage != "auto":
+        return int(args.zero_stage)
+    return 0 if args.dtype == "fp32" and mesh.data * mesh.sequence == 1 and not args.offload_optimizer else 1
 
 
 def describe(args: TrainArguments, name: str, layout: Layout) -> str:

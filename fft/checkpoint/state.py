@@ -1,8 +1,9 @@
 """The optimizer's state by canonical parameter names, so that a checkpoint of any layout resumes at any other.
 
-DeepSpeed's ZeRO optimizers keep masters and moments as slices of flat buffers, cut without regard to parameters. Each
-rank names the part of every parameter that it holds, as a range of the flattened parameter, and writes those parts as
-safetensors; a rank that resumes reads the ranges that it holds now, whoever wrote them.
+DeepSpeed's ZeRO optimizers keep masters and moments as slices of flat buffers, cut without regard to parameters;
+without ZeRO a rank has those of its parameters whole. Each rank names the part of every parameter that it holds, as a
+range of the flattened parameter, and writes those parts as safetensors; a rank that resumes reads the ranges that it
+holds now, whoever wrote them.
 """
 
 import json
@@ -33,12 +34,12 @@ def gather(
     """
     tensors, ranges = {}, {}
     first = engine.grid.get_slice_parallel_rank() == 0
-    for name, parameter in parameters.items():
-        fragments, shard = _fragments(engine, parameter), shards.get(name)
+    # Without ZeRO replicas hold the same, and the first one gives it.
+    gives = engine.zero_optimization_stage() or engine.grid.get_data_parallel_id() == 0
+    for name, parameter in parameters.items() if gives else ():
+        (start, fragments), shard = _fragments(engine, parameter), shards.get(name)
         if fragments and (first if shard is None else shard.copy == 0):
-            start = parameter._hp_mapping.lp_fragment_address.start
-            stop = start + parameter._hp_mapping.lp_fragment_address.numel
-            ranges[name] = Fragment.of(start, stop, shard).to_list()
+            ranges[name] = Fragment.of(start, start + fragments[_MOMENTS[0]].numel(), shard).to_list()
             tensors.update({f"{kind}/{name}": tensor for kind, tensor in fragments.items()})
     tensors[_RANDOM] = torch.get_rng_state()
     accelerator = deepspeed.get_accelerator()
@@ -59,23 +60,26 @@ def restore(
 
     ``training`` is the folder that :func:`gather`'s tensors were written to, by any number of ranks.
     """
-    optimizer = engine.optimizer.optimizer
+    optimizer = _adamw(engine)
     for group in optimizer.param_groups:
-        for flat in group["params"]:
-            optimizer.state[flat] = {name: torch.zeros_like(flat) for name in _MOMENTS}
+        for held in group["params"]:
+            optimizer.state[held] = _no_moments(held)
     saved = Pieces(training)
     for name, parameter in parameters.items():
-        for kind, tensor in _fragments(engine, parameter).items():
-            saved.fill(tensor, name, kind, parameter._hp_mapping.lp_fragment_address.start, shards.get(name))
+        start, fragments = _fragments(engine, parameter)
+        for kind, tensor in fragments.items():
+            saved.fill(tensor, name, kind, start, shards.get(name))
     _set_step(engine, step)
     engine.global_steps = step
 
 
 def _set_step(engine: deepspeed.PipelineEngine, step: int) -> None:
     """Let schedule and optimizer have done ``step`` steps."""
-    optimizer, scheduler = engine.optimizer.optimizer, engine.lr_scheduler
-    for moments in optimizer.state.values():
-        moments["step"] = torch.tensor(float(step))
+    optimizer, scheduler = _adamw(engine), engine.lr_scheduler
+    for group in optimizer.param_groups:
+        for held in group["params"]:
+            device = held.device if group["fused"] else "cpu"
+            optimizer.state[held]["step"] = torch.tensor(float(step), device=device)
     scheduler.last_epoch = step
     rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     scheduler._last_lr = [base * multiplier(step) for base, multiplier in rates]
@@ -109,16 +113,34 @@ def restore_random(training: Path, rank: int) -> None:
             deepspeed.get_accelerator().set_rng_state(tensors.get_tensor(_DEVICE_RANDOM))
 
 
-def _fragments(engine: deepspeed.PipelineEngine, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What this rank's optimizer holds of a parameter, flat, by kind; empty where it holds nothing."""
-    mapping = getattr(parameter, "_hp_mapping", None)
+def _adamw(engine: deepspeed.PipelineEngine) -> torch.optim.AdamW:
+    """The optimizer itself, which ZeRO wraps."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _no_moments(held: Tensor) -> dict[str, Tensor]:
+    """As before the first step."""
+    return {kind: torch.zeros_like(held) for kind in _MOMENTS}
+
+
+def _fragments(engine: deepspeed.PipelineEngine, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+    """What this rank's optimizer holds of a parameter, flat, by kind, and where in the parameter that begins.
+
+    Empty where it holds nothing.
+    """
+    optimizer, mapping = _adamw(engine), getattr(parameter, "_hp_mapping", None)
+    if not engine.zero_optimization_stage():
+        if not parameter.requires_grad:
+            return 0, {}
+        moments = optimizer.state.get(parameter) or _no_moments(parameter)
+        return 0, {kind: moments[kind].view(-1) for kind in _MOMENTS}
     if mapping is None:
-        return {}
+        return 0, {}
     # The mapping's own view of the moments lacks those of the second group: DeepSpeed makes it after the first's step.
-    optimizer, address = engine.optimizer.optimizer, mapping.hp_fragment_address
+    address = mapping.hp_fragment_address
     (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
-    moments = optimizer.state[flat] or {kind: torch.zeros_like(flat) for kind in _MOMENTS}  # none before the first step
+    moments = optimizer.state.get(flat) or _no_moments(flat)
     held = {kind: moments[kind].narrow(0, address.start, address.numel) for kind in _MOMENTS}
     if parameter.dtype != torch.float32:
         held[MASTER] = mapping.hp_fragment
-    return held
+    return mapping.lp_fragment_address.start, held

@@ -106,10 +106,14 @@ def _run(
         rotary = [torch.empty(1, own, head_size(source), dtype=dtype) for _ in range(2)]
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, sequence)
-    for parameter in module.parameters():
-        parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
     parameters = list(module.parameters())
-    existing = [hidden, ids, *rotary, positions, *parameters, *(p.grad for p in parameters)]
+    existing = [hidden, ids, *rotary, positions, *parameters]
+    for parameter in parameters:
+        if source.dtype == torch.float32:
+            parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
+            existing.append(parameter.grad)
+        else:
+            parameter.register_post_accumulate_grad_hook(add_to_sum)
     with Alive(existing) as alive:
         if isinstance(module, nn.Embedding):
             output = module(ids)
@@ -131,6 +135,12 @@ def _run(
         extra = end.nbytes
         end.backward()
     return LayerActivations(scale * (saved - extra), scale * (forward - saved), scale * (alive.most - saved))
+
+
+def add_to_sum(parameter: nn.Parameter) -> None:
+    """What DeepSpeed does with a gradient in bf16: it is added to a sum in fp32, which exists, and forgotten."""
+    parameter.grad.to(torch.float32)
+    parameter.grad = None
 
 
 class _End(torch.autograd.Function):

@@ -13,15 +13,13 @@ class LayerCost:
     """One pipeline layer. ``flops`` are multiply-adds per token, in forward.
 
     ``parameters`` are the whole model's, each counted once: a head that is the embedding has none. ``held`` is what one
-    tensor-parallel rank of the layer's stage keeps, ``matrices`` of it with two dimensions or more, ``largest`` in one
-    parameter.
+    tensor-parallel rank of the layer's stage keeps, ``matrices`` of it with two dimensions or more.
     """
 
     flops: float
     parameters: int
     held: int
     matrices: int
-    largest: int
 
 
 def layer_modules(source: ModelSource, split_dlayer: bool = False) -> list[tuple[str, nn.Module]]:
@@ -47,8 +45,8 @@ def layer_costs(source: ModelSource, seq_len: int, split_dlayer: bool = False, t
     costs = [_cost(source, path, module, seq_len, tensor) for path, module in modules]
     first, last = costs[0], costs[-1]
     own = 0 if source.tied else last.parameters
-    embedding = LayerCost(0.0, first.parameters, first.held, first.matrices, first.largest)
-    return [embedding, *costs[1:-1], LayerCost(last.flops, own, last.held, last.matrices, last.largest)]
+    embedding = LayerCost(0.0, first.parameters, first.held, first.matrices)
+    return [embedding, *costs[1:-1], LayerCost(last.flops, own, last.held, last.matrices)]
 
 
 def head_size(source: ModelSource) -> int:
@@ -58,7 +56,7 @@ def head_size(source: ModelSource) -> int:
 
 
 def _cost(source: ModelSource, path: str, module: nn.Module, seq_len: int, tensor: int) -> LayerCost:
-    flops, parameters, held, matrices, largest = 0.0, 0, 0, 0, 0
+    flops, parameters, held, matrices = 0.0, 0, 0, 0
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
         shard = source.shard(f"{path}.{name}", shape, 0, tensor)
@@ -67,11 +65,10 @@ def _cost(source: ModelSource, path: str, module: nn.Module, seq_len: int, tenso
         parameters += prod(shape)
         held += part
         matrices += part if len(shape) > 1 else 0
-        largest = max(largest, part)
     attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
     if attends:
         flops += source.config.num_attention_heads * head_size(source) * seq_len  # q.k and weights.v: seq_len / 2 keys
-    return LayerCost(flops, parameters, held, matrices, largest)
+    return LayerCost(flops, parameters, held, matrices)
 
 
 def _share_used(source: ModelSource, shape: tuple[int, ...]) -> float:

@@ -77,7 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
-    """Multiply in place, in pieces. The factor is rounded with the product: it is the same for every element."""
+    """Multiply in place. The factor is the same for every element: it must not be rounded before the product is."""
+    if x.dtype == factor.dtype:
+        x.mul_(factor)
+        return
     for piece in x.view(-1).split(_PIECE):
         piece.copy_(piece.to(factor.dtype) * factor)
 

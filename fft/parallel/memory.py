@@ -23,7 +23,6 @@ class LayerMemory:
 
     held: int
     matrices: int
-    largest: int
     saved: int
     forward: int
     backward: int
@@ -35,7 +34,7 @@ class Circumstances:
     """What the memory of all stages depends on. ``tokens`` are a rank's of a micro-batch, ``row`` is all of them.
 
     ``replicas`` share the optimizer's state (data x sequence); ``interval`` is ``--checkpoint_grad_interval``;
-    ``itemsize`` 2 for bf16 and 4 for fp32; ``host`` is for a device that is the CPU.
+    ``itemsize`` 2 for bf16 and 4 for fp32; ``zero`` is ZeRO's stage; ``host`` is for a device that is the CPU.
     """
 
     stages: int
@@ -48,6 +47,7 @@ class Circumstances:
     itemsize: int
     interval: int = 0
     tied: bool = False
+    zero: int = 1
     host: bool = False
 
 
@@ -79,8 +79,8 @@ def loss_memory(tokens: int, hidden_size: int, vocabulary: int, itemsize: int, m
     saved = states + weight * itemsize  # gradients of states and weight, in the weights' type
     # The weight's gradient is summed in fp32; a piece's share of it is in the weights' type.
     most = 2 * states + weight * _FP32 + max(2 * _FP32 * logits, (weight + logits) * itemsize)
-    # Gradients are scaled where they are; the weight's is copied to where the optimizer looks for it.
-    return LayerMemory(weight, weight, weight, saved, most - saved, weight * itemsize)
+    # Gradients are scaled where they are; the weight's, in bf16, is added to a sum in fp32.
+    return LayerMemory(weight, weight, saved, most - saved, weight * _FP32 if itemsize == 2 else 0)
 
 
 def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:
@@ -90,18 +90,17 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     counted = own[:-1] if both_ends else own
     held = sum(layer.held for layer in counted)
     matrices = sum(layer.matrices for layer in counted)
-    # bf16 has gradients of the last micro-batch, in bf16, and their sum, in fp32; fp32 has one that is the sum.
-    weights = held * (at.itemsize + (2 + _FP32 if at.itemsize == 2 else _FP32))
-    optimizer = held * 3 * _FP32 // at.replicas
-    largest = max(layer.largest for layer in own)
+    weights = held * (at.itemsize + _FP32)  # gradients are summed in fp32
+    # Without ZeRO fp32 weights are their own masters.
+    optimizer = held * 3 * _FP32 // at.replicas if at.zero else held * 2 * _FP32
     last = stop == len(layers)
-    peak = _passes(own, stage, last, largest, at)
-    without = _passes(own[:-1], stage, last, largest, at) if last else peak
-    step = _step_bf16(held, matrices, at) if at.itemsize == 2 else _step_fp32(held, matrices, at)
+    peak = _passes(own, stage, last, at)
+    without = _passes(own[:-1], stage, last, at) if last else peak
+    step = _step_zero_fp32(held, matrices, at) if at.zero and at.itemsize == 4 else _step(held, matrices, at)
     return StageMemory(weights, optimizer, without, peak - without, step)
 
 
-def _passes(own: Sequence[LayerMemory], stage: int, last: bool, largest: int, at: Circumstances) -> int:
+def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstances) -> int:
     """The most that forward and backward of micro-batches hold."""
     hidden = at.tokens * at.hidden_size * at.itemsize
     in_flight = min(at.micro_batches, at.stages - stage)
@@ -125,9 +124,7 @@ def _passes(own: Sequence[LayerMemory], stage: int, last: bool, largest: int, at
             kept += layer.saved
             most = max(most, kept + layer.forward, kept + layer.backward)
         before = before if again else kept
-    # Gradients of the micro-batch before are added up in fp32, one parameter at a time, after its backward.
-    added = _FP32 * largest if at.itemsize == 2 else 0
-    return buffers + others + max(most, added)
+    return buffers + others + most
 
 
 def _segments(own: Sequence[LayerMemory], interval: int) -> list[tuple[bool, Sequence[LayerMemory]]]:
@@ -138,18 +135,14 @@ def _segments(own: Sequence[LayerMemory], interval: int) -> list[tuple[bool, Seq
     return [(all(layer.recomputes for layer in piece), piece) for piece in pieces]
 
 
-def _adam(matrices: int, at: Circumstances) -> int:
-    """The root of the second moment, and on a CPU the quotient made of it, for the larger group of parameters."""
-    return matrices * _FP32 * (2 if at.host else 1) // at.replicas
+def _step(held: int, matrices: int, at: Circumstances) -> int:
+    """To be reduced, gradients are laid end to end in buckets; bf16's are, and go alone if they fill one."""
+    if at.replicas == 1 or (at.itemsize == 2 and matrices > _BUCKET):
+        return 0
+    return _FP32 * min(held, _BUCKET)
 
 
-def _step_bf16(held: int, matrices: int, at: Circumstances) -> int:
-    """Gradients are reduced group by group; small groups are first laid end to end."""
-    reduced = 0 if matrices > _BUCKET else _FP32 * held
-    return max(reduced, _adam(matrices, at))
-
-
-def _step_fp32(held: int, matrices: int, at: Circumstances) -> int:
+def _step_zero_fp32(held: int, matrices: int, at: Circumstances) -> int:
     """Besides the gradients counted already: they move to a bucket, from there to a copy of this rank's part, and that
     is copied flat for the optimizer. Of a bucket on the host only what is used is memory.
     """
@@ -158,4 +151,4 @@ def _step_fp32(held: int, matrices: int, at: Circumstances) -> int:
     part = _FP32 * held // at.replicas
     # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
     left = (bucket if at.replicas > 1 else 0) - _FP32 * held
-    return max(bucket - used + part, left + part + _FP32 * matrices // at.replicas + _adam(matrices, at))
+    return max(bucket - used + part, left + part + _FP32 * matrices // at.replicas)

@@ -13,7 +13,7 @@ import fft.dry_run
 from fft.arguments import parse_arguments
 from fft.errors import UserError
 from fft.layout import describe, plan_layout
-from fft.models.activations import Alive, layer_activations
+from fft.models.activations import Alive, add_to_sum, layer_activations
 from fft.models.causal_lm import DecoderLayer, ModelSource, Positions
 from fft.models.costs import layer_costs
 from fft.ops.cross_entropy import linear_cross_entropy
@@ -124,7 +124,7 @@ def test_activations_are_what_autograd_keeps(dtype):
 
 
 def test_an_early_stage_holds_more_and_recomputing_holds_less():
-    layers = [LayerMemory(1000, 1000, 1000, 10_000, 500, 900, True)] * 8
+    layers = [LayerMemory(1000, 1000, 10_000, 500, 900, True)] * 8
     layers += [loss_memory(tokens=10, hidden_size=4, vocabulary=100, itemsize=4, max_logits=1 << 20)]
     at = Circumstances(4, 8, 1, tokens=10, row=10, hidden_size=4, head_size=2, itemsize=4)
     kept = [stage_memory(layers, a, b, stage, at) for stage, (a, b) in enumerate(itertools.pairwise((0, 2, 4, 6, 9)))]
@@ -161,18 +161,25 @@ def test_picture_shows_neighbours():
     assert "stage 0  0          1          ...  63" in wide
 
 
-def test_loss_holds_what_it_says():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_holds_what_it_says(monkeypatch, dtype):
     """Measured by the allocations of the real function; see also benchmarks/memory.py."""
-    hidden = torch.randn(40, 16, requires_grad=True)
-    weight = torch.randn(100, 16, requires_grad=True)
+    monkeypatch.setattr("fft.ops.cross_entropy._PIECE", 16)
+    hidden = torch.randn(40, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(100, 16, dtype=dtype, requires_grad=True)
     labels = torch.randint(100, (40,))
-    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
-    with Alive([hidden, weight, labels, hidden.grad, weight.grad]) as alive:
+    existing = [hidden, weight, labels]
+    if dtype == torch.float32:
+        hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+        existing += [hidden.grad, weight.grad]
+    else:
+        weight.register_post_accumulate_grad_hook(add_to_sum)
+    with Alive(existing) as alive:
         loss = linear_cross_entropy(hidden, weight, labels)
         forward, saved = alive.most, alive.now
         alive.most = saved
         loss.backward()
-    told = loss_memory(40, 16, 100, 4, 1 << 26)
+    told = loss_memory(40, 16, 100, dtype.itemsize, 1 << 26)
     # Labels, indices of trained tokens and other vectors are left out.
     assert (saved, forward, alive.most) == pytest.approx(
         (told.saved, told.saved + told.forward, told.saved + told.backward), rel=0.1
