@@ -169,7 +169,7 @@ def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
     fixed = ("--init", "--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
     sizes = f"--seq_len={args.tokens}", f"--gradient_accumulation_steps={args.micro_batches}"
     parsed = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *flags])
-    source = ModelSource(_config(args), DTYPES[parsed.dtype])
+    source = ModelSource(_config(args), DTYPES[parsed.dtype], selective=parsed.checkpoint_grad_selective)
     mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), parsed.pipe_parallel_size, 1, 1)
     return parsed, source, plan_layout(parsed, source, mesh, on_host())
 

@@ -140,6 +140,11 @@ class TrainArguments:
     )
     split_dlayer: bool = _flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = _flag("recompute activations of every k layers in backward (0: keep them)", 0)
+    checkpoint_grad_selective: bool = _flag(
+        "keep the results of matrix products and attention, recompute the rest of every layer in backward: about half "
+        "the memory of activations for little time",
+        False,
+    )
     # Planning
     dry_run: bool = _flag(
         "print the layout, its memory and its bubble, and end: needs no weights, data or devices", False
@@ -307,6 +312,8 @@ def _check(args: TrainArguments) -> None:
         raise UserError(f"--decay_ratio {args.decay_ratio} must be a share of all steps, from 0 to 1.")
     if args.early_stop_patience and not (args.eval_data and args.eval_steps):
         raise UserError("--early_stop_patience counts evaluations: it needs --eval_data and --eval_steps.")
+    if args.checkpoint_grad_selective and args.checkpoint_grad_interval:
+        raise UserError("--checkpoint_grad_selective and --checkpoint_grad_interval exclude each other: drop one.")
     if args.zero_stage == "0" and (args.dtype != "fp32" or args.offload_optimizer):
         raise UserError(
             "--zero_stage 0 is for --dtype fp32 without --offload_optimizer: half types and offloading need the fp32 "

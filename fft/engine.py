@@ -118,7 +118,7 @@ def _unlink_shared_buffer() -> None:
 def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
     """The model, with the kernels asked for."""
     operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
-    train = {"lora": Lora.of(args), "frozen": args.freeze}
+    train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
     return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators, **train)
 
 

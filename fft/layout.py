@@ -30,7 +30,7 @@ def plan_layout(args: TrainArguments, source: ModelSource, mesh: MeshSizes, host
 
     It is that of training every parameter, with transformers' own operators.
     """
-    source = replace(source, fused=None, lora=None, frozen=None)
+    source = replace(source, fused=None, lora=None, frozen=None, selective=args.checkpoint_grad_selective)
     costs = layer_costs(source, args.seq_len, args.split_dlayer, mesh.tensor)
     tokens = args.seq_len * args.per_device_train_batch_size
     ran = layer_activations(source, tokens, args.split_dlayer, mesh.sequence, mesh.tensor)

@@ -7,8 +7,9 @@ therefore not estimated, for any architecture; only the attention kernel is repl
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fft.models.causal_lm import ModelSource
 from fft.models.costs import head_size, layer_modules
 from fft.models.experts import balance_loss, watch_router
+from fft.models.recompute import selective
 from fft.ops.attention import packed_attention
 from fft.ops.backends import Backend
 from fft.ops.documents import Documents, lse_dtype
@@ -120,17 +122,13 @@ def _run(
         elif path.endswith(".norm"):
             output = module(hidden.clone())
         else:
-            output = module(
-                hidden.clone(),
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=tuple(rotary),
-                documents=documents,
+            layer = partial(
+                _layer, module, routed, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
             )
-        loss = balance_loss(*routed()[:2]) if routed is not None else None
-        end = _End.apply(output, loss)
+            output = selective(layer, hidden.clone()) if source.selective else layer(hidden.clone())
+        end = _End.apply(*output) if isinstance(output, tuple) else _End.apply(output, None)
         forward = alive.most
-        del output, loss
+        del output
         saved = alive.most = alive.now
         extra = end.nbytes
         end.backward()
@@ -141,6 +139,13 @@ def add_to_sum(parameter: nn.Parameter) -> None:
     """What DeepSpeed does with a gradient in bf16: it is added to a sum in fp32, which exists, and forgotten."""
     parameter.grad.to(torch.float32)
     parameter.grad = None
+
+
+def _layer(
+    module: nn.Module, routed: Callable | None, hidden: Tensor, **options: object
+) -> Tensor | tuple[Tensor, Tensor]:
+    output = module(hidden, attention_mask=None, **options)
+    return output if routed is None else (output, balance_loss(*routed()[:2]))
 
 
 class _End(torch.autograd.Function):
@@ -171,8 +176,14 @@ class _Shapes:
     """
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, *_: object
+    ) -> tuple[Tensor, Tensor]:
+        sizes = queries.max_length, keys.max_length
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, queries.cu_seqlens, keys.cu_seqlens, *sizes, 0.0, True, False
+        )
+        return out, lse
 
     @staticmethod
     def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:

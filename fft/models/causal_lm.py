@@ -19,6 +19,7 @@ from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
 from fft.models.experts import LoadBalance, watch_router
 from fft.models.lora import Lora, adapt, freeze, is_adapter, reset_adapter, seed_of
+from fft.models.recompute import selective
 from fft.ops.attention import register_with_transformers
 from fft.ops.documents import Documents
 from fft.ops.fused import FusedOps, fuse
@@ -118,7 +119,7 @@ class ModelSource:
     ``tensor`` is set, before layers are built, where every rank holds a part of a layer's parameters; ``parallel``,
     before the first forward, where it holds a share of a row's tokens. ``balance`` is there for mixtures of experts.
     With ``lora`` adapters alone are trained, from ``adapter`` or, without it, from the seed; ``frozen`` are patterns as
-    :func:`fft.models.lora.freeze` takes them.
+    :func:`fft.models.lora.freeze` takes them. ``selective`` is for :mod:`fft.models.recompute`.
     """
 
     config: PretrainedConfig
@@ -132,6 +133,7 @@ class ModelSource:
     lora: Lora | None = None
     adapter: AdapterReader | None = None
     frozen: str | None = None
+    selective: bool = False
     balance: LoadBalance | None = field(init=False, default=None)
     skeleton: PreTrainedModel = field(init=False)
     #: Parts of parameters that this rank holds, by full name; what is not here it holds whole.
@@ -312,13 +314,23 @@ class DecoderLayer(nn.Module):
         self.path = f"{source.base}.layers.{index}"
         layer = decoder_half(source.skeleton.get_submodule(self.path), half)
         self.module = source.build(self.path, layer)
-        self._positions = positions
+        self._positions, self._selective = positions, source.selective
         self._balance, self._routed = source.balance, watch_router(self.module)
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
         hidden, cu_seqlens = activations
-        documents, position_ids, position_embeddings = self._positions.of(cu_seqlens, hidden)
+        positions = self._positions.of(cu_seqlens, hidden)
+        hidden = selective(self._layer, hidden, *positions) if self._selective else self._layer(hidden, *positions)
+        return hidden, cu_seqlens
+
+    def _layer(
+        self,
+        hidden: Tensor,
+        documents: Documents | ShardedDocuments,
+        position_ids: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> Tensor:
         hidden = self.module(
             hidden,
             attention_mask=None,
@@ -327,9 +339,7 @@ class DecoderLayer(nn.Module):
             documents=documents,
             attention=self._positions.attention,
         )
-        if self._routed is not None:
-            hidden = self._balance.attach(hidden, *self._routed())
-        return hidden, cu_seqlens
+        return hidden if self._routed is None else self._balance.attach(hidden, *self._routed())
 
 
 class FinalNorm(nn.Module):

@@ -14,5 +14,5 @@ if __name__ == "__main__":
     CPU_Accelerator.is_fp16_supported = lambda self: True
     settings, power = engine._deepspeed_config, int(sys.argv.pop())
     scaled = {"enabled": True, "initial_scale_power": power, "hysteresis": 1}
-    engine._deepspeed_config = lambda args: settings(args) | {"fp16": scaled}
+    engine._deepspeed_config = lambda *given: settings(*given) | {"fp16": scaled}
     cli()

@@ -93,9 +93,10 @@ def layout_flags(family: str, shape: tuple[int, int, int, int], number: int) -> 
         "ulysses_degree": 2 if sequence % 2 == 0 and tensor == 1 and number % 2 else 1,
         "per_device_train_batch_size": samples,
         "gradient_accumulation_steps": GLOBAL_BATCH // data // samples,
-        "checkpoint_grad_interval": number % 2,
+        "checkpoint_grad_interval": int(number % 4 == 1),
     }
-    return [f"--{name}={value}" for name, value in flags.items()] + ["--split_dlayer"] * (number // 2 % 2)
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    return given + ["--split_dlayer"] * (number // 2 % 2) + ["--checkpoint_grad_selective"] * (number % 4 == 3)
 
 
 SHAPES = [shape for world in (1, 2, 4) for shape in factorisations(world)]
@@ -124,6 +125,15 @@ CASES = [
 CASES.append(
     pytest.param("qwen2-tied", (2, 2, 1, 1), LAYOUTS["pipe2-data2-offload"][2].split(), id="qwen2-tied-offload")
 )
+#: The stages of ZeRO that ``auto``, which the others have, would not take.
+CASES += [
+    pytest.param(family, shape, [*layout_flags(family, shape, 2), f"--zero_stage={stage}"], id=f"zero-{stage}-{name}")
+    for stage, family, shape, name in (
+        (0, "qwen2-tied", (2, 2, 1, 1), "pipe2-data2-tied"),
+        (0, "qwen2-moe", (1, 1, 2, 2), "sequence2-tensor2-moe"),
+        (1, "qwen2-tied", (1, 2, 1, 2), "pipe2-tensor2-tied"),
+    )
+]
 
 
 @pytest.fixture(scope="session")

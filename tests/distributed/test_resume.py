@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 STEPS, HALF = 10, 5
 #: ``data4`` has the same global batch as ``data2``: two replicas more. ``blend`` is ``one`` on the two tables.
 MORE = {
+    "pipe2-data2-zero0": (4, f"{LAYOUTS['pipe2-data2'][2]} --zero_stage 0"),
     "data4": (4, "--gradient_accumulation_steps 2"),
     "blend": (1, f"{LAYOUTS['one'][2]} --pack best-fit --blend_end drop"),
 }
@@ -83,6 +84,7 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
         ("qwen2-tied", "pipe2", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
         ("llama", "sequence2", "fp32", "thread"),
+        ("qwen2-tied", "pipe2-data2-zero0", "fp32", "thread"),
         ("llama", "pipe2-split-recompute", "bf16", "thread"),
         ("qwen2-moe", "data2-tensor2", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2-offload", "bf16", "thread"),
@@ -101,6 +103,7 @@ def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight
     ("family", "before", "after"),
     [
         ("qwen2-tied", "pipe2-data2", "one"),
+        ("qwen2-tied", "pipe2-data2", "pipe2-data2-zero0"),
         ("llama", "one", "pipe2-split-recompute"),
         ("llama", "data2", "data4"),
         ("llama", "sequence2", "one"),

@@ -75,6 +75,10 @@ def test_bad_files_are_explained(tmp_path, text, sentence):
 def test_an_offloaded_optimizer_in_fp16_is_refused():
     """DeepSpeed 0.19.8 skips every step after the first that overflowed."""
     assert parse_arguments([*BASE, "--offload_optimizer"]).offload_optimizer
+    with pytest.raises(UserError, match="--checkpoint_grad_selective and --checkpoint_grad_interval exclude"):
+        parse_arguments([*BASE, "--checkpoint_grad_selective", "--checkpoint_grad_interval", "1"])
+    with pytest.raises(UserError, match="--zero_stage 0 is for --dtype fp32 without --offload_optimizer"):
+        parse_arguments([*BASE, "--offload_optimizer", "--dtype", "fp32", "--zero_stage", "0"])
     with pytest.raises(UserError, match="--offload_optimizer with --dtype fp16"):
         parse_arguments([*BASE, "--offload_optimizer", "--dtype", "fp16"])
 

@@ -1,0 +1,47 @@
+"""Selective activation checkpointing (arXiv:2205.05198): what is expensive to compute is kept, the rest runs again.
+
+Results of matrix products and of attention kernels stay from forward to backward; norms, rotary embeddings, activation
+functions and sums of a decoder layer are computed a second time. PyTorch does it, see
+:func:`torch.utils.checkpoint.create_selective_checkpoint_contexts`; here is only what counts as expensive.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+#: Operators whose results are kept, by schema. FlashAttention-4 is not an operator of PyTorch's: it runs again.
+KEPT = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::_grouped_mm",
+        "aten::_flash_attention_forward",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+        "npu::npu_fusion_attention",
+    }
+)
+
+
+def selective(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Call ``function`` so that its backward recomputes all but the results of :data:`KEPT`."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _policy(_: SelectiveCheckpointContext, operator: Any, *__: object, **___: object) -> CheckpointPolicy:
+    kept = operator._schema.name in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
