@@ -97,7 +97,8 @@ def ring_forward(
     flights = _KeysInFlight(k, v, plan, exchange)
     out, lse = backend.forward(q, k, v, documents.own, documents.own, True, scale)
     dtype = out.dtype
-    out = out.to(lse_dtype(q))
+    # Merging is in place, and a recomputation may still want the kernel's own results.
+    out, lse = out.to(lse_dtype(q), copy=True), lse.clone()
     for index, step in enumerate(plan.steps):
         keys, values = flights.land(index)
         for call, (queries, seen) in zip(step.calls, documents.steps[index], strict=True):
