@@ -1,11 +1,12 @@
-"""A training step against a plain PyTorch loop, the loss against naive logits, the bubble against its formula.
+"""A step against a plain PyTorch loop, ways to recompute, the loss against naive logits, the bubble by its formula.
 
-python -m benchmarks.step step        # two engines of one model in one process, step about step: some two minutes
+python -m benchmarks.step step        # trainer and loop in one process, step about step: some three minutes
+python -m benchmarks.step recompute   # the trainer with all activations kept, some of them, and none
 python -m benchmarks.step loss        # peak memory and time of the loss, each way in a process of its own
 python -m benchmarks.step bubble      # stages that sleep instead of computing: cores are not what is measured
 
-`step`: the loop is transformers' own model with its own attention, torch's cross-entropy, clipping and AdamW, on rows
-of one document, so that both do the same work; fp32 on a CPU, bf16 on a GPU (the loop: fp32 weights, autocast).
+The plain loop is transformers' own model with its own attention, torch's cross-entropy, clipping and AdamW, on rows of
+one document, so that both do the same work; fp32 on a CPU, bf16 on a GPU (the loop: fp32 weights, autocast).
 """
 
 import argparse
@@ -26,6 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
 _SLEEP = 0.05
 _SLEEPERS = 8
+#: What is compared, by name: the trainer with these flags or, None, a plain loop; and with which of them.
+WAYS = {
+    "step": ({"fft": (), "fft --zero_stage 1": ("--zero_stage=1",), "plain PyTorch": None}, "plain PyTorch"),
+    "recompute": (
+        {
+            "all kept": (),
+            "--checkpoint_grad_selective": ("--checkpoint_grad_selective",),
+            "--checkpoint_grad_interval 1": ("--checkpoint_grad_interval=1",),
+        },
+        "all kept",
+    ),
+}
 #: What tells a process that it has a launcher.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -38,18 +51,21 @@ def main() -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(told))
         return 0
-    {"step": compare_steps, "loss": compare_losses, "bubble": compare_bubbles}[args.what](args)
+    if args.what in WAYS:
+        compare(args, *WAYS[args.what])
+    else:
+        {"loss": compare_losses, "bubble": compare_bubbles}[args.what](args)
     return 0
 
 
-def compare_steps(args: argparse.Namespace) -> None:
-    """Print seconds a step and peak memory of ours and of the plain loop."""
+def compare(args: argparse.Namespace, ways: dict[str, tuple[str, ...] | None], peer: str) -> None:
+    """Print seconds a step and peak memory of the trainer with each way's flags, or of the plain loop (None)."""
     import torch.distributed as dist
 
     import fft.engine
 
     fft.engine.init_distributed()
-    steps = {"fft": _ours(args), "plain PyTorch": _plain(args)}
+    steps = {name: _step(args, flags) for name, flags in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.steps + 2):
         for name, step in steps.items():
@@ -60,12 +76,12 @@ def compare_steps(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
     rows = []
     for name, times in seconds.items():
-        ratios = [ours / theirs for ours, theirs in zip(times, seconds["plain PyTorch"], strict=True)]
-        told = _in_own_process("--role", "step-memory", "--way", name, *_sizes(args))
+        ratios = [ours / theirs for ours, theirs in zip(times, seconds[peer], strict=True)]
+        told = _in_own_process("--role", "step-memory", "--way", json.dumps(ways[name]), *_sizes(args))
         rate = args.micro_batches * args.tokens / statistics.median(times)
         rows.append([name, statistics.median(times), statistics.median(ratios), rate, told["peak"] / 2**20])
     print(f"{args.layers} layers of {args.hidden}, {args.micro_batches} micro-batches of {args.tokens} tokens")
-    print(format_table(("loop", "s/step", "of plain", "tokens/s", "peak MB"), rows))
+    print(format_table(("", "s/step", f"of {peer}", "tokens/s", "peak MB"), rows))
 
 
 def step_memory(args: argparse.Namespace) -> dict:
@@ -74,7 +90,7 @@ def step_memory(args: argparse.Namespace) -> dict:
 
     fft.engine.init_distributed()
     before = peak_memory()
-    step = (_ours if args.way == "fft" else _plain)(args)
+    step = _step(args, json.loads(args.way))
     for _ in range(2):
         step()
     return {"peak": peak_memory() - before}
@@ -154,8 +170,8 @@ def bubble_of(args: argparse.Namespace) -> dict:
     return {"seconds": statistics.median(seconds[1:])}
 
 
-def _ours(args: argparse.Namespace) -> Callable[[], None]:
-    return make_engine(args)[0]
+def _step(args: argparse.Namespace, flags: tuple[str, ...] | None) -> Callable[[], None]:
+    return _plain(args) if flags is None else make_engine(args, *flags)[0]
 
 
 def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
@@ -264,7 +280,7 @@ def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> dict:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "loss", "bubble", "-"), metavar="step|loss|bubble")
+    parser.add_argument("what", choices=(*WAYS, "loss", "bubble", "-"), metavar="step|recompute|loss|bubble")
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--micro_batches", type=int, default=2, help="of a step")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size")
