@@ -10,6 +10,7 @@ one document, so that both do the same work; fp32 on a CPU, bf16 on a GPU (the l
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,8 +21,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spark_jobs.summary import format_table, say
+
+if TYPE_CHECKING:
+    from fft.parallel.mesh import MeshSizes
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
@@ -128,16 +133,19 @@ def loss_peak(args: argparse.Namespace) -> dict:
 def compare_bubbles(args: argparse.Namespace) -> None:
     """Print the share of a step that stages wait, measured and by the formula of 1F1B."""
     rows = []
-    for stages in (2, 4):
-        for micro_batches in (4, 8, 16):
-            say(f"{stages} stages, {micro_batches} micro-batches ...")
-            port = str(random.SystemRandom().randint(20000, 50000))
-            launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(stages), "--master_port", port)
-            told = _in_own_process("--role", "bubble", "--micro_batches", str(micro_batches), launcher=launcher)
-            ideal = micro_batches * 3 * _SLEEP * _SLEEPERS / stages
-            formula = (stages - 1) / (micro_batches + stages - 1)
-            rows.append([stages, micro_batches, told["seconds"], 1 - ideal / told["seconds"], formula])
-    print(format_table(("stages", "micro-batches", "s/step", "bubble measured", "bubble by formula"), rows))
+    # DualPipeV wants two micro-batches a stage. Its four ranks wait for each other for ever over gloo (DeepSpeed 0.19.8).
+    for way, stages, micro_batches in itertools.chain(
+        itertools.product(["1F1B"], (2, 4), (4, 8, 16)), itertools.product(["DualPipeV"], (2,), (4, 8, 16))
+    ):
+        say(f"{way}, {stages} stages, {micro_batches} micro-batches ...")
+        port = str(random.SystemRandom().randint(20000, 50000))
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(stages), "--master_port", port)
+        flags = ("--role", "bubble", "--way", way, "--micro_batches", str(micro_batches))
+        told = _in_own_process(*flags, launcher=launcher)
+        ideal = micro_batches * 3 * _SLEEP * _SLEEPERS / stages
+        formula = (stages - 1) / (micro_batches + stages - 1)
+        rows.append([way, stages, micro_batches, told["seconds"], 1 - ideal / told["seconds"], formula])
+    print(format_table(("", "stages", "micro-batches", "s/step", "bubble measured", "1F1B by formula"), rows))
 
 
 def bubble_of(args: argparse.Namespace) -> dict:
@@ -149,12 +157,11 @@ def bubble_of(args: argparse.Namespace) -> dict:
 
     fft.engine.init_distributed()
     stages = dist.get_world_size()
-    each = _SLEEPERS // stages
-    layers = [each + 1, *[each] * (stages - 2), each + 2]  # with the embedding; with norm and head
     args.layers, args.hidden, args.vocabulary, args.tokens = _SLEEPERS, 32, 64, 32
-    step, engine = make_engine(
-        args, "--pipe_parallel_size", str(stages), "--partition_method", ",".join(map(str, layers))
-    )
+    bounds = ",".join(map(str, _sizes_of(stages)))
+    if args.way == "DualPipeV":
+        fft.engine.StagedModel = _dual_pipe(_sizes_of(2 * stages))
+    step, engine = make_engine(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds)
     for layer in engine.module.modules():
         if type(layer).__name__ == "DecoderLayer":
             layer.register_forward_pre_hook(lambda *_: time.sleep(_SLEEP))
@@ -170,8 +177,31 @@ def bubble_of(args: argparse.Namespace) -> dict:
     return {"seconds": statistics.median(seconds[1:])}
 
 
-def _step(args: argparse.Namespace, flags: tuple[str, ...] | None) -> Callable[[], None]:
-    return _plain(args) if flags is None else make_engine(args, *flags)[0]
+def _sizes_of(stages: int) -> list[int]:
+    """Layers of each stage, with the embedding in the first and norm and head in the last."""
+    each = _SLEEPERS // stages
+    return [each + 1, *[each] * (stages - 2), each + 2]
+
+
+def _dual_pipe(sizes: list[int]) -> type:
+    """DeepSpeed's DualPipeV with so many layers in each of its stages, two of which a rank has."""
+    from deepspeed.pipe import DualPipeVModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    class DualPipe(DualPipeVModule):
+        def __init__(self, layers: list, _: list[int], mesh: "MeshSizes", **options: object) -> None:
+            super().__init__(
+                layers, topology=PipeModelDataParallelTopology(mesh.pipe, mesh.tensor, mesh.data), **options
+            )
+
+        def _partition_layers(self, method: str = "") -> None:
+            self.num_stages = len(sizes)
+            self.parts = list(itertools.accumulate(sizes, initial=0))
+            stage = self._topo.get_coord(self.global_rank).pipe
+            self.phase_bounds = [tuple(self.parts[i : i + 2]) for i in (stage, len(sizes) - 1 - stage)]
+            self._set_bounds(*self.phase_bounds[0])
+
+    return DualPipe
 
 
 def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
