@@ -63,6 +63,12 @@ class TrainArguments:
         "cut",
         choices=("cut", "best-fit"),
     )
+    ragged: bool = _flag(
+        "make micro-batches as long as their documents: what rows and the last batch of an epoch leave unused is not "
+        "computed (a table full to --seq_len saves nothing); costs a message of shapes before every micro-batch "
+        "between stages, and stages that wait for the longest; loss and weights stay the same",
+        False,
+    )
     shuffle_lanes: int = _flag(
         "places of --train_data that are read side by side: more shuffle better and hold more in memory; data-parallel "
         "replicas whose number divides it decode no row group twice",

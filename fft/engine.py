@@ -168,6 +168,7 @@ def build_engine(
             loss_fn=loss,
             activation_checkpoint_interval=args.checkpoint_grad_interval,
             checkpointable_layers=[DecoderLayer.__name__],
+            dynamic_shape=args.ragged,
         )
     optimizer = torch.optim.AdamW(
         _parameter_groups(module, args.weight_decay),

@@ -82,7 +82,7 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     flops = 6 * tokens * sum(cost.flops for cost in costs)  # two a multiply-add; backward is twice the forward
     bubble = pipeline_bubble(mesh.pipe, micro_batches)
     lines.append(
-        f"a step: {tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
+        f"a step: {'at most ' if args.ragged else ''}{tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
     )
     return "\n".join(lines)
 
