@@ -345,18 +345,18 @@ def micro_batch(
 
 
 def _fill(
-    samples: Iterable[list[tuple[Piece, Rows]]], length: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
+    samples: Iterable[list[tuple[Piece, Rows]]], stride: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
 ) -> tuple[list[int], list[int]]:
     """Write samples, one after the other, into ``ids`` and, where their token stands, if ``aligned``, ``labels``.
 
-    Each begins ``length`` tokens after the one before, or, if that is 0, where it ended. Returns where the documents
+    Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. Returns where the documents
     end, and up to where each sample is filled.
     """
     ends: list[int] = []
     filled: list[int] = []
     at = 0
     for number, pieces in enumerate(samples):
-        at = number * length if length else at
+        at = number * stride if stride else at
         for piece, rows in pieces:
             begin, length = int(rows.offsets[piece.row]) + piece.start, piece.stop - piece.start
             if rows.input_ids is not None:
