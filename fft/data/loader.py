@@ -42,8 +42,9 @@ class Sample:
 class MicroBatch:
     """Samples laid end to end, T tokens, as the pipeline takes them: samples * seq_len, or, ragged, fewer.
 
-    ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating T so that its
-    shape depends on T alone. ``trained`` counts the labels that are trained on.
+    ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating its last entry:
+    its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
+    ``trained`` counts the labels that are trained on.
     """
 
     input_ids: np.ndarray
@@ -316,8 +317,8 @@ def micro_batch(
     """Samples laid end to end; those from ``total_samples`` on are blank.
 
     Nothing is trained on the last token of a document, which predicts nothing, and on what is left over of a sample,
-    which is a document of its own. With ``multiple`` that is left out, and the micro-batch as short as a multiple of so
-    many tokens can be, but never longer than without: what is left over of that is one such document.
+    which is a document of its own. With ``multiple`` that is left out, and the length rounded up to a multiple of so
+    many tokens, but never to more than it is without.
     """
     length, tokens = reader.seq_len, reader.seq_len * len(indices)
     real = [index for index in indices if index < total_samples]
@@ -333,12 +334,12 @@ def micro_batch(
     unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
     labels[:-1] = labels[1:] if reader.aligned else ids[1:]
     ends = np.array(ends, dtype=np.int64)
-    if unfilled:
+    if unfilled and not multiple:
         ends = np.union1d(ends, stops)
     labels[ends - 1] = IGNORE
     for start, stop in unfilled:
         labels[start:stop] = IGNORE
-    cu_seqlens = np.full(tokens + 1, tokens, dtype=np.int32)
+    cu_seqlens = np.full(tokens + 1, ends[-1] if len(ends) else 0, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
     return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE)))

@@ -123,7 +123,7 @@ def _run(
                 position_embeddings=tuple(rotary),
                 documents=documents,
             )
-        loss = balance_loss(*routed()[:2]) if routed is not None else None
+        loss = balance_loss(*routed()[:2], tokens) if routed is not None else None
         end = _End.apply(output, loss)
         forward = alive.most
         del output, loss

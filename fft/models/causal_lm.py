@@ -328,7 +328,7 @@ class DecoderLayer(nn.Module):
             attention=self._positions.attention,
         )
         if self._routed is not None:
-            hidden = self._balance.attach(hidden, *self._routed())
+            hidden = self._balance.attach(hidden, *self._routed(), documents.real)
         return hidden, cu_seqlens
 
 
