@@ -64,9 +64,9 @@ class TrainArguments:
         choices=("cut", "best-fit"),
     )
     ragged: bool = _flag(
-        "make micro-batches as long as their documents: what rows and the last batch of an epoch leave unused is not "
-        "computed (a table full to --seq_len saves nothing); costs a message of shapes before every micro-batch "
-        "between stages, and stages that wait for the longest; loss and weights stay the same",
+        "make micro-batches as long as their documents: what rows and the last batch leave unused is not computed (full "
+        "rows save nothing); costs a message of shapes with every micro-batch between stages, which wait for the "
+        "longest; loss and weights stay the same, but that the balance of experts counts no unused tokens",
         False,
     )
     shuffle_lanes: int = _flag(
