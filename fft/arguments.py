@@ -64,8 +64,8 @@ class TrainArguments:
         choices=("cut", "best-fit"),
     )
     ragged: bool = _flag(
-        "make micro-batches as long as their documents: what rows and the last batch leave unused is not computed (full "
-        "rows save nothing); costs a message of shapes with every micro-batch between stages, which wait for the "
+        "make micro-batches as long as their documents: what rows and the last batch leave unused is not computed "
+        "(full rows save nothing); costs a message of shapes with every micro-batch between stages, which wait for the "
         "longest; loss and weights stay the same, but that the balance of experts counts no unused tokens",
         False,
     )
