@@ -1,14 +1,15 @@
 """What `--ragged` saves, and what it costs where there is nothing to save: one table of chats, packed in three ways.
 
-python -m benchmarks.ragged           # twelve short runs of the trainer, some five minutes on two cores
+python -m benchmarks.ragged           # twelve short runs of the trainer, some four minutes on two cores
 
 The documents are log-normal in length, 128 tokens in the median and 512 at most. `rows`: each is a row of its own, as
-`repartition.py --pack none` leaves them; `best-fit` and `cut` are the trainer's `--pack`. Seconds are those of a step,
-the mean over the last steps of a run.
+`repartition.py --pack none` leaves them; `best-fit` and `cut` are the trainer's `--pack`. Seconds are those of a step:
+its mean number of tokens over the median rate of a run's last steps.
 """
 
-import itertools
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,13 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.data.loader import BatchPlan, SampleReader, step_batches
 from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.table import Table
+from fft.parallel.ring_plan import row_multiple
 from spark_jobs.summary import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048}
-SEQ_LEN, MICRO_BATCHES, WARM, STEPS = 512, 8, 2, 4
+MODEL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+SEQ_LEN, MICRO_BATCHES, WARM, STEPS = 512, 4, 2, 12
 
 
 def main() -> None:
@@ -38,8 +42,10 @@ def main() -> None:
             for pipe in (1, 2):
                 say(f"{name}, pipe {pipe} ...")
                 given = ["--model", config, "--train_data", table, "--pack", pack, "--pipe_parallel_size", pipe]
-                fixed, ragged = (train(Path(folder, "run"), pipe, *given, *more) for more in ((), ("--ragged",)))
-                rows.append([name, pipe, fixed[0], ragged[0], fixed[1], ragged[1], ragged[1] / fixed[1]])
+                tokens = [tokens_of_a_step(table, pack, multiple) for multiple in (None, row_multiple(1))]
+                rates = [train(Path(folder, "run"), pipe, *given, *more) for more in ((), ("--ragged",))]
+                seconds = [count / rate for count, rate in zip(tokens, rates, strict=True)]
+                rows.append([name, pipe, *map(round, tokens), *seconds, seconds[1] / seconds[0]])
     print(format_table(("table", "pipe", "tokens", "ragged", "s/step", "ragged s/step", "of fixed"), rows))
 
 
@@ -58,20 +64,26 @@ def write_tables(folder: Path) -> tuple[Path, Path]:
     return folder / "loose", folder / "packed"
 
 
-def train(run: Path, ranks: int, *given: object) -> tuple[int, float]:
-    """Tokens computed and seconds of a step, by the run's own metrics."""
+def train(run: Path, ranks: int, *given: object) -> float:
+    """Tokens a second, the median over the steps of a run after the first ones."""
     flags = f"--init --seq_len {SEQ_LEN} --gradient_accumulation_steps {MICRO_BATCHES} --dtype fp32 --overwrite"
-    steps = f"--max_steps {WARM + STEPS} --logging_steps {WARM} --checkpoint {run}"
+    steps = f"--max_steps {WARM + STEPS} --logging_steps 1 --checkpoint {run}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     command = [str(word) for word in [*launcher, "fft/train.py", *flags.split(), *steps.split(), *given]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # of a rank, whatever their number
+    done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    laps = [line for line in lines if "tokens_per_second" in line]
-    seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(laps)]
-    tokens = sum(lap["tokens_per_second"] * took for lap, took in zip(laps[1:], seconds, strict=True))
-    return round(tokens / STEPS), sum(seconds) / STEPS
+    return statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][WARM:])
+
+
+def tokens_of_a_step(table: Path, pack: str, multiple: int | None) -> float:
+    """The mean over the same steps."""
+    reader = SampleReader(Table.open(str(table)), SEQ_LEN, seed=0, pack=pack)
+    plan, firsts = BatchPlan(1, 0, MICRO_BATCHES, 1, multiple), range(0, (WARM + STEPS) * MICRO_BATCHES, MICRO_BATCHES)
+    batches = [batch for first in firsts[WARM:] for batch in step_batches(reader, plan, first, 1 << 30)]
+    return sum(len(batch.labels) for batch in batches) / STEPS
 
 
 if __name__ == "__main__":
