@@ -63,6 +63,12 @@ class TrainArguments:
         "cut",
         choices=("cut", "best-fit"),
     )
+    ragged: bool = _flag(
+        "make micro-batches as long as their documents: what rows and the last batch leave unused is not computed "
+        "(full rows save nothing); costs a message of shapes with every micro-batch between stages, which wait for the "
+        "longest; loss and weights stay the same, but that the balance of experts counts no unused tokens",
+        False,
+    )
     shuffle_lanes: int = _flag(
         "places of --train_data that are read side by side: more shuffle better and hold more in memory; data-parallel "
         "replicas whose number divides it decode no row group twice",

@@ -169,6 +169,7 @@ def build_engine(
             loss_fn=loss,
             activation_checkpoint_interval=args.checkpoint_grad_interval,
             checkpointable_layers=[DecoderLayer.__name__],
+            dynamic_shape=args.ragged,
         )
     stage = zero_stage(args, mesh)
     optimizer = make_optimizer(args, module, _parameter_groups(module, args.weight_decay), stage)

@@ -89,8 +89,9 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     tokens = mesh.data * micro_batches * args.per_device_train_batch_size * args.seq_len
     flops = 6 * tokens * sum(cost.flops for cost in costs)  # two a multiply-add; backward is twice the forward
     bubble = pipeline_bubble(mesh.pipe, micro_batches)
+    most = "at most " if args.ragged else ""
     lines.append(
-        f"a step: {tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
+        f"a step: {most}{tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
     )
     return "\n".join(lines)
 

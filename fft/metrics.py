@@ -90,9 +90,13 @@ class Stopwatch:
     """Times the steps from one report to the next; what is done while :meth:`paused` is no training."""
 
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._first, self._last = clock, step, step
+        self._clock, self._first = clock, step
         self._started = self._lap = clock()
-        self._waited = 0.0
+        self._waited, self._tokens = 0.0, 0
+
+    def computed(self, tokens: int) -> None:
+        """Note what a step computed."""
+        self._tokens += tokens
 
     def waited(self, seconds: float) -> None:
         """Note time that a step had to wait for its data."""
@@ -106,18 +110,18 @@ class Stopwatch:
         self._lap += self._clock() - begun
 
     def lap(self, step: int, total: int) -> "Lap":
-        """The steps since the last lap, ``step`` being the one just done of ``total``."""
+        """What was done since the last lap, ``step`` being the one just done of ``total``."""
         now = self._clock()
         seconds, elapsed = now - self._lap, now - self._started
         left = elapsed / (step - self._first) * (total - step)
-        lap = Lap((step - self._last) / seconds, self._waited / seconds, elapsed, left)
-        self._lap, self._last, self._waited = now, step, 0.0
+        lap = Lap(self._tokens / seconds, self._waited / seconds, elapsed, left)
+        self._lap, self._waited, self._tokens = now, 0.0, 0
         return lap
 
 
 @dataclass(frozen=True)
 class Lap:
-    """Steps a second, the share of the time that waited for data, seconds since the start, seconds still to go."""
+    """Tokens a second, the share of the time that waited for data, seconds since the start, seconds still to go."""
 
     rate: float
     data_wait: float
@@ -135,7 +139,6 @@ class Metrics:
     sinks: Sinks
     log: Callable[[str], None]
     total: int
-    tokens_per_step: int
     flops: float
     peak: float
     device: torch.device
@@ -145,9 +148,12 @@ class Metrics:
         self.sinks.write(step, values)
 
     def report(self, step: int, values: dict[str, float], lap: Lap) -> None:
-        """Record a step with the speed of those since the last report, and print a line. All ranks call it."""
+        """Record a step with the speed of those since the last report, and print a line.
+
+        All ranks call it, each with the tokens of ``lap`` that it alone counts.
+        """
         memory = over_ranks(peak_memory(), dist.ReduceOp.MAX, self.device)
-        rate = lap.rate * self.tokens_per_step
+        rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
         utilisation = rate * self.flops / self.peak
         scaled = (
             f"scale {values['loss_scale']:.0f} ({values['skipped_steps']} skipped)  " if "loss_scale" in values else ""

@@ -37,8 +37,7 @@ from fft.arguments import TrainArguments, build_parser, resolve
 from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.pieces import Pieces
-from fft.data.blend import Blend
-from fft.data.loader import MicroBatch, SampleReader, micro_batch
+from fft.data.loader import MicroBatch, SampleReader, micro_batch, step_batches
 from fft.data.table import IGNORE
 from fft.errors import UserError, run_cli
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
@@ -118,7 +117,8 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     for step in range(plan.total_steps):
         optimizer.zero_grad()
         first = step * dealt[0].global_batch
-        losses.append(_backward(model, plan.train, [part for deal in dealt for part in deal.indices(first)]))
+        batches = [batch for deal in dealt for batch in step_batches(plan.train, deal, first, plan.total_samples)]
+        losses.append(_backward(model, batches))
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
         optimizer.step()
         schedule.step()
@@ -131,9 +131,8 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 
-def _backward(model: PreTrainedModel, reader: SampleReader | Blend, parts: Sequence[range]) -> float:
+def _backward(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> float:
     """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
-    batches = [micro_batch(reader, part, part[-1] + 1) for part in parts]
     trained, total = sum(b.trained for b in batches), 0.0
     weight = getattr(model.config, "router_aux_loss_coef", 0.0) / len(batches)
     for batch in batches:

@@ -19,6 +19,7 @@ from fft.data.table import Table
 from fft.errors import UserError, one_line
 from fft.models.causal_lm import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
+from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_tensor_parallel
 
 
@@ -84,7 +85,8 @@ def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> 
 
 def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:
     """How global batches are dealt to this data-parallel replica."""
-    return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size)
+    multiple = row_multiple(mesh.sequence) if args.ragged else None
+    return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size, multiple)
 
 
 def start_of(args: TrainArguments) -> str:

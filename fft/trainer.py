@@ -122,6 +122,8 @@ class Trainer:
         #: Only the first stage reads ids and only the last reads labels; the others open nothing.
         first, last = self.engine.is_first_stage(), self.engine.is_last_stage()
         self.reads = first or last
+        #: Of the ranks that compute with the same tokens, one counts them.
+        self.counts = last and self.engine.grid.get_slice_parallel_rank() == 0
         self.training, self.evaluation = (
             reader and reader.for_stage(ids=first, labels=last) for reader in (plan.train, plan.evaluation)
         )
@@ -142,6 +144,7 @@ class Trainer:
         watch = Stopwatch(self.start.step)
         for step, (batches, wait) in enumerate(steps, start=self.start.step + 1):
             watch.waited(wait)
+            watch.computed(sum(len(batch.labels) for batch in batches) if self.counts else 0)
             lr = self._learning_rate()
             loss = float(self._step(batches))
             if not np.isfinite(loss):
@@ -186,7 +189,6 @@ class Trainer:
         micro_batches = -(-samples // per_step)
         plan = dataclasses.replace(self.batches, micro_batches=1)
         trained = 0
-        counts = self.engine.is_last_stage() and self.engine.grid.get_slice_parallel_rank() == 0
 
         def batches() -> Iterator[MicroBatch]:
             nonlocal trained
@@ -202,7 +204,7 @@ class Trainer:
             bcast_loss=False,
             num_micro_batches=micro_batches,
         )
-        totals = torch.tensor([float(sum(sums)), float(trained)] if counts else [0.0, 0.0], dtype=torch.float64)
+        totals = torch.tensor([float(sum(sums)), float(trained)] if self.counts else [0.0, 0.0], dtype=torch.float64)
         totals = totals.to(self.engine.device)
         dist.all_reduce(totals)
         if not totals[1]:
@@ -329,11 +331,10 @@ class Trainer:
         if _rank() == 0:
             run = Path(args.checkpoint) if args.checkpoint else None
             sinks = held.enter_context(open_sinks(run, self.start.step, dataclasses.asdict(args), _log))
-        tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
         flops = flops_per_token([cost.flops for cost in layer_costs(self.source, args.seq_len)])
         rate = matrix_rate(DTYPES[args.dtype], device) if plan.total_steps else float("nan")
         peak = over_ranks(rate, dist.ReduceOp.SUM, device)
-        metrics = Metrics(sinks, _log, plan.total_steps, tokens, flops, peak, device)
+        metrics = Metrics(sinks, _log, plan.total_steps, flops, peak, device)
         if plan.total_steps:
             bubble = pipeline_bubble(plan.mesh.pipe, args.gradient_accumulation_steps)
             metrics.record(self.start.step, matrix_flops_per_second=peak, pipeline_bubble=bubble)
@@ -370,7 +371,7 @@ def _data(args: TrainArguments, plan: Plan) -> list[str]:
         return []
     tables = [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
     tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
-    return [*tables, f"{plan.total_steps:,} steps of {tokens:,} tokens"]
+    return [*tables, f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens"]
 
 
 def _world_size() -> int:

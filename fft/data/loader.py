@@ -40,10 +40,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples laid end to end, T = samples * seq_len tokens, as the pipeline takes them.
+    """Samples laid end to end, T tokens, as the pipeline takes them: samples * seq_len, or, ragged, fewer.
 
-    ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating T so that its
-    shape never changes. ``trained`` counts the labels that are trained on.
+    ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating its last entry:
+    its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
+    ``trained`` counts the labels that are trained on.
     """
 
     input_ids: np.ndarray
@@ -289,12 +290,14 @@ class BatchPlan:
     """How a global batch is dealt: replica ``r`` takes its samples ``i`` with ``i % replicas == r``, in order.
 
     The samples of a global batch, and so its loss, depend neither on the number of replicas nor on the micro-batch.
+    With ``multiple`` micro-batches are ragged, as :func:`micro_batch` says.
     """
 
     replicas: int
     replica: int
     micro_batches: int
     micro_batch_size: int
+    multiple: int | None = None
 
     @property
     def global_batch(self) -> int:
@@ -308,43 +311,53 @@ class BatchPlan:
         return [range(own + m * size, own + (m + 1) * size, self.replicas) for m in range(self.micro_batches)]
 
 
-def micro_batch(reader: "SampleReader | Blend", indices: Sequence[int], total_samples: int) -> MicroBatch:
+def micro_batch(
+    reader: "SampleReader | Blend", indices: Sequence[int], total_samples: int, multiple: int | None = None
+) -> MicroBatch:
     """Samples laid end to end; those from ``total_samples`` on are blank.
 
     Nothing is trained on the last token of a document, which predicts nothing, and on what is left over of a sample,
-    which is a document of its own.
+    which is a document of its own. With ``multiple`` that is left out, and the length rounded up to a multiple of so
+    many tokens, but never to more than it is without.
     """
     length, tokens = reader.seq_len, reader.seq_len * len(indices)
     real = [index for index in indices if index < total_samples]
     ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
-    ends, filled = _fill(reader.samples(real), length, reader.aligned, ids, labels)
-    stops = range(length, tokens + 1, length)
-    filled += range(len(real) * length, tokens, length)
+    ends, filled = _fill(reader.samples(real), 0 if multiple else length, reader.aligned, ids, labels)
+    if multiple:
+        filled = filled[-1:] or [0]
+        tokens = min(tokens, max(1, -(-filled[0] // multiple)) * multiple)
+        ids, labels, stops = ids[:tokens], labels[:tokens], [tokens]
+    else:
+        stops = range(length, tokens + 1, length)
+        filled += range(len(real) * length, tokens, length)
     unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
     labels[:-1] = labels[1:] if reader.aligned else ids[1:]
     ends = np.array(ends, dtype=np.int64)
-    if unfilled:
+    if unfilled and not multiple:
         ends = np.union1d(ends, stops)
     labels[ends - 1] = IGNORE
     for start, stop in unfilled:
         labels[start:stop] = IGNORE
-    cu_seqlens = np.full(tokens + 1, tokens, dtype=np.int32)
+    cu_seqlens = np.full(tokens + 1, ends[-1] if len(ends) else 0, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
     return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
 
 
 def _fill(
-    samples: Iterable[list[tuple[Piece, Rows]]], seq_len: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
+    samples: Iterable[list[tuple[Piece, Rows]]], stride: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
 ) -> tuple[list[int], list[int]]:
     """Write samples, one after the other, into ``ids`` and, where their token stands, if ``aligned``, ``labels``.
 
-    Returns where the documents end, and up to where each sample is filled.
+    Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. Returns where the documents
+    end, and up to where each sample is filled.
     """
     ends: list[int] = []
     filled: list[int] = []
+    at = 0
     for number, pieces in enumerate(samples):
-        at = number * seq_len
+        at = number * stride if stride else at
         for piece, rows in pieces:
             begin, length = int(rows.offsets[piece.row]) + piece.start, piece.stop - piece.start
             if rows.input_ids is not None:
@@ -360,7 +373,7 @@ def _fill(
 
 def step_batches(reader: "SampleReader | Blend", plan: BatchPlan, first: int, total_samples: int) -> list[MicroBatch]:
     """This replica's micro-batches of the global batch that begins with sample ``first``."""
-    return [micro_batch(reader, indices, total_samples) for indices in plan.indices(first)]
+    return [micro_batch(reader, indices, total_samples, plan.multiple) for indices in plan.indices(first)]
 
 
 class Loader:

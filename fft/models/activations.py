@@ -145,7 +145,7 @@ def _layer(
     module: nn.Module, routed: Callable | None, hidden: Tensor, **options: object
 ) -> Tensor | tuple[Tensor, Tensor]:
     output = module(hidden, attention_mask=None, **options)
-    return output if routed is None else (output, balance_loss(*routed()[:2]))
+    return output if routed is None else (output, balance_loss(*routed()[:2], hidden.shape[1]))
 
 
 class _End(torch.autograd.Function):

@@ -339,7 +339,9 @@ class DecoderLayer(nn.Module):
             documents=documents,
             attention=self._positions.attention,
         )
-        return hidden if self._routed is None else self._balance.attach(hidden, *self._routed())
+        if self._routed is None:
+            return hidden
+        return self._balance.attach(hidden, *self._routed(), documents.real)
 
 
 class FinalNorm(nn.Module):

@@ -36,24 +36,28 @@ class LoadBalance:
         self.total: Tensor | float = 0.0
         self.count = 0
 
-    def attach(self, hidden: Tensor, logits: Tensor, chosen: Tensor) -> Tensor:
+    def attach(self, hidden: Tensor, logits: Tensor, chosen: Tensor, real: tuple[int, int]) -> Tensor:
         """Return ``hidden``; its backward adds the gradient of this layer's loss.
 
-        ``logits`` [tokens, experts] and ``chosen`` [tokens, top k] are the router's.
+        ``logits`` [tokens, experts] and ``chosen`` [tokens, top k] are the router's. Only the first ``real`` tokens of
+        this rank, and of the whole row, count.
         """
-        loss = balance_loss(logits, chosen, self.sequence)
+        own, tokens = real
+        loss = balance_loss(logits[:own], chosen[:own], tokens, self.sequence)
         self.total, self.count = self.total + loss.detach(), self.count + 1
         return _WithLoss.apply(hidden, loss, self.weight) if torch.is_grad_enabled() else hidden
 
 
-def balance_loss(logits: Tensor, chosen: Tensor, sequence: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's share of a layer's balance loss (float32 scalar); shares add up over the ``sequence`` group."""
-    experts, tokens = logits.shape[-1], logits.shape[0]
+def balance_loss(logits: Tensor, chosen: Tensor, tokens: int, sequence: dist.ProcessGroup | None = None) -> Tensor:
+    """This rank's share of a layer's balance loss (float32 scalar); shares add up over the ``sequence`` group.
+
+    ``tokens`` are those of all ranks of the group; none at all have the loss 0.
+    """
+    experts, tokens = logits.shape[-1], max(1, tokens)
     frequency = torch.zeros(experts, dtype=torch.float32, device=logits.device)
     frequency.index_add_(0, chosen.flatten(), frequency.new_ones(chosen.numel()))
     if sequence is not None:
         dist.all_reduce(frequency, group=sequence)
-        tokens *= dist.get_world_size(sequence)
     probability = logits.float().softmax(-1).sum(0) / tokens
     return experts * (frequency / tokens * probability).sum()
 

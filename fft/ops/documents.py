@@ -12,11 +12,12 @@ class Documents:
     """The documents of a packed row of tokens.
 
     ``cu_seqlens`` is an int32 tensor [documents + 1] on the device, ``bounds`` the same numbers on the host, so that
-    no layer waits for the device to learn them.
+    no layer waits for the device to learn them. ``blank`` says that the last document is none: it rounds the row up.
     """
 
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
+    blank: bool = False
 
     @classmethod
     def of(cls, bounds: tuple[int, ...], device: torch.device | str = "cpu") -> "Documents":
@@ -25,10 +26,22 @@ class Documents:
 
     @classmethod
     def from_padded(cls, cu_seqlens: Tensor) -> "Documents":
-        """Drop the repeated last entries that pad ``cu_seqlens`` to a fixed length (one host synchronisation)."""
+        """Drop the repeated last entries that pad ``cu_seqlens`` to [tokens + 1] (one host synchronisation).
+
+        What tokens there are from the last entry on are a blank document.
+        """
         host = cu_seqlens.tolist()
-        bounds = tuple(host[: host.index(host[-1]) + 1])
-        return cls(cu_seqlens[: len(bounds)], bounds)
+        bounds, tokens = tuple(host[: host.index(host[-1]) + 1]), len(host) - 1
+        cu_seqlens = cu_seqlens[: len(bounds)]
+        if bounds[-1] == tokens:
+            return cls(cu_seqlens, bounds)
+        return cls(torch.cat([cu_seqlens, cu_seqlens.new_full((1,), tokens)]), (*bounds, tokens), blank=True)
+
+    @property
+    def real(self) -> tuple[int, int]:
+        """The first so many of this rank's tokens, and of all, are no blank ones."""
+        tokens = self.bounds[-2 if self.blank else -1]
+        return tokens, tokens
 
     @property
     def max_length(self) -> int:

@@ -11,7 +11,7 @@ takes part in a ring of its own for its heads.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -255,6 +255,12 @@ class ShardedDocuments:
     def max_length(self) -> int:
         """Tokens of the longest document."""
         return self.row.max_length
+
+    @cached_property
+    def real(self) -> tuple[int, int]:
+        """The first so many of this rank's tokens, which are in the row's order, and of all, are no blank ones."""
+        tokens, _ = self.row.real
+        return int(np.searchsorted(self.parallel.tokens(self.layout), tokens)), tokens
 
     def positions(self) -> Tensor:
         """Position of each of this rank's tokens within its document, int64 [tokens]."""

@@ -34,6 +34,14 @@ MIN_CHUNK = 256
 Span = tuple[int, int]
 
 
+def row_multiple(ranks: int) -> int:
+    """Rows of a multiple of so many tokens are cut into equal chunks, whatever number of :data:`CHUNKS` is tried.
+
+    A rank's share is then a multiple of 16 tokens, the tile of a device's matrix unit.
+    """
+    return CHUNKS[-1] * ranks
+
+
 @dataclass(frozen=True, eq=False)  # made once by the cached functions below: equal means the same, and hashes fast
 class Layout:
     """Who holds which tokens: chunk i is ``cuts[i]`` to ``cuts[i + 1]`` of the row and lies with rank ``owners[i]``."""

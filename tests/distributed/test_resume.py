@@ -19,6 +19,7 @@ MORE = {
     "pipe2-data2-zero0": (4, f"{LAYOUTS['pipe2-data2'][2]} --zero_stage 0"),
     "data4": (4, "--gradient_accumulation_steps 2"),
     "blend": (1, f"{LAYOUTS['one'][2]} --pack best-fit --blend_end drop"),
+    "pipe2-ragged": (2, f"{LAYOUTS['pipe2'][2]} --pack best-fit --ragged"),
 }
 
 
@@ -82,6 +83,7 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
         ("llama", "blend", "bf16", "process"),
         ("llama", "data2", "bf16", "thread"),
         ("qwen2-tied", "pipe2", "bf16", "thread"),
+        ("llama", "pipe2-ragged", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
         ("llama", "sequence2", "fp32", "thread"),
         ("qwen2-tied", "pipe2-data2-zero0", "fp32", "thread"),

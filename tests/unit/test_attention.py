@@ -24,6 +24,22 @@ def documents_of(*bounds) -> Documents:
     return Documents.of(bounds)
 
 
+@pytest.mark.parametrize(
+    ("padded", "bounds", "real"),
+    [
+        ([0, 2, 5, 5, 5, 5], (0, 2, 5), 5),
+        ([0, 2, 3, 3, 3, 3], (0, 2, 3, 5), 3),
+        ([0] * 6, (0, 5), 0),
+        ([0, 1, 2, 3, 4, 5], (0, 1, 2, 3, 4, 5), 5),
+    ],
+)
+def test_boundaries_that_travelled(padded, bounds, real):
+    documents = Documents.from_padded(torch.tensor(padded, dtype=torch.int32))
+    assert (documents.bounds, documents.real) == (bounds, (real, real))
+    assert tuple(documents.cu_seqlens.tolist()) == bounds
+    assert len(documents.positions()) == 5
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),

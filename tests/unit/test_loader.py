@@ -8,7 +8,7 @@ from conftest import write_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fft.data.loader import IGNORE, BatchPlan, SampleReader, step_batches
+from fft.data.loader import IGNORE, BatchPlan, SampleReader, micro_batch, step_batches
 from fft.data.manifest import FileInfo, Manifest, commit
 from fft.data.table import Table
 
@@ -88,6 +88,38 @@ def test_rows_cut_to_another_length_keep_labels_and_boundaries(tmp_path, rows, s
 
 
 @EXAMPLES
+@given(
+    packed_rows,
+    st.sampled_from([(12, "cut"), (None, "cut"), (None, "best-fit")]),
+    st.integers(0, 20),
+    st.integers(1, 4),
+    st.integers(0, 24),
+    st.sampled_from([1, 4, 5, 16, 64]),
+)
+def test_ragged_micro_batches_hold_the_same_documents(tmp_path, rows, made, first, size, total, multiple):
+    table, _ = write(tmp_path / "t", rows, seq_len=made[0])
+    reader, indices = SampleReader(table, 12, seed=0, pack=made[1]), range(first, first + size)
+    fixed, ragged = (micro_batch(reader, indices, total, *m) for m in ((), (multiple,)))
+    used = sum(piece.stop - piece.start for index in indices if index < total for piece in reader.pieces(index))
+    tokens = len(ragged.labels)
+    assert tokens == min(12 * size, max(multiple, -(-used // multiple) * multiple))
+    assert (ragged.input_ids.shape, ragged.cu_seqlens.shape) == ((1, tokens), (tokens + 1,))
+    assert ragged.trained == fixed.trained
+    assert ragged.cu_seqlens[-1] == used
+    assert (ragged.labels[used:] == IGNORE).all()
+    ours, theirs = (
+        [(b.input_ids[0, i:j].tolist(), b.labels[i:j].tolist()) for i, j in itertools.pairwise(np.unique(b.cu_seqlens))]
+        for b in (ragged, fixed)
+    )
+    # Token 0, when it is a document of its own, looks like what is left over.
+    assert [d for d in ours if any(d[0])] == [d for d in theirs if any(d[0])]
+    for ids, labels in ((True, False), (False, True)):  # stages that read one of the two agree about the rest
+        own = micro_batch(reader.for_stage(ids, labels), indices, total, multiple)
+        assert own.cu_seqlens.tolist() == ragged.cu_seqlens.tolist()
+        assert ids or own.labels.tolist() == ragged.labels.tolist()
+
+
+@EXAMPLES
 @given(packed_rows, st.lists(st.integers(0, 60), min_size=1, max_size=12))
 def test_samples_do_not_depend_on_what_was_read_before(tmp_path, rows, indices):
     table, _ = write(tmp_path / "t", rows)
@@ -117,3 +149,5 @@ def test_a_step_past_the_last_sample_trains_on_what_is_left(ragged_table, replic
     last = dealt[-1][-1]
     assert last.trained == 0
     assert last.cu_seqlens.tolist() == [0, 32] + [64] * 63
+    ragged = step_batches(reader, BatchPlan(replicas, replicas - 1, 4 // replicas, 2, multiple=16), 8, 11)[-1]
+    assert (ragged.trained, ragged.cu_seqlens.tolist()) == (0, [0] * 17)

@@ -54,11 +54,14 @@ def test_stopwatch():
     watch = Stopwatch(step=10, clock=lambda: now)
     now += 4  # two steps of 2 s, a quarter of which is waiting
     watch.waited(1.0)
+    watch.computed(100)
+    watch.computed(60)
     lap = watch.lap(12, total=20)
-    assert (lap.rate, lap.data_wait, lap.elapsed, lap.left) == (0.5, 0.25, 4.0, 16.0)
+    assert (lap.rate, lap.data_wait, lap.elapsed, lap.left) == (40.0, 0.25, 4.0, 16.0)
     with watch.paused():
         now += 50
     now += 6
+    watch.computed(3)
     lap = watch.lap(15, total=20)
     assert (lap.rate, lap.data_wait, lap.elapsed, lap.left) == (0.5, 0.0, 60.0, 60.0)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fft.parallel.ring_plan import main, plan_layout, plan_rank
+from fft.parallel.ring_plan import CHUNKS, main, plan_layout, plan_rank, row_multiple
 
 
 def bounds_of(lengths) -> tuple[int, ...]:
@@ -21,6 +21,15 @@ def layouts(draw):
     chunks = draw(st.integers(1, 4))
     lengths.append(max(1, ranks * chunks - sum(lengths)))
     return plan_layout(bounds_of(lengths), ranks, chunks)
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=8), st.integers(1, 5))
+def test_a_multiple_of_tokens_is_shared_out_equally(lengths, ranks):
+    bounds = bounds_of([*lengths, row_multiple(ranks) - sum(lengths) % row_multiple(ranks)])
+    for chunks in (None, *CHUNKS):
+        layout = plan_layout(bounds, ranks, chunks)
+        assert {len(layout.tokens(rank)) for rank in range(ranks)} == {bounds[-1] // ranks}
+        assert bounds[-1] // ranks % 16 == 0
 
 
 @settings(max_examples=150, deadline=None)
