@@ -40,9 +40,10 @@ class ClippingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clip and step."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if self._counts(p)]).to(parameters[0].device)
-        squares = norm.square()
+        held = [p for group in self.param_groups for p in group["params"]]
+        parameters = [p for p in held if p.grad is not None]  # a frozen stage has none
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if self._counts(p)])
+        squares = norm.to(held[0].device).square()
         dist.all_reduce(squares, group=self._ranks)
         self._global_grad_norm = squares.sqrt()
         if self._max_norm:
