@@ -28,13 +28,15 @@ class Documents:
     def from_padded(cls, cu_seqlens: Tensor) -> "Documents":
         """Drop the repeated last entries that pad ``cu_seqlens`` to [tokens + 1] (one host synchronisation).
 
-        What tokens there are from the last entry on are a blank document.
+        What tokens there are from the last entry on are a blank document. Raises ValueError for another length.
         """
         host = cu_seqlens.tolist()
         bounds, tokens = tuple(host[: host.index(host[-1]) + 1]), len(host) - 1
         cu_seqlens = cu_seqlens[: len(bounds)]
         if bounds[-1] == tokens:
             return cls(cu_seqlens, bounds)
+        if bounds[-1] > tokens:
+            raise ValueError(f"{len(host)} entries of cu_seqlens for {bounds[-1]} tokens: there must be one more.")
         return cls(torch.cat([cu_seqlens, cu_seqlens.new_full((1,), tokens)]), (*bounds, tokens), blank=True)
 
     @property

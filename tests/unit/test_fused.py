@@ -99,7 +99,7 @@ def test_pipeline_layers_compute_with_the_operators(split):
     counted = Counted(plain_ops())
     config = AutoConfig.for_model(**(SMALL | {"model_type": "qwen3", "head_dim": 16}))
     source = ModelSource(config, torch.float32, seed=5, fused=counted.ops)
-    activations = (torch.arange(12)[None].int(), torch.tensor([0, 5, 12], dtype=torch.int32))
+    activations = (torch.arange(12)[None].int(), torch.tensor([0, 5] + [12] * 11, dtype=torch.int32))
     for spec in pipeline_layers(source, split):
         activations = spec.build()(activations)
     layers = SMALL["num_hidden_layers"]

@@ -94,7 +94,7 @@ def test_packed_model_equals_documents_alone(model_type):
 
 
 def test_padded_boundaries():
-    documents = Documents.from_padded(torch.tensor([0, 3, 4, 9, 9, 9, 9], dtype=torch.int32))
+    documents = Documents.from_padded(torch.tensor([0, 3, 4, *[9] * 7], dtype=torch.int32))
     assert documents.bounds == (0, 3, 4, 9)
     assert documents.max_length == 5
     assert documents.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
