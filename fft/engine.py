@@ -23,7 +23,6 @@ from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
 from fft.layout import plan_layout, zero_stage
 from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
-from fft.models.costs import head_size
 from fft.models.lora import Lora
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
@@ -128,7 +127,7 @@ def check_kernels(source: ModelSource) -> str:
     Raises :class:`UserError` if they differ or do not fit the device.
     """
     device = torch.device(deepspeed.get_accelerator().current_device_name())
-    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, head_size(source)))}"]
+    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, source.head_size))}"]
     if source.fused is not None:
         fused.check(source.fused, device, source.dtype)
         names.append(f"fused operators {source.fused.name}")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from fft.arguments import TrainArguments
 from fft.models.activations import layer_activations
 from fft.models.causal_lm import ModelSource
-from fft.models.costs import LayerCost, head_size, layer_costs
+from fft.models.costs import LayerCost, layer_costs
 from fft.ops.cross_entropy import MAX_LOGITS
 from fft.parallel.memory import Circumstances, LayerMemory, StageMemory, loss_memory, stage_memory
 from fft.parallel.mesh import MeshSizes
@@ -41,7 +41,7 @@ def plan_layout(args: TrainArguments, source: ModelSource, mesh: MeshSizes, host
         tokens=tokens // mesh.sequence,
         row=tokens,
         hidden_size=source.config.hidden_size,
-        head_size=head_size(source),
+        head_size=source.head_size,
         itemsize=source.dtype.itemsize,
         interval=args.checkpoint_grad_interval,
         tied=source.tied,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fft.models.causal_lm import ModelSource
-from fft.models.costs import head_size, layer_modules
+from fft.models.costs import layer_modules
 from fft.models.experts import balance_loss, watch_router
 from fft.models.recompute import selective
 from fft.ops.attention import packed_attention
@@ -105,7 +105,7 @@ def _run(
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)
-        rotary = [torch.empty(1, own, head_size(source), dtype=dtype) for _ in range(2)]
+        rotary = [torch.empty(1, own, source.head_size, dtype=dtype) for _ in range(2)]
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, sequence)
     parameters = list(module.parameters())

@@ -21,6 +21,7 @@ from fft.models.experts import LoadBalance, watch_router
 from fft.models.lora import Lora, adapt, freeze, is_adapter, reset_adapter, seed_of
 from fft.models.recompute import selective
 from fft.ops.attention import register_with_transformers
+from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
 from fft.ops.fused import FusedOps, fuse
 from fft.ops.ring import SequenceParallel, ShardedDocuments
@@ -138,6 +139,12 @@ class ModelSource:
     skeleton: PreTrainedModel = field(init=False)
     #: Parts of parameters that this rank holds, by full name; what is not here it holds whole.
     shards: dict[str, Shard] = field(init=False, default_factory=dict)
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def __post_init__(self) -> None:
         self.config._attn_implementation = register_with_transformers()
@@ -264,6 +271,9 @@ class Positions:
         if self._seen is not cu_seqlens:
             if self._rotary is None:
                 self._rotary = self._source.rotary(hidden.device)
+                # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
+                # what runs there in forward, and is kept, has to run in a recomputation, too.
+                choose(hidden.device, hidden.dtype, self.attention, self._source.head_size)
             documents, parallel = Documents.from_padded(cu_seqlens), self._source.parallel
             if parallel is not None:
                 documents = ShardedDocuments(documents, parallel.layout(documents.bounds), parallel)

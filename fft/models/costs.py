@@ -49,12 +49,6 @@ def layer_costs(source: ModelSource, seq_len: int, split_dlayer: bool = False, t
     return [embedding, *costs[1:-1], LayerCost(last.flops, own, last.held, last.matrices)]
 
 
-def head_size(source: ModelSource) -> int:
-    """Width of an attention head."""
-    config = source.config
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _cost(source: ModelSource, path: str, module: nn.Module, seq_len: int, tensor: int) -> LayerCost:
     flops, parameters, held, matrices = 0.0, 0, 0, 0
     for name, parameter in module.named_parameters():
@@ -67,7 +61,7 @@ def _cost(source: ModelSource, path: str, module: nn.Module, seq_len: int, tenso
         matrices += part if len(shape) > 1 else 0
     attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
     if attends:
-        flops += source.config.num_attention_heads * head_size(source) * seq_len  # q.k and weights.v: seq_len / 2 keys
+        flops += source.config.num_attention_heads * source.head_size * seq_len  # q.k and weights.v: seq_len / 2 keys
     return LayerCost(flops, parameters, held, matrices)
 
 
