@@ -8,7 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
-TESTS := $(wildcard tests/unit tests/spark tests/distributed tests/test_*.py)
+# Those that use one core at a time, so that two files of them run side by side; and those that start ranks of their own.
+SINGLE := $(wildcard tests/unit tests/spark tests/test_*.py)
+DISTRIBUTED := tests/distributed
 
 # spark-submit and deepspeed look up python3 on PATH: it must be this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -48,7 +50,10 @@ quickstart: env  ## from text to a trained model that talks, in runs/quickstart 
 	@$(VENV)/bin/python -m fft.quickstart
 
 test: env lint  ## lint, then the unit, Spark and distributed tests
-	@$(VENV)/bin/python -m pytest $(TESTS)
+	@failed=0; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(SINGLE) || failed=1; \
+	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
+	  exit $$failed
 
 test-gpu: env  ## the attention tests that need an NVIDIA GPU (80 GB)
 	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU: make test is for machines without one.")'
