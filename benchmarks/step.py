@@ -32,9 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
 _SLEEP = 0.05
 _SLEEPERS = 8
-#: What is compared, by name: the trainer with these flags or, None, a plain loop; and with which of them.
+#: What is compared, by name: the trainer with these flags, or a plain loop with AdamW(fused=..); and with which of them.
 WAYS = {
-    "step": ({"fft": (), "fft --zero_stage 1": ("--zero_stage=1",), "plain PyTorch": None}, "plain PyTorch"),
+    "step": (
+        {"fft": (), "fft --zero_stage 1": ("--zero_stage=1",), "plain PyTorch": False, "plain, fused AdamW": True},
+        "plain PyTorch",
+    ),
     "recompute": (
         {
             "all kept": (),
@@ -63,14 +66,14 @@ def main() -> int:
     return 0
 
 
-def compare(args: argparse.Namespace, ways: dict[str, tuple[str, ...] | None], peer: str) -> None:
-    """Print seconds a step and peak memory of the trainer with each way's flags, or of the plain loop (None)."""
+def compare(args: argparse.Namespace, ways: dict[str, tuple[str, ...] | bool], peer: str) -> None:
+    """Print seconds a step and peak memory of each of ``ways``, and how its time compares with that of ``peer``."""
     import torch.distributed as dist
 
     import fft.engine
 
     fft.engine.init_distributed()
-    steps = {name: _step(args, flags) for name, flags in ways.items()}
+    steps = {name: _step(args, way) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.steps + 2):
         for name, step in steps.items():
@@ -202,8 +205,8 @@ def _dual_pipe(sizes: list[int]) -> type:
     return DualPipe
 
 
-def _step(args: argparse.Namespace, flags: tuple[str, ...] | None) -> Callable[[], None]:
-    return _plain(args) if flags is None else make_engine(args, *flags)[0]
+def _step(args: argparse.Namespace, way: tuple[str, ...] | bool) -> Callable[[], None]:
+    return _plain(args, way) if isinstance(way, bool) else make_engine(args, *way)[0]
 
 
 def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
@@ -242,7 +245,7 @@ def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], Non
     return step, engine
 
 
-def _plain(args: argparse.Namespace) -> Callable[[], None]:
+def _plain(args: argparse.Namespace, fused: bool) -> Callable[[], None]:
     import contextlib
 
     import torch
@@ -250,7 +253,7 @@ def _plain(args: argparse.Namespace) -> Callable[[], None]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_config(_config(args), dtype=torch.float32, attn_implementation="sdpa").to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
     batches = _ids(args).to(device)
     precision = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from fft.arguments import TrainArguments
 from fft.checkpoint.hf import WeightReader
 from fft.errors import UserError
-from fft.layout import plan_layout, zero_stage
+from fft.layout import zero_stage
 from fft.models.causal_lm import DecoderLayer, ModelSource, pipeline_layers
 from fft.models.lora import Lora
 from fft.ops import fused
@@ -146,11 +146,6 @@ def check_device(args: TrainArguments) -> None:
         raise UserError(
             f"--dtype fp16 does not run on this machine's device ({accelerator.device_name()}): use bf16 or fp32."
         )
-
-
-def stages(args: TrainArguments, source: ModelSource, mesh: MeshSizes) -> list[int]:
-    """Bounds of the pipeline stages in the list of layers."""
-    return plan_layout(args, source, mesh, on_host()).bounds
 
 
 def build_engine(

@@ -3,7 +3,8 @@
 import sys
 
 from fft.arguments import parse_arguments
-from fft.engine import DTYPES, build_engine, init_distributed, stages
+from fft.engine import DTYPES, build_engine, init_distributed, on_host
+from fft.layout import plan_layout
 from fft.models.causal_lm import ModelSource
 from fft.preflight import prepare
 
@@ -12,5 +13,6 @@ if __name__ == "__main__":
     plan = prepare(args, 1)
     source = ModelSource(plan.config, DTYPES[args.dtype], plan.weights, args.seed)
     init_distributed()
-    engine, _ = build_engine(args, source, plan.mesh, stages(args, source, plan.mesh), 1)
+    layout = plan_layout(args, source, plan.mesh, on_host())
+    engine, _ = build_engine(args, source, plan.mesh, layout.bounds, 1)
     engine.save_checkpoint(sys.argv[-1], tag="global_step0")
