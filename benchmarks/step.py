@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
 _SLEEP = 0.05
 _SLEEPERS = 8
-#: What is compared, by name: the trainer with these flags, or a plain loop with AdamW(fused=..); and with which of them.
+#: What is compared: the trainer with these flags, or a plain loop, its AdamW fused (True) or as it comes; and the peer.
 WAYS = {
     "step": (
         {"fft": (), "fft --zero_stage 1": ("--zero_stage=1",), "plain PyTorch": False, "plain, fused AdamW": True},
@@ -253,7 +253,7 @@ def _plain(args: argparse.Namespace, fused: bool) -> Callable[[], None]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_config(_config(args), dtype=torch.float32, attn_implementation="sdpa").to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
     batches = _ids(args).to(device)
     precision = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
