@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fft.parallel.partition import pipeline_bubble
 from spark_jobs.summary import format_table, say
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def compare_bubbles(args: argparse.Namespace) -> None:
         flags = ("--role", "bubble", "--way", way, "--micro_batches", str(micro_batches))
         told = _in_own_process(*flags, launcher=launcher)
         ideal = micro_batches * 3 * _SLEEP * _SLEEPERS / stages
-        formula = (stages - 1) / (micro_batches + stages - 1)
-        rows.append([way, stages, micro_batches, told["seconds"], 1 - ideal / told["seconds"], formula])
+        measured = 1 - ideal / told["seconds"]
+        rows.append([way, stages, micro_batches, told["seconds"], measured, pipeline_bubble(stages, micro_batches)])
     print(format_table(("", "stages", "micro-batches", "s/step", "bubble measured", "1F1B by formula"), rows))
 
 
@@ -159,9 +160,9 @@ def bubble_of(args: argparse.Namespace) -> dict:
     fft.engine.init_distributed()
     stages = dist.get_world_size()
     args.layers, args.hidden, args.vocabulary, args.tokens = _SLEEPERS, 32, 64, 32
-    bounds = ",".join(map(str, _sizes_of(stages)))
+    bounds = ",".join(map(str, _layers_of(stages)))
     if args.way == "DualPipeV":
-        fft.engine.StagedModel = _dual_pipe(_sizes_of(2 * stages))
+        fft.engine.StagedModel = _dual_pipe(_layers_of(2 * stages))
     step, engine = make_engine(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds)
     for layer in engine.module.modules():
         if type(layer).__name__ == "DecoderLayer":
@@ -178,7 +179,7 @@ def bubble_of(args: argparse.Namespace) -> dict:
     return {"seconds": statistics.median(seconds[1:])}
 
 
-def _sizes_of(stages: int) -> list[int]:
+def _layers_of(stages: int) -> list[int]:
     """Layers of each stage, with the embedding in the first and norm and head in the last."""
     each = _SLEEPERS // stages
     return [each + 1, *[each] * (stages - 2), each + 2]

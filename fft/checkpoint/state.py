@@ -128,12 +128,13 @@ def _fragments(engine: deepspeed.PipelineEngine, parameter: nn.Parameter) -> tup
 
     Empty where it holds nothing.
     """
-    optimizer, mapping = _adamw(engine), getattr(parameter, "_hp_mapping", None)
+    optimizer = _adamw(engine)
     if not engine.zero_optimization_stage():
         if not parameter.requires_grad:
             return 0, {}
         moments = optimizer.state.get(parameter) or _no_moments(parameter)
         return 0, {kind: moments[kind].view(-1) for kind in _MOMENTS}
+    mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return 0, {}
     # The mapping's own view of the moments lacks those of the second group: DeepSpeed makes it after the first's step.

@@ -118,17 +118,17 @@ def _run(
             parameter.register_post_accumulate_grad_hook(add_to_sum)
     with Alive(existing) as alive:
         if isinstance(module, nn.Embedding):
-            output = module(ids)
+            outputs = module(ids), None
         elif path.endswith(".norm"):
-            output = module(hidden.clone())
+            outputs = module(hidden.clone()), None
         else:
             layer = partial(
                 _layer, module, routed, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
             )
-            output = selective(layer, hidden.clone()) if source.selective else layer(hidden.clone())
-        end = _End.apply(*output) if isinstance(output, tuple) else _End.apply(output, None)
+            outputs = selective(layer, hidden.clone()) if source.selective else layer(hidden.clone())
+        end = _End.apply(*outputs)
         forward = alive.most
-        del output
+        del outputs
         saved = alive.most = alive.now
         extra = end.nbytes
         end.backward()
@@ -143,9 +143,10 @@ def add_to_sum(parameter: nn.Parameter) -> None:
 
 def _layer(
     module: nn.Module, routed: Callable | None, hidden: Tensor, **options: object
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """A decoder layer's output, and the balance loss of its experts, if it has some."""
     output = module(hidden, attention_mask=None, **options)
-    return output if routed is None else (output, balance_loss(*routed()[:2], hidden.shape[1]))
+    return output, None if routed is None else balance_loss(*routed()[:2], hidden.shape[1])
 
 
 class _End(torch.autograd.Function):

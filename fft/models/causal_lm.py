@@ -140,12 +140,6 @@ class ModelSource:
     #: Parts of parameters that this rank holds, by full name; what is not here it holds whole.
     shards: dict[str, Shard] = field(init=False, default_factory=dict)
 
-    @property
-    def head_size(self) -> int:
-        """Width of an attention head."""
-        config = self.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
     def __post_init__(self) -> None:
         self.config._attn_implementation = register_with_transformers()
         with torch.device("meta"):
@@ -166,6 +160,12 @@ class ModelSource:
     def base(self) -> str:
         """Name of the decoder inside the model, ``model`` for most."""
         return self.skeleton.base_model_prefix
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @property
     def tied(self) -> bool:

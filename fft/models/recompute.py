@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -34,7 +33,7 @@ KEPT = frozenset(
 )
 
 
-def selective(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def selective(function: Callable[..., Any], *inputs: Any) -> Any:
     """Call ``function`` so that its backward recomputes all but the results of :data:`KEPT`."""
     if not torch.is_grad_enabled():
         return function(*inputs)
