@@ -26,7 +26,7 @@ from fft.ops.backends import Backend
 from fft.ops.backends.choice import KERNELS, choose, kernel_name
 from fft.ops.documents import Documents
 from fft.ops.ring import Exchange, GroupExchange, ring_backward, ring_forward
-from fft.parallel.ring_plan import Layout, RankPlan, layout_of, plan_layout, plan_rank
+from fft.parallel.ring_plan import RankPlan, TokenShards, plan_rank, plan_shards, shards_of
 
 #: Llama-3-8B: query heads, key/value heads, head size.
 HEADS, KV_HEADS, SIZE = 32, 8, 128
@@ -69,21 +69,21 @@ def plans(options: argparse.Namespace) -> None:
 
 def schemes(bounds: tuple[int, ...], ranks: int, options: argparse.Namespace) -> dict[str, tuple]:
     """(busiest rank over mean, most bytes a rank receives, most calls, efficiency) of each scheme."""
-    contiguous = layout_of(bounds, range(ranks))
-    zigzag = layout_of(bounds, [*range(ranks), *reversed(range(ranks))])
-    ours = plan_layout(bounds, ranks)
+    contiguous = shards_of(bounds, range(ranks))
+    zigzag = shards_of(bounds, [*range(ranks), *reversed(range(ranks))])
+    ours = plan_shards(bounds, ranks)
     ideal = seconds(sum(ours.areas) / ranks, 0, options)
     token = 2 * KV_HEADS * SIZE * 2  # bytes of a token's key and value
     everything = token * bounds[-1] * (ranks - 1) / ranks
     rows = {}
-    for name, layout in (("contiguous", contiguous), ("zigzag", zigzag), ("plan", ours)):
-        every = [plan_rank(layout, rank) for rank in range(ranks)]
+    for name, shards in (("contiguous", contiguous), ("zigzag", zigzag), ("plan", ours)):
+        every = [plan_rank(shards, rank) for rank in range(ranks)]
         block = None if name == "plan" else token * bounds[-1] / ranks
         slowest = max(
-            overlapped(plan, area, token, block, options) for plan, area in zip(every, layout.areas, strict=True)
+            overlapped(plan, area, token, block, options) for plan, area in zip(every, shards.areas, strict=True)
         )
         received = token * max(sum(s.received for s in p.steps) for p in every) if block is None else everything
-        rows[name] = (layout.imbalance, received, max(plan.calls for plan in every), ideal / slowest)
+        rows[name] = (shards.imbalance, received, max(plan.calls for plan in every), ideal / slowest)
     gathered = max(seconds(area, 2, options) for area in zigzag.areas) + everything / options.gbytes / 1e9
     rows["all-gather"] = (zigzag.imbalance, everything, 2, ideal / gathered)
     if KV_HEADS % ranks == 0:
@@ -130,16 +130,16 @@ def best_of(work: Callable[[], object], repeats: int, finish: Callable[[], objec
 class Gathered:
     """An exchange that has everything already: blocks come out of all ranks' keys and values, in the plan's order."""
 
-    def __init__(self, rank: int, layout: Layout, keys: torch.Tensor) -> None:
-        self.rank, self._layout, self._keys, self._step = rank, layout, keys, 0
+    def __init__(self, rank: int, shards: TokenShards, keys: torch.Tensor) -> None:
+        self.rank, self._shards, self._keys, self._step = rank, shards, keys, 0
 
     def start(self, sends: list, receives: list) -> Callable[[], None]:
         """Copy the rows another rank would have sent."""
-        step = plan_rank(self._layout, self.rank).steps[self._step]
+        step = plan_rank(self._shards, self.rank).steps[self._step]
         self._step += 1
         if receives:
-            (sent,) = (s.sent for s in plan_rank(self._layout, step.source).steps if s.to == self.rank)
-            at = sum(plan_rank(self._layout, rank).tokens for rank in range(step.source))
+            (sent,) = (s.sent for s in plan_rank(self._shards, step.source).steps if s.to == self.rank)
+            at = sum(plan_rank(self._shards, rank).tokens for rank in range(step.source))
             receives[0][1].copy_(torch.cat([self._keys[:, at + a : at + b] for a, b in sent], dim=1))
         return lambda: None
 
@@ -150,16 +150,16 @@ def wall_rank(options: argparse.Namespace) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     q, k, v, _ = random_inputs(options, torch.device("cpu"))
     backend, scale = choose(q.device, q.dtype), options.size**-0.5
-    layout = plan_layout(bounds_of(DOCUMENTS[options.documents], options.tokens), ranks)
-    plan, tokens = plan_rank(layout, rank), torch.from_numpy(layout.tokens(rank))
+    shards = plan_shards(bounds_of(DOCUMENTS[options.documents], options.tokens), ranks)
+    plan, tokens = plan_rank(shards, rank), torch.from_numpy(shards.tokens(rank))
     mine = [x[tokens] for x in (q, k, v)]
     exchange = GroupExchange(dist.group.WORLD)
 
     def gather() -> None:
         both = torch.stack(mine[1:])
-        shares = [both.new_empty(2, plan_rank(layout, r).tokens, *both.shape[2:]) for r in range(ranks)]
+        shares = [both.new_empty(2, plan_rank(shards, r).tokens, *both.shape[2:]) for r in range(ranks)]
         dist.all_gather(shares, both)
-        ring_forward(*mine, plan, Gathered(rank, layout, torch.cat(shares, 1)), backend, scale)
+        ring_forward(*mine, plan, Gathered(rank, shards, torch.cat(shares, 1)), backend, scale)
 
     for name, work in (
         ("ring", lambda: ring_forward(*mine, plan, exchange, backend, scale)),
@@ -210,30 +210,32 @@ def emulate(options: argparse.Namespace) -> None:
     q, k, v, dout = random_inputs(options, device)
     backend, scale = choose(device, q.dtype, options.attention, options.size), options.size**-0.5
     bounds = bounds_of(DOCUMENTS[options.documents], options.tokens)
-    documents, layout = Documents.of(bounds, device), plan_layout(bounds, options.ranks)
+    documents, shards = Documents.of(bounds, device), plan_shards(bounds, options.ranks)
 
     def one_call() -> None:
         out, lse = backend.forward(q, k, v, documents, documents, True, scale)
         backend.backward(dout, q, k, v, out, lse, documents, documents, True, scale)
 
-    shards = [[x[torch.from_numpy(layout.tokens(r)).to(device)] for x in (q, k, v, dout)] for r in range(options.ranks)]
+    tensors = [
+        [x[torch.from_numpy(shards.tokens(r)).to(device)] for x in (q, k, v, dout)] for r in range(options.ranks)
+    ]
     whole = best_of(one_call, options.repeats, finish)
     parts = [
-        best_of(functools.partial(one_rank, layout, rank, shard, Nobody(), backend, scale), options.repeats, finish)
-        for rank, shard in enumerate(shards)
+        best_of(functools.partial(one_rank, shards, rank, shard, Nobody(), backend, scale), options.repeats, finish)
+        for rank, shard in enumerate(tensors)
     ]
-    flops = sum(layout.areas) * 4 * options.heads * options.size * 3.5  # backward: five products for forward's two
+    flops = sum(shards.areas) * 4 * options.heads * options.size * 3.5  # backward: five products for forward's two
     print(f"kernel {kernel_name(backend)}\n\n| scheme | seconds | TFLOP/s | of one call |\n| --- | --- | --- | --- |")
     for name, spent in (("one call", whole), ("all ranks", sum(parts)), ("ranks x slowest", max(parts) * len(parts))):
         print(f"| {name} | {spent:.4f} | {flops / spent / 1e12:.2f} | {whole / spent:.0%} |")
 
 
 def one_rank(
-    layout: Layout, rank: int, shard: list[torch.Tensor], exchange: Exchange, backend: Backend, scale: float
+    shards: TokenShards, rank: int, shard: list[torch.Tensor], exchange: Exchange, backend: Backend, scale: float
 ) -> None:
     """Forward and backward of a rank."""
     *inputs, dout = shard
-    plan = plan_rank(layout, rank)
+    plan = plan_rank(shards, rank)
     out, lse = ring_forward(*inputs, plan, exchange, backend, scale)
     ring_backward(dout, *inputs, out, lse, plan, exchange, backend, scale)
 
@@ -249,7 +251,7 @@ def backends(options: argparse.Namespace) -> None:
         q, k, v, dout = random_inputs(options, device)
         bounds = tuple(range(0, options.tokens + 1, length))
         documents = Documents.of(bounds, device)
-        flops = sum(layout_of(bounds, [0]).areas) * 4 * options.heads * options.size * 3.5
+        flops = sum(shards_of(bounds, [0]).areas) * 4 * options.heads * options.size * 3.5
         timed: dict[str, tuple[Callable, Callable]] = {}
         for name, kernel in KERNELS.items():
             if not kernel.fits(device, q.dtype) or not kernel.is_installed():

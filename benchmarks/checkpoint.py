@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.measure import run_measured
-from spark_jobs.summary import format_table, say
+from fft.console import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("none", "thread", "process", "deepspeed", "dcp", "dcp-async")
@@ -63,9 +63,9 @@ def measure(method: str, work: Path, layers: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from fft.checkpoint import state
-    from fft.engine import init_distributed
-    from fft.models.causal_lm import canonical_parameters
+    from fft.checkpoint import optimizer_state
+    from fft.models.layers import canonical_parameters
+    from fft.training.engine import init_distributed
 
     folder = work / method
     shutil.rmtree(folder, ignore_errors=True)
@@ -78,7 +78,7 @@ def measure(method: str, work: Path, layers: int) -> int:
     elif method == "deepspeed":
         save, load, close = _deepspeed(folder, engine)
     else:
-        training, _ = state.gather(engine, parameters, {})
+        training, _ = optimizer_state.gather(engine, parameters, {})
         tensors = {**{name: p.detach() for name, p in parameters.items()}, **training}
         save, load, close = _dcp(folder, tensors, method == "dcp-async")
     blocked, whole, before, held = [], [], _resident(), 0
@@ -118,10 +118,10 @@ def _trained_engine(layers: int) -> tuple:
     from transformers import AutoConfig
 
     from fft.arguments import parse_arguments
-    from fft.engine import DTYPES, build_engine, on_host
-    from fft.layout import plan_layout
     from fft.models.causal_lm import ModelSource
     from fft.parallel.mesh import mesh_sizes
+    from fft.planning.layout import plan_layout
+    from fft.training.engine import DTYPES, build_engine, on_host
 
     args = parse_arguments(["--init", "--model=.", "--num_train_epochs=0", "--seq_len=64", "--output_dir=unwritten"])
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -139,13 +139,16 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
     import torch.distributed as dist
 
     from fft.checkpoint import folder as checkpoints
-    from fft.checkpoint import hf, state
+    from fft.checkpoint import optimizer_state
     from fft.checkpoint.saver import Contents, Part, Saver
+    from fft.weights import hf
 
     saver = Saver(Contents(folder, config, None, None, 1, 0, 0), method, dist.new_group(backend="gloo"))
 
     def save(number: int) -> Callable:
-        saver.save(f"step-{number}", Part((parameters, 0), state.gather(engine, parameters, {})), {"step": number})
+        saver.save(
+            f"step-{number}", Part((parameters, 0), optimizer_state.gather(engine, parameters, {})), {"step": number}
+        )
         return saver.finish
 
     def load(number: int) -> None:
@@ -154,7 +157,7 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
         reader = hf.WeightReader(checkpoint)
         for name, parameter in parameters.items():
             parameter.data.copy_(reader.read(name, parameter.shape))
-        state.restore(engine, parameters, {}, checkpoint / checkpoints.TRAINING, 1)
+        optimizer_state.restore(engine, parameters, {}, checkpoint / checkpoints.TRAINING, 1)
 
     return save, load, saver.close
 

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.console import format_table, say
 from fft.data.manifest import FileInfo, Manifest, commit, read_manifest
-from spark_jobs.summary import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Without their dependencies, of which some name another torch; what they import is named, or is here already.

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.step import ROOT, make_engine, make_layout, peak_memory
-from spark_jobs.summary import format_table, say
+from fft.console import format_table, say
 
 #: Sizes by which weights and activations both matter; micro-batches of 1,024 tokens.
 _SIZES = {"tokens": 1024, "hidden": 512, "layers": 8, "vocabulary": 16384, "micro_batches": 2}
@@ -59,13 +59,13 @@ def measure(pipe: int, dtype: str, interval: int) -> dict:
     import deepspeed
     import psutil
 
-    import fft.engine
+    import fft.training.engine
 
     flags = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
     sizes = argparse.Namespace(**_SIZES)
-    fft.engine.init_distributed()
+    fft.training.engine.init_distributed()
     layout = make_layout(sizes, *flags)[2]
-    accelerator, host = deepspeed.get_accelerator(), fft.engine.on_host()
+    accelerator, host = deepspeed.get_accelerator(), fft.training.engine.on_host()
     before = psutil.Process().memory_info() if host else accelerator.memory_allocated()
     step, engine = make_engine(sizes, *flags)
     for _ in range(2):

@@ -10,8 +10,8 @@ random order, each shuffled inside).
 
 import numpy as np
 
+from fft.console import format_table
 from fft.data.order import EpochOrder, lanes_for
-from spark_jobs.summary import format_table
 
 GROUPS, ROWS, FILES, BATCH = 1024, 1024, 16, 256
 TOTAL = GROUPS * ROWS

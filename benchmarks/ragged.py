@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fft.data.loader import BatchPlan, SampleReader, step_batches
+from fft.console import format_table, say
+from fft.data.batches import BatchPlan, step_batches
 from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.parallel.ring_plan import row_multiple
-from spark_jobs.summary import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}

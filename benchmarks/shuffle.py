@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.measure import run_measured
-from spark_jobs.summary import format_table, say
+from fft.console import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LEN = 2048

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fft.parallel.partition import pipeline_bubble
-from spark_jobs.summary import format_table, say
+from fft.console import format_table, say
+from fft.planning.partition import pipeline_bubble
 
 if TYPE_CHECKING:
     from fft.parallel.mesh import MeshSizes
@@ -71,9 +71,9 @@ def compare(args: argparse.Namespace, ways: dict[str, tuple[str, ...] | bool], p
     """Print seconds a step and peak memory of each of ``ways``, and how its time compares with that of ``peer``."""
     import torch.distributed as dist
 
-    import fft.engine
+    import fft.training.engine
 
-    fft.engine.init_distributed()
+    fft.training.engine.init_distributed()
     steps = {name: _step(args, way) for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.steps + 2):
@@ -95,9 +95,9 @@ def compare(args: argparse.Namespace, ways: dict[str, tuple[str, ...] | bool], p
 
 def step_memory(args: argparse.Namespace) -> dict:
     """What two steps add to a process's memory, the model included."""
-    import fft.engine
+    import fft.training.engine
 
-    fft.engine.init_distributed()
+    fft.training.engine.init_distributed()
     before = peak_memory()
     step = _step(args, json.loads(args.way))
     for _ in range(2):
@@ -155,14 +155,14 @@ def bubble_of(args: argparse.Namespace) -> dict:
     import torch
     import torch.distributed as dist
 
-    import fft.engine
+    import fft.training.engine
 
-    fft.engine.init_distributed()
+    fft.training.engine.init_distributed()
     stages = dist.get_world_size()
     args.layers, args.hidden, args.vocabulary, args.tokens = _SLEEPERS, 32, 64, 32
     bounds = ",".join(map(str, _layers_of(stages)))
     if args.way == "DualPipeV":
-        fft.engine.StagedModel = _dual_pipe(_layers_of(2 * stages))
+        fft.training.engine.StagedModel = _dual_pipe(_layers_of(2 * stages))
     step, engine = make_engine(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds)
     for layer in engine.module.modules():
         if type(layer).__name__ == "DecoderLayer":
@@ -213,10 +213,10 @@ def _step(args: argparse.Namespace, way: tuple[str, ...] | bool) -> Callable[[],
 def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
     """Arguments, model and layout for sizes as on the command line and further flags."""
     from fft.arguments import parse_arguments
-    from fft.engine import DTYPES, on_host
-    from fft.layout import plan_layout
     from fft.models.causal_lm import ModelSource
     from fft.parallel.mesh import mesh_sizes
+    from fft.planning.layout import plan_layout
+    from fft.training.engine import DTYPES, on_host
 
     fixed = ("--init", "--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
     sizes = f"--seq_len={args.tokens}", f"--gradient_accumulation_steps={args.micro_batches}"
@@ -231,7 +231,7 @@ def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], Non
     import deepspeed
     import torch
 
-    from fft.engine import build_engine
+    from fft.training.engine import build_engine
 
     parsed, source, layout = make_layout(args, *flags)
     engine, loss = build_engine(parsed, source, layout.mesh, layout.bounds, 1)

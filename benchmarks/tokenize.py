@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.corpus import source_texts, write_corpus
 from benchmarks.measure import run_measured
+from fft.console import format_table, say
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
-from spark_jobs.summary import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 32_000

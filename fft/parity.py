@@ -36,14 +36,15 @@ from transformers.utils.logging import disable_progress_bar
 from fft.arguments import TrainArguments, build_parser, resolve
 from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
-from fft.checkpoint.pieces import Pieces
-from fft.data.loader import MicroBatch, SampleReader, micro_batch, step_batches
+from fft.checkpoint.fragments import SavedFragments
+from fft.data.batches import MicroBatch, micro_batch, step_batches
+from fft.data.reader import SampleReader
 from fft.data.table import IGNORE
 from fft.errors import UserError, run_cli
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
-from fft.preflight import Plan, batch_plan, load_config, prepare, start_of
-from fft.run_folder import METRICS
-from fft.schedule import lr_multiplier
+from fft.planning.preflight import Plan, batch_plan, load_config, plan_run, start_of
+from fft.training.run_folder import METRICS
+from fft.training.schedule import lr_multiplier
 
 #: Largest relative differences in fp32. That of a gradient is of its norm, but for this part of the whole norm.
 LOSS, NORM, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-4, 1e-6
@@ -247,15 +248,15 @@ def read_outcome(run: Path) -> Outcome:
     lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     checkpoint = run / checkpoint_tag(steps[-1]["step"])
-    pieces, gradients = Pieces(checkpoint / TRAINING), {}
+    fragments, gradients = SavedFragments(checkpoint / TRAINING), {}
     if (checkpoint / adapter.CONFIG).is_file():
         stored = load_file(checkpoint / adapter.WEIGHTS)
         weights = {name.removeprefix(adapter.PREFIX): value for name, value in stored.items()}
     else:
         weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
-    for name in filter(pieces.__contains__, weights):
+    for name in filter(fragments.__contains__, weights):
         gradients[name] = torch.empty(weights[name].shape)
-        pieces.fill(gradients[name].view(-1), name, "exp_avg", 0)
+        fragments.fill(gradients[name].view(-1), name, "exp_avg", 0)
     losses, norms = ([step[name] for step in steps] for name in ("loss", "grad_norm"))
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return Outcome(losses, norms, weights, gradients, evaluations)
@@ -350,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
         small = shrunken(load_config(start_of(mine), mine.init), mine)
         write_random_model(small, model, args.seed)
-        plan = prepare(args, ranks)
+        plan = plan_run(args, ranks)
         print(_heading(small, plan, ranks), flush=True)
         launch(args, ranks, Path(folder))
         ours, expected = read_outcome(run), one_process(model, args, plan)

@@ -1,6 +1,6 @@
 """Train a model on token tables: ``deepspeed fft/train.py``, ``torchrun fft/train.py`` or ``python -m fft.train``.
 
-``--help`` lists the flags. See :mod:`fft.trainer` for what a run does.
+``--help`` lists the flags. See :mod:`fft.training.trainer` for what a run does.
 """
 
 import os
@@ -22,9 +22,9 @@ def main() -> int:
     """Parse, check what can be checked without starting anything, then train."""
     arguments = parse_arguments()
     if arguments.dry_run:
-        from fft.dry_run import run
+        from fft.planning.dry_run import run
     else:
-        from fft.trainer import run
+        from fft.training.trainer import run
 
     return run(arguments)
 

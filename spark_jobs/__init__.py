@@ -9,11 +9,11 @@ Spark session, or on ``spark=``.
 from importlib import import_module
 
 _HOMES = {
-    "get_session": "session",
-    "repartition_table": "repartitioning",
-    "shuffle_tables": "shuffling",
-    "tokenize_table": "tokenizing",
-    "write_report": "reporting",
+    "get_session": "runtime.session",
+    "repartition_table": "repartition_job",
+    "shuffle_tables": "shuffle_job",
+    "tokenize_table": "tokenize_job",
+    "write_report": "token_table.picture",
 }
 
 __all__ = ["get_session", "repartition_table", "shuffle_tables", "tokenize_table", "write_report"]

@@ -7,7 +7,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from fft.errors import UserError
-from spark_jobs.placing import below_fraction
+from spark_jobs.runtime.hashing import below_fraction
 
 
 def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 #: The second is what DeepSpeed imports, with torch's compiler, when it makes an optimizer.
-_CONTEXT.set_forkserver_preload(["fft.trainer", "deepspeed.runtime.zero.muon.original_muon"])
+_CONTEXT.set_forkserver_preload(["fft.training.trainer", "deepspeed.runtime.zero.muon.original_muon"])
 
 
 @contextlib.contextmanager

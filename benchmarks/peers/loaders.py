@@ -36,7 +36,8 @@ def read_pyarrow(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Ite
 
 def read_fft(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], Callable[[], float]]:
     """Ours, shuffled."""
-    from fft.data.loader import BatchPlan, Loader, SampleReader
+    from fft.data.batches import BatchPlan, Loader
+    from fft.data.reader import SampleReader
     from fft.data.table import Table
 
     def loader() -> Loader:

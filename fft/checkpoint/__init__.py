@@ -1,1 +1,1 @@
-"""Hugging Face weights in and out."""
+"""A run's checkpoints: a model in Hugging Face's format and the training state beside it."""

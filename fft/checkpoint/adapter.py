@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fft.checkpoint import hf
 from fft.errors import UserError
 from fft.models.lora import Lora, is_adapter
 from fft.parallel.tensor_plan import Shard
+from fft.weights import hf
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

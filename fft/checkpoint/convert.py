@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fft.checkpoint import adapter as adapters
-from fft.checkpoint import folder, hf
-from fft.checkpoint.experts import place_of
-from fft.checkpoint.pieces import MASTER, Pieces
+from fft.checkpoint import folder
+from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.errors import Parser, UserError, one_line, run_cli
+from fft.weights import hf
+from fft.weights.experts import place_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
@@ -46,7 +47,7 @@ class Weights(Protocol):
 class LayerFiles:
     """Weights in the files that DeepSpeed's own checkpoints have of a pipeline's layers, by Hugging Face name.
 
-    Layers are numbered as :func:`fft.models.causal_lm.pipeline_layers` lists them: embedding, decoder layers, whole or
+    Layers are numbered as :func:`fft.models.layers.pipeline_layers` lists them: embedding, decoder layers, whole or
     in halves, norm, head. Raises :class:`UserError` when the files are not those of such a model.
     """
 
@@ -95,7 +96,7 @@ class Masters:
     """A checkpoint's weights in the fp32 that its optimizer steps."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self._weights, self._pieces = hf.WeightReader(checkpoint), Pieces(checkpoint / folder.TRAINING)
+        self._weights, self._fragments = hf.WeightReader(checkpoint), SavedFragments(checkpoint / folder.TRAINING)
 
     @property
     def names(self) -> list[str]:
@@ -106,10 +107,10 @@ class Masters:
         """One of them."""
         stored = self._weights.tensor(name)
         parameter, start = place_of(name, stored.shape)
-        if stored.dtype == torch.float32 or parameter not in self._pieces:
+        if stored.dtype == torch.float32 or parameter not in self._fragments:
             return stored
         flat = torch.empty(stored.numel())
-        self._pieces.fill(flat, parameter, MASTER, start)
+        self._fragments.fill(flat, parameter, MASTER, start)
         return flat.view(stored.shape)
 
 

@@ -18,9 +18,9 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from fft.checkpoint import hf
 from fft.data.manifest import write_atomically
 from fft.errors import UserError
+from fft.weights import hf
 
 SUMS = "SHA256SUMS"
 LATEST = "latest"

@@ -20,10 +20,11 @@ import torch.multiprocessing  # lets tensors travel to another process through s
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fft.checkpoint import adapter, folder, hf
-from fft.checkpoint.pieces import rank_file
+from fft.checkpoint import adapter, folder
+from fft.checkpoint.fragments import rank_file
 from fft.data.manifest import write_atomically
 from fft.errors import UserError
+from fft.weights import hf
 
 
 @dataclass(frozen=True)

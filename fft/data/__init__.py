@@ -1,1 +1,1 @@
-"""Token tables: their contract, the deterministic order of their samples, and the loader."""
+"""Token tables: their contract, how they are written, the deterministic order of their samples, micro-batches."""

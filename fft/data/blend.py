@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fft.data.loader import Piece, SampleReader
+from fft.data.reader import SampleReader
+from fft.data.samples import SampleSpan
 from fft.data.table import Rows, Table
 from fft.errors import UserError
 
@@ -82,7 +83,7 @@ class Mixture:
 
 
 class Blend:
-    """Reads like a :class:`fft.data.loader.SampleReader`; an epoch has as many samples as all tables together."""
+    """Reads like a :class:`fft.data.reader.SampleReader`; an epoch has as many samples as all tables together."""
 
     def __init__(self, parts: Sequence[SampleReader], weights: Sequence[float], end: str = "repeat") -> None:
         lanes = min(part.lanes for part in parts)
@@ -165,7 +166,7 @@ class Blend:
                 break
         return epoch * self.samples_per_epoch + within * self.lanes + lane
 
-    def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[Piece, Rows]]]:
+    def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[SampleSpan, Rows]]]:
         """What samples are made of."""
         tables, own = self._place(indices)
         streams = [part.samples(theirs) for part, theirs in self._dealt(tables, own)]

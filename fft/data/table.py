@@ -14,7 +14,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.delta import is_delta, read_snapshot, split_name, split_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, is_hidden, read_manifest
-from fft.data.remote import is_url, read_folder
+from fft.data.storage import is_url, read_folder
 from fft.errors import UserError, one_line
 
 #: Columns the trainer reads, where a table has them; all are lists of integers.

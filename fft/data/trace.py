@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
-from fft.data.loader import SampleReader
 from fft.data.order import LANES
+from fft.data.reader import SampleReader
 from fft.data.table import Rows, Table
 from fft.errors import Parser, UserError, run_cli
 
@@ -41,16 +41,16 @@ def documents_of_step(reader: SampleReader | Blend, step: int, global_batch: int
     known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
         part, index = reader.part(sample)
-        (pieces,) = part.samples([index])
-        for piece, rows in pieces:
-            key = part.table.source, piece.group
-            names = known[key] = known[key] if key in known else _names(part.table, piece.group)
-            for number, (begin, end) in enumerate(_documents(rows, piece.row)):
-                start, stop = max(begin, piece.start), min(end, piece.stop)
+        (spans,) = part.samples([index])
+        for span, rows in spans:
+            key = part.table.source, span.group
+            names = known[key] = known[key] if key in known else _names(part.table, span.group)
+            for number, (begin, end) in enumerate(_documents(rows, span.row)):
+                start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
-                    name = names[piece.row][number] if names else ""
+                    name = names[span.row][number] if names else ""
                     place = sample, index // part.samples_per_epoch
-                    yield _seen(part.table, place, step, name, start - begin, stop - begin, piece.group, piece.row)
+                    yield _seen(part.table, place, step, name, start - begin, stop - begin, span.group, span.row)
 
 
 def steps_of_document(reader: SampleReader | Blend, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
@@ -67,9 +67,9 @@ def steps_of_document(reader: SampleReader | Blend, doc_id: str, global_batch: i
         for group, row, (begin, end) in _named(part.table, doc_id):
             found = True
             for own in _samples_with(reader, number, epochs * reader.samples_per_epoch, (group, row, begin, end)):
-                for piece in part.pieces(own):
-                    start, stop = max(begin, piece.start), min(end, piece.stop)
-                    if (piece.group, piece.row) == (group, row) and start < stop:
+                for span in part.spans_of(own):
+                    start, stop = max(begin, span.start), min(end, span.stop)
+                    if (span.group, span.row) == (group, row) and start < stop:
                         sample = reader.index(number, own)
                         place = sample, own // part.samples_per_epoch
                         step = sample // global_batch + 1

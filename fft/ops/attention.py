@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
-from fft.ops.ring import ShardedDocuments
+from fft.ops.sequence_parallel import ShardedDocuments
 
 #: The name under which :func:`hf_attention` is registered with transformers.
 HF_NAME = "fft_packed"
@@ -77,7 +77,7 @@ def hf_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     backend = choose(q.device, q.dtype, attention, q.shape[-1])
     if isinstance(documents, ShardedDocuments):
-        return documents.parallel.attention(q, k, v, documents.layout, scaling, backend)[None], None
+        return documents.parallel.attention(q, k, v, documents.shards, scaling, backend)[None], None
     return packed_attention(q, k, v, documents, scaling, backend)[None], None
 
 

@@ -20,11 +20,11 @@ from fft.parallel.tensor_plan import Shard
 #: Labels with this value are not trained on (PyTorch's and Hugging Face's convention).
 IGNORE = -100
 
-#: Largest piece of logits held at once, in elements (64 Mi float32 = 256 MiB).
+#: Largest chunk of logits held at once, in elements (64 Mi float32 = 256 MiB).
 MAX_LOGITS = 1 << 26
 
 #: Elements that are scaled at once.
-_PIECE = 1 << 22
+_CHUNK = 1 << 22
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ranks is not None:
                 lse, score = _of_all(lse, score, grad, ranks)
             total += (lse - score).sum()
-            del logits  # the memory of two pieces is all that is held
+            del logits  # the memory of two chunks is all that is held
             if not (need_hidden or need_weight):
                 continue
             grad.scatter_add_(1, own, -hit)
@@ -81,8 +81,8 @@ def _scale(x: Tensor, factor: Tensor) -> None:
     if x.dtype == factor.dtype:
         x.mul_(factor)
         return
-    for piece in x.view(-1).split(_PIECE):
-        piece.copy_(piece.to(factor.dtype) * factor)
+    for chunk in x.view(-1).split(_CHUNK):
+        chunk.copy_(chunk.to(factor.dtype) * factor)
 
 
 def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:

@@ -4,27 +4,20 @@ What is computed and what travels is planned on the host, see :mod:`fft.parallel
 are in flight while those of the step before are computed with; their gradients return while the next are computed.
 Partial results are merged, and all gradients summed, in float32 and in the order of the steps, so that results do not
 depend on timing. Queries never travel, and nothing waits for the device.
-
-Ulysses (arXiv:2309.14509) composes in front: ``degree`` consecutive ranks exchange tokens for heads, and each then
-takes part in a ring of its own for its heads.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fft.errors import UserError
 from fft.ops.backends import Backend
-from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, lse_dtype
-from fft.parallel.ring_plan import Layout, RankPlan, Span, plan_layout, plan_rank
+from fft.parallel.ring_plan import RankPlan, Span
 
 
 class Exchange(Protocol):
@@ -79,8 +72,8 @@ def _boundaries(plan: RankPlan, device: torch.device) -> _Boundaries:
     dense = [bounds for step in plan.steps for call in step.calls for bounds in (call.query_bounds, call.key_bounds)]
     everything = [plan.bounds, *dense]
     flat = torch.tensor([x for bounds in everything for x in bounds], dtype=torch.int32).to(device)
-    pieces = flat.split([len(bounds) for bounds in everything])
-    documents = iter([Documents(cu, bounds) for cu, bounds in zip(pieces, everything, strict=True)])
+    split = flat.split([len(bounds) for bounds in everything])
+    documents = iter([Documents(cu, bounds) for cu, bounds in zip(split, everything, strict=True)])
     own = next(documents)
     return _Boundaries(own, tuple(tuple((next(documents), next(documents)) for _ in step.calls) for step in plan.steps))
 
@@ -198,6 +191,13 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, exchange: Exchange, backend: Backend, scale: float
+) -> Tensor:
+    """:func:`ring_forward`, with :func:`ring_backward` as its gradient. Returns q's shape. Collective."""
+    return _RingAttention.apply(q, k, v, plan, exchange, backend, scale)
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -218,105 +218,3 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:
         return *ring_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.ring), None, None, None, None
-
-
-class _HeadsForTokens(torch.autograd.Function):
-    """[tokens of this rank, heads, size] -> [tokens of all ranks, heads / ranks, size], or back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: tuple[int, ...], group: dist.ProcessGroup, back: bool) -> Tensor:
-        ctx.exchange = tokens, group, back
-        ranks, own = len(tokens), tokens[dist.get_rank(group)]
-        _, heads, size = x.shape
-        if back:
-            mixed = x.new_empty(ranks * own, heads, size)
-            dist.all_to_all_single(mixed, x.contiguous(), [own] * ranks, list(tokens), group=group)
-            return mixed.view(ranks, own, heads, size).transpose(0, 1).reshape(own, ranks * heads, size)
-        mixed = x.view(own, ranks, heads // ranks, size).transpose(0, 1).reshape(ranks * own, heads // ranks, size)
-        gathered = x.new_empty(sum(tokens), heads // ranks, size)
-        dist.all_to_all_single(gathered, mixed, list(tokens), [own] * ranks, group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        tokens, group, back = ctx.exchange
-        return _HeadsForTokens.apply(grad, tokens, group, not back), None, None, None
-
-
-@dataclass(frozen=True)
-class ShardedDocuments:
-    """The documents of a packed row whose tokens are spread over ranks: what a model passes to its attention."""
-
-    row: Documents
-    layout: Layout
-    parallel: "SequenceParallel"
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest document."""
-        return self.row.max_length
-
-    @cached_property
-    def real(self) -> tuple[int, int]:
-        """The first so many of this rank's tokens, which are in the row's order, and of all, are no blank ones."""
-        tokens, _ = self.row.real
-        return int(np.searchsorted(self.parallel.tokens(self.layout), tokens)), tokens
-
-    def positions(self) -> Tensor:
-        """Position of each of this rank's tokens within its document, int64 [tokens]."""
-        own = torch.from_numpy(self.parallel.tokens(self.layout)).to(self.row.cu_seqlens.device)
-        return self.row.positions()[own]
-
-
-class SequenceParallel:
-    """Attention over ``group``: rings over ranks ``degree`` apart, Ulysses within each ``degree`` consecutive ones.
-
-    Collective: every rank of the default group creates it, for all ``groups`` (lists of global ranks, of one size).
-    Raises :class:`UserError` where ``degree`` does not divide that size.
-    """
-
-    def __init__(self, groups: list[list[int]], degree: int = 1) -> None:
-        size = len(groups[0])
-        if degree < 1 or size % degree:
-            raise UserError(f"--ulysses_degree {degree} must divide the sequence-parallel size {size}.")
-        self.degree, self.rings = degree, size // degree
-        rank = dist.get_rank()
-        self.place = next(group.index(rank) for group in groups if rank in group)
-        inner = [group[i : i + degree] for group in groups for i in range(0, size, degree)]
-        outer = [group[i::degree] for group in groups for i in range(degree)]
-        self._ulysses = dist.new_subgroups_by_enumeration(inner)[0] if degree > 1 else None
-        self._exchange = GroupExchange(dist.new_subgroups_by_enumeration(outer)[0])
-        #: All ranks that share this rank's rows.
-        self.group = self._exchange.group if degree == 1 else dist.new_subgroups_by_enumeration(groups)[0]
-
-    def layout(self, bounds: tuple[int, ...]) -> Layout:
-        """Who holds which tokens of a row with these document boundaries: the same for all ranks of a Ulysses group."""
-        return plan_layout(bounds, self.rings)
-
-    def tokens(self, layout: Layout) -> np.ndarray:
-        """Index in the row of every token that this rank holds, int64: Ulysses shares a ring's rank's out equally."""
-        start, stop = self._parts(plan_rank(layout, self._exchange.rank))[self.place % self.degree]
-        return layout.tokens(self.place // self.degree)[start:stop]
-
-    def _parts(self, plan: RankPlan) -> list[Span]:
-        cuts = [plan.tokens * i // self.degree for i in range(self.degree + 1)]
-        return list(pairwise(cuts))
-
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, backend: Backend | None = None
-    ) -> Tensor:
-        """Causal attention inside each document, over all ranks of the group.
-
-        ``q`` [this rank's tokens, heads, head size]; ``layout`` planned for size / degree ranks. Returns q's shape.
-        Raises :class:`UserError` where heads cannot be shared out.
-        """
-        plan = plan_rank(layout, self._exchange.rank)
-        backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
-        if self.degree > 1:
-            for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
-                if heads % self.degree:
-                    raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
-            tokens = tuple(b - a for a, b in self._parts(plan))
-            q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
-        out = _RingAttention.apply(q, k, v, plan, self._exchange, backend, scale)
-        return _HeadsForTokens.apply(out, tokens, self._ulysses, True) if self.degree > 1 else out

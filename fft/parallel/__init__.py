@@ -1,1 +1,1 @@
-"""How ranks share one model: the mesh and the pipeline partition."""
+"""How ranks share one model: the mesh, the parts of parameters, the tokens of a row."""

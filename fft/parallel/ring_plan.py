@@ -43,7 +43,7 @@ def row_multiple(ranks: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)  # made once by the cached functions below: equal means the same, and hashes fast
-class Layout:
+class TokenShards:
     """Who holds which tokens: chunk i is ``cuts[i]`` to ``cuts[i + 1]`` of the row and lies with rank ``owners[i]``."""
 
     bounds: tuple[int, ...]
@@ -127,7 +127,7 @@ class RankPlan:
 
 
 @lru_cache(maxsize=64)
-def plan_layout(bounds: tuple[int, ...], ranks: int, chunks: int | None = None) -> Layout:
+def plan_shards(bounds: tuple[int, ...], ranks: int, chunks: int | None = None) -> TokenShards:
     """Cut the row with document boundaries ``bounds`` (first 0, last N) into chunks and deal them to the ranks.
 
     Without ``chunks`` (chunks per rank) the fewest are taken that balance attention to :data:`BALANCED`, or those that
@@ -145,20 +145,20 @@ def plan_layout(bounds: tuple[int, ...], ranks: int, chunks: int | None = None) 
             break
         if tokens % ranks == 0 and tokens % (ranks * count):
             continue  # equal shares are worth more than balance
-        layout = _deal(bounds, ranks, count)
-        if best is None or layout.imbalance < best.imbalance:
-            best = layout
+        shards = _deal(bounds, ranks, count)
+        if best is None or shards.imbalance < best.imbalance:
+            best = shards
         if best.imbalance <= BALANCED:
             break
     return best
 
 
 @lru_cache(maxsize=256)
-def plan_rank(layout: Layout, rank: int) -> RankPlan:
+def plan_rank(shards: TokenShards, rank: int) -> RankPlan:
     """What ``rank`` computes, sends and receives."""
-    ranks = layout.ranks
-    own = _Pieces.of(layout, rank)
-    others = {other: _Pieces.of(layout, other) for other in range(ranks) if other != rank}
+    ranks = shards.ranks
+    own = _Pieces.of(shards, rank)
+    others = {other: _Pieces.of(shards, other) for other in range(ranks) if other != rank}
     steps = []
     for distance in range(1, ranks):
         to, source = (rank + distance) % ranks, (rank - distance) % ranks
@@ -168,21 +168,21 @@ def plan_rank(layout: Layout, rank: int) -> RankPlan:
     return RankPlan(rank, own.bounds, tuple(steps))
 
 
-def layout_of(bounds: tuple[int, ...], owners: Sequence[int]) -> Layout:
+def shards_of(bounds: tuple[int, ...], owners: Sequence[int]) -> TokenShards:
     """Cut the row into as many equal chunks as there are ``owners`` and give them to those."""
     cuts = np.arange(len(owners) + 1) * bounds[-1] // len(owners)
     sums = np.zeros(max(owners) + 1, dtype=np.int64)
     np.add.at(sums, list(owners), np.diff(_area_before(np.asarray(bounds), cuts)))
-    return Layout(bounds, tuple(cuts.tolist()), tuple(owners), tuple(sums.tolist()))
+    return TokenShards(bounds, tuple(cuts.tolist()), tuple(owners), tuple(sums.tolist()))
 
 
-def _deal(bounds: tuple[int, ...], ranks: int, chunks: int) -> Layout:
+def _deal(bounds: tuple[int, ...], ranks: int, chunks: int) -> TokenShards:
     """Longest processing time first (Graham 1969), each rank taking ``chunks`` chunks."""
     total, count = bounds[-1], ranks * chunks
     cuts = np.arange(count + 1) * total // count
     areas = np.diff(_area_before(np.asarray(bounds), cuts))
     if chunks == 1:
-        return layout_of(bounds, list(range(ranks)))  # neighbours share documents: ranks in the row's order
+        return shards_of(bounds, list(range(ranks)))  # neighbours share documents: ranks in the row's order
     owners = np.empty(count, dtype=int)
     loads = [(0, 0, rank) for rank in range(ranks)]  # a heap of (area, chunks taken, rank)
     for chunk in np.argsort(-areas, kind="stable"):
@@ -190,7 +190,7 @@ def _deal(bounds: tuple[int, ...], ranks: int, chunks: int) -> Layout:
         owners[chunk] = rank
         if taken + 1 < chunks:
             heapq.heappush(loads, (area + int(areas[chunk]), taken + 1, rank))
-    return layout_of(bounds, owners.tolist())
+    return shards_of(bounds, owners.tolist())
 
 
 def _area_before(bounds: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -216,8 +216,8 @@ class _Pieces:
     bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, layout: Layout, rank: int) -> "_Pieces":
-        return _pieces(layout, rank)
+    def of(cls, shards: TokenShards, rank: int) -> "_Pieces":
+        return _pieces(shards, rank)
 
     def within(self, start: int, stop: int) -> list[Span]:
         """Rows among the rank's tokens that hold tokens ``start`` to ``stop`` of the row."""
@@ -226,10 +226,10 @@ class _Pieces:
 
 
 @lru_cache(maxsize=1024)
-def _pieces(layout: Layout, rank: int) -> _Pieces:
-    documents = np.asarray(layout.bounds)
+def _pieces(shards: TokenShards, rank: int) -> _Pieces:
+    documents = np.asarray(shards.bounds)
     runs, begins, spans, bounds, at, last = [], [], [], [0], 0, -1
-    for a, b in layout.spans(rank):
+    for a, b in shards.spans(rank):
         first = int(np.searchsorted(documents, a, side="right")) - 1
         stop = int(np.searchsorted(documents, b, side="left"))
         if at and first != last:  # another document than the run before ended with
@@ -296,24 +296,24 @@ def _merged(spans: list[Span]) -> tuple[Span, ...]:
     return tuple(merged)
 
 
-def picture(layout: Layout) -> str:
+def picture(shards: TokenShards) -> str:
     """The plan for people: the row by owner, then what every rank computes in every step, as parts of the mean."""
     digits = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-"
-    row = "".join(digits[owner % len(digits)] for owner in layout.owners)
-    mean = sum(layout.areas) / layout.ranks
+    row = "".join(digits[owner % len(digits)] for owner in shards.owners)
+    mean = sum(shards.areas) / shards.ranks
     lines = [
-        f"{layout.bounds[-1]:,} tokens, {len(layout.bounds) - 1:,} documents, {layout.ranks} ranks, "
-        f"{len(row) // layout.ranks} chunks a rank, busiest rank {layout.imbalance:.3f} of the mean",
+        f"{shards.bounds[-1]:,} tokens, {len(shards.bounds) - 1:,} documents, {shards.ranks} ranks, "
+        f"{len(row) // shards.ranks} chunks a rank, busiest rank {shards.imbalance:.3f} of the mean",
         f"chunks by owner: {row}",
-        "rank   own " + " ".join(f"{f'+{d}':>5}" for d in range(1, layout.ranks)) + "   sum calls   received",
+        "rank   own " + " ".join(f"{f'+{d}':>5}" for d in range(1, shards.ranks)) + "   sum calls   received",
     ]
-    for rank in range(layout.ranks):
-        plan = plan_rank(layout, rank)
+    for rank in range(shards.ranks):
+        plan = plan_rank(shards, rank)
         dense = [sum(call.area for call in step.calls) for step in plan.steps]
         parts = " ".join(f"{area / mean:5.2f}" if area else "    ." for area in dense)
         received = sum(step.received for step in plan.steps)
-        own = (layout.areas[rank] - sum(dense)) / mean
-        lines.append(f"{rank:4d} {own:5.2f} {parts} {layout.areas[rank] / mean:5.2f} {plan.calls:5d} {received:10,d}")
+        own = (shards.areas[rank] - sum(dense)) / mean
+        lines.append(f"{rank:4d} {own:5.2f} {parts} {shards.areas[rank] / mean:5.2f} {plan.calls:5d} {received:10,d}")
     return "\n".join(lines)
 
 
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=4, help="ranks of the ring (default %(default)s)")
     parser.add_argument("--chunks", type=int, help="chunks per rank (default: the fewest that balance)")
     options = parser.parse_args(arguments)
-    print(picture(plan_layout((0, *np.cumsum(options.lengths).tolist()), options.ranks, options.chunks)))
+    print(picture(plan_shards((0, *np.cumsum(options.lengths).tolist()), options.ranks, options.chunks)))
 
 
 if __name__ == "__main__":

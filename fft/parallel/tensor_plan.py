@@ -55,8 +55,8 @@ class Shard:
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the part into the whole parameter."""
         lengths = [b - a for a, b in self.spans]
-        for (a, b), piece in zip(self.spans, part.split(lengths, dim=self.dim), strict=True):
-            whole.narrow(self.dim, a, b - a).copy_(piece)
+        for (a, b), stretch in zip(self.spans, part.split(lengths, dim=self.dim), strict=True):
+            whole.narrow(self.dim, a, b - a).copy_(stretch)
 
     def flat(self, index: Tensor) -> Tensor:
         """Where elements of the flattened part are in the flattened parameter, int64."""

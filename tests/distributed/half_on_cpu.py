@@ -7,8 +7,8 @@ import sys
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from fft import engine
 from fft.train import cli
+from fft.training import engine
 
 if __name__ == "__main__":
     CPU_Accelerator.is_fp16_supported = lambda self: True

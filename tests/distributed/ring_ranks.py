@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from fft.errors import UserError
 from fft.ops.attention import packed_attention
 from fft.ops.documents import Documents
-from fft.ops.ring import SequenceParallel
-from fft.parallel.ring_plan import plan_layout
+from fft.ops.sequence_parallel import SequenceParallel
+from fft.parallel.ring_plan import plan_shards
 
 DOCUMENTS = {
     "one-token documents": [1] * 9 + [130, 1, 1],
@@ -48,16 +48,16 @@ def this_rank(
     parallel: SequenceParallel, inputs: list[torch.Tensor], documents: Documents, recompute: bool = False
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Which tokens this rank holds, and their output and gradients."""
-    layout = plan_layout(documents.bounds, parallel.rings)
-    mine = torch.from_numpy(parallel.tokens(layout))
-    *shards, dout = [x[mine] for x in inputs]
-    shards = [x.requires_grad_() for x in shards]
+    shards = plan_shards(documents.bounds, parallel.rings)
+    mine = torch.from_numpy(parallel.tokens(shards))
+    *own, dout = [x[mine] for x in inputs]
+    own = [x.requires_grad_() for x in own]
     if recompute:
-        out = checkpoint(lambda *x: parallel.attention(*x, layout, 0.3), *shards, use_reentrant=False)
+        out = checkpoint(lambda *x: parallel.attention(*x, shards, 0.3), *own, use_reentrant=False)
     else:
-        out = parallel.attention(*shards, layout, 0.3)
+        out = parallel.attention(*own, shards, 0.3)
     out.backward(dout)
-    return mine, [out.detach(), *(x.grad for x in shards)]
+    return mine, [out.detach(), *(x.grad for x in own)]
 
 
 def errors(parallel: SequenceParallel, lengths: list[int], dtype: torch.dtype, recompute: bool) -> torch.Tensor:
@@ -94,11 +94,11 @@ def leaks(parallel: SequenceParallel) -> torch.Tensor:
 
 def refusal(parallel: SequenceParallel) -> str:
     """What is said of key/value heads that ``degree`` does not divide."""
-    layout = plan_layout((0, 64), parallel.rings)
-    tokens = len(parallel.tokens(layout))
+    shards = plan_shards((0, 64), parallel.rings)
+    tokens = len(parallel.tokens(shards))
     q, k = torch.zeros(tokens, 4 * parallel.degree, 8), torch.zeros(tokens, 1, 8)
     try:
-        parallel.attention(q, k, k, layout, 0.3)
+        parallel.attention(q, k, k, shards, 0.3)
     except UserError as error:
         return str(error)
     return ""

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, VOCAB, write_table
+from samples import read_sample
 
 from fft.arguments import parse_arguments
 from fft.data.manifest import FileInfo, Manifest, TokenizerInfo, begin_writing, commit, tokenizer_sha256
 from fft.errors import UserError
-from fft.preflight import prepare
+from fft.planning.preflight import plan_run
 from fft.train import cli
 
 
@@ -42,7 +43,7 @@ def flags(good, output, **changes) -> list[str]:
 
 def refusal(argv, world=1) -> str:
     with pytest.raises(UserError) as raised:
-        prepare(parse_arguments(argv), world)
+        plan_run(parse_arguments(argv), world)
     assert len(str(raised.value).splitlines()) == 1
     return str(raised.value)
 
@@ -58,7 +59,7 @@ def manifest_of(folder, **facts) -> Manifest:
 
 
 def test_the_flags_these_tests_start_from_are_accepted(good, tmp_path):
-    assert prepare(parse_arguments(flags(good, tmp_path)), 1).total_steps == 1
+    assert plan_run(parse_arguments(flags(good, tmp_path)), 1).total_steps == 1
 
 
 @pytest.mark.parametrize("flag", ["train_data", "eval_data"])
@@ -184,7 +185,7 @@ def test_table_of_another_tokenizer(good, tmp_path):
         commit(table, manifest_of(table, tokenizer=TokenizerInfo("other", sha256, VOCAB)))
         argv = flags(good, tmp_path, train_data=table, tokenizer=tmp_path / "tokenizer")
         if fits:
-            prepare(parse_arguments(argv), 1)
+            plan_run(parse_arguments(argv), 1)
         else:
             assert f"{table} was tokenized with other, not with the tokenizer in {tmp_path}" in refusal(argv)
 
@@ -201,9 +202,9 @@ def test_table_of_another_tokenizer(good, tmp_path):
 def test_ids_outside_the_vocabulary(good, tmp_path, column, value, named):
     """Found when a row group is read; -100 marks tokens that are not trained on and stays allowed."""
     foreign(tmp_path / "table", {"input_ids": [[1, 2, 3]], "labels": [[-100, 2, 3]], column: [[1, 2, value]]})
-    reader = prepare(parse_arguments(flags(good, tmp_path, train_data=tmp_path / "table")), 1).train
+    reader = plan_run(parse_arguments(flags(good, tmp_path, train_data=tmp_path / "table")), 1).train
     with pytest.raises(UserError) as raised:
-        reader.sample(0)
+        read_sample(reader, 0)
     assert f"row group 0 holds {named} {value}, outside the model's vocabulary of {VOCAB}: tok" in str(raised.value)
 
 
@@ -268,7 +269,7 @@ def test_overwriting_never_takes_what_the_run_needs(good, tmp_path):
 def test_a_model_may_be_trained_in_place(good, tmp_path):
     (tmp_path / "config.json").write_text((good / "config.json").read_text())
     argv = [*flags(good, tmp_path, model=tmp_path, output_dir=tmp_path), "--overwrite"]
-    assert prepare(parse_arguments(argv), 1).total_steps == 1
+    assert plan_run(parse_arguments(argv), 1).total_steps == 1
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from test_runs import loss_of
 
 from fft.arguments import parse_arguments
 from fft.checkpoint.folder import checkpoint_steps, read_state
-from fft.checkpoint.hf import staging_dir
 from fft.errors import UserError
-from fft.preflight import prepare
+from fft.planning.preflight import plan_run
+from fft.weights.hf import staging_dir
 
 FLAGS = "--seq_len 64 --dtype fp32"
 
@@ -43,7 +43,7 @@ def run(tmp_path_factory, ragged_table):
 def start_from(run, *flags):
     """The plan of a run that starts from a checkpoint; nothing is started."""
     given = ["--from_ckpt", run, "--output_dir", run.parent / "unwritten", *FLAGS.split(), "--num_train_epochs", 0]
-    return prepare(parse_arguments([str(part) for part in (*given, *flags)]), 1)
+    return plan_run(parse_arguments([str(part) for part in (*given, *flags)]), 1)
 
 
 def test_the_newest_are_kept(run):

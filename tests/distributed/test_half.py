@@ -9,8 +9,8 @@ from test_parity import flags, held_out, model_dir, read_metrics, reference  # n
 
 from fft.arguments import parse_arguments
 from fft.checkpoint.folder import read_state
-from fft.engine import check_device
 from fft.errors import UserError
+from fft.training.engine import check_device
 
 #: An initial loss scale that does not overflow, and one that does: a power of two, the scale then halves each step.
 FITS, TOO_LARGE = 16, 24

@@ -15,7 +15,7 @@ from fft.arguments import parse_arguments
 from fft.checkpoint import adapter
 from fft.data.manifest import FileInfo, Manifest, commit
 from fft.parity import faults, one_process, read_outcome, write_random_model
-from fft.preflight import prepare
+from fft.planning.preflight import plan_run
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, LR, CLIP = 5, 8, 64, 1e-3, 0.5
 
@@ -183,7 +183,7 @@ def reference(model_dir, ragged_table, held_out, tmp_path_factory):
         if (family, *extra) not in known:
             given = flags(model_dir(family), ragged_table, tmp_path_factory.mktemp("unused"), held_out)
             args = parse_arguments([*given, *extra, "--gradient_accumulation_steps", str(GLOBAL_BATCH)])
-            known[(family, *extra)] = one_process(model_dir(family), args, prepare(args, 1))
+            known[(family, *extra)] = one_process(model_dir(family), args, plan_run(args, 1))
         return known[(family, *extra)]
 
     return of

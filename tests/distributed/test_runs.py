@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_parity import read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fft.data.loader import SampleReader
+from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.parity import mean_loss
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from unit.test_ring import documents_of, emulate, tensors, whole
+from unit.ops.test_ring import documents_of, emulate, tensors, whole
 
 from fft.ops import fused
 from fft.ops.backends import reference
 from fft.ops.backends.choice import KERNELS, choose
 from fft.ops.documents import Documents
-from fft.parallel.ring_plan import plan_layout
+from fft.parallel.ring_plan import plan_shards
 
 DEVICE = torch.device("cuda", 0)
 BACKENDS = [kernel.backend for kernel in KERNELS.values() if kernel.device == "cuda" and kernel.is_installed()]
@@ -85,7 +85,7 @@ def test_ring_is_as_good_as_the_single_kernel(backend, ranks):
     exact = whole(documents, [x.double() for x in inputs], reference, 0.125)
     on_device = [x.to(DEVICE) for x in inputs]
     single = whole(on_gpu(documents), on_device, backend, 0.125)
-    ring = emulate(plan_layout(documents.bounds, ranks), on_device, backend, 0.125)
+    ring = emulate(plan_shards(documents.bounds, ranks), on_device, backend, 0.125)
     for name, mine, theirs, true in zip(["out", "lse", "dq", "dk", "dv"], ring, single, exact, strict=True):
         ours, kernel = ((x.double().cpu() - true).norm() for x in (mine, theirs))
         assert ours <= 1.25 * kernel + 1e-6 * true.norm(), f"{name}: {ours / kernel:.3f}"
@@ -94,11 +94,11 @@ def test_ring_is_as_good_as_the_single_kernel(backend, ranks):
 def test_documents_never_see_each_other(backend):
     documents, inputs = documents_of([1300, 48, 700]), tensors(2048, 4, 2, 64, torch.bfloat16)
     inputs = [x.to(DEVICE) for x in inputs]
-    layout = plan_layout(documents.bounds, 4)
-    before = emulate(layout, inputs, backend, 0.125)[0]
+    shards = plan_shards(documents.bounds, 4)
+    before = emulate(shards, inputs, backend, 0.125)[0]
     for x in inputs:
         x[1300:1348] += 1
-    after = emulate(layout, inputs, backend, 0.125)[0]
+    after = emulate(shards, inputs, backend, 0.125)[0]
     assert torch.equal(before[:1300], after[:1300])
     assert torch.equal(before[1348:], after[1348:])
 

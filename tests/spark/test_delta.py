@@ -6,12 +6,12 @@ import deltalake
 import pyarrow as pa
 import pytest
 
-from fft.data.loader import SampleReader
+from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.errors import UserError
 from spark.helpers import rows_of
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
-from spark_jobs.commands import tokenize as main
+from spark_jobs.cli import tokenize as main
 
 
 def ids_of(folder, version=None) -> list:
@@ -75,7 +75,7 @@ def test_until_the_commit_the_old_version_stands(spark, corpus, tokenizer, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("spark_jobs.place.commit_delta", dies)
+        patch.setattr("fft.data.place.commit_delta", dies)
         with pytest.raises(KeyboardInterrupt):
             tokenize_table(corpus, folder, tokenizer, max_len=50, table_format="delta", overwrite=True)
     assert ids_of(folder) == before

@@ -9,7 +9,8 @@ import pytest
 
 from fft.errors import UserError
 from spark.helpers import hashes_of
-from spark_jobs import repartition_table, session
+from spark_jobs import repartition_table
+from spark_jobs.runtime import session
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ["spark-submit", "--master", "local[1]", "--conf", "spark.ui.enabled=false"]

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
+from fft.data.part_files import PartFile
+from fft.data.place import Place
+from fft.data.worker_notes import Channel
 from fft.errors import UserError
 from spark.helpers import files_of, rows_of, write_foreign
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
-from spark_jobs.channel import Channel
-from spark_jobs.parts import PartFile
-from spark_jobs.place import Place
 
 
 def test_a_broken_footer_is_named(spark, tokens, tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from fft.data.table import Table
 from fft.errors import UserError
 from spark.helpers import files_of, hashes_of, rows_of, write_foreign
 from spark_jobs import repartition_table
-from spark_jobs.commands import repartition as main
+from spark_jobs.cli import repartition as main
 
 
 def documents_of(rows):
@@ -152,11 +152,11 @@ def test_an_interrupted_replacement_is_finished(shuffled, tmp_path, monkeypatch)
         rename(source, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spark_jobs.replacing.os.rename", dies_at_the_second)
+    monkeypatch.setattr("spark_jobs.token_table.replacing.os.rename", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         repartition_table(table, max_len=128, num_partition=2, overwrite=True)
     assert not table.exists()
-    monkeypatch.setattr("spark_jobs.replacing.os.rename", rename)
+    monkeypatch.setattr("spark_jobs.token_table.replacing.os.rename", rename)
     # The same command again: first the table is there again, packed; then it is packed once more.
     repartition_table(table, max_len=128, num_partition=2, overwrite=True)
     repartition_table(shuffled / "train", tmp_path / "once", max_len=128, num_partition=2)

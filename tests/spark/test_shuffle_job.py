@@ -9,7 +9,7 @@ from fft.data.manifest import WRITING_NAME, begin_writing, read_manifest
 from fft.errors import UserError
 from spark.helpers import hashes_of, rows_of, write_foreign
 from spark_jobs import shuffle_tables
-from spark_jobs.commands import shuffle as main
+from spark_jobs.cli import shuffle as main
 
 
 def names_of(rows):

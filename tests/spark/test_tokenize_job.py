@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
+from fft.text import encoder
 from spark.helpers import END, rows_of, save_tokenizer
-from spark_jobs import encoding, tokenize_table
-from spark_jobs.commands import tokenize as main
+from spark_jobs import tokenize_table
+from spark_jobs.cli import tokenize as main
 
 
 def ids_by_name(table):
@@ -86,24 +87,24 @@ def test_a_tokenizer_that_fastokens_cannot_load_is_used_through_hugging_face(spa
 
 
 def test_an_engine_that_gives_other_ids_is_not_used(tokenizer, monkeypatch):
-    recipe, _ = encoding.load_recipe(tokenizer, "auto", False)
-    exact = encoding.encode_exact(recipe, ["abc", "", "x = 1"])
+    recipe, _ = encoder.load_recipe(tokenizer, "auto", False)
+    exact = encoder.encode_exact(recipe, ["abc", "", "x = 1"])
 
     class Wrong:
         def encode_batch_flat(self, texts, *_):
             return np.zeros(len(texts), np.uint32).tobytes(), np.arange(len(texts) + 1, dtype=np.uint64).tobytes()
 
-    monkeypatch.setattr(encoding, "_fast", lambda recipe: Wrong())
-    encoder = encoding.Encoder(recipe)
-    ids, offsets, checked = encoder.encode(["abc", "", "x = 1"])
-    assert encoder.engine == 2
+    monkeypatch.setattr(encoder, "_fast", lambda recipe: Wrong())
+    engine = encoder.Encoder(recipe)
+    ids, offsets, checked = engine.encode(["abc", "", "x = 1"])
+    assert engine.engine == 2
     assert checked == 3
     assert ids.tolist() == exact[0].tolist()
     assert offsets.tolist() == exact[1].tolist()
 
 
 def test_surround():
-    ids, offsets = encoding.surround(np.array([5, 6, 7], np.int32), np.array([0, 2, 2, 3]), (1, 2), (9,))
+    ids, offsets = encoder.surround(np.array([5, 6, 7], np.int32), np.array([0, 2, 2, 3]), (1, 2), (9,))
     assert ids.tolist() == [1, 2, 5, 6, 9, 1, 2, 9, 1, 2, 7, 9]
     assert offsets.tolist() == [0, 5, 8, 12]
 

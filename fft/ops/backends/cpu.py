@@ -13,11 +13,11 @@ def forward(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
     for row, col in paired_spans(queries, keys):
-        piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        own, own_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _bhtd(q[row]), _bhtd(k[col]), _bhtd(v[col]), 0.0, causal, scale=scale
         )
-        out[row] = piece[0].transpose(0, 1)
-        lse[:, row] = piece_lse[0]
+        out[row] = own[0].transpose(0, 1)
+        lse[:, row] = own_lse[0]
     return out, lse
 
 
@@ -37,10 +37,10 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for row, col in paired_spans(queries, keys):
         inputs = (_bhtd(x) for x in (dout[row], q[row], k[col], v[col], out[row]))
-        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *inputs, lse[None, :, row], 0.0, causal, scale=scale
         )
-        dq[row], dk[col], dv[col] = (piece[0].transpose(0, 1) for piece in pieces)
+        dq[row], dk[col], dv[col] = (gradient[0].transpose(0, 1) for gradient in gradients)
     return dq, dk, dv
 
 

@@ -1,0 +1,65 @@
+"""Parameters as they are written: whole, under the names of files, shared out over tensor-parallel ranks."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fft.models.causal_lm import ModelSource
+from fft.parallel.tensor import TensorParallel
+from fft.parallel.tensor_plan import Shard
+from fft.weights.experts import to_stored
+
+
+def whole_tensors(parameters: Mapping[str, Tensor], source: ModelSource) -> dict[str, Tensor]:
+    """The tensors that this rank writes of its stage's ``parameters``, by the names in files.
+
+    With tensor parallelism the ranks of a group call it together; each gets whole tensors, about equal shares of the
+    stage, in host memory, so that none holds a stage whole.
+    """
+    if source.tensor is None:
+        return to_stored({name: p.detach() for name, p in parameters.items()})
+    ranks = source.tensor
+    shards = {name: source.shards.get(name) for name in parameters}
+    shapes = {name: tuple(p.shape) if shards[name] is None else shards[name].shape for name, p in parameters.items()}
+    owners, own = _owners({name: prod(shape) for name, shape in shapes.items()}, ranks.size), {}
+    for name, owner in owners.items():
+        part = parameters[name].detach().contiguous()
+        if shards[name] is None:
+            if owner == ranks.rank:
+                own[name] = part.cpu()
+            continue
+        parts = [source.shard(name, shapes[name], rank, ranks.size) for rank in range(ranks.size)]
+        whole = _collect(part, parts, owner, ranks)
+        if whole is not None:
+            own[name] = whole
+    return to_stored(own)
+
+
+def _collect(part: Tensor, shards: Sequence[Shard], owner: int, ranks: TensorParallel) -> Tensor | None:
+    """Parts of all ranks as one tensor on ``owner``; None elsewhere. Copies are sent once."""
+    if ranks.rank != owner:
+        if shards[ranks.rank].copy == 0:
+            dist.send(part, group=ranks.group, group_dst=owner)
+        return None
+    whole = torch.empty(shards[0].shape, dtype=part.dtype)
+    for rank, shard in enumerate(shards):
+        if rank != owner and shard.copy == 0:
+            received = part.new_empty(shard.local_shape)
+            dist.recv(received, group=ranks.group, group_src=rank)
+            shard.put(whole, received)
+        elif rank == owner:
+            shard.put(whole, part)
+    return whole
+
+
+def _owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Share tensors out so that each rank has about the same size: the largest first, to whom has least."""
+    heap, owners = [(0, rank) for rank in range(ranks)], {}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        held, owners[name] = heapq.heappop(heap)
+        heapq.heappush(heap, (held + size, owners[name]))
+    return owners

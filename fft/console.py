@@ -1,0 +1,81 @@
+"""What a job tells its user on stderr: a line that lives while it writes, and a table at the end."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from fft.data.worker_notes import Amount, Channel
+
+
+def say(text: str) -> None:
+    """One line for the user."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned, numbers with thousands separators and to the right."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        parts = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def progress(
+    name: str, channel: Channel, parts: int, tokens: int | None = None, interval: float = 1.0
+) -> Iterator[None]:
+    """Show what tasks have noted in ``channel``, of ``parts`` and, if that is known, ``tokens`` in all; then clear it.
+
+    A terminal gets one line rewritten, a log file one line every half minute.
+    """
+    tty = sys.stderr.isatty()
+    stop = threading.Event()
+
+    def poll() -> None:
+        start = time.monotonic()
+        while not stop.wait(interval if tty else 30.0):
+            line = progress_line(
+                name, channel.amount("read"), channel.amount("written"), parts, tokens, time.monotonic() - start
+            )
+            print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        if tty:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        channel.clear()
+
+
+def progress_line(name: str, read: Amount, written: Amount, parts: int, tokens: int | None, seconds: float) -> str:
+    """For example ``shuffle: 1,200 rows, 2.4 of 9.6 M tokens written, 1.2 M tokens/s, 6 s left``.
+
+    Where all rows are read before the first is written, that is half of the work. Without a number of ``tokens`` to
+    expect, the share of parts that are finished says how much is left.
+    """
+    verb, now = ("written", written) if written.rows or not read.rows else ("read", read)
+    amount = f"{now.tokens / 1e6:,.1f}{f' of {tokens / 1e6:,.1f}' if tokens else ''} M tokens {verb}"
+    if tokens:
+        passes = [done.tokens / tokens for done, counts in ((read, read.rows), (written, parts)) if counts]
+        share = sum(min(p, 1.0) for p in passes) / max(1, len(passes))
+    else:
+        share = min(written.parts / parts, 1.0)
+    left = f"{seconds / share * (1 - share):,.0f} s left" if share else f"{seconds:,.0f} s so far"
+    return f"{name}: {now.rows:,} rows, {amount}, {now.tokens / seconds / 1e6:,.1f} M tokens/s, {left}"

@@ -1,0 +1,56 @@
+"""Raw inputs: which files there are, how Spark reads them, and how one record becomes a document or is malformed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fft.corpus.files import kind_of
+from fft.corpus.readers import READERS, read_row_groups, row_group_sizes, schema_of
+from fft.corpus.splits import Split
+from fft.text.records import Malformed, Task
+
+_BATCH_RECORDS, _BATCH_BYTES = 4096, 8 << 20
+
+
+def read_records(split: Split, task: Task) -> Iterator[list[tuple[bytes | None, str | None]]]:
+    """Records (a JSON line or a text as bytes; an id if it stands beside) of a split, a few megabytes at a time."""
+    if split.kind == "parquet":
+        columns = task.columns(schema_of(split.path), split.path)
+        for batch in read_row_groups(split.path, split.start, split.stop, columns):
+            yield list(task.rows(batch))
+        return
+    waiting, size = [], 0
+    for record in READERS[split.kind](split.path, split.start, split.stop):
+        if split.kind == "json" and not record.strip():
+            continue  # blank lines between records are none
+        waiting.append((record, None))
+        size += len(record)
+        if len(waiting) == _BATCH_RECORDS or size >= _BATCH_BYTES:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
+
+
+def first_malformed(path: str, task: Task) -> str:
+    """Name a file's first malformed record by line or row."""
+    kind = kind_of(Path(path))
+    if kind == "text":
+        return path
+    what = "row" if kind == "parquet" else "line"
+    for number, (record, doc_id) in enumerate(_numbered(path, kind, task), 1):
+        if kind == "json" and not record.strip():
+            continue
+        try:
+            task.parse(kind, record, doc_id)
+        except Malformed:
+            return f"{path}, {what} {number}"
+    return path
+
+
+def _numbered(path: str, kind: str, task: Task) -> Iterator[tuple[bytes | None, str | None]]:
+    if kind == "json":
+        yield from ((line, None) for line in READERS["json"](path, 0, 0))
+        return
+    columns = task.columns(schema_of(path), path)
+    for batch in read_row_groups(path, 0, len(row_group_sizes(path)), columns):
+        yield from task.rows(batch)

@@ -1,0 +1,66 @@
+"""Which bytes of which input files each part reads: planned from sizes alone, so that any engine reads alike."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+#: Input bytes of a part, and the fewest parts: enough to occupy a few cores with little input.
+PART_BYTES, FEWEST_PARTS = 64 << 20, 8
+#: Schema of :func:`Split.row` after ``part``.
+SPLIT = "dataset string, kind string, path string, start bigint, stop bigint"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a file that can be read on its own: bytes [start, stop) of a text, or row groups of a parquet file.
+
+    ``dataset`` names the input it belongs to. ``size`` is its cost in bytes. A compressed text is one span (0, 0).
+    """
+
+    dataset: str
+    kind: str
+    path: str
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A :class:`Span` and the number of the part that reads it."""
+
+    part: int
+    dataset: str
+    kind: str
+    path: str
+    start: int
+    stop: int
+
+    def row(self) -> tuple:
+        """As a row for Spark."""
+        return astuple(self)
+
+
+def cut_text(dataset: str, kind: str, path: str, size: int, chunk: int) -> list[Span]:
+    """Cut a plain text file into spans of about ``chunk`` bytes; records belong to the span they begin in."""
+    chunks = max(1, -(-size // chunk))
+    bounds = [size * i // chunks for i in range(chunks + 1)]
+    return [Span(dataset, kind, path, a, b, b - a) for a, b in itertools.pairwise(bounds)]
+
+
+def chunk_size(total: int) -> int:
+    """Bytes into which large files are cut when the whole input has ``total``."""
+    return max(1, min(PART_BYTES, -(-total // FEWEST_PARTS)))
+
+
+def deal(spans: Sequence[Span]) -> list[Split]:
+    """Spans to parts, in order, neighbours together; parts are numbered from 0 without gaps."""
+    total = sum(span.size for span in spans)
+    target, splits, before, last, part = chunk_size(total), [], 0, None, -1
+    for span in spans:
+        bin_ = (before + span.size // 2) // target
+        if bin_ != last:
+            part, last = part + 1, bin_
+        splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop))
+        before += span.size
+    return splits

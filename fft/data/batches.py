@@ -1,0 +1,160 @@
+"""From samples to micro-batches: packed, no padding, boundaries kept, resumable at any sample."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fft.data.samples import Samples, SampleSpan
+from fft.data.table import IGNORE, Rows
+from fft.errors import UserError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples laid end to end, T tokens, as the pipeline takes them: samples * seq_len, or, ragged, fewer.
+
+    ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating its last entry:
+    its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
+    ``trained`` counts the labels that are trained on.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    cu_seqlens: np.ndarray
+    trained: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is dealt: replica ``r`` takes its samples ``i`` with ``i % replicas == r``, in order.
+
+    The samples of a global batch, and so its loss, depend neither on the number of replicas nor on the micro-batch.
+    With ``multiple`` micro-batches are ragged, as :func:`micro_batch` says.
+    """
+
+    replicas: int
+    replica: int
+    micro_batches: int
+    micro_batch_size: int
+    multiple: int | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step."""
+        return self.replicas * self.micro_batches * self.micro_batch_size
+
+    def indices(self, first: int) -> list[range]:
+        """Sample indices of this replica's micro-batches, in the global batch that begins with sample ``first``."""
+        own = first + (self.replica - first) % self.replicas
+        size = self.micro_batch_size * self.replicas
+        return [range(own + m * size, own + (m + 1) * size, self.replicas) for m in range(self.micro_batches)]
+
+
+def micro_batch(reader: Samples, indices: Sequence[int], total_samples: int, multiple: int | None = None) -> MicroBatch:
+    """Samples laid end to end; those from ``total_samples`` on are blank.
+
+    Nothing is trained on the last token of a document, which predicts nothing, and on what is left over of a sample,
+    which is a document of its own. With ``multiple`` that is left out, and the length rounded up to a multiple of so
+    many tokens, but never to more than it is without.
+    """
+    length, tokens = reader.seq_len, reader.seq_len * len(indices)
+    real = [index for index in indices if index < total_samples]
+    ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
+    ends, filled = _fill(reader.samples(real), 0 if multiple else length, reader.aligned, ids, labels)
+    if multiple:
+        filled = filled[-1:] or [0]
+        tokens = min(tokens, max(1, -(-filled[0] // multiple)) * multiple)
+        ids, labels, stops = ids[:tokens], labels[:tokens], [tokens]
+    else:
+        stops = range(length, tokens + 1, length)
+        filled += range(len(real) * length, tokens, length)
+    unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
+    labels[:-1] = labels[1:] if reader.aligned else ids[1:]
+    ends = np.array(ends, dtype=np.int64)
+    if unfilled and not multiple:
+        ends = np.union1d(ends, stops)
+    labels[ends - 1] = IGNORE
+    for start, stop in unfilled:
+        labels[start:stop] = IGNORE
+    cu_seqlens = np.full(tokens + 1, ends[-1] if len(ends) else 0, dtype=np.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(ends) + 1] = ends
+    return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
+
+
+def _fill(
+    samples: Iterable[list[tuple[SampleSpan, Rows]]], stride: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """Write samples, one after the other, into ``ids`` and, where their token stands, if ``aligned``, ``labels``.
+
+    Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. Returns where the documents
+    end, and up to where each sample is filled.
+    """
+    ends: list[int] = []
+    filled: list[int] = []
+    at = 0
+    for number, spans in enumerate(samples):
+        at = number * stride if stride else at
+        for span, rows in spans:
+            begin, length = int(rows.offsets[span.row]) + span.start, span.stop - span.start
+            if rows.input_ids is not None:
+                ids[at : at + length] = rows.input_ids[begin : begin + length]
+            if aligned:
+                targets = rows.input_ids if rows.labels is None else rows.labels
+                labels[at : at + length] = targets[begin : begin + length]
+            ends += [at + end for end in rows.document_ends(span.row, span.start, span.stop)]
+            at += length
+        filled.append(at)
+    return ends, filled
+
+
+def step_batches(reader: Samples, plan: BatchPlan, first: int, total_samples: int) -> list[MicroBatch]:
+    """This replica's micro-batches of the global batch that begins with sample ``first``."""
+    return [micro_batch(reader, indices, total_samples, plan.multiple) for indices in plan.indices(first)]
+
+
+class Loader:
+    """The micro-batches of one replica, step after step; row groups are decoded ahead. State is a number of samples.
+
+    Iterating yields the list of a step's micro-batches until ``total_samples`` have been consumed by all replicas
+    together. ``waited`` adds up the seconds for which the caller had to wait.
+    """
+
+    def __init__(self, reader: Samples, plan: BatchPlan, total_samples: int) -> None:
+        self._reader, self._plan, self._total = reader, plan, total_samples
+        self._consumed = 0
+        self.waited = 0.0
+
+    def state_dict(self) -> dict[str, object]:
+        """Epoch, samples consumed in it by all replicas together, and what their order depends on."""
+        epoch, samples = divmod(self._consumed, self._reader.samples_per_epoch)
+        return {"epoch": epoch, "samples": samples, **self._reader.identity}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on after the samples that were consumed. Raises :class:`UserError` when the order would be another."""
+        for name, value in self._reader.identity.items():
+            if state.get(name) != value and name != "table":
+                raise UserError(
+                    f"the data's {name} is {value}, that of the run to be resumed {state.get(name)}: give the same "
+                    "tables and weights, --seq_len, --seed, --pack, --shuffle_lanes and --blend_end."
+                )
+        self._consumed = state["epoch"] * self._reader.samples_per_epoch + state["samples"]
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        batch = self._plan.global_batch
+        ahead = -(-(self._reader.lookahead + self._reader.lanes) // batch) * batch
+        for first in range(self._consumed, self._consumed + ahead, batch):
+            self._prefetch(first)
+        while self._consumed < self._total:
+            begin = time.perf_counter()
+            self._prefetch(self._consumed + ahead)
+            made = step_batches(self._reader, self._plan, self._consumed, self._total)
+            self.waited += time.perf_counter() - begin
+            self._consumed += batch
+            yield made
+
+    def _prefetch(self, first: int) -> None:
+        parts = self._plan.indices(first)
+        self._reader.prefetch([index for part in parts for index in part if index < self._total])

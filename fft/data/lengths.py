@@ -1,0 +1,34 @@
+"""How long documents are: a histogram that tasks count and the manifest keeps."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from fft.data.arrow_lists import INTS
+
+_PREFIX = "length "
+
+
+def document_lengths(rows: pa.Table) -> np.ndarray:
+    """Tokens of every document of token rows: from ``cu_seqlens`` where rows are packed, else one document a row."""
+    if "cu_seqlens" not in rows.column_names:
+        return rows.column("input_ids").combine_chunks().value_lengths().to_numpy()
+    bounds = rows.column("cu_seqlens").combine_chunks().cast(INTS)
+    values = bounds.flatten().to_numpy()
+    last = np.cumsum(bounds.value_lengths().to_numpy()) - 1
+    return np.delete(np.diff(values), last[:-1])  # differences across two rows are no documents
+
+
+def tally_lengths(lengths: np.ndarray) -> Counter[str]:
+    """Documents by the power of two that their length reaches: tallies for a part's report."""
+    # frexp(n) = (m, e) with 2^(e-1) <= n < 2^e, exactly.
+    floors, counts = np.unique(np.frexp(lengths[lengths > 0])[1] - 1, return_counts=True)
+    return Counter({f"{_PREFIX}{1 << int(e)}": int(n) for e, n in zip(floors, counts, strict=True)})
+
+
+def histogram_of(tallies: Mapping[str, int]) -> dict[str, int]:
+    """From tallies to what the manifest keeps: fewest tokens of a bin -> documents, in order."""
+    bins = ((int(name.removeprefix(_PREFIX)), n) for name, n in tallies.items() if name.startswith(_PREFIX))
+    return {str(least): n for least, n in sorted(bins)}

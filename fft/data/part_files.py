@@ -1,0 +1,206 @@
+"""Parts: what one task does. Workers read their splits of files and write parquet files themselves.
+
+Spark decides where work runs and moves rows between workers; it neither parses the input nor writes the output. So a
+table has the same bytes on every engine, and lists of ids never become rows of the JVM one number at a time.
+
+A part is a numbered output file. Batches carry its number in a column ``part``, and a task gets all of a part.
+"""
+
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fft.data.lengths import document_lengths, tally_lengths
+from fft.data.manifest import FileInfo
+from fft.data.place import Place
+from fft.data.worker_notes import WRITING
+from fft.errors import UserError
+
+#: A row group is what a reader decodes at once: this many rows, or fewer when they are long (4 MB of ids).
+ROW_GROUP_ROWS, ROW_GROUP_TOKENS = 1024, 1 << 20
+#: Decodes a quarter faster than zstd, for a fifth more bytes.
+COMPRESSION = "snappy"
+
+#: Folder, inside a table's, of records set aside.
+QUARANTINE = "_quarantine"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished file, first under a temporary ``name``, and sums over its rows."""
+
+    part: int
+    name: str
+    rows: int
+    tokens: int
+    bytes: int
+    tallies: dict[str, int]
+    rejects: str = ""
+
+
+class PartFile:
+    """A parquet file that appears in the folder of ``place`` under a hidden temporary name; see :func:`publish`.
+
+    Row groups are filled up to :data:`ROW_GROUP_ROWS` rows or :data:`ROW_GROUP_TOKENS` tokens whatever the batches are.
+    """
+
+    def __init__(self, place: Place, part: int) -> None:
+        self.part, self.name = part, _hidden_name(place, part)
+        self._path, self._meter = place.folder / self.name, place.channel.meter("written")
+        self._sink: pq.ParquetWriter | None = None
+        self._waiting: list[pa.RecordBatch] = []
+        self._finished = False
+        self._rows = self._tokens = self._waiting_rows = self._waiting_tokens = 0
+        self._lengths: Counter[str] = Counter()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add rows; ``input_ids`` must be one of the columns."""
+        lengths = batch.column("input_ids").value_lengths().to_numpy(zero_copy_only=False)
+        first = 0
+        while first < batch.num_rows:
+            ends = lengths[first : first + ROW_GROUP_ROWS - self._waiting_rows].cumsum() + self._waiting_tokens
+            fitting = int((ends <= ROW_GROUP_TOKENS).sum())
+            if not fitting and not self._waiting:
+                fitting = 1  # one row longer than a row group is one by itself
+            if fitting:
+                self._waiting.append(batch.slice(first, fitting))
+                self._waiting_rows += fitting
+                self._waiting_tokens = int(ends[fitting - 1])
+            first += fitting
+            if first < batch.num_rows or self._waiting_rows == ROW_GROUP_ROWS:
+                self._flush()
+
+    def finish(self, tallies: Mapping[str, int], rejects: str = "") -> Part:
+        """Close the file; without rows there is none. ``rejects`` names the part's :class:`RejectFile`, if any.
+
+        How long its documents are is added to the tallies; see :mod:`fft.data.lengths`.
+        """
+        self._flush()
+        self._meter.add(parts=1)
+        if self._sink is None:
+            return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
+        with self._naming():
+            self._sink.close()
+            with open(self._path, "rb+") as stream:
+                os.fsync(stream.fileno())
+            size = self._path.stat().st_size
+        self._finished = True
+        return Part(self.part, self.name, self._rows, self._tokens, size, {**tallies, **self._lengths}, rejects)
+
+    def __enter__(self) -> "PartFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._sink is not None and not self._finished:  # the task fails
+            self._sink.close()
+            self._path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path.parent} cannot be written to ({error}): make room there, or have it permitted, and run "
+                "the job again."
+            ) from error
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
+        self._lengths += tally_lengths(document_lengths(table))
+        with self._naming():
+            if self._sink is None:
+                # Without Arrow's own schema: engines name the items of lists differently.
+                self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
+            self._sink.write_table(table, row_group_size=table.num_rows)
+        self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
+        self._meter.add(self._waiting_rows, self._waiting_tokens)
+        self._waiting, self._waiting_rows, self._waiting_tokens = [], 0, 0
+
+
+class RejectFile:
+    """JSON lines of what could not be used, {file, reason, record}, in :data:`QUARANTINE` under a hidden name."""
+
+    def __init__(self, place: Place, part: int) -> None:
+        self._path = place.folder / QUARANTINE / _hidden_name(place, part)
+
+    def add(self, file: str, reason: str, record: bytes | None) -> None:
+        """Set one record aside."""
+        text = None if record is None else record.decode("utf-8", "backslashreplace")
+        with open(self._path, "a", encoding="utf-8") as stream:  # rejects are few: open it for each
+            stream.write(json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n")
+
+    def finish(self) -> str:
+        """The file's name, "" when there is none."""
+        return self._path.name if self._path.exists() else ""
+
+    def __enter__(self) -> "RejectFile":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # the task fails
+            self._path.unlink(missing_ok=True)
+
+
+def _hidden_name(place: Place, part: int) -> str:
+    return f".part-{part:05d}{place.tag}.{uuid.uuid4().hex}{WRITING}"
+
+
+def publish(place: Place, rows: Sequence[object]) -> list[Part]:
+    """Give the files that tasks reported (collected rows of :data:`REPORT`) their names; drop what failed tries left.
+
+    Returns all parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
+    """
+    folder, tag = place.folder, place.tag
+    parts = sorted((Part(**row.asDict()) for row in rows), key=lambda p: p.part)
+    for part in parts:
+        if part.name and not (folder / part.name).exists():
+            raise UserError(
+                f"{folder / part.name}, which a worker wrote, is not there for the driver: "
+                "-o must lie on storage that all machines of the cluster mount alike."
+            )
+    named = []
+    for part in parts:
+        final = f"part-{part.part:05d}{tag}.parquet" if part.name else ""
+        if part.name:
+            os.replace(folder / part.name, folder / final)
+        named.append(replace(part, name=final))
+        if part.rejects:
+            os.replace(folder / QUARANTINE / part.rejects, folder / QUARANTINE / f"part-{part.part:05d}.json")
+    for where in (folder, folder / QUARANTINE):
+        for leftover in where.glob(f".part-*{tag}.*{WRITING}"):
+            leftover.unlink()
+    return named
+
+
+def dataset_tallies(name: str, rows: int, tokens: int) -> dict[str, int]:
+    """Tallies of what a part has of a dataset."""
+    return {f"rows of {name}": rows, f"tokens of {name}": tokens}
+
+
+def by_dataset(names: Sequence[str], tallies: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Rows and tokens of each dataset, from tallies."""
+    return {n: {"rows": tallies.get(f"rows of {n}", 0), "tokens": tallies.get(f"tokens of {n}", 0)} for n in names}
+
+
+def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:
+    """Manifest entries of the parts that have rows."""
+    return tuple(FileInfo(p.name, p.rows, p.tokens, p.bytes) for p in parts if p.name)
+
+
+def sum_tallies(parts: Sequence[Part]) -> dict[str, int]:
+    """Tallies of all parts together."""
+    sums: dict[str, int] = {}
+    for part in parts:
+        for name, value in part.tallies.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums

@@ -1,0 +1,243 @@
+"""From a token table to micro-batches: packed, no padding, boundaries kept, resumable at any sample.
+
+A sample is ``seq_len`` tokens. From a table packed to that length it is one row (whose unused tail, if any, is filled).
+From any other table, samples are cut from the rows laid end to end, or hold whole documents that fit together
+(``pack="best-fit"``). Which rows a sample is made of is arithmetic on the footers: see :mod:`fft.data.order`.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from fft.data.order import LANES, EpochOrder, lanes_for
+from fft.data.packing import DocumentSpans, best_fit
+from fft.data.samples import SampleSpan
+from fft.data.table import Rows, Table
+
+if TYPE_CHECKING:
+    pass
+
+#: Threads that decode row groups.
+_DECODERS = 2
+
+
+class Decoded:
+    """A row group and the slots an epoch takes from it, in its order; nothing is moved, rows are looked up.
+
+    A slot is a row, or a bin of rows that were packed together.
+    """
+
+    def __init__(self, rows: Rows, order: np.ndarray, bins: DocumentSpans | None) -> None:
+        self.rows, self.order, self.bins = rows, order, bins
+        #: Where each row, in that order, ends: in tokens.
+        self.ends = None if bins is not None else np.cumsum(np.diff(rows.offsets)[order])
+
+    def slot(self, number: int) -> list[tuple[int, int, int]]:
+        """Stretches (row, first token, last + 1) of a slot."""
+        at = int(self.order[number])
+        if self.bins is None:
+            return [(at, 0, int(self.rows.offsets[at + 1] - self.rows.offsets[at]))]
+        spans = self.bins.rows(at, at + 1)
+        return [
+            (row, start, start + length)
+            for row, start, length in zip(
+                spans.document.tolist(), spans.start.tolist(), spans.length.tolist(), strict=True
+            )
+        ]
+
+    def stretch(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Stretches of tokens [start, stop) of the rows laid end to end."""
+        place = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begin = int(self.ends[place - 1]) if place else 0
+            end = min(stop, int(self.ends[place]))
+            yield int(self.order[place]), start - begin, end - begin
+            start, place = end, place + 1
+
+
+class SampleReader:
+    """Random access to the samples of an endless sequence of epochs; for one thread, which others decode for.
+
+    ``pack`` says how samples are made of rows that are not packed to ``seq_len``: "cut" lays them end to end and cuts,
+    "best-fit" packs the rows of each row group, cutting only those longer than ``seq_len``; it reads all lengths once,
+    when it begins.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        seq_len: int,
+        seed: int,
+        vocab_size: int | None = None,
+        shuffle: bool = True,
+        pack: str = "cut",
+        lanes: int = LANES,
+    ) -> None:
+        manifest = table.manifest
+        # Without boundaries its rows are documents that were cut to that length, most of them shorter.
+        packed = manifest is not None and manifest.seq_len == seq_len and "cu_seqlens" in table.columns
+        self.table, self.seq_len, self.seed, self.pack = table, seq_len, seed, "rows" if packed else pack
+        self._vocab_size, self._shuffle = vocab_size, shuffle
+        #: Which of the two are needed; what is not is neither read nor filled in.
+        self._ids = self._labels = True
+        self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._sizes = self._units()
+        self._step = seq_len if self.pack == "cut" else 1
+        self.samples_per_epoch = -(-int(self._sizes.sum()) // self._step)
+        self.lanes = lanes_for(len(self._sizes), self.samples_per_epoch, lanes) if shuffle else 1
+        #: Whether labels are written where their token stands, or, as ids, need not be.
+        self.aligned = self.has_labels
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._loaded: OrderedDict[tuple[int, int], Future[pa.Table] | Decoded] = OrderedDict()
+
+    @property
+    def tables(self) -> list[Table]:
+        """The table, as the only one of a list: a blend has several."""
+        return [self.table]
+
+    @property
+    def parts(self) -> list["SampleReader"]:
+        """This reader itself, which is no blend."""
+        return [self]
+
+    def part(self, index: int) -> tuple["SampleReader", int]:
+        """Who reads a sample, and its index there."""
+        return self, index
+
+    def index(self, part: int, own: int) -> int:
+        """The inverse of :meth:`part`."""
+        return own
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the table says what is trained on; otherwise every token is."""
+        return "labels" in self.table.columns
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All that the order depends on."""
+        order = {"seed": self.seed, "seq_len": self.seq_len, "pack": self.pack, "lanes": self.lanes}
+        return {"table": self.table.source, "fingerprint": self.table.fingerprint, **order}
+
+    @property
+    def lookahead(self) -> int:
+        """By how many samples row groups are asked for before they are needed: half of what the open ones hold."""
+        return self.samples_per_epoch * self.lanes // (2 * len(self._sizes))
+
+    def for_stage(self, ids: bool, labels: bool) -> "SampleReader":
+        """The same order, for who needs only ids, or only labels."""
+        return self._changed(_ids=ids, _labels=labels)
+
+    def as_part(self, lanes: int, aligned: bool) -> "SampleReader":
+        """The same table in another number of lanes, in a blend in which some table has labels, or none."""
+        return self._changed(lanes=lanes, aligned=aligned)
+
+    def _changed(self, **attributes: object) -> "SampleReader":
+        reader = copy(self)
+        reader._orders, reader._loaded = OrderedDict(), OrderedDict()
+        vars(reader).update(attributes)
+        return reader
+
+    def spans_of(self, index: int) -> list[SampleSpan]:
+        """What sample ``index`` is made of."""
+        (spans,) = self.samples([index])
+        return [span for span, _ in spans]
+
+    def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[SampleSpan, Rows]]]:
+        """What samples are made of, and the rows in which it lies."""
+        for epoch, order, spans in self._spans(indices):
+            made_of, at = [], 0
+            for group, start, stop in spans:
+                decoded = self._decoded(epoch, order, group)
+                for row, first, last in decoded.stretch(start, stop) if self.pack == "cut" else decoded.slot(start):
+                    made_of.append((SampleSpan(group, row, first, last, at), decoded.rows))
+                    at += last - first
+            yield made_of
+
+    def samples_with(self, epoch: int, group: int, row: int, start: int, stop: int) -> list[int]:
+        """Samples of an epoch that hold some of tokens [start, stop) of a row."""
+        order = self.order(epoch)
+        decoded = self._decoded(epoch, order, group)
+        begin = order.first_unit(group)
+        if self.pack == "cut":
+            place = int(np.flatnonzero(decoded.order == row)[0])
+            begin += int(decoded.ends[place - 1]) if place else 0
+            places = range((begin + start) // self._step, (begin + stop - 1) // self._step + 1)
+        else:
+            slots = [row]
+            if decoded.bins is not None:
+                bins = decoded.bins
+                touched = (bins.document == row) & (bins.start < stop) & (bins.start + bins.length > start)
+                slots = np.unique(bins.row_ends.searchsorted(np.flatnonzero(touched), "right")).tolist()
+            places = [begin + int(np.flatnonzero(decoded.order == slot)[0]) for slot in slots]
+        return sorted(epoch * self.samples_per_epoch + order.index(place) for place in places)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to decode what samples will need."""
+        for epoch, _, spans in self._spans(indices):
+            for group, _, _ in spans:
+                self._request(epoch, group)
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch."""
+        order = self._orders.get(epoch)
+        if order is None:
+            order = EpochOrder(self._sizes, self.seed, epoch, self._step, self.lanes, self._shuffle)
+            self._orders[epoch] = order
+            while len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return order
+
+    def _units(self) -> np.ndarray:
+        groups = self.table.row_groups
+        if self.pack == "rows":
+            return np.array([g.rows for g in groups], dtype=np.int64)
+        if self.pack == "cut":
+            return np.array([g.tokens for g in groups], dtype=np.int64)
+        return np.fromiter(self._pool.map(self._count_bins, range(len(groups))), np.int64, len(groups))
+
+    def _count_bins(self, group: int) -> int:
+        return len(self._bins(self.table.read(group, labels=False)).row_ends)
+
+    def _bins(self, rows: Rows) -> DocumentSpans:
+        return best_fit(np.diff(rows.offsets), self.seq_len)
+
+    def _spans(self, indices: Sequence[int]) -> Iterator[tuple[int, EpochOrder, list[tuple[int, int, int]]]]:
+        if not len(indices):
+            return
+        epochs, within = np.divmod(np.asarray(indices, dtype=np.int64), self.samples_per_epoch)
+        # Where an epoch of a blend's table ends, its lanes go on to the next one by one.
+        cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1).tolist(), len(epochs)]
+        for start, stop in itertools.pairwise(cuts):
+            epoch = int(epochs[start])
+            order = self.order(epoch)
+            for spans in order.spans(within[start:stop]):
+                yield epoch, order, spans
+
+    def _request(self, epoch: int, group: int) -> "Future[pa.Table] | Decoded":
+        key = (epoch, group)
+        found = self._loaded.get(key)
+        if found is None:
+            found = self._loaded[key] = self._pool.submit(self.table.load, group, self._ids, self._labels)
+            # Each lane has a row group open and, for a while, the next; small ones may fit several times into a sample.
+            while len(self._loaded) > (2 * self.lanes + 2) * (1 + len(self._sizes) // self.samples_per_epoch):
+                self._loaded.popitem(last=False)
+        else:
+            self._loaded.move_to_end(key)
+        return found
+
+    def _decoded(self, epoch: int, order: EpochOrder, group: int) -> Decoded:
+        found = self._request(epoch, group)
+        if isinstance(found, Decoded):
+            return found
+        rows = self.table.check(group, found.result(), self._vocab_size)
+        bins = self._bins(rows) if self.pack == "best-fit" else None
+        slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
+        decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)
+        return decoded

@@ -1,0 +1,210 @@
+"""A decoder as a list of pipeline layers: embedding, decoder layers or their halves, norm, head.
+
+Between layers travel the hidden states [1, tokens, hidden size], the only floating tensor, and the document boundaries,
+int32 [tokens + 1].
+"""
+
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+from fft.errors import UserError
+from fft.models.causal_lm import ModelSource
+from fft.models.experts import watch_router
+from fft.models.recompute import selective
+from fft.ops.backends.choice import choose
+from fft.ops.documents import Documents
+from fft.ops.sequence_parallel import ShardedDocuments
+
+Activations = tuple[Tensor, Tensor]
+
+
+class Positions:
+    """What every decoder layer of a stage needs to know of a micro-batch, computed by the first one that asks."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source, self.attention = source, source.attention
+        self._rotary: nn.Module | None = None
+        self._seen: Tensor | None = None
+        self._known: tuple = ()
+
+    def of(
+        self, cu_seqlens: Tensor, hidden: Tensor
+    ) -> tuple[Documents | ShardedDocuments, Tensor, tuple[Tensor, Tensor]]:
+        """Documents, in-document positions [1, tokens] and rotary (cos, sin) for the boundaries given."""
+        if self._seen is not cu_seqlens:
+            if self._rotary is None:
+                self._rotary = self._source.rotary(hidden.device)
+                # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
+                # what runs there in forward, and is kept, has to run in a recomputation, too.
+                choose(hidden.device, hidden.dtype, self.attention, self._source.head_size)
+            documents, parallel = Documents.from_padded(cu_seqlens), self._source.parallel
+            if parallel is not None:
+                documents = ShardedDocuments(documents, parallel.shards(documents.bounds), parallel)
+            positions = documents.positions()[None]
+            self._known = documents, positions, self._rotary(hidden.detach(), position_ids=positions)
+            self._seen = cu_seqlens
+        return self._known
+
+
+class Embedding(nn.Module):
+    """Token ids, boundaries -> hidden states, boundaries."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__()
+        self.path = f"{source.base}.embed_tokens"
+        self.module = source.build(self.path)
+        self._ranks, self._rows = source.tensor, source.shards.get(f"{self.path}.weight")
+        if self._rows is not None and self.module.padding_idx is not None:
+            (start, stop), pad = self._rows.spans[0], self.module.padding_idx
+            self.module.padding_idx = pad - start if start <= pad < stop else None
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocabulary, hidden size], or this rank's rows of it."""
+        return self.module.weight
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Activations:
+        """``inputs`` are int32 [1, tokens] and the boundaries."""
+        input_ids, cu_seqlens = inputs
+        if self._rows is None:
+            return self.module(input_ids), cu_seqlens
+        ((start, stop),) = self._rows.spans
+        elsewhere = (input_ids < start) | (input_ids >= stop)
+        # Any row will do for what is elsewhere: it is masked, and so is its gradient.
+        own = self.module(input_ids.sub(start).clamp(0, stop - start - 1))
+        return self._ranks.leave(own.masked_fill(elsewhere[..., None], 0)), cu_seqlens
+
+
+class DecoderLayer(nn.Module):
+    """A transformers decoder layer, whole or one half of it (``half`` is None, "attention" or "mlp").
+
+    A half is the same layer with the other half's modules replaced by ones that add nothing to the residual stream,
+    so the architecture's own forward stays the only one.
+    """
+
+    def __init__(self, source: ModelSource, index: int, positions: Positions, half: str | None = None) -> None:
+        super().__init__()
+        self.path = f"{source.base}.layers.{index}"
+        layer = decoder_half(source.skeleton.get_submodule(self.path), half)
+        self.module = source.build(self.path, layer)
+        self._positions, self._selective = positions, source.selective
+        self._balance, self._routed = source.balance, watch_router(self.module)
+
+    def forward(self, activations: Activations) -> Activations:
+        """One decoder layer."""
+        hidden, cu_seqlens = activations
+        positions = self._positions.of(cu_seqlens, hidden)
+        hidden = selective(self._layer, hidden, *positions) if self._selective else self._layer(hidden, *positions)
+        return hidden, cu_seqlens
+
+    def _layer(
+        self,
+        hidden: Tensor,
+        documents: Documents | ShardedDocuments,
+        position_ids: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        hidden = self.module(
+            hidden,
+            attention_mask=None,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            documents=documents,
+            attention=self._positions.attention,
+        )
+        if self._routed is None:
+            return hidden
+        return self._balance.attach(hidden, *self._routed(), documents.real)
+
+
+class FinalNorm(nn.Module):
+    """The norm before the head; boundaries end here."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__()
+        self.path = f"{source.base}.norm"
+        self.module = source.build(self.path)
+
+    def forward(self, activations: Activations) -> Activations:
+        """Normalise the hidden states."""
+        return self.module(activations[0]), activations[1]
+
+
+class Head(nn.Module):
+    """The output head. Returns (hidden states [tokens, hidden size], weight): logits are the loss's business."""
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__()
+        self.path = "lm_head"
+        self.module = source.build(self.path)
+
+    def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return activations[0][0], _view(self.module.weight)
+
+
+def _tied_head(embedding: Embedding, activations: Activations) -> tuple[Tensor, Tensor]:
+    return activations[0][0], _view(embedding.weight)
+
+
+def _view(weight: Tensor) -> Tensor:
+    # A parameter that is itself an output of the engine's forward gets no gradient from DeepSpeed's bf16 optimizer.
+    return weight.view_as(weight)
+
+
+def pipeline_layers(source: ModelSource, split_dlayer: bool = False) -> list[LayerSpec]:
+    """The model as layer specifications: embedding, decoder layers (or halves), norm, head."""
+    positions = Positions(source)
+    halves = ("attention", "mlp") if split_dlayer else (None,)
+    if source.tied:
+        first = TiedLayerSpec("embedding", Embedding, source, tied_weight_attr="weight")
+        last = TiedLayerSpec("embedding", Embedding, source, forward_fn=_tied_head, tied_weight_attr="weight")
+    else:
+        first, last = LayerSpec(Embedding, source), LayerSpec(Head, source)
+    decoder = [
+        LayerSpec(DecoderLayer, source, index, positions, half)
+        for index in range(source.config.num_hidden_layers)
+        for half in halves
+    ]
+    return [first, *decoder, LayerSpec(FinalNorm, source), last]
+
+
+def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
+    """A decoder layer, whole (None) or its "attention" or "mlp" half; see :class:`DecoderLayer`."""
+    if half == "attention":
+        return _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
+    if half == "mlp":
+        return _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
+    return layer
+
+
+def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the pipeline layers inside ``module`` under their Hugging Face names."""
+    named = {}
+    for layer in module.modules():
+        if isinstance(layer, (Embedding, DecoderLayer, FinalNorm, Head)):
+            named.update({f"{layer.path}.{name}": p for name, p in layer.module.named_parameters()})
+    return named
+
+
+class _AddsNothing(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(())
+
+
+class _AttendsToNothing(nn.Module):
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+def _without(layer: nn.Module, **replacements: nn.Module) -> nn.Module:
+    """A shallow copy of a decoder layer with some of its children replaced."""
+    missing = [name for name in replacements if name not in layer._modules]
+    if missing:
+        raise UserError(
+            f"--split_dlayer: {type(layer).__name__} has no {', '.join(missing)}; train it without the flag."
+        )
+    half = layer.__class__.__new__(layer.__class__)
+    half.__dict__.update(layer.__dict__)
+    half._modules = {**layer._modules, **replacements}
+    return half

@@ -1,0 +1,1 @@
+"""What is decided before anything starts: inputs, batches, stages, their time and their memory."""

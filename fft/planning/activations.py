@@ -1,0 +1,228 @@
+"""What a pipeline layer keeps of a micro-batch for its backward, found out by running it on the meta device.
+
+The layer's own forward and backward run, cut for a tensor- and a sequence-parallel rank, on tensors that have shapes
+and no memory; every storage that is made is counted while it lives. What autograd keeps, and for how long, is
+therefore not estimated, for any architecture; only the attention kernel is replaced by one that returns shapes.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fft.models.causal_lm import ModelSource
+from fft.models.experts import balance_loss, watch_router
+from fft.models.recompute import selective
+from fft.ops.attention import packed_attention
+from fft.ops.backends import Backend
+from fft.ops.documents import Documents, lse_dtype
+from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
+from fft.parallel.ring_plan import TokenShards, plan_shards
+from fft.parallel.tensor import TensorParallel, parallelise
+from fft.planning.costs import layer_modules
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one micro-batch in one layer.
+
+    ``saved`` from forward to backward, the layer's input included where the backward needs it; ``forward`` and
+    ``backward`` are what the pass needs besides for a moment, at most.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+
+
+def layer_activations(
+    source: ModelSource, tokens: int, split_dlayer: bool = False, sequence: int = 1, tensor: int = 1
+) -> list[LayerActivations]:
+    """Activations of each pipeline layer but the head, for micro-batches of ``tokens`` over ``sequence`` ranks.
+
+    The row is taken as one document, for which a ring exchanges most. Layers of one shape are run once.
+    """
+    known: dict[tuple, LayerActivations] = {}
+    found = []
+    for path, module in layer_modules(source, split_dlayer)[:-1]:
+        shape = type(module), *((name, *p.shape) for name, p in module.named_parameters())
+        if shape not in known:
+            known[shape] = _run(source, path, module, tokens, sequence, tensor)
+        found.append(known[shape])
+    return found
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is active: those that live, and the most that lived at once."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        # By address while they live: PyTorch keeps one Python object for a storage as long as someone watches it.
+        self._seen = weakref.WeakSet()
+        self._existing = [tensor.untyped_storage() for tensor in existing]
+        self._seen.update(self._existing)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._part, storage.nbytes())
+
+    def _part(self, size: int) -> None:
+        self.now -= size
+
+
+def _run(
+    source: ModelSource, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int
+) -> LayerActivations:
+    module, dtype = copy.deepcopy(module), source.dtype
+    routed = watch_router(module)
+    if routed is not None:
+        # On the meta device torch's grouped product of experts knows bf16 alone: the bytes of fp32 are twice as many.
+        dtype = torch.bfloat16
+        module.to(dtype)
+    scale = source.dtype.itemsize // dtype.itemsize
+    if tensor > 1:
+        shards = source.cut(module, path, 0, tensor)
+        parallelise(module, path.removeprefix(f"{source.base}."), source.plan, shards, _SilentTensor(tensor))
+    own, hidden_size = tokens // sequence, source.config.hidden_size
+    with torch.device("meta"):
+        hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
+        ids = torch.empty(1, own, dtype=torch.int32)
+        rotary = [torch.empty(1, own, source.head_size, dtype=dtype) for _ in range(2)]
+        positions = torch.empty(1, own, dtype=torch.int64)
+        documents = _documents(tokens, sequence)
+    parameters = list(module.parameters())
+    existing = [hidden, ids, *rotary, positions, *parameters]
+    for parameter in parameters:
+        if source.dtype == torch.float32:
+            parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
+            existing.append(parameter.grad)
+        else:
+            parameter.register_post_accumulate_grad_hook(add_to_sum)
+    with Alive(existing) as alive:
+        if isinstance(module, nn.Embedding):
+            outputs = module(ids), None
+        elif path.endswith(".norm"):
+            outputs = module(hidden.clone()), None
+        else:
+            layer = partial(
+                _layer, module, routed, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
+            )
+            outputs = selective(layer, hidden.clone()) if source.selective else layer(hidden.clone())
+        end = _End.apply(*outputs)
+        forward = alive.most
+        del outputs
+        saved = alive.most = alive.now
+        extra = end.nbytes
+        end.backward()
+    return LayerActivations(scale * (saved - extra), scale * (forward - saved), scale * (alive.most - saved))
+
+
+def add_to_sum(parameter: nn.Parameter) -> None:
+    """What DeepSpeed does with a gradient in bf16: it is added to a sum in fp32, which exists, and forgotten."""
+    parameter.grad.to(torch.float32)
+    parameter.grad = None
+
+
+def _layer(
+    module: nn.Module, routed: Callable | None, hidden: Tensor, **options: object
+) -> tuple[Tensor, Tensor | None]:
+    """A decoder layer's output, and the balance loss of its experts, if it has some."""
+    output = module(hidden, attention_mask=None, **options)
+    return output, None if routed is None else balance_loss(*routed()[:2], hidden.shape[1])
+
+
+class _End(torch.autograd.Function):
+    """What comes after: it keeps nothing and sends a gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor | None) -> Tensor:
+        ctx.like = output.shape, output.dtype, loss is not None
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        shape, dtype, routed = ctx.like
+        return grad.new_empty(shape, dtype=dtype), grad.new_empty((), dtype=torch.float32) if routed else None
+
+
+def _documents(tokens: int, sequence: int) -> ShardedDocuments:
+    row = Documents.of((0, tokens), "meta")
+    if sequence == 1:
+        return ShardedDocuments(row, plan_shards(row.bounds, 1), _Alone(row))
+    return ShardedDocuments(row, plan_shards(row.bounds, sequence), _SilentSequence(sequence))
+
+
+class _Shapes:
+    """An attention backend that returns shapes, and needs what FlashAttention-2 does.
+
+    That is an fp32 accumulator of dq, and dk and dv for every head before they are summed over those that share them.
+    """
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, *_: object
+    ) -> tuple[Tensor, Tensor]:
+        sizes = queries.max_length, keys.max_length
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, queries.cu_seqlens, keys.cu_seqlens, *sizes, 0.0, True, False
+        )
+        return out, lse
+
+    @staticmethod
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        _accumulator = torch.empty_like(q, dtype=lse_dtype(q))
+        _expanded = [x.new_empty(x.shape[0], *q.shape[1:]) for x in (k, v)] if q.shape[1] > k.shape[1] else []
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _Alone:
+    def __init__(self, row: Documents) -> None:
+        self._row = row
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, _: Backend) -> Tensor:
+        return packed_attention(q, k, v, self._row, scale, _Shapes)
+
+
+class _SilentTensor(TensorParallel):
+    """The first of tensor-parallel ranks, whom nobody answers."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank, self.group, self.copies = size, 0, None, None
+
+    def all_reduce(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return x
+
+
+class _SilentExchange:
+    rank = 0
+
+    def start(self, sends: list, receives: list) -> Any:
+        return lambda: None
+
+
+class _SilentSequence(SequenceParallel):
+    """The first rank of a ring, whom nobody answers."""
+
+    def __init__(self, size: int) -> None:
+        self.degree, self.rings, self.place, self._exchange = 1, size, 0, _SilentExchange()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, _: Backend) -> Tensor:
+        return super().attention(q, k, v, shards, scale, _Shapes)

@@ -1,0 +1,145 @@
+"""Which rank does what, and what it costs: stages and their memory, planned and printed before anything is launched."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from fft.arguments import TrainArguments
+from fft.models.causal_lm import ModelSource
+from fft.ops.cross_entropy import MAX_LOGITS
+from fft.parallel.mesh import MeshSizes
+from fft.planning.activations import layer_activations
+from fft.planning.costs import LayerCost, layer_costs
+from fft.planning.memory import Circumstances, LayerMemory, StageMemory, loss_memory, stage_memory
+from fft.planning.partition import pipeline_bubble, stage_bounds
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mesh, and of each pipeline stage its layers and the memory of a rank. ``bounds`` are stages + 1 indices."""
+
+    mesh: MeshSizes
+    bounds: list[int]
+    costs: list[LayerCost]
+    memory: list[StageMemory]
+
+
+def plan_layout(args: TrainArguments, source: ModelSource, mesh: MeshSizes, host: bool) -> Layout:
+    """Cut the model into stages by ``--partition_method``; ``host`` is for a device that is the CPU.
+
+    It is that of training every parameter, with transformers' own operators.
+    """
+    source = replace(source, fused=None, lora=None, frozen=None, selective=args.checkpoint_grad_selective)
+    costs = layer_costs(source, args.seq_len, args.split_dlayer, mesh.tensor)
+    tokens = args.seq_len * args.per_device_train_batch_size
+    ran = layer_activations(source, tokens, args.split_dlayer, mesh.sequence, mesh.tensor)
+    at = Circumstances(
+        stages=mesh.pipe,
+        micro_batches=args.gradient_accumulation_steps,
+        replicas=mesh.data * mesh.sequence,
+        tokens=tokens // mesh.sequence,
+        row=tokens,
+        hidden_size=source.config.hidden_size,
+        head_size=source.head_size,
+        itemsize=source.dtype.itemsize,
+        interval=args.checkpoint_grad_interval,
+        tied=source.tied,
+        zero=zero_stage(args, mesh),
+        host=host,
+    )
+    decoder = range(1, len(ran) - 1)
+    layers = [
+        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder)
+        for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
+    ]
+    vocabulary = costs[-1].held // at.hidden_size
+    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS))
+
+    def memory(stage: int, start: int, stop: int) -> StageMemory:
+        return stage_memory(layers, start, stop, stage, at)
+
+    bounds = stage_bounds(
+        args.partition_method,
+        [cost.flops for cost in costs],
+        [cost.parameters for cost in costs],
+        mesh.pipe,
+        lambda *of: memory(*of).total,
+    )
+    return Layout(mesh, bounds, costs, [memory(stage, *ends) for stage, ends in enumerate(pairwise(bounds))])
+
+
+def zero_stage(args: TrainArguments, mesh: MeshSizes) -> int:
+    """What ``--zero_stage`` means: auto is 1, but 0 in fp32, where that spares copies, if nobody is there to share."""
+    if args.zero_stage != "auto":
+        return int(args.zero_stage)
+    return 0 if args.dtype == "fp32" and mesh.data * mesh.sequence == 1 and not args.offload_optimizer else 1
+
+
+def describe(args: TrainArguments, name: str, layout: Layout) -> str:
+    """The layout as text: sizes, who sits where, a table of the stages, what a step computes and how long it waits."""
+    mesh, costs = layout.mesh, layout.costs
+    parameters = sum(cost.parameters for cost in costs)
+    sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
+    lines = [f"{name}, {_count(parameters)} parameters, {args.dtype}; world {mesh.world} = {sizes}"]
+    if mesh.world > 1:
+        lines += _picture(mesh)
+    lines += _table(layout)
+    micro_batches = args.gradient_accumulation_steps
+    tokens = mesh.data * micro_batches * args.per_device_train_batch_size * args.seq_len
+    flops = 6 * tokens * sum(cost.flops for cost in costs)  # two a multiply-add; backward is twice the forward
+    bubble = pipeline_bubble(mesh.pipe, micro_batches)
+    most = "at most " if args.ragged else ""
+    lines.append(
+        f"a step: {most}{tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
+    )
+    return "\n".join(lines)
+
+
+def _table(layout: Layout) -> list[str]:
+    """GB of one rank, by what they are for: the fullest moment is a backward or, with its copies, a step."""
+    heads = ("stage", "layers", "parameters/rank", "weights+grads", "optimizer", "activations", "loss", "step", "total")
+    rows = [[*heads, "time"]]
+    whole = sum(cost.flops for cost in layout.costs)
+    for stage, (memory, (a, b)) in enumerate(zip(layout.memory, pairwise(layout.bounds), strict=True)):
+        own = layout.costs[a:b]
+        bytes_ = (memory.weights, memory.optimizer, memory.activations, memory.loss, memory.step, memory.total)
+        share = sum(cost.flops for cost in own) / whole
+        held = sum(cost.held for cost in own)
+        rows.append([str(stage), f"{a}-{b - 1}", f"{held:,}", *(f"{x / _GB:.2f}" for x in bytes_), f"{share:.1%}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    note = "GB of a rank, all parameters trained; total = weights+grads + optimizer + the larger of activations + loss"
+    return [*table, f"{note}, and step"]
+
+
+def _picture(mesh: MeshSizes) -> list[str]:
+    """Ranks by stage (rows) and replica (columns): sequence-parallel ranks side by side, tensor-parallel ones a-b."""
+
+    def shared(pipe: int, data: int, sequence: int) -> str:
+        first, last = (mesh.rank(pipe, data, sequence, tensor) for tensor in (0, mesh.tensor - 1))
+        return f"{first}-{last}" if mesh.tensor > 1 else f"{first}"
+
+    replicas, places = _ends(mesh.data), _ends(mesh.sequence)
+    rows = [["ranks", *("..." if d is None else f"replica {d}" for d in replicas)]]
+    for pipe in range(mesh.pipe):
+        cells = [
+            "..." if d is None else " ".join("..." if s is None else shared(pipe, d, s) for s in places)
+            for d in replicas
+        ]
+        rows.append([f"stage {pipe}", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _ends(size: int) -> list[int | None]:
+    """All of a few; the first two and the last of many."""
+    return list(range(size)) if size <= 4 else [0, 1, None, size - 1]
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e15:,.1f} PFLOP" if number >= 1e15 else f"{number / 1e12:,.2f} TFLOP"

@@ -1,0 +1,154 @@
+"""Memory of a rank, predicted: what DeepSpeed 0.19.8, our loss and one-forward-one-backward hold, and when.
+
+Bytes, pure arithmetic. Two moments can be a stage's fullest: a backward, when activations are held, and the optimizer's
+step, which needs copies of its own; weights, gradients, masters and moments are there at both. What is not counted:
+the device's context and communication library, fragments of its allocator, and checkpoints on their way to the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Elements of the bucket that DeepSpeed reduces gradients by (its default).
+_BUCKET = 500_000_000
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One pipeline layer on one rank: elements of parameters, bytes of activations for one micro-batch.
+
+    ``saved`` is held from forward to backward; ``forward`` and ``backward`` are what those need besides at most.
+    ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again.
+    """
+
+    held: int
+    matrices: int
+    saved: int
+    forward: int
+    backward: int
+    recomputes: bool = False
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the memory of all stages depends on. ``tokens`` are a rank's of a micro-batch, ``row`` is all of them.
+
+    ``replicas`` share the optimizer's state (data x sequence); ``interval`` is ``--checkpoint_grad_interval``;
+    ``itemsize`` 2 for bf16 and 4 for fp32; ``zero`` is ZeRO's stage; ``host`` is for a device that is the CPU.
+    """
+
+    stages: int
+    micro_batches: int
+    replicas: int
+    tokens: int
+    row: int
+    hidden_size: int
+    head_size: int
+    itemsize: int
+    interval: int = 0
+    tied: bool = False
+    zero: int = 1
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a rank. ``loss`` is what the loss adds to the fullest moment of forward and backward."""
+
+    weights: int
+    optimizer: int
+    activations: int
+    loss: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.weights + self.optimizer + max(self.activations + self.loss, self.step)
+
+
+def loss_memory(tokens: int, hidden_size: int, vocabulary: int, itemsize: int, max_logits: int) -> LayerMemory:
+    """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
+
+    Both gradients are formed in the forward. Chunks of ``max_logits`` logits are held twice, as logits and as softmax
+    in fp32, then once, rounded, beside their share of the weight's gradient.
+    """
+    states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
+    rows = min(tokens, max(1, max_logits // vocabulary))
+    logits = rows * vocabulary
+    saved = states + weight * itemsize  # gradients of states and weight, in the weights' type
+    # The weight's gradient is summed in fp32; a chunk's share of it is in the weights' type.
+    most = 2 * states + weight * _FP32 + max(2 * _FP32 * logits, (weight + logits) * itemsize)
+    # Gradients are scaled where they are; the weight's, in bf16, is added to a sum in fp32.
+    return LayerMemory(weight, weight, saved, most - saved, weight * _FP32 if itemsize == 2 else 0)
+
+
+def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:
+    """Memory of a rank of pipeline ``stage`` that has layers ``start`` to ``stop`` of the model's ``layers``."""
+    own = layers[start:stop]
+    both_ends = at.tied and start == 0 and stop == len(layers)  # a tied head is then the very embedding
+    counted = own[:-1] if both_ends else own
+    held = sum(layer.held for layer in counted)
+    matrices = sum(layer.matrices for layer in counted)
+    weights = held * (at.itemsize + _FP32)  # gradients are summed in fp32
+    # Without ZeRO fp32 weights are their own masters.
+    optimizer = held * 3 * _FP32 // at.replicas if at.zero else held * 2 * _FP32
+    last = stop == len(layers)
+    peak = _passes(own, stage, last, at)
+    without = _passes(own[:-1], stage, last, at) if last else peak
+    step = _step_zero_fp32(held, matrices, at) if at.zero and at.itemsize == 4 else _step(held, matrices, at)
+    return StageMemory(weights, optimizer, without, peak - without, step)
+
+
+def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstances) -> int:
+    """The most that forward and backward of micro-batches hold."""
+    hidden = at.tokens * at.hidden_size * at.itemsize
+    in_flight = min(at.micro_batches, at.stages - stage)
+    # Of a micro-batch: boundaries and the copy the forward gets, positions, cosines and sines; labels.
+    each = 8 * (at.row + 1) + at.tokens * (8 + 2 * at.head_size * at.itemsize) + (8 * at.tokens if last else 0)
+    each += 8 * at.tokens if stage == 0 else hidden  # ids twice, or what was received
+    each += hidden  # what was sent, or what the loss was computed from
+    buffers = (hidden if stage > 0 else 0) + (hidden if not last else 0)  # of the two directions
+    buffers += hidden if last and at.micro_batches > 1 else 0  # the last stage forgets its output one turn later
+    segments = _segments(own, at.interval)
+    between = each + sum(hidden if again else sum(x.saved for x in segment) for again, segment in segments)
+    others = (in_flight - 1) * between
+    before, most = each, 0
+    for again, segment in segments:
+        if again:
+            # Forward keeps the segment's input and forgets the rest; backward runs it again, and then has all of it.
+            before += hidden
+            most = max(most, before + hidden + max(x.forward + x.saved for x in segment))
+        kept = before
+        for layer in segment:
+            kept += layer.saved
+            most = max(most, kept + layer.forward, kept + layer.backward)
+        before = before if again else kept
+    return buffers + others + most
+
+
+def _segments(own: Sequence[LayerMemory], interval: int) -> list[tuple[bool, Sequence[LayerMemory]]]:
+    """The stage in segments of ``interval`` layers; only segments of decoder layers alone are run again."""
+    if not interval:
+        return [(False, own)]
+    segments = [own[i : i + interval] for i in range(0, len(own), interval)]
+    return [(all(layer.recomputes for layer in segment), segment) for segment in segments]
+
+
+def _step(held: int, matrices: int, at: Circumstances) -> int:
+    """To be reduced, gradients are laid end to end in buckets; bf16's are, and go alone if they fill one."""
+    if at.replicas == 1 or (at.itemsize == 2 and matrices > _BUCKET):
+        return 0
+    return _FP32 * min(held, _BUCKET)
+
+
+def _step_zero_fp32(held: int, matrices: int, at: Circumstances) -> int:
+    """Besides the gradients counted already: they move to a bucket, from there to a copy of this rank's part, and that
+    is copied flat for the optimizer. Of a bucket on the host only what is used is memory.
+    """
+    used = _FP32 * min(held, _BUCKET)
+    bucket = used if at.host else _FP32 * _BUCKET
+    part = _FP32 * held // at.replicas
+    # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
+    left = (bucket if at.replicas > 1 else 0) - _FP32 * held
+    return max(bucket - used + part, left + part + _FP32 * matrices // at.replicas)

@@ -1,0 +1,126 @@
+"""Cut a list of layers into pipeline stages."""
+
+from collections.abc import Callable, Sequence
+
+from fft.errors import UserError
+
+METHODS = ("fast", "mem", "uniform", "parameters")
+
+
+def partition_balanced(
+    costs: Sequence[float], stages: int, reach: Callable[[int, int], int] | None = None
+) -> list[int]:
+    """Cut ``costs`` into ``stages`` contiguous, non-empty stretches, the dearest of them as cheap as possible.
+
+    ``reach``, if given, says where the stretch of a stage that begins at a layer may stop at the latest. Returns the
+    bounds, ``stages + 1`` increasing indices. Dynamic programming, O(stages * layers^2); among equals the earliest cut
+    wins. Raises ValueError when there are fewer layers than stages, or no stretches that reach.
+    """
+    n = len(costs)
+    if not 1 <= stages <= n:
+        raise ValueError(f"cannot cut {n} layers into {stages} stages")
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    worst: list[float] = [float("inf")] * (n + 1)
+    worst[0] = 0.0
+    cuts: list[list[int]] = []
+    for stage in range(stages):
+        best, cut = [float("inf")] * (n + 1), [0] * (n + 1)
+        for start in range(stage, n):
+            furthest = n if reach is None else reach(stage, start)
+            for stop in range(start + 1, furthest + 1):
+                value = max(worst[start], prefix[stop] - prefix[start])
+                if value < best[stop]:
+                    best[stop], cut[stop] = value, start
+        worst = best
+        cuts.append(cut)
+    if worst[n] == float("inf"):
+        raise ValueError("no cut reaches the end")
+    bounds = [n]
+    for cut in reversed(cuts):
+        bounds.append(cut[bounds[-1]])
+    return bounds[::-1]
+
+
+def partition_lowest(
+    costs: Sequence[float], stages: int, memory: Callable[[int, int, int], float], tolerance: float = 1e-3
+) -> list[int]:
+    """Cut so that the fullest stage holds as little as possible, and, as far as that allows, ``costs`` are balanced.
+
+    ``memory(stage, start, stop)`` is what a stage of these layers holds, never less for more layers. The least limit
+    that some cut keeps is found by bisection, to ``tolerance`` of it.
+    """
+    n = len(costs)
+
+    def reach(stage: int, start: int, limit: float) -> int:
+        """The last stop that a stage from ``start`` can have below the limit; ``start`` itself if there is none."""
+        low, high = start, n
+        while low < high:
+            stop = (low + high + 1) // 2
+            low, high = (stop, high) if memory(stage, start, stop) <= limit else (low, stop - 1)
+        return low
+
+    def fits(limit: float) -> bool:
+        start = 0
+        for stage in range(stages):
+            stop = min(reach(stage, start, limit), n - (stages - 1 - stage))
+            if stop <= start:
+                return False
+            start = stop
+        return start == n
+
+    high = max(memory(stage, 0, n) for stage in range(stages))
+    low = 0.0
+    while high - low > tolerance * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return partition_balanced(costs, stages, lambda stage, start: reach(stage, start, high))
+
+
+def stage_bounds(
+    method: str,
+    flops: Sequence[float],
+    parameters: Sequence[int],
+    stages: int,
+    memory: Callable[[int, int, int], float],
+) -> list[int]:
+    """Bounds of the stages by ``--partition_method``.
+
+    ``flops`` and ``parameters`` hold one number per pipeline layer, ``memory(stage, start, stop)`` is what a rank of a
+    stage of such layers holds, in bytes. ``method`` is one of :data:`METHODS` or layers per
+    stage as in ``5,4,4`` (their sum must be the number of layers). Raises :class:`UserError`.
+    """
+    layers = len(flops)
+    if layers < stages:
+        raise UserError(
+            f"--pipe_parallel_size {stages} is more than the model's {layers} pipeline layers: use at most {layers}."
+        )
+    if method == "fast":
+        return partition_balanced(flops, stages)
+    if method == "mem":
+        return partition_lowest(flops, stages, memory)
+    if method == "parameters":
+        return partition_balanced(parameters, stages)
+    if method == "uniform":
+        return partition_balanced([1.0] * layers, stages)
+    try:
+        sizes = [int(x) for x in method.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--partition_method {method!r} is none of {', '.join(METHODS)} and no list of layers per stage like 5,4,4."
+        ) from None
+    if len(sizes) != stages or sum(sizes) != layers or min(sizes) < 1:
+        raise UserError(
+            f"--partition_method {method} must name {stages} positive counts (one a stage) that sum to {layers} layers "
+            "(embedding, decoder layers or their halves, norm and head)."
+        )
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    return bounds
+
+
+def pipeline_bubble(stages: int, micro_batches: int) -> float:
+    """Share of a step that a stage of a 1F1B pipeline waits, were all stages equally fast and sending free."""
+    return (stages - 1) / (micro_batches + stages - 1)

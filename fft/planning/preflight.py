@@ -1,0 +1,206 @@
+"""What can go wrong is found here, before a process group exists: model, tables, sizes, output folders."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from fft.arguments import TrainArguments
+from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag
+from fft.data.batches import BatchPlan
+from fft.data.blend import Blend, parse_tables
+from fft.data.delta import split_version
+from fft.data.manifest import tokenizer_sha256
+from fft.data.reader import SampleReader
+from fft.data.table import Table
+from fft.errors import UserError, one_line
+from fft.models.supported import check_supported
+from fft.parallel.mesh import MeshSizes, mesh_sizes
+from fft.parallel.ring_plan import row_multiple
+from fft.parallel.tensor_plan import check_tensor_parallel
+from fft.weights.hf import WeightReader
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose inputs have been checked. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps."""
+
+    config: PretrainedConfig
+    weights: WeightReader | None
+    tokenizer: str | None
+    mesh: MeshSizes
+    train: SampleReader | Blend | None
+    evaluation: SampleReader | Blend | None
+    total_samples: int
+    total_steps: int
+
+
+def plan_run(args: TrainArguments, world: int) -> Plan:
+    """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
+    config, mesh = lay_out(args, world)
+    model = start_of(args)
+    tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
+    if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
+        raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
+    _check_outputs(args, model, tokenizer)
+    readers = {}
+    for flag in ("train_data", "eval_data"):
+        path = getattr(args, flag)
+        readers[flag] = path and _open_all(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
+    total_samples, total_steps = _length(args, readers["train_data"], mesh)
+    weights = None if args.init else WeightReader(model)
+    return Plan(
+        config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
+    )
+
+
+def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:
+    """The model's config and the sizes of ``world`` ranks, which suit each other. Raises :class:`UserError`."""
+    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    config = load_config(start_of(args), args.init or args.dry_run)
+    check_supported(config, args.seq_len)
+    check_tensor_parallel(config, mesh.tensor)
+    _check_sequence_parallel(args, config)
+    return config, mesh
+
+
+def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> None:
+    size, degree, tokens = (
+        args.sequence_parallel_size,
+        args.ulysses_degree,
+        args.seq_len * args.per_device_train_batch_size,
+    )
+    if tokens % size:
+        raise UserError(
+            f"--sequence_parallel_size {size} must divide the {tokens} tokens of a micro-batch: change --seq_len."
+        )
+    if degree < 1 or size % degree:
+        raise UserError(f"--ulysses_degree {degree} must divide --sequence_parallel_size {size}.")
+    kv_heads = max(1, config.num_key_value_heads // args.model_parallel_size)
+    if kv_heads % degree:
+        raise UserError(f"--ulysses_degree {degree} must divide the {kv_heads} key/value heads of a rank.")
+
+
+def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:
+    """How global batches are dealt to this data-parallel replica."""
+    multiple = row_multiple(mesh.sequence) if args.ragged else None
+    return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size, multiple)
+
+
+def start_of(args: TrainArguments) -> str:
+    """The model directory, or ``config.json``, that a run starts from: --model's or a checkpoint of --from_ckpt."""
+    if not args.from_ckpt:
+        return args.model
+    steps = checkpoint_steps(args.from_ckpt)
+    tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
+    path = Path(args.from_ckpt) / tag
+    if tag not in map(checkpoint_tag, steps):
+        have = ", ".join(map(checkpoint_tag, steps)) or "none"
+        raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--from_ckpt: {path} is an adapter (--lora_dim): go on with --resume, or merge it first by "
+            f"python -m fft.checkpoint.convert {args.from_ckpt} OUT --tag {tag}."
+        )
+    return str(path)
+
+
+def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> None:
+    for flag, path in (("--output_dir", args.output_dir), ("--checkpoint", args.checkpoint)):
+        if path and Path(path).exists() and not Path(path).is_dir():
+            raise UserError(f"{flag} {path} is a file: name a folder.")
+        going_on = flag == "--checkpoint" and args.resume
+        if path and not args.overwrite and not going_on and _holds_something(Path(path)):
+            remedy = ", add --resume auto to go on with that run," if flag == "--checkpoint" else ""
+            raise UserError(f"{flag} {path} exists and is not empty: choose another folder{remedy} or add --overwrite.")
+    # --output_dir is replaced as a whole at the end, the checkpoints of --checkpoint are removed at the start.
+    replaced = [("--output_dir", args.output_dir)] if args.output_dir else []
+    if args.checkpoint and not args.resume:
+        run = Path(args.checkpoint)
+        replaced += [("--checkpoint", str(run / checkpoint_tag(step))) for step in checkpoint_steps(run)]
+    weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer}
+    needed = [*weights.items(), ("--checkpoint", args.checkpoint)]
+    for flag in ("train_data", "eval_data"):
+        tables = parse_tables(getattr(args, flag), flag) if getattr(args, flag) else []
+        needed += [(f"--{flag}", split_version(path)[0]) for path, _ in tables]
+    for flag, folder in replaced:
+        for reader, path in needed:
+            if path is None or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                continue
+            # A model may be trained in place: it has been read long before it is replaced.
+            in_place = flag == "--output_dir" and reader in weights and Path(path).resolve() == Path(folder).resolve()
+            if not in_place:
+                raise UserError(f"{flag} would replace {folder} and with it {path} of {reader}: choose another folder.")
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more than the lock of a run that ended before it began."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+
+
+def load_config(model: str, init: bool) -> PretrainedConfig:
+    """Read the config of ``--model``. Raises :class:`UserError` where there is none."""
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"--model {model} does not exist: give a Hugging Face model directory, or a config.json with --init."
+            if not path.exists()
+            else f"--model {model} has no config.json: give a Hugging Face model directory."
+        )
+    if not path.is_dir() and not init:
+        raise UserError(f"--model {model} is a file: only --init starts from a config; give a model directory.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type is {kind!r}, which transformers does not know")
+        return AutoConfig.for_model(**raw)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(
+            f"{file} is not a model configuration ({one_line(error)}): give one that transformers can read."
+        ) from error
+
+
+def _open_all(
+    flag: str, text: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
+) -> SampleReader | Blend:
+    tables = parse_tables(text, flag)
+    readers = [_open(flag, path, args, config, tokenizer, shuffle) for path, _ in tables]
+    if len(readers) == 1:
+        return readers[0]
+    if not shuffle:
+        raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
+    return Blend(readers, [weight for _, weight in tables], args.blend_end)
+
+
+def _open(
+    flag: str, path: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
+) -> SampleReader:
+    table = Table.open(path)
+    made_by = table.manifest.tokenizer if table.manifest else None
+    if made_by is not None:
+        if made_by.vocab_size > config.vocab_size:
+            raise UserError(
+                f"--{flag} {path} was tokenized with a vocabulary of {made_by.vocab_size}, larger than the model's "
+                f"{config.vocab_size}: raise vocab_size in the model's config or tokenize with the model's tokenizer."
+            )
+        if tokenizer is not None and made_by.sha256 != tokenizer_sha256(tokenizer):
+            raise UserError(
+                f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
+                "tokenize again or name the right --tokenizer."
+            )
+    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack, args.shuffle_lanes)
+
+
+def _length(args: TrainArguments, train: SampleReader | Blend | None, mesh: MeshSizes) -> tuple[int, int]:
+    if train is None or (args.num_train_epochs == 0 and args.max_steps < 0) or args.max_steps == 0:
+        return 0, 0
+    global_batch = batch_plan(args, mesh, 0).global_batch
+    if args.max_steps > 0:
+        return args.max_steps * global_batch, args.max_steps
+    samples = math.ceil(args.num_train_epochs * train.samples_per_epoch)
+    return samples, math.ceil(samples / global_batch)

@@ -1,0 +1,200 @@
+"""The chat task: conversations to rows of ``input_ids`` and ``labels``, by the tokenizer's own chat template.
+
+``input_ids`` are those of ``tokenizer.apply_chat_template(messages, tokenize=True)``; ``labels`` equal them where an
+assistant's turn is trained on and are -100 elsewhere. :mod:`fft.text.chat_template` has the rule.
+
+As there, text is encoded with the template's control tokens in it: a special token's string inside a content becomes
+that control token as well. Such conversations are counted.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fft.data.arrow_lists import int_lists
+from fft.data.manifest import TokenizerInfo
+from fft.errors import UserError
+from fft.text.chat_labels import encode_stretches, label
+from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
+from fft.text.cuts import cut_chat
+from fft.text.encoder import Encoder, Recipe, info_of, load_tokenizer, recipe_of
+from fft.text.messages import TURN_KEYS, parse_conversation
+from fft.text.outcomes import with_outcomes
+from fft.text.records import content_id, id_column, row_ids
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation; ``marked`` is true when a content holds a special token's string."""
+
+    rendered: Rendered
+    marked: bool
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The task ``chat``; see :class:`fft.text.records.Task`."""
+
+    template: ChatTemplate
+    recipe: Recipe
+    special: tuple[str, ...]
+    id_key: str = "id"
+    max_len: int | None = None
+
+    columns_out = ("input_ids", "labels", "doc_ids")
+
+    def columns(self, schema: pa.Schema, where: str) -> list[str]:
+        """The columns of turns, and the id's if there is one. Raises :class:`UserError` when there are no turns."""
+        names = [name for name in TURN_KEYS if name in schema.names]
+        if not names:
+            raise UserError(
+                f"-i {where} has no column {' or '.join(TURN_KEYS)} (it has {', '.join(schema.names)}): rename it."
+            )
+        for name in names:
+            kind = schema.field(name).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise UserError(f"-i {where}: column {name} is {kind}, it must be an array of turns.")
+        return [*names, *id_column(schema, where, self.id_key)]
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
+        """The columns of turns as one JSON object, and the id."""
+        turns = batch.select([name for name in TURN_KEYS if name in batch.schema.names]).to_pylist()
+        for row, doc_id in zip(turns, row_ids(batch, self.id_key), strict=True):
+            yield json.dumps(row, ensure_ascii=False, default=str).encode(errors="surrogatepass"), doc_id
+
+    def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[Conversation | None, str]:
+        """The conversation (None if it has no turns) and its id, else a hash. Raises :class:`Malformed`."""
+        messages, own_id = parse_conversation(record, self.id_key)
+        doc_id = doc_id if own_id is None else own_id
+        if doc_id is None:
+            doc_id = content_id(json.dumps(messages, ensure_ascii=False, sort_keys=True))
+        if not messages:
+            return None, doc_id
+        rendered = self.template.locate(messages)
+        pattern = _any_of(self.special)
+        marked = any(pattern.search(message["content"]) for message in messages)
+        return Conversation(rendered, marked) if rendered.text else None, doc_id
+
+    def token_rows(
+        self, documents: Sequence[tuple[Conversation | None, str]], malformed: int, encoder: Encoder
+    ) -> pa.RecordBatch:
+        """Rows of a batch's conversations, those that are empty or malformed without tokens."""
+        chats = [(chat, name) for chat, name in documents if chat is not None]
+        empty = len(documents) - len(chats)
+        texts = [chat.rendered.text for chat, _ in chats]
+        places = [[c for t in chat.rendered.turns for c in (t.start, t.end, t.stop)] for chat, _ in chats]
+        ids, offsets, found, checked = encode_stretches(encoder, texts, places) if chats else (_NO_IDS, _ZERO, [], 0)
+        rows = _Rows()
+        begins, ends = [], []
+        for number, ((chat, _), (after, at)) in enumerate(zip(chats, found, strict=True)):
+            first, last, stop = at[0::3], after[1::3], after[2::3]
+            turns = chat.rendered.turns
+            last = np.where([t.start < t.end for t in turns], last, first)
+            begins.append(first + offsets[number])
+            ends.append(last + offsets[number])
+            length = int(offsets[number + 1] - offsets[number])
+            opens = [t.opens for t in turns]
+            cuts = [(0, length)]
+            if self.max_len is not None and length > self.max_len:
+                bounds = zip(first.tolist(), last.tolist(), stop.tolist(), opens, strict=True)
+                cuts = cut_chat(length, list(bounds), self.max_len) or [(0, self.max_len)]
+            rows.add(number, int(offsets[number]), length, cuts, chat.marked)
+        labels = label(ids, _joined(begins), _joined(ends))
+        starts, stops = np.array(rows.starts, np.int64), np.array(rows.stops, np.int64)
+        if len(starts) and not (starts[0] == 0 and stops[-1] == len(ids) and (starts[1:] == stops[:-1]).all()):
+            kept = np.repeat(starts - np.append(0, np.cumsum(stops - starts)[:-1]), stops - starts)
+            kept += np.arange(len(kept))
+            ids, labels = ids[kept], labels[kept]
+        row_offsets = np.append(0, np.cumsum(stops - starts))
+        trained = np.diff(np.append(0, np.cumsum(labels >= 0))[row_offsets])
+        names = pa.array([chats[number][1] for number in rows.document], pa.string())
+        return with_outcomes(
+            {"input_ids": int_lists(ids, row_offsets), "labels": int_lists(labels, row_offsets)},
+            names,
+            np.array(rows.piece, np.int64),
+            empty,
+            malformed,
+            encoder,
+            checked,
+            cut=np.array(rows.cut, np.int64),
+            dropped=np.array(rows.dropped, np.int64),
+            special=np.array(rows.special, np.int64),
+            trained=trained,
+        )
+
+    #: Name in the manifest of the sum over a column of :meth:`token_rows`.
+    tallies = (
+        ("trained_tokens", "trained"),
+        ("cut_conversations", "cut"),
+        ("dropped_tokens", "dropped"),
+        ("with_special_strings", "special"),
+    )
+
+    def notes(self, counts: dict) -> list[str]:
+        """What the user should know about these counts."""
+        notes = []
+        if counts["cut_conversations"]:
+            notes.append(
+                f"note: {counts['cut_conversations']} conversations longer than --max_len {self.max_len} were cut; "
+                f"{counts['dropped_tokens']} tokens on which nothing is trained were dropped."
+            )
+        if counts["with_special_strings"]:
+            notes.append(
+                f"note: {counts['with_special_strings']} conversations hold a special token's string; it became that "
+                "control token, as in apply_chat_template."
+            )
+        if not self.template.end_of_turn:
+            notes.append("warning: the chat template ends no assistant turn with a special token: none is trained on.")
+        if "strftime_now" in self.template.source:
+            notes.append(f"note: the chat template writes the date; every row has {self.template.date:%Y-%m-%d}.")
+        return notes
+
+
+def load_chat(directory: Path, id_key: str, max_len: int | None) -> tuple[Chat, TokenizerInfo]:
+    """Read tokenizer and chat template on the driver. Raises :class:`UserError` when either is missing."""
+    tokenizer = load_tokenizer(directory)
+    template = load_chat_template(tokenizer, str(directory))
+    recipe = recipe_of(tokenizer, (), (), parse_special_tokens=not getattr(tokenizer, "split_special_tokens", False))
+    special = tuple(sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}))
+    return Chat(template, recipe, special, id_key, max_len), info_of(tokenizer, directory)
+
+
+class _Rows:
+    """Output rows of a batch, column by column, as stretches of its ids."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.stops: list[int] = []
+        self.document: list[int] = []
+        self.piece: list[int] = []
+        self.cut: list[int] = []
+        self.dropped: list[int] = []
+        self.special: list[int] = []
+
+    def add(self, document: int, offset: int, length: int, cuts: list[tuple[int, int]], special: bool) -> None:
+        for number, (begin, end) in enumerate(cuts):
+            self.starts.append(offset + begin)
+            self.stops.append(offset + end)
+            self.document.append(document)
+            self.piece.append(number)
+            self.cut.append(int(not number and cuts != [(0, length)]))
+            self.dropped.append(0 if number else length - sum(b - a for a, b in cuts))
+            self.special.append(int(special and not number))
+
+
+_NO_IDS, _ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+
+
+@lru_cache(maxsize=2)
+def _any_of(strings: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, strings)) or "(?!)")

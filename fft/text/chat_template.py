@@ -1,0 +1,245 @@
+"""A tokenizer's chat template: what it makes of a conversation, and which of its characters the model is to learn.
+
+The rule. Of every assistant turn, these characters are trained on, and no others:
+
+- the turn's content as far as the template renders it (Llama-3 trims it, Qwen3 drops the reasoning of earlier turns);
+- what the template writes after it up to and including the end-of-turn token (``<|im_end|>``, ``<|eot_id|>``,
+  ``</s>``, ...): the first special token that ends a turn in the middle of a conversation as well as at its end. The
+  newline that some templates put after that token is not trained on. A template without such a token has none trained.
+- Where the content brings reasoning (``<think>...</think>``, or a key ``reasoning_content``) and the template renders
+  it, the tags around it as well: all from the end of the generation prompt.
+
+Role headers, and an empty ``<think></think>`` that the template adds on its own, are not trained on.
+
+How it is found. Templates are programs, so nothing is guessed from their text. What a template writes between the
+contents is learned once for each sequence of roles, from a rendering of marks. A conversation is rendered as it is, and
+if that is exactly those parts with its contents between them, its turns are known. If not (a content is trimmed, its
+reasoning dropped), it is rendered again with a mark at the turn's beginning, and believed only if that rendering
+without the mark is the first. A mark that disturbs the template is tried further inside: past the white space, past
+the reasoning. A turn for which no mark works is malformed.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from itertools import accumulate, chain
+
+from fft.errors import UserError
+from fft.text.records import Malformed
+
+#: Private-use characters, of which a conversation uses two that it does not contain.
+_MARKS = [chr(code) for code in range(0xFFF00, 0xFFFFE)]
+_OPEN, _CLOSE = "<think>", "</think>"
+_PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn in the rendered text: characters ``start`` to ``end`` are trained on, ``stop`` ends the turn.
+
+    ``opens`` is true where another role, or nothing, follows: there a conversation may be cut.
+    """
+
+    start: int
+    end: int
+    stop: int
+    opens: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and its assistant turns in order."""
+
+    text: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The template's source and what it was asked once.
+
+    ``tail`` is what it writes after the content of the last turn, ``end_of_turn`` the part of it that is trained on,
+    ``generation_prompt`` what it writes for the model to continue. ``date`` is what ``strftime_now`` tells all rows.
+    """
+
+    source: str
+    special_tokens: tuple[tuple[str, object], ...]
+    date: datetime
+    tail: str = ""
+    end_of_turn: str = ""
+    generation_prompt: str = ""
+
+    def render(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
+        """What ``tokenizer.apply_chat_template(messages, tokenize=False)`` gives. Raises :class:`Malformed`."""
+        from jinja2 import TemplateError
+        from transformers.utils import chat_template_utils as hugging_face
+
+        extra = any(len(message) > 2 for message in messages)
+        try:
+            return hugging_face._compile_jinja_template(self.source).render(
+                messages=hugging_face._alias_reasoning_fields(messages) if extra else messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=self.date.strftime,
+                **dict(self.special_tokens),
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise Malformed(f"the chat template refuses it: {error}") from error
+
+    def locate(self, messages: Sequence[dict]) -> Rendered:
+        """Render a conversation and find its assistant turns. Raises :class:`Malformed`."""
+        text = self.render(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        contents = self._between_frames(messages, turns, text)
+        if contents is None:
+            mark = next((mark for mark in _MARKS if mark not in text), None)
+            if mark is None:
+                raise Malformed("it uses all private-use characters of Unicode")
+            contents = [self._mark_one(messages, i, text, mark) for i in turns]
+        found, begin = [], 0
+        for i, (start, end, reasoning) in zip(turns, contents, strict=True):
+            if not begin <= start <= end:
+                raise Malformed(f"the chat template moves turn {i + 1}")
+            if reasoning and self.generation_prompt:
+                prompt = text.rfind(self.generation_prompt, begin, start)
+                start = start if prompt < 0 else prompt + len(self.generation_prompt)
+            begin = stop = end + _common(text[end : end + len(self.tail)], self.tail)
+            end += len(self.end_of_turn) if text.startswith(self.end_of_turn, end) else 0
+            opens = i + 1 == len(messages) or messages[i + 1]["role"] != "assistant"
+            found.append(Turn(start, end, max(stop, end), opens))
+        return Rendered(text, tuple(found))
+
+    def _between_frames(
+        self, messages: Sequence[dict], turns: Sequence[int], text: str
+    ) -> list[tuple[int, int, bool]] | None:
+        """(start, end, False) of the turns' contents if the template writes all as they are, or all trimmed."""
+        if any(len(message) != 2 for message in messages):  # more than role and content
+            return None
+        frames = _frames(self, tuple(message["role"] for message in messages))
+        if frames is None:
+            return None
+        contents = [message["content"] for message in messages]
+        for written in (contents, [content.strip() for content in contents]):
+            if "".join(chain(frames[:1], *zip(written, frames[1:], strict=True))) == text:
+                sizes = [len(part) for pair in zip(frames, written, strict=False) for part in pair]
+                ends = list(accumulate(sizes))[1::2]
+                return [(ends[i] - len(written[i]), ends[i], False) for i in turns]
+        return None
+
+    def _mark_one(self, messages: Sequence[dict], i: int, text: str, mark: str) -> tuple[int, int, bool]:
+        """Start and end of what the template renders of turn ``i``, and whether that begins with reasoning."""
+        start = self._first(messages, i, text, mark, _starts(messages[i]))
+        end = self._first(messages, i, text, mark, _ends(messages[i]))
+        if start is None or end is None:
+            raise Malformed(f"turn {i + 1} (assistant) cannot be found in what the chat template makes of it")
+        return start[0], end[0], start[1]
+
+    def _first(
+        self, messages: Sequence[dict], i: int, text: str, mark: str, places: Iterator[tuple[str, int, bool]]
+    ) -> tuple[int, bool] | None:
+        for key, place, reasoning in places:
+            value = messages[i][key]
+            marked = [*messages[:i], {**messages[i], key: value[:place] + mark + value[place:]}, *messages[i + 1 :]]
+            try:
+                rendered = self.render(marked)
+            except Malformed:
+                continue
+            if rendered.count(mark) == 1 and rendered.replace(mark, "") == text:
+                return rendered.index(mark), reasoning
+        return None
+
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@lru_cache(maxsize=4096)
+def _frames(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What the template writes before, between and after contents of these roles; None if it moves or drops them."""
+    if len(roles) > len(_MARKS):
+        return None
+    marks = _MARKS[: len(roles)]
+    try:
+        text = template.render([{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)])
+    except Malformed:
+        return None
+    frames = re.split(f"[{marks[0]}-{marks[-1]}]", text)
+    whole = "".join(x for pair in zip(frames, marks, strict=False) for x in pair) + frames[-1]
+    return tuple(frames) if len(frames) == len(roles) + 1 and whole == text else None
+
+
+def _common(a: str, b: str) -> int:
+    """Characters that two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _starts(message: dict) -> Iterator[tuple[str, int, bool]]:
+    """(key, position, whether reasoning) where a turn's rendered part may begin, outermost first."""
+    for key in _REASONING:
+        if isinstance(message.get(key), str):
+            yield from ((key, at, True) for at in _after_space(message[key], 0))
+    content = message["content"]
+    yield from (("content", at, False) for at in _after_space(content, 0))
+    close = content.find(_CLOSE)
+    if close >= 0:
+        opened = content.rfind(_OPEN, 0, close)
+        begin = opened + len(_OPEN) if opened >= 0 else 0
+        yield from (("content", min(at, close), True) for at in _after_space(content, begin))
+        yield from (("content", at, False) for at in _after_space(content, content.rfind(_CLOSE) + len(_CLOSE)))
+
+
+def _after_space(text: str, begin: int) -> list[int]:
+    rest = text[begin:]
+    return list(dict.fromkeys(len(text) - len(part) for part in (rest, rest.lstrip("\n"), rest.lstrip())))
+
+
+def _ends(message: dict) -> Iterator[tuple[str, int, bool]]:
+    content = message["content"]
+    places = dict.fromkeys(len(part) for part in (content, content.rstrip("\n"), content.rstrip()))
+    return (("content", at, False) for at in places)
+
+
+def load_chat_template(tokenizer: object, name: str) -> ChatTemplate:
+    """Ask a transformers tokenizer for its template, and the template what a turn ends with.
+
+    Raises :class:`UserError` when there is none or it cannot render a question and an answer.
+    """
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"--tokenizer {name} has no chat template: put chat_template.jinja of the chat model into the folder."
+        ) from error
+    date = datetime.now()  # naive, as transformers has it
+    bare = ChatTemplate(source, tuple(tokenizer.special_tokens_map.items()), date)
+    try:
+        (turn,) = bare.locate(_PROBE).turns
+        text = bare.render(_PROBE)
+        question = bare.render(_PROBE[:1])
+        asked = bare.render(_PROBE[:1], add_generation_prompt=True)
+    except Malformed as error:
+        raise UserError(
+            f"--tokenizer {name}: its chat template fails on a plain question and answer ({error})."
+        ) from error
+    if "strftime_now" not in source and text != tokenizer.apply_chat_template(_PROBE, tokenize=False):
+        raise UserError(f"--tokenizer {name}: its chat template is rendered in another way by its own class.")
+    tail = text[turn.end :]
+    return replace(
+        bare,
+        tail=tail,
+        end_of_turn=_through_special_token(tail, tokenizer),
+        generation_prompt=asked.removeprefix(question) if asked.startswith(question) else "",
+    )
+
+
+def _through_special_token(tail: str, tokenizer: object) -> str:
+    added = tokenizer.added_tokens_decoder.values()
+    special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    for tokens in (special, {str(token) for token in added}):
+        ends = [(tail.find(token), -len(token)) for token in tokens if token and token in tail]
+        if ends:
+            at, size = min(ends)
+            return tail[: at - size]
+    return ""

@@ -1,0 +1,68 @@
+"""Where a long chat is cut. Pure functions of token positions.
+
+The rule, for a conversation longer than ``max_len`` tokens:
+
+- It is cut where an assistant turn ends and another role's turn begins, as late as ``max_len`` allows: every row
+  begins with a user's or system's turn (only the first has the system prompt) and ends with an assistant's.
+- A round of turns that alone is longer than ``max_len`` is cut between consecutive assistant turns, too. If what is
+  left is still longer, it keeps the whole trained turn and as many tokens before it as fit; the rest is dropped.
+- Only a trained turn that alone is longer than ``max_len`` is cut inside: then what is left, from its beginning, is
+  cut every ``max_len`` tokens.
+- Stretches on which nothing would be trained are dropped, among them a last question without an answer if it does not
+  fit into the last row. How many tokens were dropped is counted.
+"""
+
+from collections.abc import Sequence
+
+
+def cut_chat(length: int, turns: Sequence[tuple[int, int, int, bool]], max_len: int | None) -> list[tuple[int, int]]:
+    """Token stretches [begin, end) of at most ``max_len`` tokens that a conversation of ``length`` tokens becomes.
+
+    ``turns`` are its assistant turns in order: (first and one past the last trained token, where the next turn begins,
+    whether that is of another role).
+    """
+    if max_len is None or length <= max_len:
+        return [(0, length)]
+    rows: list[tuple[int, int]] = []
+    for part in _parts(length, turns):
+        begin, end, trained = part[0][0], part[-1][1], [t for _, _, t in part if t]
+        if rows and end - rows[-1][0] <= max_len and rows[-1][1] == begin:
+            rows[-1] = (rows[-1][0], end)
+        elif not trained:
+            continue
+        elif end - begin <= max_len:
+            rows.append((begin, end))
+        else:
+            for begin, end, turn in part:
+                rows += _long(begin, end, turn, max_len)
+    return rows
+
+
+def _parts(
+    length: int, turns: Sequence[tuple[int, int, int, bool]]
+) -> list[list[tuple[int, int, tuple[int, int] | None]]]:
+    """Rounds that end where another role begins; each a list of stretches with one trained turn at most."""
+    parts, part, begin = [], [], 0
+    for first, last, stop, opens in turns:
+        part.append((begin, stop, (first, last) if first < last else None))
+        begin = stop
+        if opens:
+            parts.append(part)
+            part = []
+    if begin < length:
+        part.append((begin, length, None))
+    return [*parts, part] if part else parts
+
+
+def _long(begin: int, end: int, turn: tuple[int, int] | None, max_len: int) -> list[tuple[int, int]]:
+    if turn is None:
+        return []
+    if end - begin <= max_len:
+        return [(begin, end)]
+    first, last = turn
+    if last - first <= max_len:
+        end = end if end - first <= max_len else last
+        return [(max(begin, end - max_len), end)]
+    cuts = range(begin, end, max_len)
+    rows = [(at, min(at + max_len, end)) for at in cuts]
+    return [(a, b) for a, b in rows if a < last and b > first]

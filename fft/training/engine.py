@@ -1,0 +1,226 @@
+"""DeepSpeed's pipeline engine, set up so that its arithmetic is that of one process.
+
+What we know of it and rely on here is collected in docs/deepspeed.md.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fft.arguments import TrainArguments
+from fft.errors import UserError
+from fft.models.causal_lm import ModelSource
+from fft.models.layers import DecoderLayer, pipeline_layers
+from fft.models.lora import Lora
+from fft.ops import fused
+from fft.ops.backends.choice import choose, kernel_name
+from fft.ops.cross_entropy import linear_cross_entropy
+from fft.ops.sequence_parallel import SequenceParallel
+from fft.parallel.mesh import MeshSizes
+from fft.parallel.tensor import TensorParallel
+from fft.planning.layout import zero_stage
+from fft.training.optimizer import make_optimizer
+from fft.training.schedule import lr_multiplier
+from fft.weights.hf import WeightReader
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class TokenMeanLoss:
+    """Loss function of the last stage: a sum over tokens times ``scale``.
+
+    With ``scale = data axis * micro_batches / trained tokens of the global batch``, set before every step, DeepSpeed's
+    own division by its data axis (replicas x sequence) and micro-batches leaves the exact mean over the global batch's
+    trained tokens.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source, self.scale = source, 1.0
+
+    def __call__(self, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """``outputs`` are hidden states [tokens, hidden size] and the head's weight, or this rank's part of it."""
+        return linear_cross_entropy(*outputs, labels, self._source.head_shard, self._source.tensor) * self.scale
+
+
+class StagedModel(PipelineModule):
+    """A :class:`PipelineModule` whose stage bounds are given, so that no rank builds layers it does not keep."""
+
+    def __init__(self, layers: list, bounds: list[int], mesh: MeshSizes, **options: object) -> None:
+        self._bounds = bounds
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pipe, num_mp=mesh.tensor, num_dp=mesh.data * mesh.sequence)
+        super().__init__(layers, topology=topology, **options)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        self._sends = stage + 1 < self._topo.get_dim("pipe")
+
+    def forward(self, *args: object, **options: object) -> object:
+        """One stage. The engine starts backward from what a stage sends, even where nothing in it is trained."""
+        outputs = super().forward(*args, **options)
+        if self._sends and torch.is_grad_enabled() and not outputs[0].requires_grad:
+            outputs[0].requires_grad_()
+        return outputs
+
+    def get_tied_weights_and_groups(self) -> list:
+        """Tied weights, whose ``grad`` the engine adds up, with their groups.
+
+        Where gradients are summed in another type than their own (fp16; bf16 with an offloaded optimizer), the sum is
+        not in ``grad`` but beside it: the engine would leave the two apart. Frozen weights have none.
+        """
+        tied = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in tied]
+        return [
+            (weight if total is None else SimpleNamespace(grad=total), group)
+            for (weight, group), total in zip(tied, sums, strict=True)
+            if weight.requires_grad
+        ]
+
+
+def init_distributed() -> None:
+    """Join the launcher's process group, or make a world of one when there is no launcher."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if on_host() and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one machine share its cores; left alone each would start a thread on every core.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+    torch.distributed.barrier()  # every rank has its neighbours' buffers open
+    _unlink_shared_buffer()
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name off this rank's all-reduce buffer, 66 MB in /dev/shm, which DeepSpeed on CPU never removes.
+
+    The memory stays mapped while the ranks of this machine live, and goes with them, however they end.
+    """
+    job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
+
+
+def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
+    """The model, with the kernels asked for."""
+    operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
+    train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
+    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators, **train)
+
+
+def check_kernels(source: ModelSource) -> str:
+    """Compare the kernels that this rank will train with to their references; returns their names.
+
+    Raises :class:`UserError` if they differ or do not fit the device.
+    """
+    device = torch.device(deepspeed.get_accelerator().current_device_name())
+    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, source.head_size))}"]
+    if source.fused is not None:
+        fused.check(source.fused, device, source.dtype)
+        names.append(f"fused operators {source.fused.name}")
+    return ", ".join(names)
+
+
+def on_host() -> bool:
+    """Whether the device is the CPU."""
+    return deepspeed.get_accelerator().device_name() == "cpu"
+
+
+def check_device(args: TrainArguments) -> None:
+    """Raise :class:`UserError` where the accelerator, as DeepSpeed knows it, lacks what the flags ask for."""
+    accelerator = deepspeed.get_accelerator()
+    if args.dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"--dtype fp16 does not run on this machine's device ({accelerator.device_name()}): use bf16 or fp32."
+        )
+
+
+def build_engine(
+    args: TrainArguments, source: ModelSource, mesh: MeshSizes, bounds: list[int], total_steps: int
+) -> tuple[deepspeed.PipelineEngine, TokenMeanLoss]:
+    """Build this rank's stage, optimizer, schedule and engine."""
+    loss = TokenMeanLoss(source)
+    if mesh.tensor > 1:
+        source.tensor = TensorParallel(mesh, source.config.num_key_value_heads)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
+        module = StagedModel(
+            pipeline_layers(source, args.split_dlayer),
+            bounds,
+            mesh,
+            loss_fn=loss,
+            activation_checkpoint_interval=args.checkpoint_grad_interval,
+            checkpointable_layers=[DecoderLayer.__name__],
+            dynamic_shape=args.ragged,
+        )
+    stage = zero_stage(args, mesh)
+    optimizer = make_optimizer(args, module, _parameter_groups(module, args.weight_decay), stage)
+    floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
+        config=_deepspeed_config(args, stage),
+    )
+    replicas = mesh.data * mesh.sequence
+    if replicas == 1 and (engine.using_bf16_optimizer or not stage):
+        engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
+    if mesh.sequence > 1:
+        source.parallel = SequenceParallel(mesh.sequence_groups(), args.ulysses_degree)
+        if source.balance is not None:
+            source.balance.sequence = source.parallel.group
+    return engine, loss
+
+
+def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (norms, biases) do not.
+
+    DeepSpeed sums the gradients' norm over the stages group by group, so a stage that lacked one (the head alone has no
+    vectors) would leave the others waiting for ever: it gets a parameter that nothing uses.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = []
+    for name, decay, chosen in (
+        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2]),
+        ("unused_vector", 0.0, [p for p in parameters if p.ndim < 2]),
+    ):
+        if not chosen:
+            module.register_parameter(name, torch.nn.Parameter(next(module.parameters()).new_zeros(1)))
+            chosen = [module.get_parameter(name)]
+        groups.append({"params": chosen, "weight_decay": decay})
+    return groups
+
+
+def _deepspeed_config(args: TrainArguments, stage: int) -> dict:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if args.offload_optimizer else {}
+    return {
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm if stage else 0.0,  # without ZeRO our optimizer clips
+        "zero_optimization": {"stage": stage, **offload},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Each gradient is added to its fp32 sum, and gone, as soon as backward has made it.
+        "bf16": {"enabled": args.dtype == "bf16", "immediate_grad_update": True},
+        "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
+        # bf16 gradients summed in bf16, over micro-batches or over replicas, would lose most of their digits.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp16" if args.dtype == "fp16" else "fp32",
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }

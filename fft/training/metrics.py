@@ -1,0 +1,180 @@
+"""What a run tells of its steps, and the yardstick of its speed: what the devices' matrix products really do.
+
+Model FLOPs utilisation is the FLOPs that the model's mathematics needs (a multiply-add is two; backward is twice the
+forward; activations that are computed again count once) over those that all devices could have done at their measured
+matrix rate.
+"""
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from fft.models.experts import LoadBalance
+from fft.training.metric_sinks import Sinks
+
+#: A product that takes this many seconds is timed well enough, and one of this many rows is as large as any.
+_LONG_ENOUGH, _LARGEST = 0.01, 8192
+
+
+def flops_per_token(multiply_adds: Sequence[float]) -> float:
+    """FLOPs of forward and backward for one token, from the multiply-adds of every layer's forward."""
+    return 6.0 * sum(multiply_adds)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs a second of this device in square products of ``dtype``: the best of growing sizes, in a fraction of 1 s.
+
+    Every rank measures at once: ranks on the cores of one machine have only their share of them.
+    """
+    accelerator, generator = deepspeed.get_accelerator(), torch.Generator(device).manual_seed(0)
+    best, rows = 0.0, 256
+    while True:
+        # Not zeros: a device that draws less power would clock higher than it does in training.
+        a = torch.randn(rows, rows, generator=generator, device=device).to(dtype)
+        fastest = float("inf")
+        for _ in range(4):  # the first warms up
+            accelerator.synchronize()
+            begun = time.perf_counter()
+            a @ a
+            accelerator.synchronize()
+            fastest = min(fastest, time.perf_counter() - begun)
+        best = max(best, 2.0 * rows**3 / fastest)
+        if fastest > _LONG_ENOUGH or rows >= _LARGEST:
+            return best
+        rows *= 2
+
+
+def peak_memory() -> int:
+    """Most bytes this process has had: of the accelerator's memory, or, on CPU, of the machine's."""
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return accelerator.max_memory_allocated()
+
+
+def over_ranks(value: float, operation: dist.ReduceOp, device: torch.device) -> float:
+    """Sum or maximum of a number over all ranks."""
+    number = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(number, operation)
+    return float(number)
+
+
+def mean_balance(balance: LoadBalance | None, device: torch.device) -> dict[str, float]:
+    """The experts' balance loss of the step, the mean over layers and micro-batches, where there are experts."""
+    if balance is None:
+        return {}
+    sums = torch.tensor([float(balance.total), float(balance.count)], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    # A row's ranks have shares of its losses, which add up.
+    shares = dist.get_world_size(balance.sequence) if balance.sequence is not None else 1
+    return {"aux_loss": float(sums[0] / sums[1]) * shares}
+
+
+def loss_scale(engine: deepspeed.PipelineEngine) -> float:
+    """What gradients are multiplied by until the optimizer divides them by it: not 1 in fp16 alone."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+
+def scaling(engine: deepspeed.PipelineEngine) -> dict[str, float]:
+    """Of fp16: the loss scale, and the steps skipped so far because gradients overflowed."""
+    return {"loss_scale": loss_scale(engine), "skipped_steps": engine.skipped_steps} if engine.fp16_enabled() else {}
+
+
+class Stopwatch:
+    """Times the steps from one report to the next; what is done while :meth:`paused` is no training."""
+
+    def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._first = clock, step
+        self._started = self._lap = clock()
+        self._waited, self._tokens = 0.0, 0
+
+    def computed(self, tokens: int) -> None:
+        """Note what a step computed."""
+        self._tokens += tokens
+
+    def waited(self, seconds: float) -> None:
+        """Note time that a step had to wait for its data."""
+        self._waited += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave a block out."""
+        begun = self._clock()
+        yield
+        self._lap += self._clock() - begun
+
+    def lap(self, step: int, total: int) -> "Lap":
+        """What was done since the last lap, ``step`` being the one just done of ``total``."""
+        now = self._clock()
+        seconds, elapsed = now - self._lap, now - self._started
+        left = elapsed / (step - self._first) * (total - step)
+        lap = Lap(self._tokens / seconds, self._waited / seconds, elapsed, left)
+        self._lap, self._waited, self._tokens = now, 0.0, 0
+        return lap
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Tokens a second, the share of the time that waited for data, seconds since the start, seconds still to go."""
+
+    rate: float
+    data_wait: float
+    elapsed: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of a run on their way to its sinks and, every so often, to the console.
+
+    ``flops`` are those of a token, ``peak`` those that all devices together can do in a second.
+    """
+
+    sinks: Sinks
+    log: Callable[[str], None]
+    total: int
+    flops: float
+    peak: float
+    device: torch.device
+
+    def record(self, step: int, **values: float) -> None:
+        """Hand numbers of a step to the sinks."""
+        self.sinks.write(step, values)
+
+    def report(self, step: int, values: dict[str, float], lap: Lap) -> None:
+        """Record a step with the speed of those since the last report, and print a line.
+
+        All ranks call it, each with the tokens of ``lap`` that it alone counts.
+        """
+        memory = over_ranks(peak_memory(), dist.ReduceOp.MAX, self.device)
+        rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
+        utilisation = rate * self.flops / self.peak
+        scaled = (
+            f"scale {values['loss_scale']:.0f} ({values['skipped_steps']} skipped)  " if "loss_scale" in values else ""
+        )
+        self.record(
+            step,
+            **values,
+            tokens_per_second=rate,
+            tokens_per_second_per_device=rate / dist.get_world_size(),
+            mfu=utilisation,
+            data_wait=lap.data_wait,
+            memory=memory,
+            seconds=lap.elapsed,
+        )
+        self.log(
+            f"step {step}/{self.total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {utilisation:.1%}  "
+            f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {_clock(lap.elapsed)} < {_clock(lap.left)}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

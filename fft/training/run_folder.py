@@ -1,0 +1,130 @@
+"""The folder of a run: taken under its lock, then started afresh or gone on with from a checkpoint."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from fft.arguments import TrainArguments
+from fft.checkpoint import folder
+from fft.checkpoint.resume import choose
+from fft.data.batches import Loader
+from fft.data.manifest import write_atomically
+from fft.errors import UserError
+from fft.planning.preflight import Plan, batch_plan
+from fft.training.early_stop import EarlyStop
+from fft.training.metric_sinks import METRICS, TENSORBOARD
+
+#: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
+_TERMS = (
+    *("learning_rate", "min_learning_rate", "lr_scheduler_type", "warmup_steps", "decay_ratio"),
+    *("num_train_epochs", "max_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after ``step`` steps, with what a checkpoint holds; at 0 with nothing."""
+
+    step: int = 0
+    checkpoint: Path | None = None
+    state: dict = dataclasses.field(default_factory=dict)
+
+
+def enter(
+    args: TrainArguments, plan: Plan, control: dist.ProcessGroup, held: ExitStack, log: Callable[[str], None]
+) -> Start:
+    """Take the run folder for this run and say where to begin. ``held`` keeps the lock; all ranks call it together.
+
+    Raises :class:`UserError` when another run has the folder, or when this one cannot go on with what is in it.
+    """
+    run = Path(args.checkpoint)
+    if dist.get_rank() == 0:
+        held.enter_context(folder.locked(run))
+        folder.tidy(run)
+    dist.barrier(control)
+    checkpoint = choose(run, args.resume, args.overwrite, control, log) if args.resume else None
+    if checkpoint is None:
+        if args.resume:
+            log(f"no checkpoint in {run} yet: starting from the beginning")
+        return Start()
+    state = folder.read_state(checkpoint)
+    _compare(args, plan, checkpoint, state, log)
+    log(f"going on from {checkpoint}")
+    return Start(state["step"], checkpoint, state)
+
+
+def state_of(
+    args: TrainArguments, plan: Plan, step: int, data: dict | None, eval_loss: float | None, early_stop: EarlyStop
+) -> dict:
+    """The content of a checkpoint's ``training/state.json``; ``data`` is what :meth:`Loader.state_dict` gives."""
+    return {
+        "format": 1,
+        "step": step,
+        "eval_loss": eval_loss,
+        "global_batch": batch_plan(args, plan.mesh, 0).global_batch,
+        "layout": dataclasses.asdict(plan.mesh),
+        "early_stop": early_stop.state(),
+        "data": data,
+        "arguments": dataclasses.asdict(args),
+    }
+
+
+def create(args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
+    """Write down a run's settings and environment; leave in the folder only what belongs to the run up to its start."""
+    run = Path(args.checkpoint)
+    if start.checkpoint is None:
+        for step in folder.checkpoint_steps(run):
+            folder.remove(run / folder.checkpoint_tag(step))
+        (run / folder.LATEST).unlink(missing_ok=True)
+        (run / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
+    elif (run / METRICS).is_file():
+        lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomically(run / METRICS, "".join(line for line in lines if _written_by(line, start.step)))
+    settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
+    write_atomically(run / "arguments.yaml", settings)
+    write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
+    # Which tables, at which versions, in which order: what a later run must find to go on with this one.
+    data = {"train_data": plan.train and plan.train.identity, "eval_data": plan.evaluation and plan.evaluation.identity}
+    write_atomically(run / "data.yaml", yaml.safe_dump(data, sort_keys=False))
+
+
+def _written_by(line: str, step: int) -> bool:
+    """Whether a line of metrics is whole and of a step up to ``step``; the last line of a killed run may be cut."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except ValueError:
+        return False
+
+
+def _compare(args: TrainArguments, plan: Plan, checkpoint: Path, state: dict, log: Callable[[str], None]) -> None:
+    if state["format"] != 1:
+        raise UserError(f"{checkpoint} is of format {state['format']}, this release reads 1: use a newer one.")
+    before = state["arguments"]
+    if before["dtype"] != args.dtype:
+        raise UserError(f"--dtype {args.dtype}: {checkpoint} was trained in {before['dtype']}; resume with that.")
+    for name in ("lora_dim", "lora_alpha", "lora_module_name", "freeze"):
+        if before.get(name, getattr(TrainArguments, name)) != getattr(args, name):
+            raise UserError(
+                f"--{name} {getattr(args, name)}: {checkpoint} was trained with {before.get(name)}; resume with that."
+            )
+    batch = batch_plan(args, plan.mesh, 0).global_batch
+    if batch != state["global_batch"]:
+        raise UserError(
+            f"the global batch is {batch} samples, that of {checkpoint} {state['global_batch']}: change "
+            "--gradient_accumulation_steps or --per_device_train_batch_size so that replicas x both is the same."
+        )
+    if plan.train is not None and state["data"] is not None:
+        Loader(plan.train, batch_plan(args, plan.mesh, 0), plan.total_samples).load_state_dict(state["data"])
+    for name in _TERMS:
+        now = getattr(args, name)
+        if before.get(name, now) != now:  # a flag may be younger than the checkpoint
+            log(f"warning: --{name} is {now}, it was {before[name]}: losses will differ from before")

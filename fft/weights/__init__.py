@@ -1,0 +1,1 @@
+"""Weights as Hugging Face stores them, in and out."""

@@ -1,0 +1,221 @@
+"""The jobs' command lines: flags, their meaning, and one call each."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import spark_jobs
+from fft.console import say
+from fft.errors import Parser, UserError
+from spark_jobs.token_table.picture import check_report, write_report
+
+
+def tokenize(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/tokenize.py``."""
+    parser = _parser(
+        "tokenize",
+        "Turn documents into a token table: parquet rows of input_ids and doc_ids, one a document.",
+        """
+  # JSON lines with the keys text and (optional) id
+  spark-submit spark_jobs/tokenize.py -i corpus.jsonl -o runs/tokens --tokenizer runs/tokenizer
+
+  # several inputs of other kinds, another key; what cannot be read is set aside
+  spark-submit spark_jobs/tokenize.py -i books/ wiki.parquet -o runs/tokens --tokenizer Qwen3-8B \\
+      --text_key content --on_error quarantine
+
+  # conversations, one a line or parquet row, in any of the forms
+  #   [{"system": "Be brief."}, {"user": "2+2?"}, {"assistant": "4"}]
+  #   {"conversation": [{"user": "2+2?"}, {"assistant": "4"}, {"user": "3+3?"}, {"assistant": "6"}]}
+  #   {"id": "a1", "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+  spark-submit spark_jobs/tokenize.py --task chat -i chats.jsonl -o runs/chats --tokenizer Qwen3-8B --max_len 8192
+""",
+        "file(s) or folder(s): JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a blank line between "
+        "documents; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    parser.add_argument(
+        "--task",
+        choices=["pretrain", "chat"],
+        default="pretrain",
+        help="pretrain: every token is trained on (default); chat: conversations through the tokenizer's chat "
+        "template, with labels on every assistant turn and its end-of-turn token alone",
+    )
+    parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
+    parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")
+    parser.add_argument(
+        "--max_len",
+        type=_positive,
+        help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
+    )
+    parser.add_argument("--image_path", metavar="DIR", help="folder of the images that chats name (this release: none)")
+    parser.add_argument(
+        "--eos",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="end-of-sequence token after each document: auto = if the tokenizer has one (default), always = it must",
+    )
+    parser.add_argument(
+        "--parse_special_tokens",
+        action="store_true",
+        help="let special-token strings in the text become control tokens (default: they are ordinary text)",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=["fail", "quarantine"],
+        default="fail",
+        help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
+    )
+    _run(parser, argv, "tokenize_table")
+
+
+def shuffle(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/shuffle.py``."""
+    parser = _parser(
+        "shuffle",
+        "Mix the rows of all tables into one global order that depends on the seed alone.",
+        """
+  # one table, one row in a hundred held out: runs/shuffled/train and runs/shuffled/validation
+  spark-submit spark_jobs/shuffle.py -i runs/tokens -o runs/shuffled --holdout 0.01
+
+  # every table below a folder, another order
+  spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/shuffled --seed 7 --num_block 64
+
+  # a mixture of the tables runs/datasets/web and runs/datasets/books, no content twice
+  spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/mixed --weights web=0.7,books=2 --dedup
+""",
+        "token table(s), or a folder of them",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
+    parser.add_argument("--num_block", type=_positive, help="files to write (default: from the tokens, 8 to 2048)")
+    parser.add_argument(
+        "--weights",
+        type=_weights,
+        default={},
+        metavar="NAME=W,...",
+        help="how often rows of a table occur, by the name of its folder: 0.7 takes seven documents in ten, 2.5 all of "
+        "them twice and half of them once more (default: 1); held-out rows occur once",
+    )
+    parser.add_argument(
+        "--dedup",
+        action="store_true",
+        help="leave out rows whose content occurred before, and training rows whose content is held out",
+    )
+    parser.add_argument(
+        "--holdout",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="hold out this share of the documents, chosen by id; then -o holds the tables train and validation",
+    )
+    _run(parser, argv, "shuffle_tables")
+
+
+def repartition(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/repartition.py``."""
+    parser = _parser(
+        "repartition",
+        "Write n partitions of equal token count, their documents packed to rows of at most --max_len tokens.",
+        """
+  # packed rows for training; train and validation are both done if the input has them
+  spark-submit spark_jobs/repartition.py -i runs/shuffled -o runs/packed --max_len 512
+
+  # no unused position, documents cut anywhere, 64 files
+  spark-submit spark_jobs/repartition.py -i runs/shuffled -o runs/packed --max_len 4096 --pack concat \\
+      --num_partition 64
+
+  # in place, and a picture of the result
+  spark-submit spark_jobs/repartition.py -i runs/shuffled --max_len 4096 --overwrite --report runs/packed.html
+""",
+        "one token table, or a folder with the tables train and validation",
+        several=False,
+    )
+    parser.add_argument("--max_len", type=_positive, required=True, help="tokens of a row at most")
+    parser.add_argument(
+        "--pack",
+        choices=["best-fit", "concat", "none"],
+        default="best-fit",
+        help="best-fit: cut only documents longer than a row (default); concat: cut anywhere, fill every row; "
+        "none: keep rows, cut those that are too long",
+    )
+    parser.add_argument("--num_partition", type=_positive, help="files to write (default: from the tokens, 4 to 2048)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: %(default)s)")
+    _run(parser, argv, "repartition_table")
+
+
+def _parser(name: str, what: str, examples: str, inputs: str, several: bool = True) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=f"spark-submit spark_jobs/{name}.py",
+        description=what,
+        epilog=f"examples:{examples}",
+    )
+    parser.add_argument(
+        "-i", "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=several,
+        metavar="DIR",
+        help="folder of the new table" + ("" if several else " (default: replace the input, which takes --overwrite)"),
+    )
+    parser.add_argument(
+        "--format",
+        choices=["parquet", "delta"],
+        default="parquet",
+        dest="table_format",
+        help="of the new table (default: %(default)s); delta needs no cluster support, only pip install deltalake",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a table that is there; a Delta table gets a new version"
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="also draw lengths, mixture and packing of the new table, as an .html page or a .png picture",
+    )
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str) -> None:
+    values = vars(parser.parse_args(argv))
+    inputs, output, picture = (values.pop(name) for name in ("inputs", "output", "report"))
+    if values.pop("image_path", None) is not None:
+        raise UserError(
+            "--image_path: this release reads no images, and its trainer has no vision encoders; leave it out."
+        )
+    if picture is not None:
+        check_report(picture, values["overwrite"])
+    try:
+        function: Callable = getattr(spark_jobs, job)
+    except ModuleNotFoundError as error:
+        if error.name not in ("pyspark", "pandas"):
+            raise
+        raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
+    manifests = function(inputs, output, **values)
+    if picture is not None:
+        write_report(manifests, picture)
+        say(f"wrote {picture}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return value
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights = {}
+    for item in text.split(","):
+        name, _, number = item.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{item!r} is not NAME=NUMBER, as in web=0.7,books=2") from None
+    return weights

@@ -1,0 +1,245 @@
+"""The repartition job: partitions of equal token count, documents packed to rows of a fixed length."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from fft.console import format_table, progress, say
+from fft.data.delta import split_version
+from fft.data.lengths import histogram_of
+from fft.data.manifest import Manifest, write_atomically
+from fft.data.part_files import PartFile, files_of, sum_tallies
+from fft.data.place import Place
+from fft.errors import UserError
+from spark_jobs.runtime.hashing import balance, row_hash
+from spark_jobs.runtime.session import get_session, job_settings
+from spark_jobs.runtime.tasks import by_part, report, to_tasks
+from spark_jobs.token_table.output import (
+    INFO_NAME,
+    SPLITS,
+    check_output,
+    claim,
+    lineage_of,
+    local_path,
+    total,
+    with_results,
+    write_parts,
+)
+from spark_jobs.token_table.pack_rows import Packer, window_tokens
+from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
+from spark_jobs.token_table.replacing import finish_swap, place_beside, swap
+
+_TOKENS_PER_PARTITION = 1 << 25
+_PARTITIONS = (4, 2048)
+_ROWS_TO_PACK = 64
+_MAX_SPREAD = 1.02
+#: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred.
+_BUCKETS_PER_PARTITION = 64
+
+
+def repartition_table(
+    input: str | Path,
+    output: str | Path | None = None,
+    *,
+    max_len: int,
+    pack: str = "best-fit",
+    num_partition: int | None = None,
+    seed: int = 0,
+    table_format: str = "parquet",
+    overwrite: bool = False,
+    spark: SparkSession | None = None,
+) -> dict[str, Manifest]:
+    """Write a table's documents as rows of at most ``max_len`` tokens in ``num_partition`` files of equal token count.
+
+    ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
+    Without ``output`` the table itself is replaced, which ``overwrite`` must allow: the new one is written beside it
+    first, or as a new version of a Delta table. ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta
+    table adds a version.
+    Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
+    finished token table. ``spark`` is by default the active session.
+    """
+    source = local_path(input, "-i")
+    if output is None:
+        _check_in_place(source, overwrite)
+    tables = find_tables(source)
+    names = [""] if tables == [source] else [table.name for table in tables]
+    if names != [""] and not set(names) <= set(SPLITS):
+        raise UserError(
+            f"-i {source} holds the tables {', '.join(names)}: give one of them, or mix them with shuffle.py first."
+        )
+    datasets = dict(zip(names, open_datasets(tables), strict=True))
+    parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
+    lineage = lineage_of("repartition", [dataset.table.source for dataset in datasets.values()], parameters)
+    manifests = {}
+    untouched = [source]
+    if output is not None:
+        folder = local_path(output, "-o")
+    elif all(dataset.table.version is not None for dataset in datasets.values()):
+        # A new version of a Delta table, beside the one that is read.
+        folder, table_format, untouched = split_version(source)[0], "delta", []
+    else:
+        check_output(source, [], overwrite, "parquet", names)  # what would go with the table
+        folder = place_beside(source)
+    check_output(folder, untouched, overwrite, table_format, names)
+    spark = spark or get_session("repartition")
+    with claim(folder, names, untouched, lineage, overwrite, table_format) as places, job_settings(spark):
+        for name, dataset in datasets.items():
+            manifests[name] = _repartition(
+                spark, dataset, places[name], lineage, name, max_len, pack, num_partition, seed
+            )
+        for name, manifest in manifests.items():
+            write_atomically(places[name].folder / INFO_NAME, describe(manifest))
+            places[name].commit(manifest)
+    say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
+    for name, manifest in manifests.items():
+        spread = manifest.lineage["counts"]["max_over_min"]
+        if spread > _MAX_SPREAD:
+            say(
+                f"note: partitions of {places[name].folder} differ by {spread:.2f}: "
+                "for few documents, lower --num_partition."
+            )
+    if output is None and table_format == "parquet":
+        swap(source)
+        folder = source
+    say(f"wrote {folder}")
+    return manifests
+
+
+def _check_in_place(table: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise UserError(
+            f"without -o {table} itself is replaced: allow that with --overwrite, or give a folder with -o."
+        )
+    finish_swap(table)
+
+
+def _repartition(
+    spark: SparkSession,
+    dataset: Dataset,
+    place: Place,
+    lineage: dict,
+    name: str,
+    max_len: int,
+    pack: str,
+    num_partition: int | None,
+    seed: int,
+) -> Manifest:
+    start = time.monotonic()
+    if num_partition is None:
+        low, high = _PARTITIONS
+        num_partition = min(max(math.ceil(dataset.table.tokens / _TOKENS_PER_PARTITION), low), high)
+        # A small table keeps enough rows together to pack them well.
+        num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
+    rows = read_tokens(spark, [dataset], place.channel).where(F.length("input_ids") > 0)
+    buckets = num_partition * _BUCKETS_PER_PARTITION
+    title = f"repartition {name}".strip()
+    with progress(f"{title}: weighing", place.channel, 0, dataset.table.tokens):
+        weights = bucket_tokens(rows, seed, buckets)
+    place.channel.check()
+    assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
+    placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
+    order = ["part", "place", "name", *int_columns(placed)]
+    work = PackParts(place, Packer(max_len, pack, seed, window_tokens(max_len)))
+    parts = write_parts(placed, work, order, place, title, num_partition, dataset.table.tokens)
+    files = files_of(parts)
+    size, tokens_in = total(files), sum(weights.values())
+    if size.tokens != tokens_in:
+        raise UserError(
+            f"{dataset.path} changed while it was read ({tokens_in} tokens, then {size.tokens}): run again."
+        )
+    per_file = [file.tokens for file in files]
+    counts = {
+        "rows_in": dataset.table.rows,
+        "rows": size.rows,
+        "tokens": size.tokens,
+        "bytes": size.bytes,
+        "partitions": len(files),
+        "max_over_min": round(max(per_file) / min(per_file), 4),
+        "unused": size.rows * max_len - size.tokens,
+        "lengths": histogram_of(sum_tallies(parts)),
+        "unused_share": round(1 - size.tokens / (size.rows * max_len), 6),
+    }
+    results = with_results(lineage, counts, size.tokens, time.monotonic() - start)
+    return Manifest(files, size.rows, size.tokens, common_tokenizer([dataset]), max_len, seed, results)
+
+
+def _bucket(seed: int, buckets: int) -> Column:
+    key = row_hash("bucket", seed, F.array_join("doc_ids", "\n"), F.col("input_ids"))
+    return F.pmod(key, F.lit(buckets)).cast("int")
+
+
+def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> dict[int, int]:
+    """Tokens of each hash bucket."""
+    tokens = F.floor(F.length("input_ids") / 4).cast("long")
+    sums = df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(F.sum(tokens).alias("tokens"))
+    return {row["bucket"]: row["tokens"] for row in sums.collect()}
+
+
+def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
+    """Rows in their bucket's part, there to be in the order of ``place``; ``assigned`` maps ``bucket`` to ``part``."""
+    ints = int_columns(df)
+    place = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
+    placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
+    named = placed.withColumn("place", place).withColumn("name", F.array_join("doc_ids", "\n"))
+    return named.select("part", "place", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
+
+
+@dataclass(frozen=True)
+class PackParts:
+    """A function for ``mapInArrow``: rows of parts in; each part packed and written; reports out."""
+
+    place: Place
+    packer: Packer
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Do all parts of a task."""
+        for part, rows in by_part(batches):
+            with PartFile(self.place, part) as sink:
+                for batch in self.packer(rows):
+                    sink.write(batch)
+                done = sink.finish({})
+            yield report([done])
+
+
+_HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")
+
+
+def _line(name: str, manifest: Manifest) -> list:
+    counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
+    return [
+        name,
+        counts["rows"],
+        counts["tokens"],
+        100 * counts["unused_share"],
+        counts["partitions"],
+        counts["max_over_min"],
+        counts["bytes"],
+        timing["seconds"],
+        timing["tokens_per_second"],
+    ]
+
+
+def describe(manifest: Manifest) -> str:
+    """The table's facts for a human reader."""
+    counts, tokenizer = manifest.lineage["counts"], manifest.tokenizer
+    facts = {
+        "rows": f"{manifest.rows:,} of at most {manifest.seq_len:,} tokens",
+        "tokens": f"{manifest.tokens:,}",
+        "unused positions": f"{counts['unused']:,} ({100 * counts['unused_share']:.3f} %)",
+        "bytes": f"{counts['bytes']:,}",
+        "partitions": f"{counts['partitions']} (tokens: largest / smallest = {counts['max_over_min']})",
+        "tokenizer": "unknown" if tokenizer is None else f"{tokenizer.name}, {tokenizer.vocab_size:,} ids",
+        "made from": ", ".join(manifest.lineage["inputs"]),
+        **{name: str(value) for name, value in manifest.lineage["parameters"].items()},
+    }
+    width = max(map(len, facts))
+    files = format_table(
+        ("file", "rows", "tokens", "bytes"), [[f.path, f.rows, f.tokens, f.bytes] for f in manifest.files]
+    )
+    return "\n".join([*(f"{name.ljust(width)}  {value}" for name, value in facts.items()), "", files, ""])

@@ -1,0 +1,163 @@
+"""One way to get a Spark session, wherever the job runs."""
+
+import atexit
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from pyspark.errors import PySparkException, PySparkRuntimeError
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.utils import is_remote
+
+from fft.errors import UserError
+
+_ROOT = str(Path(__file__).resolve().parents[2])
+_NEED_ENGINE = (
+    "Spark needs Java, and none was found: install Java 17 (apt-get install openjdk-17-jre-headless) or set JAVA_HOME; "
+    "or run without Java on Sail: pip install pysail."
+)
+#: Seconds; one is usual.
+_SAIL_STARTS_WITHIN = 60
+#: Loggers that only repeat, with a stack, what the driver is about to raise.
+_ECHOES = (
+    "org.apache.spark.executor.Executor",
+    "org.apache.spark.scheduler.TaskSetManager",
+    "org.apache.spark.sql.execution.datasources.FileFormatWriter",
+    "org.apache.spark.util.Utils",
+)
+
+
+def get_session(name: str) -> SparkSession:
+    """The active session (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or a local one.
+
+    A local one runs on Java; where there is none, or with ``FFT_ENGINE=sail``, on Sail (``pip install pysail``).
+    Raises :class:`UserError` when there is neither.
+    """
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return active
+    sail = os.environ.get("FFT_ENGINE") == "sail"
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName(name)
+    if "SPARK_REMOTE" in os.environ and not sail:
+        return builder.getOrCreate()
+    if sail or not _has_java():
+        if importlib.util.find_spec("pysail") is None:
+            raise UserError(_NEED_ENGINE)
+        return _sail_session(name)
+    # Python workers must find this package also when it is not installed.
+    path = os.pathsep.join(p for p in (_ROOT, os.environ.get("PYTHONPATH")) if p)
+    builder = builder.config("spark.executorEnv.PYTHONPATH", path)
+    builder = builder.config("spark.log.level", "ERROR").config("spark.ui.showConsoleProgress", "false")
+    try:
+        spark = builder.getOrCreate()
+    except PySparkRuntimeError as error:
+        if "JAVA_GATEWAY_EXITED" not in str(error):
+            raise
+        raise UserError("Spark's Java process ended at once: install Java 17 and point JAVA_HOME at it.") from error
+    _mute_echoes(spark)
+    return spark
+
+
+def _has_java() -> bool:
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # spark-submit: Java runs already
+        return True
+    home = os.environ.get("JAVA_HOME")
+    return bool(shutil.which("java") if home is None else shutil.which(os.path.join(home, "bin", "java")))
+
+
+def _sail_session(name: str) -> SparkSession:
+    """A session on a Sail server of its own, in a process that ends with this one.
+
+    (Inside this process its threads would outlive the interpreter, which then aborts.)
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "RUST_LOG": os.environ.get("RUST_LOG", "error")}  # what goes wrong is raised as well
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (_ROOT, environment.get("PYTHONPATH")) if p)
+    command = [sys.executable, "-m", "pysail", "spark", "server", "--ip", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    _wait_for(server, port)
+    spark = SparkSession.builder.appName(name).remote(f"sc://127.0.0.1:{port}").getOrCreate()
+    atexit.register(spark.stop)  # before the server: the last registered goes first
+    return spark
+
+
+def _wait_for(server: subprocess.Popen, port: int) -> None:
+    deadline = time.monotonic() + _SAIL_STARTS_WITHIN
+    while server.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise UserError(
+        f"Sail did not start within {_SAIL_STARTS_WITHIN} s: see what `python -m pysail spark server` says."
+    )
+
+
+@lru_cache(maxsize=1)
+def places_rows_by_number(spark: SparkSession) -> bool:
+    """Whether ``repartitionById`` works: since Spark 4.1, on classic Spark and its Connect servers, not on Sail."""
+    if not hasattr(DataFrame, "repartitionById"):
+        return False
+    if not is_remote():
+        return True
+    try:
+        spark.range(1).repartitionById(1, F.lit(0)).count()
+    except PySparkException:
+        return False
+    return True
+
+
+def _mute_echoes(spark: SparkSession) -> None:
+    jvm = getattr(spark, "_jvm", None)  # a Connect session has none, and its server's log is elsewhere
+    if jvm is not None:
+        log4j = jvm.org.apache.logging.log4j
+        for logger in _ECHOES:
+            log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
+
+
+@contextmanager
+def job_settings(spark: SparkSession) -> Iterator[None]:
+    """Bound what goes to a Python worker at once; the session's own settings are put back afterwards."""
+    settings = {
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
+        "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
+    }
+    before = {name: spark.conf.get(name, None) for name in settings}
+    try:
+        for name, value in settings.items():
+            spark.conf.set(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                spark.conf.unset(name)
+            else:
+                spark.conf.set(name, value)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise again, as itself, a :class:`UserError` that was raised in a Python worker."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
+        text = str(error)
+        if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
+            raise UserError(found.group(1)) from error
+        raise

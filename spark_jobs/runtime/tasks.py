@@ -1,0 +1,87 @@
+"""How rows and reports travel between Spark and the functions that its tasks run."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from fft.data.part_files import Part
+from spark_jobs.runtime.session import places_rows_by_number
+
+#: Rows of a batch that was sorted in a worker.
+_SORTED_BATCH = 1024
+
+
+#: What a task reports of each file it wrote.
+REPORT = "part int, name string, rows bigint, tokens bigint, bytes bigint, tallies map<string,bigint>, rejects string"
+
+
+def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
+    """Batches whose ``part`` rises, as one stream a part. Each stream must be used up before the next is asked for."""
+    pieces = (piece for batch in batches for piece in _cut_at_parts(batch))
+    ahead = next(pieces, None)
+
+    def of(part: int) -> Iterator[pa.RecordBatch]:
+        nonlocal ahead
+        while ahead is not None and ahead.column("part")[0].as_py() == part:
+            yield ahead
+            ahead = next(pieces, None)
+
+    while ahead is not None:
+        part = ahead.column("part")[0].as_py()
+        yield part, of(part)
+
+
+def _cut_at_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    if not batch.num_rows:
+        return
+    parts = batch.column("part").to_numpy(zero_copy_only=False)
+    cuts = [0, *((parts[1:] != parts[:-1]).nonzero()[0] + 1).tolist(), batch.num_rows]
+    for first, last in itertools.pairwise(cuts):
+        yield batch.slice(first, last - first)
+
+
+def report(parts: Sequence[Part]) -> pa.RecordBatch:
+    """What a task yields: a row of :data:`REPORT` for each of its parts."""
+    columns = {
+        "part": pa.array([p.part for p in parts], pa.int32()),
+        "name": pa.array([p.name for p in parts], pa.string()),
+        "rows": pa.array([p.rows for p in parts], pa.int64()),
+        "tokens": pa.array([p.tokens for p in parts], pa.int64()),
+        "bytes": pa.array([p.bytes for p in parts], pa.int64()),
+        "tallies": pa.array([list(p.tallies.items()) for p in parts], pa.map_(pa.string(), pa.int64())),
+        "rejects": pa.array([p.rejects for p in parts], pa.string()),
+    }
+    return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+
+
+def to_tasks(df: DataFrame, parts: int) -> DataFrame:
+    """Bring all rows of a ``part`` (0 to ``parts`` - 1) to one task, as evenly as the engine can."""
+    if places_rows_by_number(df.sparkSession):
+        return df.repartitionById(parts, F.col("part"))
+    return df.repartition(parts, F.col("part"))
+
+
+@dataclass(frozen=True)
+class SortedFirst:
+    """``work`` on the rows of a task in the order of ``keys``, which are sorted here, in memory."""
+
+    keys: tuple[str, ...]
+    work: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        held = [batch for batch in batches if batch.num_rows]
+        if held:
+            rows = pa.Table.from_batches(held)
+            order = pc.sort_indices(rows, [(key, "ascending") for key in self.keys])
+            yield from self.work(iter(rows.take(order).to_batches(max_chunksize=_SORTED_BATCH)))
+
+
+def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, parts: int) -> DataFrame:
+    """A small DataFrame of what each part has to do (its first column is ``part``), a task for each part."""
+    return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), parts)

@@ -1,0 +1,245 @@
+"""The shuffle job: rows of many tables into one global seeded order, and a held-out split."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from fft.console import format_table, say
+from fft.data.arrow_lists import bytes_to_lists
+from fft.data.lengths import histogram_of
+from fft.data.manifest import Manifest
+from fft.data.part_files import PartFile, by_dataset, dataset_tallies, files_of, sum_tallies
+from fft.data.place import Place
+from fft.errors import UserError
+from spark_jobs.mixing import check_weights, with_copies
+from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
+from spark_jobs.runtime.session import get_session, job_settings
+from spark_jobs.runtime.tasks import by_part, report, to_tasks
+from spark_jobs.token_table.output import (
+    check_output,
+    claim,
+    lineage_of,
+    local_path,
+    local_paths,
+    total,
+    with_results,
+    write_parts,
+)
+from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
+
+_TOKENS_PER_BLOCK = 1 << 23
+_BLOCKS = (8, 2048)
+
+
+def shuffle_tables(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    seed: int = 0,
+    num_block: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    dedup: bool = False,
+    holdout: float = 0.0,
+    table_format: str = "parquet",
+    overwrite: bool = False,
+    spark: SparkSession | None = None,
+) -> dict[str, Manifest]:
+    """Write the rows of all input tables to ``output`` in an order that depends on their content and ``seed`` alone.
+
+    With ``holdout`` > 0, ``output`` gets the tables ``train`` and ``validation``: about that share of the document
+    ids, and all their rows, are held out. ``weights`` (by name of the table's folder) say how often a row of the
+    training table occurs; held-out rows occur once, or not at all where the weight is 0. ``dedup`` leaves out rows
+    whose content occurred before, and training rows whose content is held out.
+
+    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
+    Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
+    token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
+    """
+    folder = local_path(output, "-o")
+    paths = [table for path in local_paths(inputs, "-i") for table in find_tables(path)]
+    datasets = open_datasets(paths)
+    tokenizer = common_tokenizer(datasets)
+    if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
+        raise UserError("--holdout needs whole documents, but a table is packed: hold out before repartition.py packs.")
+    mixture = check_weights(weights or {}, [dataset.name for dataset in datasets])
+    parameters = {"seed": seed, "num_block": num_block, "holdout": holdout, "weights": mixture, "dedup": dedup}
+    lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], parameters)
+    tokens_in = {dataset.name: dataset.table.tokens for dataset in datasets}
+    # The small side first: a split that leaves it empty is found before the work.
+    shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
+    check_output(folder, paths, overwrite, table_format, list(shares))
+    spark = spark or get_session("shuffle")
+    start = time.monotonic()
+    with claim(folder, list(shares), paths, lineage, overwrite, table_format) as places, job_settings(spark):
+        channel = next(iter(places.values())).channel
+        rows = read_tokens(spark, datasets, channel).withColumn("name", F.array_join("doc_ids", "\n"))
+        parts = {}
+        for name, share in shares.items():
+            # Held-out rows occur once: repeating them would only make an evaluation slower.
+            factors = mixture if name != "validation" else {n: float(w > 0) for n, w in mixture.items()}
+            chosen = rows.transform(with_guards, seed, holdout, name, dedup)
+            copied = chosen.transform(with_copies, factors, seed, F.col("name"))
+            tokens = sum(own * factors[n] for n, own in tokens_in.items())
+            blocks = _blocks(num_block, share, tokens)
+            placed = copied.transform(in_seeded_order, seed, blocks, dedup)
+            work = WriteRows(places[name], tuple(int_columns(rows)) if dedup else ())
+            order = ["part", "place", *int_columns(rows), "guard", "dataset", "name"]
+            title = f"shuffle {name}".strip()
+            parts[name] = write_parts(placed, work, order, places[name], title, blocks, int(tokens * share))
+            if not files_of(parts[name]):
+                raise UserError(
+                    f"{f'--holdout {holdout}' if holdout else '-i'} leaves no row for {name or 'the output'}: "
+                    f"{sum(d.table.rows for d in datasets)} rows are too few; give another share."
+                )
+        tallies = sum_tallies([part for own in parts.values() for part in own])
+        counts = {name: tallies.get(name, 0) for name in ("rows_out", "empty", "duplicates")}
+        counts = {"rows_in": sum(dataset.table.rows for dataset in datasets), **counts}
+        weighted = any(weight != 1 for weight in mixture.values())
+        if not weighted and counts["rows_in"] != sum(v for k, v in counts.items() if k != "rows_in"):
+            raise UserError(f"rows in and out differ ({counts}): an input changed while it was read; run again.")
+        sizes = {name: total(files_of(own)) for name, own in parts.items()}
+        seconds, tokens = time.monotonic() - start, sum(size.tokens for size in sizes.values())
+        manifests = {}
+        for name, size in sizes.items():
+            own = sum_tallies(parts[name])
+            counted = counts | {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
+            counted["datasets"] = by_dataset([dataset.name for dataset in datasets], own)
+            counted["lengths"] = histogram_of(own)
+            results = with_results(lineage, counted, tokens, seconds)
+            length = _seq_len(datasets)
+            files = files_of(parts[name])
+            manifests[name] = Manifest(files, size.rows, size.tokens, tokenizer, length, seed, results)
+        for name, manifest in manifests.items():
+            places[name].commit(manifest)
+    _report(manifests, counts, folder)
+    return manifests
+
+
+def with_guards(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
+    """The rows of a split, with ``guard`` 1; in the training split of a ``dedup``, the held-out rows too, with 0.
+
+    A guard is not written: it takes the training rows of equal content with it.
+    """
+    if not holdout:
+        return df.withColumn("guard", F.lit(1))
+    held_out = is_held_out(seed, F.col("name"), holdout)
+    if split == "validation":
+        return df.where(held_out).withColumn("guard", F.lit(1))
+    if not dedup:
+        return df.where(~held_out).withColumn("guard", F.lit(1))
+    return df.withColumn("guard", F.when(held_out, 0).otherwise(1))
+
+
+def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
+    """Rows in ``num_block`` parts that, one after the other, are in the order of ``place``, a hash of each row.
+
+    The hash covers seed, copy, dataset, document ids and content, so that equal ids lose nothing and tie only when
+    the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours. Lists are
+    bytes, which travel through the exchange several times faster than arrays.
+    """
+    key = [F.col("copy"), *(F.col(name) for name in int_columns(df))]
+    if not by_content:
+        key += [F.col("dataset"), F.col("name")]
+    placed = df.withColumn("place", row_hash("shuffle", seed, *key))
+    return placed.withColumn("part", block_of(F.col("place"), num_block)).transform(to_tasks, num_block)
+
+
+@dataclass(frozen=True)
+class WriteRows:
+    """A function for ``mapInArrow``: sorted rows of parts in; files written; reports out.
+
+    Left out, and counted, are empty rows and, if ``unique`` names columns, rows that equal the one before in them.
+    """
+
+    place: Place
+    unique: tuple[str, ...] = ()
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Write all parts of a task."""
+        for part, rows in by_part(batches):
+            tallies: dict[str, int] = {}
+            before = None
+            with PartFile(self.place, part) as sink:
+                for batch in rows:
+                    kept, counts = self._choose(batch, before)
+                    before = batch.slice(batch.num_rows - 1)
+                    for name, value in counts.items():
+                        tallies[name] = tallies.get(name, 0) + value
+                    if kept.num_rows:
+                        sink.write(as_token_rows(kept))
+                done = sink.finish(tallies)
+            yield report([done])
+
+    def _choose(self, batch: pa.RecordBatch, before: pa.RecordBatch | None) -> tuple[pa.RecordBatch, dict[str, int]]:
+        own = pc.equal(batch.column("guard"), 1).to_numpy(zero_copy_only=False)
+        full = pc.greater(pc.binary_length(batch.column("input_ids")), 0).to_numpy(zero_copy_only=False)
+        repeated = np.zeros(batch.num_rows, bool)
+        if self.unique:
+            repeated = full & _equal_to_previous(batch, before, ("place", *self.unique))
+        kept = batch.filter(pa.array(own & full & ~repeated))
+        counts = {
+            "rows_out": kept.num_rows,
+            "empty": int((own & ~full).sum()),
+            "duplicates": int((own & repeated).sum()),
+        }
+        return kept, {**counts, **_per_dataset(kept)}
+
+
+def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, columns: Sequence[str]) -> np.ndarray:
+    same = np.ones(batch.num_rows, bool)
+    same[0] = before is not None and all(batch.column(c)[0] == before.column(c)[0] for c in columns)
+    for name in columns:
+        column = batch.column(name)
+        same[1:] &= pc.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
+    return same
+
+
+def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The columns of a token table, lists of bytes as lists of ids."""
+    names = [name for name in ("input_ids", "labels", "cu_seqlens", "doc_ids") if name in batch.schema.names]
+    columns = [batch.column(n) if n == "doc_ids" else bytes_to_lists(batch.column(n)) for n in names]
+    return pa.RecordBatch.from_arrays(columns, names)
+
+
+def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
+    counts = {}
+    bytes_ = pc.binary_length(batch.column("input_ids"))
+    for dataset in pc.unique(batch.column("dataset")).to_pylist():
+        own = bytes_.filter(pc.equal(batch.column("dataset"), dataset))
+        counts |= dataset_tallies(dataset, len(own), pc.sum(own).as_py() // 4)
+    return counts
+
+
+def _blocks(num_block: int | None, share: float, tokens: float) -> int:
+    if num_block is None:
+        low, high = _BLOCKS
+        num_block = min(max(math.ceil(tokens / _TOKENS_PER_BLOCK), low), high)
+    return max(1, math.ceil(num_block * share))
+
+
+def _seq_len(datasets: Sequence[Dataset]) -> int | None:
+    lengths = {d.table.manifest.seq_len if d.table.manifest else None for d in datasets}
+    return None if None in lengths else max(lengths)
+
+
+def _report(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path) -> None:
+    lines = []
+    for name, manifest in manifests.items():
+        counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
+        for dataset, own in counts["datasets"].items():
+            lines.append([name or "-", dataset, own["rows"], own["tokens"], ""])
+        lines.append([name or "-", "all", manifest.rows, manifest.tokens, counts["bytes"]])
+    say(format_table(("table", "dataset", "rows", "tokens", "bytes"), lines))
+    say(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,} tokens/s")
+    for what, count in (("without tokens", totals["empty"]), ("whose content occurred before", totals["duplicates"])):
+        if count:
+            say(f"{count} rows {what} were left out")
+    say(f"wrote {folder}")

@@ -1,0 +1,1 @@
+"""Token tables as inputs and outputs of the jobs."""

@@ -1,0 +1,179 @@
+"""Pack a partition's stream of documents to rows, window by window, in Arrow batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fft.data.arrow_lists import int_lists, values_of_bytes
+from fft.data.packing import DocumentSpans, best_fit, concat, cut_rows, gather, permute_rows
+from fft.errors import UserError
+
+_BATCH_ROWS = 1024
+#: Rows by which a window grows: fixed, since the batches that an engine makes differ.
+_STEP_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents laid end to end: document ``d`` is ``values[name][offsets[d]:offsets[d + 1]]``, its id ``ids[d]``.
+
+    ``row_ends`` are the ends, in documents, of the rows in which they came.
+    """
+
+    values: dict[str, np.ndarray]
+    offsets: np.ndarray
+    ids: pa.StringArray
+    row_ends: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.offsets[-1])
+
+
+def window_tokens(max_len: int) -> int:
+    """Tokens to pack together: 512 rows, at least 4 million and at most 64 million tokens."""
+    return min(max(512 * max_len, 1 << 22), 1 << 26)
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs the rows of one part: batches (``part``, ``doc_ids``, lists as bytes) in, batches of packed rows out.
+
+    ``window`` tokens are packed together; memory is that of one window.
+    """
+
+    max_len: int
+    method: str
+    seed: int
+    window: int
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Pack one partition."""
+        waiting: list[Window] = []
+        partition, number = 0, 0
+        for batch in fixed_batches(batches, _STEP_ROWS):
+            partition = batch.column("part")[0].as_py()
+            waiting.append(read_window(batch))
+            if sum(window.tokens for window in waiting) >= self.window:
+                spans, window = self._pack(waiting)
+                waiting = []
+                if self.method == "concat":
+                    spans, rest = hold_back_short_row(spans, window, self.max_len)
+                    waiting = [rest] if rest.tokens else []
+                yield from self._rows(spans, window, partition, number)
+                number += 1
+        if waiting:
+            yield from self._rows(*self._pack(waiting), partition, number)
+
+    def _pack(self, waiting: list[Window]) -> tuple[DocumentSpans, Window]:
+        window = join_windows(waiting)
+        lengths = np.diff(window.offsets)
+        if self.method == "none":
+            return cut_rows(lengths, window.row_ends, self.max_len), window
+        return {"best-fit": best_fit, "concat": concat}[self.method](lengths, self.max_len), window
+
+    def _rows(self, spans: DocumentSpans, window: Window, partition: int, number: int) -> Iterator[pa.RecordBatch]:
+        if self.method == "best-fit":  # it leaves rows sorted by the length of their first document
+            order = np.random.default_rng((self.seed % 2**64, partition, number)).permutation(len(spans.row_ends))
+            spans = permute_rows(spans, order)
+        for first in range(0, len(spans.row_ends), _BATCH_ROWS):
+            yield write_rows(spans.rows(first, first + _BATCH_ROWS), window)
+
+
+def fixed_batches(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of exactly ``rows``, the last one shorter."""
+    waiting: list[pa.RecordBatch] = []
+    held = 0
+    for batch in batches:
+        first = 0
+        while batch.num_rows - first >= rows - held:
+            taken = rows - held
+            yield pa.concat_batches([*waiting, batch.slice(first, taken)])
+            first, waiting, held = first + taken, [], 0
+        if first < batch.num_rows:
+            waiting.append(batch.slice(first))
+            held += batch.num_rows - first
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def read_window(batch: pa.RecordBatch) -> Window:
+    """Take a batch apart into documents: by ``cu_seqlens`` where rows have them, else one a row."""
+    values, row_offsets = {}, None
+    for name in ("input_ids", "labels"):
+        if name in batch.schema.names:
+            values[name], offsets = values_of_bytes(batch.column(name))
+            if row_offsets is not None and not np.array_equal(offsets, row_offsets):
+                raise UserError("labels and input_ids differ in length: write the input table again.")
+            row_offsets = offsets
+    names = batch.column("doc_ids")
+    ids, id_offsets = names.flatten(), names.offsets.to_numpy().astype(np.int64)
+    if "cu_seqlens" not in batch.schema.names:
+        first = ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
+        return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1))
+    bounds, at = values_of_bytes(batch.column("cu_seqlens"))
+    begins = np.ones(len(bounds), bool)
+    begins[at[1:] - 1] = False  # the last boundary of a row begins no document
+    if not (
+        (np.diff(at) >= 2).all()
+        and (bounds[at[:-1]] == 0).all()
+        and np.array_equal(bounds[at[1:] - 1], np.diff(row_offsets))
+        and (np.diff(bounds)[begins[:-1]] >= 0).all()
+    ):
+        raise UserError("cu_seqlens must rise from 0 to the row's length: write the input table again.")
+    documents = np.diff(at) - 1
+    starts = bounds[begins] + np.repeat(row_offsets[:-1], documents)
+    if not np.array_equal(np.diff(id_offsets), documents):
+        # Named as one row elsewhere: each of its documents gets the row's first name.
+        ids = ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
+    return Window(values, np.append(starts, row_offsets[-1]), ids, np.cumsum(documents))
+
+
+def join_windows(windows: list[Window]) -> Window:
+    """Several windows as one."""
+    if len(windows) == 1:
+        return windows[0]
+    shifts = np.cumsum([0] + [w.tokens for w in windows])
+    rows = np.cumsum([0] + [len(w.ids) for w in windows])
+    return Window(
+        {name: np.concatenate([w.values[name] for w in windows]) for name in windows[0].values},
+        np.append(np.concatenate([w.offsets[:-1] + s for w, s in zip(windows, shifts, strict=False)]), shifts[-1]),
+        pa.concat_arrays([w.ids for w in windows]),
+        np.concatenate([w.row_ends + r for w, r in zip(windows, rows, strict=False)]),
+    )
+
+
+def hold_back_short_row(spans: DocumentSpans, window: Window, max_len: int) -> tuple[DocumentSpans, Window]:
+    """Take the last row out if it is not full, and make its spans the beginning of the next window."""
+    full = window.tokens // max_len
+    rest = spans.rows(full, full + 1)
+    ids = window.ids.take(pa.array(rest.document))
+    values = {name: gather(v, window.offsets, rest) for name, v in window.values.items()}
+    offsets = np.concatenate(([0], np.cumsum(rest.length)))
+    return spans.rows(0, full), Window(values, offsets, ids, np.arange(1, len(ids) + 1))
+
+
+def write_rows(spans: DocumentSpans, window: Window) -> pa.RecordBatch:
+    """Spans to rows of ``input_ids``, ``cu_seqlens``, ``doc_ids`` and, if there are any, ``labels``."""
+    row_starts = np.concatenate(([0], spans.row_ends[:-1]))
+    ends = np.concatenate(([0], np.cumsum(spans.length)))
+    row_offsets = np.append(ends[row_starts], ends[-1])
+    counts = spans.row_ends - row_starts
+    row = np.repeat(np.arange(len(counts)), counts)
+    bounds = np.zeros(len(row) + len(counts), np.int32)
+    bounds[np.arange(len(row)) + row + 1] = ends[1:] - row_offsets[row]
+    lists = {name: int_lists(gather(v, window.offsets, spans), row_offsets) for name, v in window.values.items()}
+    id_offsets = np.append(row_starts, spans.row_ends[-1:])
+    columns = {
+        "input_ids": lists["input_ids"],
+        "cu_seqlens": int_lists(bounds, id_offsets + np.arange(len(id_offsets))),
+        "doc_ids": pa.ListArray.from_arrays(
+            pa.array(id_offsets.astype(np.int32)), window.ids.take(pa.array(spans.document))
+        ),
+    }
+    if "labels" in lists:
+        columns["labels"] = lists["labels"]
+    return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))

@@ -1,0 +1,164 @@
+"""Token tables as inputs: find them, check them by their footers, read them in one common form."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession
+
+from fft.corpus.readers import naming, read_row_groups, schema_of
+from fft.corpus.splits import SPLIT, Span, Split, deal
+from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes
+from fft.data.delta import split_version
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo
+from fft.data.table import Table
+from fft.data.worker_notes import Channel, Stoppable
+from fft.errors import UserError
+from spark_jobs.runtime.tasks import create_tasks
+
+INT_COLUMNS = ("input_ids", "labels", "cu_seqlens")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A token table with the name under which its rows are placed."""
+
+    name: str
+    table: Table
+
+    @cached_property
+    def path(self) -> Path:
+        """Where it lies."""
+        return Path(self.table.path)
+
+
+def is_table(folder: Path) -> bool:
+    """Parquet files lie directly in it, or a job of ours wrote it (perhaps only began to)."""
+    names = (MANIFEST_NAME, WRITING_NAME, "_temporary", "_delta_log")
+    return any((folder / name).exists() for name in names) or any(folder.glob("*.parquet"))
+
+
+def find_tables(path: Path) -> list[Path]:
+    """The table at ``path``, or the tables directly below it, in name order."""
+    if split_version(path)[1] is not None:
+        return [path]
+    if not path.exists():
+        raise UserError(f"-i {path} does not exist: give a token table or a folder of them.")
+    if path.is_file() or is_table(path):
+        return [path]
+    below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
+    tables = [folder for folder in below if is_table(folder)]
+    if not tables:
+        raise UserError(f"-i {path} holds no token table: write one with spark_jobs/tokenize.py.")
+    return tables
+
+
+def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
+    """Open tables under names that depend on where they lie only as far as needed to tell them apart."""
+    places = [split_version(path)[0].resolve() for path in paths]
+    repeated = {path for path in places if places.count(path) > 1}
+    if repeated:
+        raise UserError(f"-i names {min(repeated)} more than once: give each table once.")
+    depth = 1
+    while len({_name(path, depth) for path in places}) < len(places):
+        depth += 1
+    return [Dataset(_name(place, depth), Table.open(path)) for place, path in zip(places, paths, strict=True)]
+
+
+def _name(path: Path, depth: int) -> str:
+    return "/".join(path.parts[-depth:])
+
+
+def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
+    """The tokenizer of all tables that know theirs. Raises :class:`UserError` when they differ."""
+    known = {d.name: d.table.manifest.tokenizer for d in datasets if d.table.manifest and d.table.manifest.tokenizer}
+    if len({info.sha256 for info in known.values()}) > 1:
+        names = ", ".join(f"{name}: {info.name}" for name, info in sorted(known.items()))
+        raise UserError(f"the tables were made with different tokenizers ({names}): tokenize them with one.")
+    return next(iter(known.values()), None)
+
+
+def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], channel: Channel) -> DataFrame:
+    """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels`` and ``cu_seqlens`` if any has
+    them, as bytes, too.
+
+    A table without them gets what their absence means: labels equal to the ids, one document a row. Rows without
+    ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is said in
+    ``channel``, which the caller checks.
+    """
+    columns = frozenset().union(*(d.table.columns for d in datasets))
+    lists = tuple(name for name in INT_COLUMNS if name in columns)
+    spans = [
+        Span(dataset.name, "parquet", group.path, group.index, group.index + 1, group.tokens * 4)
+        for dataset in datasets
+        for group in dataset.table.row_groups
+    ]
+    splits = deal(spans)
+    tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+    schema = ", ".join(f"{name} binary" for name in lists)
+    return tasks.mapInArrow(
+        Stoppable(TokenRows(lists, channel), channel), f"dataset string, doc_ids array<string>, {schema}"
+    )
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """A function for ``mapInArrow``: splits of token tables in, rows out."""
+
+    lists: tuple[str, ...]
+    channel: Channel
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Read what each split names."""
+        meter = self.channel.meter("read")
+        for batch in batches:
+            for row in batch.to_pylist():
+                split = Split(**row)
+                held = [name for name in (*self.lists, "doc_ids") if name in schema_of(split.path).names]
+                for rows in read_row_groups(split.path, split.start, split.stop, held):
+                    complete = self._complete(rows, split)
+                    meter.add(rows.num_rows, complete.column("input_ids").nbytes // 4)
+                    yield complete
+
+    def _complete(self, rows: pa.RecordBatch, split: Split) -> pa.RecordBatch:
+        with naming(split.path):
+            lists = {
+                name: pc.fill_null(rows.column(name).cast(INTS), []) for name in self.lists if name in rows.schema.names
+            }
+        ids = lists["input_ids"]
+        packed = {name: lists_to_bytes(column, split.path) for name, column in lists.items()}
+        if "labels" in self.lists and "labels" not in packed:
+            packed["labels"] = packed["input_ids"]
+        if "cu_seqlens" in self.lists and "cu_seqlens" not in packed:
+            lengths = ids.value_lengths().to_numpy()
+            bounds = np.stack([np.zeros_like(lengths), lengths], axis=1).ravel()
+            packed["cu_seqlens"] = lists_to_bytes(int_lists(bounds, np.arange(0, 2 * len(ids) + 1, 2)), split.path)
+        columns = {
+            "dataset": pa.array([split.dataset] * rows.num_rows, pa.string()),
+            "doc_ids": _names(rows, packed["input_ids"]),
+            **{name: packed[name] for name in self.lists},
+        }
+        return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+
+
+def _names(rows: pa.RecordBatch, contents: pa.BinaryArray) -> pa.ListArray:
+    """``doc_ids`` of rows that have them, a hash of the content for the others."""
+    if "doc_ids" in rows.schema.names:
+        names = rows.column("doc_ids").cast(pa.list_(pa.string()))
+        if not names.null_count and rows.num_rows and pc.min(names.value_lengths()).as_py() > 0:
+            return names
+        names = names.to_pylist()
+    else:
+        names = [None] * rows.num_rows
+    hashed = (hashlib.blake2b(content.as_buffer(), digest_size=8).hexdigest() for content in contents)
+    return pa.array([own or [other] for own, other in zip(names, hashed, strict=True)], pa.list_(pa.string()))
+
+
+def int_columns(df: DataFrame) -> list[str]:
+    """The columns that hold lists of int32, as bytes."""
+    return [name for name in INT_COLUMNS if name in df.columns]

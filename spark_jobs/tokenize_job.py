@@ -1,0 +1,219 @@
+"""The tokenize job: records of raw files to a token table, one row a document."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+
+from fft.console import format_table, say
+from fft.corpus.files import Source, find_sources, spans_of
+from fft.corpus.records import read_records
+from fft.corpus.splits import SPLIT, Split, deal
+from fft.corpus.tokenize_parts import PartTokenizer, _located
+from fft.data.lengths import histogram_of
+from fft.data.manifest import Manifest
+from fft.data.part_files import (
+    QUARANTINE,
+    Part,
+    PartFile,
+    RejectFile,
+    by_dataset,
+    files_of,
+    sum_tallies,
+)
+from fft.data.place import Place
+from fft.errors import UserError
+from fft.text.chat import Chat, load_chat
+from fft.text.encoder import ENGINES, Encoder
+from fft.text.pretrain import Pretrain, load_pretrain
+from fft.text.records import Keys
+from spark_jobs.dataframes import ORDER as FRAME_ORDER
+from spark_jobs.dataframes import columns_of, count_parts, in_parts, is_frame, open_frame, records_of
+from spark_jobs.runtime.session import get_session, job_settings
+from spark_jobs.runtime.tasks import by_part, create_tasks, report
+from spark_jobs.token_table.output import (
+    check_output,
+    claim,
+    lineage_of,
+    local_path,
+    local_paths,
+    total,
+    with_results,
+    write_parts,
+)
+
+#: A part's splits lie in different files, or follow each other in one.
+_ORDER = ("part", "path", "start")
+
+
+def tokenize_table(
+    inputs: str | Path | DataFrame | Sequence[str | Path | DataFrame],
+    output: str | Path,
+    tokenizer: str | Path,
+    *,
+    task: str = "pretrain",
+    text_key: str = "text",
+    id_key: str = "id",
+    max_len: int | None = None,
+    eos: str = "auto",
+    parse_special_tokens: bool = False,
+    on_error: str = "fail",
+    table_format: str = "parquet",
+    overwrite: bool = False,
+    spark: SparkSession | None = None,
+) -> Manifest:
+    """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
+
+    An input may also name a catalog table (``catalog.schema.table``) or be a URL that Spark can read.
+
+    One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
+    With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
+    ``labels``: see :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts only.
+    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
+    Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
+    for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
+    """
+    folder = local_path(output, "-o")
+    inputs = [inputs] if isinstance(inputs, str | Path | DataFrame) else list(inputs)
+    unread = [path for path in inputs if is_frame(path)]
+    paths = local_paths([path for path in inputs if not is_frame(path)], "-i")
+    sources = find_sources(paths)
+    check_output(folder, paths, overwrite, table_format)
+    place = local_path(tokenizer, "--tokenizer")
+    parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
+    if task == "chat":
+        _check_chat(sources, text_key, eos, parse_special_tokens)
+        load = partial(load_chat, place, id_key, max_len)
+    else:
+        load = partial(load_pretrain, place, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
+        parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
+    with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
+        loading = pool.submit(load)
+        spark = spark or get_session("tokenize")
+        job, info = loading.result()
+    start = time.monotonic()
+    frames = [open_frame(spark, path) for path in unread]
+    names = list(dict.fromkeys([*(str(source.path) for source in sources), *(frame.name for frame in frames)]))
+    lineage = lineage_of("tokenize", names, parameters)
+    with claim(folder, [""], paths, lineage, overwrite, table_format) as places, job_settings(spark):
+        shutil.rmtree(folder / QUARANTINE, ignore_errors=True)  # of an older version
+        (folder / QUARANTINE).mkdir()
+        fail = on_error == "fail"
+        parts: list[Part] = []
+        try:
+            if sources:
+                splits = deal(spans_of(sources, job))
+                tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+                work = TokenizeParts(job, places[""], fail)
+                parts += write_parts(tasks, work, _ORDER, places[""], "tokenize", splits[-1].part + 1)
+            for frame in frames:
+                rows = frame.rows.select(columns_of(frame, job))
+                count, first = count_parts(rows), 1 + max((part.part for part in parts), default=-1)
+                work = TokenizeFrame(job, places[""], fail, frame.name, frame.kind)
+                title = f"tokenize {frame.name}"
+                parts += write_parts(in_parts(rows, count, first), work, FRAME_ORDER, places[""], title, count)
+        except UserError as error:
+            raise _located(error, job) from error
+        files, tallies = files_of(parts), sum_tallies(parts)
+        size = total(files)
+        counted = ("documents_in", "documents_out", "empty", "quarantined", "checked", *(n for n, _ in job.tallies))
+        counts = {name: tallies.get(name, 0) for name in counted}
+        counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
+        counts |= {"datasets": by_dataset(names, tallies), "lengths": histogram_of(tallies)}
+        if not counts["quarantined"]:
+            (folder / QUARANTINE).rmdir()
+        _check_counts(counts, names)
+        engine = ENGINES[max(number for number in range(len(ENGINES)) if f"engine {number}" in tallies)]
+        seconds = time.monotonic() - start
+        lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
+        manifest = Manifest(files, size.rows, size.tokens, info, seq_len=max_len, lineage=lineage)
+        places[""].commit(manifest)
+    _report(manifest, engine, folder, job.notes(counts))
+    return manifest
+
+
+def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_special_tokens: bool) -> None:
+    for source in sources:
+        if source.kind == "text":
+            raise UserError(f"-i {source.path} holds plain text, but --task chat needs JSON lines or parquet.")
+    flags = {"--text_key": text_key != "text", "--eos": eos != "auto", "--parse_special_tokens": parse_special_tokens}
+    for flag, given in flags.items():
+        if given:
+            raise UserError(f"{flag} is for --task pretrain: the chat template decides; leave it out.")
+
+
+@dataclass(frozen=True)
+class TokenizeParts:
+    """A function for ``mapInArrow``: batches of parts in; each part is encoded and written; reports out.
+
+    The batches name splits of files, which are read here.
+    """
+
+    job: Pretrain | Chat
+    place: Place
+    fail: bool
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Do all parts of a task."""
+        encoder = Encoder(self.job.recipe)
+        for part, rows in by_part(batches):
+            with PartFile(self.place, part) as sink, RejectFile(self.place, part) as rejects:
+                tokenizer = PartTokenizer(self.job, encoder, sink, None if self.fail else rejects)
+                self._fill(tokenizer, rows)
+                done = sink.finish(tokenizer.tallies, rejects.finish())
+            yield report([done])
+
+    def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
+        # All of a part's splits are known before the first is read: the engine's batches are freed.
+        for split in [Split(**row) for batch in rows for row in batch.to_pylist()]:
+            for records in read_records(split, self.job):
+                tokenizer.add(records, split.kind, split.dataset, split.path)
+
+
+@dataclass(frozen=True)
+class TokenizeFrame(TokenizeParts):
+    """As :class:`TokenizeParts`, but the batches hold the records themselves, of one input."""
+
+    name: str
+    kind: str
+
+    def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
+        for batch in rows:
+            records = records_of(batch, self.kind, self.job)
+            if records:
+                tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
+
+
+NO_IDS, ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)
+
+
+def _check_counts(counts: dict, inputs: Sequence[str]) -> None:
+    if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
+        raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
+    if not counts["documents_out"]:
+        raise UserError(
+            f"-i {', '.join(inputs)} holds no documents: {counts['empty']} are empty and "
+            f"{counts['quarantined']} malformed."
+        )
+
+
+def _report(manifest: Manifest, engine: str, folder: Path, notes: Sequence[str]) -> None:
+    counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
+    if engine != ENGINES[0]:
+        say(f"warning: ids were made by Hugging Face {engine}; they are exact, but this is many times slower.")
+    header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "bytes", "seconds", "tokens/s")
+    row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]
+    for note in notes:
+        say(note)
+    if len(counts["datasets"]) > 1:
+        rows = [[name, own["rows"], own["tokens"]] for name, own in counts["datasets"].items()]
+        say(format_table(("input", "rows", "tokens"), rows) + "\n")
+    say(format_table(header, [[*row, timing["seconds"], timing["tokens_per_second"]]]))
+    say(f"wrote {folder} ({engine}, {counts['checked']} documents checked against Hugging Face tokenizers)")

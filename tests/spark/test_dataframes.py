@@ -1,0 +1,94 @@
+"""Inputs that only the engine can read: DataFrames, catalog tables, URLs."""
+
+import json
+
+import pytest
+
+from fft.errors import UserError
+from spark.helpers import files_of, rows_of
+from spark_jobs import tokenize_table
+
+TEXTS = [f"document {i}: " + "def f(x):\n    return x\n" * (i % 7) for i in range(300)]
+
+
+def ids_by_name(table):
+    return {row["doc_ids"][0]: row["input_ids"] for row in rows_of(table)}
+
+
+@pytest.fixture
+def frame(spark):
+    return spark.createDataFrame([(f"d{i}", text) for i, text in enumerate(TEXTS)], "id string, text string")
+
+
+@pytest.fixture
+def expected(tokenizer, tmp_path):
+    path = tmp_path / "expected.jsonl"
+    path.write_text("".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    tokenize_table(path, tmp_path / "expected", tokenizer)
+    return ids_by_name(tmp_path / "expected")
+
+
+def test_a_dataframe_gives_the_same_rows_however_it_is_cut(frame, expected, tokenizer, tmp_path):
+    manifest = tokenize_table(frame.repartition(7), tmp_path / "a", tokenizer)
+    tokenize_table(frame.orderBy("text").coalesce(2), tmp_path / "b", tokenizer)
+    assert ids_by_name(tmp_path / "a") == expected
+    assert [f.read_bytes() for f in files_of(tmp_path / "a")] == [f.read_bytes() for f in files_of(tmp_path / "b")]
+    assert manifest.lineage["counts"]["datasets"]["DataFrame"]["rows"] == len(TEXTS)
+
+
+def test_a_catalog_table_and_a_file_together(frame, spark, expected, tokenizer, tmp_path):
+    spark.sql("create database if not exists lake")
+    frame.where("id < 'd2'").write.mode("overwrite").option("path", str(tmp_path / "warehouse")).saveAsTable(
+        "lake.docs"
+    )
+    rest = frame.where("id >= 'd2'").toPandas().to_dict("records")
+    (tmp_path / "rest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rest))
+    try:
+        manifest = tokenize_table([tmp_path / "rest.jsonl", "lake.docs"], tmp_path / "out", tokenizer)
+    finally:
+        spark.sql("drop table lake.docs")
+        spark.sql("drop database lake")
+    assert ids_by_name(tmp_path / "out") == expected
+    counts = manifest.lineage["counts"]
+    assert counts["documents_in"] == len(TEXTS)
+    assert counts["datasets"]["lake.docs"]["rows"] == len(TEXTS) - len(rest)
+    assert sum(counts["lengths"].values()) == len(TEXTS)
+
+
+def test_json_lines_behind_a_url(expected, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("spark_jobs.dataframes.is_frame", lambda path: True)
+    monkeypatch.setattr("spark_jobs.tokenize_job.is_frame", lambda path: True)  # file: URLs are read as files otherwise
+    tokenize_table(f"file://{tmp_path}/expected.jsonl", tmp_path / "out", tokenizer)
+    assert ids_by_name(tmp_path / "out") == expected
+
+
+def test_chats_of_a_table(spark, tokenizer, tmp_path):
+    (tmp_path / "t").mkdir()
+    for file in tokenizer.iterdir():
+        (tmp_path / "t" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "t/tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    (tmp_path / "t/tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}] for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    frame = spark.createDataFrame([(chat,) for chat in chats], "messages array<struct<role string, content string>>")
+    tokenize_table(tmp_path / "chats.jsonl", tmp_path / "a", tmp_path / "t", task="chat")
+    tokenize_table(frame, tmp_path / "b", tmp_path / "t", task="chat")
+    as_set = [{(tuple(r["input_ids"]), tuple(r["labels"])) for r in rows_of(tmp_path / name)} for name in "ab"]
+    assert as_set[0] == as_set[1]
+    assert len(as_set[0]) == len(chats)
+
+
+def test_what_cannot_be_read_is_named(spark, frame, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"-i lake\.none is no existing path, and no table or URL"):
+        tokenize_table("lake.none", tmp_path / "out", tokenizer)
+    with pytest.raises(UserError, match=r"s3://bucket/a\.jsonl is no existing path, and no table or URL"):
+        tokenize_table("s3://bucket/a.jsonl", tmp_path / "out", tokenizer)
+    with pytest.raises(UserError, match=r"-i DataFrame has no column content .* --text_key"):
+        tokenize_table(frame, tmp_path / "out", tokenizer, text_key="content")
+    nulls = spark.createDataFrame([("a", "x"), ("b", None)], "id string, text string")
+    with pytest.raises(UserError, match="DataFrame, id b: text is null: mend it, or give --on_error quarantine"):
+        tokenize_table(nulls, tmp_path / "out", tokenizer)
+    assert not (tmp_path / "out").exists()
+    counts = tokenize_table(nulls, tmp_path / "out", tokenizer, on_error="quarantine").lineage["counts"]
+    assert (counts["documents_out"], counts["quarantined"]) == (1, 1)

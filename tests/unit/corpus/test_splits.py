@@ -1,0 +1,145 @@
+"""Inputs cut into splits: every record exactly once, wherever the cuts fall."""
+
+import bz2
+import gzip
+import itertools
+import re
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fft.corpus.readers import read_documents, read_lines
+from fft.corpus.splits import FEWEST_PARTS, PART_BYTES, Span, chunk_size, cut_text, deal
+from fft.data.part_files import ROW_GROUP_ROWS, PartFile
+from fft.data.place import Place
+from fft.data.worker_notes import Channel
+from fft.errors import UserError
+from spark_jobs.runtime.tasks import by_part
+
+text_ = st.lists(st.sampled_from([b"a", b"bc", b" ", b"\n", b"\n\n", b"\r\n", b"x" * 40]), max_size=60).map(b"".join)
+
+
+def in_pieces(read, path: Path, pieces_of: int) -> list[bytes]:
+    spans = cut_text("d", "text", str(path), path.stat().st_size, pieces_of)
+    return [record for span in spans for record in read(span.path, span.start, span.stop)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(text_, st.integers(1, 30))
+def test_every_line_once(text, pieces_of):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_bytes(text)
+        expected = [line.rstrip(b"\r\n") for line in text.split(b"\n")]
+        expected = expected[:-1] if text.endswith(b"\n") or not text else expected
+        assert in_pieces(read_lines, path, pieces_of) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(text_, st.integers(1, 30))
+def test_every_document_once(text, pieces_of):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.txt"
+        path.write_bytes(text)
+        whole = list(read_documents(str(path), 0, 0))
+        assert in_pieces(read_documents, path, pieces_of) == whole
+        assert [d.strip() for d in whole if d.strip()] == [
+            d.strip() for d in re.split(rb"\n(?:[ \t]*\r?\n)+", text) if d.strip()
+        ]
+
+
+def test_documents_longer_than_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("fft.corpus.readers._BLOCK", 7)
+    documents = [b"one line\nand two", b"x" * 100, b"y"]
+    (tmp_path / "a.txt").write_bytes(b"\n\n".join(documents) + b"\n")
+    assert [d.strip() for d in read_documents(str(tmp_path / "a.txt"), 0, 0)] == documents
+    for pieces_of in range(1, 120, 7):
+        assert [d.strip() for d in in_pieces(read_documents, tmp_path / "a.txt", pieces_of)] == documents
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_compressed_files_of_several_members(tmp_path, suffix, compress):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(b"1\n2\n") + compress(b"3\n"))
+    assert list(read_lines(str(path), 0, 0)) == [b"1", b"2", b"3"]
+    path.write_bytes(compress(b"1\n2\n" * 1000)[:-9])
+    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix} cannot be read .* is it whole"):
+        list(read_lines(str(path), 0, 0))
+
+
+def test_zstandard_frames(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    frames = [pa.compress(lines, codec="zstd", asbytes=True) for lines in (b"1\n2\n", b"3\n")]
+    path.write_bytes(b"".join(frames))
+    assert list(read_lines(str(path), 0, 0)) == [b"1", b"2", b"3"]
+    path.write_bytes(frames[0][:-3])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst cannot be read .* is it whole"):
+        list(read_lines(str(path), 0, 0))
+
+
+@given(st.lists(st.integers(0, 3 * PART_BYTES), min_size=1, max_size=40))
+def test_parts_are_numbered_without_gaps_in_the_order_of_the_input(sizes):
+    spans = [Span("d", "json", str(i), 0, 0, size) for i, size in enumerate(sizes)]
+    splits = deal(spans)
+    assert [split.path for split in splits] == [span.path for span in spans]
+    numbers = [split.part for split in splits]
+    assert numbers[0] == 0
+    assert all(b - a in (0, 1) for a, b in itertools.pairwise(numbers))
+    loads = [sum(s for s, n in zip(sizes, numbers, strict=True) if n == part) for part in range(numbers[-1] + 1)]
+    assert max(loads) <= chunk_size(sum(sizes)) + max(sizes)
+
+
+def test_little_input_still_occupies_a_few_cores():
+    spans = cut_text("d", "json", "a", 1000, chunk_size(1000))
+    assert deal(spans)[-1].part + 1 == FEWEST_PARTS
+
+
+def batch(lengths, part=0):
+    ids = pa.array([list(range(n)) for n in lengths], pa.list_(pa.int32()))
+    return pa.RecordBatch.from_arrays([pa.array([part] * len(lengths), pa.int32()), ids], ["part", "input_ids"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
+def test_row_groups_do_not_depend_on_the_batches(batches):
+    import pyarrow.parquet as pq
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr("fft.data.part_files.ROW_GROUP_ROWS", 7)
+        patch.setattr("fft.data.part_files.ROW_GROUP_TOKENS", 50)
+        rows = [n for lengths in batches for n in lengths]
+        written = []
+        for pieces in (batches, [rows]):
+            with PartFile(Place(Path(folder), Channel(folder)), 0) as sink:
+                for lengths in pieces:
+                    sink.write(batch(lengths))
+                written.append(sink.finish({}))
+        first, second = written
+        assert (first.rows, first.tokens) == (second.rows, second.tokens) == (len(rows), sum(rows))
+        if rows:
+            data = [(Path(folder) / part.name).read_bytes() for part in written]
+            assert data[0] == data[1]
+            file = pq.ParquetFile(Path(folder) / first.name)
+            groups = [file.read_row_group(i).column("input_ids").to_pylist() for i in range(file.num_row_groups)]
+            assert all(len(g) <= 7 and (len(g) == 1 or sum(map(len, g)) <= 50) for g in groups)
+            assert [len(row) for g in groups for row in g] == rows
+    assert ROW_GROUP_ROWS == 1024
+
+
+def test_a_failed_part_leaves_nothing(tmp_path):
+    with PartFile(Place(tmp_path, Channel(str(tmp_path))), 0) as sink:
+        sink.write(batch([3] * 2000))  # and is never finished
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_streams_of_parts():
+    both = pa.RecordBatch.from_arrays(
+        [pa.array([0, 2, 2], pa.int32()), pa.array([[1], [2], [3]])], ["part", "input_ids"]
+    )
+    seen = [(part, sum(b.num_rows for b in rows)) for part, rows in by_part(iter([batch([1, 1]), both, batch([5], 3)]))]
+    assert seen == [(0, 3), (2, 2), (3, 1)]

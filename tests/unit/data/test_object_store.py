@@ -1,0 +1,157 @@
+"""Tables of an S3 object store: a SeaweedFS server on loopback, found through the environment alone."""
+
+import json
+import socket
+import subprocess
+import time
+
+import deltalake
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import BIN, write_table
+from pyarrow import fs
+from samples import read_sample
+
+from fft.data.batches import BatchPlan, Loader
+from fft.data.blend import Blend, parse_tables
+from fft.data.delta import commit_delta
+from fft.data.manifest import FileInfo, Manifest, begin_writing, commit
+from fft.data.reader import SampleReader
+from fft.data.table import Table
+from fft.errors import UserError
+
+ROWS = [np.arange(n, dtype=np.int32) for n in (3, 8, 5, 1, 8, 2)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A server with a bucket ``lake``, which the environment names, and pyarrow's file system for it."""
+    folder = tmp_path_factory.mktemp("store")
+    credentials = [{"accessKey": "key", "secretKey": "secret"}]
+    access = {"identities": [{"name": "test", "credentials": credentials, "actions": ["Admin"]}]}
+    (folder / "access.json").write_text(json.dumps(access))
+    ports = {name: _free_port() for part in ("master", "volume", "filer", "s3") for name in (part, f"{part}.grpc")}
+    flags = [f"-{name.replace('.', '.port.') if '.' in name else f'{name}.port'}={n}" for name, n in ports.items()]
+    flags += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-s3.port.iceberg=0"]
+    flags += ["-s3.port.lance=0", f"-s3.config={folder / 'access.json'}", "-master.volumeSizeLimitMB=64"]
+    with pytest.MonkeyPatch.context() as patch, open(folder / "log", "wb") as log:
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_ALLOW_HTTP": "true",
+        }
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with subprocess.Popen([BIN / "weed", "server", *flags], cwd=folder, stdout=log, stderr=log) as server:
+            filesystem = fs.S3FileSystem(endpoint_override=environment["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+            try:
+                _create(filesystem, "lake", server)
+                yield filesystem
+            finally:
+                server.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _create(filesystem, bucket, server):
+    """As soon as the server is up; not when it has ended, nor after a minute."""
+    for _ in range(300):
+        try:
+            return filesystem.create_dir(bucket)
+        except OSError:
+            if server.poll() is not None:
+                break
+            time.sleep(0.2)
+    raise RuntimeError(f"weed server did not start: {server.args}")
+
+
+def upload(store, folder, name):
+    fs.copy_files(str(folder), f"lake/{name}", fs.LocalFileSystem(), store)
+    return f"s3://lake/{name}"
+
+
+def finished(folder):
+    files = tuple(FileInfo(p.name, 3, 0, p.stat().st_size) for p in sorted(folder.glob("*.parquet")))
+    return Manifest(files, 6, 27)
+
+
+def samples(reader, count):
+    return [read_sample(reader, index).input_ids.tolist() for index in range(count)]
+
+
+def check_same(remote, local):
+    ours, theirs = SampleReader(remote, 8, 1), SampleReader(local, 8, 1)
+    assert samples(ours, 2 * theirs.samples_per_epoch) == samples(theirs, 2 * theirs.samples_per_epoch)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_table_of_the_store_is_the_table(foreign, store, tmp_path):
+    folder = write_table(tmp_path / "t", ROWS, files=2, row_group_size=2)
+    if not foreign:
+        commit(folder, finished(folder))
+    table = Table.open(upload(store, folder, f"table-{foreign}") + "/")
+    assert (table.manifest is None, table.source) == (foreign, f"s3://lake/table-{foreign}")
+    check_same(table, Table.open(folder))
+
+
+def test_tables_of_the_store_blend_with_local_ones(store, tmp_path):
+    folder = write_table(tmp_path / "t", ROWS, files=2, row_group_size=2)
+    tables = parse_tables(f"{upload(store, folder, 'blend')}:0.7 {folder}:0.3", "train_data")
+    readers = [SampleReader(Table.open(path), 8, 1) for path, _ in tables]
+    blend = Blend(readers, [weight for _, weight in tables], "drop")
+    steps = list(Loader(blend, BatchPlan(1, 0, 1, 1), blend.samples_per_epoch))
+    assert sum(batch.input_ids.sum() for (batch,) in steps) == 2 * sum(row.sum() for row in ROWS)
+
+
+def test_versions_of_a_delta_table(store):
+    """Written straight into the store, in folders whose names must be escaped."""
+    url = "s3://lake/versions"
+    kind = pa.list_(pa.int32())
+    first = pa.table({"input_ids": pa.array([[1, 2], [3]], kind), "lang": ["a b", "c%d"]})
+    deltalake.write_deltalake(url, first, partition_by=["lang"])
+    deltalake.write_deltalake(url, pa.table({"input_ids": pa.array([[9]], kind), "lang": ["a b"]}), mode="append")
+    latest, old = Table.open(url), Table.open(f"{url}@v0")
+    assert (latest.source, latest.tokens) == (f"{url}@v1", 4)
+    assert (old.source, old.tokens) == (f"{url}@v0", 3)
+    read = [old.read(group).input_ids.tolist() for group in range(len(old.row_groups))]
+    assert sorted(read) == [[1, 2], [3]]
+    with pytest.raises(UserError, match="s3://lake/versions@v7 cannot be opened: "):
+        Table.open(f"{url}@v7")
+    (file,) = (f for f in store.get_file_info(fs.FileSelector("lake/versions/lang=c%25d")) if f.size)
+    store.delete_file(file.path)
+    with pytest.raises(UserError, match=r"lang=c%25d/part-.* in the Delta log of .* is missing: was the table vac"):
+        Table.open(url)
+
+
+def test_a_delta_table_that_our_jobs_committed(store, tmp_path):
+    folder = write_table(tmp_path / "t", ROWS, files=2, row_group_size=2)
+    manifest = finished(folder)
+    commit_delta(folder, manifest)
+    table = Table.open(upload(store, folder, "ours"))
+    assert (table.manifest, table.version) == (manifest, 0)
+    check_same(table, Table.open(folder))
+
+
+def test_what_is_wrong_in_the_store_is_named(store, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"s3://lake/none cannot be listed \(.*\): check the address"):
+        Table.open("s3://lake/none")
+    folder = write_table(tmp_path / "t", ROWS)
+    begin_writing(folder, {})
+    with pytest.raises(UserError, match="is unfinished"):
+        Table.open(upload(store, folder, "unfinished"))
+    commit(folder, finished(folder))
+    url = upload(store, folder, "changed")
+    with store.open_output_stream("lake/changed/part-00001.parquet") as stream:
+        stream.write(b"x")
+    with pytest.raises(UserError, match=r"part-00001\.parquet has 1 bytes, its manifest says"):
+        Table.open(url)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=r"cannot be listed .*: check the address and this machine's credentials"):
+        Table.open(url)

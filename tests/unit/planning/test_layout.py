@@ -1,0 +1,187 @@
+"""Layouts planned without ranks: what layers hold, what stages need, what a dry run prints and refuses."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from transformers import AutoConfig
+
+import fft.planning.dry_run
+from fft.arguments import parse_arguments
+from fft.errors import UserError
+from fft.models.causal_lm import ModelSource
+from fft.models.layers import DecoderLayer, Positions
+from fft.ops.cross_entropy import linear_cross_entropy
+from fft.parallel.mesh import mesh_sizes
+from fft.planning.activations import Alive, add_to_sum, layer_activations
+from fft.planning.costs import layer_costs
+from fft.planning.layout import describe, plan_layout
+from fft.planning.memory import Circumstances, LayerMemory, loss_memory, stage_memory
+from fft.planning.preflight import lay_out
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def source(model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> ModelSource:
+    return ModelSource(AutoConfig.for_model(**(SMALL | {"model_type": model_type} | changes)), dtype)
+
+
+@functools.cache
+def known(model: str) -> ModelSource:
+    return ModelSource(lay_out(parse_arguments(["--dry_run", "--model", model]), 1)[0], torch.bfloat16)
+
+
+def dry(*flags: str) -> tuple:
+    args = parse_arguments(["--dry_run", *flags])
+    config, mesh = lay_out(args, args.ranks)
+    return args, config.model_type, plan_layout(args, known(args.model), mesh, host=False)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*b-*.yaml")), ids=lambda file: file.stem)
+def test_settings_fit_their_devices(file, monkeypatch):
+    monkeypatch.chdir(CONF.parent)
+    args, name, layout = dry("--config", str(file))
+    fft.planning.dry_run.check_fits(layout, args.device_memory)
+    assert layout.mesh.world == args.ranks
+    assert args.ranks % 8 == 0
+    assert layout.mesh.tensor <= 8  # of one node
+    size = float(file.stem.partition("b-")[0])
+    assert sum(cost.parameters for cost in layout.costs) / 1e9 == pytest.approx(size, rel=0.1)
+    text = describe(args, name, layout)
+    tokens = layout.mesh.data * args.gradient_accumulation_steps * args.seq_len
+    bubble = (layout.mesh.pipe - 1) / (args.gradient_accumulation_steps + layout.mesh.pipe - 1)
+    assert f"{tokens:,} tokens" in text
+    assert f"bubble {bubble:.1%}" in text
+    assert f"{tokens:,} tokens a step; bubble {bubble:.1%}" in file.read_text()  # what its comment says
+
+
+def test_a_million_tokens_over_32_ranks():
+    flags = ("--model", str(CONF / "models/qwen2.5-7b.json"), "--checkpoint_grad_interval", "1")
+    ring = ("--sequence_parallel_size", "32", "--seq_len", str(1 << 20), "--ranks", "32")
+    (_, _, short), (_, _, long) = dry(*flags, "--ranks", "1", "--seq_len", str(1 << 15)), dry(*flags, *ring)
+    # The same number of tokens a rank; besides those only the boundaries of the whole row and the ring's messages.
+    assert long.memory[0].activations == pytest.approx(short.memory[0].activations, rel=0.05)
+    assert long.memory[0].optimizer == pytest.approx(short.memory[0].optimizer / 32, rel=1e-6)
+
+
+def test_a_stage_that_does_not_fit_is_named(capsys):
+    flags = ("--dry_run", "--ranks", "2", "--model", str(CONF / "models/llama-3m.json"), "--pipe_parallel_size", "2")
+    assert fft.planning.dry_run.run(parse_arguments([*flags, "--device_memory", "80"])) == 0
+    assert "stage 1  1" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"stage [01] needs .* GB a rank, more than --device_memory 0.01") as refused:
+        fft.planning.dry_run.run(parse_arguments([*flags, "--device_memory", "0.01"]))
+    assert refused.value.exit_code == 1
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+def test_every_parameter_is_held_by_some_rank(kind, tensor, split):
+    made = source(kind, vocab_size=96, **(EXPERTS if kind.endswith("moe") else {}))
+    costs = layer_costs(made, 64, split, tensor)
+    # Vectors are held by all ranks, matrices (but routers) by one.
+    routers = sum(p.numel() for name, p in made.skeleton.named_parameters() if name.endswith("mlp.gate.weight"))
+    matrices = sum(p.numel() for p in made.skeleton.parameters() if p.ndim > 1) - routers
+    assert sum(c.parameters for c in costs) == sum(p.numel() for p in made.skeleton.parameters())
+    assert sum(c.matrices for c in costs) == matrices // tensor + routers
+    assert sum(c.held for c in costs) == sum(c.parameters for c in costs) - matrices + matrices // tensor
+
+
+def test_a_token_costs_the_experts_it_is_sent_to():
+    dense, sparse = (
+        layer_costs(source("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[1]), 64)[i]
+        for i in (2, 1)
+    )
+    hidden, attention = 32, 64 * 32
+    assert dense.flops - sparse.flops == 3 * hidden * (64 - 2 * 16 - 24) - hidden * (8 + 1)
+    assert dense.flops - dense.parameters == attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(dtype):
+    made = source(dtype=dtype, hidden_size=64, head_dim=16)
+    planned = layer_activations(made, tokens=48)
+    layer = ModelSource(made.config, dtype)
+    real = DecoderLayer(layer, 0, Positions(layer))
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in real.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hidden = torch.randn(1, 48, 64, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = real((hidden, torch.tensor([0] + [48] * 48, dtype=torch.int32)))[0]
+    rotary = 2 * 48 * 16 * dtype.itemsize  # counted with the micro-batch
+    assert output.requires_grad
+    assert sum(kept.values()) - rotary == planned[1].saved
+
+
+def test_an_early_stage_holds_more_and_recomputing_holds_less():
+    layers = [LayerMemory(1000, 1000, 10_000, 500, 900, True)] * 8
+    layers += [loss_memory(tokens=10, hidden_size=4, vocabulary=100, itemsize=4, max_logits=1 << 20)]
+    at = Circumstances(4, 8, 1, tokens=10, row=10, hidden_size=4, head_size=2, itemsize=4)
+    kept = [stage_memory(layers, a, b, stage, at) for stage, (a, b) in enumerate(itertools.pairwise((0, 2, 4, 6, 9)))]
+    held = [memory.activations for memory in kept]
+    each = 8 * 11 + 10 * (8 + 2 * 2 * 4) + 160 + 160
+    assert held == sorted(held, reverse=True)
+    assert held[1] == pytest.approx(2 * 160 + 2 * (20_000 + each) + each + 20_000 + 900)
+    again = Circumstances(4, 8, 1, tokens=10, row=10, hidden_size=4, head_size=2, itemsize=4, interval=1)
+    assert stage_memory(layers, 0, 2, 0, again).activations < held[0] / 4
+    assert kept[3].loss > 0
+    assert kept[0].loss == 0
+    assert kept[0].weights == 2 * 1000 * 8
+    assert kept[0].optimizer == 2 * 1000 * 12
+
+
+def test_equal_memory_gives_early_stages_fewer_layers():
+    flags = ("--model", str(CONF / "models/qwen2.5-7b.json"), "--pipe_parallel_size", "4", "--ranks", "4")
+    more = ("--gradient_accumulation_steps", "8", "--seq_len", "4096")
+    most = {}
+    for method in ("fast", "mem"):
+        _, _, layout = dry(*flags, *more, "--partition_method", method)
+        most[method] = max(memory.total for memory in layout.memory)
+        sizes = [b - a for a, b in itertools.pairwise(layout.bounds)]
+    assert most["mem"] < 0.9 * most["fast"]
+    assert sizes[0] < sizes[-1]
+
+
+def test_picture_shows_neighbours():
+    args = parse_arguments(["--dry_run", "--model", "m", "--gradient_accumulation_steps", "4"])
+    made = source(num_attention_heads=4, num_key_value_heads=4)
+    text = describe(args, "llama", plan_layout(args, made, mesh_sizes(32, 2, 2, 2), host=False))
+    assert "stage 1  16-17 18-19  20-21 22-23  24-25 26-27  28-29 30-31" in text
+    wide = describe(args, "llama", plan_layout(args, made, mesh_sizes(64, 1, 1, 1), host=False))
+    assert "stage 0  0          1          ...  63" in wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_holds_what_it_says(monkeypatch, dtype):
+    """Measured by the allocations of the real function; see also benchmarks/memory.py."""
+    monkeypatch.setattr("fft.ops.cross_entropy._CHUNK", 16)
+    hidden = torch.randn(40, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(100, 16, dtype=dtype, requires_grad=True)
+    labels = torch.randint(100, (40,))
+    existing = [hidden, weight, labels]
+    if dtype == torch.float32:
+        hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+        existing += [hidden.grad, weight.grad]
+    else:
+        weight.register_post_accumulate_grad_hook(add_to_sum)
+    with Alive(existing) as alive:
+        loss = linear_cross_entropy(hidden, weight, labels)
+        forward, saved = alive.most, alive.now
+        alive.most = saved
+        loss.backward()
+    told = loss_memory(40, 16, 100, dtype.itemsize, 1 << 26)
+    # Labels, indices of trained tokens and other vectors are left out.
+    assert (saved, forward, alive.most) == pytest.approx(
+        (told.saved, told.saved + told.forward, told.saved + told.backward), rel=0.1
+    )

@@ -1,0 +1,71 @@
+"""Lengths of documents, and the picture of a table."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fft.data.lengths import document_lengths, histogram_of, tally_lengths
+from fft.data.manifest import FileInfo, Manifest
+from fft.errors import UserError
+from spark_jobs.cli import shuffle
+from spark_jobs.token_table.picture import check_report, write_report
+
+ROWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6)
+
+
+@given(ROWS)
+def test_lengths_of_packed_rows(rows):
+    table = pa.table(
+        {
+            "input_ids": pa.array([[0] * sum(row) for row in rows], pa.list_(pa.int32())),
+            "cu_seqlens": pa.array([np.cumsum([0, *row]).tolist() for row in rows], pa.list_(pa.int32())),
+        }
+    )
+    lengths = document_lengths(table) if rows else np.empty(0, int)
+    assert lengths.tolist() == [n for row in rows for n in row]
+    assert document_lengths(table.select(["input_ids"])).tolist() == [sum(row) for row in rows]
+
+
+def test_bins_begin_at_powers_of_two():
+    tallies = tally_lengths(np.array([1, 2, 3, 4, 1023, 1024, 1025, 0]))
+    assert histogram_of({**tallies, "other": 5}) == {"1": 1, "2": 2, "4": 1, "512": 1, "1024": 2}
+    assert histogram_of(tally_lengths(np.array([2**31 - 1, 2**31]))) == {str(2**30): 1, str(2**31): 1}
+
+
+@pytest.fixture
+def manifest():
+    counts = {
+        "unused": 24,
+        "lengths": {"8": 3, "16": 1},
+        "datasets": {"a <b>": {"rows": 3, "tokens": 60}, "c": {"rows": 1, "tokens": 40}},
+    }
+    lineage = {"job": "repartition", "inputs": ["x"], "parameters": {"seed": 1}, "counts": counts}
+    lineage["timing"] = {"tokens_per_second": 7, "seconds": 1.0}
+    return Manifest((FileInfo("p.parquet", 4, 100, 9),), 4, 100, None, 31, 1, lineage)
+
+
+def test_a_page_holds_pictures_and_facts(manifest, tmp_path):
+    write_report({"train": manifest, "validation": manifest}, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 1
+    assert "a &lt;b&gt;" in page
+    assert "a <b>" not in page
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_picture(manifest, tmp_path):
+    write_report(manifest, tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_job(tmp_path):
+    with pytest.raises(UserError, match=r"--report .*r\.pdf must end in \.html or \.png"):
+        check_report(tmp_path / "r.pdf", False)
+    with pytest.raises(UserError, match="there is no folder"):
+        shuffle(["-i", "none", "-o", "out", "--report", str(tmp_path / "none" / "r.png")])
+    (tmp_path / "r.png").touch()
+    with pytest.raises(UserError, match="exists: give --overwrite"):
+        check_report(tmp_path / "r.png", False)
+    check_report(tmp_path / "r.png", True)

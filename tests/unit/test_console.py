@@ -1,0 +1,31 @@
+"""What the jobs show."""
+
+from fft.console import format_table, progress, progress_line
+from fft.data.worker_notes import Amount, Channel
+
+
+def test_a_table_is_aligned():
+    text = format_table(("name", "rows"), [["a", 1234], ["long name", 5.5]])
+    assert text.splitlines() == ["name        rows", "---------  -----", "a          1,234", "long name   5.50"]
+
+
+def test_a_progress_line_has_rate_and_time_left():
+    nothing, half = Amount(), Amount(10, 6_000_000, 2)
+    line = progress_line("x", nothing, half, 4, None, 2)
+    assert line == "x: 10 rows, 6.0 M tokens written, 3.0 M tokens/s, 2 s left"
+    line = progress_line("x", half, nothing, 4, 12_000_000, 2)
+    assert line == "x: 10 rows, 6.0 of 12.0 M tokens read, 3.0 M tokens/s, 6 s left"
+    line = progress_line("x", Amount(20, 12_000_000, 0), half, 4, 12_000_000, 3)
+    assert line == "x: 10 rows, 6.0 of 12.0 M tokens written, 2.0 M tokens/s, 1 s left"
+    line = progress_line("x", nothing, nothing, 4, None, 2)
+    assert line == "x: 0 rows, 0.0 M tokens written, 0.0 M tokens/s, 2 s so far"
+
+
+def test_progress_shows_what_tasks_note(tmp_path, monkeypatch, capsys):
+    channel = Channel(str(tmp_path))
+    channel.meter("written").add(5, 2_000_000, parts=1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    shown = ""
+    with progress("job", channel, parts=2, interval=0.01):
+        while "job: 5 rows, 2.0 M tokens written" not in shown:
+            shown += capsys.readouterr().err

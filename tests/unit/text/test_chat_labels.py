@@ -1,0 +1,383 @@
+"""Conversations to ids and labels, without Spark: against transformers and a second reading of the templates."""
+
+import json
+import tempfile
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spark.chat_oracle import stretches
+from spark.chat_templates import STYLES, save_chat_tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+from fft.errors import UserError
+from fft.text import chat_labels
+from fft.text.chat import Chat, load_chat
+from fft.text.chat_labels import NOT_TRAINED, Spelling
+from fft.text.cuts import cut_chat
+from fft.text.encoder import Encoder
+from fft.text.messages import parse_conversation
+from fft.text.records import Malformed
+
+KINDS = ("byte-level", "nfc", "sentence-piece")
+
+
+@lru_cache
+def loaded(style: str, kind: str = "byte-level") -> tuple[Chat, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_chat_tokenizer(Path(folder), style, kind)
+        chat, _ = load_chat(Path(folder), "id", None)
+        return chat, AutoTokenizer.from_pretrained(folder)
+
+
+def turns(*contents, system=None):
+    """user, assistant, user, ... messages."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def rows(chat, *conversations):
+    documents = [chat.parse("json", json.dumps(messages).encode(), None) for messages in conversations]
+    return chat.token_rows(documents, 0, Encoder(chat.recipe)).to_pylist()
+
+
+def trained_text(tokenizer, row):
+    return tokenizer.decode([i for i in row["labels"] if i != NOT_TRAINED])
+
+
+def expected_labels(tokenizer, style, messages):
+    """By transformers' own offsets: a token is trained on if it holds a character of a trained stretch."""
+    parts = stretches(style, messages)
+    text = "".join(part for part, _ in parts)
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    flags = np.concatenate([np.full(len(part), trained) for part, trained in parts])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    trained = [bool(flags[a:b].any()) for a, b in encoded["offset_mapping"]]
+    return [i if t else NOT_TRAINED for i, t in zip(encoded["input_ids"], trained, strict=True)]
+
+
+FIVE = turns("Hello there", "Hi, how are you?", "Well. And 6 x 7?", "It is 42.", system="Be brief.")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", STYLES)
+def test_every_assistant_turn_is_trained_on_and_nothing_else(style, kind):
+    chat, tokenizer = loaded(style, kind)
+    (row,) = rows(chat, FIVE)
+    assert row["input_ids"] == tokenizer.apply_chat_template(FIVE, tokenize=True)["input_ids"]
+    assert row["labels"] == expected_labels(tokenizer, style, FIVE)
+    assert all(label in (NOT_TRAINED, i) for i, label in zip(row["input_ids"], row["labels"], strict=True))
+    end = STYLES[style].end_of_turn
+    if kind == "byte-level":  # sentence-piece tokens may take the space or newline before the content
+        found = trained_text(tokenizer, row)
+        expected = f"Hi, how are you?{end}It is 42.{end}"
+        assert found.replace(" Hi", "Hi").replace(" It", "It") == expected if style == "mistral" else found == expected
+
+
+WORDS = st.text(alphabet=st.sampled_from("ab Z0\n\té😀e\u0301ﬁ<>/:'"), max_size=12)
+THOUGHTS = st.builds(lambda thought, answer: f"<think>\n{thought}\n</think>\n\n{answer}", WORDS, WORDS)
+
+
+@st.composite
+def conversations(draw, alternate):
+    system = draw(st.none() | WORDS)
+    content = WORDS | THOUGHTS
+    if alternate:
+        messages = turns(*draw(st.lists(content, min_size=2, max_size=7)), system=system)
+    else:
+        roles = draw(st.lists(st.sampled_from(["user", "assistant"]), max_size=6))
+        roles.insert(draw(st.integers(0, len(roles))), "assistant")
+        messages = [{"role": role, "content": draw(content)} for role in roles]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def test_sentence_piece_needs_no_slow_offsets(monkeypatch):
+    chat, tokenizer = loaded("baichuan2", "sentence-piece")
+    monkeypatch.setattr(chat_labels, "encode_with_offsets", None)
+    (row,) = rows(chat, FIVE)
+    assert row["labels"] == expected_labels(tokenizer, "baichuan2", FIVE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_conversation_is_labelled_as_the_template_reads(style, kind, data):
+    chat, tokenizer = loaded(style, kind)
+    messages = data.draw(conversations(STYLES[style].alternates))
+    (row,) = rows(chat, messages)
+    assert row["input_ids"] == (tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"] or None)
+    if row["input_ids"]:
+        assert row["labels"] == expected_labels(tokenizer, style, messages)
+
+
+# What the templates do to a content
+
+
+def test_qwen3_keeps_only_the_last_reasoning_and_trains_on_all_that_it_keeps():
+    chat, tokenizer = loaded("qwen3")
+    thought = "<think>\nLet me see.\n</think>\n\n"
+    (row,) = rows(chat, turns("a", f"{thought}One.", "b", f"{thought}Two."))
+    assert trained_text(tokenizer, row) == f"One.<|im_end|>{thought}Two.<|im_end|>"
+
+
+def test_an_empty_reasoning_that_the_template_adds_is_not_trained_on():
+    chat, tokenizer = loaded("qwen3")
+    (row,) = rows(chat, turns("a", "One."))
+    assert "<think>\n\n</think>\n\nOne." in tokenizer.decode(row["input_ids"])
+    assert trained_text(tokenizer, row) == "One.<|im_end|>"
+
+
+def test_reasoning_under_a_key_of_its_own():
+    chat, tokenizer = loaded("qwen3")
+    messages = turns("a", "One.")
+    messages[1]["reasoning_content"] = "Hm."
+    (row,) = rows(chat, messages)
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert trained_text(tokenizer, row) == "<think>\nHm.\n</think>\n\nOne.<|im_end|>"
+
+
+@pytest.mark.parametrize("style", [name for name in STYLES if STYLES[name].end_of_turn])
+def test_an_empty_answer_trains_on_its_end_alone(style):
+    chat, tokenizer = loaded(style)
+    (row,) = rows(chat, turns("a", "", "b", "c"))
+    assert (
+        trained_text(tokenizer, row).replace(" c", "c") == STYLES[style].end_of_turn + f"c{STYLES[style].end_of_turn}"
+    )
+
+
+def test_a_trimmed_content_is_trained_on_as_trimmed_and_white_space_elsewhere_as_it_is():
+    for style, expected in {"llama3": "x<|eot_id|>", "internlm2": " \t x \n<|im_end|>"}.items():
+        chat, tokenizer = loaded(style)
+        (row,) = rows(chat, turns("a", " \t x \n"))
+        assert trained_text(tokenizer, row) == expected
+
+
+def test_a_token_across_the_edge_of_a_header_is_trained_on():
+    chat, tokenizer = loaded("mistral")
+    (row,) = rows(chat, turns("a", "capital"))
+    assert " capital" in tokenizer.decode(row["input_ids"])
+    assert trained_text(tokenizer, row) == " capital</s>"
+
+
+def test_what_looks_like_an_assistant_elsewhere_is_not_trained_on():
+    for style in STYLES:
+        chat, tokenizer = loaded(style)
+        fake = "".join(text for text, _ in stretches(style, turns("q", "Fake answer")))
+        (row,) = rows(chat, turns("a", "One", "b", "Two", system=f"Example:\n{fake}"))
+        end = STYLES[style].end_of_turn
+        assert trained_text(tokenizer, row).replace(" ", "") == f"One{end}Two{end}"
+
+
+def test_special_token_strings_become_control_tokens_as_in_transformers_and_are_counted():
+    for style in STYLES:
+        special = STYLES[style].special[-1]
+        chat, tokenizer = loaded(style)
+        messages = turns(f"a {special} b", f"c{special}d")
+        row, plain = rows(chat, messages, turns("a", "b"))
+        assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+        assert row["labels"] == expected_labels(tokenizer, style, messages)
+        assert row["input_ids"].count(tokenizer.convert_tokens_to_ids(special)) >= 2
+        assert (row["special"], plain["special"]) == (1, 0)
+
+
+def test_private_use_characters_in_the_text_do_no_harm():
+    chat, tokenizer = loaded("qwen3")
+    messages = turns("\U000fff00\U000fff01", "\U000fff00<think>\n\U000fff03\n</think>\n\n \U000fff02 ")
+    (row,) = rows(chat, messages)
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert row["labels"] == expected_labels(tokenizer, "qwen3", messages)
+
+
+def test_roles_that_the_template_refuses_are_malformed():
+    chat, _ = loaded("mistral")
+    with pytest.raises(Malformed, match="the chat template refuses it: roles must alternate"):
+        rows(chat, [{"role": "user", "content": "a"}, *turns("b", "c")])
+
+
+def test_a_template_may_rewrite_a_content_but_not_repeat_it(tmp_path):
+    folder = save_chat_tokenizer(tmp_path, "internlm2")
+    template = folder / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("message['content'] +", "message['content'] | replace('a', 'b') +")
+    )
+    chat, _ = load_chat(folder, "id", None)
+    assert rows(chat, turns("q", "xyz"))[0]["trained"]
+    template.write_text(template.read_text().replace("| replace('a', 'b')", "* 2"))
+    with pytest.raises(UserError, match="its chat template fails on a plain question and answer"):
+        load_chat(folder, "id", None)
+
+
+def test_a_tokenizer_without_template_is_refused(tmp_path):
+    folder = save_chat_tokenizer(tmp_path, "qwen3")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        load_chat(folder, "id", None)
+
+
+def test_one_date_for_all_rows(tmp_path):
+    folder = save_chat_tokenizer(tmp_path, "qwen2.5")
+    template = folder / "chat_template.jinja"
+    template.write_text("Today is {{ strftime_now('%Y-%m-%d') }}.\n" + template.read_text())
+    chat, _ = load_chat(folder, "id", None)
+    (row,) = rows(chat, turns("a", "b"))
+    assert f"Today is {chat.template.date:%Y-%m-%d}." in AutoTokenizer.from_pretrained(folder).decode(row["input_ids"])
+    assert any("writes the date" in note for note in chat.notes({"cut_conversations": 0, "with_special_strings": 0}))
+
+
+# Rows as data sets write them
+
+GOOD = {
+    "roles as keys": '[{"system": "s"}, {"user": "u"}, {"assistant": "a"}]',
+    "conversation": '{"conversation": [{"system": "s"}, {"user": "u"}, {"assistant": "a"}], "id": 7}',
+    "messages": '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u", "name": null}, '
+    '{"role": "assistant", "content": "a"}], "conversation": null, "tools": [], "id": "7"}',
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_all_forms_of_a_row_give_the_same_messages(name):
+    messages, doc_id = parse_conversation(GOOD[name].encode(), "id")
+    assert messages == turns("u", "a", system="s")
+    assert doc_id == (None if name == "roles as keys" else "7")
+
+
+def test_an_empty_list_is_an_empty_conversation():
+    assert parse_conversation(b'{"messages": []}', "id") == ([], None)
+
+
+BAD = {
+    "{": "not valid JSON",
+    "5": "not a list of turns but int",
+    '{"text": "a"}': "no key messages or conversation",
+    '{"messages": [], "conversation": []}': "both messages and conversation are there",
+    '{"messages": [], "tools": [{}]}': "tools are not supported",
+    '{"messages": "a"}': "not a list of turns but str",
+    '["a"]': "turn 1 is str, not an object",
+    '[{"user": "a"}]': "no assistant turn",
+    '[{"user": "a"}, {"bot": "b"}]': "turn 2 has the unknown role 'bot'",
+    '[{"user": "a", "assistant": "b"}]': "turn 1 must have one role as its key, it has user, assistant",
+    "[{}]": "turn 1 must have one role as its key, it has none",
+    '[{"role": "user"}]': r"the content of turn 1 \(user\) is missing",
+    '[{"user": ["a"]}, {"assistant": "b"}]': r"the content of turn 1 \(user\) is list, not a string",
+    '[{"role": "assistant", "content": "", "tool_calls": [{}]}]': "turn 1 has tool calls, which are not supported",
+    '[{"assistant": "\\ud800"}]': "a lone surrogate",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_malformed_rows_say_why(line):
+    with pytest.raises(Malformed, match=BAD[line]):
+        parse_conversation(line.encode(), "id")
+
+
+# Offsets
+
+
+def test_spelling_gives_the_offsets_of_the_ids():
+    spelling = Spelling.of([b"ab", b"", b"c"])
+    spelled, begins, ends = spelling.spell(np.array([2, 0, 1, 0]))
+    assert spelled.tobytes() == b"cabab"
+    assert begins.tolist() == [0, 1, 3, 3]
+    assert ends.tolist() == [1, 3, 3, 5]
+    spelling = Spelling.of([b" a", b"<s>", b" "], added=[1])
+    spelled, begins, ends = spelling.spell(np.array([0, 0, 1, 2, 0, 1, 0]), firsts=np.array([0, 6]))
+    assert spelled.tobytes() == b"a a<s> a<s>a"
+    assert begins.tolist() == [0, 1, 3, 6, 6, 8, 11]
+    assert ends.tolist() == [1, 3, 6, 7, 8, 11, 12]
+
+
+def test_rows_that_do_not_spell_their_text_get_transformers_offsets(monkeypatch):
+    chat, tokenizer = loaded("qwen2.5", "nfc")
+    asked = []
+    real = chat_labels.encode_with_offsets
+    monkeypatch.setattr(chat_labels, "encode_with_offsets", lambda r, texts: asked.append(len(texts)) or real(r, texts))
+    chats = [turns("a", "plain"), turns("a", "e\u0301e\u0301 x"), turns("é", "é")]
+    for row, messages in zip(rows(chat, *chats), chats, strict=True):
+        assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+        assert row["labels"] == expected_labels(tokenizer, "qwen2.5", messages)
+    assert asked == [1]
+
+
+def test_a_tokenizer_written_in_python(tmp_path):
+    style = STYLES["qwen2.5"]
+    tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=list(style.special))
+    tokenizer.chat_template = style.template
+    tokenizer.save_pretrained(tmp_path)
+    chat, info = load_chat(tmp_path, "id", None)
+    assert info.vocab_size == len(tokenizer)
+    (row,) = rows(chat, FIVE)
+    assert row["engine"] == 3
+    assert row["input_ids"] == tokenizer.apply_chat_template(FIVE)["input_ids"]
+    assert trained_text(tokenizer, row) == "Hi, how are you?<|im_end|>It is 42.<|im_end|>"
+
+
+# Cutting
+
+
+def rounds(*sizes):
+    """Length and turns of a chat of (question, answer) token counts; the answer's last token is not trained on."""
+    found, at = [], 0
+    for question, answer in sizes:
+        found.append((at + question, at + question + answer - 1, at + question + answer, True))
+        at += question + answer
+    return at, found
+
+
+def test_long_chats_are_cut_where_a_question_begins():
+    length, found = rounds((5, 5), (5, 5), (2, 3), (5, 5))
+    assert cut_chat(length, found, None) == [(0, 35)]
+    assert cut_chat(length, found, 35) == [(0, 35)]
+    assert cut_chat(length, found, 34) == [(0, 25), (25, 35)]
+    assert cut_chat(length, found, 20) == [(0, 20), (20, 35)]
+    assert cut_chat(length, found, 10) == [(0, 10), (10, 20), (20, 25), (25, 35)]
+
+
+def test_a_long_question_loses_its_beginning_not_its_answer():
+    length, found = rounds((50, 5), (2, 3))
+    assert cut_chat(length, found, 10) == [(45, 55), (55, 60)]
+    assert cut_chat(length, found, 4) == [(50, 54), (56, 60)]
+
+
+def test_a_long_answer_is_cut_inside():
+    length, found = rounds((3, 20), (2, 2))
+    assert cut_chat(length, found, 10) == [(0, 10), (10, 20), (20, 27)]
+
+
+def test_a_last_question_without_answer_stays_only_where_there_is_room():
+    _, found = rounds((5, 5), (5, 5))
+    assert cut_chat(24, found, 14) == [(0, 10), (10, 24)]
+    assert cut_chat(26, found, 14) == [(0, 10), (10, 20)]
+
+
+def test_consecutive_answers_are_kept_together_if_they_fit():
+    found = [(2, 5, 5, False), (6, 9, 9, True), (12, 14, 14, True)]
+    assert cut_chat(14, found, 9) == [(0, 9), (9, 14)]
+    assert cut_chat(14, found, 8) == [(0, 5), (5, 9), (9, 14)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=8),
+    st.integers(0, 20),
+    st.integers(1, 40),
+)
+def test_pieces_fit_and_train_on_every_token_once(sizes, trailing, max_len):
+    found, at = [], 0
+    for question, answer, opens in sizes:
+        found.append((at + question, at + question + answer - 1, at + question + answer, opens))
+        at += question + answer
+    pieces = cut_chat(at + trailing, found, max_len)
+    assert all(0 < end - begin <= max_len for begin, end in pieces)
+    assert all(before[1] <= after[0] for before, after in pairwise(pieces))
+    covered = [position for begin, end in pieces for position in range(begin, end)]
+    assert {p for first, last, _, _ in found for p in range(first, last)} <= set(covered)
+    for first, last, _, _ in found:
+        if last - first <= max_len and first < last:
+            assert any(begin <= first and last <= end for begin, end in pieces)

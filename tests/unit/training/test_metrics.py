@@ -1,0 +1,83 @@
+"""What is reported of a run: FLOPs against torch's own count, times against a clock that is told what to say."""
+
+import math
+import subprocess
+
+import pytest
+import torch
+from conftest import SMALL
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fft.models.causal_lm import ModelSource
+from fft.planning.costs import layer_costs
+from fft.planning.partition import pipeline_bubble
+from fft.training.environment import commit_of
+from fft.training.metrics import Stopwatch, flops_per_token, matrix_rate, peak_memory
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_torch_counts(tied):
+    tokens = 128
+    config = AutoConfig.for_model(**{**SMALL, "model_type": "llama", "hidden_size": 128, "tie_word_embeddings": tied})
+    ours = flops_per_token([cost.flops for cost in layer_costs(ModelSource(config, torch.float32), tokens)])
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None] % config.vocab_size).logits.sum().backward()
+    # Eager attention computes what the mask hides, too: half of the scores.
+    hidden = 6.0 * config.num_hidden_layers * config.hidden_size * tokens
+    assert ours + hidden == pytest.approx(counter.get_total_flops() / tokens, rel=0.01)
+
+
+def test_bubble():
+    assert pipeline_bubble(1, 8) == 0
+    assert pipeline_bubble(4, 9) == pytest.approx(3 / 12)
+
+
+def test_matrix_rate_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    assert math.isfinite(matrix_rate(torch.float32, torch.device("cpu")))
+    assert matrix_rate(torch.bfloat16, torch.device("cpu")) > 1e6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory()
+    held = torch.ones(before // 4 + 2**24)  # more bytes than ever before
+    assert peak_memory() > before + 2**25
+    del held
+
+
+def test_stopwatch():
+    now = 100.0
+    watch = Stopwatch(step=10, clock=lambda: now)
+    now += 4  # two steps of 2 s, a quarter of which is waiting
+    watch.waited(1.0)
+    watch.computed(100)
+    watch.computed(60)
+    lap = watch.lap(12, total=20)
+    assert (lap.rate, lap.data_wait, lap.elapsed, lap.left) == (40.0, 0.25, 4.0, 16.0)
+    with watch.paused():
+        now += 50
+    now += 6
+    watch.computed(3)
+    lap = watch.lap(15, total=20)
+    assert (lap.rate, lap.data_wait, lap.elapsed, lap.left) == (0.5, 0.0, 60.0, 60.0)
+
+
+def test_commit_of_a_checkout(tmp_path):
+    assert commit_of(tmp_path) is None
+
+    def git(*words):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-q", "-m", "one")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("two")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
