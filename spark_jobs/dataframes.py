@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -18,7 +19,7 @@ from pyspark.sql.types import StructType
 from fft.corpus.files import kind_of
 from fft.corpus.splits import chunk_size
 from fft.errors import UserError
-from fft.text.records import Task
+from fft.text.records import RecordEncoder
 from spark_jobs.runtime.hashing import row_hash
 from spark_jobs.runtime.tasks import to_tasks
 
@@ -73,17 +74,19 @@ def open_frame(spark: SparkSession, path: object) -> Frame:
     return Frame(name, kind or "parquet", rows, schema)
 
 
-def columns_of(frame: Frame, task: Task) -> list[str]:
-    """Columns to read. Raises :class:`UserError` when those of the task are not there."""
+def columns_of(frame: Frame, record_encoder: RecordEncoder[Any]) -> list[str]:
+    """Columns to read. Raises :class:`UserError` when those that it needs are not there."""
     if frame.kind != "parquet":
         return [_RECORD]
-    return task.columns(to_arrow_schema(frame.schema), frame.name)
+    return record_encoder.columns(to_arrow_schema(frame.schema), frame.name)
 
 
-def records_of(batch: pa.RecordBatch, kind: str, task: Task) -> list[tuple[bytes | None, str | None]]:
+def records_of(
+    batch: pa.RecordBatch, kind: str, record_encoder: RecordEncoder[Any]
+) -> list[tuple[bytes | None, str | None]]:
     """Record and id of each row of a frame's columns."""
     if kind == "parquet":
-        return list(task.rows(batch))
+        return list(record_encoder.rows(batch))
     texts = batch.column(_RECORD).cast(pa.large_binary()).to_pylist()
     return [(text, None) for text in texts if text.strip()]  # blank lines between records are none
 

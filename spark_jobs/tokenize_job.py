@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
@@ -16,7 +16,7 @@ from fft.console import format_table, say
 from fft.corpus.files import Source, find_sources, spans_of
 from fft.corpus.records import read_records
 from fft.corpus.splits import SPLIT, Split, deal
-from fft.corpus.tokenize_parts import PartTokenizer, _located
+from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest
 from fft.data.part_files import (
@@ -30,10 +30,10 @@ from fft.data.part_files import (
 )
 from fft.data.place import Place
 from fft.errors import UserError
-from fft.text.chat import Chat, load_chat
+from fft.text.chat import load_chat
 from fft.text.encoder import ENGINES, Encoder
-from fft.text.pretrain import Pretrain, load_pretrain
-from fft.text.records import Keys
+from fft.text.pretrain import load_pretrain
+from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import columns_of, count_parts, in_parts, is_frame, open_frame, records_of
 from spark_jobs.runtime.session import get_session, job_settings
@@ -97,7 +97,7 @@ def tokenize_table(
     with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
         loading = pool.submit(load)
         spark = spark or get_session("tokenize")
-        job, info = loading.result()
+        record_encoder, info = loading.result()
     start = time.monotonic()
     frames = [open_frame(spark, path) for path in unread]
     names = list(dict.fromkeys([*(str(source.path) for source in sources), *(frame.name for frame in frames)]))
@@ -109,22 +109,22 @@ def tokenize_table(
         parts: list[Part] = []
         try:
             if sources:
-                splits = deal(spans_of(sources, job))
+                splits = deal(spans_of(sources, record_encoder))
                 tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
-                work = TokenizeParts(job, places[""], fail)
+                work = TokenizeParts(record_encoder, places[""], fail)
                 parts += write_parts(tasks, work, _ORDER, places[""], "tokenize", splits[-1].part + 1)
             for frame in frames:
-                rows = frame.rows.select(columns_of(frame, job))
+                rows = frame.rows.select(columns_of(frame, record_encoder))
                 count, first = count_parts(rows), 1 + max((part.part for part in parts), default=-1)
-                work = TokenizeFrame(job, places[""], fail, frame.name, frame.kind)
+                work = TokenizeFrame(record_encoder, places[""], fail, frame.name, frame.kind)
                 title = f"tokenize {frame.name}"
                 parts += write_parts(in_parts(rows, count, first), work, FRAME_ORDER, places[""], title, count)
         except UserError as error:
-            raise _located(error, job) from error
+            raise name_malformed(error, record_encoder) from error
         files, tallies = files_of(parts), sum_tallies(parts)
         size = total(files)
-        counted = ("documents_in", "documents_out", "empty", "quarantined", "checked", *(n for n, _ in job.tallies))
-        counts = {name: tallies.get(name, 0) for name in counted}
+        counted = ("documents_in", "documents_out", "empty", "quarantined", "checked", *record_encoder.tallies)
+        counts = {name: tallies[name] for name in counted}
         counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
         counts |= {"datasets": by_dataset(names, tallies), "lengths": histogram_of(tallies)}
         if not counts["quarantined"]:
@@ -135,7 +135,7 @@ def tokenize_table(
         lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
         manifest = Manifest(files, size.rows, size.tokens, info, seq_len=max_len, lineage=lineage)
         places[""].commit(manifest)
-    _report(manifest, engine, folder, job.notes(counts))
+    _report(manifest, engine, folder, record_encoder.notes(tallies))
     return manifest
 
 
@@ -156,16 +156,16 @@ class TokenizeParts:
     The batches name splits of files, which are read here.
     """
 
-    job: Pretrain | Chat
+    record_encoder: RecordEncoder[Any]
     place: Place
     fail: bool
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Do all parts of a task."""
-        encoder = Encoder(self.job.recipe)
+        encoder = Encoder(self.record_encoder.recipe)
         for part, rows in by_part(batches):
             with PartFile(self.place, part) as sink, RejectFile(self.place, part) as rejects:
-                tokenizer = PartTokenizer(self.job, encoder, sink, None if self.fail else rejects)
+                tokenizer = PartTokenizer(self.record_encoder, encoder, sink, None if self.fail else rejects)
                 self._fill(tokenizer, rows)
                 done = sink.finish(tokenizer.tallies, rejects.finish())
             yield report([done])
@@ -173,7 +173,7 @@ class TokenizeParts:
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         # All of a part's splits are known before the first is read: the engine's batches are freed.
         for split in [Split(**row) for batch in rows for row in batch.to_pylist()]:
-            for records in read_records(split, self.job):
+            for records in read_records(split, self.record_encoder):
                 tokenizer.add(records, split.kind, split.dataset, split.path)
 
 
@@ -186,12 +186,9 @@ class TokenizeFrame(TokenizeParts):
 
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         for batch in rows:
-            records = records_of(batch, self.kind, self.job)
+            records = records_of(batch, self.kind, self.record_encoder)
             if records:
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
-
-
-NO_IDS, ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)
 
 
 def _check_counts(counts: dict, inputs: Sequence[str]) -> None:

@@ -4,13 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fft.corpus.readers import COMPRESSIONS, row_group_sizes, schema_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.data.delta import is_delta, read_snapshot, split_version
 from fft.data.manifest import is_hidden
 from fft.errors import UserError
-from fft.text.records import Task
+from fft.text.records import RecordEncoder
 
 KINDS = {
     ".jsonl": "json",
@@ -78,7 +79,7 @@ def _known() -> str:
     return f"{', '.join(KINDS)} (and {', '.join(COMPRESSIONS)} of the text kinds)"
 
 
-def spans_of(sources: Sequence[Source], task: Task) -> list[Span]:
+def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> list[Span]:
     """The inputs cut into spans that can be read on their own. Raises :class:`UserError` for unreadable parquet."""
     chunk = chunk_size(sum(source.bytes for source in sources))
     spans = []
@@ -87,7 +88,7 @@ def spans_of(sources: Sequence[Source], task: Task) -> list[Span]:
         for file in source.files:
             path, size = str(file.absolute()), file.stat().st_size
             if source.kind == "parquet":
-                task.columns(schema_of(path), name)
+                record_encoder.columns(schema_of(path), name)
                 spans += [Span(name, "parquet", path, i, i + 1, s) for i, s in enumerate(row_group_sizes(path))]
             elif file.suffix.lower() in COMPRESSIONS:
                 spans.append(Span(name, source.kind, path, 0, 0, size * _EXPANSION))

@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fft.corpus.files import kind_of
 from fft.corpus.readers import READERS, read_row_groups, row_group_sizes, schema_of
 from fft.corpus.splits import Split
-from fft.text.records import Malformed, Task
+from fft.text.records import Malformed, RecordEncoder
 
 _BATCH_RECORDS, _BATCH_BYTES = 4096, 8 << 20
 
 
-def read_records(split: Split, task: Task) -> Iterator[list[tuple[bytes | None, str | None]]]:
+def read_records(split: Split, record_encoder: RecordEncoder[Any]) -> Iterator[list[tuple[bytes | None, str | None]]]:
     """Records (a JSON line or a text as bytes; an id if it stands beside) of a split, a few megabytes at a time."""
     if split.kind == "parquet":
-        columns = task.columns(schema_of(split.path), split.path)
+        columns = record_encoder.columns(schema_of(split.path), split.path)
         for batch in read_row_groups(split.path, split.start, split.stop, columns):
-            yield list(task.rows(batch))
+            yield list(record_encoder.rows(batch))
         return
     waiting, size = [], 0
     for record in READERS[split.kind](split.path, split.start, split.stop):
@@ -31,26 +32,26 @@ def read_records(split: Split, task: Task) -> Iterator[list[tuple[bytes | None, 
         yield waiting
 
 
-def first_malformed(path: str, task: Task) -> str:
+def first_malformed(path: str, record_encoder: RecordEncoder[Any]) -> str:
     """Name a file's first malformed record by line or row."""
     kind = kind_of(Path(path))
     if kind == "text":
         return path
     what = "row" if kind == "parquet" else "line"
-    for number, (record, doc_id) in enumerate(_numbered(path, kind, task), 1):
+    for number, (record, doc_id) in enumerate(_numbered(path, kind, record_encoder), 1):
         if kind == "json" and not record.strip():
             continue
         try:
-            task.parse(kind, record, doc_id)
+            record_encoder.parse(kind, record, doc_id)
         except Malformed:
             return f"{path}, {what} {number}"
     return path
 
 
-def _numbered(path: str, kind: str, task: Task) -> Iterator[tuple[bytes | None, str | None]]:
+def _numbered(path: str, kind: str, record_encoder: RecordEncoder[Any]) -> Iterator[tuple[bytes | None, str | None]]:
     if kind == "json":
         yield from ((line, None) for line in READERS["json"](path, 0, 0))
         return
-    columns = task.columns(schema_of(path), path)
+    columns = record_encoder.columns(schema_of(path), path)
     for batch in read_row_groups(path, 0, len(row_group_sizes(path)), columns):
-        yield from task.rows(batch)
+        yield from record_encoder.rows(batch)

@@ -18,6 +18,11 @@ def int_lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
     )
 
 
+def lists_of_one(values: pa.Array) -> pa.ListArray:
+    """Each value as a list of its own."""
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1, dtype=np.int32)), values)
+
+
 def values_of_bytes(blobs: pa.BinaryArray) -> tuple[np.ndarray, np.ndarray]:
     """Int32 values of binary rows, end to end, and their int64 offsets (in values)."""
     blobs = blobs.cast(pa.large_binary())

@@ -197,10 +197,9 @@ def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:
     return tuple(FileInfo(p.name, p.rows, p.tokens, p.bytes) for p in parts if p.name)
 
 
-def sum_tallies(parts: Sequence[Part]) -> dict[str, int]:
+def sum_tallies(parts: Sequence[Part]) -> Counter[str]:
     """Tallies of all parts together."""
-    sums: dict[str, int] = {}
+    sums: Counter[str] = Counter()
     for part in parts:
-        for name, value in part.tallies.items():
-            sums[name] = sums.get(name, 0) + value
+        sums.update(part.tallies)
     return sums

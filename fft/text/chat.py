@@ -9,7 +9,8 @@ that control token as well. Such conversations are counted.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fft.data.arrow_lists import int_lists
+from fft.data.arrow_lists import int_lists, lists_of_one
 from fft.data.manifest import TokenizerInfo
 from fft.errors import UserError
 from fft.text.chat_labels import encode_stretches, label
@@ -25,7 +26,6 @@ from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
 from fft.text.cuts import cut_chat
 from fft.text.encoder import Encoder, Recipe, info_of, load_tokenizer, recipe_of
 from fft.text.messages import TURN_KEYS, parse_conversation
-from fft.text.outcomes import with_outcomes
 from fft.text.records import content_id, id_column, row_ids
 
 
@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Chat:
-    """The task ``chat``; see :class:`fft.text.records.Task`."""
+    """The task ``chat``; see :class:`fft.text.records.RecordEncoder`."""
 
     template: ChatTemplate
     recipe: Recipe
@@ -48,6 +48,7 @@ class Chat:
     max_len: int | None = None
 
     columns_out = ("input_ids", "labels", "doc_ids")
+    tallies = ("trained_tokens", "cut_conversations", "dropped_tokens", "with_special_strings")
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """The columns of turns, and the id's if there is one. Raises :class:`UserError` when there are no turns."""
@@ -82,61 +83,42 @@ class Chat:
         return Conversation(rendered, marked) if rendered.text else None, doc_id
 
     def token_rows(
-        self, documents: Sequence[tuple[Conversation | None, str]], malformed: int, encoder: Encoder
-    ) -> pa.RecordBatch:
-        """Rows of a batch's conversations, those that are empty or malformed without tokens."""
+        self, documents: Sequence[tuple[Conversation | None, str]], encoder: Encoder
+    ) -> tuple[pa.RecordBatch, Counter[str]]:
+        """Rows of a batch's conversations, none for those that are empty."""
         chats = [(chat, name) for chat, name in documents if chat is not None]
-        empty = len(documents) - len(chats)
         texts = [chat.rendered.text for chat, _ in chats]
         places = [[c for t in chat.rendered.turns for c in (t.start, t.end, t.stop)] for chat, _ in chats]
-        ids, offsets, found, checked = encode_stretches(encoder, texts, places) if chats else (_NO_IDS, _ZERO, [], 0)
-        rows = _Rows()
-        begins, ends = [], []
-        for number, ((chat, _), (after, at)) in enumerate(zip(chats, found, strict=True)):
-            first, last, stop = at[0::3], after[1::3], after[2::3]
+        ids, offsets, found, checked = encode_stretches(encoder, texts, places)
+        counts = Counter(documents_out=len(chats), empty=len(documents) - len(chats), checked=checked)
+        begins, ends, names, starts, stops = [], [], [], [], []
+        for (chat, name), (after, at), offset, length in zip(
+            chats, found, offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True
+        ):
             turns = chat.rendered.turns
-            last = np.where([t.start < t.end for t in turns], last, first)
-            begins.append(first + offsets[number])
-            ends.append(last + offsets[number])
-            length = int(offsets[number + 1] - offsets[number])
-            opens = [t.opens for t in turns]
-            cuts = [(0, length)]
-            if self.max_len is not None and length > self.max_len:
-                bounds = zip(first.tolist(), last.tolist(), stop.tolist(), opens, strict=True)
-                cuts = cut_chat(length, list(bounds), self.max_len) or [(0, self.max_len)]
-            rows.add(number, int(offsets[number]), length, cuts, chat.marked)
+            first, last = at[0::3], np.where([t.start < t.end for t in turns], after[1::3], at[0::3])
+            begins.append(first + offset)
+            ends.append(last + offset)
+            bounds = zip(first.tolist(), last.tolist(), after[2::3].tolist(), [t.opens for t in turns], strict=True)
+            cuts = cut_chat(length, list(bounds), self.max_len) or [(0, self.max_len or length)]
+            names += [name] * len(cuts)
+            starts += [offset + begin for begin, _ in cuts]
+            stops += [offset + end for _, end in cuts]
+            counts["cut_conversations"] += cuts != [(0, length)]
+            counts["dropped_tokens"] += length - sum(end - begin for begin, end in cuts)
+            counts["with_special_strings"] += chat.marked
         labels = label(ids, _joined(begins), _joined(ends))
-        starts, stops = np.array(rows.starts, np.int64), np.array(rows.stops, np.int64)
-        if len(starts) and not (starts[0] == 0 and stops[-1] == len(ids) and (starts[1:] == stops[:-1]).all()):
-            kept = np.repeat(starts - np.append(0, np.cumsum(stops - starts)[:-1]), stops - starts)
-            kept += np.arange(len(kept))
+        lengths = np.array(stops, np.int64) - np.array(starts, np.int64)
+        row_offsets = np.append(0, np.cumsum(lengths))
+        if counts["dropped_tokens"]:
+            kept = np.repeat(starts - row_offsets[:-1], lengths) + np.arange(row_offsets[-1])
             ids, labels = ids[kept], labels[kept]
-        row_offsets = np.append(0, np.cumsum(stops - starts))
-        trained = np.diff(np.append(0, np.cumsum(labels >= 0))[row_offsets])
-        names = pa.array([chats[number][1] for number in rows.document], pa.string())
-        return with_outcomes(
-            {"input_ids": int_lists(ids, row_offsets), "labels": int_lists(labels, row_offsets)},
-            names,
-            np.array(rows.piece, np.int64),
-            empty,
-            malformed,
-            encoder,
-            checked,
-            cut=np.array(rows.cut, np.int64),
-            dropped=np.array(rows.dropped, np.int64),
-            special=np.array(rows.special, np.int64),
-            trained=trained,
-        )
+        counts["trained_tokens"] = int(np.count_nonzero(labels >= 0))
+        doc_ids = lists_of_one(pa.array(names, pa.string()))
+        columns = [int_lists(ids, row_offsets), int_lists(labels, row_offsets), doc_ids]
+        return pa.RecordBatch.from_arrays(columns, self.columns_out), counts
 
-    #: Name in the manifest of the sum over a column of :meth:`token_rows`.
-    tallies = (
-        ("trained_tokens", "trained"),
-        ("cut_conversations", "cut"),
-        ("dropped_tokens", "dropped"),
-        ("with_special_strings", "special"),
-    )
-
-    def notes(self, counts: dict) -> list[str]:
+    def notes(self, counts: Mapping[str, int]) -> list[str]:
         """What the user should know about these counts."""
         notes = []
         if counts["cut_conversations"]:
@@ -163,32 +145,6 @@ def load_chat(directory: Path, id_key: str, max_len: int | None) -> tuple[Chat, 
     recipe = recipe_of(tokenizer, (), (), parse_special_tokens=not getattr(tokenizer, "split_special_tokens", False))
     special = tuple(sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}))
     return Chat(template, recipe, special, id_key, max_len), info_of(tokenizer, directory)
-
-
-class _Rows:
-    """Output rows of a batch, column by column, as stretches of its ids."""
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.stops: list[int] = []
-        self.document: list[int] = []
-        self.piece: list[int] = []
-        self.cut: list[int] = []
-        self.dropped: list[int] = []
-        self.special: list[int] = []
-
-    def add(self, document: int, offset: int, length: int, cuts: list[tuple[int, int]], special: bool) -> None:
-        for number, (begin, end) in enumerate(cuts):
-            self.starts.append(offset + begin)
-            self.stops.append(offset + end)
-            self.document.append(document)
-            self.piece.append(number)
-            self.cut.append(int(not number and cuts != [(0, length)]))
-            self.dropped.append(0 if number else length - sum(b - a for a, b in cuts))
-            self.special.append(int(special and not number))
-
-
-_NO_IDS, _ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

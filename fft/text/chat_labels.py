@@ -72,12 +72,12 @@ def encode_stretches(
     """
     ids, offsets, checked = encoder.encode(texts)
     if encoder.recipe.slow:
-        rows = np.split(ids, offsets[1:-1])
+        rows = np.split(ids, offsets[1:])[:-1]
         found = [_by_prefixes(encoder.recipe, *row) for row in zip(texts, rows, places, strict=True)]
         return ids, offsets, found, checked
     spelling = spelling_of(encoder.recipe)
     found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(texts)
-    parts = np.split(ids, offsets[1:-1])
+    parts = np.split(ids, offsets[1:])[:-1]
     for first in range(0, len(texts), _ROWS):
         rows = list(range(first, min(first + _ROWS, len(texts))))
         for spaced in (True, False):

@@ -124,8 +124,13 @@ class Encoder:
         self.engine: int | None = None
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
-        """Encode without prefix and suffix: (int32 ids of all texts, int64 offsets, number of texts checked)."""
+        """Encode without prefix and suffix: (int32 ids of all texts, int64 offsets, number of texts checked).
+
+        No texts are no batch: they give no ids, and decide nothing.
+        """
         checked = 0
+        if not texts:
+            return np.empty(0, np.int32), np.zeros(1, np.int64), checked
         if self.engine is None:
             self.engine, checked = self._choose(texts)
         encode = {0: encode_fast, _SLOW: encode_slow}.get(self.engine, encode_exact)

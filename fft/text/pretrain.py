@@ -1,29 +1,28 @@
 """The task ``pretrain``: texts to rows of ``input_ids``, every one of which is trained on."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from fft.data.arrow_lists import int_lists
+from fft.data.arrow_lists import int_lists, lists_of_one
 from fft.data.manifest import TokenizerInfo
 from fft.text.encoder import Encoder, Recipe, load_recipe, surround
-from fft.text.outcomes import with_outcomes
 from fft.text.records import Keys
 
 
 @dataclass(frozen=True)
 class Pretrain:
-    """The task ``pretrain``, one text a document; see :class:`fft.text.records.Task`."""
+    """The task ``pretrain``, one text a document; see :class:`fft.text.records.RecordEncoder`."""
 
     keys: Keys
     recipe: Recipe
     max_len: int | None
 
     columns_out = ("input_ids", "doc_ids")
-    #: Nothing is counted but what every task counts.
     tallies = ()
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
@@ -38,23 +37,24 @@ class Pretrain:
         """The text and the id, else a hash. Raises :class:`Malformed`."""
         return self.keys.parse(kind, record, doc_id)
 
-    def token_rows(self, documents: list[tuple[str, str]], malformed: int, encoder: Encoder) -> pa.RecordBatch:
-        """Rows of a batch's texts, those that are empty or malformed without tokens."""
-        ids, offsets, checked = encoder.encode([text for text, _ in documents]) if documents else (_NO_IDS, _ZERO, 0)
-        full = np.flatnonzero(np.diff(offsets))  # no ids at all: an empty document
-        empty = len(documents) - len(full)
+    def token_rows(self, documents: Sequence[tuple[str, str]], encoder: Encoder) -> tuple[pa.RecordBatch, Counter[str]]:
+        """Rows of a batch's texts; a text without any ids is empty, and has none."""
+        ids, offsets, checked = encoder.encode([text for text, _ in documents])
+        full = np.flatnonzero(np.diff(offsets))
+        counts = Counter(documents_out=len(full), empty=len(documents) - len(full), checked=checked)
         offsets = np.append(offsets[:-1][full], offsets[-1])
         ids, offsets = surround(ids, offsets, self.recipe.prefix, self.recipe.suffix)
-        piece, document = np.zeros(len(full), np.int64), np.arange(len(full))
+        document = np.arange(len(full))
         if self.max_len is not None:
-            counts = -(-np.diff(offsets) // self.max_len)
-            document = np.repeat(document, counts)
-            piece = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-            offsets = np.append(offsets[:-1][document] + piece * self.max_len, offsets[-1])
+            cuts = -(-np.diff(offsets) // self.max_len)
+            document = np.repeat(document, cuts)
+            number = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+            offsets = np.append(offsets[:-1][document] + number * self.max_len, offsets[-1])
         names = pa.array([doc_id for _, doc_id in documents], pa.string()).take(pa.array(full[document]))
-        return with_outcomes({"input_ids": int_lists(ids, offsets)}, names, piece, empty, malformed, encoder, checked)
+        columns = [int_lists(ids, offsets), lists_of_one(names)]
+        return pa.RecordBatch.from_arrays(columns, self.columns_out), counts
 
-    def notes(self, counts: dict) -> list[str]:
+    def notes(self, counts: Mapping[str, int]) -> list[str]:
         """Nothing to say about the counts."""
         return []
 
@@ -65,6 +65,3 @@ def load_pretrain(
     """The task and what the manifest says about its tokenizer; see :func:`fft.text.encoder.load_recipe`."""
     recipe, info = load_recipe(tokenizer, eos, parse_special_tokens)
     return Pretrain(keys, recipe, max_len), info
-
-
-_NO_IDS, _ZERO = np.empty(0, np.int32), np.zeros(1, np.int64)

@@ -2,26 +2,51 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 
 from fft.errors import UserError
+from fft.text.encoder import Encoder, Recipe
+
+#: What a kind of record holds: a text, or a conversation.
+Document = TypeVar("Document")
 
 
-class Task(Protocol):
-    """What a task takes from the inputs; it travels to the workers."""
+class RecordEncoder(Protocol[Document]):
+    """From records to token rows, as ``--task`` says; it travels to the workers."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How texts become ids."""
+
+    @property
+    def columns_out(self) -> tuple[str, ...]:
+        """Columns of its rows."""
+
+    @property
+    def tallies(self) -> tuple[str, ...]:
+        """Names in the manifest of what it counts beside ``documents_out``, ``empty`` and ``checked``."""
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
-        """Columns of a parquet file to read. Raises :class:`UserError` when those of the task are not there."""
+        """Columns of a parquet file to read. Raises :class:`UserError` when those that it needs are not there."""
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str | None]]:
         """Record and id of each row of these columns."""
 
-    def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[object, str]:
+    def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[Document, str]:
         """Document and id of a record of this kind. Raises :class:`Malformed`."""
+
+    def token_rows(
+        self, documents: Sequence[tuple[Document, str]], encoder: Encoder
+    ) -> tuple[pa.RecordBatch, Counter[str]]:
+        """Rows (:attr:`columns_out`) of documents with their ids, and counts under the manifest's names."""
+
+    def notes(self, counts: Mapping[str, int]) -> list[str]:
+        """What the user should know about the sums of these counts, a line each."""
 
 
 @dataclass(frozen=True)

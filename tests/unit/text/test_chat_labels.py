@@ -41,9 +41,14 @@ def turns(*contents, system=None):
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def rows(chat, *conversations):
+def rows_and_counts(chat, *conversations, encoder=None):
     documents = [chat.parse("json", json.dumps(messages).encode(), None) for messages in conversations]
-    return chat.token_rows(documents, 0, Encoder(chat.recipe)).to_pylist()
+    batch, counts = chat.token_rows(documents, encoder or Encoder(chat.recipe))
+    return batch.to_pylist(), counts
+
+
+def rows(chat, *conversations, encoder=None):
+    return rows_and_counts(chat, *conversations, encoder=encoder)[0]
 
 
 def trained_text(tokenizer, row):
@@ -181,11 +186,11 @@ def test_special_token_strings_become_control_tokens_as_in_transformers_and_are_
         special = STYLES[style].special[-1]
         chat, tokenizer = loaded(style)
         messages = turns(f"a {special} b", f"c{special}d")
-        row, plain = rows(chat, messages, turns("a", "b"))
+        (row, _), counts = rows_and_counts(chat, messages, turns("a", "b"))
         assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
         assert row["labels"] == expected_labels(tokenizer, style, messages)
         assert row["input_ids"].count(tokenizer.convert_tokens_to_ids(special)) >= 2
-        assert (row["special"], plain["special"]) == (1, 0)
+        assert counts["with_special_strings"] == 1
 
 
 def test_private_use_characters_in_the_text_do_no_harm():
@@ -209,7 +214,7 @@ def test_a_template_may_rewrite_a_content_but_not_repeat_it(tmp_path):
         template.read_text().replace("message['content'] +", "message['content'] | replace('a', 'b') +")
     )
     chat, _ = load_chat(folder, "id", None)
-    assert rows(chat, turns("q", "xyz"))[0]["trained"]
+    assert rows_and_counts(chat, turns("q", "xyz"))[1]["trained_tokens"]
     template.write_text(template.read_text().replace("| replace('a', 'b')", "* 2"))
     with pytest.raises(UserError, match="its chat template fails on a plain question and answer"):
         load_chat(folder, "id", None)
@@ -313,8 +318,9 @@ def test_a_tokenizer_written_in_python(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     chat, info = load_chat(tmp_path, "id", None)
     assert info.vocab_size == len(tokenizer)
-    (row,) = rows(chat, FIVE)
-    assert row["engine"] == 3
+    encoder = Encoder(chat.recipe)
+    (row,) = rows(chat, FIVE, encoder=encoder)
+    assert encoder.engine == 3
     assert row["input_ids"] == tokenizer.apply_chat_template(FIVE)["input_ids"]
     assert trained_text(tokenizer, row) == "Hi, how are you?<|im_end|>It is 42.<|im_end|>"
 
