@@ -85,13 +85,13 @@ def shuffle_tables(
         for name, share in shares.items():
             # Held-out rows occur once: repeating them would only make an evaluation slower.
             factors = mixture if name != "validation" else {n: float(w > 0) for n, w in mixture.items()}
-            chosen = rows.transform(with_guards, seed, holdout, name, dedup)
+            chosen = rows.transform(rows_of_split, seed, holdout, name, dedup)
             copied = chosen.transform(with_copies, factors, seed, F.col("name"))
             tokens = sum(own * factors[n] for n, own in tokens_in.items())
             blocks = _blocks(num_block, share, tokens)
             placed = copied.transform(in_seeded_order, seed, blocks, dedup)
             work = WriteRows(places[name], tuple(int_columns(rows)) if dedup else ())
-            order = ["part", "place", *int_columns(rows), "guard", "dataset", "name"]
+            order = ["part", "place", *int_columns(rows), "kept", "dataset", "name"]
             title = f"shuffle {name}".strip()
             parts[name] = write_parts(placed, work, order, places[name], title, blocks, int(tokens * share))
             if not files_of(parts[name]):
@@ -123,19 +123,19 @@ def shuffle_tables(
     return manifests
 
 
-def with_guards(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
-    """The rows of a split, with ``guard`` 1; in the training split of a ``dedup``, the held-out rows too, with 0.
+def rows_of_split(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
+    """The rows of a split, ``kept``; in the training split of a ``dedup``, the held-out rows too, which are not kept.
 
-    A guard is not written: it takes the training rows of equal content with it.
+    They are sorted before training rows of equal content, which they take with them.
     """
     if not holdout:
-        return df.withColumn("guard", F.lit(1))
+        return df.withColumn("kept", F.lit(True))
     held_out = is_held_out(seed, F.col("name"), holdout)
     if split == "validation":
-        return df.where(held_out).withColumn("guard", F.lit(1))
+        return df.where(held_out).withColumn("kept", F.lit(True))
     if not dedup:
-        return df.where(~held_out).withColumn("guard", F.lit(1))
-    return df.withColumn("guard", F.when(held_out, 0).otherwise(1))
+        return df.where(~held_out).withColumn("kept", F.lit(True))
+    return df.withColumn("kept", ~held_out)
 
 
 def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
@@ -156,7 +156,8 @@ def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool =
 class WriteRows:
     """A function for ``mapInArrow``: sorted rows of parts in; files written; reports out.
 
-    Left out, and counted, are empty rows and, if ``unique`` names columns, rows that equal the one before in them.
+    Left out are rows that are not ``kept``; and, counted, empty rows and, if ``unique`` names columns, rows that equal
+    the one before in them.
     """
 
     place: Place
@@ -169,28 +170,28 @@ class WriteRows:
             before = None
             with PartFile(self.place, part) as sink:
                 for batch in rows:
-                    kept, counts = self._choose(batch, before)
+                    chosen, counts = self._choose(batch, before)
                     before = batch.slice(batch.num_rows - 1)
                     for name, value in counts.items():
                         tallies[name] = tallies.get(name, 0) + value
-                    if kept.num_rows:
-                        sink.write(as_token_rows(kept))
+                    if chosen.num_rows:
+                        sink.write(as_token_rows(chosen))
                 done = sink.finish(tallies)
             yield report([done])
 
     def _choose(self, batch: pa.RecordBatch, before: pa.RecordBatch | None) -> tuple[pa.RecordBatch, dict[str, int]]:
-        own = pc.equal(batch.column("guard"), 1).to_numpy(zero_copy_only=False)
+        kept = batch.column("kept").to_numpy(zero_copy_only=False)
         full = pc.greater(pc.binary_length(batch.column("input_ids")), 0).to_numpy(zero_copy_only=False)
         repeated = np.zeros(batch.num_rows, bool)
         if self.unique:
             repeated = full & _equal_to_previous(batch, before, ("place", *self.unique))
-        kept = batch.filter(pa.array(own & full & ~repeated))
+        chosen = batch.filter(pa.array(kept & full & ~repeated))
         counts = {
-            "rows_out": kept.num_rows,
-            "empty": int((own & ~full).sum()),
-            "duplicates": int((own & repeated).sum()),
+            "rows_out": chosen.num_rows,
+            "empty": int((kept & ~full).sum()),
+            "duplicates": int((kept & repeated).sum()),
         }
-        return kept, {**counts, **_per_dataset(kept)}
+        return chosen, {**counts, **_per_dataset(chosen)}
 
 
 def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, columns: Sequence[str]) -> np.ndarray:
