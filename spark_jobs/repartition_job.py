@@ -13,10 +13,11 @@ from pyspark.sql import functions as F
 from fft.console import format_table, progress, say
 from fft.data.delta import split_version
 from fft.data.lengths import histogram_of
-from fft.data.manifest import Manifest, write_atomically
+from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, files_of, sum_tallies
 from fft.data.place import Place
 from fft.errors import UserError
+from fft.files import recover_folder, replace_folder, staging_folder, write_atomically
 from spark_jobs.runtime.hashing import balance, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, report, to_tasks
@@ -33,7 +34,6 @@ from spark_jobs.token_table.output import (
 )
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
-from spark_jobs.token_table.replacing import finish_swap, place_beside, swap
 
 _TOKENS_PER_PARTITION = 1 << 25
 _PARTITIONS = (4, 2048)
@@ -85,7 +85,7 @@ def repartition_table(
         folder, table_format, untouched = split_version(source)[0], "delta", []
     else:
         check_output(source, [], overwrite, "parquet", names)  # what would go with the table
-        folder = place_beside(source)
+        folder = staging_folder(source)
     check_output(folder, untouched, overwrite, table_format, names)
     spark = spark or get_session("repartition")
     with claim(folder, names, untouched, lineage, overwrite, table_format) as places, job_settings(spark):
@@ -105,7 +105,7 @@ def repartition_table(
                 "for few documents, lower --num_partition."
             )
     if output is None and table_format == "parquet":
-        swap(source)
+        replace_folder(source)
         folder = source
     say(f"wrote {folder}")
     return manifests
@@ -116,7 +116,7 @@ def _check_in_place(table: Path, overwrite: bool) -> None:
         raise UserError(
             f"without -o {table} itself is replaced: allow that with --overwrite, or give a folder with -o."
         )
-    finish_swap(table)
+    recover_folder(table)
 
 
 def _repartition(

@@ -25,6 +25,7 @@ from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
 from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.errors import Parser, UserError, one_line, run_cli
+from fft.files import replace_folder, start_folder
 from fft.weights import hf
 from fft.weights.experts import place_of
 
@@ -191,7 +192,7 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model} has no readable config.json ({one_line(error)[:120]}).") from error
     begun, written, number = time.perf_counter(), 0, 0
-    staging = hf.start_staging(output)
+    staging = start_folder(output)
     for number, group in enumerate(shards(source, DTYPES.get(dtype), limit), start=1):
         hf.write_tensors(staging / f"shard-{number}", group, {"format": "pt"})
         config.dtype = next(iter(group.values())).dtype
@@ -201,7 +202,7 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     for shard in range(number):
         (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
     hf.write_metadata(staging, config, str(model), number, model)
-    hf.publish(staging, output)
+    replace_folder(output)
     return len(source.names)
 
 

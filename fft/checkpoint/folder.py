@@ -18,9 +18,8 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from fft.data.manifest import write_atomically
 from fft.errors import UserError
-from fft.weights import hf
+from fft.files import hidden, recover_folder, replace_folder, staging_folder, write_atomically
 
 SUMS = "SHA256SUMS"
 LATEST = "latest"
@@ -105,10 +104,10 @@ def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def publish(staging: Path, run: Path, tag: str) -> None:
-    """Give a whole checkpoint its name, then let ``latest`` point to it."""
-    _gather_sums(staging)
-    hf.publish(staging, run / tag)
+def publish(run: Path, tag: str) -> None:
+    """Give a whole checkpoint, in its staging folder, its name, then let ``latest`` point to it."""
+    _gather_sums(staging_folder(run / tag))
+    replace_folder(run / tag)
     write_atomically(run / LATEST, f"{tag}\n")
 
 
@@ -134,27 +133,27 @@ def prune(run: Path, newest: int, best: int) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; interrupted, it leaves nothing that looks like one."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(checkpoint, hidden)
-    shutil.rmtree(hidden)
+    removed = hidden(checkpoint, "removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed)
 
 
 def set_aside(checkpoint: Path) -> Path:
     """Take a damaged checkpoint out of service but keep it to be looked at; returns its new place."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.bad")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(checkpoint, hidden)
-    return hidden
+    bad = hidden(checkpoint, "bad")
+    shutil.rmtree(bad, ignore_errors=True)
+    os.replace(checkpoint, bad)
+    return bad
 
 
 def tidy(run: Path) -> None:
     """Remove what a run that was killed left half done."""
-    for pattern in ("writing", "removed"):
-        for left in run.glob(f".step-*.{pattern}"):
-            shutil.rmtree(left)
     for left in run.glob(".step-*.old"):
-        hf.recover(left.with_name(left.name.removeprefix(".").removesuffix(".old")))
+        recover_folder(left.with_name(left.name.removeprefix(".").removesuffix(".old")))
+    for mark in ("writing", "removed"):
+        for left in run.glob(f".step-*.{mark}"):
+            shutil.rmtree(left)
 
 
 @contextlib.contextmanager

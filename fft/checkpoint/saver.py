@@ -22,8 +22,8 @@ from transformers import PretrainedConfig
 
 from fft.checkpoint import adapter, folder
 from fft.checkpoint.fragments import rank_file
-from fft.data.manifest import write_atomically
 from fft.errors import UserError
+from fft.files import staging_folder, start_folder, write_atomically
 from fft.weights import hf
 
 
@@ -83,10 +83,10 @@ class Saver:
         Returns when the tensors may change again. Raises :class:`UserError` when the save before this one failed.
         """
         self.finish()
-        staging = hf.staging_dir(self._contents.run / tag)
+        staging = staging_folder(self._contents.run / tag)
         if dist.get_rank() == 0:
             try:
-                (hf.start_staging(self._contents.run / tag) / folder.TRAINING).mkdir()
+                (start_folder(self._contents.run / tag) / folder.TRAINING).mkdir()
             except OSError as error:
                 raise UserError(f"{staging} cannot be made ({error.strerror}): make room and run again.") from error
         dist.barrier(self._control)
@@ -199,12 +199,12 @@ def _write_part(staging: Path, part: Part, contents: Contents, rank: int) -> Non
 
 
 def _publish(contents: Contents, tag: str, state: Mapping[str, object]) -> None:
-    staging = hf.staging_dir(contents.run / tag)
+    staging = staging_folder(contents.run / tag)
     if contents.adapter is None:
         names = hf.write_metadata(staging, contents.config, contents.tokenizer, contents.shards, contents.model)
     else:
         names = adapter.write_adapter(staging, contents.shards, contents.adapter)
     write_atomically(staging / folder.STATE, folder.to_json(state))
     folder.note_sums(staging, [*names, folder.STATE], "rest")
-    folder.publish(staging, contents.run, tag)
+    folder.publish(contents.run, tag)
     folder.prune(contents.run, contents.newest, contents.best)

@@ -7,7 +7,7 @@ A table is a folder of parquet files with a column ``input_ids: list<int32>`` (a
 - ``_fft_writing.json``: present while a job of ours writes. Found without a manifest: unfinished, never read.
 
 A folder with neither is foreign: any Spark job's ``df.write.parquet`` is a table, its facts read from footers.
-Depends on nothing but the standard library, so that Spark jobs and the trainer share it.
+Depends on no other package, so that Spark jobs and the trainer share it.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
 from fft.errors import UserError
+from fft.files import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "_fft_manifest.json"
@@ -130,13 +131,3 @@ def commit(table: str | os.PathLike, manifest: Manifest) -> None:
 def is_hidden(path: PurePath) -> bool:
     """Whether Spark, and so everything here, passes over a file of a table: ``path`` is relative to the table."""
     return any(part.startswith(("_", ".")) for part in path.parts)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside, flush to disk, rename over."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as stream:
-        stream.write(content if isinstance(content, bytes) else content.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)

@@ -22,6 +22,7 @@ from fft.data.manifest import FileInfo
 from fft.data.place import Place
 from fft.data.worker_notes import WRITING
 from fft.errors import UserError
+from fft.files import sync
 
 #: A row group is what a reader decodes at once: this many rows, or fewer when they are long (4 MB of ids).
 ROW_GROUP_ROWS, ROW_GROUP_TOKENS = 1024, 1 << 20
@@ -88,8 +89,7 @@ class PartFile:
             return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
         with self._naming():
             self._sink.close()
-            with open(self._path, "rb+") as stream:
-                os.fsync(stream.fileno())
+            sync(self._path)
             size = self._path.stat().st_size
         self._finished = True
         return Part(self.part, self.name, self._rows, self._tokens, size, {**tallies, **self._lengths}, rejects)

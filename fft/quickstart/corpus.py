@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fft.errors import UserError
+from fft.files import atomic_file
 
 #: Folders below the standard library that are somebody else's or no sources.
 _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -50,26 +50,24 @@ def write_corpus(root: Path, output: Path) -> CorpusSummary:
     """
     documents = size = undecodable = 0
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.writing")
-    with open(aside, "w", encoding="utf-8") as stream:
-        for path in source_files(root):
-            try:
-                text = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:  # the library's own tests of other encodings
-                undecodable += 1
-                continue
-            if not text.strip():
-                continue
-            record = {"id": path.relative_to(root).as_posix(), "text": text}
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            documents, size = documents + 1, size + len(text.encode())
-    if not documents:
-        aside.unlink()
-        raise UserError(
-            f"{root} holds no Python sources to learn from: this Python came without its library's .py files; "
-            "run with another one (make quickstart PYTHON=/path/to/python3)."
-        )
-    os.replace(aside, output)
+    with atomic_file(output) as aside:
+        with open(aside, "w", encoding="utf-8") as stream:
+            for path in source_files(root):
+                try:
+                    text = path.read_bytes().decode("utf-8")
+                except UnicodeDecodeError:  # the library's own tests of other encodings
+                    undecodable += 1
+                    continue
+                if not text.strip():
+                    continue
+                record = {"id": path.relative_to(root).as_posix(), "text": text}
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                documents, size = documents + 1, size + len(text.encode())
+        if not documents:
+            raise UserError(
+                f"{root} holds no Python sources to learn from: this Python came without its library's .py files; "
+                "run with another one (make quickstart PYTHON=/path/to/python3)."
+            )
     return CorpusSummary(documents, size, undecodable)
 
 

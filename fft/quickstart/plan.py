@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import fft
-from fft.data.manifest import read_manifest, write_atomically
+from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
+from fft.files import write_atomically
 from fft.quickstart import corpus, report
 from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
 from fft.quickstart.stages import Stage, run_command

@@ -1,10 +1,11 @@
 """What the quickstart shows at the end: a picture of the losses and a page of numbers."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from fft.files import atomic_file
 
 #: Steps over which the last training loss is averaged: single steps differ by more than training gains in ten.
 _LAST = 10
@@ -50,10 +51,8 @@ def plot_losses(losses: Losses, baseline: float, output: Path) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per token", title=f"Validation loss {losses.validation[-1][1]:.2f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    aside = output.with_name(f".{output.name}.writing")
-    with open(aside, "wb") as stream:
+    with atomic_file(output) as aside, open(aside, "wb") as stream:
         FigureCanvasAgg(figure).print_png(stream)
-    os.replace(aside, output)
 
 
 def summary(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fft.data.manifest import write_atomically
 from fft.errors import UserError
+from fft.files import write_atomically
 
 
 @dataclass(frozen=True)

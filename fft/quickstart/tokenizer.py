@@ -1,12 +1,12 @@
 """Train a byte-level BPE tokenizer on a corpus and save it as Hugging Face does."""
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from fft.files import replace_folder, start_folder
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,8 +33,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write the tokenizer's folder, whole or not at all; one that stood there is replaced."""
-    aside = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    tokenizer.save_pretrained(str(aside))
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(aside, output)
+    tokenizer.save_pretrained(str(start_folder(output)))
+    replace_folder(output)

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.errors import Parser, UserError, run_cli
+from fft.files import atomic_file
 from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
 
 _EXAMPLES = """examples:
@@ -64,16 +64,11 @@ def read_prompts(path: Path, key: str) -> list[Prompt]:
 def write_completions(path: Path, prompts: Sequence[Prompt], batches: Iterable[list[Completion]]) -> None:
     """Write one JSON line a prompt, completions in the prompts' order; ``path`` appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     completions = itertools.chain.from_iterable(batches)
-    try:
-        with open(aside, "w", encoding="utf-8") as stream:
-            for prompt, completion in zip(prompts, completions, strict=True):
-                result = {"prompt": prompt.text, "text": completion.text, "finish_reason": completion.finish_reason}
-                stream.write(json.dumps(result | prompt.fields, ensure_ascii=False, default=str) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_file(path) as aside, open(aside, "w", encoding="utf-8") as stream:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            result = {"prompt": prompt.text, "text": completion.text, "finish_reason": completion.finish_reason}
+            stream.write(json.dumps(result | prompt.fields, ensure_ascii=False, default=str) + "\n")
 
 
 def with_progress(batches: Iterable[list[Completion]], total: int, every: float = 5.0) -> Iterator[list[Completion]]:

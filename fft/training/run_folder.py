@@ -15,8 +15,8 @@ from fft.arguments import TrainArguments
 from fft.checkpoint import folder
 from fft.checkpoint.resume import choose
 from fft.data.batches import Loader
-from fft.data.manifest import write_atomically
 from fft.errors import UserError
+from fft.files import write_atomically
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.early_stop import EarlyStop
 from fft.training.metric_sinks import METRICS, TENSORBOARD

@@ -22,6 +22,7 @@ from fft.checkpoint.saver import Contents, Part, Saver
 from fft.data.batches import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.errors import UserError
+from fft.files import replace_folder, staging_folder, start_folder
 from fft.models.causal_lm import ModelSource
 from fft.models.layers import canonical_parameters
 from fft.models.lora import trained
@@ -229,9 +230,9 @@ class Trainer:
 
     def save_model(self, output: str) -> None:
         """Write a model or adapter directory: every stage its own shards, in parallel; replaces what stands there."""
-        staging, shards = hf.staging_dir(output), self._shards
+        staging, shards = staging_folder(output), self._shards
         if _rank() == 0:
-            hf.start_staging(output)
+            start_folder(output)
         dist.barrier()
         if self.engine.grid.get_data_parallel_id() == 0:
             hf.write_shard(staging, whole_tensors(self._own_parameters(), self.source), self._shard, shards)
@@ -241,7 +242,7 @@ class Trainer:
                 write_adapter(staging, shards, self._adapter())
             else:
                 hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
-            hf.publish(staging, output)
+            replace_folder(output)
         dist.barrier()
 
     def save_checkpoint(self, step: int, eval_loss: float | None) -> None:

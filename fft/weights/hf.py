@@ -1,4 +1,4 @@
-"""Hugging Face model directories: read one tensor at a time, write one shard per pipeline stage, publish at once."""
+"""Hugging Face model directories: read one tensor at a time, write one shard per pipeline stage."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fft.errors import UserError, one_line
+from fft.files import sync
 from fft.parallel.tensor_plan import Shard
 from fft.weights.experts import stored_names, stored_shape, stored_shard
 
@@ -103,21 +104,6 @@ class WeightReader:
         return torch.cat([self.tensor(stored, each, part) for stored in names]).view(local)
 
 
-def staging_dir(output: str | os.PathLike) -> Path:
-    """Where a model directory is written before it is published under its name, beside it on the same file system."""
-    path = _place(output)
-    return path.with_name(f".{path.name}.writing")
-
-
-def start_staging(output: str | os.PathLike) -> Path:
-    """Make an empty staging directory; what :func:`publish` was interrupted in replacing gets its name back first."""
-    recover(output)
-    staging = staging_dir(output)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
 def shard_name(shard: int, shards: int) -> str:
     """Name of shard ``shard`` of ``shards``, counted from 0."""
     return _SINGLE if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
@@ -168,52 +154,10 @@ def write_metadata(
     return sorted(set(os.listdir(staging)) - before)
 
 
-def publish(staging: Path, output: str | os.PathLike) -> None:
-    """Move a whole directory, once it is on the disk, to its final name. One that stood there is replaced."""
-    for path in staging.rglob("*"):
-        sync(path)
-    sync(staging)
-    target = _place(output)
-    old = _old(target)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(staging, target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(output: str | os.PathLike) -> None:
-    """Clear what :func:`publish` was interrupted in: a directory that it had moved away gets its name back."""
-    target = _place(output)
-    if target.exists():
-        shutil.rmtree(_old(target), ignore_errors=True)
-    elif _old(target).is_dir():
-        os.replace(_old(target), target)
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a directory, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _tensor_bytes(file: Path) -> int:
     """Size of a safetensors file without its header, whose length its first eight bytes tell."""
     with open(file, "rb") as stream:
         return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
-
-
-def _place(output: str | os.PathLike) -> Path:
-    """The directory itself: a link's end (so that the link stays), a real name for ``.``."""
-    return Path(output).resolve()
 
 
 def _weight_map(index: Path) -> dict[str, str]:

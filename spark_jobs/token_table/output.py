@@ -26,7 +26,7 @@ INFO_NAME = "_data.info"
 #: What may be cleared from an output folder: nothing that Spark or these jobs did not put there.
 _TABLE_FILES = re.compile(
     rf".*\.parquet|\..*\.crc|_SUCCESS|_temporary|{QUARANTINE}|\.part-.*{re.escape(WRITING)}|"
-    + "|".join(rf"\.?{re.escape(name)}(\.\d+)?" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME))
+    + "|".join(rf"\.?{re.escape(name)}(\.\d+)?(\.writing)?" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME))
 )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fft.data.manifest import Manifest, write_atomically
+from fft.data.manifest import Manifest
 from fft.errors import UserError
+from fft.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

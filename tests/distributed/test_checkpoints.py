@@ -13,8 +13,8 @@ from test_runs import loss_of
 from fft.arguments import parse_arguments
 from fft.checkpoint.folder import checkpoint_steps, read_state
 from fft.errors import UserError
+from fft.files import staging_folder
 from fft.planning.preflight import plan_run
-from fft.weights.hf import staging_dir
 
 FLAGS = "--seq_len 64 --dtype fp32"
 
@@ -26,10 +26,10 @@ def run(tmp_path_factory, ragged_table):
     (folder / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"}))
     run = folder / "run"
     # The staging folders of two checkpoints, and folders with a checkpoint's name but no config.json.
-    for leftover in (staging_dir(run / "step-2"), staging_dir(run / "step-90"), run / "step-4", run / "step-80"):
+    for leftover in (staging_folder(run / "step-2"), staging_folder(run / "step-90"), run / "step-4", run / "step-80"):
         leftover.mkdir(parents=True)
         (leftover / "model-00001-of-00007.safetensors").write_bytes(b"half a shard")
-    (staging_dir(run / "step-90") / "config.json").write_text((folder / "config.json").read_text())
+    (staging_folder(run / "step-90") / "config.json").write_text((folder / "config.json").read_text())
     flags = (
         f"--init --model {folder}/config.json --train_data {ragged_table} --eval_data {ragged_table} {FLAGS} "
         f"--max_steps 4 --learning_rate 1e-2 --save_steps 1 --eval_steps 1 --only_ckpt_model --max_num_checkpoints 3 "

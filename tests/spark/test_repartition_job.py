@@ -146,17 +146,18 @@ def test_in_place(shuffled, tmp_path):
 def test_an_interrupted_replacement_is_finished(shuffled, tmp_path, monkeypatch):
     table = tmp_path / "t"
     shutil.copytree(shuffled / "train", table)
-    rename = os.rename
+    replace = os.replace
 
-    def dies_at_the_second(source, target):
-        rename(source, target)
-        raise KeyboardInterrupt
+    def dies_after_the_first(source, target):
+        replace(source, target)
+        if str(target).endswith(".old"):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("spark_jobs.token_table.replacing.os.rename", dies_at_the_second)
+    monkeypatch.setattr("fft.files.os.replace", dies_after_the_first)
     with pytest.raises(KeyboardInterrupt):
         repartition_table(table, max_len=128, num_partition=2, overwrite=True)
     assert not table.exists()
-    monkeypatch.setattr("spark_jobs.token_table.replacing.os.rename", rename)
+    monkeypatch.setattr("fft.files.os.replace", replace)
     # The same command again: first the table is there again, packed; then it is packed once more.
     repartition_table(table, max_len=128, num_partition=2, overwrite=True)
     repartition_table(shuffled / "train", tmp_path / "once", max_len=128, num_partition=2)

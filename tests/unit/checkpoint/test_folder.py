@@ -12,13 +12,14 @@ from transformers import LlamaConfig
 
 from fft.checkpoint import folder
 from fft.errors import UserError
+from fft.files import start_folder
 from fft.weights import hf
 
 
 def make(run, step, **state):
     """A checkpoint of two shards as the trainer leaves it."""
     tag = folder.checkpoint_tag(step)
-    staging = hf.start_staging(run / tag)
+    staging = start_folder(run / tag)
     (staging / folder.TRAINING).mkdir()
     for shard in range(2):
         hf.write_shard(staging, {f"{shard}.weight": torch.full((4,), float(step))}, shard, 2)
@@ -28,7 +29,7 @@ def make(run, step, **state):
     names = hf.write_metadata(staging, LlamaConfig(), None, 2)
     (staging / folder.STATE).write_text(folder.to_json({"step": step, **state}))
     folder.note_sums(staging, [*names, folder.STATE], "rest")
-    folder.publish(staging, run, tag)
+    folder.publish(run, tag)
     return run / tag
 
 

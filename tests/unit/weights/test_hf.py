@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from fft.errors import UserError
+from fft.files import replace_folder, staging_folder, start_folder
 from fft.weights import hf
 
 SHARDS = [{"a.weight": torch.arange(6.0).view(2, 3)}, {"b.weight": torch.ones(4), "c.bias": torch.zeros(2)}]
@@ -15,11 +16,11 @@ SHARDS = [{"a.weight": torch.arange(6.0).view(2, 3)}, {"b.weight": torch.ones(4)
 
 def finish(staging, output, shards, model=None):
     hf.write_metadata(staging, LlamaConfig(), None, shards, model)
-    hf.publish(staging, output)
+    replace_folder(output)
 
 
 def write(output, shards=SHARDS):
-    staging = hf.staging_dir(output)
+    staging = staging_folder(output)
     staging.mkdir()
     for number, tensors in enumerate(shards):
         hf.write_shard(staging, tensors, number, len(shards))
@@ -45,7 +46,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
 
 def test_until_finished_the_old_directory_stands(tmp_path):
     write(tmp_path / "model")
-    staging = hf.staging_dir(tmp_path / "model")
+    staging = staging_folder(tmp_path / "model")
     staging.mkdir()
     hf.write_shard(staging, {"a.weight": torch.zeros(2, 3)}, 0, 2)  # and then the job dies
     assert torch.equal(hf.WeightReader(tmp_path / "model").read("a.weight", torch.Size([2, 3])), SHARDS[0]["a.weight"])
@@ -117,13 +118,8 @@ def test_a_link_stays_a_link(tmp_path):
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["models"]
 
 
-def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert hf.staging_dir(".") == tmp_path.with_name(f".{tmp_path.name}.writing")
-
-
 def staged(tmp_path, shards):
-    staging = hf.start_staging(tmp_path / "model")
+    staging = start_folder(tmp_path / "model")
     for shard in range(shards):
         hf.write_shard(staging, {f"{shard}.weight": torch.ones(2, 4)}, shard, shards)
     return staging
@@ -157,7 +153,7 @@ def test_an_interrupted_replacement_loses_no_model(tmp_path, monkeypatch):
         finish(staging, tmp_path / "model", 1)
     assert not (tmp_path / "model").exists()
     monkeypatch.setattr(os, "replace", replace)
-    hf.start_staging(tmp_path / "model")
+    start_folder(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
