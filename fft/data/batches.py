@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -101,8 +102,8 @@ def _fill(
             begin, length = int(rows.offsets[span.row]) + span.start, span.stop - span.start
             if rows.input_ids is not None:
                 ids[at : at + length] = rows.input_ids[begin : begin + length]
-            if aligned:
-                targets = rows.input_ids if rows.labels is None else rows.labels
+            targets = rows.input_ids if rows.labels is None else rows.labels
+            if aligned and targets is not None:
                 labels[at : at + length] = targets[begin : begin + length]
             ends += [at + end for end in rows.document_ends(span.row, span.start, span.stop)]
             at += length
@@ -127,12 +128,12 @@ class Loader:
         self._consumed = 0
         self.waited = 0.0
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Epoch, samples consumed in it by all replicas together, and what their order depends on."""
         epoch, samples = divmod(self._consumed, self._reader.samples_per_epoch)
         return {"epoch": epoch, "samples": samples, **self._reader.identity}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the samples that were consumed. Raises :class:`UserError` when the order would be another."""
         for name, value in self._reader.identity.items():
             if state.get(name) != value and name != "table":

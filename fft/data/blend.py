@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fft.data.reader import SampleReader
-from fft.data.samples import SampleSpan
+from fft.data.samples import SampleSpan, TableSamples
 from fft.data.table import Rows, Table
 from fft.errors import UserError
 
@@ -83,9 +82,9 @@ class Mixture:
 
 
 class Blend:
-    """Reads like a :class:`fft.data.reader.SampleReader`; an epoch has as many samples as all tables together."""
+    """The :class:`fft.data.samples.Samples` of several tables; an epoch has as many as all of them together."""
 
-    def __init__(self, parts: Sequence[SampleReader], weights: Sequence[float], end: str = "repeat") -> None:
+    def __init__(self, parts: Sequence[TableSamples], weights: Sequence[float], end: str = "repeat") -> None:
         lanes = min(part.lanes for part in parts)
         aligned = any(part.has_labels for part in parts)
         self.parts = [part.as_part(lanes, aligned) for part in parts]
@@ -139,16 +138,14 @@ class Blend:
     def identity(self) -> dict[str, object]:
         """All that the order depends on."""
         parts = [part.identity for part in self.parts]
-        return {name: [part[name] for part in parts] for name in parts[0]} | {
-            "weights": self.weights,
-            "blend_end": self.end,
-        }
+        own: dict[str, object] = {"weights": self.weights, "blend_end": self.end}
+        return {name: [part[name] for part in parts] for name in parts[0]} | own
 
     def for_stage(self, ids: bool, labels: bool) -> "Blend":
         """The same order, for who needs only ids, or only labels."""
         return Blend([part.for_stage(ids, labels) for part in self.parts], self.weights, self.end)
 
-    def part(self, index: int) -> tuple[SampleReader, int]:
+    def part(self, index: int) -> tuple[TableSamples, int]:
         """The table a sample comes from, and its index there."""
         tables, own = self._place([index])
         return self.parts[tables[0]], own[0]
@@ -177,7 +174,7 @@ class Blend:
         for part, theirs in self._dealt(*self._place(indices)):
             part.prefetch(theirs)
 
-    def _dealt(self, tables: list[int], own: list[int]) -> Iterator[tuple[SampleReader, list[int]]]:
+    def _dealt(self, tables: list[int], own: list[int]) -> Iterator[tuple[TableSamples, list[int]]]:
         for number, part in enumerate(self.parts):
             yield part, [index for table, index in zip(tables, own, strict=True) if table == number]
 

@@ -1,4 +1,4 @@
-"""From a token table to micro-batches: packed, no padding, boundaries kept, resumable at any sample.
+"""The samples of one token table, any of them at once: no padding, boundaries kept.
 
 A sample is ``seq_len`` tokens. From a table packed to that length it is one row (whose unused tail, if any, is filled).
 From any other table, samples are cut from the rows laid end to end, or hold whole documents that fit together
@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +18,6 @@ from fft.data.order import LANES, EpochOrder, lanes_for
 from fft.data.packing import DocumentSpans, best_fit
 from fft.data.samples import SampleSpan
 from fft.data.table import Rows, Table
-
-if TYPE_CHECKING:
-    pass
 
 #: Threads that decode row groups.
 _DECODERS = 2
@@ -35,8 +31,8 @@ class Decoded:
 
     def __init__(self, rows: Rows, order: np.ndarray, bins: DocumentSpans | None) -> None:
         self.rows, self.order, self.bins = rows, order, bins
-        #: Where each row, in that order, ends: in tokens.
-        self.ends = None if bins is not None else np.cumsum(np.diff(rows.offsets)[order])
+        #: Where each row, in that order, ends: in tokens; bins are not laid end to end.
+        self.ends = np.cumsum(np.diff(rows.offsets)[order]) if bins is None else np.empty(0, np.int64)
 
     def slot(self, number: int) -> list[tuple[int, int, int]]:
         """Stretches (row, first token, last + 1) of a slot."""

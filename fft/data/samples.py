@@ -1,13 +1,10 @@
-"""What the trainer reads: an endless sequence of samples, of one table (:mod:`fft.data.reader`) or of several."""
+"""What the trainer reads: an endless sequence of samples, of one table or of several that are blended."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from fft.data.table import Rows, Table
-
-if TYPE_CHECKING:
-    from fft.data.reader import SampleReader
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Samples(Protocol):
     """Random access to samples of ``seq_len`` tokens, counted from the start of epoch 0; for one thread.
 
     ``aligned``: labels are written where their token stands; without them, ids are the labels. ``lanes`` places of
-    the tables are read side by side, and row groups asked for ``lookahead`` samples before they are needed.
+    the tables are read side by side.
     """
 
     seq_len: int
@@ -42,12 +39,8 @@ class Samples(Protocol):
         """The tables, in the order in which they were given."""
 
     @property
-    def parts(self) -> "list[SampleReader]":
-        """A reader for each table."""
-
-    @property
     def identity(self) -> dict[str, object]:
-        """All that the order depends on."""
+        """All that the order depends on, as JSON has it."""
 
     def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[SampleSpan, Rows]]]:
         """What samples are made of, and the rows in which it lies. Raises :class:`UserError` for unreadable rows."""
@@ -58,8 +51,31 @@ class Samples(Protocol):
     def for_stage(self, ids: bool, labels: bool) -> Self:
         """The same order, for who needs only ids, or only labels."""
 
-    def part(self, index: int) -> "tuple[SampleReader, int]":
+    @property
+    def parts(self) -> Sequence["TableSamples"]:
+        """The samples of each table by themselves."""
+
+    def part(self, index: int) -> tuple["TableSamples", int]:
         """Whose sample it is, and its index there."""
 
     def index(self, part: int, own: int) -> int:
         """The inverse of :meth:`part`, for the number of a table."""
+
+
+class TableSamples(Samples, Protocol):
+    """The samples of one table, which may be part of a blend and can be searched for what they are made of."""
+
+    table: Table
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the table says what is trained on; otherwise every token is."""
+
+    def as_part(self, lanes: int, aligned: bool) -> Self:
+        """The same table in another number of lanes, in a blend in which some table has labels, or none."""
+
+    def spans_of(self, index: int) -> list[SampleSpan]:
+        """What a sample is made of."""
+
+    def samples_with(self, epoch: int, group: int, row: int, start: int, stop: int) -> list[int]:
+        """Samples of an epoch that hold some of tokens [start, stop) of a row of a row group."""

@@ -55,7 +55,7 @@ class Rows:
 
     def document_ends(self, row: int, start: int, stop: int) -> list[int]:
         """Where documents end in tokens [start, stop) of a row, counted from ``start``; the last is ``stop``'s."""
-        if self.ends is None:
+        if self.ends is None or self.end_offsets is None:
             return [stop - start]
         ends = self.ends[self.end_offsets[row] : self.end_offsets[row + 1]]
         if start == 0 and ends[-1] == stop:

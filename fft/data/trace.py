@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from fft.data.blend import Blend, parse_tables
 from fft.data.order import LANES
 from fft.data.reader import SampleReader
+from fft.data.samples import Samples
 from fft.data.table import Rows, Table
 from fft.errors import Parser, UserError, run_cli
 
@@ -36,7 +37,7 @@ class Seen:
     row: int
 
 
-def documents_of_step(reader: SampleReader | Blend, step: int, global_batch: int) -> Iterator[Seen]:
+def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator[Seen]:
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
     known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
@@ -53,7 +54,7 @@ def documents_of_step(reader: SampleReader | Blend, step: int, global_batch: int
                     yield _seen(part.table, place, step, name, start - begin, stop - begin, span.group, span.row)
 
 
-def steps_of_document(reader: SampleReader | Blend, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
+def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
     """Every sample of the first ``epochs`` epochs that holds tokens of a document. Reads all of ``doc_ids`` once.
 
     Raises :class:`UserError` when no table has such a column, or such a document.
@@ -83,14 +84,13 @@ def _named(table: Table, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int
     for group in range(len(table.row_groups)):
         named = [(row, number) for row, names in enumerate(_names(table, group)) for number, name in enumerate(names)
                  if name == doc_id]  # fmt: skip
-        rows = table.read(group) if named else None
-        for row, number in named:
-            yield group, row, _documents(rows, row)[number]
+        if named:
+            rows = table.read(group)
+            for row, number in named:
+                yield group, row, _documents(rows, row)[number]
 
 
-def _samples_with(
-    reader: SampleReader | Blend, number: int, limit: int, where: tuple[int, int, int, int]
-) -> Iterator[int]:
+def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, int, int, int]) -> Iterator[int]:
     """A table's samples, among the first ``limit`` of all, that hold some of (row group, row, begin, end)."""
     part = reader.parts[number]
     for epoch in itertools.count():
