@@ -10,6 +10,7 @@ from fft.corpus.readers import COMPRESSIONS, row_group_sizes, schema_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.data.delta import is_delta, read_snapshot, split_version
 from fft.data.manifest import is_hidden
+from fft.data.storage import Storage
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 
@@ -55,8 +56,10 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
     for path in inputs:
         folder, version = split_version(path)
         if version is not None or is_delta(folder):
-            snapshot = read_snapshot(folder, version)
-            sources.append(Source(Path(f"{folder}@v{snapshot.version}"), "parquet", snapshot.files))
+            table = Storage.at(folder)
+            snapshot = read_snapshot(table, version)
+            files = tuple(Path(table.path(name)) for name in snapshot.names)
+            sources.append(Source(Path(f"{folder}@v{snapshot.version}"), "parquet", files))
             continue
         if not path.exists():
             raise UserError(f"-i {path} does not exist: give a file or a folder of JSON lines, parquet or text.")

@@ -6,36 +6,35 @@ facts appear in one atomic step, and every older version stays readable with its
 column mapping are refused.
 """
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 
-from fft.data.manifest import Manifest
+from fft.data.manifest import Manifest, in_order
+from fft.data.storage import Listing, Storage, is_url
 from fft.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import deltalake
 
 _MANIFEST = "fft_manifest"
 _UNREADABLE = {"deletionVectors": "deletion vectors", "columnMapping": "column mapping"}
 
 
 @dataclass(frozen=True)
-class Log:
-    """What the log says of one version: where the table lies, its files there, and the manifest if there is one."""
-
-    version: int
-    root: str
-    files: tuple[str, ...]
-    manifest: Manifest | None
-
-
-@dataclass(frozen=True)
 class Snapshot:
-    """One version of a table: its files in name order, and the manifest if a job of ours committed it."""
+    """One version of a table: its files in name order, and the manifest if a job of ours committed it.
+
+    ``names`` are relative to the table's folder; of files that lie elsewhere, as a clone's may, they are paths.
+    """
 
     version: int
-    files: tuple[Path, ...]
+    names: tuple[str, ...]
     manifest: Manifest | None
 
 
@@ -56,29 +55,30 @@ def is_delta(folder: Path) -> bool:
     return (folder / "_delta_log").is_dir()
 
 
-def read_snapshot(folder: Path, version: int | None = None) -> Snapshot:
-    """The files of a version, by default the latest. Raises :class:`UserError` for tables that cannot be read."""
-    log = read_log(folder, version)
-    files = tuple(sorted(_local(uri, folder) for uri in log.files))
-    if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"{missing[0]} is in the Delta log of {folder} but is missing: was the table vacuumed?")
-    return Snapshot(log.version, files, log.manifest)
+def read_snapshot(table: Storage, version: int | None = None, listing: Listing | None = None) -> Snapshot:
+    """The files of a version, by default the latest; ``listing`` is what lies there, if that is known.
 
-
-def read_log(folder: Path | str, version: int | None = None) -> Log:
-    """A version, by default the latest. Raises :class:`UserError` for tables that cannot be read."""
-    table = _open(folder, version)
-    features = set(table.protocol().reader_features or ())
-    configured = table.metadata().configuration
+    Raises :class:`UserError` for tables that cannot be read, and when a file is missing.
+    """
+    log = _open(table.name, version)
+    features = set(log.protocol().reader_features or ())
+    configured = log.metadata().configuration
     if configured.get("delta.columnMapping.mode", "none") != "none":
         features.add("columnMapping")
     if found := [text for name, text in _UNREADABLE.items() if name in features]:
-        raise UserError(f"{folder} uses {' and '.join(found)}, which is not read here: rewrite it without.")
+        raise UserError(f"{table.name} uses {' and '.join(found)}, which is not read here: rewrite it without.")
+    names = tuple(sorted((_name(uri, log.table_uri, table) for uri in log.file_uris()), key=in_order))
+    sizes = (listing or table.list()).sizes
+    missing = next((name for name in names if name not in sizes and not table.exists(name)), None)
+    if missing is not None:
+        raise UserError(
+            f"{table.shown(missing)} is in the Delta log of {table.name} but is missing: was the table vacuumed?"
+        )
     # deltalake 1.6 numbers the history of an older version wrongly; that of the latest is right.
-    history = (_open(folder) if version is not None else table).history()
-    text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == table.version()), None)
-    manifest = Manifest.from_json(text, f"the Delta log of {folder}") if text else None
-    return Log(table.version(), table.table_uri, tuple(table.file_uris()), manifest)
+    history = (_open(table.name) if version is not None else log).history()
+    text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == log.version()), None)
+    manifest = Manifest.from_json(text, f"the Delta log of {table.name}") if text else None
+    return Snapshot(log.version(), names, manifest)
 
 
 def commit_delta(folder: Path, manifest: Manifest) -> int:
@@ -87,7 +87,8 @@ def commit_delta(folder: Path, manifest: Manifest) -> int:
     A table that is there gets a new version, which replaces all its files. Raises :class:`UserError` when another
     writer committed meanwhile.
     """
-    deltalake = _deltalake()
+    _need_deltalake()
+    from deltalake import CommitProperties, Schema
     from deltalake.exceptions import CommitFailedError
     from deltalake.transaction import AddAction, create_table_with_add_actions
 
@@ -100,42 +101,43 @@ def commit_delta(folder: Path, manifest: Manifest) -> int:
         AddAction(info.path, info.bytes, {}, int(path.stat().st_mtime * 1000), True, f'{{"numRecords": {info.rows}}}')
         for info, path in zip(manifest.files, paths, strict=True)
     ]
-    properties = deltalake.CommitProperties(custom_metadata={_MANIFEST: manifest.to_json()}, max_commit_retries=0)
-    delta_schema = deltalake.Schema.from_arrow(schema)
+    properties = CommitProperties(custom_metadata={_MANIFEST: manifest.to_json()}, max_commit_retries=0)
+    delta_schema = Schema.from_arrow(schema)
     try:
         if is_delta(folder):
-            table = _open(folder)
-            table.create_write_transaction(actions, "overwrite", delta_schema, commit_properties=properties)
+            table = _open(str(folder))
+            table.create_write_transaction([*actions], "overwrite", delta_schema, commit_properties=properties)
         else:
             create_table_with_add_actions(str(folder), delta_schema, actions, commit_properties=properties)
     except CommitFailedError as error:
         raise UserError(f"{folder}: another writer committed while this job ran ({error}): run it again.") from error
-    return _open(folder).version()
+    return _open(str(folder)).version()
 
 
-def _open(folder: Path | str, version: int | None = None) -> object:
-    deltalake = _deltalake()
+def _open(table: str, version: int | None = None) -> "deltalake.DeltaTable":
+    _need_deltalake()
+    from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError, TableNotFoundError
 
     try:
-        return deltalake.DeltaTable(str(folder), version=version)
+        return DeltaTable(table, version=version)
     except TableNotFoundError as error:
-        raise UserError(f"{folder} is no Delta table: leave out @v{version}, or give one.") from error
+        raise UserError(f"{table} is no Delta table: leave out @v{version}, or give one.") from error
     except (DeltaError, OSError) as error:
         said = re.sub(r"\x1b\[\d+m", "", one_line(error))  # colours
-        raise UserError(f"{folder}{'' if version is None else f'@v{version}'} cannot be opened: {said}.") from error
+        raise UserError(f"{table}{'' if version is None else f'@v{version}'} cannot be opened: {said}.") from error
 
 
-def _deltalake() -> object:
-    try:
-        import deltalake
-    except ModuleNotFoundError as error:
-        raise UserError("Delta tables need deltalake: pip install 'flash-fine-tuning[delta]'.") from error
-    return deltalake
+def _need_deltalake() -> None:
+    if importlib.util.find_spec("deltalake") is None:
+        raise UserError("Delta tables need deltalake: pip install 'flash-fine-tuning[delta]'.")
 
 
-def _local(uri: str, folder: Path) -> Path:
-    url = urlsplit(uri)
-    if url.scheme not in ("", "file"):
-        raise UserError(f"{folder} has the file {uri}, which is not on a mounted file system.")
-    return Path(unquote(url.path) if url.scheme else uri)
+def _name(uri: str, root: str, table: Storage) -> str:
+    """A file's name below the table's ``root``, of which ``deltalake`` says both with the same escapes, or its path."""
+    path, folder = uri.removeprefix("file://"), root.removeprefix("file://")
+    if path.startswith(folder):
+        return path.removeprefix(folder)
+    if is_url(path) and not is_url(table.name):
+        raise UserError(f"{table.name} has the file {uri}, which is not on a mounted file system.")
+    return unquote(path) if path != uri else uri

@@ -22,6 +22,8 @@ from fft.files import write_atomically
 FORMAT_VERSION = 1
 MANIFEST_NAME = "_fft_manifest.json"
 WRITING_NAME = "_fft_writing.json"
+#: What lies in a table while it is written: our mark, and Spark's own folder.
+UNFINISHED = (WRITING_NAME, "_temporary")
 
 #: Files that decide which ids a text gets. Chat templates and the like may change without changing a table.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -105,11 +107,20 @@ def read_manifest(table: str | os.PathLike) -> Manifest | None:
     """
     folder = Path(table)
     path = folder / MANIFEST_NAME
-    if path.is_file():
+    content = path.read_bytes() if path.is_file() else None
+    return manifest_of(str(folder), content, any((folder / name).exists() for name in UNFINISHED))
+
+
+def manifest_of(table: str, content: bytes | None, unfinished: bool) -> Manifest | None:
+    """As :func:`read_manifest`, of what was found: the bytes of the manifest, if any, and whether a mark lies there.
+
+    Raises :class:`UserError` for a table that is unfinished, and for a manifest that is none.
+    """
+    if content is not None:
         # Bytes that are no text must not stop here: from_json says where they are.
-        return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
-    if (folder / WRITING_NAME).exists() or (folder / "_temporary").exists():
-        raise UserError(f"{folder} is unfinished: the job that wrote it was interrupted; run that job again.")
+        return Manifest.from_json(content.decode("utf-8", "replace"), f"{table}/{MANIFEST_NAME}")
+    if unfinished:
+        raise UserError(f"{table} is unfinished: the job that wrote it was interrupted; run that job again.")
     return None
 
 
@@ -126,6 +137,11 @@ def commit(table: str | os.PathLike, manifest: Manifest) -> None:
     folder = Path(table)
     write_atomically(folder / MANIFEST_NAME, manifest.to_json())
     (folder / WRITING_NAME).unlink(missing_ok=True)
+
+
+def in_order(name: str) -> list[str]:
+    """The key by which a table's files are sorted: their names, folder by folder."""
+    return name.split("/")
 
 
 def is_hidden(path: PurePath) -> bool:

@@ -2,19 +2,20 @@
 
 import hashlib
 import os
+import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from fft.data.delta import is_delta, read_snapshot, split_name, split_version
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, is_hidden, read_manifest
-from fft.data.storage import is_url, read_folder
+from fft.data.delta import read_snapshot, split_name
+from fft.data.manifest import MANIFEST_NAME, UNFINISHED, WRITING_NAME, Manifest, in_order, is_hidden, manifest_of
+from fft.data.storage import Listing, Storage
 from fft.errors import UserError, one_line
 
 #: Columns the trainer reads, where a table has them; all are lists of integers.
@@ -69,18 +70,18 @@ class Rows:
 class Table:
     """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one.
 
-    ``columns`` are those that every file has.
+    ``columns`` are those that every file has; paths of row groups are those of ``filesystem``.
     """
 
     path: str
     row_groups: tuple[RowGroup, ...]
     columns: frozenset[str]
     manifest: Manifest | None
-    version: int | None = None
-    filesystem: FileSystem | None = None
+    version: int | None
+    filesystem: FileSystem
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Table":
+    def open(cls, path: str | os.PathLike[str]) -> "Table":
         """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
         Either may be one of an object store, by URL.
@@ -88,29 +89,23 @@ class Table:
         another type than the contract's, mixes files with and without one of them, no longer is what its manifest
         says, or is a folder of several tables.
         """
-        filesystem = None
-        root, version = split_name(str(path).rstrip("/")) if is_url(path) else split_version(path)
-        if is_url(path):
-            remote = read_folder(root, version)
-            files, manifest, filesystem = list(remote.files), remote.manifest, remote.filesystem
-            version = remote.version
-        elif not root.exists():
-            raise UserError(f"{root} does not exist: give a folder of parquet files that Spark wrote.")
-        elif version is not None or is_delta(root):
-            snapshot = read_snapshot(root, version)
-            files, manifest, version = list(snapshot.files), snapshot.manifest, snapshot.version
+        name, version = split_name(str(path).rstrip("/") or "/")
+        storage = Storage.at(name)
+        listing = storage.list()
+        if version is not None or "_delta_log" in listing.folders:
+            snapshot = read_snapshot(storage, version, listing)
+            names, manifest, version = snapshot.names, snapshot.manifest, snapshot.version
         else:
-            manifest = read_manifest(root) if root.is_dir() else None
-            files = _parquet_files(root) if root.is_dir() else [root]
-            _check_whole(root, files, manifest)
+            names, manifest = _parquet_files(storage, listing)
+        if manifest is not None:
+            _check_against_manifest(storage, listing, manifest)
+        root, files = storage.name, [storage.path(name) for name in names]
         if not files:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
-        if manifest is not None and filesystem is None:
-            _check_against_manifest(root, manifest)
         groups: list[RowGroup] = []
         columns: frozenset[str] | None = None
         for file in files:
-            metadata, found = _footer(file, filesystem)
+            metadata, found = _footer(file, storage.filesystem)
             columns = found if columns is None else columns
             for column in _READ:
                 if (column in columns) != (column in found):
@@ -124,7 +119,7 @@ class Table:
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
-        return cls(str(root), tuple(groups), columns or frozenset(), manifest, version, filesystem)
+        return cls(root, tuple(groups), columns or frozenset(), manifest, version, storage.filesystem)
 
     @property
     def source(self) -> str:
@@ -203,7 +198,7 @@ class Table:
         return Rows(input_ids, offsets, targets, *ends)
 
 
-def _footer(file: Path | str, filesystem: FileSystem | None) -> tuple[pq.FileMetaData, frozenset[str]]:
+def _footer(file: str, filesystem: FileSystem) -> tuple[pq.FileMetaData, frozenset[str]]:
     try:
         metadata = pq.read_metadata(file, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
@@ -223,7 +218,7 @@ def _footer(file: Path | str, filesystem: FileSystem | None) -> tuple[pq.FileMet
     return metadata, frozenset(schema.names)
 
 
-def _row_groups(file: Path | str, metadata: pq.FileMetaData, indices: Iterable[int]) -> list[RowGroup]:
+def _row_groups(file: str, metadata: pq.FileMetaData, indices: Iterable[int]) -> list[RowGroup]:
     """Those of the row groups that are there."""
     # A list of integers has one leaf, whatever the writer calls it: input_ids.list.element, input_ids.array, ...
     leaf = next((i for i in range(metadata.num_columns) if _root(metadata, i) == "input_ids"), None)
@@ -232,7 +227,7 @@ def _row_groups(file: Path | str, metadata: pq.FileMetaData, indices: Iterable[i
         if leaf is not None and index < metadata.num_row_groups:
             group = metadata.row_group(index)
             ids = group.column(leaf)
-            groups.append(RowGroup(str(file), index, group.num_rows, ids.num_values, ids.total_compressed_size))
+            groups.append(RowGroup(file, index, group.num_rows, ids.num_values, ids.total_compressed_size))
     return groups
 
 
@@ -240,14 +235,14 @@ def _root(metadata: pq.FileMetaData, leaf: int) -> str:
     return metadata.schema.column(leaf).path.partition(".")[0]
 
 
-def _check_against_manifest(root: Path, manifest: Manifest) -> None:
+def _check_against_manifest(storage: Storage, listing: Listing, manifest: Manifest) -> None:
     for info in manifest.files:
-        file = root / info.path
-        if not file.exists():
+        size, file = listing.sizes.get(info.path), storage.shown(info.path)
+        if size is None:
             raise UserError(f"{file} is in the table's manifest but is missing: restore it or write the table again.")
-        if file.stat().st_size != info.bytes:
+        if size != info.bytes:
             raise UserError(
-                f"{file} has {file.stat().st_size} bytes, its manifest says {info.bytes}: the table was changed after "
+                f"{file} has {size} bytes, its manifest says {info.bytes}: the table was changed after "
                 "it was written; write it again."
             )
 
@@ -302,21 +297,28 @@ def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
         )
 
 
-def _parquet_files(root: Path) -> list[Path]:
-    """In name order. Folders may be named like files: Spark users write ``corpus.parquet``."""
-    return sorted(p for p in root.rglob("*.parquet") if p.is_file() and not is_hidden(p.relative_to(root)))
+def _parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manifest | None]:
+    """The files of a table that is no Delta table, in name order, and its manifest.
 
-
-def _check_whole(root: Path, files: list[Path], manifest: Manifest | None) -> None:
-    """Refuse files that a manifest does not know, and folders whose subfolders are tables of ours."""
+    Folders may be named like files: Spark users write ``corpus.parquet``. Refuses an unfinished table, files that a
+    manifest does not know, and folders whose subfolders are tables of ours.
+    """
+    if "" in listing.sizes:
+        return [""], None
+    content = storage.read(MANIFEST_NAME) if MANIFEST_NAME in listing.sizes else None
+    unfinished = any(name in listing.sizes or name in listing.folders for name in UNFINISHED)
+    manifest = manifest_of(storage.name, content, unfinished)
+    found = [name for name in listing.sizes if name.endswith(".parquet") and not is_hidden(PurePosixPath(name))]
+    names = sorted(found, key=in_order)
     if manifest is not None:
-        known = {root / info.path for info in manifest.files}
-        if stray := [file for file in files if file not in known]:
-            raise UserError(f"{stray[0]} is not in the manifest of {root}: remove it or write the table again.")
-        return
-    folders = sorted({file.parent for file in files} - {root})
+        known = {info.path for info in manifest.files}
+        if stray := [name for name in names if name not in known]:
+            file = storage.shown(stray[0])
+            raise UserError(f"{file} is not in the manifest of {storage.name}: remove it or write the table again.")
+        return names, manifest
+    folders = sorted({posixpath.dirname(name) for name in names} - {""}, key=in_order)
     marks = (MANIFEST_NAME, WRITING_NAME, "_delta_log")
-    tables = [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
-    if tables:
-        names = ", ".join(str(folder.relative_to(root)) for folder in tables)
-        raise UserError(f"{root} is a folder of tables ({names}), not one table: name one of them.")
+    there = listing.sizes.keys() | listing.folders
+    if tables := [folder for folder in folders if any(f"{folder}/{mark}" in there for mark in marks)]:
+        raise UserError(f"{storage.name} is a folder of tables ({', '.join(tables)}), not one table: name one of them.")
+    return names, None

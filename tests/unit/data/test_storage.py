@@ -1,14 +1,19 @@
-"""Tables by URL: what an object store would give, from pyarrow's file system for file://."""
+"""Tables by path and by URL: what an object store would give, from pyarrow's file system for file://."""
 
+import pickle
+
+import deltalake
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_table
+from pyarrow import fs
 from samples import read_sample
 
 from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, begin_writing, commit
 from fft.data.reader import SampleReader
+from fft.data.storage import Storage
 from fft.data.table import Table
 from fft.errors import UserError
 
@@ -45,7 +50,7 @@ def refused(folder, sentence):
 
 
 def test_what_is_no_table_is_named(folder, tmp_path):
-    refused(tmp_path / "none", r"file://.*none cannot be listed \(.*\): check the address")
+    refused(tmp_path / "none", r"file://.*none does not exist: give a folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no parquet files")
     with pytest.raises(UserError, match="cannot be listed"):
@@ -57,11 +62,11 @@ def test_what_is_no_table_is_named(folder, tmp_path):
 def test_a_changed_table_is_named(folder):
     with_manifest(folder)
     pq.write_table(pa.table({"input_ids": pa.array([[1]], pa.list_(pa.int32()))}), folder / "stray.parquet")
-    refused(folder, r"stray\.parquet is not in the table's manifest")
+    refused(folder, r"stray\.parquet is not in the manifest of file://")
     (folder / "stray.parquet").rename(folder / "part-00001.parquet")
     refused(folder, r"part-00001\.parquet has \d+ bytes, its manifest says")
     (folder / "part-00001.parquet").unlink()
-    refused(folder, r"part-00001\.parquet has no bytes")
+    refused(folder, r"part-00001\.parquet is in the table's manifest but is missing: restore it")
     (folder / MANIFEST_NAME).write_bytes(b"\xff")
     refused(folder, "not a manifest|is no manifest|JSON")
 
@@ -69,3 +74,75 @@ def test_a_changed_table_is_named(folder):
 def test_a_version_of_what_is_no_delta_table_is_refused(folder):
     with pytest.raises(UserError, match="is no Delta table: leave out @v3"):
         Table.open(f"file://{folder}@v3")
+
+
+def listed(storage):
+    listing = storage.list()
+    return dict(listing.sizes), {name for name in listing.folders if name != "."}
+
+
+def test_a_listing_has_what_lies_there(tmp_path, monkeypatch):
+    """Of a path, a URL and, as of a store, names alone. Links to files count; those to folders may make circles."""
+    (tmp_path / "t" / "a b" / "c").mkdir(parents=True)
+    (tmp_path / "t" / "a b" / "x").write_text("12")
+    (tmp_path / "t" / "empty").mkdir()
+    (tmp_path / "t" / "link").symlink_to(tmp_path / "t" / "a b" / "x")
+    (tmp_path / "t" / "broken").symlink_to(tmp_path / "nowhere")
+    expected = {"a b/x": 2, "link": 2}, {"a b", "a b/c", "empty"}
+    url = f"file://{tmp_path}/t/".replace(" ", "%20")
+    assert listed(Storage.at(url)) == listed(Storage.at(tmp_path / "t")) == expected
+    assert listed(Storage("t", "t", fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()))) == expected
+    (tmp_path / "t" / "circle").symlink_to(tmp_path / "t")
+    assert listed(Storage.at(tmp_path / "t")) == expected
+    assert listed(Storage.at(tmp_path / "t" / "link")) == ({"": 2}, set())
+    monkeypatch.chdir(tmp_path)
+    assert listed(Storage.at("t")) == expected
+    assert (Storage.at("t/").read("link"), Storage.at("t").shown("link")) == (b"12", "t/link")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot be listed \(.*Permission denied.*\): check the address"):
+        Table.open(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_paths_and_urls_are_refused_alike(folder, tmp_path, prefix):
+    with pytest.raises(UserError, match="is a folder of tables"):
+        (with_manifest(folder), Table.open(f"{prefix}{tmp_path}"))
+    assert Table.open(f"{prefix}{folder}/part-00001.parquet").rows == 3
+    (folder / "part-00001.parquet").unlink()
+    with pytest.raises(
+        UserError, match=rf"^{prefix}{folder}/part-00001\.parquet is in the table's manifest but is mis"
+    ):
+        Table.open(f"{prefix}{folder}")
+    with pytest.raises(UserError, match=rf"^{prefix}{folder} is no Delta table: leave out @v3, or give one\.$"):
+        Table.open(f"{prefix}{folder}@v3")
+
+
+@pytest.mark.parametrize("by", ["path", "url", "link"])
+def test_a_delta_table_whatever_its_folder_is_called(by, tmp_path):
+    """The log escapes names; the folder's own and those of its partitions."""
+    place = tmp_path / "a b%c" / "t"
+    kind = pa.list_(pa.int32())
+    for mode in ("error", "append"):
+        rows = pa.table({"input_ids": pa.array([[1, 2], [3]], kind), "lang": ["a b", "c%d"]})
+        deltalake.write_deltalake(str(place), rows, partition_by=["lang"], mode=mode)
+    path = {"path": place, "url": "file://" + str(place).replace("%", "%25").replace(" ", "%20")}.get(by)
+    if by == "link":
+        path = tmp_path / "link"
+        path.symlink_to(place)
+    assert [Table.open(f"{path}{version}").tokens for version in ("", "@v0")] == [6, 3]
+    assert {group.path.count("%") for group in Table.open(path).row_groups} == {1 if by == "link" else 2}
+    next(place.glob("lang=a%20b/*.parquet")).unlink()
+    with pytest.raises(UserError, match=r"lang=a%20b/part-.* is in the Delta log of .* but is missing: was the table"):
+        Table.open(path)
+
+
+def test_an_open_table_travels_to_another_process(folder):
+    for name in (folder, f"file://{folder}"):
+        table = pickle.loads(pickle.dumps(Table.open(name)))
+        assert table.read(0).input_ids.tolist() == Table.open(name).read(0).input_ids.tolist()
