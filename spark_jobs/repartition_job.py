@@ -11,27 +11,18 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, progress, say
+from fft.corpus.accounts import lineage_of, with_results
 from fft.data.delta import split_version
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest
-from fft.data.part_files import PartFile, files_of, sum_tallies
+from fft.data.part_files import PartFile, files_of, sum_tallies, total
 from fft.data.place import Place
 from fft.errors import UserError
 from fft.files import recover_folder, replace_folder, staging_folder, write_atomically
 from spark_jobs.runtime.hashing import balance, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, report, to_tasks
-from spark_jobs.token_table.output import (
-    INFO_NAME,
-    SPLITS,
-    check_output,
-    claim,
-    lineage_of,
-    local_path,
-    total,
-    with_results,
-    write_parts,
-)
+from spark_jobs.token_table.output import INFO_NAME, SPLITS, check_output, claim, local_path, write_parts
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 

@@ -13,26 +13,18 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, say
+from fft.corpus.accounts import lineage_of, with_results
 from fft.data.arrow_lists import bytes_to_lists
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest
-from fft.data.part_files import PartFile, by_dataset, dataset_tallies, files_of, sum_tallies
+from fft.data.part_files import PartFile, by_dataset, dataset_tallies, files_of, sum_tallies, total
 from fft.data.place import Place
 from fft.errors import UserError
 from spark_jobs.mixing import check_weights, with_copies
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, report, to_tasks
-from spark_jobs.token_table.output import (
-    check_output,
-    claim,
-    lineage_of,
-    local_path,
-    local_paths,
-    total,
-    with_results,
-    write_parts,
-)
+from spark_jobs.token_table.output import check_output, claim, local_path, local_paths, write_parts
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 
 _TOKENS_PER_BLOCK = 1 << 23

@@ -13,41 +13,28 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
+from fft.corpus.accounts import lineage_of, notes_on, tokenized
 from fft.corpus.files import Source, find_sources, spans_of
-from fft.corpus.records import read_records
 from fft.corpus.splits import SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
-from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest
 from fft.data.part_files import (
     QUARANTINE,
     Part,
     PartFile,
     RejectFile,
-    by_dataset,
-    files_of,
-    sum_tallies,
 )
 from fft.data.place import Place
 from fft.errors import UserError
 from fft.text.chat import load_chat
-from fft.text.encoder import ENGINES, Encoder
+from fft.text.encoder import Encoder
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import columns_of, count_parts, in_parts, is_frame, open_frame, records_of
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, report
-from spark_jobs.token_table.output import (
-    check_output,
-    claim,
-    lineage_of,
-    local_path,
-    local_paths,
-    total,
-    with_results,
-    write_parts,
-)
+from spark_jobs.token_table.output import check_output, claim, local_path, local_paths, write_parts
 
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
@@ -121,21 +108,11 @@ def tokenize_table(
                 parts += write_parts(in_parts(rows, count, first), work, FRAME_ORDER, places[""], title, count)
         except UserError as error:
             raise name_malformed(error, record_encoder) from error
-        files, tallies = files_of(parts), sum_tallies(parts)
-        size = total(files)
-        counted = ("documents_in", "documents_out", "empty", "quarantined", "checked", *record_encoder.tallies)
-        counts = {name: tallies[name] for name in counted}
-        counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
-        counts |= {"datasets": by_dataset(names, tallies), "lengths": histogram_of(tallies)}
-        if not counts["quarantined"]:
+        manifest = tokenized(parts, lineage, record_encoder, info, time.monotonic() - start)
+        if not manifest.lineage["counts"]["quarantined"]:
             (folder / QUARANTINE).rmdir()
-        _check_counts(counts, names)
-        engine = ENGINES[max(number for number in range(len(ENGINES)) if f"engine {number}" in tallies)]
-        seconds = time.monotonic() - start
-        lineage = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
-        manifest = Manifest(files, size.rows, size.tokens, info, seq_len=max_len, lineage=lineage)
         places[""].commit(manifest)
-    _report(manifest, engine, folder, record_encoder.notes(tallies))
+    _report(manifest, folder, notes_on(manifest, record_encoder))
     return manifest
 
 
@@ -173,8 +150,7 @@ class TokenizeParts:
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         # All of a part's splits are known before the first is read: the engine's batches are freed.
         for split in [Split(**row) for batch in rows for row in batch.to_pylist()]:
-            for records in read_records(split, self.record_encoder):
-                tokenizer.add(records, split.kind, split.dataset, split.path)
+            tokenizer.add_split(split)
 
 
 @dataclass(frozen=True)
@@ -191,20 +167,8 @@ class TokenizeFrame(TokenizeParts):
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 
-def _check_counts(counts: dict, inputs: Sequence[str]) -> None:
-    if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
-        raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
-    if not counts["documents_out"]:
-        raise UserError(
-            f"-i {', '.join(inputs)} holds no documents: {counts['empty']} are empty and "
-            f"{counts['quarantined']} malformed."
-        )
-
-
-def _report(manifest: Manifest, engine: str, folder: Path, notes: Sequence[str]) -> None:
-    counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
-    if engine != ENGINES[0]:
-        say(f"warning: ids were made by Hugging Face {engine}; they are exact, but this is many times slower.")
+def _report(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
+    counts, timing, engine = (manifest.lineage[name] for name in ("counts", "timing", "engine"))
     header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "bytes", "seconds", "tokens/s")
     row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]
     for note in notes:

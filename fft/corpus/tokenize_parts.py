@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fft.corpus.records import first_malformed
-from fft.data.part_files import PartFile, RejectFile, dataset_tallies
+from fft.corpus.records import first_malformed, read_records
+from fft.corpus.splits import Split
+from fft.data.part_files import Part, PartFile, RejectFile, dataset_tallies
+from fft.data.place import Place
 from fft.errors import UserError
 from fft.text.encoder import Encoder
 from fft.text.records import Malformed, RecordEncoder
@@ -52,6 +54,20 @@ class PartTokenizer:
         self.tallies.update(dataset_tallies(dataset, rows.num_rows, tokens))
         if self._encoder.engine is not None:
             self.tallies[f"engine {self._encoder.engine}"] += 1
+
+    def add_split(self, split: Split) -> None:
+        """Read a split of a file and write its documents. Raises :class:`UserError` where it cannot be read."""
+        for records in read_records(split, self._record_encoder):
+            self.add(records, split.kind, split.dataset, split.path)
+
+
+def tokenize_part(record_encoder: RecordEncoder[Any], place: Place, part: int, splits: Sequence[Split]) -> Part:
+    """Encode splits of files into one part. Raises :class:`UserError` at the first malformed record."""
+    with PartFile(place, part) as sink:
+        tokenizer = PartTokenizer(record_encoder, Encoder(record_encoder.recipe), sink, None)
+        for split in splits:
+            tokenizer.add_split(split)
+        return sink.finish(tokenizer.tallies)
 
 
 def name_malformed(error: UserError, record_encoder: RecordEncoder[Any]) -> UserError:

@@ -34,6 +34,15 @@ QUARANTINE = "_quarantine"
 
 
 @dataclass(frozen=True)
+class Size:
+    """Rows, tokens and bytes of a set of files."""
+
+    rows: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Part:
     """A finished file, first under a temporary ``name``, and sums over its rows."""
 
@@ -155,13 +164,13 @@ def _hidden_name(place: Place, part: int) -> str:
     return f".part-{part:05d}{place.tag}.{uuid.uuid4().hex}{WRITING}"
 
 
-def publish(place: Place, rows: Sequence[object]) -> list[Part]:
-    """Give the files that tasks reported (collected rows of :data:`REPORT`) their names; drop what failed tries left.
+def publish(place: Place, parts: Sequence[Part]) -> list[Part]:
+    """Give the files that tasks reported their names; drop what failed tries left.
 
     Returns all parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
     """
     folder, tag = place.folder, place.tag
-    parts = sorted((Part(**row.asDict()) for row in rows), key=lambda p: p.part)
+    parts = sorted(parts, key=lambda p: p.part)
     for part in parts:
         if part.name and not (folder / part.name).exists():
             raise UserError(
@@ -195,6 +204,11 @@ def by_dataset(names: Sequence[str], tallies: Mapping[str, int]) -> dict[str, di
 def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:
     """Manifest entries of the parts that have rows."""
     return tuple(FileInfo(p.name, p.rows, p.tokens, p.bytes) for p in parts if p.name)
+
+
+def total(files: Sequence[FileInfo]) -> Size:
+    """Sum over files."""
+    return Size(sum(f.rows for f in files), sum(f.tokens for f in files), sum(f.bytes for f in files))
 
 
 def sum_tallies(parts: Sequence[Part]) -> Counter[str]:

@@ -10,10 +10,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag
+from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.batches import BatchPlan
 from fft.data.blend import Blend, parse_tables
 from fft.data.delta import split_version
-from fft.data.manifest import tokenizer_sha256
+from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.errors import UserError, one_line
@@ -22,6 +23,9 @@ from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_tensor_parallel
 from fft.weights.hf import WeightReader
+
+#: Folder, inside a run's, of the token tables that were made of JSON lines.
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,8 @@ def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> N
 
 
 def _holds_something(folder: Path) -> bool:
-    """Whether there is more than the lock of a run that ended before it began."""
-    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    """Whether there is more than the lock and the token tables of a run that ended before it began."""
+    return folder.is_dir() and any(path.name not in (LOCK, TOKENS) for path in folder.iterdir())
 
 
 def load_config(model: str, init: bool) -> PretrainedConfig:
@@ -180,20 +184,35 @@ def _open_all(
 def _open(
     flag: str, path: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
 ) -> SampleReader:
+    if is_json_lines(path):
+        path = str(_tokenized(flag, Path(path), args, config, tokenizer))
     table = Table.open(path)
     made_by = table.manifest.tokenizer if table.manifest else None
     if made_by is not None:
-        if made_by.vocab_size > config.vocab_size:
-            raise UserError(
-                f"--{flag} {path} was tokenized with a vocabulary of {made_by.vocab_size}, larger than the model's "
-                f"{config.vocab_size}: raise vocab_size in the model's config or tokenize with the model's tokenizer."
-            )
+        _check_vocabulary(f"--{flag} {path}", made_by, config)
         if tokenizer is not None and made_by.sha256 != tokenizer_sha256(tokenizer):
             raise UserError(
                 f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
                 "tokenize again or name the right --tokenizer."
             )
     return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack, args.shuffle_lanes)
+
+
+def _tokenized(flag: str, path: Path, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None) -> Path:
+    """The token table of a file of JSON lines, made now if it has not been made before."""
+    if tokenizer is None:
+        raise UserError(f"--{flag} {path} is text, and --model has no tokenizer: name one with --tokenizer.")
+    text = text_input(path, Path(tokenizer), args.seq_len)
+    _check_vocabulary(f"--{flag} {path}", text.tokenizer, config)  # not after hours of tokenizing
+    return table_of(text, Path(args.checkpoint) / TOKENS if args.checkpoint else scratch_cache())
+
+
+def _check_vocabulary(what: str, made_by: TokenizerInfo, config: PretrainedConfig) -> None:
+    if made_by.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{what} was tokenized with a vocabulary of {made_by.vocab_size}, larger than the model's "
+            f"{config.vocab_size}: raise vocab_size in the model's config or tokenize with the model's tokenizer."
+        )
 
 
 def _length(args: TrainArguments, train: SampleReader | Blend | None, mesh: MeshSizes) -> tuple[int, int]:

@@ -3,16 +3,15 @@
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from pyspark.sql import DataFrame
 
 from fft.console import progress
 from fft.data.delta import is_delta, split_version
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, FileInfo, begin_writing
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, begin_writing
 from fft.data.part_files import QUARANTINE, Part, publish
 from fft.data.place import Place
 from fft.data.worker_notes import WRITING, Channel, Stoppable, Work
@@ -28,15 +27,6 @@ _TABLE_FILES = re.compile(
     rf".*\.parquet|\..*\.crc|_SUCCESS|_temporary|{QUARANTINE}|\.part-.*{re.escape(WRITING)}|"
     + "|".join(rf"\.?{re.escape(name)}(\.\d+)?(\.writing)?" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME))
 )
-
-
-@dataclass(frozen=True)
-class Size:
-    """Rows, tokens and bytes of a set of files."""
-
-    rows: int
-    tokens: int
-    bytes: int
 
 
 def local_path(path: str | Path, flag: str) -> Path:
@@ -168,20 +158,4 @@ def write_parts(
             work = SortedFirst(tuple(order), work)
         reports = df.mapInArrow(work, REPORT).collect()
     channel.check()
-    return publish(place, reports)
-
-
-def total(files: Sequence[FileInfo]) -> Size:
-    """Sum over files."""
-    return Size(sum(f.rows for f in files), sum(f.tokens for f in files), sum(f.bytes for f in files))
-
-
-def lineage_of(job: str, inputs: Sequence[object], parameters: Mapping[str, object]) -> dict:
-    """What a manifest says about where its table comes from; counts and timing are added at the end."""
-    return {"job": job, "inputs": [str(path) for path in inputs], "parameters": dict(parameters)}
-
-
-def with_results(lineage: dict, counts: Mapping[str, object], tokens: int, seconds: float) -> dict:
-    """Lineage of a finished table."""
-    timing = {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
-    return {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": timing}
+    return publish(place, [Part(**row.asDict()) for row in reports])

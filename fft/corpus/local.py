@@ -1,0 +1,225 @@
+"""JSON lines as training data: tokenized once, by this machine's cores, into a token table that is kept.
+
+The table is the one that ``spark_jobs/tokenize.py`` makes of the file, part by part and byte for byte: order, packing,
+labels, resuming and provenance are those of any table. It lies in a folder named after what it depends on - the file's
+content, the tokenizer, the chat template, how long rows may be - so it is found again while those stay the same, and a
+run that is training from it keeps it when they change.
+
+All ranks of a machine ask for it; one makes it, under a lock, and the others wait. Needs neither Spark nor torch.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fft.console import format_table, progress, say
+from fft.corpus.accounts import lineage_of, notes_on, tokenized
+from fft.corpus.files import Source, kind_of, spans_of
+from fft.corpus.readers import read_lines
+from fft.corpus.splits import Split, deal
+from fft.corpus.tokenize_parts import name_malformed, tokenize_part
+from fft.data.manifest import Manifest, TokenizerInfo, commit, read_manifest
+from fft.data.part_files import Part, publish
+from fft.data.place import Place
+from fft.data.worker_notes import Channel
+from fft.errors import UserError
+from fft.files import write_atomically
+from fft.text.chat import load_chat
+from fft.text.messages import TURN_KEYS
+from fft.text.pretrain import load_pretrain
+from fft.text.records import Keys, Malformed, RecordEncoder, decode_record, load_json
+
+#: Part of every folder's name: to be raised when the same inputs make another table.
+_FORMAT = 1
+_KEYS = Keys()
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """A file of JSON lines, and how its records become rows of at most ``max_len`` tokens where they are chats."""
+
+    path: Path
+    task: str
+    tokenizer: TokenizerInfo
+    encoder: RecordEncoder[Any]
+    parameters: dict[str, object]
+
+    @property
+    def identity(self) -> str:
+        """All but the file's content that its table depends on."""
+        template = getattr(self.encoder, "template", None)
+        facts = {
+            **{name: value for name, value in self.parameters.items() if name != "tokenizer"},
+            "format": _FORMAT,
+            "tokenizer": self.tokenizer.sha256,
+            "template": template and [template.source, template.special_tokens],
+        }
+        return json.dumps(facts, sort_keys=True, default=str)
+
+
+def is_json_lines(path: str | Path) -> bool:
+    """Whether a name is that of a file of JSON lines, compressed or not; a folder of that name is none."""
+    return kind_of(Path(path)) == "json" and not Path(path).is_dir()
+
+
+def text_input(path: Path, tokenizer: Path, max_len: int) -> TextInput:
+    """Read the tokenizer for a file of JSON lines; its first record says whether they are chats or texts.
+
+    Raises :class:`UserError` when there is no such file or tokenizer, or when the first record is neither.
+    """
+    task = _task_of(path)
+    parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": _KEYS.id, "on_error": "fail"}
+    if task == "chat":
+        encoder, info = load_chat(tokenizer, _KEYS.id, max_len)
+        return TextInput(path, task, info, encoder, {**parameters, "max_len": max_len})
+    encoder, info = load_pretrain(tokenizer, _KEYS, None, "auto", False)
+    parameters |= {"max_len": None, "text_key": _KEYS.text, "eos": "auto", "parse_special_tokens": False}
+    return TextInput(path, task, info, encoder, parameters)
+
+
+def _task_of(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a file of JSON lines, or a token table.")
+    for number, line in enumerate(read_lines(str(path), 0, 0), 1):
+        if not line.strip():
+            continue
+        try:
+            record = load_json(decode_record(line))
+        except Malformed as error:
+            raise UserError(f"{path}, line {number}: {error}: mend it.") from error
+        keys = set(record) if isinstance(record, dict) else set()
+        if isinstance(record, list) or keys & set(TURN_KEYS):
+            return "chat"
+        if _KEYS.text in keys:
+            return "pretrain"
+        found = f"an object of {', '.join(sorted(keys)) or 'no keys'}" if isinstance(record, dict) else "no object"
+        raise UserError(
+            f"{path}, line {number}: {found}, where a text (key {_KEYS.text}) or a conversation (a list of turns, or a "
+            f"key {' or '.join(TURN_KEYS)}) should be: rename the key, or make a table with spark_jobs/tokenize.py."
+        )
+    raise UserError(f"{path} holds no documents: it has no line that is not blank.")
+
+
+def table_of(text: TextInput, cache: Path) -> Path:
+    """The token table of a file, below the folder ``cache``; made there first if it is not there yet.
+
+    Every process of a machine may ask at once. Raises :class:`UserError` for a malformed record, by file and line, when
+    no document is left, and when ``cache`` cannot be written to.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f".{_stem(text.path)}.lock"):
+            folder = cache / f"{_stem(text.path)}-{_key(text, cache)}"
+            if not folder.is_dir() or read_manifest(folder) is None:
+                _make(text, folder)
+            return folder
+    except OSError as error:
+        raise UserError(f"{cache} cannot hold the tokens of {text.path} ({error}): make room, or permit it.") from error
+
+
+def scratch_cache() -> Path:
+    """A folder of this user in the machine's temporary one, for runs that have no folder of their own.
+
+    Raises :class:`UserError` when somebody else has made it: what lies there cannot be trusted.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fft-tokens-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(
+            f"{folder} belongs to somebody else, or is open to others: give the run a folder (--checkpoint)."
+        )
+    return folder
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"[^\w.-]", "_", path.name.partition(".")[0]) or "text"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; whoever dies lets go of it."""
+    with open(path, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _key(text: TextInput, cache: Path) -> str:
+    """A short hash of the file's content and of all else that its table depends on.
+
+    The file is not read again while its size and its time of change stay as they were noted.
+    """
+    facts = text.path.stat()
+    seen = [str(text.path.absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    note = cache / f".{_stem(text.path)}.content"
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    if known.get("seen") != seen:
+        with open(text.path, "rb") as stream:
+            known = {"seen": seen, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        write_atomically(note, json.dumps(known))
+    return hashlib.sha256(f"{known['sha256']} {text.identity}".encode()).hexdigest()[:12]
+
+
+def _make(text: TextInput, folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}")  # under the lock, so nobody else is writing it
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        commit(aside, _tokenize(text, aside))
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _tokenize(text: TextInput, folder: Path) -> Manifest:
+    begin = time.monotonic()
+    name = str(text.path)
+    splits = deal(spans_of([Source(text.path, "json", (text.path,))], text.encoder))
+    place = Place(folder.absolute(), Channel(str(folder.absolute())))
+    with progress(f"tokenize {name}", place.channel, splits[-1].part + 1):
+        parts = publish(place, _write_parts(text.encoder, place, splits))
+    lineage = lineage_of("tokenize", [name], text.parameters)
+    manifest = tokenized(parts, lineage, text.encoder, text.tokenizer, time.monotonic() - begin)
+    for note in notes_on(manifest, text.encoder):
+        say(note)
+    counts, rate = manifest.lineage["counts"], manifest.lineage["timing"]["tokens_per_second"]
+    row = [name, counts["documents_out"], manifest.rows, manifest.tokens, rate]
+    say(format_table((f"{text.task} data", "documents", "rows", "tokens", "tokens/s"), [row]))
+    return manifest
+
+
+def _write_parts(encoder: RecordEncoder[Any], place: Place, splits: list[Split]) -> list[Part]:
+    """Every part by one of as many processes as there are cores."""
+    own: dict[int, list[Split]] = {}
+    for split in splits:
+        own.setdefault(split.part, []).append(split)
+    cores = min(len(os.sched_getaffinity(0)), len(own))
+    # Not forked: this process may have threads, and a trainer's libraries, that a fork would not survive.
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+    try:
+        tasks = [pool.submit(tokenize_part, encoder, place, part, theirs) for part, theirs in own.items()]
+        return [task.result() for task in as_completed(tasks)]
+    except UserError as error:
+        raise name_malformed(error, encoder) from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{splits[0].path}: a process that tokenized it was killed (out of memory?): make a table with "
+            "spark_jobs/tokenize.py."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

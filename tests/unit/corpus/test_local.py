@@ -1,0 +1,182 @@
+"""JSON lines as training data: made once, found again, made anew when file, tokenizer or template changes."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conversations import sentences, write_chats
+from spark.chat_templates import save_chat_tokenizer
+
+from fft.corpus import local
+from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
+from fft.data.manifest import read_manifest
+from fft.data.table import Table
+from fft.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_chat_tokenizer(tmp_path_factory.mktemp("tokenizer") / "qwen2.5", "qwen2.5")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 60)
+
+
+def make(path, tokenizer, cache, max_len=4096):
+    return table_of(text_input(path, tokenizer, max_len), cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("a.jsonl", True), ("a.json", True), ("a.ndjson.gz", True), ("a.parquet", False), ("runs/web", False)],
+)
+def test_what_counts_as_json_lines(name, said, tmp_path):
+    assert is_json_lines(tmp_path / name) == said
+    (tmp_path / name).mkdir(parents=True)
+    assert not is_json_lines(tmp_path / name)  # Spark writes folders of any name
+
+
+def test_the_first_record_says_what_a_file_holds(tmp_path, tokenizer):
+    for record, task in (
+        ([{"user": "a"}, {"assistant": "b"}], "chat"),
+        ({"conversation": [{"user": "a"}, {"assistant": "b"}]}, "chat"),
+        ({"messages": []}, "chat"),
+        ({"text": "a", "id": 1}, "pretrain"),
+    ):
+        path = tmp_path / "some.jsonl"
+        path.write_text("\n\n" + json.dumps(record) + "\n")
+        assert text_input(path, tokenizer, 64).task == task
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds no documents"),
+        ("\n \n", "holds no documents"),
+        ("\n{'a': 1}\n", r"line 2: not valid JSON"),
+        ('{"body": "x"}\n', r"line 1: an object of body, where a text \(key text\) or a conversation"),
+        ("17\n", r"line 1: no object, where"),
+        ('{"text": "a"}\n{"text": "b"}\n\n{"text": 3}\n', r"some.jsonl, line 4: key text is int, not a string"),
+        (
+            '[{"user": "a"}, {"assistant": "b"}]\n{"text": "a"}\n',
+            r"some.jsonl, line 2: no key messages or",
+        ),
+        ('{"text": ""}\n', r"holds no documents: 1 are empty"),
+    ],
+)
+def test_bad_lines_are_named(content, said, tmp_path, tokenizer):
+    path = tmp_path / "some.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=said):
+        make(path, tokenizer, tmp_path / "cache")
+    left = [p.name for p in (tmp_path / "cache").glob("*")] if (tmp_path / "cache").exists() else []
+    assert all(name.endswith((".lock", ".content")) for name in left)
+
+
+def test_a_table_is_made_once(chats, tokenizer, tmp_path, monkeypatch):
+    first = make(chats, tokenizer, tmp_path)
+    table = Table.open(first)
+    manifest = read_manifest(first)
+    assert table.columns == {"input_ids", "labels", "doc_ids"}
+    assert manifest.lineage["inputs"] == [str(chats)]
+    assert manifest.lineage["counts"]["documents_out"] == 60
+    assert manifest.tokenizer.sha256
+    monkeypatch.setattr(local, "_make", None)
+    assert make(chats, tokenizer, tmp_path) == first
+    os.utime(chats)  # touched, not changed
+    assert make(chats, tokenizer, tmp_path) == first
+    copy = shutil.copy(chats, tmp_path / chats.name)
+    assert make(tmp_path / copy, tokenizer, tmp_path) == first
+
+
+def test_another_table_is_made_when_anything_it_depends_on_changes(chats, tokenizer, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(chats.read_bytes())
+    own = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, own)
+    made = [make(path, own, tmp_path / "cache")]
+    before = path.stat()
+    path.write_bytes(chats.read_bytes().replace(b"the", b"THE", 1))  # as long as before
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    made += [make(path, own, tmp_path / "cache"), make(path, own, tmp_path / "cache", max_len=128)]
+    template = own / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    made.append(make(path, own, tmp_path / "cache"))
+    assert len(set(made)) == 4
+    assert all(read_manifest(folder) for folder in made)  # a run may still be reading the older ones
+
+
+def test_what_a_killed_process_left_is_made_again(chats, tokenizer, tmp_path):
+    folder = make(chats, tokenizer, tmp_path)
+    shutil.rmtree(folder)
+    (tmp_path / f".{folder.name}").mkdir()
+    (tmp_path / f".{folder.name}" / "part-00000.parquet").write_bytes(b"half")
+    assert make(chats, tokenizer, tmp_path) == folder
+    assert Table.open(folder).rows == 60
+    assert not (tmp_path / f".{folder.name}").exists()
+
+
+def test_ranks_that_ask_at_once_get_one_table(chats, tokenizer, tmp_path):
+    text, calls, real = text_input(chats, tokenizer, 256), [], local._make
+
+    def counted(*given):
+        calls.append(given)
+        real(*given)
+
+    local._make = counted
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            folders = set(pool.map(lambda _: table_of(text, tmp_path / "cache"), range(4)))
+    finally:
+        local._make = real
+    assert len(folders) == len(calls) == 1
+
+
+def test_compressed_texts(tokenizer, tmp_path):
+    texts = sentences(50)
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.write(lines)
+    plain, packed = (Table.open(make(tmp_path / name, tokenizer, tmp_path)) for name in ("a.jsonl", "b.jsonl.gz"))
+    assert plain.tokens == packed.tokens
+    assert plain.rows == packed.rows == 50
+    assert plain.columns == {"input_ids", "doc_ids"}
+
+
+def test_the_scratch_folder_is_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = scratch_cache()
+    assert scratch_cache() == folder
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match="open to others"):
+        scratch_cache()
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        scratch_cache()
+
+
+def test_neither_torch_nor_spark_is_needed(chats, tokenizer, tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'pyspark', 'deepspeed', 'spark_jobs'): sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from fft.corpus.local import text_input, table_of\n"
+        "if __name__ == '__main__':\n"
+        f"    text = text_input(Path({str(chats)!r}), Path({str(tokenizer)!r}), 4096)\n"
+        f"    print(table_of(text, Path({str(tmp_path)!r})))\n"
+    )
+    script = tmp_path / "alone.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Table.open(done.stdout.strip()).rows == 60
+    assert "chat data" in done.stderr
