@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fft.data.worker_notes import Amount, Channel
+from fft.data.worker_notes import Amount, WorkerNotes
 
 
 def say(text: str) -> None:
@@ -35,9 +35,9 @@ def _cell(value: object) -> str:
 
 @contextmanager
 def progress(
-    name: str, channel: Channel, parts: int, tokens: int | None = None, interval: float = 1.0
+    name: str, notes: WorkerNotes, parts: int, tokens: int | None = None, interval: float = 1.0
 ) -> Iterator[None]:
-    """Show what tasks have noted in ``channel``, of ``parts`` and, if that is known, ``tokens`` in all; then clear it.
+    """Show what tasks have noted in ``notes``, of ``parts`` and, if that is known, ``tokens`` in all; then clear it.
 
     A terminal gets one line rewritten, a log file one line every half minute.
     """
@@ -48,7 +48,7 @@ def progress(
         start = time.monotonic()
         while not stop.wait(interval if tty else 30.0):
             line = progress_line(
-                name, channel.amount("read"), channel.amount("written"), parts, tokens, time.monotonic() - start
+                name, notes.amount("read"), notes.amount("written"), parts, tokens, time.monotonic() - start
             )
             print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
         if tty:
@@ -61,7 +61,7 @@ def progress(
     finally:
         stop.set()
         thread.join()
-        channel.clear()
+        notes.clear()
 
 
 def progress_line(name: str, read: Amount, written: Amount, parts: int, tokens: int | None, seconds: float) -> str:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,18 +11,16 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, progress, say
-from fft.corpus.accounts import lineage_of, with_results
+from fft.corpus.accounts import lineage_of, timing_of
 from fft.data.delta import split_version
-from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest
-from fft.data.part_files import PartFile, files_of, sum_tallies, total
-from fft.data.place import Place
+from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
 from fft.files import recover_folder, replace_folder, staging_folder, write_atomically
 from spark_jobs.runtime.hashing import balance, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
-from spark_jobs.runtime.tasks import by_part, report, to_tasks
-from spark_jobs.token_table.output import INFO_NAME, SPLITS, check_output, claim, local_path, write_parts
+from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
+from spark_jobs.token_table.output import INFO_NAME, SPLITS, Output, TableWriter, local_path
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 
@@ -65,41 +63,48 @@ def repartition_table(
             f"-i {source} holds the tables {', '.join(names)}: give one of them, or mix them with shuffle.py first."
         )
     datasets = dict(zip(names, open_datasets(tables), strict=True))
-    parameters = {"max_len": max_len, "pack": pack, "num_partition": num_partition, "seed": seed}
-    lineage = lineage_of("repartition", [dataset.table.source for dataset in datasets.values()], parameters)
-    manifests = {}
-    untouched = [source]
-    if output is not None:
-        folder = local_path(output, "-o")
-    elif all(dataset.table.version is not None for dataset in datasets.values()):
-        # A new version of a Delta table, beside the one that is read.
-        folder, table_format, untouched = split_version(source)[0], "delta", []
+    packing = Packing(max_len, pack, num_partition, seed)
+    lineage = lineage_of("repartition", [dataset.table.source for dataset in datasets.values()], asdict(packing))
+    if output is None:
+        table = _in_place(source, datasets, overwrite)
     else:
-        check_output(source, [], overwrite, "parquet", names)  # what would go with the table
-        folder = staging_folder(source)
-    check_output(folder, untouched, overwrite, table_format, names)
+        table = Output(local_path(output, "-o"), names, [source], overwrite, table_format)
+    table.check()
     spark = spark or get_session("repartition")
-    with claim(folder, names, untouched, lineage, overwrite, table_format) as places, job_settings(spark):
+    manifests = {}
+    with table.claim(lineage) as writers, job_settings(spark):
         for name, dataset in datasets.items():
-            manifests[name] = _repartition(
-                spark, dataset, places[name], lineage, name, max_len, pack, num_partition, seed
-            )
+            title = f"repartition {name}".strip()
+            manifests[name] = _repartition(spark, writers[name], dataset, title, packing, lineage)
         for name, manifest in manifests.items():
-            write_atomically(places[name].folder / INFO_NAME, describe(manifest))
-            places[name].commit(manifest)
-    say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
-    for name, manifest in manifests.items():
-        spread = manifest.lineage["counts"]["max_over_min"]
-        if spread > _MAX_SPREAD:
-            say(
-                f"note: partitions of {places[name].folder} differ by {spread:.2f}: "
-                "for few documents, lower --num_partition."
-            )
-    if output is None and table_format == "parquet":
+            write_atomically(writers[name].target.folder / INFO_NAME, facts_of(manifest))
+            writers[name].commit(manifest)
+    replaced = output is None and table.table_format == "parquet"
+    folder = source if replaced else table.folder
+    _say_results(manifests, folder)
+    if replaced:
         replace_folder(source)
-        folder = source
     say(f"wrote {folder}")
     return manifests
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows are packed; see :func:`repartition_table`."""
+
+    max_len: int
+    pack: str
+    num_partition: int | None
+    seed: int
+
+    def partitions(self, tokens: int) -> int:
+        """Files of a table with so many tokens."""
+        if self.num_partition is not None:
+            return self.num_partition
+        low, high = _PARTITIONS
+        wanted = min(max(math.ceil(tokens / _TOKENS_PER_PARTITION), low), high)
+        # A small table keeps enough rows together to pack them well.
+        return min(wanted, max(1, tokens // (_ROWS_TO_PACK * self.max_len)))
 
 
 def _check_in_place(table: Path, overwrite: bool) -> None:
@@ -110,54 +115,44 @@ def _check_in_place(table: Path, overwrite: bool) -> None:
     recover_folder(table)
 
 
+def _in_place(source: Path, datasets: Mapping[str, Dataset], overwrite: bool) -> Output:
+    """Where the tables that replace those of ``source`` are written."""
+    names = list(datasets)
+    if all(dataset.table.version is not None for dataset in datasets.values()):
+        # A new version of a Delta table, beside the one that is read.
+        return Output(split_version(source)[0], names, [], overwrite, "delta")
+    Output(source, names, [], overwrite, "parquet").check()  # what would go with the table
+    return Output(staging_folder(source), names, [source], overwrite, "parquet")
+
+
 def _repartition(
-    spark: SparkSession,
-    dataset: Dataset,
-    place: Place,
-    lineage: dict,
-    name: str,
-    max_len: int,
-    pack: str,
-    num_partition: int | None,
-    seed: int,
+    spark: SparkSession, writer: TableWriter, dataset: Dataset, title: str, packing: Packing, lineage: dict
 ) -> Manifest:
     start = time.monotonic()
-    if num_partition is None:
-        low, high = _PARTITIONS
-        num_partition = min(max(math.ceil(dataset.table.tokens / _TOKENS_PER_PARTITION), low), high)
-        # A small table keeps enough rows together to pack them well.
-        num_partition = min(num_partition, max(1, dataset.table.tokens // (_ROWS_TO_PACK * max_len)))
-    rows = read_tokens(spark, [dataset], place.channel).where(F.length("input_ids") > 0)
-    buckets = num_partition * _BUCKETS_PER_PARTITION
-    title = f"repartition {name}".strip()
-    with progress(f"{title}: weighing", place.channel, 0, dataset.table.tokens):
-        weights = bucket_tokens(rows, seed, buckets)
-    place.channel.check()
-    assigned = spark.createDataFrame(sorted(balance(weights, num_partition).items()), "bucket int, part int")
-    placed = rows.transform(in_partitions, assigned, seed, buckets, num_partition)
+    partitions, notes = packing.partitions(dataset.table.tokens), writer.target.notes
+    rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
+    buckets = partitions * _BUCKETS_PER_PARTITION
+    with progress(f"{title}: weighing", notes, 0, dataset.table.tokens):
+        weights = bucket_tokens(rows, packing.seed, buckets)
+    notes.check()
+    assigned = spark.createDataFrame(sorted(balance(weights, partitions).items()), "bucket int, part int")
+    placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
     order = ["part", "place", "name", *int_columns(placed)]
-    work = PackParts(place, Packer(max_len, pack, seed, window_tokens(max_len)))
-    parts = write_parts(placed, work, order, place, title, num_partition, dataset.table.tokens)
-    files = files_of(parts)
-    size, tokens_in = total(files), sum(weights.values())
-    if size.tokens != tokens_in:
-        raise UserError(
-            f"{dataset.path} changed while it was read ({tokens_in} tokens, then {size.tokens}): run again."
-        )
-    per_file = [file.tokens for file in files]
+    packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len))
+    writer.write(placed, PackParts(writer.target, packer), order, partitions, title, dataset.table.tokens)
+    tokens, tokens_in = writer.tokens, sum(weights.values())
+    if tokens != tokens_in:
+        raise UserError(f"{dataset.path} changed while it was read ({tokens_in} tokens, then {tokens}): run again.")
+    positions, per_file = sum(file.rows for file in writer.files) * packing.max_len, [f.tokens for f in writer.files]
     counts = {
         "rows_in": dataset.table.rows,
-        "rows": size.rows,
-        "tokens": size.tokens,
-        "bytes": size.bytes,
-        "partitions": len(files),
+        "partitions": len(per_file),
         "max_over_min": round(max(per_file) / min(per_file), 4),
-        "unused": size.rows * max_len - size.tokens,
-        "lengths": histogram_of(sum_tallies(parts)),
-        "unused_share": round(1 - size.tokens / (size.rows * max_len), 6),
+        "unused": positions - tokens,
+        "unused_share": round(1 - tokens / positions, 6),
     }
-    results = with_results(lineage, counts, size.tokens, time.monotonic() - start)
-    return Manifest(files, size.rows, size.tokens, common_tokenizer([dataset]), max_len, seed, results)
+    timing, tokenizer = timing_of(start, tokens), common_tokenizer([dataset])
+    return writer.manifest(lineage, counts, timing, tokenizer, packing.max_len, packing.seed)
 
 
 def _bucket(seed: int, buckets: int) -> Column:
@@ -183,22 +178,32 @@ def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, n
 
 @dataclass(frozen=True)
 class PackParts:
-    """A function for ``mapInArrow``: rows of parts in; each part packed and written; reports out."""
+    """A function for ``mapInArrow``: rows of parts in; each part packed and written."""
 
-    place: Place
+    target: PartFolder
     packer: Packer
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Do all parts of a task."""
         for part, rows in by_part(batches):
-            with PartFile(self.place, part) as sink:
+            with PartFile(self.target, part) as sink:
                 for batch in self.packer(rows):
                     sink.write(batch)
                 done = sink.finish({})
-            yield report([done])
+            yield part_to_row(done)
 
 
 _HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")
+
+
+def _say_results(manifests: Mapping[str, Manifest], folder: Path) -> None:
+    say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
+    for name, manifest in manifests.items():
+        spread = manifest.lineage["counts"]["max_over_min"]
+        if spread > _MAX_SPREAD:
+            say(
+                f"note: partitions of {folder / name} differ by {spread:.2f}: for few documents, lower --num_partition."
+            )
 
 
 def _line(name: str, manifest: Manifest) -> list:
@@ -216,7 +221,7 @@ def _line(name: str, manifest: Manifest) -> list:
     ]
 
 
-def describe(manifest: Manifest) -> str:
+def facts_of(manifest: Manifest) -> str:
     """The table's facts for a human reader."""
     counts, tokenizer = manifest.lineage["counts"], manifest.tokenizer
     facts = {

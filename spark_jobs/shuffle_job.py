@@ -2,9 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +15,16 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, say
-from fft.corpus.accounts import lineage_of, with_results
+from fft.corpus.accounts import lineage_of, timing_of
 from fft.data.arrow_lists import bytes_to_lists
-from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest
-from fft.data.part_files import PartFile, by_dataset, dataset_tallies, files_of, sum_tallies, total
-from fft.data.place import Place
+from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
 from spark_jobs.mixing import check_weights, with_copies
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
-from spark_jobs.runtime.tasks import by_part, report, to_tasks
-from spark_jobs.token_table.output import check_output, claim, local_path, local_paths, write_parts
+from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
+from spark_jobs.token_table.output import Output, TableWriter, local_path, local_paths
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
 
 _TOKENS_PER_BLOCK = 1 << 23
@@ -61,58 +61,74 @@ def shuffle_tables(
     tokenizer = common_tokenizer(datasets)
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
         raise UserError("--holdout needs whole documents, but a table is packed: hold out before repartition.py packs.")
-    mixture = check_weights(weights or {}, [dataset.name for dataset in datasets])
-    parameters = {"seed": seed, "num_block": num_block, "holdout": holdout, "weights": mixture, "dedup": dedup}
-    lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], parameters)
-    tokens_in = {dataset.name: dataset.table.tokens for dataset in datasets}
+    mixing = Mixing(seed, num_block, holdout, check_weights(weights or {}, [d.name for d in datasets]), dedup)
+    lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], asdict(mixing))
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
-    check_output(folder, paths, overwrite, table_format, list(shares))
+    table = Output(folder, list(shares), paths, overwrite, table_format)
+    table.check()
     spark = spark or get_session("shuffle")
     start = time.monotonic()
-    with claim(folder, list(shares), paths, lineage, overwrite, table_format) as places, job_settings(spark):
-        channel = next(iter(places.values())).channel
-        rows = read_tokens(spark, datasets, channel).withColumn("name", F.array_join("doc_ids", "\n"))
-        parts = {}
+    with table.claim(lineage) as writers, job_settings(spark):
+        notes = next(iter(writers.values())).target.notes
+        rows = read_tokens(spark, datasets, notes).withColumn("name", F.array_join("doc_ids", "\n"))
         for name, share in shares.items():
-            # Held-out rows occur once: repeating them would only make an evaluation slower.
-            factors = mixture if name != "validation" else {n: float(w > 0) for n, w in mixture.items()}
-            chosen = rows.transform(rows_of_split, seed, holdout, name, dedup)
-            copied = chosen.transform(with_copies, factors, seed, F.col("name"))
-            tokens = sum(own * factors[n] for n, own in tokens_in.items())
-            blocks = _blocks(num_block, share, tokens)
-            placed = copied.transform(in_seeded_order, seed, blocks, dedup)
-            work = WriteRows(places[name], tuple(int_columns(rows)) if dedup else ())
-            order = ["part", "place", *int_columns(rows), "kept", "dataset", "name"]
-            title = f"shuffle {name}".strip()
-            parts[name] = write_parts(placed, work, order, places[name], title, blocks, int(tokens * share))
-            if not files_of(parts[name]):
-                raise UserError(
-                    f"{f'--holdout {holdout}' if holdout else '-i'} leaves no row for {name or 'the output'}: "
-                    f"{sum(d.table.rows for d in datasets)} rows are too few; give another share."
-                )
-        tallies = sum_tallies([part for own in parts.values() for part in own])
-        counts = {name: tallies.get(name, 0) for name in ("rows_out", "empty", "duplicates")}
-        counts = {"rows_in": sum(dataset.table.rows for dataset in datasets), **counts}
-        weighted = any(weight != 1 for weight in mixture.values())
-        if not weighted and counts["rows_in"] != sum(v for k, v in counts.items() if k != "rows_in"):
-            raise UserError(f"rows in and out differ ({counts}): an input changed while it was read; run again.")
-        sizes = {name: total(files_of(own)) for name, own in parts.items()}
-        seconds, tokens = time.monotonic() - start, sum(size.tokens for size in sizes.values())
+            _write_split(writers[name], rows, datasets, name, share, mixing)
+        counts = _counts(writers.values(), datasets, mixing)
+        timing = timing_of(start, sum(writer.tokens for writer in writers.values()))
         manifests = {}
-        for name, size in sizes.items():
-            own = sum_tallies(parts[name])
-            counted = counts | {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
-            counted["datasets"] = by_dataset([dataset.name for dataset in datasets], own)
-            counted["lengths"] = histogram_of(own)
-            results = with_results(lineage, counted, tokens, seconds)
-            length = _seq_len(datasets)
-            files = files_of(parts[name])
-            manifests[name] = Manifest(files, size.rows, size.tokens, tokenizer, length, seed, results)
+        for name, writer in writers.items():
+            own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], writer.tallies)}
+            manifests[name] = writer.manifest(lineage, own, timing, tokenizer, _seq_len(datasets), seed)
         for name, manifest in manifests.items():
-            places[name].commit(manifest)
-    _report(manifests, counts, folder)
+            writers[name].commit(manifest)
+    _say_results(manifests, counts, folder)
     return manifests
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What decides the order; see :func:`shuffle_tables`. ``weights`` has all tables."""
+
+    seed: int
+    num_block: int | None
+    holdout: float
+    weights: dict[str, float]
+    dedup: bool
+
+
+def _write_split(
+    writer: TableWriter, rows: DataFrame, datasets: Sequence[Dataset], name: str, share: float, mixing: Mixing
+) -> None:
+    weights = mixing.weights
+    if name == "validation":  # held-out rows occur once: repeating them would only make an evaluation slower
+        weights = {dataset: float(weight > 0) for dataset, weight in weights.items()}
+    chosen = rows.transform(rows_of_split, mixing.seed, mixing.holdout, name, mixing.dedup)
+    copied = chosen.transform(with_copies, weights, mixing.seed, F.col("name"))
+    tokens = sum(dataset.table.tokens * weights[dataset.name] for dataset in datasets)
+    blocks = _blocks(mixing.num_block, share, tokens)
+    placed = copied.transform(in_seeded_order, mixing.seed, blocks, mixing.dedup)
+    work = WriteRows(writer.target, tuple(int_columns(rows)) if mixing.dedup else ())
+    order = ["part", "place", *int_columns(rows), "kept", "dataset", "name"]
+    writer.write(placed, work, order, blocks, f"shuffle {name}".strip(), int(tokens * share))
+    if not writer.files:
+        raise UserError(
+            f"{f'--holdout {mixing.holdout}' if mixing.holdout else '-i'} leaves no row for {name or 'the output'}: "
+            f"{_rows(datasets)} rows are too few; give another share."
+        )
+
+
+def _counts(writers: Iterable[TableWriter], datasets: Sequence[Dataset], mixing: Mixing) -> dict[str, Any]:
+    tallies = sum_tallies([part for writer in writers for part in writer.parts])
+    counts = {"rows_in": _rows(datasets)} | {name: tallies[name] for name in ("rows_out", "empty", "duplicates")}
+    weighted = any(weight != 1 for weight in mixing.weights.values())
+    if not weighted and counts["rows_in"] != counts["rows_out"] + counts["empty"] + counts["duplicates"]:
+        raise UserError(f"rows in and out differ ({counts}): an input changed while it was read; run again.")
+    return counts
+
+
+def _rows(datasets: Sequence[Dataset]) -> int:
+    return sum(dataset.table.rows for dataset in datasets)
 
 
 def rows_of_split(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
@@ -146,30 +162,29 @@ def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool =
 
 @dataclass(frozen=True)
 class WriteRows:
-    """A function for ``mapInArrow``: sorted rows of parts in; files written; reports out.
+    """A function for ``mapInArrow``: sorted rows of parts in; files written.
 
     Left out are rows that are not ``kept``; and, counted, empty rows and, if ``unique`` names columns, rows that equal
     the one before in them.
     """
 
-    place: Place
+    target: PartFolder
     unique: tuple[str, ...] = ()
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write all parts of a task."""
         for part, rows in by_part(batches):
-            tallies: dict[str, int] = {}
+            tallies: Counter[str] = Counter()
             before = None
-            with PartFile(self.place, part) as sink:
+            with PartFile(self.target, part) as sink:
                 for batch in rows:
                     chosen, counts = self._choose(batch, before)
                     before = batch.slice(batch.num_rows - 1)
-                    for name, value in counts.items():
-                        tallies[name] = tallies.get(name, 0) + value
+                    tallies.update(counts)
                     if chosen.num_rows:
                         sink.write(as_token_rows(chosen))
                 done = sink.finish(tallies)
-            yield report([done])
+            yield part_to_row(done)
 
     def _choose(self, batch: pa.RecordBatch, before: pa.RecordBatch | None) -> tuple[pa.RecordBatch, dict[str, int]]:
         kept = batch.column("kept").to_numpy(zero_copy_only=False)
@@ -223,7 +238,7 @@ def _seq_len(datasets: Sequence[Dataset]) -> int | None:
     return None if None in lengths else max(lengths)
 
 
-def _report(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path) -> None:
+def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path) -> None:
     lines = []
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,28 +13,22 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
-from fft.corpus.accounts import lineage_of, notes_on, tokenized
+from fft.corpus.accounts import document_counts, engine_of, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, find_sources, spans_of
 from fft.corpus.splits import SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
-from fft.data.manifest import Manifest
-from fft.data.part_files import (
-    QUARANTINE,
-    Part,
-    PartFile,
-    RejectFile,
-)
-from fft.data.place import Place
+from fft.data.manifest import Manifest, TokenizerInfo
+from fft.data.part_files import QUARANTINE, PartFile, PartFolder, RejectFile
 from fft.errors import UserError
 from fft.text.chat import load_chat
 from fft.text.encoder import Encoder
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
-from spark_jobs.dataframes import columns_of, count_parts, in_parts, is_frame, open_frame, records_of
+from spark_jobs.dataframes import Frame, columns_of, count_parts, in_parts, is_frame, open_frame, records_of
 from spark_jobs.runtime.session import get_session, job_settings
-from spark_jobs.runtime.tasks import by_part, create_tasks, report
-from spark_jobs.token_table.output import check_output, claim, local_path, local_paths, write_parts
+from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
+from spark_jobs.token_table.output import Output, TableWriter, local_path, local_paths
 
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
@@ -70,11 +64,13 @@ def tokenize_table(
     folder = local_path(output, "-o")
     inputs = [inputs] if isinstance(inputs, str | Path | DataFrame) else list(inputs)
     unread = [path for path in inputs if is_frame(path)]
-    paths = local_paths([path for path in inputs if not is_frame(path)], "-i")
+    paths = local_paths([path for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)], "-i")
     sources = find_sources(paths)
-    check_output(folder, paths, overwrite, table_format)
+    table = Output(folder, [""], paths, overwrite, table_format)
+    table.check()
     place = local_path(tokenizer, "--tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
+    load: Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
     if task == "chat":
         _check_chat(sources, text_key, eos, parse_special_tokens)
         load = partial(load_chat, place, id_key, max_len)
@@ -89,31 +85,43 @@ def tokenize_table(
     frames = [open_frame(spark, path) for path in unread]
     names = list(dict.fromkeys([*(str(source.path) for source in sources), *(frame.name for frame in frames)]))
     lineage = lineage_of("tokenize", names, parameters)
-    with claim(folder, [""], paths, lineage, overwrite, table_format) as places, job_settings(spark):
-        shutil.rmtree(folder / QUARANTINE, ignore_errors=True)  # of an older version
-        (folder / QUARANTINE).mkdir()
-        fail = on_error == "fail"
-        parts: list[Part] = []
-        try:
-            if sources:
-                splits = deal(spans_of(sources, record_encoder))
-                tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
-                work = TokenizeParts(record_encoder, places[""], fail)
-                parts += write_parts(tasks, work, _ORDER, places[""], "tokenize", splits[-1].part + 1)
-            for frame in frames:
-                rows = frame.rows.select(columns_of(frame, record_encoder))
-                count, first = count_parts(rows), 1 + max((part.part for part in parts), default=-1)
-                work = TokenizeFrame(record_encoder, places[""], fail, frame.name, frame.kind)
-                title = f"tokenize {frame.name}"
-                parts += write_parts(in_parts(rows, count, first), work, FRAME_ORDER, places[""], title, count)
-        except UserError as error:
-            raise name_malformed(error, record_encoder) from error
-        manifest = tokenized(parts, lineage, record_encoder, info, time.monotonic() - start)
-        if not manifest.lineage["counts"]["quarantined"]:
-            (folder / QUARANTINE).rmdir()
-        places[""].commit(manifest)
-    _report(manifest, folder, notes_on(manifest, record_encoder))
+    with table.claim(lineage) as writers, job_settings(spark):
+        writer = writers[""]
+        _write(spark, writer, sources, frames, record_encoder, on_error == "fail")
+        counts = document_counts(writer.tallies, names, record_encoder)
+        lineage["engine"] = engine_of(writer.tallies)
+        manifest = writer.manifest(lineage, counts, timing_of(start, writer.tokens), info, max_len)
+        writer.commit(manifest)
+    _say_results(manifest, folder, notes_on(manifest, record_encoder))
     return manifest
+
+
+def _write(
+    spark: SparkSession,
+    writer: TableWriter,
+    sources: Sequence[Source],
+    frames: Sequence[Frame],
+    record_encoder: RecordEncoder[Any],
+    fail: bool,
+) -> None:
+    quarantine = writer.target.folder / QUARANTINE
+    shutil.rmtree(quarantine, ignore_errors=True)  # of an older version
+    quarantine.mkdir()
+    try:
+        if sources:
+            splits = deal(spans_of(sources, record_encoder))
+            parts = splits[-1].part + 1
+            tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
+            writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, parts, "tokenize")
+        for frame in frames:
+            rows = frame.rows.select(columns_of(frame, record_encoder))
+            parts, first = count_parts(rows), 1 + max((part.part for part in writer.parts), default=-1)
+            work = TokenizeFrame(record_encoder, writer.target, fail, frame.name, frame.kind)
+            writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
+    except UserError as error:
+        raise name_malformed(error, record_encoder) from error
+    if not writer.tallies["quarantined"]:
+        quarantine.rmdir()
 
 
 def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_special_tokens: bool) -> None:
@@ -128,24 +136,24 @@ def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_specia
 
 @dataclass(frozen=True)
 class TokenizeParts:
-    """A function for ``mapInArrow``: batches of parts in; each part is encoded and written; reports out.
+    """A function for ``mapInArrow``: batches of parts in; each part is encoded and written.
 
     The batches name splits of files, which are read here.
     """
 
     record_encoder: RecordEncoder[Any]
-    place: Place
+    target: PartFolder
     fail: bool
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Do all parts of a task."""
         encoder = Encoder(self.record_encoder.recipe)
         for part, rows in by_part(batches):
-            with PartFile(self.place, part) as sink, RejectFile(self.place, part) as rejects:
+            with PartFile(self.target, part) as sink, RejectFile(self.target, part) as rejects:
                 tokenizer = PartTokenizer(self.record_encoder, encoder, sink, None if self.fail else rejects)
                 self._fill(tokenizer, rows)
                 done = sink.finish(tokenizer.tallies, rejects.finish())
-            yield report([done])
+            yield part_to_row(done)
 
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         # All of a part's splits are known before the first is read: the engine's batches are freed.
@@ -167,8 +175,8 @@ class TokenizeFrame(TokenizeParts):
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 
-def _report(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
-    counts, timing, engine = (manifest.lineage[name] for name in ("counts", "timing", "engine"))
+def _say_results(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
+    engine, counts, timing = (manifest.lineage[name] for name in ("engine", "counts", "timing"))
     header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "bytes", "seconds", "tokens/s")
     row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]
     for note in notes:

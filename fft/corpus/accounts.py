@@ -1,11 +1,13 @@
 """What became of all records of the inputs, from what the parts counted: the facts of a table's manifest."""
 
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest, TokenizerInfo
-from fft.data.part_files import Part, by_dataset, files_of, sum_tallies, total
+from fft.data.part_files import Part, by_dataset, files_of, sum_tallies
 from fft.errors import UserError
 from fft.text.encoder import ENGINES
 from fft.text.records import RecordEncoder
@@ -19,46 +21,35 @@ def lineage_of(job: str, inputs: Sequence[object], parameters: Mapping[str, obje
     return {"job": job, "inputs": [str(path) for path in inputs], "parameters": dict(parameters)}
 
 
-def with_results(
-    lineage: Mapping[str, Any], counts: Mapping[str, object], tokens: int, seconds: float
-) -> dict[str, Any]:
-    """Lineage of a finished table."""
-    timing = {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
-    return {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": timing}
+def timing_of(start: float, tokens: int) -> dict[str, float]:
+    """Seconds since ``start``, a ``time.monotonic()``, and tokens a second."""
+    seconds = time.monotonic() - start
+    return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
 
 
-def tokenized(
+def manifest_of(
     parts: Sequence[Part],
     lineage: Mapping[str, Any],
-    record_encoder: RecordEncoder[Any],
-    tokenizer: TokenizerInfo,
-    seconds: float,
+    counts: Mapping[str, Any],
+    timing: Mapping[str, float],
+    tokenizer: TokenizerInfo | None,
+    seq_len: int | None,
+    seed: int | None = None,
 ) -> Manifest:
-    """The manifest of a table that was tokenized: files, ``counts`` of documents, tokens and lengths, the engine.
+    """The manifest of finished parts: ``counts``, and those that every table has, go into the lineage."""
+    files = files_of(parts)
+    rows, tokens, size = (sum(getattr(file, name) for file in files) for name in ("rows", "tokens", "bytes"))
+    counts = {**counts, "rows": rows, "tokens": tokens, "bytes": size, "lengths": histogram_of(sum_tallies(parts))}
+    lineage = {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": dict(timing)}
+    return Manifest(files, rows, tokens, tokenizer, seq_len, seed, lineage)
 
-    ``lineage`` is what :func:`lineage_of` gave. Raises :class:`UserError` when no document is left, and when the counts
-    do not add up.
+
+def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder: RecordEncoder[Any]) -> dict[str, Any]:
+    """What became of all documents, and how much of each input is in the table.
+
+    Raises :class:`UserError` when no document is left, and when the counts do not add up.
     """
-    files, tallies, inputs = files_of(parts), sum_tallies(parts), lineage["inputs"]
-    size = total(files)
-    counts: dict[str, Any] = {name: tallies[name] for name in (*_COUNTED, *record_encoder.tallies)}
-    counts |= {"rows": size.rows, "tokens": size.tokens, "bytes": size.bytes}
-    counts |= {"datasets": by_dataset(inputs, tallies), "lengths": histogram_of(tallies)}
-    _check(counts, inputs)
-    engine = ENGINES[max(number for number in range(len(ENGINES)) if f"engine {number}" in tallies)]
-    results = with_results({**lineage, "engine": engine}, counts, size.tokens, seconds)
-    max_len = lineage["parameters"]["max_len"]
-    return Manifest(files, size.rows, size.tokens, tokenizer, seq_len=max_len, lineage=results)
-
-
-def notes_on(manifest: Manifest, record_encoder: RecordEncoder[Any]) -> list[str]:
-    """What the user should know about a table that was tokenized, a line each."""
-    engine = manifest.lineage["engine"]
-    slow = [f"warning: ids were made by Hugging Face {engine}; they are exact, but this is many times slower."]
-    return [*(slow if engine != ENGINES[0] else ()), *record_encoder.notes(manifest.lineage["counts"])]
-
-
-def _check(counts: Mapping[str, Any], inputs: Sequence[str]) -> None:
+    counts = {name: tallies[name] for name in (*_COUNTED, *record_encoder.tallies)}
     if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
         raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
     if not counts["documents_out"]:
@@ -66,3 +57,16 @@ def _check(counts: Mapping[str, Any], inputs: Sequence[str]) -> None:
             f"{', '.join(inputs)} holds no documents: {counts['empty']} are empty and "
             f"{counts['quarantined']} malformed."
         )
+    return {**counts, "datasets": by_dataset(inputs, tallies)}
+
+
+def engine_of(tallies: Mapping[str, int]) -> str:
+    """The slowest engine that encoded a part."""
+    return ENGINES[max(number for number in range(len(ENGINES)) if f"engine {number}" in tallies)]
+
+
+def notes_on(manifest: Manifest, record_encoder: RecordEncoder[Any]) -> list[str]:
+    """What the user should know about a table that was tokenized, a line each."""
+    engine = manifest.lineage["engine"]
+    slow = [f"warning: ids were made by Hugging Face {engine}; they are exact, but this is many times slower."]
+    return [*(slow if engine != ENGINES[0] else ()), *record_encoder.notes(manifest.lineage["counts"])]

@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from fft.console import format_table, progress, say
-from fft.corpus.accounts import lineage_of, notes_on, tokenized
+from fft.corpus.accounts import document_counts, engine_of, lineage_of, manifest_of, notes_on, timing_of
 from fft.corpus.files import Source, kind_of, spans_of
 from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
 from fft.corpus.tokenize_parts import name_malformed, tokenize_part
 from fft.data.manifest import Manifest, TokenizerInfo, commit, read_manifest
-from fft.data.part_files import Part, publish
-from fft.data.place import Place
-from fft.data.worker_notes import Channel
+from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
+from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from fft.files import write_atomically
 from fft.text.chat import load_chat
@@ -56,7 +55,12 @@ class TextInput:
     task: str
     tokenizer: TokenizerInfo
     encoder: RecordEncoder[Any]
-    parameters: dict[str, object]
+    parameters: dict[str, Any]
+
+    @property
+    def max_len(self) -> int | None:
+        """Tokens of a row at most; None where texts are left whole."""
+        return self.parameters["max_len"]
 
     @property
     def identity(self) -> str:
@@ -190,20 +194,22 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     begin = time.monotonic()
     name = str(text.path)
     splits = deal(spans_of([Source(text.path, "json", (text.path,))], text.encoder))
-    place = Place(folder.absolute(), Channel(str(folder.absolute())))
-    with progress(f"tokenize {name}", place.channel, splits[-1].part + 1):
-        parts = publish(place, _write_parts(text.encoder, place, splits))
-    lineage = lineage_of("tokenize", [name], text.parameters)
-    manifest = tokenized(parts, lineage, text.encoder, text.tokenizer, time.monotonic() - begin)
+    target = PartFolder(folder.absolute(), WorkerNotes(str(folder.absolute())))
+    with progress(f"tokenize {name}", target.notes, splits[-1].part + 1):
+        parts = publish_parts(target, _write_parts(text.encoder, target, splits))
+    tallies = sum_tallies(parts)
+    counts = document_counts(tallies, [name], text.encoder)
+    lineage = {**lineage_of("tokenize", [name], text.parameters), "engine": engine_of(tallies)}
+    timing = timing_of(begin, counts["datasets"][name]["tokens"])
+    manifest = manifest_of(parts, lineage, counts, timing, text.tokenizer, text.max_len)
     for note in notes_on(manifest, text.encoder):
         say(note)
-    counts, rate = manifest.lineage["counts"], manifest.lineage["timing"]["tokens_per_second"]
-    row = [name, counts["documents_out"], manifest.rows, manifest.tokens, rate]
+    row = [name, counts["documents_out"], manifest.rows, manifest.tokens, timing["tokens_per_second"]]
     say(format_table((f"{text.task} data", "documents", "rows", "tokens", "tokens/s"), [row]))
     return manifest
 
 
-def _write_parts(encoder: RecordEncoder[Any], place: Place, splits: list[Split]) -> list[Part]:
+def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[Split]) -> list[Part]:
     """Every part by one of as many processes as there are cores."""
     own: dict[int, list[Split]] = {}
     for split in splits:
@@ -212,7 +218,7 @@ def _write_parts(encoder: RecordEncoder[Any], place: Place, splits: list[Split])
     # Not forked: this process may have threads, and a trainer's libraries, that a fork would not survive.
     pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
     try:
-        tasks = [pool.submit(tokenize_part, encoder, place, part, theirs) for part, theirs in own.items()]
+        tasks = [pool.submit(tokenize_part, encoder, target, part, theirs) for part, theirs in own.items()]
         return [task.result() for task in as_completed(tasks)]
     except UserError as error:
         raise name_malformed(error, encoder) from error

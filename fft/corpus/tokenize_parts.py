@@ -7,8 +7,7 @@ from typing import Any
 
 from fft.corpus.records import first_malformed, read_records
 from fft.corpus.splits import Split
-from fft.data.part_files import Part, PartFile, RejectFile, dataset_tallies
-from fft.data.place import Place
+from fft.data.part_files import Part, PartFile, PartFolder, RejectFile, dataset_tallies
 from fft.errors import UserError
 from fft.text.encoder import Encoder
 from fft.text.records import Malformed, RecordEncoder
@@ -61,9 +60,9 @@ class PartTokenizer:
             self.add(records, split.kind, split.dataset, split.path)
 
 
-def tokenize_part(record_encoder: RecordEncoder[Any], place: Place, part: int, splits: Sequence[Split]) -> Part:
+def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: int, splits: Sequence[Split]) -> Part:
     """Encode splits of files into one part. Raises :class:`UserError` at the first malformed record."""
-    with PartFile(place, part) as sink:
+    with PartFile(target, part) as sink:
         tokenizer = PartTokenizer(record_encoder, Encoder(record_encoder.recipe), sink, None)
         for split in splits:
             tokenizer.add_split(split)

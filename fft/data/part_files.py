@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.data.lengths import document_lengths, tally_lengths
 from fft.data.manifest import FileInfo
-from fft.data.place import Place
-from fft.data.worker_notes import WRITING
+from fft.data.worker_notes import WRITING, WorkerNotes
 from fft.errors import UserError
 from fft.files import sync
 
@@ -34,12 +34,20 @@ QUARANTINE = "_quarantine"
 
 
 @dataclass(frozen=True)
-class Size:
-    """Rows, tokens and bytes of a set of files."""
+class PartFolder:
+    """Where workers write the parts of one table: an absolute path, and notes to the driver, which all of a job's
+    tables share.
 
-    rows: int
-    tokens: int
-    bytes: int
+    The tag of the notes is part of the names of all files: "" unless older versions of a Delta table lie there, too.
+    """
+
+    folder: Path
+    notes: WorkerNotes
+
+    @property
+    def tag(self) -> str:
+        """See the class."""
+        return self.notes.tag
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,14 @@ class Part:
 
 
 class PartFile:
-    """A parquet file that appears in the folder of ``place`` under a hidden temporary name; see :func:`publish`.
+    """A parquet file that appears in the ``target`` under a hidden temporary name; see :func:`publish_parts`.
 
     Row groups are filled up to :data:`ROW_GROUP_ROWS` rows or :data:`ROW_GROUP_TOKENS` tokens whatever the batches are.
     """
 
-    def __init__(self, place: Place, part: int) -> None:
-        self.part, self.name = part, _hidden_name(place, part)
-        self._path, self._meter = place.folder / self.name, place.channel.meter("written")
+    def __init__(self, target: PartFolder, part: int) -> None:
+        self.part, self.name = part, _hidden_name(target, part)
+        self._path, self._meter = target.folder / self.name, target.notes.meter("written")
         self._sink: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
         self._finished = False
@@ -139,8 +147,8 @@ class PartFile:
 class RejectFile:
     """JSON lines of what could not be used, {file, reason, record}, in :data:`QUARANTINE` under a hidden name."""
 
-    def __init__(self, place: Place, part: int) -> None:
-        self._path = place.folder / QUARANTINE / _hidden_name(place, part)
+    def __init__(self, target: PartFolder, part: int) -> None:
+        self._path = target.folder / QUARANTINE / _hidden_name(target, part)
 
     def add(self, file: str, reason: str, record: bytes | None) -> None:
         """Set one record aside."""
@@ -160,16 +168,16 @@ class RejectFile:
             self._path.unlink(missing_ok=True)
 
 
-def _hidden_name(place: Place, part: int) -> str:
-    return f".part-{part:05d}{place.tag}.{uuid.uuid4().hex}{WRITING}"
+def _hidden_name(target: PartFolder, part: int) -> str:
+    return f".part-{part:05d}{target.tag}.{uuid.uuid4().hex}{WRITING}"
 
 
-def publish(place: Place, parts: Sequence[Part]) -> list[Part]:
-    """Give the files that tasks reported their names; drop what failed tries left.
+def publish_parts(target: PartFolder, parts: Sequence[Part]) -> list[Part]:
+    """Give the files of parts, as tasks finished them, their names; drop what failed tries left.
 
     Returns all parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
     """
-    folder, tag = place.folder, place.tag
+    folder, tag = target.folder, target.tag
     parts = sorted(parts, key=lambda p: p.part)
     for part in parts:
         if part.name and not (folder / part.name).exists():
@@ -204,11 +212,6 @@ def by_dataset(names: Sequence[str], tallies: Mapping[str, int]) -> dict[str, di
 def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:
     """Manifest entries of the parts that have rows."""
     return tuple(FileInfo(p.name, p.rows, p.tokens, p.bytes) for p in parts if p.name)
-
-
-def total(files: Sequence[FileInfo]) -> Size:
-    """Sum over files."""
-    return Size(sum(f.rows for f in files), sum(f.tokens for f in files), sum(f.bytes for f in files))
 
 
 def sum_tallies(parts: Sequence[Part]) -> Counter[str]:

@@ -54,7 +54,7 @@ class Meter:
 
 
 @dataclass(frozen=True)
-class Channel:
+class WorkerNotes:
     """Files in ``folder`` whose names contain ``tag``: jobs that write versions of one table keep out of each other."""
 
     folder: str
@@ -67,7 +67,7 @@ class Channel:
     def amount(self, what: str) -> Amount:
         """All tasks' notes together."""
         total = Amount()
-        for path in self._notes(what):
+        for path in self._files(what):
             try:
                 note = path.read_bytes()
             except FileNotFoundError:
@@ -78,7 +78,7 @@ class Channel:
 
     def clear(self) -> None:
         """Remove all notes."""
-        for path in self._notes("*"):
+        for path in self._files("*"):
             path.unlink(missing_ok=True)
 
     def failed(self) -> bool:
@@ -105,14 +105,14 @@ class Channel:
 
     @property
     def _prefix(self) -> str:
-        return f"{self.folder}/.part-channel{self.tag}"
+        return f"{self.folder}/.part-notes{self.tag}"
 
     @property
     def _error(self) -> str:
         return f"{self._prefix}.error{WRITING}"
 
-    def _notes(self, what: str) -> Iterator[Path]:
-        return Path(self.folder).glob(f".part-channel{self.tag}.{what}.{'[0-9a-f]' * 32}{WRITING}")
+    def _files(self, what: str) -> Iterator[Path]:
+        return Path(self.folder).glob(f".part-notes{self.tag}.{what}.{'[0-9a-f]' * 32}{WRITING}")
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class Stoppable:
     """
 
     work: Work
-    channel: Channel
+    notes: WorkerNotes
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """What ``work`` yields until it meets an error."""
-        if not self.channel.failed():
+        if not self.notes.failed():
             try:
                 yield from self.work(batches)
             except UserError as error:
-                self.channel.fail(error)
+                self.notes.fail(error)
         for _ in batches:  # engines expect a task to take all of its input
             continue

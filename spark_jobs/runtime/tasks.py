@@ -1,4 +1,4 @@
-"""How rows and reports travel between Spark and the functions that its tasks run."""
+"""How rows, and what became of parts, travel between Spark and the functions that its tasks run."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,10 @@ from spark_jobs.runtime.session import places_rows_by_number
 _SORTED_BATCH = 1024
 
 
-#: What a task reports of each file it wrote.
-REPORT = "part int, name string, rows bigint, tokens bigint, bytes bigint, tallies map<string,bigint>, rejects string"
+#: What a task yields for each file that it wrote: the fields of :class:`Part`.
+PART_SCHEMA = (
+    "part int, name string, rows bigint, tokens bigint, bytes bigint, tallies map<string,bigint>, rejects string"
+)
 
 
 def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
@@ -45,16 +47,16 @@ def _cut_at_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield batch.slice(first, last - first)
 
 
-def report(parts: Sequence[Part]) -> pa.RecordBatch:
-    """What a task yields: a row of :data:`REPORT` for each of its parts."""
+def part_to_row(part: Part) -> pa.RecordBatch:
+    """A finished part as a row of :data:`PART_SCHEMA`."""
     columns = {
-        "part": pa.array([p.part for p in parts], pa.int32()),
-        "name": pa.array([p.name for p in parts], pa.string()),
-        "rows": pa.array([p.rows for p in parts], pa.int64()),
-        "tokens": pa.array([p.tokens for p in parts], pa.int64()),
-        "bytes": pa.array([p.bytes for p in parts], pa.int64()),
-        "tallies": pa.array([list(p.tallies.items()) for p in parts], pa.map_(pa.string(), pa.int64())),
-        "rejects": pa.array([p.rejects for p in parts], pa.string()),
+        "part": pa.array([part.part], pa.int32()),
+        "name": pa.array([part.name], pa.string()),
+        "rows": pa.array([part.rows], pa.int64()),
+        "tokens": pa.array([part.tokens], pa.int64()),
+        "bytes": pa.array([part.bytes], pa.int64()),
+        "tallies": pa.array([list(part.tallies.items())], pa.map_(pa.string(), pa.int64())),
+        "rejects": pa.array([part.rejects], pa.string()),
     }
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
 

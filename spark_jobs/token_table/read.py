@@ -17,7 +17,7 @@ from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes
 from fft.data.delta import split_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo
 from fft.data.table import Table
-from fft.data.worker_notes import Channel, Stoppable
+from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
 from spark_jobs.runtime.tasks import create_tasks
 
@@ -83,13 +83,13 @@ def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
     return next(iter(known.values()), None)
 
 
-def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], channel: Channel) -> DataFrame:
+def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerNotes) -> DataFrame:
     """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels`` and ``cu_seqlens`` if any has
     them, as bytes, too.
 
     A table without them gets what their absence means: labels equal to the ids, one document a row. Rows without
     ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is said in
-    ``channel``, which the caller checks.
+    ``notes``, which the caller checks.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
     lists = tuple(name for name in INT_COLUMNS if name in columns)
@@ -102,7 +102,7 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], channel: Chann
     tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
     schema = ", ".join(f"{name} binary" for name in lists)
     return tasks.mapInArrow(
-        Stoppable(TokenRows(lists, channel), channel), f"dataset string, doc_ids array<string>, {schema}"
+        Stoppable(TokenRows(lists, notes), notes), f"dataset string, doc_ids array<string>, {schema}"
     )
 
 
@@ -111,11 +111,11 @@ class TokenRows:
     """A function for ``mapInArrow``: splits of token tables in, rows out."""
 
     lists: tuple[str, ...]
-    channel: Channel
+    notes: WorkerNotes
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Read what each split names."""
-        meter = self.channel.meter("read")
+        meter = self.notes.meter("read")
         for batch in batches:
             for row in batch.to_pylist():
                 split = Split(**row)

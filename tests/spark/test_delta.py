@@ -75,7 +75,7 @@ def test_until_the_commit_the_old_version_stands(spark, corpus, tokenizer, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fft.data.place.commit_delta", dies)
+        patch.setattr("spark_jobs.token_table.output.commit_delta", dies)
         with pytest.raises(KeyboardInterrupt):
             tokenize_table(corpus, folder, tokenizer, max_len=50, table_format="delta", overwrite=True)
     assert ids_of(folder) == before

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from fft.data.part_files import PartFile
-from fft.data.place import Place
-from fft.data.worker_notes import Channel
+from fft.data.part_files import PartFile, PartFolder
+from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from spark.helpers import files_of, rows_of, write_foreign
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
@@ -82,7 +81,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     ids = pa.array([[1, 2]], pa.list_(pa.int32()))
-    with PartFile(Place(tmp_path, Channel(str(tmp_path))), 0) as sink:
+    with PartFile(PartFolder(tmp_path, WorkerNotes(str(tmp_path))), 0) as sink:
         sink.write(pa.RecordBatch.from_arrays([ids], ["input_ids"]))
         with pytest.raises(UserError, match=r"cannot be written to .*No space left on device.*: make room there"):
             sink.finish({})

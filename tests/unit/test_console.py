@@ -1,7 +1,7 @@
 """What the jobs show."""
 
 from fft.console import format_table, progress, progress_line
-from fft.data.worker_notes import Amount, Channel
+from fft.data.worker_notes import Amount, WorkerNotes
 
 
 def test_a_table_is_aligned():
@@ -22,10 +22,10 @@ def test_a_progress_line_has_rate_and_time_left():
 
 
 def test_progress_shows_what_tasks_note(tmp_path, monkeypatch, capsys):
-    channel = Channel(str(tmp_path))
-    channel.meter("written").add(5, 2_000_000, parts=1)
+    notes = WorkerNotes(str(tmp_path))
+    notes.meter("written").add(5, 2_000_000, parts=1)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     shown = ""
-    with progress("job", channel, parts=2, interval=0.01):
+    with progress("job", notes, parts=2, interval=0.01):
         while "job: 5 rows, 2.0 M tokens written" not in shown:
             shown += capsys.readouterr().err

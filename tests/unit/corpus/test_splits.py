@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from fft.corpus.readers import read_documents, read_lines
 from fft.corpus.splits import FEWEST_PARTS, PART_BYTES, Span, chunk_size, cut_text, deal
-from fft.data.part_files import ROW_GROUP_ROWS, PartFile
-from fft.data.place import Place
-from fft.data.worker_notes import Channel
+from fft.data.part_files import ROW_GROUP_ROWS, PartFile, PartFolder
+from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from spark_jobs.runtime.tasks import by_part
 
@@ -114,7 +113,7 @@ def test_row_groups_do_not_depend_on_the_batches(batches):
         rows = [n for lengths in batches for n in lengths]
         written = []
         for pieces in (batches, [rows]):
-            with PartFile(Place(Path(folder), Channel(folder)), 0) as sink:
+            with PartFile(PartFolder(Path(folder), WorkerNotes(folder)), 0) as sink:
                 for lengths in pieces:
                     sink.write(batch(lengths))
                 written.append(sink.finish({}))
@@ -131,7 +130,7 @@ def test_row_groups_do_not_depend_on_the_batches(batches):
 
 
 def test_a_failed_part_leaves_nothing(tmp_path):
-    with PartFile(Place(tmp_path, Channel(str(tmp_path))), 0) as sink:
+    with PartFile(PartFolder(tmp_path, WorkerNotes(str(tmp_path))), 0) as sink:
         sink.write(batch([3] * 2000))  # and is never finished
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
