@@ -118,16 +118,17 @@ def _trained_engine(layers: int) -> tuple:
     from transformers import AutoConfig
 
     from fft.arguments import parse_arguments
-    from fft.models.causal_lm import ModelSource
+    from fft.models.causal_lm import StageBuilder
+    from fft.models.spec import DTYPES, ModelSpec
     from fft.parallel.mesh import mesh_sizes
     from fft.planning.layout import plan_layout
-    from fft.training.engine import DTYPES, build_engine, on_host
+    from fft.training.engine import build_engine, on_host
 
     args = parse_arguments(["--init", "--model=.", "--num_train_epochs=0", "--seq_len=64", "--output_dir=unwritten"])
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = AutoConfig.for_model("llama", vocab_size=16_000, num_hidden_layers=layers, **sizes)
-    source, mesh = ModelSource(config, DTYPES[args.dtype]), mesh_sizes(1, 1, 1, 1)
-    engine, _ = build_engine(args, source, mesh, plan_layout(args, source, mesh, on_host()).bounds, 1)
+    spec, mesh = ModelSpec(config, DTYPES[args.dtype]), mesh_sizes(1, 1, 1, 1)
+    engine, _ = build_engine(args, StageBuilder(spec), mesh, plan_layout(args, spec, mesh, on_host()).bounds, 1)
     ids = np.random.default_rng(0).integers(0, 16_000, 64)
     bounds = torch.tensor([0] + [64] * 64, dtype=torch.int32)
     inputs = torch.from_numpy(ids[None].astype(np.int32)), bounds

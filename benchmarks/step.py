@@ -213,17 +213,17 @@ def _step(args: argparse.Namespace, way: tuple[str, ...] | bool) -> Callable[[],
 def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
     """Arguments, model and layout for sizes as on the command line and further flags."""
     from fft.arguments import parse_arguments
-    from fft.models.causal_lm import ModelSource
+    from fft.models.spec import DTYPES, ModelSpec
     from fft.parallel.mesh import mesh_sizes
     from fft.planning.layout import plan_layout
-    from fft.training.engine import DTYPES, on_host
+    from fft.training.engine import on_host
 
     fixed = ("--init", "--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
     sizes = f"--seq_len={args.tokens}", f"--gradient_accumulation_steps={args.micro_batches}"
     parsed = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *flags])
-    source = ModelSource(_config(args), DTYPES[parsed.dtype], selective=parsed.checkpoint_grad_selective)
+    spec = ModelSpec(_config(args), DTYPES[parsed.dtype], selective=parsed.checkpoint_grad_selective)
     mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), parsed.pipe_parallel_size, 1, 1)
-    return parsed, source, plan_layout(parsed, source, mesh, on_host())
+    return parsed, spec, plan_layout(parsed, spec, mesh, on_host())
 
 
 def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], None], object]:
@@ -231,10 +231,11 @@ def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], Non
     import deepspeed
     import torch
 
+    from fft.models.causal_lm import StageBuilder
     from fft.training.engine import build_engine
 
-    parsed, source, layout = make_layout(args, *flags)
-    engine, loss = build_engine(parsed, source, layout.mesh, layout.bounds, 1)
+    parsed, spec, layout = make_layout(args, *flags)
+    engine, loss = build_engine(parsed, StageBuilder(spec), layout.mesh, layout.bounds, 1)
     loss.scale = 1 / args.tokens
     bounds = torch.tensor([0] + [args.tokens] * args.tokens, dtype=torch.int32)
     batches = [((ids[None].int(), bounds), ids.roll(-1)) for ids in _ids(args)]

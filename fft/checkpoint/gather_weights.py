@@ -8,22 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import Shard
 from fft.weights.experts import to_stored
 
 
-def whole_tensors(parameters: Mapping[str, Tensor], source: ModelSource) -> dict[str, Tensor]:
+def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> dict[str, Tensor]:
     """The tensors that this rank writes of its stage's ``parameters``, by the names in files.
 
-    With tensor parallelism the ranks of a group call it together; each gets whole tensors, about equal shares of the
-    stage, in host memory, so that none holds a stage whole.
+    Collective over the ranks of a tensor-parallel group: each gets whole tensors, about equal shares of the stage, in
+    host memory, so that none holds a stage whole. Without one they are views of the parameters.
     """
-    if source.tensor is None:
+    if builder.ranks.tensor is None:
         return to_stored({name: p.detach() for name, p in parameters.items()})
-    ranks = source.tensor
-    shards = {name: source.shards.get(name) for name in parameters}
+    ranks = builder.ranks.tensor
+    shards = {name: builder.shards.get(name) for name in parameters}
     shapes = {name: tuple(p.shape) if shards[name] is None else shards[name].shape for name, p in parameters.items()}
     owners, own = _owners({name: prod(shape) for name, shape in shapes.items()}, ranks.size), {}
     for name, owner in owners.items():
@@ -32,7 +32,7 @@ def whole_tensors(parameters: Mapping[str, Tensor], source: ModelSource) -> dict
             if owner == ranks.rank:
                 own[name] = part.cpu()
             continue
-        parts = [source.shard(name, shapes[name], rank, ranks.size) for rank in range(ranks.size)]
+        parts = [builder.spec.shard(name, shapes[name], rank, ranks.size) for rank in range(ranks.size)]
         whole = _collect(part, parts, owner, ranks)
         if whole is not None:
             own[name] = whole

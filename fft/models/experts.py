@@ -23,9 +23,9 @@ class LoadBalance:
     the number of the losses. ``sequence`` is the group of ranks that share a row's tokens, if they do.
     """
 
-    def __init__(self, config: PretrainedConfig, layers: int) -> None:
+    def __init__(self, config: PretrainedConfig, layers: int, sequence: dist.ProcessGroup | None = None) -> None:
         self.experts, self._coefficient, self._layers = config.num_experts, config.router_aux_loss_coef, layers
-        self.sequence: dist.ProcessGroup | None = None
+        self.sequence = sequence
         self.start(1)
 
     def start(self, micro_batches: int, loss_scale: float = 1.0) -> None:

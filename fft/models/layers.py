@@ -8,7 +8,7 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.experts import watch_router
 from fft.models.recompute import selective
 from fft.ops.backends.choice import choose
@@ -21,8 +21,8 @@ Activations = tuple[Tensor, Tensor]
 class Positions:
     """What every decoder layer of a stage needs to know of a micro-batch, computed by the first one that asks."""
 
-    def __init__(self, source: ModelSource) -> None:
-        self._source, self.attention = source, source.attention
+    def __init__(self, builder: StageBuilder) -> None:
+        self._builder, self.attention = builder, builder.spec.attention
         self._rotary: nn.Module | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
@@ -33,13 +33,13 @@ class Positions:
         """Documents, in-document positions [1, tokens] and rotary (cos, sin) for the boundaries given."""
         if self._seen is not cu_seqlens:
             if self._rotary is None:
-                self._rotary = self._source.rotary(hidden.device)
+                self._rotary = self._builder.rotary(hidden.device)
                 # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
                 # what runs there in forward, and is kept, has to run in a recomputation, too.
-                choose(hidden.device, hidden.dtype, self.attention, self._source.head_size)
-            documents, parallel = Documents.from_padded(cu_seqlens), self._source.parallel
-            if parallel is not None:
-                documents = ShardedDocuments(documents, parallel.shards(documents.bounds), parallel)
+                choose(hidden.device, hidden.dtype, self.attention, self._builder.spec.head_size)
+            documents, ranks = Documents.from_padded(cu_seqlens), self._builder.ranks.sequence
+            if ranks is not None:
+                documents = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)
             positions = documents.positions()[None]
             self._known = documents, positions, self._rotary(hidden.detach(), position_ids=positions)
             self._seen = cu_seqlens
@@ -49,11 +49,11 @@ class Positions:
 class Embedding(nn.Module):
     """Token ids, boundaries -> hidden states, boundaries."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
-        self.path = f"{source.base}.embed_tokens"
-        self.module = source.build(self.path)
-        self._ranks, self._rows = source.tensor, source.shards.get(f"{self.path}.weight")
+        self.path = f"{builder.spec.base}.embed_tokens"
+        self.module = builder.build(self.path)
+        self._ranks, self._rows = builder.ranks.tensor, builder.shards.get(f"{self.path}.weight")
         if self._rows is not None and self.module.padding_idx is not None:
             (start, stop), pad = self._rows.spans[0], self.module.padding_idx
             self.module.padding_idx = pad - start if start <= pad < stop else None
@@ -82,13 +82,13 @@ class DecoderLayer(nn.Module):
     so the architecture's own forward stays the only one.
     """
 
-    def __init__(self, source: ModelSource, index: int, positions: Positions, half: str | None = None) -> None:
+    def __init__(self, builder: StageBuilder, index: int, positions: Positions, half: str | None = None) -> None:
         super().__init__()
-        self.path = f"{source.base}.layers.{index}"
-        layer = decoder_half(source.skeleton.get_submodule(self.path), half)
-        self.module = source.build(self.path, layer)
-        self._positions, self._selective = positions, source.selective
-        self._balance, self._routed = source.balance, watch_router(self.module)
+        self.path = f"{builder.spec.base}.layers.{index}"
+        layer = decoder_half(builder.spec.skeleton.get_submodule(self.path), half)
+        self.module = builder.build(self.path, layer)
+        self._positions, self._selective = positions, builder.spec.selective
+        self._balance, self._routed = builder.balance, watch_router(self.module)
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
@@ -120,10 +120,10 @@ class DecoderLayer(nn.Module):
 class FinalNorm(nn.Module):
     """The norm before the head; boundaries end here."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
-        self.path = f"{source.base}.norm"
-        self.module = source.build(self.path)
+        self.path = f"{builder.spec.base}.norm"
+        self.module = builder.build(self.path)
 
     def forward(self, activations: Activations) -> Activations:
         """Normalise the hidden states."""
@@ -133,10 +133,10 @@ class FinalNorm(nn.Module):
 class Head(nn.Module):
     """The output head. Returns (hidden states [tokens, hidden size], weight): logits are the loss's business."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
         self.path = "lm_head"
-        self.module = source.build(self.path)
+        self.module = builder.build(self.path)
 
     def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
         """See the class."""
@@ -152,21 +152,21 @@ def _view(weight: Tensor) -> Tensor:
     return weight.view_as(weight)
 
 
-def pipeline_layers(source: ModelSource, split_dlayer: bool = False) -> list[LayerSpec]:
+def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[LayerSpec]:
     """The model as layer specifications: embedding, decoder layers (or halves), norm, head."""
-    positions = Positions(source)
+    spec, positions = builder.spec, Positions(builder)
     halves = ("attention", "mlp") if split_dlayer else (None,)
-    if source.tied:
-        first = TiedLayerSpec("embedding", Embedding, source, tied_weight_attr="weight")
-        last = TiedLayerSpec("embedding", Embedding, source, forward_fn=_tied_head, tied_weight_attr="weight")
+    if spec.tied:
+        first = TiedLayerSpec("embedding", Embedding, builder, tied_weight_attr="weight")
+        last = TiedLayerSpec("embedding", Embedding, builder, forward_fn=_tied_head, tied_weight_attr="weight")
     else:
-        first, last = LayerSpec(Embedding, source), LayerSpec(Head, source)
+        first, last = LayerSpec(Embedding, builder), LayerSpec(Head, builder)
     decoder = [
-        LayerSpec(DecoderLayer, source, index, positions, half)
-        for index in range(source.config.num_hidden_layers)
+        LayerSpec(DecoderLayer, builder, index, positions, half)
+        for index in range(spec.config.num_hidden_layers)
         for half in halves
     ]
-    return [first, *decoder, LayerSpec(FinalNorm, source), last]
+    return [first, *decoder, LayerSpec(FinalNorm, builder), last]
 
 
 def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:

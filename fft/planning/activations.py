@@ -5,7 +5,6 @@ and no memory; every storage that is made is counted while it lives. What autogr
 therefore not estimated, for any architecture; only the attention kernel is replaced by one that returns shapes.
 """
 
-import copy
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fft.models.causal_lm import ModelSource
 from fft.models.experts import balance_loss, watch_router
 from fft.models.recompute import selective
+from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
 from fft.ops.backends import Backend
 from fft.ops.documents import Documents, lse_dtype
@@ -43,7 +42,7 @@ class LayerActivations:
 
 
 def layer_activations(
-    source: ModelSource, tokens: int, split_dlayer: bool = False, sequence: int = 1, tensor: int = 1
+    spec: ModelSpec, tokens: int, split_dlayer: bool = False, sequence: int = 1, tensor: int = 1
 ) -> list[LayerActivations]:
     """Activations of each pipeline layer but the head, for micro-batches of ``tokens`` over ``sequence`` ranks.
 
@@ -51,10 +50,10 @@ def layer_activations(
     """
     known: dict[tuple, LayerActivations] = {}
     found = []
-    for path, module in layer_modules(source, split_dlayer)[:-1]:
+    for path, module in layer_modules(spec, split_dlayer)[:-1]:
         shape = type(module), *((name, *p.shape) for name, p in module.named_parameters())
         if shape not in known:
-            known[shape] = _run(source, path, module, tokens, sequence, tensor)
+            known[shape] = _run(spec, path, module, tokens, sequence, tensor)
         found.append(known[shape])
     return found
 
@@ -88,30 +87,28 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def _run(
-    source: ModelSource, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int
-) -> LayerActivations:
-    module, dtype = copy.deepcopy(module), source.dtype
+def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int) -> LayerActivations:
+    module, dtype = copy_of(module), spec.dtype
     routed = watch_router(module)
     if routed is not None:
         # On the meta device torch's grouped product of experts knows bf16 alone: the bytes of fp32 are twice as many.
         dtype = torch.bfloat16
         module.to(dtype)
-    scale = source.dtype.itemsize // dtype.itemsize
+    scale = spec.dtype.itemsize // dtype.itemsize
     if tensor > 1:
-        shards = source.cut(module, path, 0, tensor)
-        parallelise(module, path.removeprefix(f"{source.base}."), source.plan, shards, _SilentTensor(tensor))
-    own, hidden_size = tokens // sequence, source.config.hidden_size
+        parts = cut(module, path, spec.shards(0, tensor))
+        parallelise(module, spec.within(path), spec.plan, parts, _SilentTensor(tensor))
+    own, hidden_size = tokens // sequence, spec.config.hidden_size
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)
-        rotary = [torch.empty(1, own, source.head_size, dtype=dtype) for _ in range(2)]
+        rotary = [torch.empty(1, own, spec.head_size, dtype=dtype) for _ in range(2)]
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, sequence)
     parameters = list(module.parameters())
     existing = [hidden, ids, *rotary, positions, *parameters]
     for parameter in parameters:
-        if source.dtype == torch.float32:
+        if spec.dtype == torch.float32:
             parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
             existing.append(parameter.grad)
         else:
@@ -125,7 +122,7 @@ def _run(
             layer = partial(
                 _layer, module, routed, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
             )
-            outputs = selective(layer, hidden.clone()) if source.selective else layer(hidden.clone())
+            outputs = selective(layer, hidden.clone()) if spec.selective else layer(hidden.clone())
         end = _End.apply(*outputs)
         forward = alive.most
         del outputs

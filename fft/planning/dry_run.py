@@ -4,10 +4,9 @@ import os
 
 from fft.arguments import TrainArguments
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.spec import DTYPES, ModelSpec
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import lay_out
-from fft.training.engine import DTYPES
 
 
 def run(args: TrainArguments) -> int:
@@ -15,7 +14,7 @@ def run(args: TrainArguments) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         return 0
     config, mesh = lay_out(args, args.ranks or int(os.environ.get("WORLD_SIZE", "1")))
-    layout = plan_layout(args, ModelSource(config, DTYPES[args.dtype]), mesh, host=False)
+    layout = plan_layout(args, ModelSpec(config, DTYPES[args.dtype]), mesh, host=False)
     print(describe(args, config.model_type, layout))
     if args.device_memory:
         check_fits(layout, args.device_memory)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fft.arguments import TrainArguments
-from fft.models.causal_lm import ModelSource
+from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import MAX_LOGITS
 from fft.parallel.mesh import MeshSizes
 from fft.planning.activations import layer_activations
@@ -25,26 +25,26 @@ class Layout:
     memory: list[StageMemory]
 
 
-def plan_layout(args: TrainArguments, source: ModelSource, mesh: MeshSizes, host: bool) -> Layout:
+def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bool) -> Layout:
     """Cut the model into stages by ``--partition_method``; ``host`` is for a device that is the CPU.
 
     It is that of training every parameter, with transformers' own operators.
     """
-    source = replace(source, fused=None, lora=None, frozen=None, selective=args.checkpoint_grad_selective)
-    costs = layer_costs(source, args.seq_len, args.split_dlayer, mesh.tensor)
+    spec = replace(spec, fused=None, lora=None, frozen=None, selective=args.checkpoint_grad_selective)
+    costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor)
     tokens = args.seq_len * args.per_device_train_batch_size
-    ran = layer_activations(source, tokens, args.split_dlayer, mesh.sequence, mesh.tensor)
+    ran = layer_activations(spec, tokens, args.split_dlayer, mesh.sequence, mesh.tensor)
     at = Circumstances(
         stages=mesh.pipe,
         micro_batches=args.gradient_accumulation_steps,
         replicas=mesh.data * mesh.sequence,
         tokens=tokens // mesh.sequence,
         row=tokens,
-        hidden_size=source.config.hidden_size,
-        head_size=source.head_size,
-        itemsize=source.dtype.itemsize,
+        hidden_size=spec.config.hidden_size,
+        head_size=spec.head_size,
+        itemsize=spec.dtype.itemsize,
         interval=args.checkpoint_grad_interval,
-        tied=source.tied,
+        tied=spec.tied,
         zero=zero_stage(args, mesh),
         host=host,
     )

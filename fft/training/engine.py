@@ -20,21 +20,17 @@ from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.layers import DecoderLayer, pipeline_layers
 from fft.models.lora import Lora
+from fft.models.spec import DTYPES, ModelSpec
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
-from fft.ops.sequence_parallel import SequenceParallel
 from fft.parallel.mesh import MeshSizes
-from fft.parallel.tensor import TensorParallel
 from fft.planning.layout import zero_stage
 from fft.training.optimizer import make_optimizer
 from fft.training.schedule import lr_multiplier
-from fft.weights.hf import WeightReader
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TokenMeanLoss:
@@ -45,12 +41,12 @@ class TokenMeanLoss:
     trained tokens.
     """
 
-    def __init__(self, source: ModelSource) -> None:
-        self._source, self.scale = source, 1.0
+    def __init__(self, builder: StageBuilder) -> None:
+        self._part, self._ranks, self.scale = builder.shards.get(builder.spec.head), builder.ranks.tensor, 1.0
 
     def __call__(self, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """``outputs`` are hidden states [tokens, hidden size] and the head's weight, or this rank's part of it."""
-        return linear_cross_entropy(*outputs, labels, self._source.head_shard, self._source.tensor) * self.scale
+        return linear_cross_entropy(*outputs, labels, self._part, self._ranks) * self.scale
 
 
 class StagedModel(PipelineModule):
@@ -115,23 +111,23 @@ def _unlink_shared_buffer() -> None:
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
 
 
-def model_source(args: TrainArguments, config: PretrainedConfig, weights: WeightReader | None) -> ModelSource:
-    """The model, with the kernels asked for."""
+def model_spec(args: TrainArguments, config: PretrainedConfig) -> ModelSpec:
+    """The model, with the kernels asked for. Raises :class:`UserError` for names that it does not have."""
     operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
     train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
-    return ModelSource(config, DTYPES[args.dtype], weights, args.seed, args.attention, operators, **train)
+    return ModelSpec(config, DTYPES[args.dtype], args.seed, args.attention, operators, **train)
 
 
-def check_kernels(source: ModelSource) -> str:
+def check_kernels(spec: ModelSpec) -> str:
     """Compare the kernels that this rank will train with to their references; returns their names.
 
     Raises :class:`UserError` if they differ or do not fit the device.
     """
     device = torch.device(deepspeed.get_accelerator().current_device_name())
-    names = [f"attention {kernel_name(choose(device, source.dtype, source.attention, source.head_size))}"]
-    if source.fused is not None:
-        fused.check(source.fused, device, source.dtype)
-        names.append(f"fused operators {source.fused.name}")
+    names = [f"attention {kernel_name(choose(device, spec.dtype, spec.attention, spec.head_size))}"]
+    if spec.fused is not None:
+        fused.check(spec.fused, device, spec.dtype)
+        names.append(f"fused operators {spec.fused.name}")
     return ", ".join(names)
 
 
@@ -150,15 +146,13 @@ def check_device(args: TrainArguments) -> None:
 
 
 def build_engine(
-    args: TrainArguments, source: ModelSource, mesh: MeshSizes, bounds: list[int], total_steps: int
+    args: TrainArguments, builder: StageBuilder, mesh: MeshSizes, bounds: list[int], total_steps: int
 ) -> tuple[deepspeed.PipelineEngine, TokenMeanLoss]:
     """Build this rank's stage, optimizer, schedule and engine."""
-    loss = TokenMeanLoss(source)
-    if mesh.tensor > 1:
-        source.tensor = TensorParallel(mesh, source.config.num_key_value_heads)
+    loss = TokenMeanLoss(builder)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
         module = StagedModel(
-            pipeline_layers(source, args.split_dlayer),
+            pipeline_layers(builder, args.split_dlayer),
             bounds,
             mesh,
             loss_fn=loss,
@@ -179,10 +173,6 @@ def build_engine(
     replicas = mesh.data * mesh.sequence
     if replicas == 1 and (engine.using_bf16_optimizer or not stage):
         engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
-    if mesh.sequence > 1:
-        source.parallel = SequenceParallel(mesh.sequence_groups(), args.ulysses_degree)
-        if source.balance is not None:
-            source.balance.sequence = source.parallel.group
     return engine, loss
 
 

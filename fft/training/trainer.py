@@ -23,9 +23,10 @@ from fft.data.batches import BatchPlan, Loader, MicroBatch, step_batches
 from fft.data.table import IGNORE
 from fft.errors import UserError
 from fft.files import replace_folder, staging_folder, start_folder
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.layers import canonical_parameters
 from fft.models.lora import trained
+from fft.models.spec import DTYPES, ModelSpec
 from fft.ops.documents import Documents
 from fft.planning.costs import layer_costs
 from fft.planning.layout import describe, plan_layout
@@ -34,12 +35,11 @@ from fft.planning.preflight import Plan, batch_plan, plan_run
 from fft.training import run_folder
 from fft.training.early_stop import EarlyStop
 from fft.training.engine import (
-    DTYPES,
     build_engine,
     check_device,
     check_kernels,
     init_distributed,
-    model_source,
+    model_spec,
     on_host,
 )
 from fft.training.environment import environment
@@ -69,18 +69,19 @@ def run(args: TrainArguments) -> int:
     world = _world_size()
     check_device(args)
     plan = plan_run(args, world)
-    source = model_source(args, plan.config, plan.weights)
-    layout = plan_layout(args, source, plan.mesh, on_host())
+    spec = model_spec(args, plan.config)
+    layout = plan_layout(args, spec, plan.mesh, on_host())
     init_distributed()
     try:
         _log("\n".join([describe(args, plan.config.model_type, layout), *_data(args, plan)]))
-        _log(f"kernels: {check_kernels(source)}")
+        _log(f"kernels: {check_kernels(spec)}")
         if args.lora_dim or args.freeze:
-            _log(f"{trained(source.skeleton.parameters()):,} parameters are trained, the others are frozen")
+            _log(f"{trained(spec.skeleton.parameters()):,} parameters are trained, the others are frozen")
         with contextlib.ExitStack() as held:
             control = dist.new_group(backend="gloo")
             start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
-            trainer = Trainer(args, plan, source, layout.bounds, control, start, held)
+            builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_weights(plan, spec, start))
+            trainer = Trainer(args, plan, builder, layout.bounds, control, start, held)
             code = trainer.train()
             if code == 0 and args.output_dir:
                 trainer.save_model(args.output_dir)
@@ -105,19 +106,14 @@ class Trainer:
         self,
         args: TrainArguments,
         plan: Plan,
-        source: ModelSource,
+        builder: StageBuilder,
         bounds: list[int],
         control: dist.ProcessGroup,
         start: Start,
         held: contextlib.ExitStack,
     ) -> None:
-        self.args, self.plan, self.source, self.start = args, plan, source, start
-        if start.checkpoint is not None:
-            if source.lora is not None:
-                source.adapter = AdapterReader(start.checkpoint)
-            else:
-                source.weights = hf.WeightReader(start.checkpoint)
-        self.engine, self.loss = build_engine(args, source, plan.mesh, bounds, plan.total_steps)
+        self.args, self.plan, self.builder, self.start = args, plan, builder, start
+        self.engine, self.loss = build_engine(args, builder, plan.mesh, bounds, plan.total_steps)
         if start.checkpoint is not None:
             self._restore(start.checkpoint / folder.TRAINING)
         facts = environment(control) if args.checkpoint else {}
@@ -127,7 +123,7 @@ class Trainer:
         self.early_stop = EarlyStop.from_state(args.early_stop_patience, start.state.get("early_stop"))
         self.saver = Saver(self._contents(), args.background_executor, control) if args.checkpoint else None
         #: Where every rank has a share of a row's tokens; None where it has whole rows.
-        self.parallel = source.parallel
+        self.parallel = builder.ranks.sequence
         replica = self.engine.grid.get_data_parallel_id() // plan.mesh.sequence
         self.batches: BatchPlan = batch_plan(args, plan.mesh, replica)
         #: Only the first stage reads ids and only the last reads labels; the others open nothing.
@@ -161,7 +157,7 @@ class Trainer:
             if not np.isfinite(loss):
                 raise UserError(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
             values = {"loss": loss, "lr": lr, "grad_norm": self._grad_norm()}
-            values |= mean_balance(self.source.balance, self.engine.device) | scaling(self.engine)
+            values |= mean_balance(self.builder.balance, self.engine.device) | scaling(self.engine)
             if step % args.logging_steps == 0 or step == plan.total_steps:
                 metrics.report(step, values, watch.lap(step, plan.total_steps))
             else:
@@ -235,10 +231,10 @@ class Trainer:
             start_folder(output)
         dist.barrier()
         if self.engine.grid.get_data_parallel_id() == 0:
-            hf.write_shard(staging, whole_tensors(self._own_parameters(), self.source), self._shard, shards)
+            hf.write_shard(staging, whole_tensors(self._own_parameters(), self.builder), self._shard, shards)
         dist.barrier()
         if _rank() == 0:
-            if self.source.lora is not None:
+            if self.builder.spec.lora is not None:
                 write_adapter(staging, shards, self._adapter())
             else:
                 hf.write_metadata(staging, self._config(), self.plan.tokenizer, shards, self._model())
@@ -251,8 +247,8 @@ class Trainer:
         parameters = self._own_parameters()
         first = self.engine.grid.get_data_parallel_id() == 0
         part = Part(
-            (whole_tensors(parameters, self.source), self._shard) if first else None,
-            None if self.args.only_ckpt_model else optimizer_state.gather(self.engine, parameters, self.source.shards),
+            (whole_tensors(parameters, self.builder), self._shard) if first else None,
+            None if self.args.only_ckpt_model else optimizer_state.gather(self.engine, parameters, self.builder.shards),
         )
         data = self.loader.state_dict() if self.loader else None
         facts = run_folder.state_of(self.args, self.plan, step, data, eval_loss, self.early_stop)
@@ -262,7 +258,7 @@ class Trainer:
 
     def _restore(self, training: Path) -> None:
         parameters = canonical_parameters(self.engine.module)
-        optimizer_state.restore(self.engine, parameters, self.source.shards, training, self.start.step)
+        optimizer_state.restore(self.engine, parameters, self.builder.shards, training, self.start.step)
         optimizer_state.restore_loss_scaler(self.engine, self.start.state.get("loss_scaler"))
         if self.start.state["layout"] == dataclasses.asdict(self.plan.mesh):
             optimizer_state.restore_random(training, _rank())
@@ -270,7 +266,7 @@ class Trainer:
     def _own_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
         parameters = canonical_parameters(self.engine.module)
-        if self.source.lora is not None:
+        if self.builder.spec.lora is not None:
             return adapter_parameters(parameters)
         if self.plan.config.get_text_config().tie_word_embeddings and not self.engine.is_first_stage():
             return {name: p for name, p in parameters.items() if "embed_tokens" not in name}
@@ -285,7 +281,7 @@ class Trainer:
 
     def _adapter(self) -> dict | None:
         """Content of ``adapter_config.json``; None where the model itself is trained."""
-        return self.source.lora and adapter_config(self.source.lora, self.plan.weights.directory)
+        return self.builder.spec.lora and adapter_config(self.builder.spec.lora, self.plan.weights.directory)
 
     def _contents(self) -> Contents:
         args = self.args
@@ -332,8 +328,8 @@ class Trainer:
             dist.all_reduce(trained, group=self.engine.grid.get_data_parallel_group())
             axis = self.engine.grid.get_data_parallel_world_size()
             self.loss.scale = axis * self.batches.micro_batches / max(1, int(trained))
-        if self.source.balance is not None:
-            self.source.balance.start(self.batches.micro_batches, loss_scale(self.engine))
+        if self.builder.balance is not None:
+            self.builder.balance.start(self.batches.micro_batches, loss_scale(self.engine))
         return self.engine.train_batch(map(_to_torch, batches))
 
     def _metrics(self, held: contextlib.ExitStack) -> Metrics:
@@ -342,7 +338,7 @@ class Trainer:
         if _rank() == 0:
             run = Path(args.checkpoint) if args.checkpoint else None
             sinks = held.enter_context(open_sinks(run, self.start.step, dataclasses.asdict(args), _log))
-        flops = flops_per_token([cost.flops for cost in layer_costs(self.source, args.seq_len)])
+        flops = flops_per_token([cost.flops for cost in layer_costs(self.builder.spec, args.seq_len)])
         rate = matrix_rate(DTYPES[args.dtype], device) if plan.total_steps else float("nan")
         peak = over_ranks(rate, dist.ReduceOp.SUM, device)
         metrics = Metrics(sinks, _log, plan.total_steps, flops, peak, device)
@@ -362,6 +358,17 @@ class Trainer:
     def _grad_norm(self) -> float:
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+
+def _weights(plan: Plan, spec: ModelSpec, start: Start) -> tuple[hf.WeightReader | None, hf.WeightReader | None]:
+    """What the model and its adapters are read from."""
+    if start.checkpoint is None:
+        return plan.weights, None
+    return (
+        (hf.WeightReader(start.checkpoint), None)
+        if spec.lora is None
+        else (plan.weights, AdapterReader(start.checkpoint))
+    )
 
 
 def _asked_to_stop() -> list[int]:

@@ -3,16 +3,17 @@
 import sys
 
 from fft.arguments import parse_arguments
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
+from fft.models.spec import DTYPES, ModelSpec
 from fft.planning.layout import plan_layout
 from fft.planning.preflight import plan_run
-from fft.training.engine import DTYPES, build_engine, init_distributed, on_host
+from fft.training.engine import build_engine, init_distributed, on_host
 
 if __name__ == "__main__":
     args = parse_arguments(sys.argv[1:-1])
     plan = plan_run(args, 1)
-    source = ModelSource(plan.config, DTYPES[args.dtype], plan.weights, args.seed)
+    spec = ModelSpec(plan.config, DTYPES[args.dtype], args.seed)
     init_distributed()
-    layout = plan_layout(args, source, plan.mesh, on_host())
-    engine, _ = build_engine(args, source, plan.mesh, layout.bounds, 1)
+    layout = plan_layout(args, spec, plan.mesh, on_host())
+    engine, _ = build_engine(args, StageBuilder(spec, weights=plan.weights), plan.mesh, layout.bounds, 1)
     engine.save_checkpoint(sys.argv[-1], tag="global_step0")

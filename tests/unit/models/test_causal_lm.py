@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_parameters, pipeline_layers
+from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
 from fft.ops.cross_entropy import linear_cross_entropy
+from fft.ops.fused import plain_ops
 from fft.weights.hf import WeightReader
 
 FAMILIES = {
@@ -27,12 +29,16 @@ FAMILIES = {
 }
 
 
-def source(family="llama", seed=5, weights=None, **changes) -> ModelSource:
+def spec(family="llama", dtype=torch.float32, options=None, **changes) -> ModelSpec:
     given = SMALL | {"model_type": family} | FAMILIES[family] | changes
-    return ModelSource(AutoConfig.for_model(**given), torch.float32, weights, seed)
+    return ModelSpec(AutoConfig.for_model(**given), dtype, **{"seed": 5, **(options or {})})
 
 
-def build(made: ModelSource, split=False):
+def builder(family="llama", weights=None, options=None, **changes) -> StageBuilder:
+    return StageBuilder(spec(family, options=options, **changes), weights=weights)
+
+
+def build(made: StageBuilder, split=False):
     """All layers in one process, a tied embedding once, as DeepSpeed builds them; returns (modules, run)."""
     modules, calls, tied = torch.nn.ModuleList(), [], {}
     for spec in pipeline_layers(made, split):
@@ -68,11 +74,11 @@ def plain_model(config, modules):
 def test_packed_documents_and_gradients_equal_transformers(family, split):
     if split and family == "olmo2":
         with pytest.raises(UserError, match="--split_dlayer: Olmo2DecoderLayer has no input_layernorm"):
-            build(source(family), split)
+            build(builder(family), split)
         return
-    made = source(family)
+    made = builder(family)
     modules, run = build(made, split)
-    model = plain_model(made.config, modules)
+    model = plain_model(made.spec.config, modules)
     torch.manual_seed(0)
     ids, bounds = torch.randint(VOCAB, (1, 17)), [0, 5, 6, 17]
     labels = ids[0].roll(-1)
@@ -108,11 +114,11 @@ ROTARY = {
 @pytest.mark.parametrize("kind", ROTARY)
 def test_rotary_scaling_is_the_config_s(kind):
     """Of packed documents, each as transformers computes it alone; with the spelling of older config files."""
-    made = source(rope_theta=100.0, rope_scaling={"rope_type": kind, **ROTARY[kind]})
-    check_supported(made.config, 32)
-    assert made.config.rope_parameters["rope_theta"] == 100
+    made = builder(rope_theta=100.0, rope_scaling={"rope_type": kind, **ROTARY[kind]})
+    check_supported(made.spec.config, 32)
+    assert made.spec.config.rope_parameters["rope_theta"] == 100
     modules, run = build(made)
-    model = plain_model(made.config, modules)
+    model = plain_model(made.spec.config, modules)
     torch.manual_seed(0)
     ids, bounds = torch.randint(VOCAB, (1, 40)), [0, 5, 6, 17, 40]
     hidden, weight = run(ids, bounds)
@@ -120,25 +126,23 @@ def test_rotary_scaling_is_the_config_s(kind):
     for a, b in itertools.pairwise(bounds):
         torch.testing.assert_close(logits[a:b], model(ids[:, a:b]).logits[0], rtol=1e-5, atol=1e-5)
     if kind != "dynamic":
-        _, run = build(source(rope_theta=100.0))
+        _, run = build(builder(rope_theta=100.0))
         assert (run(ids, bounds)[0] - hidden).abs().max() > 1e-3  # scaling was at work
 
 
 def test_layers_attend_with_the_kernel_asked_for():
-    made = source()
-    made.attention = "cuda"
-    _, run = build(made)
+    _, run = build(builder(options={"attention": "cuda"}))
     with pytest.raises(UserError, match="--attention cuda runs on cuda in bfloat16 or float16, not on cpu in float32"):
         run(torch.zeros(1, 4), [0, 4])
 
 
 @pytest.mark.parametrize(("split", "count"), [(False, 3 + SMALL["num_hidden_layers"]), (True, 3 + 6)])
 def test_number_of_layers(split, count):
-    assert len(pipeline_layers(source(), split)) == count
+    assert len(pipeline_layers(builder(), split)) == count
 
 
 def test_initial_weights_follow_seed_and_name():
-    first, again, other = (canonical_parameters(build(source(seed=seed))[0]) for seed in (1, 1, 2))
+    first, again, other = (canonical_parameters(build(builder(options={"seed": seed}))[0]) for seed in (1, 1, 2))
     for name, value in first.items():
         assert torch.equal(value, again[name])
         assert value.ndim < 2 or not torch.equal(value, other[name])
@@ -148,27 +152,38 @@ def test_building_a_layer_leaves_the_caller_s_random_state_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    build(source())
+    build(builder())
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_what_is_built_leaves_the_spec_and_the_caller_s_config_as_they_were():
+    config = AutoConfig.for_model(**(SMALL | {"model_type": "qwen3", "tie_word_embeddings": True}))
+    before = config.to_json_string()
+    made = StageBuilder(ModelSpec(config, torch.bfloat16, fused=plain_ops()))
+    build(made)
+    first, again = (canonical_parameters(build(made)[0]) for _ in range(2))
+    assert all(p.is_meta for p in made.spec.skeleton.parameters())
+    assert config.to_json_string() == before
+    assert all(torch.equal(again[name], p) and again[name] is not p for name, p in first.items())
+
+
 def test_weights_are_read_by_name(tmp_path):
-    model = plain_model(source().config, build(source(seed=9))[0])
+    model = plain_model(spec().config, build(builder(options={"seed": 9}))[0])
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    read = canonical_parameters(build(source(weights=WeightReader(tmp_path)))[0])
+    read = canonical_parameters(build(builder(weights=WeightReader(tmp_path)))[0])
     assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
-    state = plain_model(source().config, build(source())[0]).state_dict()
+    state = plain_model(spec().config, build(builder())[0]).state_dict()
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**state, name: state[name][:, 1:].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=rf"tensor {name} has shape \(64, 31\), config\.json implies \(64, 32\)"):
-        build(source(weights=WeightReader(tmp_path)))
+        build(builder(weights=WeightReader(tmp_path)))
     del state[name]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"has no tensor {name}"):
-        build(source(weights=WeightReader(tmp_path)))
+        build(builder(weights=WeightReader(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.arguments import LORA_MODULES
 from fft.checkpoint import adapter
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.lora import Lora, LoraLinear, adapt, reset_adapter, reset_adapters, trained
+from fft.models.spec import ModelSpec
 from fft.weights import hf
 
 DEFAULT = tuple(LORA_MODULES.split(","))
 
 
-def source(lora=None, frozen=None, **changes) -> ModelSource:
+def spec(lora=None, frozen=None, **changes) -> ModelSpec:
     config = AutoConfig.for_model(**(SMALL | {"model_type": "llama"} | changes))
-    return ModelSource(config, torch.float32, lora=lora, frozen=frozen)
+    return ModelSpec(config, torch.float32, lora=lora, frozen=frozen)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -37,18 +38,18 @@ def test_an_adapter_adds_its_product(bias):
 
 
 def test_adapters_alone_are_trained():
-    made = source(Lora(2, 4, DEFAULT))
+    made = spec(Lora(2, 4, DEFAULT))
     names = {name for name, p in made.skeleton.named_parameters() if p.requires_grad}
     assert len(names) == 2 * len(DEFAULT) * SMALL["num_hidden_layers"]
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
-    layer = made.build("model.layers.1")
+    layer = StageBuilder(made).build("model.layers.1")
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
         name.removeprefix("model.layers.1.") for name in names if name.startswith("model.layers.1.")
     }
 
 
 def test_frozen_by_pattern():
-    made = source(frozen=r"embed_tokens, layers\.[01]\.")
+    made = spec(frozen=r"embed_tokens, layers\.[01]\.")
     frozen = {name for name, p in made.skeleton.named_parameters() if not p.requires_grad}
     expected = ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
     assert frozen == {name for name, _ in made.skeleton.named_parameters() if name.startswith(expected)}
@@ -60,7 +61,7 @@ def test_peft_reads_what_is_written(tmp_path):
     peft = pytest.importorskip("peft")
     lora = Lora(2, 6, ("q_proj", "down_proj"))
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(source().config)
+    plain = AutoModelForCausalLM.from_config(spec().config)
     plain.save_pretrained(tmp_path / "base")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapt(ours, "model.layers", lora)
@@ -96,11 +97,11 @@ def test_peft_reads_what_is_written(tmp_path):
 )
 def test_what_is_refused(given, sentence):
     with pytest.raises(UserError, match=sentence):
-        source(**given)
+        spec(**given)
 
 
 def test_of_the_default_names_a_model_need_not_have_all():
     moe = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    made = source(Lora(2, 4, DEFAULT), head_dim=16, **moe)
+    made = spec(Lora(2, 4, DEFAULT), head_dim=16, **moe)
     adapted = {name.rpartition(".")[2] for name, m in made.skeleton.named_modules() if isinstance(m, LoraLinear)}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}

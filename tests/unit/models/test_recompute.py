@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from test_causal_lm import build, source
+from test_causal_lm import build, builder, spec
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit.ops.published import SCHEMAS
 
@@ -30,8 +31,7 @@ class Calls(TorchDispatchMode):
 
 def gradients(selective: bool, **changes):
     """Outputs, gradients and operators of two micro-batches in flight at once, as in a pipeline's first stage."""
-    made = source("qwen2", **changes)
-    made.selective = selective
+    made = builder("qwen2", options={"selective": selective}, **changes)
     if made.balance is not None:
         made.balance.start(2)
     modules, run = build(made)
@@ -56,21 +56,18 @@ def test_the_same_gradients_without_a_second_product(family):
 
 
 def test_nothing_is_kept_where_nothing_is_trained():
-    made = source("qwen2")
-    made.selective = True
+    made = builder("qwen2", options={"selective": True})
     _, run = build(made)
     with torch.no_grad(), Calls() as calls:
         run(torch.arange(12)[None], [0, 12])
-    assert calls.count["aten::silu"] == made.config.num_hidden_layers
+    assert calls.count["aten::silu"] == made.spec.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_halves_what_layers_keep(dtype):
-    made = source("qwen2", hidden_size=64, intermediate_size=256)
-    made.dtype = dtype
+    made = spec("qwen2", dtype, hidden_size=64, intermediate_size=256)
     kept = layer_activations(made, 512)[1].saved
-    made.selective = True
-    assert 0.4 * kept < layer_activations(made, 512)[1].saved < 0.6 * kept
+    assert 0.4 * kept < layer_activations(replace(made, selective=True), 512)[1].saved < 0.6 * kept
 
 
 def test_the_kernels_named_exist():

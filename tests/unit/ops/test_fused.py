@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import TrainArguments
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.layers import pipeline_layers
+from fft.models.spec import ModelSpec
 from fft.ops.fused import FAMILIES, check, fuse, fused_ops, plain_ops
-from fft.training.engine import check_kernels, model_source
+from fft.training.engine import check_kernels, model_spec
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2}
 SIZES = {
@@ -99,9 +100,9 @@ def test_fusing_one_model_leaves_others_alone():
 def test_pipeline_layers_compute_with_the_operators(split):
     counted = Counted(plain_ops())
     config = AutoConfig.for_model(**(SMALL | {"model_type": "qwen3", "head_dim": 16}))
-    source = ModelSource(config, torch.float32, seed=5, fused=counted.ops)
+    builder = StageBuilder(ModelSpec(config, torch.float32, seed=5, fused=counted.ops))
     activations = (torch.arange(12)[None].int(), torch.tensor([0, 5] + [12] * 11, dtype=torch.int32))
-    for spec in pipeline_layers(source, split):
+    for spec in pipeline_layers(builder, split):
         activations = spec.build()(activations)
     layers = SMALL["num_hidden_layers"]
     counts = [counted.calls.count(name) for name in ("rms_norm", "rotary", "swiglu")]
@@ -110,20 +111,20 @@ def test_pipeline_layers_compute_with_the_operators(split):
 
 def test_start_up_names_and_checks_kernels():
     config = AutoConfig.for_model(**(SMALL | {"model_type": "llama"}))
-    assert check_kernels(ModelSource(config, torch.bfloat16)) == "attention cpu"
-    named = ModelSource(config, torch.bfloat16, attention="reference", fused=plain_ops())
+    assert check_kernels(ModelSpec(config, torch.bfloat16)) == "attention cpu"
+    named = ModelSpec(config, torch.bfloat16, attention="reference", fused=plain_ops())
     assert check_kernels(named) == "attention reference, fused operators plain"
     with pytest.raises(UserError, match="--attention npu runs on npu"):
-        check_kernels(ModelSource(config, torch.bfloat16, attention="npu"))
+        check_kernels(ModelSpec(config, torch.bfloat16, attention="npu"))
     wrong = replace(plain_ops(), name="wrong", swiglu=lambda gate, up: gate * up)
     with pytest.raises(UserError, match="operators of wrong on cpu in bfloat16 differ from their formulas: swiglu by"):
-        check_kernels(ModelSource(config, torch.bfloat16, fused=wrong))
+        check_kernels(ModelSpec(config, torch.bfloat16, fused=wrong))
 
 
 def test_flags_choose_kernels():
     config = AutoConfig.for_model(**(SMALL | {"model_type": "llama"}))
-    source = model_source(TrainArguments("model", dtype="fp32", attention="reference"), config, None)
-    assert (source.attention, source.fused, check_kernels(source)) == ("reference", None, "attention reference")
+    spec = model_spec(TrainArguments("model", dtype="fp32", attention="reference"), config)
+    assert (spec.attention, spec.fused, check_kernels(spec)) == ("reference", None, "attention reference")
 
 
 def test_operators_that_fail_are_refused():

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_parameters, pipeline_layers
+from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.costs import layer_costs
@@ -85,19 +86,19 @@ def test_schedules():
     assert [all_warm(step) for step in (0, 19)] == [1 / 20, 1.0]
 
 
-def source(**changes) -> ModelSource:
-    return ModelSource(AutoConfig.for_model(**(SMALL | {"model_type": "llama"} | changes)), torch.float32, None, seed=5)
+def spec(**changes) -> ModelSpec:
+    return ModelSpec(AutoConfig.for_model(**(SMALL | {"model_type": "llama"} | changes)), torch.float32, seed=5)
 
 
 def weights(split: bool, keep: range | None = None) -> dict[str, torch.Tensor]:
-    specs = pipeline_layers(source(), split)
+    specs = pipeline_layers(StageBuilder(spec()), split)
     built = torch.nn.ModuleList(specs[i].build() for i in (keep or range(len(specs))))
     return {name: p.detach() for name, p in canonical_parameters(built).items()}
 
 
 def test_initial_weights_do_not_depend_on_how_the_model_is_cut():
     whole = weights(split=False)
-    assert set(whole) == set(AutoModelForCausalLM.from_config(source().config).state_dict())
+    assert set(whole) == set(AutoModelForCausalLM.from_config(spec().config).state_dict())
     pieces = {**weights(split=True, keep=range(0, 4)), **weights(split=True, keep=range(4, 9))}
     assert set(pieces) == set(whole)
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
@@ -107,9 +108,9 @@ def test_initial_weights_do_not_depend_on_how_the_model_is_cut():
 
 
 def test_layers_compute_what_transformers_computes():
-    specs = pipeline_layers(source())
+    specs = pipeline_layers(StageBuilder(spec()))
     layers = [spec.build() for spec in specs]
-    model = AutoModelForCausalLM.from_config(source().config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(spec().config, dtype=torch.float32)
     model.load_state_dict(canonical_parameters(torch.nn.ModuleList(layers)))
     model.set_attn_implementation("eager")
     ids = torch.randint(SMALL["vocab_size"], (1, 9), dtype=torch.int32)
@@ -123,9 +124,9 @@ def test_layers_compute_what_transformers_computes():
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_layer_costs_count_every_parameter_once(split, tied):
-    made = source(tie_word_embeddings=tied)
+    made = spec(tie_word_embeddings=tied)
     costs = layer_costs(made, seq_len=64, split_dlayer=split)
-    assert len(costs) == len(pipeline_layers(made, split))
+    assert len(costs) == len(pipeline_layers(StageBuilder(made), split))
     assert sum(cost.parameters for cost in costs) == sum(p.numel() for p in made.skeleton.parameters())
     assert all(math.isfinite(cost.flops) for cost in costs)
 

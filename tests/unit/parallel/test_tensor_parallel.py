@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from conftest import SMALL, VOCAB
 from transformers import AutoConfig
 
 from fft.arguments import LORA_MODULES
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.layers import canonical_parameters, pipeline_layers
 from fft.models.lora import Lora
+from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
 from fft.ops.fused import plain_ops
 from fft.parallel.tensor import TensorParallel
+from fft.planning.costs import layer_costs
 
 FAMILIES = {
     "llama": {"model_type": "llama"},
@@ -69,35 +72,35 @@ def build(family, ranks, fused=None):
     config = AutoConfig.for_model(**{**SMALL, **FAMILIES[family]})
     config._experts_implementation = "eager"  # the only one in float64
     lora = Lora(2, 8, tuple(LORA_MODULES.split(","))) if family.endswith("-lora") else None
-    source = ModelSource(config, torch.float64, seed=5, fused=fused, tensor=ranks, lora=lora)
-    specs = pipeline_layers(source)
+    builder = StageBuilder(ModelSpec(config, torch.float64, seed=5, fused=fused, lora=lora), Ranks(tensor=ranks))
+    specs = pipeline_layers(builder)
     layers = [spec.build() for spec in specs[:-1]]
     for name, parameter in canonical_parameters(torch.nn.ModuleList(layers)).items():
         if name.endswith("lora_B.weight"):  # zeros, which would hide everything
-            shard = source.shards.get(name)
+            shard = builder.shards.get(name)
             shape = parameter.shape if shard is None else shard.shape
             values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name)))
             parameter.detach().copy_(values if shard is None else shard.of(values))
-    if source.tied:
-        return source, [*layers, lambda x: specs[-1].forward_fn(layers[0], x)]
-    return source, [*layers, specs[-1].build()]
+    if builder.spec.tied:
+        return builder, [*layers, lambda x: specs[-1].forward_fn(layers[0], x)]
+    return builder, [*layers, specs[-1].build()]
 
 
-def run(source, layers):
+def run(builder, layers):
     """Loss, the experts' loss, and every parameter as (shard, value, gradient)."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (1, 24), generator=generator, dtype=torch.int32)
     labels = torch.randint(VOCAB, (24,), generator=generator).masked_fill(torch.arange(24) % 5 == 0, IGNORE)
     activations = ids, torch.tensor([0, 9, 10, 24, *[24] * 21], dtype=torch.int32)
-    if source.balance is not None:
-        source.balance.start(1)
+    if builder.balance is not None:
+        builder.balance.start(1)
     for layer in layers:
         activations = layer(activations)
-    loss = linear_cross_entropy(*activations, labels, source.head_shard, source.tensor)
+    loss = linear_cross_entropy(*activations, labels, builder.shards.get(builder.spec.head), builder.ranks.tensor)
     loss.backward()
     modules = torch.nn.ModuleList(layer for layer in layers if isinstance(layer, torch.nn.Module))
-    known = {name: (source.shards.get(name), p.detach(), p.grad) for name, p in canonical_parameters(modules).items()}
-    return loss.item(), source.balance and float(source.balance.total), known
+    known = {name: (builder.shards.get(name), p.detach(), p.grad) for name, p in canonical_parameters(modules).items()}
+    return loss.item(), builder.balance and float(builder.balance.total), known
 
 
 @pytest.mark.parametrize(("size", "fused"), [(2, None), (4, None), (2, plain_ops())], ids=["2", "4", "2-fused"])
@@ -126,3 +129,9 @@ def test_parts_equal_the_whole(family, size, fused):
                 counted[name] += our_grad.numel()
     # What DeepSpeed's norm counts is every element once.
     assert counted == {name: 0 if grad is None else grad.numel() for name, (_, _, grad) in whole.items()}
+
+
+def test_a_part_that_was_built_leaves_the_costs_of_the_whole_as_they_were():
+    """FLOPs a token are reckoned once the stage is built."""
+    builder, _ = build("qwen3-moe", ThreadRanks(0, 2, 2, None))
+    assert layer_costs(builder.spec, 64) == layer_costs(replace(builder.spec), 64)

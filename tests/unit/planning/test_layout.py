@@ -12,8 +12,9 @@ from transformers import AutoConfig
 import fft.planning.dry_run
 from fft.arguments import parse_arguments
 from fft.errors import UserError
-from fft.models.causal_lm import ModelSource
+from fft.models.causal_lm import StageBuilder
 from fft.models.layers import DecoderLayer, Positions
+from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.activations import Alive, add_to_sum, layer_activations
@@ -26,13 +27,13 @@ CONF = Path(__file__).resolve().parents[3] / "conf"
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def source(model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> ModelSource:
-    return ModelSource(AutoConfig.for_model(**(SMALL | {"model_type": model_type} | changes)), dtype)
+def spec(model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> ModelSpec:
+    return ModelSpec(AutoConfig.for_model(**(SMALL | {"model_type": model_type} | changes)), dtype)
 
 
 @functools.cache
-def known(model: str) -> ModelSource:
-    return ModelSource(lay_out(parse_arguments(["--dry_run", "--model", model]), 1)[0], torch.bfloat16)
+def known(model: str) -> ModelSpec:
+    return ModelSpec(lay_out(parse_arguments(["--dry_run", "--model", model]), 1)[0], torch.bfloat16)
 
 
 def dry(*flags: str) -> tuple:
@@ -81,7 +82,7 @@ def test_a_stage_that_does_not_fit_is_named(capsys):
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
 def test_every_parameter_is_held_by_some_rank(kind, tensor, split):
-    made = source(kind, vocab_size=96, **(EXPERTS if kind.endswith("moe") else {}))
+    made = spec(kind, vocab_size=96, **(EXPERTS if kind.endswith("moe") else {}))
     costs = layer_costs(made, 64, split, tensor)
     # Vectors are held by all ranks, matrices (but routers) by one.
     routers = sum(p.numel() for name, p in made.skeleton.named_parameters() if name.endswith("mlp.gate.weight"))
@@ -93,7 +94,7 @@ def test_every_parameter_is_held_by_some_rank(kind, tensor, split):
 
 def test_a_token_costs_the_experts_it_is_sent_to():
     dense, sparse = (
-        layer_costs(source("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[1]), 64)[i]
+        layer_costs(spec("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[1]), 64)[i]
         for i in (2, 1)
     )
     hidden, attention = 32, 64 * 32
@@ -103,10 +104,10 @@ def test_a_token_costs_the_experts_it_is_sent_to():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype):
-    made = source(dtype=dtype, hidden_size=64, head_dim=16)
+    made = spec(dtype=dtype, hidden_size=64, head_dim=16)
     planned = layer_activations(made, tokens=48)
-    layer = ModelSource(made.config, dtype)
-    real = DecoderLayer(layer, 0, Positions(layer))
+    builder = StageBuilder(made)
+    real = DecoderLayer(builder, 0, Positions(builder))
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in real.parameters()}
 
@@ -155,7 +156,7 @@ def test_equal_memory_gives_early_stages_fewer_layers():
 
 def test_picture_shows_neighbours():
     args = parse_arguments(["--dry_run", "--model", "m", "--gradient_accumulation_steps", "4"])
-    made = source(num_attention_heads=4, num_key_value_heads=4)
+    made = spec(num_attention_heads=4, num_key_value_heads=4)
     text = describe(args, "llama", plan_layout(args, made, mesh_sizes(32, 2, 2, 2), host=False))
     assert "stage 1  16-17 18-19  20-21 22-23  24-25 26-27  28-29 30-31" in text
     wide = describe(args, "llama", plan_layout(args, made, mesh_sizes(64, 1, 1, 1), host=False))

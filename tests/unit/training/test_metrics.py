@@ -9,7 +9,7 @@ from conftest import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fft.models.causal_lm import ModelSource
+from fft.models.spec import ModelSpec
 from fft.planning.costs import layer_costs
 from fft.planning.partition import pipeline_bubble
 from fft.training.environment import commit_of
@@ -20,7 +20,7 @@ from fft.training.metrics import Stopwatch, flops_per_token, matrix_rate, peak_m
 def test_flops_are_those_torch_counts(tied):
     tokens = 128
     config = AutoConfig.for_model(**{**SMALL, "model_type": "llama", "hidden_size": 128, "tie_word_embeddings": tied})
-    ours = flops_per_token([cost.flops for cost in layer_costs(ModelSource(config, torch.float32), tokens)])
+    ours = flops_per_token([cost.flops for cost in layer_costs(ModelSpec(config, torch.float32), tokens)])
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config)
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,126 @@
+"""What a model is, before any of it has memory: the same on every rank, and never changed."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fft.models.lora import Lora, adapt, freeze
+from fft.ops.attention import register_with_transformers
+from fft.ops.fused import FusedOps, fuse
+from fft.parallel.tensor_plan import Shard, plan_of, shard_of
+
+#: The types that ``--dtype`` names.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model: its config, what is trained of it and in which type, and the kernels that compute it.
+
+    ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
+    With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
+    ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
+    Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have.
+    """
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    seed: int = 0
+    attention: str = "auto"
+    fused: FusedOps | None = None
+    lora: Lora | None = None
+    frozen: str | None = None
+    selective: bool = False
+    #: The whole model on the meta device (shapes, no memory), which nobody changes: modules are built from copies.
+    skeleton: PreTrainedModel = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        config = copy.deepcopy(self.config)  # transformers writes into it
+        attention = register_with_transformers()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
+        if self.lora is not None:
+            adapt(model, f"{model.base_model_prefix}.layers", self.lora)
+        if self.frozen:
+            freeze(model, self.frozen)
+        if self.fused is not None:
+            fuse(model, self.fused)
+        object.__setattr__(self, "skeleton", model)
+
+    @property
+    def base(self) -> str:
+        """Name of the decoder inside the model, ``model`` for most."""
+        return self.skeleton.base_model_prefix
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return bool(self.config.get_text_config().tie_word_embeddings)
+
+    @property
+    def head(self) -> str:
+        """Name of the output head's weight."""
+        return f"{self.base}.embed_tokens.weight" if self.tied else "lm_head.weight"
+
+    @cached_property
+    def routed(self) -> int:
+        """Layers whose tokens are sent to experts."""
+        return sum(name.endswith("mlp.gate") for name, _ in self.skeleton.named_modules())
+
+    @cached_property
+    def plan(self) -> Mapping[str, str]:
+        """What tensor parallelism cuts, and how: see :func:`fft.parallel.tensor_plan.plan_of`."""
+        return plan_of(self.config)
+
+    def within(self, path: str) -> str:
+        """A dotted name of the model, relative to the decoder, as plans have it."""
+        return path.removeprefix(f"{self.base}.")
+
+    def shard(self, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard | None:
+        """The part of a parameter of ``shape`` that a tensor-parallel rank of ``size`` holds, None for all of it."""
+        heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return shard_of(self.within(name), shape, self.plan, heads, rank, size)
+
+    def shards(self, rank: int, size: int) -> dict[str, Shard]:
+        """By name, the parts of all parameters of which a tensor-parallel rank of ``size`` holds a part only."""
+        if size == 1:
+            return {}
+        parts = {
+            name: self.shard(name, tuple(parameter.shape), rank, size)
+            for name, parameter in self.skeleton.named_parameters()
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy of a module of a spec's skeleton, to be changed; configs are shared."""
+    shared = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    return copy.deepcopy(module, shared)
+
+
+def cut(module: nn.Module, path: str, shards: Mapping[str, Shard]) -> dict[str, Shard]:
+    """Make the parameters below ``module``, on the meta device, as small as the parts in ``shards``, by full name.
+
+    Returns the parts made, by names within the module.
+    """
+    made = {}
+    for name, child in module.named_modules():
+        for key, parameter in child.named_parameters(recurse=False):
+            within = f"{name}.{key}" if name else key
+            shard = shards.get(f"{path}.{within}")
+            if shard is not None:
+                made[within] = shard
+                part = parameter.new_empty(shard.local_shape)
+                child._parameters[key] = nn.Parameter(part, parameter.requires_grad)
+    return made
