@@ -1,4 +1,4 @@
-"""Every layout against one process: a plain transformers + torch.optim loop, one document at a time (fft/parity.py)."""
+"""Every layout against one process: transformers and torch.optim, one document at a time (fft/parity_reference.py)."""
 
 import itertools
 import json
@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.arguments import parse_arguments
 from fft.checkpoint import adapter
 from fft.data.manifest import FileInfo, Manifest, commit
-from fft.parity import faults, one_process, read_outcome, write_random_model
+from fft.parity import faults, read_outcome, write_random_model
+from fft.parity_reference import one_process
 from fft.planning.preflight import plan_run
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, LR, CLIP = 5, 8, 64, 1e-3, 0.5

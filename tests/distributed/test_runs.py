@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fft.data.reader import SampleReader
 from fft.data.table import Table
-from fft.parity import mean_loss
+from fft.parity_reference import mean_loss
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,114 @@
+"""What a run is compared with: a plain loop of transformers and torch in one process, one document at a time.
+
+It shares with the trainer how samples are dealt, the schedule, and which parameters are trained; nothing that a layout,
+an engine or a kernel could get wrong.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+
+from fft.arguments import TrainArguments
+from fft.checkpoint import adapter
+from fft.data.batches import MicroBatch, micro_batch, step_batches
+from fft.data.reader import SampleReader
+from fft.data.table import IGNORE
+from fft.models.lora import Lora, adapt, freeze, reset_adapters
+from fft.planning.preflight import Plan, batch_plan
+from fft.training.schedule import lr_multiplier
+
+
+@dataclass
+class Outcome:
+    """What a run did: per step, and at its end by parameter. ``gradients`` are AdamW's first moments."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    evaluations: list[float] = field(default_factory=list)
+
+
+def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss."""
+    total, routed = torch.zeros(()), defaultdict(list)
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [r.register_forward_hook(lambda r, _, output: routed[r].append(output[0])) for r in routers]
+    input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
+    for a, b in itertools.pairwise(bounds):
+        labels = torch.from_numpy(batch.labels[a:b])
+        if routers or (labels != IGNORE).any():
+            logits = model(input_ids[a:b][None]).logits[0]
+            total = total + nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+    for hook in hooks:
+        hook.remove()
+    config = model.config
+    balance = [
+        load_balancing_loss_func((torch.cat(logits),), config.num_experts, config.num_experts_per_tok)
+        for logits in routed.values()
+    ]
+    return total, torch.stack(balance).mean() if balance else torch.zeros(())
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, reader: SampleReader) -> float:
+    """Mean loss over the trained tokens of an epoch, as the trainer evaluates."""
+    batches = [micro_batch(reader, [i], i + 1) for i in range(reader.samples_per_epoch)]
+    return sum(float(document_losses(model, b)[0]) for b in batches) / sum(b.trained for b in batches)
+
+
+def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
+    """Train the model in ``directory`` as ``args`` say, by transformers and torch alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    lora = Lora.of(args)
+    if lora is not None:
+        adapt(model, f"{model.base_model_prefix}.layers", lora)
+        reset_adapters(model, args.seed)
+    if args.freeze:
+        freeze(model, args.freeze)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices, vectors = ([p for p in parameters.values() if (p.ndim < 2) == small] for small in (False, True))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    floor = args.min_learning_rate / args.learning_rate
+    multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, plan.total_steps, floor, args.decay_ratio)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    evaluations = [mean_loss(model, plan.evaluation)] if plan.evaluation else []
+    dealt = [batch_plan(args, plan.mesh, replica) for replica in range(plan.mesh.data)]
+    losses, norms = [], []
+    for step in range(plan.total_steps):
+        optimizer.zero_grad()
+        first = step * dealt[0].global_batch
+        batches = [batch for deal in dealt for batch in step_batches(plan.train, deal, first, plan.total_samples)]
+        losses.append(_backward(model, batches))
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
+        optimizer.step()
+        schedule.step()
+    if plan.evaluation:
+        evaluations.append(mean_loss(model, plan.evaluation))
+    gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    if lora is not None:
+        weights = adapter.adapter_parameters(weights)
+    return Outcome(losses, norms, weights, gradients, evaluations)
+
+
+def _backward(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> float:
+    """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
+    trained, total = sum(b.trained for b in batches), 0.0
+    weight = getattr(model.config, "router_aux_loss_coef", 0.0) / len(batches)
+    for batch in batches:
+        loss, balance = document_losses(model, batch)
+        if (objective := loss / trained + weight * balance).requires_grad:
+            objective.backward()
+        total += loss.item() / trained
+    return total
