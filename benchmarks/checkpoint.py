@@ -64,7 +64,6 @@ def measure(method: str, work: Path, layers: int) -> int:
     import torch.distributed as dist
 
     from fft.checkpoint import optimizer_state
-    from fft.models.layers import canonical_parameters
     from fft.training.engine import init_distributed
 
     folder = work / method
@@ -72,13 +71,13 @@ def measure(method: str, work: Path, layers: int) -> int:
     folder.mkdir(parents=True)
     init_distributed()
     engine, config = _trained_engine(layers)
-    parameters = canonical_parameters(engine.module)
+    parameters = engine.parameters
     if method in ("none", "thread", "process"):
         save, load, close = _ours(method, folder, engine, parameters, config)
     elif method == "deepspeed":
         save, load, close = _deepspeed(folder, engine)
     else:
-        training, _ = optimizer_state.gather(engine, parameters, {})
+        training, _ = optimizer_state.gather(engine.optimizer, parameters, {}, engine.role)
         tensors = {**{name: p.detach() for name, p in parameters.items()}, **training}
         save, load, close = _dcp(folder, tensors, method == "dcp-async")
     blocked, whole, before, held = [], [], _resident(), 0
@@ -128,11 +127,11 @@ def _trained_engine(layers: int) -> tuple:
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = AutoConfig.for_model("llama", vocab_size=16_000, num_hidden_layers=layers, **sizes)
     spec, mesh = ModelSpec(config, DTYPES[args.dtype]), mesh_sizes(1, 1, 1, 1)
-    engine, _ = build_engine(args, StageBuilder(spec), mesh, plan_layout(args, spec, mesh, on_host()).bounds, 1)
+    engine = build_engine(args, StageBuilder(spec), mesh, plan_layout(args, spec, mesh, on_host()).bounds, 1)
     ids = np.random.default_rng(0).integers(0, 16_000, 64)
     bounds = torch.tensor([0] + [64] * 64, dtype=torch.int32)
     inputs = torch.from_numpy(ids[None].astype(np.int32)), bounds
-    engine.train_batch(iter([(inputs, torch.from_numpy(np.roll(ids, -1)))]))
+    engine.deepspeed.train_batch(iter([(inputs, torch.from_numpy(np.roll(ids, -1)))]))
     return engine, config
 
 
@@ -141,14 +140,16 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
 
     from fft.checkpoint import folder as checkpoints
     from fft.checkpoint import optimizer_state
-    from fft.checkpoint.saver import Contents, Part, Saver
+    from fft.checkpoint.saver import Contents, RankShare, Saver
     from fft.weights import hf
 
     saver = Saver(Contents(folder, config, None, None, 1, 0, 0), method, dist.new_group(backend="gloo"))
 
     def save(number: int) -> Callable:
         saver.save(
-            f"step-{number}", Part((parameters, 0), optimizer_state.gather(engine, parameters, {})), {"step": number}
+            f"step-{number}",
+            RankShare((parameters, 0), optimizer_state.gather(engine.optimizer, parameters, {}, engine.role)),
+            {"step": number},
         )
         return saver.finish
 
@@ -158,17 +159,17 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
         reader = hf.WeightReader(checkpoint)
         for name, parameter in parameters.items():
             parameter.data.copy_(reader.read(name, parameter.shape))
-        optimizer_state.restore(engine, parameters, {}, checkpoint / checkpoints.TRAINING, 1)
+        optimizer_state.restore(engine.optimizer, parameters, {}, checkpoint / checkpoints.TRAINING, 1)
 
     return save, load, saver.close
 
 
 def _deepspeed(folder: Path, engine: object) -> tuple[Callable, ...]:
     def save(number: int) -> Callable:
-        engine.save_checkpoint(folder, tag=f"step-{number}")
+        engine.deepspeed.save_checkpoint(folder, tag=f"step-{number}")
         return lambda: None
 
-    return save, lambda number: engine.load_checkpoint(folder, tag=f"step-{number}"), lambda: None
+    return save, lambda number: engine.deepspeed.load_checkpoint(folder, tag=f"step-{number}"), lambda: None
 
 
 def _dcp(folder: Path, tensors: dict, background: bool) -> tuple[Callable, ...]:

@@ -70,7 +70,7 @@ def measure(pipe: int, dtype: str, interval: int) -> dict:
     step, engine = make_engine(sizes, *flags)
     for _ in range(2):
         step()
-    memory = layout.memory[engine.stage_id]
+    memory = layout.memory[engine.role.stage]
     if host:
         # Pages of libraries and of the communication library's shared buffers, which only come, are not the model's.
         shared = psutil.Process().memory_info().shared - before.shared

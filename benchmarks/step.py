@@ -164,7 +164,7 @@ def bubble_of(args: argparse.Namespace) -> dict:
     if args.way == "DualPipeV":
         fft.training.engine.StagedModel = _dual_pipe(_layers_of(2 * stages))
     step, engine = make_engine(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds)
-    for layer in engine.module.modules():
+    for layer in engine.deepspeed.module.modules():
         if type(layer).__name__ == "DecoderLayer":
             layer.register_forward_pre_hook(lambda *_: time.sleep(_SLEEP))
             layer.module.register_full_backward_hook(lambda *_: time.sleep(2 * _SLEEP))
@@ -175,7 +175,7 @@ def bubble_of(args: argparse.Namespace) -> dict:
         step()
         dist.barrier()
         seconds.append(time.perf_counter() - begun)
-    assert torch.isfinite(engine.agg_train_loss)
+    assert torch.isfinite(engine.deepspeed.agg_train_loss)
     return {"seconds": statistics.median(seconds[1:])}
 
 
@@ -235,13 +235,13 @@ def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], Non
     from fft.training.engine import build_engine
 
     parsed, spec, layout = make_layout(args, *flags)
-    engine, loss = build_engine(parsed, StageBuilder(spec), layout.mesh, layout.bounds, 1)
-    loss.scale = 1 / args.tokens
+    engine = build_engine(parsed, StageBuilder(spec), layout.mesh, layout.bounds, 1)
+    engine.loss.scale = 1 / args.tokens
     bounds = torch.tensor([0] + [args.tokens] * args.tokens, dtype=torch.int32)
     batches = [((ids[None].int(), bounds), ids.roll(-1)) for ids in _ids(args)]
 
     def step() -> None:
-        engine.train_batch(iter(batches))
+        engine.deepspeed.train_batch(iter(batches))
         deepspeed.get_accelerator().synchronize()
 
     return step, engine

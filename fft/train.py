@@ -22,11 +22,12 @@ def main() -> int:
     """Parse, check what can be checked without starting anything, then train."""
     arguments = parse_arguments()
     if arguments.dry_run:
-        from fft.planning.dry_run import run
-    else:
-        from fft.training.trainer import run
+        from fft.planning.dry_run import dry_run
 
-    return run(arguments)
+        return dry_run(arguments)
+    from fft.training.trainer import train
+
+    return train(arguments)
 
 
 def cli() -> None:

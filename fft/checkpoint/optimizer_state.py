@@ -8,24 +8,37 @@ holds now, whoever wrote them.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from fft.checkpoint.fragments import FRAGMENTS, MASTER, Fragment, SavedFragments, rank_file
+from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _RANDOM = "random/cpu"
 _DEVICE_RANDOM = "random/device"
 
 
+@dataclass(frozen=True)
+class StageOptimizer:
+    """The optimizer of a rank's stage and its schedule.
+
+    With ``zero`` the state is shared out over replicas, as slices of flat buffers, and ``adamw`` steps on those.
+    """
+
+    adamw: torch.optim.AdamW
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    zero: bool
+    device: torch.device
+
+
 def gather(
-    engine: deepspeed.PipelineEngine, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard]
+    optimizer: StageOptimizer, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Shard], role: StageRole
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """This rank's share of the optimizer state and its random states, and what tells where the share belongs.
 
@@ -33,89 +46,54 @@ def gather(
     are their own masters, which are not given again; of what several tensor-parallel ranks hold, the first gives it.
     """
     tensors, ranges = {}, {}
-    first = engine.grid.get_slice_parallel_rank() == 0
     # Without ZeRO replicas hold the same, and the first one gives it.
-    gives = engine.zero_optimization_stage() or engine.grid.get_data_parallel_id() == 0
+    gives = optimizer.zero or role.writes
     for name, parameter in parameters.items() if gives else ():
-        (start, fragments), shard = _fragments(engine, parameter), shards.get(name)
-        if fragments and (first if shard is None else shard.copy == 0):
+        (start, fragments), shard = _fragments(optimizer, parameter), shards.get(name)
+        if fragments and (role.leads if shard is None else shard.copy == 0):
             ranges[name] = Fragment.of(start, start + fragments[_MOMENTS[0]].numel(), shard).to_list()
             tensors.update({f"{kind}/{name}": tensor for kind, tensor in fragments.items()})
     tensors[_RANDOM] = torch.get_rng_state()
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() != "cpu":
-        tensors[_DEVICE_RANDOM] = accelerator.get_rng_state().cpu()
+    if optimizer.device.type != "cpu":
+        tensors[_DEVICE_RANDOM] = torch.get_device_module(optimizer.device).get_rng_state().cpu()
     return tensors, {FRAGMENTS: json.dumps(ranges)}
 
 
 @torch.no_grad()
 def restore(
-    engine: deepspeed.PipelineEngine,
+    optimizer: StageOptimizer,
     parameters: Mapping[str, nn.Parameter],
     shards: Mapping[str, Shard],
     training: Path,
     step: int,
 ) -> None:
-    """Put the optimizer and the schedule of a new engine where they stood after ``step`` steps.
+    """Put a new optimizer and its schedule where they stood after they had done ``step`` steps.
 
     ``training`` is the folder that :func:`gather`'s tensors were written to, by any number of ranks.
     """
-    optimizer = _adamw(engine)
-    for group in optimizer.param_groups:
+    adamw, schedule = optimizer.adamw, optimizer.schedule
+    for group in adamw.param_groups:
         for held in group["params"]:
-            optimizer.state[held] = _no_moments(held)
+            done = torch.tensor(float(step), device=held.device if group["fused"] else "cpu")
+            adamw.state[held] = {**_no_moments(held), "step": done}
     saved = SavedFragments(training)
     for name, parameter in parameters.items():
-        start, fragments = _fragments(engine, parameter)
+        start, fragments = _fragments(optimizer, parameter)
         for kind, tensor in fragments.items():
             saved.fill(tensor, name, kind, start, shards.get(name))
-    _set_step(engine, step)
-    engine.global_steps = step
-
-
-def _set_step(engine: deepspeed.PipelineEngine, step: int) -> None:
-    """Let schedule and optimizer have done ``step`` steps."""
-    optimizer, scheduler = _adamw(engine), engine.lr_scheduler
-    for group in optimizer.param_groups:
-        for held in group["params"]:
-            device = held.device if group["fused"] else "cpu"
-            optimizer.state[held]["step"] = torch.tensor(float(step), device=device)
-    scheduler.last_epoch = step
-    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler._last_lr = [base * multiplier(step) for base, multiplier in rates]
-    for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+    schedule.last_epoch = step
+    rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    schedule._last_lr = [base * multiplier(step) for base, multiplier in rates]
+    for group, rate in zip(adamw.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
 
 
-def loss_scaler(engine: deepspeed.PipelineEngine) -> dict | None:
-    """Where the dynamic loss scale of fp16 stands, and how many steps it has cost; None in other types."""
-    if not engine.fp16_enabled():
-        return None
-    scaler = engine.optimizer.loss_scaler
-    return {"skipped": engine.skipped_steps} | {name: getattr(scaler, name) for name in _SCALER}
-
-
-def restore_loss_scaler(engine: deepspeed.PipelineEngine, saved: dict | None) -> None:
-    """Put the loss scale back, after :func:`restore`: steps that were skipped moved neither schedule nor optimizer."""
-    if saved is None:
-        return
-    for name in _SCALER:
-        setattr(engine.optimizer.loss_scaler, name, saved[name])
-    engine.skipped_steps = saved["skipped"]
-    _set_step(engine, engine.global_steps - engine.skipped_steps)
-
-
-def restore_random(training: Path, rank: int) -> None:
+def restore_random(training: Path, rank: int, device: torch.device) -> None:
     """Take up the random states that ``rank`` had."""
     with safe_open(training / rank_file(rank), framework="pt") as tensors:
         torch.set_rng_state(tensors.get_tensor(_RANDOM))
-        if _DEVICE_RANDOM in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-            deepspeed.get_accelerator().set_rng_state(tensors.get_tensor(_DEVICE_RANDOM))
-
-
-def _adamw(engine: deepspeed.PipelineEngine) -> torch.optim.AdamW:
-    """The optimizer itself, which ZeRO wraps."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+        if device.type != "cpu" and _DEVICE_RANDOM in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            torch.get_device_module(device).set_rng_state(tensors.get_tensor(_DEVICE_RANDOM))
 
 
 def _no_moments(held: Tensor) -> dict[str, Tensor]:
@@ -123,24 +101,24 @@ def _no_moments(held: Tensor) -> dict[str, Tensor]:
     return {kind: torch.zeros_like(held) for kind in _MOMENTS}
 
 
-def _fragments(engine: deepspeed.PipelineEngine, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+def _fragments(optimizer: StageOptimizer, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
     """What this rank's optimizer holds of a parameter, flat, by kind, and where in the parameter that begins.
 
     Empty where it holds nothing.
     """
-    optimizer = _adamw(engine)
-    if not engine.zero_optimization_stage():
+    adamw = optimizer.adamw
+    if not optimizer.zero:
         if not parameter.requires_grad:
             return 0, {}
-        moments = optimizer.state.get(parameter) or _no_moments(parameter)
+        moments = adamw.state.get(parameter) or _no_moments(parameter)
         return 0, {kind: moments[kind].view(-1) for kind in _MOMENTS}
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return 0, {}
     # The mapping's own view of the moments lacks those of the second group: DeepSpeed makes it after the first's step.
     address = mapping.hp_fragment_address
-    (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
-    moments = optimizer.state.get(flat) or _no_moments(flat)
+    (flat,) = adamw.param_groups[mapping.param_group_index]["params"]
+    moments = adamw.state.get(flat) or _no_moments(flat)
     held = {kind: moments[kind].narrow(0, address.start, address.numel) for kind in _MOMENTS}
     if parameter.dtype != torch.float32:
         held[MASTER] = mapping.hp_fragment

@@ -43,7 +43,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankShare:
     """What one rank writes: a shard of the weights, or None, and its share of the training state, or None."""
 
     weights: tuple[dict[str, Tensor], int] | None
@@ -77,8 +77,8 @@ class Saver:
         self._state: dict = {}
         self._written = self._published = _done()
 
-    def save(self, tag: str, part: Part, state: dict) -> None:
-        """Save this rank's ``part`` as checkpoint ``tag``; ``state`` is the content of ``training/state.json``.
+    def save(self, tag: str, share: RankShare, state: dict) -> None:
+        """Save this rank's ``share`` as checkpoint ``tag``; ``state`` is the content of ``training/state.json``.
 
         Returns when the tensors may change again. Raises :class:`UserError` when the save before this one failed.
         """
@@ -90,9 +90,9 @@ class Saver:
             except OSError as error:
                 raise UserError(f"{staging} cannot be made ({error.strerror}): make room and run again.") from error
         dist.barrier(self._control)
-        copied = self._snapshot(part)
+        copied = self._snapshot(share)
         self._tag, self._state = tag, state
-        self._written = self._executor.submit(_write_part, staging, copied, self._contents, dist.get_rank())
+        self._written = self._executor.submit(_write_share, staging, copied, self._contents, dist.get_rank())
         if self._kind == "none":
             self.finish()
 
@@ -134,19 +134,19 @@ class Saver:
             raise UserError(f"a checkpoint could not be saved, the ones before it are intact: {error}") from error
         raise error
 
-    def _snapshot(self, part: Part) -> Part:
-        """The tensors of ``part`` in host memory that training does not touch, the same at every save."""
+    def _snapshot(self, share: RankShare) -> RankShare:
+        """The tensors of ``share`` in host memory that training does not touch, the same at every save."""
         if self._kind == "none":
-            return part
+            return share
         copied = {}
-        for kind, tensors in (("weights", part.weights), ("training", part.training)):
+        for kind, tensors in (("weights", share.weights), ("training", share.training)):
             copied[kind] = tensors and (
                 {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors[0].items()},
                 tensors[1],
             )
         if torch.accelerator.is_available():
             torch.accelerator.current_stream().synchronize()
-        return Part(**copied)
+        return RankShare(**copied)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
@@ -184,16 +184,16 @@ def _done() -> Future:
     return done
 
 
-def _write_part(staging: Path, part: Part, contents: Contents, rank: int) -> None:
+def _write_share(staging: Path, share: RankShare, contents: Contents, rank: int) -> None:
     names = []
-    if part.weights is not None:
-        tensors, shard = part.weights
+    if share.weights is not None:
+        tensors, shard = share.weights
         hf.write_shard(staging, tensors, shard, contents.shards)
         if contents.adapter is None:  # else it goes into the adapter's one file
             names.append(hf.shard_name(shard, contents.shards))
-    if part.training is not None:
+    if share.training is not None:
         name = f"{folder.TRAINING}/{rank_file(rank)}"
-        hf.write_tensors(staging / name, *part.training)
+        hf.write_tensors(staging / name, *share.training)
         names.append(name)
     folder.note_sums(staging, names, rank)
 

@@ -4,7 +4,9 @@ Between layers travel the hidden states [1, tokens, hidden size], the only float
 int32 [tokens + 1].
 """
 
-from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from fft.errors import UserError
@@ -16,6 +18,24 @@ from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import ShardedDocuments
 
 Activations = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PipelineLayer:
+    """A layer that the rank of its stage will build: a class and what it is called with.
+
+    Layers ``tied`` by the same name share a ``weight``. A rank that has two of them builds one; ``forward``, given that
+    module and the activations, stands for the other's.
+    """
+
+    kind: type[nn.Module]
+    arguments: tuple
+    tied: str | None = None
+    forward: Callable[[nn.Module, Activations], tuple[Tensor, Tensor]] | None = None
+
+    def build(self) -> nn.Module:
+        """Materialise it on the CPU."""
+        return self.kind(*self.arguments)
 
 
 class Positions:
@@ -152,21 +172,21 @@ def _view(weight: Tensor) -> Tensor:
     return weight.view_as(weight)
 
 
-def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[LayerSpec]:
-    """The model as layer specifications: embedding, decoder layers (or halves), norm, head."""
+def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[PipelineLayer]:
+    """The model as layers that are yet to be built: embedding, decoder layers (or halves), norm, head."""
     spec, positions = builder.spec, Positions(builder)
     halves = ("attention", "mlp") if split_dlayer else (None,)
     if spec.tied:
-        first = TiedLayerSpec("embedding", Embedding, builder, tied_weight_attr="weight")
-        last = TiedLayerSpec("embedding", Embedding, builder, forward_fn=_tied_head, tied_weight_attr="weight")
+        first = PipelineLayer(Embedding, (builder,), "embedding")
+        last = PipelineLayer(Embedding, (builder,), "embedding", _tied_head)
     else:
-        first, last = LayerSpec(Embedding, builder), LayerSpec(Head, builder)
+        first, last = PipelineLayer(Embedding, (builder,)), PipelineLayer(Head, (builder,))
     decoder = [
-        LayerSpec(DecoderLayer, builder, index, positions, half)
+        PipelineLayer(DecoderLayer, (builder, index, positions, half))
         for index in range(spec.config.num_hidden_layers)
         for half in halves
     ]
-    return [first, *decoder, LayerSpec(FinalNorm, builder), last]
+    return [first, *decoder, PipelineLayer(FinalNorm, (builder,)), last]
 
 
 def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:

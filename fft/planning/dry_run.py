@@ -9,7 +9,7 @@ from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import lay_out
 
 
-def run(args: TrainArguments) -> int:
+def dry_run(args: TrainArguments) -> int:
     """Print the layout of ``--ranks``. Raises :class:`UserError` where it is impossible, or exceeds the device."""
     if int(os.environ.get("RANK", "0")) > 0:
         return 0

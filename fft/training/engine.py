@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine, set up so that its arithmetic is that of one process.
+"""DeepSpeed's pipeline engine, set up so that its arithmetic is that of one process: all of ours that knows DeepSpeed.
 
 What we know of it and rely on here is collected in docs/deepspeed.md.
 """
@@ -8,29 +8,39 @@ import io
 import logging
 import os
 import socket
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
 import torch
-from deepspeed.pipe import PipelineModule
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
+from fft.checkpoint import optimizer_state
+from fft.data.batches import MicroBatch
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
-from fft.models.layers import DecoderLayer, pipeline_layers
+from fft.models.layers import DecoderLayer, PipelineLayer, canonical_parameters, pipeline_layers
 from fft.models.lora import Lora
 from fft.models.spec import DTYPES, ModelSpec
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.parallel.mesh import MeshSizes
+from fft.parallel.role import StageRole
+from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
-from fft.training.optimizer import make_optimizer
+from fft.training.optimizer import Holders, make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
+
+#: Where a dynamic loss scale stands, by the names of DeepSpeed's loss scaler.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class TokenMeanLoss:
@@ -98,7 +108,7 @@ def init_distributed() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(verbose=False)
-    torch.distributed.barrier()  # every rank has its neighbours' buffers open
+    dist.barrier()  # every rank has its neighbours' buffers open
     _unlink_shared_buffer()
 
 
@@ -113,7 +123,7 @@ def _unlink_shared_buffer() -> None:
 
 def model_spec(args: TrainArguments, config: PretrainedConfig) -> ModelSpec:
     """The model, with the kernels asked for. Raises :class:`UserError` for names that it does not have."""
-    operators = fused.fused_ops(deepspeed.get_accelerator().device_name(), args.fused_ops)
+    operators = fused.fused_ops(device_type(), args.fused_ops)
     train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
     return ModelSpec(config, DTYPES[args.dtype], args.seed, args.attention, operators, **train)
 
@@ -131,9 +141,14 @@ def check_kernels(spec: ModelSpec) -> str:
     return ", ".join(names)
 
 
+def device_type() -> str:
+    """The kind of device that DeepSpeed takes: "cpu", "cuda", "npu", ... (``DS_ACCELERATOR`` names another)."""
+    return deepspeed.get_accelerator().device_name()
+
+
 def on_host() -> bool:
     """Whether the device is the CPU."""
-    return deepspeed.get_accelerator().device_name() == "cpu"
+    return device_type() == "cpu"
 
 
 def check_device(args: TrainArguments) -> None:
@@ -145,14 +160,101 @@ def check_device(args: TrainArguments) -> None:
         )
 
 
+class StageEngine:
+    """The engine of this rank's stage: what a run asks of DeepSpeed's."""
+
+    def __init__(
+        self, engine: deepspeed.PipelineEngine, builder: StageBuilder, loss: TokenMeanLoss, role: StageRole
+    ) -> None:
+        #: DeepSpeed's own, and the loss function that it was given.
+        self.deepspeed, self.loss = engine, loss
+        self.role, self.device = role, engine.device
+        self._balance = builder.balance
+        #: Of the stage's layers, under their Hugging Face names.
+        self.parameters = canonical_parameters(engine.module)
+        self.optimizer = optimizer_state.StageOptimizer(
+            getattr(engine.optimizer, "optimizer", engine.optimizer),  # ZeRO wraps it
+            engine.lr_scheduler,
+            bool(engine.zero_optimization_stage()),
+            self.device,
+        )
+
+    def step(self, batches: Sequence[MicroBatch]) -> float:
+        """Take an optimizer step; returns the mean loss over the trained tokens of the global batch.
+
+        ``batches`` are this rank's micro-batches, of which a stage in the middle needs none. Collective.
+        """
+        engine = self.deepspeed
+        if self.role.last:
+            trained = torch.tensor(sum(b.trained for b in batches), dtype=torch.int64, device=self.device)
+            dist.all_reduce(trained, group=engine.grid.get_data_parallel_group())
+            axis = engine.grid.get_data_parallel_world_size()
+            self.loss.scale = axis * engine.micro_batches / max(1, int(trained))
+        if self._balance is not None:
+            self._balance.start(engine.micro_batches, self._loss_scale)
+        return float(engine.train_batch(map(_to_torch, batches)))
+
+    def sum_losses(self, batches: Iterable[MicroBatch], micro_batches: int) -> float:
+        """Sum of the token losses of so many micro-batches, on ranks of the last stage. Collective."""
+        self.loss.scale = 1.0
+        losses = self.deepspeed.eval_batch(
+            map(_to_torch, batches), reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches
+        )
+        return float(sum(losses)) if self.role.last else 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return self.deepspeed.get_lr()[0]
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the whole model in the last step, before clipping; NaN before the first."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def _loss_scale(self) -> float:
+        """What gradients are multiplied by until the optimizer divides them by it: not 1 in fp16 alone."""
+        return float(self.deepspeed.optimizer.loss_scale) if self.deepspeed.fp16_enabled() else 1.0
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Of fp16: the loss scale, and the steps skipped so far because gradients overflowed."""
+        if not self.deepspeed.fp16_enabled():
+            return {}
+        return {"loss_scale": self._loss_scale, "skipped_steps": self.deepspeed.skipped_steps}
+
+    def scaler_state(self) -> dict | None:
+        """Where the dynamic loss scale of fp16 stands, and how many steps it has cost; None in other types."""
+        if not self.deepspeed.fp16_enabled():
+            return None
+        scaler = self.deepspeed.optimizer.loss_scaler
+        return {"skipped": self.deepspeed.skipped_steps} | {name: getattr(scaler, name) for name in _SCALER}
+
+    def restore(self, training: Path, shards: Mapping[str, Shard], step: int, scaler: dict | None) -> None:
+        """Stand where a run stood after ``step`` steps, whose ranks wrote their states to ``training``.
+
+        ``shards`` are the parts of parameters that this rank holds; ``scaler`` is what :meth:`scaler_state` gave.
+        """
+        engine, skipped = self.deepspeed, 0
+        if scaler is not None:
+            for name in _SCALER:
+                setattr(engine.optimizer.loss_scaler, name, scaler[name])
+            skipped = engine.skipped_steps = scaler["skipped"]
+        engine.global_steps = step
+        # Steps that were skipped moved neither schedule nor optimizer.
+        optimizer_state.restore(self.optimizer, self.parameters, shards, training, step - skipped)
+
+
 def build_engine(
     args: TrainArguments, builder: StageBuilder, mesh: MeshSizes, bounds: list[int], total_steps: int
-) -> tuple[deepspeed.PipelineEngine, TokenMeanLoss]:
-    """Build this rank's stage, optimizer, schedule and engine."""
-    loss = TokenMeanLoss(builder)
+) -> StageEngine:
+    """Build this rank's stage, optimizer, schedule and engine. Collective."""
+    loss, role = TokenMeanLoss(builder), StageRole.of(mesh, dist.get_rank())
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
         module = StagedModel(
-            pipeline_layers(builder, args.split_dlayer),
+            [_layer_spec(layer) for layer in pipeline_layers(builder, args.split_dlayer)],
             bounds,
             mesh,
             loss_fn=loss,
@@ -160,8 +262,9 @@ def build_engine(
             checkpointable_layers=[DecoderLayer.__name__],
             dynamic_shape=args.ragged,
         )
-    stage = zero_stage(args, mesh)
-    optimizer = make_optimizer(args, module, _parameter_groups(module, args.weight_decay), stage)
+    stage, device = zero_stage(args, mesh), "cpu" if args.offload_optimizer else device_type()
+    groups = parameter_groups(module, args.weight_decay)
+    optimizer = make_optimizer(args, groups, device, None if stage else _holders(module, role))
     floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
     multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
     engine, *_ = deepspeed.initialize(
@@ -173,26 +276,27 @@ def build_engine(
     replicas = mesh.data * mesh.sequence
     if replicas == 1 and (engine.using_bf16_optimizer or not stage):
         engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
-    return engine, loss
+    return StageEngine(engine, builder, loss, role)
 
 
-def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (norms, biases) do not.
+def _layer_spec(layer: PipelineLayer) -> LayerSpec:
+    if layer.tied is None:
+        return LayerSpec(layer.kind, *layer.arguments)
+    return TiedLayerSpec(layer.tied, layer.kind, *layer.arguments, forward_fn=layer.forward, tied_weight_attr="weight")
 
-    DeepSpeed sums the gradients' norm over the stages group by group, so a stage that lacked one (the head alone has no
-    vectors) would leave the others waiting for ever: it gets a parameter that nothing uses.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = []
-    for name, decay, chosen in (
-        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2]),
-        ("unused_vector", 0.0, [p for p in parameters if p.ndim < 2]),
-    ):
-        if not chosen:
-            module.register_parameter(name, torch.nn.Parameter(next(module.parameters()).new_zeros(1)))
-            chosen = [module.get_parameter(name)]
-        groups.append({"params": chosen, "weight_decay": decay})
-    return groups
+
+def _holders(module: PipelineModule, role: StageRole) -> Holders:
+    def counts(parameter: torch.nn.Parameter) -> bool:
+        if getattr(parameter, PIPE_REPLICATED, False):
+            return False
+        return role.leads or getattr(parameter, "model_parallel", False)
+
+    return Holders(module.mpu().get_model_parallel_group(), counts)
+
+
+def _to_torch(batch: MicroBatch) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """As DeepSpeed's engine takes it: (inputs of the first stage, labels of the last)."""
+    return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
 
 
 def _deepspeed_config(args: TrainArguments, stage: int) -> dict:

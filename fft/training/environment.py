@@ -8,17 +8,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 import fft
 
 
-def environment(group: dist.ProcessGroup) -> dict:
-    """Versions, the command, and where every rank is. All ranks of ``group`` call it together."""
+def environment(group: dist.ProcessGroup, device: torch.device) -> dict:
+    """Versions, the command, and where every rank is, this one on ``device``. Collective over ``group``."""
     places: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, f"{socket.gethostname()} {_device()}", group)
+    dist.all_gather_object(places, f"{socket.gethostname()} {_name(device)}", group)
     return {
         "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
@@ -46,8 +45,8 @@ def commit_of(checkout: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def _device() -> str:
-    name = deepspeed.get_accelerator().device_name()
-    if name == "cpu":
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
-    return f"{name}:{torch.accelerator.current_device_index()} {torch.get_device_module(name).get_device_name()}"
+    name = torch.get_device_module(device).get_device_name(device)
+    return f"{device.type}:{torch.accelerator.current_device_index()} {name}"

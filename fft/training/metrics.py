@@ -6,17 +6,26 @@ matrix rate.
 """
 
 import contextlib
+import dataclasses
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
+from fft.arguments import TrainArguments
 from fft.models.experts import LoadBalance
-from fft.training.metric_sinks import Sinks
+from fft.models.spec import ModelSpec
+from fft.planning.costs import layer_costs
+from fft.planning.partition import pipeline_bubble
+from fft.planning.preflight import Plan
+from fft.training.metric_sinks import Sinks, open_sinks
+
+Log = Callable[[str], None]
 
 #: A product that takes this many seconds is timed well enough, and one of this many rows is as large as any.
 _LONG_ENOUGH, _LARGEST = 0.01, 8192
@@ -32,17 +41,18 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
     Every rank measures at once: ranks on the cores of one machine have only their share of them.
     """
-    accelerator, generator = deepspeed.get_accelerator(), torch.Generator(device).manual_seed(0)
+    synchronize = torch.get_device_module(device).synchronize
+    generator = torch.Generator(device).manual_seed(0)
     best, rows = 0.0, 256
     while True:
         # Not zeros: a device that draws less power would clock higher than it does in training.
         a = torch.randn(rows, rows, generator=generator, device=device).to(dtype)
         fastest = float("inf")
         for _ in range(4):  # the first warms up
-            accelerator.synchronize()
+            synchronize()
             begun = time.perf_counter()
             a @ a
-            accelerator.synchronize()
+            synchronize()
             fastest = min(fastest, time.perf_counter() - begun)
         best = max(best, 2.0 * rows**3 / fastest)
         if fastest > _LONG_ENOUGH or rows >= _LARGEST:
@@ -50,12 +60,11 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
         rows *= 2
 
 
-def peak_memory() -> int:
-    """Most bytes this process has had: of the accelerator's memory, or, on CPU, of the machine's."""
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu":
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has had: of its accelerator's memory, or, on CPU, of the machine's."""
+    if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return accelerator.max_memory_allocated()
+    return torch.get_device_module(device).max_memory_allocated()
 
 
 def over_ranks(value: float, operation: dist.ReduceOp, device: torch.device) -> float:
@@ -74,16 +83,6 @@ def mean_balance(balance: LoadBalance | None, device: torch.device) -> dict[str,
     # A row's ranks have shares of its losses, which add up.
     shares = dist.get_world_size(balance.sequence) if balance.sequence is not None else 1
     return {"aux_loss": float(sums[0] / sums[1]) * shares}
-
-
-def loss_scale(engine: deepspeed.PipelineEngine) -> float:
-    """What gradients are multiplied by until the optimizer divides them by it: not 1 in fp16 alone."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-
-
-def scaling(engine: deepspeed.PipelineEngine) -> dict[str, float]:
-    """Of fp16: the loss scale, and the steps skipped so far because gradients overflowed."""
-    return {"loss_scale": loss_scale(engine), "skipped_steps": engine.skipped_steps} if engine.fp16_enabled() else {}
 
 
 class Stopwatch:
@@ -137,7 +136,7 @@ class Metrics:
     """
 
     sinks: Sinks
-    log: Callable[[str], None]
+    log: Log
     total: int
     flops: float
     peak: float
@@ -152,7 +151,7 @@ class Metrics:
 
         All ranks call it, each with the tokens of ``lap`` that it alone counts.
         """
-        memory = over_ranks(peak_memory(), dist.ReduceOp.MAX, self.device)
+        memory = over_ranks(peak_memory(self.device), dist.ReduceOp.MAX, self.device)
         rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
         utilisation = rate * self.flops / self.peak
         scaled = (
@@ -173,6 +172,31 @@ class Metrics:
             f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {utilisation:.1%}  "
             f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {_clock(lap.elapsed)} < {_clock(lap.left)}"
         )
+
+
+def open_metrics(
+    args: TrainArguments, plan: Plan, spec: ModelSpec, device: torch.device, start: int, held: ExitStack, log: Log
+) -> Metrics:
+    """Where a run's numbers go from step ``start`` on, until ``held`` ends, and what its speed is measured against.
+
+    The latter is told at once. Collective: all devices measure themselves together.
+    """
+    sinks = Sinks(log)
+    if dist.get_rank() == 0:
+        run = Path(args.checkpoint) if args.checkpoint else None
+        sinks = held.enter_context(open_sinks(run, start, dataclasses.asdict(args), log))
+    flops = flops_per_token([cost.flops for cost in layer_costs(spec, args.seq_len)])
+    rate = matrix_rate(spec.dtype, device) if plan.total_steps else float("nan")
+    peak = over_ranks(rate, dist.ReduceOp.SUM, device)
+    metrics = Metrics(sinks, log, plan.total_steps, flops, peak, device)
+    if plan.total_steps:
+        bubble = pipeline_bubble(plan.mesh.pipe, args.gradient_accumulation_steps)
+        metrics.record(start, matrix_flops_per_second=peak, pipeline_bubble=bubble)
+        log(
+            f"{flops:.3g} FLOPs a token; matrix products of {args.dtype} reach {peak / plan.mesh.world / 1e12:.3g} "
+            f"TFLOP/s a device; pipeline bubble {bubble:.1%}"
+        )
+    return metrics
 
 
 def _clock(seconds: float) -> str:

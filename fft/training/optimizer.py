@@ -1,10 +1,11 @@
 """AdamW in one pass over memory; and clipping, which ZeRO's optimizers do, for when ZeRO is off."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.constants import PIPE_REPLICATED
 from torch import Tensor, nn
 
 from fft.arguments import TrainArguments
@@ -13,45 +14,69 @@ from fft.arguments import TrainArguments
 FUSED = ("cpu", "cuda")
 
 
-def make_optimizer(args: TrainArguments, module: PipelineModule, groups: list[dict], stage: int) -> torch.optim.AdamW:
-    """What DeepSpeed wraps in ZeRO ``stage`` 1, or uses as it is in stage 0."""
-    device = "cpu" if args.offload_optimizer else get_accelerator().device_name()
+@dataclass(frozen=True)
+class Holders:
+    """The ranks that hold one replica of the model together.
+
+    ``counts`` says whether this rank is the one that counts a parameter that several of them have.
+    """
+
+    ranks: dist.ProcessGroup
+    counts: Callable[[nn.Parameter], bool]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (norms, biases) do not.
+
+    DeepSpeed sums the gradients' norm over the stages group by group, so a stage that lacked one (the head alone has no
+    vectors) would leave the others waiting for ever: it gets a parameter that nothing uses.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = []
+    for name, decay, chosen in (
+        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2]),
+        ("unused_vector", 0.0, [p for p in parameters if p.ndim < 2]),
+    ):
+        if not chosen:
+            module.register_parameter(name, nn.Parameter(next(module.parameters()).new_zeros(1)))
+            chosen = [module.get_parameter(name)]
+        groups.append({"params": chosen, "weight_decay": decay})
+    return groups
+
+
+def make_optimizer(
+    args: TrainArguments, groups: list[dict], device: str, holders: Holders | None = None
+) -> torch.optim.AdamW:
+    """AdamW of ``groups``, see :func:`parameter_groups`, on a type of device; it clips if it is given ``holders``."""
     betas = (args.adam_beta1, args.adam_beta2)
     options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "fused": device in FUSED}
-    if stage:
+    if holders is None:
         return torch.optim.AdamW(groups, **options)
-    return ClippingAdamW(groups, args.max_grad_norm, module.mpu(), **options)
+    return ClippingAdamW(groups, args.max_grad_norm, holders, **options)
 
 
 class ClippingAdamW(torch.optim.AdamW):
     """AdamW on whole parameters that first clips their gradients, which are already those of the global batch.
 
-    ``max_norm`` (0: any) bounds their norm over the ranks of ``grid`` that hold one replica together. DeepSpeed would
-    clip, too, where ZeRO is off, but keeps the norm to itself and counts tied weights twice.
+    ``max_norm`` (0: any) bounds their norm over the ranks of ``holders``. DeepSpeed would clip, too, where ZeRO is off,
+    but keeps the norm to itself and counts tied weights twice.
     """
 
-    def __init__(self, groups: list[dict], max_norm: float, grid: object, **options: object) -> None:
+    def __init__(self, groups: list[dict], max_norm: float, holders: Holders, **options: Any) -> None:
         super().__init__(groups, **options)
-        self._max_norm, self._ranks = max_norm, grid.get_model_parallel_group()
-        self._first = grid.get_slice_parallel_rank() == 0  # of the ranks that share layers
+        self._max_norm, self._holders = max_norm, holders
         #: The norm before clipping, by the name under which DeepSpeed's engine looks for it.
         self._global_grad_norm: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Clip and step."""
+        """Clip and step. Collective over the holders."""
         held = [p for group in self.param_groups for p in group["params"]]
         parameters = [p for p in held if p.grad is not None]  # a frozen stage has none
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if self._counts(p)])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if self._holders.counts(p)])
         squares = norm.to(held[0].device).square()
-        dist.all_reduce(squares, group=self._ranks)
+        dist.all_reduce(squares, group=self._holders.ranks)
         self._global_grad_norm = squares.sqrt()
         if self._max_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self._global_grad_norm)
         super().step()
-
-    def _counts(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the one that counts a parameter that several ranks have."""
-        if getattr(parameter, PIPE_REPLICATED, False):
-            return False
-        return self._first or getattr(parameter, "model_parallel", False)

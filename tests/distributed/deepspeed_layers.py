@@ -15,5 +15,5 @@ if __name__ == "__main__":
     spec = ModelSpec(plan.config, DTYPES[args.dtype], args.seed)
     init_distributed()
     layout = plan_layout(args, spec, plan.mesh, on_host())
-    engine, _ = build_engine(args, StageBuilder(spec, weights=plan.weights), plan.mesh, layout.bounds, 1)
-    engine.save_checkpoint(sys.argv[-1], tag="global_step0")
+    engine = build_engine(args, StageBuilder(spec, weights=plan.weights), plan.mesh, layout.bounds, 1)
+    engine.deepspeed.save_checkpoint(sys.argv[-1], tag="global_step0")

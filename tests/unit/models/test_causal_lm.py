@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from conftest import SMALL, VOCAB
-from deepspeed.pipe import TiedLayerSpec
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,14 +40,14 @@ def builder(family="llama", weights=None, options=None, **changes) -> StageBuild
 def build(made: StageBuilder, split=False):
     """All layers in one process, a tied embedding once, as DeepSpeed builds them; returns (modules, run)."""
     modules, calls, tied = torch.nn.ModuleList(), [], {}
-    for spec in pipeline_layers(made, split):
-        if isinstance(spec, TiedLayerSpec) and spec.key in tied:
-            calls.append(lambda x, spec=spec: spec.forward_fn(tied[spec.key], x))
+    for layer in pipeline_layers(made, split):
+        if layer.tied in tied:
+            calls.append(lambda x, layer=layer: layer.forward(tied[layer.tied], x))
             continue
-        modules.append(spec.build())
+        modules.append(layer.build())
         calls.append(modules[-1])
-        if isinstance(spec, TiedLayerSpec):
-            tied[spec.key] = modules[-1]
+        if layer.tied is not None:
+            tied[layer.tied] = modules[-1]
 
     def run(ids: torch.Tensor, bounds: list[int]):
         total = ids.shape[1]

@@ -16,6 +16,7 @@ from fft.models.layers import canonical_parameters, pipeline_layers
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
 from fft.parallel.mesh import mesh_sizes
+from fft.parallel.role import StageRole
 from fft.planning.costs import layer_costs
 from fft.planning.partition import partition_balanced, stage_bounds
 from fft.training.schedule import lr_multiplier
@@ -143,3 +144,17 @@ def test_layer_costs_count_every_parameter_once(split, tied):
 def test_models_that_cannot_be_trained_are_refused(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         check_supported(AutoConfig.for_model(**(SMALL | {"model_type": "llama"} | changes)), 64)
+
+
+def test_every_rank_has_a_role_of_its_own():
+    mesh = mesh_sizes(48, 3, 2, 4)
+    roles = [StageRole.of(mesh, rank) for rank in range(mesh.world)]
+    assert [mesh.rank(r.stage, r.replica, r.sequence, r.tensor) for r in roles] == list(range(mesh.world))
+    for stage in range(mesh.pipe):
+        of_stage = [r for r in roles if r.stage == stage]
+        assert [r.shard for r in of_stage if r.writes] == list(range(4 * stage, 4 * stage + 4))
+        assert {r.reads for r in of_stage} == {stage != 1}
+    assert {r.shards for r in roles} == {12}
+    # Each share of a replica's tokens is counted once, on the last stage.
+    assert sorted((r.replica, r.sequence) for r in roles if r.counts) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(r.last and not r.first for r in roles if r.counts)

@@ -82,7 +82,7 @@ def build(family, ranks, fused=None):
             values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name)))
             parameter.detach().copy_(values if shard is None else shard.of(values))
     if builder.spec.tied:
-        return builder, [*layers, lambda x: specs[-1].forward_fn(layers[0], x)]
+        return builder, [*layers, lambda x: specs[-1].forward(layers[0], x)]
     return builder, [*layers, specs[-1].build()]
 
 

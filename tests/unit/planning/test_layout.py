@@ -9,7 +9,6 @@ import torch
 from conftest import SMALL
 from transformers import AutoConfig
 
-import fft.planning.dry_run
 from fft.arguments import parse_arguments
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
@@ -19,6 +18,7 @@ from fft.ops.cross_entropy import linear_cross_entropy
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.activations import Alive, add_to_sum, layer_activations
 from fft.planning.costs import layer_costs
+from fft.planning.dry_run import check_fits, dry_run
 from fft.planning.layout import describe, plan_layout
 from fft.planning.memory import Circumstances, LayerMemory, loss_memory, stage_memory
 from fft.planning.preflight import lay_out
@@ -46,7 +46,7 @@ def dry(*flags: str) -> tuple:
 def test_settings_fit_their_devices(file, monkeypatch):
     monkeypatch.chdir(CONF.parent)
     args, name, layout = dry("--config", str(file))
-    fft.planning.dry_run.check_fits(layout, args.device_memory)
+    check_fits(layout, args.device_memory)
     assert layout.mesh.world == args.ranks
     assert args.ranks % 8 == 0
     assert layout.mesh.tensor <= 8  # of one node
@@ -71,10 +71,10 @@ def test_a_million_tokens_over_32_ranks():
 
 def test_a_stage_that_does_not_fit_is_named(capsys):
     flags = ("--dry_run", "--ranks", "2", "--model", str(CONF / "models/llama-3m.json"), "--pipe_parallel_size", "2")
-    assert fft.planning.dry_run.run(parse_arguments([*flags, "--device_memory", "80"])) == 0
+    assert dry_run(parse_arguments([*flags, "--device_memory", "80"])) == 0
     assert "stage 1  1" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"stage [01] needs .* GB a rank, more than --device_memory 0.01") as refused:
-        fft.planning.dry_run.run(parse_arguments([*flags, "--device_memory", "0.01"]))
+        dry_run(parse_arguments([*flags, "--device_memory", "0.01"]))
     assert refused.value.exit_code == 1
 
 

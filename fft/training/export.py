@@ -1,0 +1,79 @@
+"""What a run writes of its model: each stage its own shards, and what makes a Hugging Face directory of them."""
+
+import copy
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fft.arguments import TrainArguments
+from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
+from fft.checkpoint.gather_weights import whole_tensors
+from fft.checkpoint.saver import Contents
+from fft.files import replace_folder, staging_folder, start_folder
+from fft.models.causal_lm import StageBuilder
+from fft.planning.preflight import Plan
+from fft.training.engine import StageEngine
+from fft.weights import hf
+
+
+class ModelExport:
+    """The weights of a run as this rank writes them: the model, or with ``--lora_dim`` the adapters alone."""
+
+    def __init__(self, plan: Plan, builder: StageBuilder, engine: StageEngine) -> None:
+        self._plan, self._builder, self._engine = plan, builder, engine
+        self._config = copy.deepcopy(plan.config)
+        self._config.dtype = builder.spec.dtype
+        self._base = plan.weights.directory if plan.weights else None
+        #: Content of ``adapter_config.json``; None where the model itself is trained.
+        self._adapter = builder.spec.lora and adapter_config(builder.spec.lora, self._base)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
+        if self._adapter is not None:
+            return adapter_parameters(self._engine.parameters)
+        if self._builder.spec.tied and not self._engine.role.first:
+            return {name: p for name, p in self._engine.parameters.items() if "embed_tokens" not in name}
+        return self._engine.parameters
+
+    def weights(self) -> tuple[dict[str, Tensor], int] | None:
+        """The tensors that this rank writes, and the number of its shard; None where another replica writes them.
+
+        Collective over the ranks of a tensor-parallel group.
+        """
+        role = self._engine.role
+        return (whole_tensors(self.parameters, self._builder), role.shard) if role.writes else None
+
+    def contents(self, args: TrainArguments) -> Contents:
+        """What goes into the checkpoints of the run besides tensors."""
+        return Contents(
+            Path(args.checkpoint),
+            self._config,
+            self._plan.tokenizer,
+            self._base,
+            self._engine.role.shards,
+            newest=args.max_num_checkpoints,
+            best=args.best_of,
+            adapter=self._adapter,
+        )
+
+    def save_model(self, output: str) -> None:
+        """Write a model or adapter directory: every stage its own shards, in parallel; replaces what stands there.
+
+        Collective. Raises :class:`UserError` where it cannot be written.
+        """
+        staging, shards, first = staging_folder(output), self._engine.role.shards, dist.get_rank() == 0
+        if first:
+            start_folder(output)
+        dist.barrier()
+        if (weights := self.weights()) is not None:
+            hf.write_shard(staging, *weights, shards)
+        dist.barrier()
+        if first:
+            if self._adapter is not None:
+                write_adapter(staging, shards, self._adapter)
+            else:
+                hf.write_metadata(staging, self._config, self._plan.tokenizer, shards, self._base)
+            replace_folder(output)
+        dist.barrier()

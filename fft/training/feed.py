@@ -1,0 +1,74 @@
+"""What a rank's stage is fed with: the ids that the first stage takes, the labels that the last one takes."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fft.data.batches import BatchPlan, Loader, MicroBatch, step_batches
+from fft.data.table import IGNORE
+from fft.ops.documents import Documents
+from fft.ops.sequence_parallel import SequenceParallel
+from fft.parallel.role import StageRole
+from fft.planning.preflight import Plan
+from fft.training.run_folder import Start
+
+
+class Feed:
+    """Micro-batches of this rank: those of a run's steps, from where it begins, and those of its evaluations.
+
+    With ``sequence`` the rank takes its share of every row's tokens. A stage in the middle opens no table.
+    """
+
+    def __init__(
+        self, plan: Plan, batches: BatchPlan, role: StageRole, sequence: SequenceParallel | None, start: Start
+    ) -> None:
+        self._batches, self._role, self._sequence = batches, role, sequence
+        self._begin, self._end = start.step, plan.total_steps
+        self._training, self._evaluation = (
+            reader and reader.for_stage(ids=role.first, labels=role.last) for reader in (plan.train, plan.evaluation)
+        )
+        self._loader: Loader | None = None
+        if self._training is not None and role.reads and plan.total_steps:
+            self._loader = Loader(self._training, batches, plan.total_samples)
+            if start.checkpoint is not None:
+                self._loader.load_state_dict(start.state["data"])
+
+    def steps(self) -> Iterator[tuple[list[MicroBatch], float]]:
+        """The micro-batches of every step, and the seconds that this rank waited for them."""
+        if self._loader is None:
+            yield from (([], 0.0) for _ in range(self._begin, self._end))
+            return
+        waited = 0.0
+        for batches in self._loader:
+            yield [own_share(batch, self._sequence) for batch in batches], self._loader.waited - waited
+            waited = self._loader.waited
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self._evaluation is not None
+
+    def evaluation(self) -> tuple[int, Iterator[MicroBatch]]:
+        """An epoch of the evaluation: how many micro-batches each replica takes, and this rank's, or none to read."""
+        reader, plan = self._evaluation, dataclasses.replace(self._batches, micro_batches=1)
+        samples = reader.samples_per_epoch
+        count = -(-samples // plan.global_batch)
+        firsts = range(0, count * plan.global_batch, plan.global_batch) if self._role.reads else ()
+        batches = (step_batches(reader, plan, first, samples)[0] for first in firsts)
+        return count, (own_share(batch, self._sequence) for batch in batches)
+
+    def state(self) -> dict[str, object] | None:
+        """What :class:`Feed` goes on from, as it is kept in checkpoints; None where nothing is read."""
+        return self._loader.state_dict() if self._loader else None
+
+
+def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatch:
+    """A rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries."""
+    if sequence is None:
+        return batch
+    documents = Documents.from_padded(torch.from_numpy(batch.cu_seqlens))
+    own = sequence.tokens(sequence.shards(documents.bounds))
+    labels = batch.labels[own]
+    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
