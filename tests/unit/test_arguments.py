@@ -1,11 +1,11 @@
 """Flags and settings files of the trainer."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import yaml
 
-from fft.arguments import parse_arguments
+from fft.arguments import TrainArguments, build_parser, parse_arguments
 from fft.errors import UserError
 
 BASE = ["--model", "m", "--train_data", "t", "--output_dir", "o"]
@@ -97,6 +97,11 @@ def test_what_launchers_add_is_accepted():
         (["--learning_rate", "nan"], "--learning_rate nan must be a finite number"),
         (["--num_train_epochs", "inf"], "--num_train_epochs inf must be a finite number"),
         (["--adam_beta2", "1"], "--adam_beta2 1.0 must be at least 0 and less than 1"),
+        (["--decay_ratio", "1.5"], "--decay_ratio 1.5 must be a share of all steps, from 0 to 1"),
+        (["--early_stop_patience", "2"], "--early_stop_patience counts evaluations"),
+        (["--encoder_pipe_parallel_size", "1"], "trains no vision encoders"),
+        (["--lora_dim", "8", "--init"], "not with --init"),
+        (["--lora_dim", "8", "--lora_alpha", "0"], "--lora_alpha 0 must be at least 1"),
         (["--init", "--from_ckpt", "c"], "exclude each other"),
         (["--tag", "step-1"], "--from_ckpt, which is missing"),
         (["--save_steps", "5"], "--save_steps needs --checkpoint"),
@@ -109,6 +114,23 @@ def test_flags_that_contradict(flags, sentence):
     with pytest.raises(UserError) as raised:
         parse_arguments([*BASE, *flags])
     assert sentence in str(raised.value)
+
+
+def test_help_shows_every_flag_in_a_group_of_its_topic():
+    groups = {group.title: group._group_actions for group in build_parser()._action_groups if group._group_actions}
+    assert list(groups)[1:] == [
+        "What to train, on what, to where",
+        "Which parameters",
+        "How long, how much at a time",
+        "Optimizer",
+        "Precision, kernels, seed",
+        "Layout",
+        "Planning",
+        "Watching and keeping",
+    ]
+    ungrouped = {"help", "config", "local_rank", "deepspeed", "deepspeed_config"}
+    assert {action.dest for action in groups.pop("options")} == ungrouped
+    assert [a.dest for actions in groups.values() for a in actions] == [spec.name for spec in fields(TrainArguments)]
 
 
 def test_an_unknown_flag_is_one_sentence():
