@@ -30,6 +30,7 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
 """,
         "file(s) or folder(s): JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a blank line between "
         "documents; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
+        short=("-i",),
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument(
@@ -85,7 +86,9 @@ def shuffle(argv: Sequence[str] | None = None) -> None:
         "token table(s), or a folder of them",
     )
     parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
-    parser.add_argument("--num_block", type=_positive, help="files to write (default: from the tokens, 8 to 2048)")
+    parser.add_argument(
+        "-n", "--num_block", type=_positive, help="files to write (default: from the tokens, 8 to 2048)"
+    )
     parser.add_argument(
         "--weights",
         type=_weights,
@@ -136,19 +139,24 @@ def repartition(argv: Sequence[str] | None = None) -> None:
         help="best-fit: cut only documents longer than a row (default); concat: cut anywhere, fill every row; "
         "none: keep rows, cut those that are too long",
     )
-    parser.add_argument("--num_partition", type=_positive, help="files to write (default: from the tokens, 4 to 2048)")
+    parser.add_argument(
+        "-n", "--num_partition", type=_positive, help="files to write (default: from the tokens, 4 to 2048)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: %(default)s)")
     _run(parser, argv, "repartition_table")
 
 
-def _parser(name: str, what: str, examples: str, inputs: str, several: bool = True) -> argparse.ArgumentParser:
+def _parser(
+    name: str, what: str, examples: str, inputs: str, several: bool = True, short: tuple[str, ...] = ("-i", "-d")
+) -> argparse.ArgumentParser:
+    """What the jobs have in common. ``-d`` is how ``jllm`` calls the tables that it shuffles and repartitions."""
     parser = Parser(
         prog=f"spark-submit spark_jobs/{name}.py",
         description=what,
         epilog=f"examples:{examples}",
     )
     parser.add_argument(
-        "-i", "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
+        *short, "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
     )
     parser.add_argument(
         "-o",
