@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env quickstart test test-gpu lint format dist clean
+.PHONY: help prerequisites env quickstart test test-gpu lint format docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -66,6 +66,9 @@ lint: env  ## ruff check and ruff format --check
 format: env  ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix --quiet .
 	@$(VENV)/bin/ruff format .
+
+docs: env  ## docs/flags.md: the flags of all commands, from their parsers
+	@$(VENV)/bin/python docs/flags.py
 
 dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit --py-files
 	@rm -rf dist && mkdir dist

@@ -12,6 +12,7 @@ epsilon is at least 1e-5, so that the rounding of gradients near zero is not blo
 accelerators, if it has some (``DS_ACCELERATOR=cpu`` keeps it off them). The exit code is 1 where the two differ.
 """
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -28,7 +29,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fft.arguments import TrainArguments, build_parser, resolve
+from fft import arguments
+from fft.arguments import TrainArguments, resolve
 from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.fragments import SavedFragments
@@ -233,12 +235,17 @@ def comparison(run: Outcome, expected: Outcome, parameters: int = 8) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare and print; returns 0 when all is within the tolerances, 1 when not."""
-    parser = build_parser()
+def build_parser() -> argparse.ArgumentParser:
+    """The trainer's flags, and the command's own."""
+    parser = arguments.build_parser()
     parser.prog, parser.description, parser.epilog = "python -m fft.parity", __doc__, None
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps to compare (default: 3)")
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare and print; returns 0 when all is within the tolerances, 1 when not."""
+    given = vars(build_parser().parse_args(argv))
     steps, ranks = given.pop("steps"), given.pop("ranks", None)
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1.")

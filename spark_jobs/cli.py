@@ -9,8 +9,8 @@ from fft.errors import Parser, UserError
 from spark_jobs.token_table.picture import check_report, write_report
 
 
-def tokenize(argv: Sequence[str] | None = None) -> None:
-    """``spark_jobs/tokenize.py``."""
+def tokenize_parser() -> argparse.ArgumentParser:
+    """Flags of ``spark_jobs/tokenize.py``."""
     parser = _parser(
         "tokenize",
         "Turn documents into a token table: parquet rows of input_ids and doc_ids, one a document.",
@@ -65,11 +65,16 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
         default="fail",
         help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
     )
-    _run(parser, argv, "tokenize_table")
+    return parser
 
 
-def shuffle(argv: Sequence[str] | None = None) -> None:
-    """``spark_jobs/shuffle.py``."""
+def tokenize(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/tokenize.py``."""
+    _run(tokenize_parser(), argv, "tokenize_table")
+
+
+def shuffle_parser() -> argparse.ArgumentParser:
+    """Flags of ``spark_jobs/shuffle.py``."""
     parser = _parser(
         "shuffle",
         "Mix the rows of all tables into one global order that depends on the seed alone.",
@@ -109,11 +114,16 @@ def shuffle(argv: Sequence[str] | None = None) -> None:
         metavar="F",
         help="hold out this share of the documents, chosen by id; then -o holds the tables train and validation",
     )
-    _run(parser, argv, "shuffle_tables")
+    return parser
 
 
-def repartition(argv: Sequence[str] | None = None) -> None:
-    """``spark_jobs/repartition.py``."""
+def shuffle(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/shuffle.py``."""
+    _run(shuffle_parser(), argv, "shuffle_tables")
+
+
+def repartition_parser() -> argparse.ArgumentParser:
+    """Flags of ``spark_jobs/repartition.py``."""
     parser = _parser(
         "repartition",
         "Write n partitions of equal token count, their documents packed to rows of at most --max_len tokens.",
@@ -143,7 +153,12 @@ def repartition(argv: Sequence[str] | None = None) -> None:
         "-n", "--num_partition", type=_positive, help="files to write (default: from the tokens, 4 to 2048)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: %(default)s)")
-    _run(parser, argv, "repartition_table")
+    return parser
+
+
+def repartition(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/repartition.py``."""
+    _run(repartition_parser(), argv, "repartition_table")
 
 
 def _parser(

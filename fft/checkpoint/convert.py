@@ -7,6 +7,7 @@ python -m fft.checkpoint.convert runs/lora OUT                       # a run's a
 python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   # DeepSpeed's layer files
 """
 
+import argparse
 import math
 import re
 import sys
@@ -235,8 +236,8 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
     return Masters(path) if wants_masters else hf.WeightReader(path), model or path
 
 
-def main() -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
     title, examples = (__doc__ or "").split("\n\n")
     parser = Parser(prog="python -m fft.checkpoint.convert", description=title, epilog=f"examples:\n{examples}")
     parser.add_argument(
@@ -249,7 +250,12 @@ def main() -> None:
     parser.add_argument("--lora", metavar="DIR", help="adapter to merge, as PEFT saves them")
     parser.add_argument("--max_shard_size", type=float, default=5.0, metavar="GB", help="of a file (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    args = build_parser().parse_args()
     output = Path(args.output)
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")

@@ -4,6 +4,7 @@ python -m fft.data.trace --train_data runs/packed/train --seq_len 2048 --global_
 python -m fft.data.trace --train_data runs/packed/train --seq_len 2048 --global_batch 64 --doc_id wiki/17 --epochs 2
 """
 
+import argparse
 import csv
 import itertools
 import sys
@@ -124,8 +125,8 @@ def _names(table: Table, group: int) -> list[list[str]]:
         return file.read_row_group(where.index, columns=["doc_ids"]).column("doc_ids").to_pylist()
 
 
-def main() -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
     parser = Parser(
         prog="python -m fft.data.trace",
         description=(__doc__ or "").split("\n\n")[0] + " Prints tab-separated lines.",
@@ -151,7 +152,12 @@ def main() -> None:
     wanted.add_argument("--step", type=int, help="show the documents of this step, the first of which is 1")
     wanted.add_argument("--doc_id", help="show where this document was seen")
     parser.add_argument("--epochs", type=int, default=1, help="with --doc_id: look through this many (default: 1)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    args = build_parser().parse_args()
     for name in ("seq_len", "shuffle_lanes", "global_batch", "step", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")

@@ -317,13 +317,18 @@ def picture(shards: TokenShards) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the plan for the document lengths given."""
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
     parser = argparse.ArgumentParser(description=main.__doc__, prog="python -m fft.parallel.ring_plan")
     parser.add_argument("lengths", type=int, nargs="+", help="tokens of each document")
     parser.add_argument("--ranks", type=int, default=4, help="ranks of the ring (default %(default)s)")
     parser.add_argument("--chunks", type=int, help="chunks per rank (default: the fewest that balance)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the plan for the document lengths given."""
+    options = build_parser().parse_args(arguments)
     print(picture(plan_shards((0, *np.cumsum(options.lengths).tolist()), options.ranks, options.chunks)))
 
 
