@@ -22,10 +22,9 @@ import torch
 import torch.distributed as dist
 
 from fft.errors import UserError
-from fft.ops.backends import Backend
 from fft.ops.backends.choice import KERNELS, choose, kernel_name
-from fft.ops.documents import Documents
-from fft.ops.ring import Exchange, GroupExchange, ring_backward, ring_forward
+from fft.ops.documents import Documents, Segments
+from fft.ops.ring import GroupExchange, Ring, ring_backward, ring_forward
 from fft.parallel.ring_plan import RankPlan, TokenShards, plan_rank, plan_shards, shards_of
 
 #: Llama-3-8B: query heads, key/value heads, head size.
@@ -153,16 +152,16 @@ def wall_rank(options: argparse.Namespace) -> None:
     shards = plan_shards(bounds_of(DOCUMENTS[options.documents], options.tokens), ranks)
     plan, tokens = plan_rank(shards, rank), torch.from_numpy(shards.tokens(rank))
     mine = [x[tokens] for x in (q, k, v)]
-    exchange = GroupExchange(dist.group.WORLD)
+    ring = Ring(plan, GroupExchange(dist.group.WORLD), backend, scale)
 
     def gather() -> None:
         both = torch.stack(mine[1:])
         shares = [both.new_empty(2, plan_rank(shards, r).tokens, *both.shape[2:]) for r in range(ranks)]
         dist.all_gather(shares, both)
-        ring_forward(*mine, plan, Gathered(rank, shards, torch.cat(shares, 1)), backend, scale)
+        ring_forward(*mine, Ring(plan, Gathered(rank, shards, torch.cat(shares, 1)), backend, scale))
 
     for name, work in (
-        ("ring", lambda: ring_forward(*mine, plan, exchange, backend, scale)),
+        ("ring", lambda: ring_forward(*mine, ring)),
         ("all-gather", gather),
     ):
         spent = torch.tensor(best_of(work, options.repeats, dist.barrier))
@@ -177,8 +176,8 @@ def wall(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.ranks)
     q, k, v, _ = random_inputs(options, torch.device("cpu"))
     documents = Documents.of(bounds_of(DOCUMENTS[options.documents], options.tokens))
-    backend = choose(q.device, q.dtype)
-    whole = best_of(lambda: backend.forward(q, k, v, documents, documents, True, options.size**-0.5), options.repeats)
+    backend, segments = choose(q.device, q.dtype), Segments.within(documents, options.size**-0.5)
+    whole = best_of(lambda: backend.forward(q, k, v, segments), options.repeats)
     flags = [f"--{name}={getattr(options, name)}" for name in ("documents", "tokens", "heads", "kv", "size", "repeats")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
     done = subprocess.run(
@@ -210,19 +209,20 @@ def emulate(options: argparse.Namespace) -> None:
     q, k, v, dout = random_inputs(options, device)
     backend, scale = choose(device, q.dtype, options.attention, options.size), options.size**-0.5
     bounds = bounds_of(DOCUMENTS[options.documents], options.tokens)
-    documents, shards = Documents.of(bounds, device), plan_shards(bounds, options.ranks)
+    segments, shards = Segments.within(Documents.of(bounds, device), scale), plan_shards(bounds, options.ranks)
 
     def one_call() -> None:
-        out, lse = backend.forward(q, k, v, documents, documents, True, scale)
-        backend.backward(dout, q, k, v, out, lse, documents, documents, True, scale)
+        out, lse = backend.forward(q, k, v, segments)
+        backend.backward(dout, q, k, v, out, lse, segments)
 
     tensors = [
         [x[torch.from_numpy(shards.tokens(r)).to(device)] for x in (q, k, v, dout)] for r in range(options.ranks)
     ]
     whole = best_of(one_call, options.repeats, finish)
+    rings = [Ring(plan_rank(shards, rank), Nobody(), backend, scale) for rank in range(options.ranks)]
     parts = [
-        best_of(functools.partial(one_rank, shards, rank, shard, Nobody(), backend, scale), options.repeats, finish)
-        for rank, shard in enumerate(tensors)
+        best_of(functools.partial(one_rank, ring, shard), options.repeats, finish)
+        for ring, shard in zip(rings, tensors, strict=True)
     ]
     flops = sum(shards.areas) * 4 * options.heads * options.size * 3.5  # backward: five products for forward's two
     print(f"kernel {kernel_name(backend)}\n\n| scheme | seconds | TFLOP/s | of one call |\n| --- | --- | --- | --- |")
@@ -230,14 +230,11 @@ def emulate(options: argparse.Namespace) -> None:
         print(f"| {name} | {spent:.4f} | {flops / spent / 1e12:.2f} | {whole / spent:.0%} |")
 
 
-def one_rank(
-    shards: TokenShards, rank: int, shard: list[torch.Tensor], exchange: Exchange, backend: Backend, scale: float
-) -> None:
+def one_rank(ring: Ring, shard: list[torch.Tensor]) -> None:
     """Forward and backward of a rank."""
     *inputs, dout = shard
-    plan = plan_rank(shards, rank)
-    out, lse = ring_forward(*inputs, plan, exchange, backend, scale)
-    ring_backward(dout, *inputs, out, lse, plan, exchange, backend, scale)
+    out, lse = ring_forward(*inputs, ring)
+    ring_backward(dout, *inputs, out, lse, ring)
 
 
 def backends(options: argparse.Namespace) -> None:
@@ -250,7 +247,7 @@ def backends(options: argparse.Namespace) -> None:
         options.tokens = length * max(1, options.row // length)
         q, k, v, dout = random_inputs(options, device)
         bounds = tuple(range(0, options.tokens + 1, length))
-        documents = Documents.of(bounds, device)
+        segments = Segments.within(Documents.of(bounds, device), scale)
         flops = sum(shards_of(bounds, [0]).areas) * 4 * options.heads * options.size * 3.5
         timed: dict[str, tuple[Callable, Callable]] = {}
         for name, kernel in KERNELS.items():
@@ -261,11 +258,10 @@ def backends(options: argparse.Namespace) -> None:
             except UserError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue
-            given = (q, k, v, documents, documents, True, scale)
-            out, lse = backend.forward(*given)
+            out, lse = backend.forward(q, k, v, segments)
             timed[name] = (
-                functools.partial(backend.forward, *given),
-                functools.partial(backend.backward, dout, q, k, v, out, lse, *given[3:]),
+                functools.partial(backend.forward, q, k, v, segments),
+                functools.partial(backend.backward, dout, q, k, v, out, lse, segments),
             )
         timed["PyTorch's SDPA"] = sdpa(q, k, v, dout, length, scale)
         for name, (forward, backward) in timed.items():

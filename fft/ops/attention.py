@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents
+from fft.ops.documents import Documents, Segments
 from fft.ops.sequence_parallel import ShardedDocuments
 
 #: The name under which :func:`hf_attention` is registered with transformers.
@@ -21,19 +21,15 @@ HF_NAME = "fft_packed"
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, backend: Backend
-    ) -> Tensor:
-        out, lse = backend.forward(q, k, v, documents, documents, True, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend) -> Tensor:
+        out, lse = backend.forward(q, k, v, segments)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.documents, ctx.scale, ctx.backend = documents, scale, backend
+        ctx.segments, ctx.backend = segments, backend
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:
-        documents = ctx.documents
-        grads = ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, documents, documents, True, ctx.scale)
-        return *grads, None, None, None
+        return *ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, ctx.segments), None, None
 
 
 def packed_attention(
@@ -44,7 +40,7 @@ def packed_attention(
     ``q`` is [tokens, heads, head size], ``k`` and ``v`` [tokens, key/value heads, head size]; returns q's shape.
     """
     backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
-    return _PackedAttention.apply(q, k, v, documents, scale, backend)
+    return _PackedAttention.apply(q, k, v, Segments.within(documents, scale), backend)
 
 
 def hf_attention(

@@ -1,6 +1,7 @@
-"""Where the documents of a packed row of tokens begin and end, on the device and on the host."""
+"""Where the documents of a packed row of tokens begin and end, on the device and on the host, and which see which."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -45,7 +46,7 @@ class Documents:
         tokens = self.bounds[-2 if self.blank else -1]
         return tokens, tokens
 
-    @property
+    @cached_property
     def max_length(self) -> int:
         """Tokens of the longest document."""
         return max(b - a for a, b in pairwise(self.bounds))
@@ -58,19 +59,43 @@ class Documents:
         return torch.arange(total, device=starts.device) - starts.repeat_interleave(lengths, output_size=total)
 
 
-def paired_spans(queries: Documents, keys: Documents) -> list[tuple[slice, slice]]:
-    """Rows of the queries and of the keys of each document, for kernels that take one document at a time.
+@dataclass(frozen=True)
+class Segments:
+    """What one call of attention computes: document i of ``queries`` sees document i of ``keys``.
 
-    Raises ValueError for queries without a key: what a softmax over nothing is, kernels do not agree on.
+    Every query sees all its document's keys; with ``causal``, for which both are of equal length in every document,
+    those up to its own position. ``scale`` multiplies the scores.
     """
-    spans = []
-    for (a, b), (c, d) in zip(pairwise(queries.bounds), pairwise(keys.bounds), strict=True):
-        if a == b:
-            continue
-        if c == d:
-            raise ValueError(f"queries {a} to {b} have no keys to attend to")
-        spans.append((slice(a, b), slice(c, d)))
-    return spans
+
+    queries: Documents
+    keys: Documents
+    causal: bool
+    scale: float
+
+    @classmethod
+    def within(cls, documents: Documents, scale: float) -> "Segments":
+        """Causal attention of documents to themselves."""
+        return cls(documents, documents, True, scale)
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """Boundaries of queries and of keys on the device, then tokens of the longest document of each."""
+        queries, keys = self.queries, self.keys
+        return queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length
+
+    def spans(self) -> list[tuple[slice, slice]]:
+        """Rows of the queries and of the keys of each document, for kernels that take one document at a time.
+
+        Raises ValueError for queries without a key: what a softmax over nothing is, kernels do not agree on.
+        """
+        spans = []
+        for (a, b), (c, d) in zip(pairwise(self.queries.bounds), pairwise(self.keys.bounds), strict=True):
+            if a == b:
+                continue
+            if c == d:
+                raise ValueError(f"queries {a} to {b} have no keys to attend to")
+            spans.append((slice(a, b), slice(c, d)))
+        return spans
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

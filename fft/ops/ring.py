@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fft.ops.backends import Backend
-from fft.ops.documents import Documents, lse_dtype
+from fft.ops.documents import Documents, Segments, lse_dtype
 from fft.parallel.ring_plan import RankPlan, Span
 
 
@@ -59,75 +59,85 @@ class GroupExchange:
 
 
 @dataclass(frozen=True)
-class _Boundaries:
-    """The documents of every call of a plan on the device: of the own causal call, and of each step's dense calls."""
+class Ring:
+    """One rank's part in attention over ranks: what it does, how it reaches the others, and which kernel computes."""
 
-    own: Documents
-    steps: tuple[tuple[tuple[Documents, Documents], ...], ...]
+    plan: RankPlan
+    exchange: Exchange
+    backend: Backend
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """What every call of a plan computes: the causal one over own keys, and each step's dense ones."""
+
+    own: Segments
+    steps: tuple[tuple[Segments, ...], ...]
 
 
 @lru_cache(maxsize=64)
-def _boundaries(plan: RankPlan, device: torch.device) -> _Boundaries:
+def _calls(plan: RankPlan, scale: float, device: torch.device) -> _Calls:
     """All boundaries in one copy to the device."""
     dense = [bounds for step in plan.steps for call in step.calls for bounds in (call.query_bounds, call.key_bounds)]
     everything = [plan.bounds, *dense]
     flat = torch.tensor([x for bounds in everything for x in bounds], dtype=torch.int32).to(device)
     split = flat.split([len(bounds) for bounds in everything])
     documents = iter([Documents(cu, bounds) for cu, bounds in zip(split, everything, strict=True)])
-    own = next(documents)
-    return _Boundaries(own, tuple(tuple((next(documents), next(documents)) for _ in step.calls) for step in plan.steps))
+    own = Segments.within(next(documents), scale)
+    return _Calls(
+        own,
+        tuple(
+            tuple(Segments(next(documents), next(documents), False, scale) for _ in step.calls) for step in plan.steps
+        ),
+    )
 
 
-def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, exchange: Exchange, backend: Backend, scale: float
-) -> tuple[Tensor, Tensor]:
+def ring_forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over all tokens of their documents, wherever they are.
 
     ``q`` [rank's tokens, heads, head size], ``k``, ``v`` [rank's tokens, key/value heads, head size], in the plan's
-    order. Returns ``out`` like q and ``lse`` [heads, rank's tokens], of the whole softmax.
+    order. Returns ``out`` like q and ``lse`` [heads, rank's tokens], of the whole softmax. Collective: all ranks of
+    the ring call it, with plans made from the same shards.
     """
-    documents = _boundaries(plan, q.device)
-    flights = _KeysInFlight(k, v, plan, exchange)
-    out, lse = backend.forward(q, k, v, documents.own, documents.own, True, scale)
+    plan, backend = ring.plan, ring.backend
+    calls = _calls(plan, ring.scale, q.device)
+    flights = _KeysInFlight(k, v, plan, ring.exchange)
+    out, lse = backend.forward(q, k, v, calls.own)
     dtype = out.dtype
     # Merging is in place, and a recomputation may still want the kernel's own results.
     out, lse = out.to(lse_dtype(q), copy=True), lse.clone()
     for index, step in enumerate(plan.steps):
         keys, values = flights.land(index)
-        for call, (queries, seen) in zip(step.calls, documents.steps[index], strict=True):
+        for call, segments in zip(step.calls, calls.steps[index], strict=True):
             rows, cols = slice(*call.queries), slice(*call.keys)
-            part = backend.forward(q[rows], keys[cols], values[cols], queries, seen, False, scale)
+            part = backend.forward(q[rows], keys[cols], values[cols], segments)
             _merge(out[rows], lse[:, rows], *part)
     return out.to(dtype), lse
 
 
 def ring_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: RankPlan,
-    exchange: Exchange,
-    backend: Backend,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: Ring
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients ``(dq, dk, dv)`` of :func:`ring_forward`; keys and values travel once more, their gradients back."""
-    documents = _boundaries(plan, q.device)
+    """Gradients ``(dq, dk, dv)`` of :func:`ring_forward`, shaped as its inputs; ``out`` and ``lse`` are its results.
+
+    Keys and values travel once more, and their gradients back. Collective: all ranks of the ring call it.
+    """
+    plan, exchange, backend = ring.plan, ring.exchange, ring.backend
+    calls = _calls(plan, ring.scale, q.device)
     flights = _KeysInFlight(k, v, plan, exchange)
     accumulator = lse_dtype(q)
-    parts = backend.backward(dout, q, k, v, out, lse, documents.own, documents.own, True, scale)
+    parts = backend.backward(dout, q, k, v, out, lse, calls.own)
     dq = parts[0].to(accumulator)
     dkv = torch.stack([part.to(accumulator) for part in parts[1:]], dim=1)
     returning: Callable[[], None] | None = None
     for index, step in enumerate(plan.steps):
         keys, values = flights.land(index)
         away = dkv.new_zeros(step.received, *dkv.shape[1:])
-        for call, (queries, seen) in zip(step.calls, documents.steps[index], strict=True):
+        for call, segments in zip(step.calls, calls.steps[index], strict=True):
             rows, cols = slice(*call.queries), slice(*call.keys)
             inputs = (dout[rows], q[rows], keys[cols], values[cols], out[rows], lse[:, rows].contiguous())
-            part_q, part_k, part_v = backend.backward(*inputs, queries, seen, False, scale)
+            part_q, part_k, part_v = backend.backward(*inputs, segments)
             dq[rows] += part_q
             away[cols, 0] += part_k
             away[cols, 1] += part_v
@@ -191,30 +201,19 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: RankPlan, exchange: Exchange, backend: Backend, scale: float
-) -> Tensor:
-    """:func:`ring_forward`, with :func:`ring_backward` as its gradient. Returns q's shape. Collective."""
-    return _RingAttention.apply(q, k, v, plan, exchange, backend, scale)
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
+    """:func:`ring_forward`, with :func:`ring_backward` as its gradient. Returns q's shape. Collective as they are."""
+    return _RingAttention.apply(q, k, v, ring)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: RankPlan,
-        exchange: Exchange,
-        backend: Backend,
-        scale: float,
-    ) -> Tensor:
-        out, lse = ring_forward(q, k, v, plan, exchange, backend, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
+        out, lse = ring_forward(q, k, v, ring)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring = plan, exchange, backend, scale
+        ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:
-        return *ring_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.ring), None, None, None, None
+        return *ring_backward(dout.contiguous(), *ctx.saved_tensors, ctx.ring), None

@@ -18,7 +18,7 @@ from fft.errors import UserError
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
-from fft.ops.ring import GroupExchange, ring_attention
+from fft.ops.ring import GroupExchange, Ring, ring_attention
 from fft.parallel.ring_plan import RankPlan, Span, TokenShards, plan_rank, plan_shards
 
 
@@ -120,5 +120,5 @@ class SequenceParallel:
                     raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
             tokens = tuple(b - a for a, b in self._parts(plan))
             q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
-        out = ring_attention(q, k, v, plan, self._exchange, backend, scale)
+        out = ring_attention(q, k, v, Ring(plan, self._exchange, backend, scale))
         return _HeadsForTokens.apply(out, tokens, self._ulysses, True) if self.degree > 1 else out

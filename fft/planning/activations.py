@@ -21,7 +21,7 @@ from fft.models.recompute import selective
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
 from fft.ops.backends import Backend
-from fft.ops.documents import Documents, lse_dtype
+from fft.ops.documents import Documents, Segments, lse_dtype
 from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
 from fft.parallel.ring_plan import TokenShards, plan_shards
 from fft.parallel.tensor import TensorParallel, parallelise
@@ -174,17 +174,14 @@ class _Shapes:
     """
 
     @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, *_: object
-    ) -> tuple[Tensor, Tensor]:
-        sizes = queries.max_length, keys.max_length
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, queries.cu_seqlens, keys.cu_seqlens, *sizes, 0.0, True, False
-        )
+    def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *segments.lengths, 0.0, True, False)
         return out, lse
 
     @staticmethod
-    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor, Tensor]:
         _accumulator = torch.empty_like(q, dtype=lse_dtype(q))
         _expanded = [x.new_empty(x.shape[0], *q.shape[1:]) for x in (k, v)] if q.shape[1] > k.shape[1] else []
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

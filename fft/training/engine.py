@@ -136,7 +136,7 @@ def check_kernels(spec: ModelSpec) -> str:
     device = torch.device(deepspeed.get_accelerator().current_device_name())
     names = [f"attention {kernel_name(choose(device, spec.dtype, spec.attention, spec.head_size))}"]
     if spec.fused is not None:
-        fused.check(spec.fused, device, spec.dtype)
+        fused.check_operators(spec.fused, device, spec.dtype)
         names.append(f"fused operators {spec.fused.name}")
     return ", ".join(names)
 

@@ -11,7 +11,7 @@ from unit.ops.test_ring import documents_of, emulate, tensors, whole
 from fft.ops import fused
 from fft.ops.backends import reference
 from fft.ops.backends.choice import KERNELS, choose
-from fft.ops.documents import Documents
+from fft.ops.documents import Documents, Segments
 from fft.parallel.ring_plan import plan_shards
 
 DEVICE = torch.device("cuda", 0)
@@ -44,7 +44,7 @@ def test_fused_operators_pass_their_check(dtype):
     operators = fused.fused_ops("cuda")
     if operators is None:
         pytest.skip("liger-kernel is not installed")
-    fused.check(operators, DEVICE, dtype)
+    fused.check_operators(operators, DEVICE, dtype)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -54,16 +54,16 @@ def test_rectangles_with_an_outer_softmax_add_up(backend, kv_heads, size):
     queries, keys = documents_of([3, 200, 77]), documents_of([130, 64, 300])
     q, _, _, dout = (x.to(DEVICE) for x in tensors(280, 8, kv_heads, size, torch.bfloat16))
     _, k, v, _ = (x.to(DEVICE) for x in tensors(494, 8, kv_heads, size, torch.bfloat16, seed=1))
-    spans = on_gpu(queries), on_gpu(keys)
-    out, lse = backend.forward(q, k, v, *spans, False, 0.1)
-    dq, dk, dv = backend.backward(dout, q, k, v, out, lse, *spans, False, 0.1)
+    segments = Segments(on_gpu(queries), on_gpu(keys), False, 0.1)
+    out, lse = backend.forward(q, k, v, segments)
+    dq, dk, dv = backend.backward(dout, q, k, v, out, lse, segments)
     summed = torch.zeros_like(dq, dtype=torch.float32)
     for (a, b), (c, d) in zip(itertools.pairwise(queries.bounds), itertools.pairwise(keys.bounds), strict=True):
         middle = (c + d) // 2
         for lo, hi in ((c, middle), (middle, d)):
             ends = Documents.of((0, b - a), DEVICE), Documents.of((0, hi - lo), DEVICE)
             inputs = (dout[a:b], q[a:b], k[lo:hi], v[lo:hi], out[a:b], lse[:, a:b].contiguous())
-            part, part_k, part_v = backend.backward(*inputs, *ends, False, 0.1)
+            part, part_k, part_v = backend.backward(*inputs, Segments(*ends, False, 0.1))
             summed[a:b] += part
             for ours, theirs in ((part_k, dk), (part_v, dv)):
                 assert (ours.float() - theirs[lo:hi].float()).norm() <= 2**-6 * theirs[lo:hi].float().norm()
@@ -73,8 +73,9 @@ def test_rectangles_with_an_outer_softmax_add_up(backend, kv_heads, size):
 def test_documents_without_queries_are_passed_over(backend):
     queries, keys = Documents.of((0, 5, 5, 40), DEVICE), Documents.of((0, 9, 20, 60), DEVICE)
     q, k, v, _ = (x.to(DEVICE) for x in tensors(60, 4, 2, 64, torch.bfloat16))
-    out, lse = backend.forward(q[:40], k, v, queries, keys, False, 0.1)
-    exact, exact_lse = reference.forward(*(x.double() for x in (q[:40], k, v)), queries, keys, False, 0.1)
+    segments = Segments(queries, keys, False, 0.1)
+    out, lse = backend.forward(q[:40], k, v, segments)
+    exact, exact_lse = reference.forward(*(x.double() for x in (q[:40], k, v)), segments)
     assert (out.double() - exact).norm() <= 2**-7 * exact.norm()
     assert (lse.double() - exact_lse).norm() <= 2**-7 * exact_lse.norm()
 
@@ -106,14 +107,14 @@ def test_documents_never_see_each_other(backend):
 def test_a_million_tokens_do_not_overflow(backend):
     """2^20 tokens x 32 heads x 128 are more elements than 32 bits can count: the last document is as if alone."""
     total, length = 1 << 20, 4096
-    documents = Documents.of(tuple(range(0, total + 1, length)), DEVICE)
+    segments = Segments.within(Documents.of(tuple(range(0, total + 1, length)), DEVICE), 0.09)
     generator = torch.Generator(DEVICE).manual_seed(0)
     shapes = ((total, 32, 128), (total, 1, 128), (total, 1, 128), (total, 32, 128))
     q, k, v, dout = (torch.randn(s, generator=generator, device=DEVICE, dtype=torch.bfloat16) for s in shapes)
-    out, lse = backend.forward(q, k, v, documents, documents, True, 0.09)
-    grads = backend.backward(dout, q, k, v, out, lse, documents, documents, True, 0.09)
-    one, last = Documents.of((0, length), DEVICE), slice(total - length, total)
-    alone, alone_lse = backend.forward(q[last], k[last], v[last], one, one, True, 0.09)
-    expected = backend.backward(dout[last], q[last], k[last], v[last], alone, alone_lse, one, one, True, 0.09)
+    out, lse = backend.forward(q, k, v, segments)
+    grads = backend.backward(dout, q, k, v, out, lse, segments)
+    one, last = Segments.within(Documents.of((0, length), DEVICE), 0.09), slice(total - length, total)
+    alone, alone_lse = backend.forward(q[last], k[last], v[last], one)
+    expected = backend.backward(dout[last], q[last], k[last], v[last], alone, alone_lse, one)
     for ours, theirs in zip((out, *grads), (alone, *expected), strict=True):
         assert (ours[last].float() - theirs.float()).norm() <= 2**-7 * theirs.float().norm()

@@ -1,13 +1,15 @@
 """Which backend a device and dtype get, or were asked for by name, and the test it has to pass first."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
-from fft.errors import UserError, one_line
+from fft.errors import UserError
 from fft.ops.backends import (
     Backend,
     cpu,
@@ -18,7 +20,8 @@ from fft.ops.backends import (
     npu,
     reference,
 )
-from fft.ops.documents import Documents
+from fft.ops.compare import fault
+from fft.ops.documents import Documents, Segments
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -54,13 +57,10 @@ KERNELS = {
     "npu": Kernel(npu, "npu", _HALF),
 }
 
-#: Largest error of a sample, relative to its norm. Kernels multiply rounded weights, float32 ones perhaps as TF32.
-TOLERANCE = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 2**-9, torch.float64: 1e-12}
-
 
 @lru_cache(maxsize=64)
 def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: int = 64) -> Backend:
-    """The backend called ``name``, once it has passed :func:`check` with heads of ``size``.
+    """The backend called ``name``, once it has passed :func:`check_backend` with heads of ``size``.
 
     ``auto``: the first fused kernel of the device that takes the dtype, is installed and passes, with a warning for
     each that does not pass; the reference where the device has none. Raises :class:`UserError` if a named kernel does
@@ -78,12 +78,12 @@ def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: i
             )
         if not kernel.is_installed():
             raise UserError(f"--attention {name} needs the package {kernel.package}: install it or leave it at auto.")
-        check(kernel.backend, device, dtype, size)
+        check_backend(kernel.backend, device, dtype, size)
         return kernel.backend
     fitting = [kernel for kernel in KERNELS.values() if kernel.fits(device, dtype) and kernel.is_installed()]
     for kernel in fitting:
         try:
-            check(kernel.backend, device, dtype, size)
+            check_backend(kernel.backend, device, dtype, size)
         except UserError as error:
             if kernel is fitting[-1]:
                 raise
@@ -93,39 +93,35 @@ def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: i
     return reference
 
 
-def check(backend: Backend, device: torch.device, dtype: torch.dtype, size: int = 64) -> None:
+def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype, size: int = 64) -> None:
     """Compare a backend with the reference in float64, forward and backward, on packed documents and on rectangles.
 
     Raises :class:`UserError` if they differ: training would go on, and be wrong; or if the backend fails.
     """
-    try:
-        difference = _difference(backend, device, dtype, size)
-    except Exception as error:  # whatever a kernel built for other devices or another interface may raise
-        difference = f"fails: {type(error).__name__}: {one_line(error)}"
-    if difference:
+    wrong = fault(_results(backend, device, dtype, size), dtype, "fails", "differs from the reference")
+    if wrong:
         raise UserError(
             f"the {kernel_name(backend)} attention kernel of {device} in {_plain(dtype)}, heads of {size}, "
-            f"{difference}; install a build for this device and driver, or choose another kernel with --attention."
+            f"{wrong}; install a build for this device and driver, or choose another kernel with --attention."
         )
 
 
-def _difference(backend: Backend, device: torch.device, dtype: torch.dtype, size: int) -> str:
-    """What differs too much from the reference, or nothing."""
+def _results(
+    backend: Backend, device: torch.device, dtype: torch.dtype, size: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every result's name, the backend's, and the reference's."""
     packed, others = (0, 1, 40, 130, 200), (0, 70, 71, 100, 300)
     generator = torch.Generator().manual_seed(0)
     for queries, keys, causal in ((packed, packed, True), (packed, others, False), ((0, 1, 2, 3, 4), others, False)):
         shapes = ((n, heads, size) for n, heads in ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2), (queries[-1], 4)))
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         results = []
-        for tested, (*qkv, dout) in ((backend, inputs), (reference, [x.double().cpu() for x in inputs])):
-            spans = [Documents.of(bounds, dout.device) for bounds in (queries, keys)]
-            out, lse = tested.forward(*qkv, *spans, causal, size**-0.5)
-            results.append((out, lse, *tested.backward(dout, *qkv, out, lse, *spans, causal, size**-0.5)))
-        for name, ours, theirs in zip(("output", "log-sum-exp", "dq", "dk", "dv"), *results, strict=True):
-            error = float((ours.double().cpu() - theirs).norm() / theirs.norm())
-            if not error <= TOLERANCE[dtype]:
-                return f"differs from the reference: {name} by {error:.1e} of its norm"
-    return ""
+        for tested, (q, k, v, dout) in ((backend, inputs), (reference, [x.double().cpu() for x in inputs])):
+            ends = [Documents.of(bounds, q.device) for bounds in (queries, keys)]
+            segments = Segments(*ends, causal, size**-0.5)
+            out, lse = tested.forward(q, k, v, segments)
+            results.append((out, lse, *tested.backward(dout, q, k, v, out, lse, segments)))
+        yield from zip(("output", "log-sum-exp", "dq", "dk", "dv"), *results, strict=True)
 
 
 def kernel_name(backend: Backend) -> str:

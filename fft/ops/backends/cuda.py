@@ -3,37 +3,22 @@
 import torch
 from torch import Tensor
 
-from fft.ops.documents import Documents
+from fft.ops.documents import Segments
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *_lengths(queries, keys), 0.0, causal, False, scale=scale
+        q, k, v, *segments.lengths, 0.0, segments.causal, False, scale=segments.scale
     )
     return out, lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    queries: Documents,
-    keys: Documents,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's random state; there is no dropout
     return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, *_lengths(queries, keys), 0.0, causal, unused, unused[:0], scale=scale
+        dout, q, k, v, out, lse, *segments.lengths, 0.0, segments.causal, unused, unused[:0], scale=segments.scale
     )
-
-
-def _lengths(queries: Documents, keys: Documents) -> tuple[Tensor, Tensor, int, int]:
-    return queries.cu_seqlens, keys.cu_seqlens, queries.max_length, keys.max_length

@@ -6,12 +6,10 @@ Written against the published interface (flash-attn 2.8.3); it has not run on a 
 import torch
 from torch import Tensor
 
-from fft.ops.documents import Documents
+from fft.ops.documents import Segments
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
@@ -19,28 +17,16 @@ def forward(
         q,
         k,
         v,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.max_length,
-        keys.max_length,
+        *segments.lengths,
         dropout_p=0.0,
-        softmax_scale=scale,
-        causal=causal,
+        softmax_scale=segments.scale,
+        causal=segments.causal,
     )
     return out, lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    queries: Documents,
-    keys: Documents,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
@@ -56,13 +42,10 @@ def backward(
         dq,
         dk,
         dv,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.max_length,
-        keys.max_length,
+        *segments.lengths,
         dropout_p=0.0,
-        softmax_scale=scale,
-        causal=causal,
+        softmax_scale=segments.scale,
+        causal=segments.causal,
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,

@@ -7,39 +7,31 @@ backward's ``causal`` but kept its place, so it and all before it are given by p
 import torch
 from torch import Tensor
 
-from fft.ops.documents import Documents
+from fft.ops.documents import Segments
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     from flash_attn_interface import _flash_attn_forward
 
     unused = (None,) * 4  # new keys and values, a second query, the output's buffer
-    lengths = (queries.cu_seqlens, keys.cu_seqlens, None, None, None, queries.max_length, keys.max_length)
+    cu_queries, cu_keys, longest_query, longest_key = segments.lengths
+    lengths = (cu_queries, cu_keys, None, None, None, longest_query, longest_key)
     cache = (None,) * 9  # pages, rotary embedding and scales of 8-bit inputs, all for inference
-    out, lse, *_ = _flash_attn_forward(q, k, v, *unused, *lengths, *cache, scale, causal)
+    out, lse, *_ = _flash_attn_forward(q, k, v, *unused, *lengths, *cache, segments.scale, segments.causal)
     return out, lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    queries: Documents,
-    keys: Documents,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     from flash_attn_interface import _flash_attn_backward
 
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lengths = (queries.cu_seqlens, keys.cu_seqlens, None, None, queries.max_length, keys.max_length)
+    cu_queries, cu_keys, longest_query, longest_key = segments.lengths
+    lengths = (cu_queries, cu_keys, None, None, longest_query, longest_key)
+    how = segments.scale, segments.causal
     deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, *grads, scale, causal, deterministic=deterministic)
+    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, *grads, *how, deterministic=deterministic)
     return grads

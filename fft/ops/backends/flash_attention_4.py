@@ -8,32 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fft.ops.documents import Documents
+from fft.ops.documents import Segments
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse, *_ = _flash_attn_fwd(
-        q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_lengths(queries, keys)
-    )
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **_options(segments))
     return out, lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    queries: Documents,
-    keys: Documents,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`. The package takes ``dout`` after ``out``."""
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -46,18 +33,13 @@ def backward(
         out,
         dout,
         lse,
-        softmax_scale=scale,
-        causal=causal,
         deterministic=deterministic,
-        **_lengths(queries, keys),
+        **_options(segments),
     )
     return dq, dk, dv
 
 
-def _lengths(queries: Documents, keys: Documents) -> dict[str, Any]:
-    return {
-        "cu_seqlens_q": queries.cu_seqlens,
-        "cu_seqlens_k": keys.cu_seqlens,
-        "max_seqlen_q": queries.max_length,
-        "max_seqlen_k": keys.max_length,
-    }
+def _options(segments: Segments) -> dict[str, Any]:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    lengths = dict(zip(names, segments.lengths, strict=True))
+    return {"softmax_scale": segments.scale, "causal": segments.causal, **lengths}

@@ -12,34 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fft.ops.documents import Documents
+from fft.ops.documents import Segments
 
 _CAUSAL = 3
 _REPEATS = 8
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     import torch_npu
 
-    options = _options(q, queries, keys, causal)
-    out, maximum, total, *_ = torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "TND", scale=scale, **options)
+    out, maximum, total, *_ = torch_npu.npu_fusion_attention(
+        q, k, v, q.shape[1], "TND", scale=segments.scale, **_options(q, segments)
+    )
     return out, (maximum[..., 0] + total[..., 0].log()).t().contiguous()
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    queries: Documents,
-    keys: Documents,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`. The operator forms exp(score - max) / sum: lse as maximum, 1 as sum."""
     import torch_npu
@@ -55,18 +45,18 @@ def backward(
         softmax_max=maximum,
         softmax_sum=torch.ones_like(maximum),
         attention_in=out,
-        scale_value=scale,
-        **_options(q, queries, keys, causal),
+        scale_value=segments.scale,
+        **_options(q, segments),
     )
     return dq, dk, dv
 
 
-def _options(q: Tensor, queries: Documents, keys: Documents, causal: bool) -> dict[str, Any]:
+def _options(q: Tensor, segments: Segments) -> dict[str, Any]:
     return {
-        "atten_mask": _causal_mask(q.device) if causal else None,
-        "actual_seq_qlen": list(queries.bounds[1:]),
-        "actual_seq_kvlen": list(keys.bounds[1:]),
-        "sparse_mode": _CAUSAL if causal else 0,
+        "atten_mask": _causal_mask(q.device) if segments.causal else None,
+        "actual_seq_qlen": list(segments.queries.bounds[1:]),
+        "actual_seq_kvlen": list(segments.keys.bounds[1:]),
+        "sparse_mode": _CAUSAL if segments.causal else 0,
         "softmax_layout": "TND",
     }
 

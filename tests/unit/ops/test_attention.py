@@ -12,8 +12,8 @@ from fft.arguments import TrainArguments
 from fft.errors import UserError
 from fft.ops.attention import hf_attention, packed_attention
 from fft.ops.backends import choice, cpu, cuda, flash_attention_2, flash_attention_3, flash_attention_4, reference
-from fft.ops.backends.choice import check, choose, kernel_name
-from fft.ops.documents import Documents, paired_spans
+from fft.ops.backends.choice import check_backend, choose, kernel_name
+from fft.ops.documents import Documents, Segments
 
 
 def random(shape, seed=0, dtype=torch.float64):
@@ -52,13 +52,13 @@ def test_backends_agree_on_any_documents(lengths, kv_heads, groups, size, seed):
     bounds = [0]
     for length in lengths:
         bounds.append(bounds[-1] + length)
-    documents, shape = documents_of(*bounds), (bounds[-1], kv_heads, size)
+    segments, shape = Segments.within(documents_of(*bounds), 0.4), (bounds[-1], kv_heads, size)
     q, dout = (random((bounds[-1], kv_heads * groups, size), seed + i) for i in (0, 1))
     k, v = random(shape, seed + 2), random(shape, seed + 3)
     results = []
     for backend in (reference, cpu):
-        out, lse = backend.forward(q, k, v, documents, documents, True, 0.4)
-        results.append((out, lse, *backend.backward(dout, q, k, v, out, lse, documents, documents, True, 0.4)))
+        out, lse = backend.forward(q, k, v, segments)
+        results.append((out, lse, *backend.backward(dout, q, k, v, out, lse, segments)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -78,17 +78,18 @@ def test_parts_of_a_softmax_add_up(lengths, split, backend):
     queries, keys = Documents.of(cumulative(a for a, _ in lengths)), Documents.of(cumulative(b for _, b in lengths))
     q, dout = random((queries.bounds[-1], 4, 8)), random((queries.bounds[-1], 4, 8), 1)
     k, v = random((keys.bounds[-1], 2, 8), 2), random((keys.bounds[-1], 2, 8), 3)
-    out, lse = backend.forward(q, k, v, queries, keys, False, 0.4)
-    whole = backend.backward(dout, q, k, v, out, lse, queries, keys, False, 0.4)
+    segments = Segments(queries, keys, False, 0.4)
+    out, lse = backend.forward(q, k, v, segments)
+    whole = backend.backward(dout, q, k, v, out, lse, segments)
     total = [torch.zeros_like(x) for x in whole]
-    for q_span, k_span in paired_spans(queries, keys):
+    for q_span, k_span in segments.spans():
         for part in (slice(k_span.start, k_span.start + split), slice(k_span.start + split, k_span.stop)):
             part = slice(part.start, min(part.stop, k_span.stop))
             if part.start >= part.stop:
                 continue
             ends = Documents.of((0, q_span.stop - q_span.start)), Documents.of((0, part.stop - part.start))
             given = (dout[q_span], q[q_span], k[part], v[part], out[q_span], lse[:, q_span])
-            grads = backend.backward(*given, *ends, False, 0.4)
+            grads = backend.backward(*given, Segments(*ends, False, 0.4))
             for sums, rows, grad in zip(total, (q_span, part, part), grads, strict=True):
                 sums[rows] += grad
     for ours, theirs in zip(total, whole, strict=True):
@@ -97,7 +98,7 @@ def test_parts_of_a_softmax_add_up(lengths, split, backend):
 
 def test_queries_without_keys_are_refused():
     with pytest.raises(ValueError, match="queries 3 to 5 have no keys"):
-        paired_spans(documents_of(0, 3, 5), documents_of(0, 2, 2))
+        Segments(documents_of(0, 3, 5), documents_of(0, 2, 2), False, 1.0).spans()
 
 
 def test_reference_passes_gradcheck():
@@ -109,15 +110,15 @@ def test_reference_passes_gradcheck():
 
 def test_bf16_is_as_good_as_bf16_can_be():
     """Scores and sums are float32: outputs are off by their own rounding (2^-9) and that of the weights, no more."""
-    documents = documents_of(0, 50, 51, 200)
+    segments = Segments.within(documents_of(0, 50, 51, 200), 0.25)
     q, k, v, dout = (random((200, heads, 16), seed).bfloat16() for seed, heads in enumerate((4, 2, 2, 4)))
     for backend in (reference, cpu):
-        out, lse = backend.forward(q, k, v, documents, documents, True, 0.25)
-        grads = backend.backward(dout, q, k, v, out, lse, documents, documents, True, 0.25)
+        out, lse = backend.forward(q, k, v, segments)
+        grads = backend.backward(dout, q, k, v, out, lse, segments)
         assert lse.dtype == torch.float32
-        exact, exact_lse = reference.forward(q.double(), k.double(), v.double(), documents, documents, True, 0.25)
+        exact, exact_lse = reference.forward(q.double(), k.double(), v.double(), segments)
         inputs = (x.double() for x in (dout, q, k, v))
-        exact_grads = reference.backward(*inputs, exact, exact_lse, documents, documents, True, 0.25)
+        exact_grads = reference.backward(*inputs, exact, exact_lse, segments)
         for ours, theirs in zip((out, *grads), (exact, *exact_grads), strict=True):
             assert ours.dtype == torch.bfloat16
             assert (ours.double() - theirs).norm() < 2**-7 * theirs.norm()
@@ -171,7 +172,7 @@ def gpu_with(monkeypatch):
                 raise UserError(f"{kernel_name(backend)} differs")
 
         monkeypatch.setattr(choice, "version", version)
-        monkeypatch.setattr(choice, "check", checked)
+        monkeypatch.setattr(choice, "check_backend", checked)
         choose.cache_clear()
 
     yield pretend
@@ -213,12 +214,12 @@ def test_nothing_trains_when_the_last_kernel_is_wrong(gpu_with):
 @pytest.mark.parametrize("backend", [reference, cpu])
 @pytest.mark.parametrize("size", [8, 128])
 def test_backends_pass_the_check(backend, dtype, size):
-    check(backend, torch.device("cpu"), dtype, size)
+    check_backend(backend, torch.device("cpu"), dtype, size)
 
 
 def test_a_kernel_that_fails_is_refused():
     with pytest.raises(UserError, match="the cuda attention kernel of cpu in bfloat16, heads of 64, fails: NotImpl"):
-        check(cuda, torch.device("cpu"), torch.bfloat16)
+        check_backend(cuda, torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,7 +240,7 @@ def test_a_wrong_kernel_is_refused(wrong, dtype):
 
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(UserError, match=f"the wrong attention kernel of cpu in {name}, .*: {wrong} by"):
-        check(Wrong(), torch.device("cpu"), dtype)
+        check_backend(Wrong(), torch.device("cpu"), dtype)
 
 
 def test_models_compute_with_the_kernel_asked_for():

@@ -11,8 +11,8 @@ from published import bound, signatures
 from test_ring import documents_of, emulate, tensors, whole
 
 from fft.ops.backends import flash_attention_2, flash_attention_3, flash_attention_4, reference
-from fft.ops.backends.choice import check
-from fft.ops.documents import Documents
+from fft.ops.backends.choice import check_backend
+from fft.ops.documents import Documents, Segments
 from fft.parallel.ring_plan import plan_shards
 
 #: Backend: the package's module, and its two functions.
@@ -61,21 +61,21 @@ class StandIn(types.ModuleType):
             assert longest == spans[-1].max_length
         if given["causal"]:
             assert spans[0].bounds == spans[1].bounds
-        return given, spans
+        return given, Segments(*spans, given["causal"], given["softmax_scale"])
 
     def _forward(self, *args, **kwargs):
-        given, spans = self._given("forward", args, kwargs)
+        given, segments = self._given("forward", args, kwargs)
         assert given.get("out") is None
-        result = reference.forward(given["q"], given["k"], given["v"], *spans, given["causal"], given["softmax_scale"])
+        result = reference.forward(given["q"], given["k"], given["v"], segments)
         # FlashAttention 4 keeps the log-sum-exp of inputs that need no gradient to itself unless asked.
         return (result[0], result[1] if given.get("return_lse", True) else None, None, None)
 
     def _backward(self, *args, **kwargs):
-        given, spans = self._given("backward", args, kwargs)
+        given, segments = self._given("backward", args, kwargs)
         lse = given["softmax_lse"] if "softmax_lse" in given else given["lse"]
         assert lse.is_contiguous()
         inputs = (given[name] for name in ("dout", "q", "k", "v", "out"))
-        grads = reference.backward(*inputs, lse, *spans, given["causal"], given["softmax_scale"])
+        grads = reference.backward(*inputs, lse, segments)
         buffers = [given[name] for name in ("dq", "dk", "dv")]
         if buffers[0] is None:
             return grads
@@ -106,11 +106,11 @@ def test_calls_give_the_reference(installed, lengths, causal):
     keys = queries if causal else documents_of([b for _, b in lengths])
     q, _, _, dout = tensors(queries.bounds[-1], 4, 2, 8)
     _, k, v, _ = tensors(keys.bounds[-1], 4, 2, 8, seed=1)
-    before = package.calls
+    segments, before = Segments(queries, keys, causal, 0.4), package.calls
     results = []
     for tested in (backend, reference):
-        out, lse = tested.forward(q, k, v, queries, keys, causal, 0.4)
-        results.append((out, lse, *tested.backward(dout, q, k, v, out, lse, queries, keys, causal, 0.4)))
+        out, lse = tested.forward(q, k, v, segments)
+        results.append((out, lse, *tested.backward(dout, q, k, v, out, lse, segments)))
     assert package.calls == before + 2
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -125,4 +125,4 @@ def test_ring_on_package_calls(installed):
 
 
 def test_packages_pass_the_check(installed):
-    check(installed[0], torch.device("cpu"), torch.bfloat16)
+    check_backend(installed[0], torch.device("cpu"), torch.bfloat16)

@@ -18,7 +18,7 @@ from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import pipeline_layers
 from fft.models.spec import ModelSpec
-from fft.ops.fused import FAMILIES, check, fuse, fused_ops, plain_ops
+from fft.ops.fused import FAMILIES, check_operators, fuse, fused_ops, plain_ops
 from fft.training.engine import check_kernels, model_spec
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2}
@@ -130,7 +130,7 @@ def test_flags_choose_kernels():
 def test_operators_that_fail_are_refused():
     failing = replace(plain_ops(), rotary=lambda *_: 1 / 0)
     with pytest.raises(UserError, match="fail: ZeroDivisionError: division by zero; use --fused_ops none"):
-        check(failing, CPU, torch.float32)
+        check_operators(failing, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
@@ -204,8 +204,8 @@ def test_packages_are_called_as_published(package, device, request):
     request.getfixturevalue(package)
     ops = fused_ops(device)
     assert ops.name == package
-    check(ops, CPU, torch.float32)
-    check(ops, CPU, torch.bfloat16)
+    check_operators(ops, CPU, torch.float32)
+    check_operators(ops, CPU, torch.bfloat16)
     plain, fused = model_of("qwen3"), model_of("qwen3")
     fuse(fused, ops)
     for ours, theirs in zip(losses(fused), losses(plain), strict=True):

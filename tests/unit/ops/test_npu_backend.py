@@ -18,7 +18,7 @@ from published import SCHEMAS
 from test_ring import documents_of, emulate, tensors, whole
 
 from fft.ops.backends import npu, reference
-from fft.ops.documents import Documents
+from fft.ops.documents import Documents, Segments
 from fft.parallel.ring_plan import plan_shards
 
 KEPT = SCHEMAS / "torch_npu.txt"
@@ -57,11 +57,13 @@ class StandIn(types.ModuleType):
     def npu_fusion_attention(self, *args, **kwargs):
         given = self._bind("npu_fusion_attention", args, kwargs)
         q, k, v = given["query"], given["key"], given["value"]
-        queries, keys, causal = self._documents(given)
-        out, lse = reference.forward(q, k, v, queries, keys, causal, given["scale"])
+        segments = self._segments(given, given["scale"])
+        out, lse = reference.forward(q, k, v, segments)
         maximum = lse.t() - 1.5  # any split of the log-sum-exp into maximum and log of a sum will do
         total = torch.full_like(maximum, 1.5).exp()
-        maximum, total = (self._arranged(x, given, queries)[..., None].repeat(1, 1, 8) for x in (maximum, total))
+        maximum, total = (
+            self._arranged(x, given, segments.queries)[..., None].repeat(1, 1, 8) for x in (maximum, total)
+        )
         return out, maximum, total, q.new_empty(0), 0, 0, 0
 
     def npu_fusion_attention_grad(self, *args, **kwargs):
@@ -71,8 +73,7 @@ class StandIn(types.ModuleType):
         assert maximum.shape == total.shape == (*q.shape[:2], 8)
         assert given["softmax_layout"] == "TND"
         lse = (maximum[..., 0] + total[..., 0].log()).t()
-        queries, keys, causal = self._documents(given)
-        grads = reference.backward(given["dy"], q, k, v, out, lse, queries, keys, causal, given["scale_value"])
+        grads = reference.backward(given["dy"], q, k, v, out, lse, self._segments(given, given["scale_value"]))
         return *grads, None, None
 
     def _bind(self, name, args, kwargs):
@@ -82,7 +83,7 @@ class StandIn(types.ModuleType):
         return given
 
     @staticmethod
-    def _documents(given):
+    def _segments(given, scale):
         queries, keys = (Documents.of((0, *given[name])) for name in ("actual_seq_qlen", "actual_seq_kvlen"))
         causal = given["sparse_mode"] == 3
         if causal:  # the mask is compressed, True where nothing is seen; aligned at the end of queries and keys
@@ -91,7 +92,7 @@ class StandIn(types.ModuleType):
         else:
             assert given["sparse_mode"] == 0
             assert given["atten_mask"] is None
-        return queries, keys, causal
+        return Segments(queries, keys, causal, scale)
 
     @staticmethod
     def _arranged(x, given, queries):
@@ -120,11 +121,11 @@ def test_calls_give_the_reference(stand_in, lengths, causal):
     keys = queries if causal else documents_of([b for _, b in lengths])
     q, _, _, dout = tensors(queries.bounds[-1], 4, 2, 8)
     _, k, v, _ = tensors(keys.bounds[-1], 4, 2, 8, seed=1)
-    before = stand_in.calls
+    segments, before = Segments(queries, keys, causal, 0.4), stand_in.calls
     results = []
     for backend in (npu, reference):
-        out, lse = backend.forward(q, k, v, queries, keys, causal, 0.4)
-        grads = backend.backward(dout, q, k, v, out, lse, queries, keys, causal, 0.4)
+        out, lse = backend.forward(q, k, v, segments)
+        grads = backend.backward(dout, q, k, v, out, lse, segments)
         results.append((out, lse, *grads))
     assert stand_in.calls == before + 2
     for ours, theirs in zip(*results, strict=True):

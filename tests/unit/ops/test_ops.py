@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.ops.attention import packed_attention, register_with_transformers
 from fft.ops.backends import cpu, cuda, reference
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
-from fft.ops.documents import Documents
+from fft.ops.documents import Documents, Segments
 
 
 def documents_of(lengths) -> Documents:
@@ -47,12 +47,13 @@ CASES = [([7], 2, 2), ([1, 1, 1], 2, 1), ([5, 1, 33, 2], 4, 2), ([64, 3], 4, 1)]
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads"), CASES)
 def test_backends_equal_masked_softmax(backend, dtype, tolerance, lengths, heads, kv_heads):
     q, k, v, dout = tensors(lengths, heads, kv_heads, 8, dtype)
-    documents, scale = documents_of(lengths), 0.3
-    out, lse = backend.forward(q, k, v, documents, documents, True, scale)
+    scale = 0.3
+    segments = Segments.within(documents_of(lengths), scale)
+    out, lse = backend.forward(q, k, v, segments)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = by_mask(*leaves, lengths, scale)
     expected.backward(dout.double())
-    grads = backend.backward(dout, q, k, v, out, lse, documents, documents, True, scale)
+    grads = backend.backward(dout, q, k, v, out, lse, segments)
     for ours, theirs in zip((out, lse, *grads), (expected, expected_lse, *(x.grad for x in leaves)), strict=True):
         torch.testing.assert_close(ours.double(), theirs.detach(), rtol=tolerance, atol=tolerance)
 
@@ -107,9 +108,10 @@ def test_cuda_backend_calls_operators_as_they_are(causal):
     keys = queries if causal else Documents.of((0, 7, 50, 60), "meta")
     q, dout = (torch.empty(39, 4, 64, device="meta", dtype=torch.bfloat16) for _ in "qd")
     k, v = (torch.empty(keys.bounds[-1], 2, 64, device="meta", dtype=torch.bfloat16) for _ in "kv")
-    out, lse = cuda.forward(q, k, v, queries, keys, causal, 0.1)
+    segments = Segments(queries, keys, causal, 0.1)
+    out, lse = cuda.forward(q, k, v, segments)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 39), torch.float32)
-    grads = cuda.backward(dout, q, k, v, out, lse, queries, keys, causal, 0.1)
+    grads = cuda.backward(dout, q, k, v, out, lse, segments)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 

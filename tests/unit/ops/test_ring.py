@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fft.errors import UserError
 from fft.ops.backends import cpu, reference
-from fft.ops.documents import Documents
-from fft.ops.ring import ring_backward, ring_forward
+from fft.ops.documents import Documents, Segments
+from fft.ops.ring import Ring, ring_backward, ring_forward
 from fft.ops.sequence_parallel import SequenceParallel
 from fft.parallel.ring_plan import plan_rank, plan_shards
 
@@ -50,9 +50,10 @@ def emulate(shards, inputs, backend, scale):
 
     def run(rank):
         tokens = torch.from_numpy(shards.tokens(rank))
-        mine, exchange, plan = [x[tokens] for x in (q, k, v)], ThreadExchange(rank, Mail()), plan_rank(shards, rank)
-        out, lse = ring_forward(*mine, plan, exchange, backend, scale)
-        return tokens, out, lse, *ring_backward(dout[tokens], *mine, out, lse, plan, exchange, backend, scale)
+        mine = [x[tokens] for x in (q, k, v)]
+        ring = Ring(plan_rank(shards, rank), ThreadExchange(rank, Mail()), backend, scale)
+        out, lse = ring_forward(*mine, ring)
+        return tokens, out, lse, *ring_backward(dout[tokens], *mine, out, lse, ring)
 
     with ThreadPoolExecutor(shards.ranks) as pool:
         parts = list(pool.map(run, range(shards.ranks)))
@@ -64,8 +65,9 @@ def emulate(shards, inputs, backend, scale):
 
 def whole(documents, inputs, backend, scale):
     q, k, v, dout = inputs
-    out, lse = backend.forward(q, k, v, documents, documents, True, scale)
-    return out, lse, *backend.backward(dout, q, k, v, out, lse, documents, documents, True, scale)
+    segments = Segments.within(documents, scale)
+    out, lse = backend.forward(q, k, v, segments)
+    return out, lse, *backend.backward(dout, q, k, v, out, lse, segments)
 
 
 def tensors(total, heads, kv_heads, size, dtype=torch.float64, seed=0):
