@@ -25,6 +25,7 @@ from fft.errors import UserError
 from fft.ops.backends.choice import KERNELS, choose, kernel_name
 from fft.ops.documents import Documents, Segments
 from fft.ops.ring import GroupExchange, Ring, ring_backward, ring_forward
+from fft.parallel.groups import own_group
 from fft.parallel.ring_plan import RankPlan, TokenShards, plan_rank, plan_shards, shards_of
 
 #: Llama-3-8B: query heads, key/value heads, head size.
@@ -151,17 +152,17 @@ def wall_rank(options: argparse.Namespace) -> None:
     backend, scale = choose(q.device, q.dtype), options.size**-0.5
     shards = plan_shards(bounds_of(DOCUMENTS[options.documents], options.tokens), ranks)
     plan, tokens = plan_rank(shards, rank), torch.from_numpy(shards.tokens(rank))
-    mine = [x[tokens] for x in (q, k, v)]
-    ring = Ring(plan, GroupExchange(dist.group.WORLD), backend, scale)
+    q, k, v = (x[tokens] for x in (q, k, v))
+    ring = Ring(plan, GroupExchange(own_group([list(range(ranks))])), backend, scale)
 
     def gather() -> None:
-        both = torch.stack(mine[1:])
+        both = torch.stack((k, v))
         shares = [both.new_empty(2, plan_rank(shards, r).tokens, *both.shape[2:]) for r in range(ranks)]
         dist.all_gather(shares, both)
-        ring_forward(*mine, Ring(plan, Gathered(rank, shards, torch.cat(shares, 1)), backend, scale))
+        ring_forward(q, k, v, Ring(plan, Gathered(rank, shards, torch.cat(shares, 1)), backend, scale))
 
     for name, work in (
-        ("ring", lambda: ring_forward(*mine, ring)),
+        ("ring", lambda: ring_forward(q, k, v, ring)),
         ("all-gather", gather),
     ):
         spent = torch.tensor(best_of(work, options.repeats, dist.barrier))
@@ -232,9 +233,9 @@ def emulate(options: argparse.Namespace) -> None:
 
 def one_rank(ring: Ring, shard: list[torch.Tensor]) -> None:
     """Forward and backward of a rank."""
-    *inputs, dout = shard
-    out, lse = ring_forward(*inputs, ring)
-    ring_backward(dout, *inputs, out, lse, ring)
+    q, k, v, dout = shard
+    out, lse = ring_forward(q, k, v, ring)
+    ring_backward(dout, q, k, v, out, lse, ring)
 
 
 def backends(options: argparse.Namespace) -> None:
@@ -276,16 +277,16 @@ def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, length: int, scale: float
 ) -> tuple[Callable, Callable]:
     """Forward and backward of ``scaled_dot_product_attention`` on a batch of documents of one length."""
-    batch = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v, dout)]
-    leaves = [x.detach().requires_grad_() for x in batch[:3]]
+    queries, keys, values, grad = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v, dout))
+    queries, keys, values = leaves = [x.detach().requires_grad_() for x in (queries, keys, values)]
 
     def forward() -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
-            *leaves, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
     out = forward()
-    return forward, lambda: torch.autograd.grad(out, leaves, batch[3], retain_graph=True)
+    return forward, lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
 def main() -> None:

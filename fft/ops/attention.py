@@ -28,7 +28,8 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,) = grads
         return *ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, ctx.segments), None, None
 
 

@@ -39,7 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
         # The same on all ranks, whose parts may differ by a row: they reduce chunk by chunk.
-        first, columns = (0, weight.shape[0]) if part is None else (part.spans[0][0], -(-part.shape[0] // ranks.size))
+        first, columns = 0, weight.shape[0]
+        if part is not None and ranks is not None:
+            first, columns = part.spans[0][0], -(-part.shape[0] // ranks.size)
         rows = max(1, MAX_LOGITS // columns)
         for start in range(0, len(trained), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
@@ -53,23 +55,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 lse, score = _of_all(lse, score, grad, ranks)
             total += (lse - score).sum()
             del logits  # the memory of two chunks is all that is held
-            if not (need_hidden or need_weight):
+            if dhidden is None and dweight is None:
                 continue
             grad.scatter_add_(1, own, -hit)
             grad = grad.to(weight.dtype)
-            if need_hidden:
+            if dhidden is not None:
                 dhidden[trained[start : start + rows]] = grad @ weight
-            if need_weight:
+            if dweight is not None:
                 dweight += grad.t() @ chunk
             del grad
-        if need_hidden and ranks is not None:
+        if dhidden is not None and ranks is not None:
             ranks.all_reduce(dhidden)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        grads = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,), grads = grad_outputs, ctx.saved_tensors
         for grad in grads:
             if grad is not None:
                 _scale(grad, grad_output)

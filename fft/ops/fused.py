@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from types import FunctionType, MethodType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +106,22 @@ def fuse(model: PreTrainedModel, ops: FusedOps) -> None:
         module.forward = MethodType(forward, module)
 
 
-def _rms_norm(ops: FusedOps, module: nn.Module, hidden_states: Tensor) -> Tensor:
+class _Norm(Protocol):
+    weight: Tensor
+    variance_epsilon: float
+
+
+class _GatedMlp(Protocol):
+    gate_proj: Callable[[Tensor], Tensor]
+    up_proj: Callable[[Tensor], Tensor]
+    down_proj: Callable[[Tensor], Tensor]
+
+
+def _rms_norm(ops: FusedOps, module: _Norm, hidden_states: Tensor) -> Tensor:
     return ops.rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
-def _mlp(ops: FusedOps, module: nn.Module, x: Tensor) -> Tensor:
+def _mlp(ops: FusedOps, module: _GatedMlp, x: Tensor) -> Tensor:
     return module.down_proj(ops.swiglu(module.gate_proj(x), module.up_proj(x)))
 
 

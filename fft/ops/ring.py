@@ -37,9 +37,8 @@ class GroupExchange:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank = group, dist.get_rank(group)
-        dist.barrier(
-            group
-        )  # NCCL wants all ranks in a group's first operation; with nothing to send some would miss it
+        # NCCL wants all ranks in a group's first operation; with nothing to send some would miss it.
+        dist.barrier(group)
 
     def start(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> Callable[[], None]:
         """See :class:`Exchange`."""
@@ -154,21 +153,23 @@ class _KeysInFlight:
 
     def __init__(self, k: Tensor, v: Tensor, plan: RankPlan, exchange: Exchange) -> None:
         self._own, self._plan, self._exchange = (k, v), plan, exchange
-        self._next = self._start(0)
+        self._flying: list[tuple[Tensor, Callable[[], None]]] = []  # none or one
+        self._start(0)
 
-    def _start(self, index: int) -> tuple[Tensor, Callable[[], None]] | None:
+    def _start(self, index: int) -> None:
         if index == len(self._plan.steps):
-            return None
+            return
         step, (k, v) = self._plan.steps[index], self._own
         block = k.new_empty(2, step.received, *k.shape[1:])
         sends = [(step.to, torch.stack([_gather(x, step.sent) for x in (k, v)]))] if step.sent else []
-        return block, self._exchange.start(sends, [(step.source, block)] if step.received else [])
+        wait = self._exchange.start(sends, [(step.source, block)] if step.received else [])
+        self._flying.append((block, wait))
 
     def land(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of step ``index``, [tokens received, heads, size] each; those of the next one take off."""
-        block, wait = self._next
+        block, wait = self._flying.pop()
         wait()
-        self._next = self._start(index + 1)
+        self._start(index + 1)
         return block[0], block[1]
 
 
@@ -215,5 +216,6 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple:
-        return *ring_backward(dout.contiguous(), *ctx.saved_tensors, ctx.ring), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dout,), (q, k, v, out, lse) = grads, ctx.saved_tensors
+        return *ring_backward(dout.contiguous(), q, k, v, out, lse, ctx.ring), None

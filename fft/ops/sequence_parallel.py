@@ -18,7 +18,8 @@ from fft.errors import UserError
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
-from fft.ops.ring import GroupExchange, Ring, ring_attention
+from fft.ops.ring import Exchange, GroupExchange, Ring, ring_attention
+from fft.parallel.groups import own_group
 from fft.parallel.ring_plan import RankPlan, Span, TokenShards, plan_rank, plan_shards
 
 
@@ -40,7 +41,8 @@ class _HeadsForTokens(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         tokens, group, back = ctx.exchange
         return _HeadsForTokens.apply(grad, tokens, group, not back), None, None, None
 
@@ -86,10 +88,11 @@ class SequenceParallel:
         self.place = next(group.index(rank) for group in groups if rank in group)
         inner = [group[i : i + degree] for group in groups for i in range(0, size, degree)]
         outer = [group[i::degree] for group in groups for i in range(degree)]
-        self._ulysses = dist.new_subgroups_by_enumeration(inner)[0] if degree > 1 else None
-        self._exchange = GroupExchange(dist.new_subgroups_by_enumeration(outer)[0])
+        self._ulysses = own_group(inner) if degree > 1 else None
+        ring = own_group(outer)
+        self._exchange: Exchange = GroupExchange(ring)
         #: All ranks that share this rank's rows.
-        self.group = self._exchange.group if degree == 1 else dist.new_subgroups_by_enumeration(groups)[0]
+        self.group = ring if degree == 1 else own_group(groups)
 
     def shards(self, bounds: tuple[int, ...]) -> TokenShards:
         """Who holds which tokens of a row with these document boundaries: the same for all ranks of a Ulysses group."""
@@ -114,11 +117,12 @@ class SequenceParallel:
         """
         plan = plan_rank(shards, self._exchange.rank)
         backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
-        if self.degree > 1:
-            for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
-                if heads % self.degree:
-                    raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
-            tokens = tuple(b - a for a, b in self._parts(plan))
-            q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
-        out = ring_attention(q, k, v, Ring(plan, self._exchange, backend, scale))
-        return _HeadsForTokens.apply(out, tokens, self._ulysses, True) if self.degree > 1 else out
+        ring = Ring(plan, self._exchange, backend, scale)
+        if self.degree == 1:
+            return ring_attention(q, k, v, ring)
+        for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
+            if heads % self.degree:
+                raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
+        tokens = tuple(b - a for a, b in self._parts(plan))
+        q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
+        return _HeadsForTokens.apply(ring_attention(q, k, v, ring), tokens, self._ulysses, True)

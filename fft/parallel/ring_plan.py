@@ -139,17 +139,13 @@ def plan_shards(bounds: tuple[int, ...], ranks: int, chunks: int | None = None) 
         raise ValueError(f"{tokens} tokens cannot be cut into {ranks * (chunks or 1)} chunks, {chunks or 1} per rank")
     if chunks:
         return _deal(bounds, ranks, chunks)
-    best = None
-    for count in CHUNKS:
-        if count > 1 and tokens < ranks * count * (1 if count == 2 else MIN_CHUNK):
+    first, *more = CHUNKS
+    best = _deal(bounds, ranks, first)
+    for count in more:
+        if best.imbalance <= BALANCED or tokens < ranks * count * (1 if count == 2 else MIN_CHUNK):
             break
-        if tokens % ranks == 0 and tokens % (ranks * count):
-            continue  # equal shares are worth more than balance
-        shards = _deal(bounds, ranks, count)
-        if best is None or shards.imbalance < best.imbalance:
-            best = shards
-        if best.imbalance <= BALANCED:
-            break
+        if tokens % ranks or tokens % (ranks * count) == 0:  # equal shares are worth more than balance
+            best = min(best, _deal(bounds, ranks, count), key=lambda shards: shards.imbalance)
     return best
 
 

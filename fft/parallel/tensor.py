@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fft.parallel.groups import own_group
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor_plan import Shard, style_of
 
@@ -26,14 +27,14 @@ class TensorParallel:
         self.size = mesh.tensor
         self.rank = dist.get_rank() % mesh.tensor
         groups, number = mesh.tensor_groups(), max(1, mesh.tensor // kv_heads)
-        self.group = dist.new_subgroups_by_enumeration(groups)[0]
+        self.group: dist.ProcessGroup | None = own_group(groups)
         parts = [group[i : i + number] for group in groups for i in range(0, mesh.tensor, number)]
-        self.copies = dist.new_subgroups_by_enumeration(parts)[0] if number > 1 else None
+        self.copies: dist.ProcessGroup | None = own_group(parts) if number > 1 else None
 
     def all_reduce(
         self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None
     ) -> Tensor:
-        """Reduce in place, over all that share the parameters or a group of them; returns ``x``."""
+        """Reduce in place, over all that share the parameters or over a group of them; returns ``x``. Collective."""
         dist.all_reduce(x, op, group=group or self.group)
         return x
 
@@ -53,7 +54,8 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
         return ctx.ranks.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
 
 
@@ -63,7 +65,8 @@ class _Leave(torch.autograd.Function):
         return ranks.all_reduce(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
         return grad, None
 
 
@@ -98,8 +101,8 @@ def parallelise(
 
 def mark(parameter: nn.Parameter, shard: Shard | None, ranks: TensorParallel) -> None:
     """Have a part count once in DeepSpeed's gradient norm; copies of a part sum their gradients."""
-    # DeepSpeed counts what is marked on every rank, and all else on the first rank of a group.
-    parameter.model_parallel = shard is not None and shard.copy == 0
+    # DeepSpeed counts what is marked on every rank, and all else on the first rank of a group. The mark is its own.
+    parameter.model_parallel = shard is not None and shard.copy == 0  # pyrefly: ignore[missing-attribute]
     if shard is not None and shard.copies > 1 and _is_trained(parameter):
         parameter.register_hook(lambda grad: ranks.all_reduce(grad.clone(), group=ranks.copies))
 

@@ -91,7 +91,7 @@ def style_of(name: str, plan: Mapping[str, str]) -> str | None:
     """What the plan says of a module or parameter, given by its name relative to the decoder (``layers.3.mlp...``)."""
     name = re.sub(r"\.\d+(?=\.|$)", ".*", name)
     layer, _, matrix = name.rpartition(".")
-    if name not in plan and matrix == _WHOLE.get(plan.get(layer)):
+    if name not in plan and matrix == _WHOLE.get(plan.get(layer, "")):
         return "replicated_with_grad_allreduce"
     return plan.get(name)
 

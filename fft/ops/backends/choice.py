@@ -117,8 +117,8 @@ def _results(
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         results = []
         for tested, (q, k, v, dout) in ((backend, inputs), (reference, [x.double().cpu() for x in inputs])):
-            ends = [Documents.of(bounds, q.device) for bounds in (queries, keys)]
-            segments = Segments(*ends, causal, size**-0.5)
+            asked, seen = Documents.of(queries, q.device), Documents.of(keys, q.device)
+            segments = Segments(asked, seen, causal, size**-0.5)
             out, lse = tested.forward(q, k, v, segments)
             results.append((out, lse, *tested.backward(dout, q, k, v, out, lse, segments)))
         yield from zip(("output", "log-sum-exp", "dq", "dk", "dv"), *results, strict=True)

@@ -28,10 +28,10 @@ def backward(
     """See :class:`fft.ops.backends.Backend`."""
     from flash_attn_interface import _flash_attn_backward
 
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     cu_queries, cu_keys, longest_query, longest_key = segments.lengths
     lengths = (cu_queries, cu_keys, None, None, longest_query, longest_key)
     how = segments.scale, segments.causal
     deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, *grads, *how, deterministic=deterministic)
-    return grads
+    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, dq, dk, dv, *how, deterministic=deterministic)
+    return dq, dk, dv
