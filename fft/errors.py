@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
@@ -17,8 +18,15 @@ EXIT_BAD_INPUT = 2
 _PATIENCE = 10
 
 
+#: A parameter as a message names it: `output`, `overwrite=True`, `task="chat"`.
+_PARAMETER = re.compile(r'`(\w+)(?:=True|="([^"`]*)")?`')
+
+
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence: what is wrong, where, and the remedy."""
+    """Something the user can mend. The message is one sentence: what is wrong, where, and the remedy.
+
+    A function that notebooks call, too, names its parameters in backticks; see :meth:`Parser.naming_flags`.
+    """
 
     exit_code = EXIT_BAD_INPUT
 
@@ -41,6 +49,22 @@ class Parser(argparse.ArgumentParser):
         near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
         meant = f" (did you mean {', '.join(near)}?)" if near else ""
         raise UserError(f"{message}{meant}; {self.prog} --help lists the flags.")
+
+    @contextmanager
+    def naming_flags(self) -> Iterator[None]:
+        """Put this command line's flags for the parameters that a :class:`UserError` names: ``--overwrite`` for
+        ```overwrite=True```, ``--task chat`` for ```task="chat"```."""
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+
+        def as_flag(found: re.Match[str]) -> str:
+            name, value = found.groups()
+            return found[0] if name not in flags else " ".join(filter(None, (flags[name], value)))
+
+        try:
+            yield
+        except UserError as error:
+            error.args = (_PARAMETER.sub(as_flag, str(error)),)
+            raise
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

@@ -163,7 +163,7 @@ def repartition(argv: Sequence[str] | None = None) -> None:
 
 def _parser(
     name: str, what: str, examples: str, inputs: str, several: bool = True, short: tuple[str, ...] = ("-i", "-d")
-) -> argparse.ArgumentParser:
+) -> Parser:
     """What the jobs have in common. ``-d`` is how ``jllm`` calls the tables that it shuffles and repartitions."""
     parser = Parser(
         prog=f"spark-submit spark_jobs/{name}.py",
@@ -171,7 +171,13 @@ def _parser(
         epilog=f"examples:{examples}",
     )
     parser.add_argument(
-        *short, "--input", required=True, nargs="+" if several else None, metavar="PATH", dest="inputs", help=inputs
+        *short,
+        "--input",
+        required=True,
+        nargs="+" if several else None,
+        metavar="PATH",
+        dest="inputs" if several else "input",
+        help=inputs,
     )
     parser.add_argument(
         "-o",
@@ -198,9 +204,9 @@ def _parser(
     return parser
 
 
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str) -> None:
+def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
     values = vars(parser.parse_args(argv))
-    inputs, output, picture = (values.pop(name) for name in ("inputs", "output", "report"))
+    picture = values.pop("report")
     if values.pop("image_path", None) is not None:
         raise UserError(
             "--image_path: this release reads no images, and its trainer has no vision encoders; leave it out."
@@ -213,7 +219,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, job: str) 
         if error.name not in ("pyspark", "pandas"):
             raise
         raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
-    manifests = function(inputs, output, **values)
+    with parser.naming_flags():
+        manifests = function(**values)
     if picture is not None:
         write_report(manifests, picture)
         say(f"wrote {picture}")

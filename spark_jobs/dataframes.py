@@ -70,7 +70,9 @@ def open_frame(spark: SparkSession, path: object) -> Frame:
     except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
         lines = [line.lstrip(": ") for line in str(error).splitlines() if not line.startswith("An error occurred")]
         reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"-i {name} is no existing path, and no table or URL that Spark can read: {reason}") from error
+        raise UserError(
+            f"`inputs` {name} is no existing path, and no table or URL that Spark can read: {reason}"
+        ) from error
     return Frame(name, kind or "parquet", rows, schema)
 
 

@@ -14,13 +14,13 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> dict[st
     """A weight for each dataset, 1 where none is given. Raises :class:`UserError` for what is no name or weight."""
     unknown = sorted(set(weights) - set(names))
     if unknown:
-        raise UserError(f"--weights names {', '.join(unknown)}, but the tables are {', '.join(names)}.")
+        raise UserError(f"`weights` names {', '.join(unknown)}, but the tables are {', '.join(names)}.")
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"--weights {name}={weight}: a weight must be 0 or more.")
+            raise UserError(f"`weights` {name}={weight}: a weight must be 0 or more.")
     given = {name: float(weights.get(name, 1.0)) for name in names}
     if not any(given.values()):
-        raise UserError("--weights are all 0: no row would be left.")
+        raise UserError("`weights` are all 0: no row would be left.")
     return given
 
 

@@ -53,14 +53,15 @@ def repartition_table(
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
-    source = local_path(input, "-i")
+    source = local_path(input, "input")
     if output is None:
         _check_in_place(source, overwrite)
-    tables = find_tables(source)
+    tables = find_tables(source, "input")
     names = [""] if tables == [source] else [table.name for table in tables]
     if names != [""] and not set(names) <= set(SPLITS):
         raise UserError(
-            f"-i {source} holds the tables {', '.join(names)}: give one of them, or mix them with shuffle.py first."
+            f"`input` {source} holds the tables {', '.join(names)}: "
+            "give one of them, or mix them with shuffle.py first."
         )
     datasets = dict(zip(names, open_datasets(tables), strict=True))
     packing = Packing(max_len, pack, num_partition, seed)
@@ -68,7 +69,7 @@ def repartition_table(
     if output is None:
         table = _in_place(source, datasets, overwrite)
     else:
-        table = Output(local_path(output, "-o"), names, [source], overwrite, table_format)
+        table = Output(local_path(output, "output"), names, [source], overwrite, table_format)
     table.check()
     spark = spark or get_session("repartition")
     manifests = {}
@@ -110,7 +111,8 @@ class Packing:
 def _check_in_place(table: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(
-            f"without -o {table} itself is replaced: allow that with --overwrite, or give a folder with -o."
+            f"without `output` {table} itself is replaced: "
+            "allow that with `overwrite=True`, or give a folder with `output`."
         )
     recover_folder(table)
 
@@ -201,9 +203,7 @@ def _say_results(manifests: Mapping[str, Manifest], folder: Path) -> None:
     for name, manifest in manifests.items():
         spread = manifest.lineage["counts"]["max_over_min"]
         if spread > _MAX_SPREAD:
-            say(
-                f"note: partitions of {folder / name} differ by {spread:.2f}: for few documents, lower --num_partition."
-            )
+            say(f"note: partitions of {folder / name} differ by {spread:.2f}: for few documents, lower num_partition.")
 
 
 def _line(name: str, manifest: Manifest) -> list:

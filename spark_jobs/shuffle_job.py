@@ -55,12 +55,12 @@ def shuffle_tables(
     Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
     token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
     """
-    folder = local_path(output, "-o")
-    paths = [table for path in local_paths(inputs, "-i") for table in find_tables(path)]
+    folder = local_path(output, "output")
+    paths = [table for path in local_paths(inputs, "inputs") for table in find_tables(path, "inputs")]
     datasets = open_datasets(paths)
     tokenizer = common_tokenizer(datasets)
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
-        raise UserError("--holdout needs whole documents, but a table is packed: hold out before repartition.py packs.")
+        raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
     mixing = Mixing(seed, num_block, holdout, check_weights(weights or {}, [d.name for d in datasets]), dedup)
     lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], asdict(mixing))
     # The small side first: a split that leaves it empty is found before the work.
@@ -112,9 +112,9 @@ def _write_split(
     order = ["part", "place", *int_columns(rows), "kept", "dataset", "name"]
     writer.write(placed, work, order, blocks, f"shuffle {name}".strip(), int(tokens * share))
     if not writer.files:
+        cause = f"`holdout` {mixing.holdout}" if mixing.holdout else "`inputs`"
         raise UserError(
-            f"{f'--holdout {mixing.holdout}' if mixing.holdout else '-i'} leaves no row for {name or 'the output'}: "
-            f"{_rows(datasets)} rows are too few; give another share."
+            f"{cause} leaves no row for {name or 'the output'}: {_rows(datasets)} rows are too few; give another share."
         )
 
 

@@ -61,14 +61,14 @@ def tokenize_table(
     Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
-    folder = local_path(output, "-o")
+    folder = local_path(output, "output")
     inputs = [inputs] if isinstance(inputs, str | Path | DataFrame) else list(inputs)
     unread = [path for path in inputs if is_frame(path)]
-    paths = local_paths([path for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)], "-i")
+    paths = local_paths([path for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)], "inputs")
     sources = find_sources(paths)
     table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
-    place = local_path(tokenizer, "--tokenizer")
+    place = local_path(tokenizer, "tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     load: Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
     if task == "chat":
@@ -127,11 +127,11 @@ def _write(
 def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_special_tokens: bool) -> None:
     for source in sources:
         if source.kind == "text":
-            raise UserError(f"-i {source.path} holds plain text, but --task chat needs JSON lines or parquet.")
-    flags = {"--text_key": text_key != "text", "--eos": eos != "auto", "--parse_special_tokens": parse_special_tokens}
-    for flag, given in flags.items():
+            raise UserError(f'`inputs` {source.path} holds plain text, but `task="chat"` needs JSON lines or parquet.')
+    changed = {"text_key": text_key != "text", "eos": eos != "auto", "parse_special_tokens": parse_special_tokens}
+    for name, given in changed.items():
         if given:
-            raise UserError(f"{flag} is for --task pretrain: the chat template decides; leave it out.")
+            raise UserError(f'`{name}` is for `task="pretrain"`: the chat template decides; leave it out.')
 
 
 @dataclass(frozen=True)

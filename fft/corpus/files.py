@@ -62,17 +62,17 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
             sources.append(Source(Path(f"{folder}@v{snapshot.version}"), "parquet", files))
             continue
         if not path.exists():
-            raise UserError(f"-i {path} does not exist: give a file or a folder of JSON lines, parquet or text.")
+            raise UserError(f"`inputs` {path} does not exist: give a file or a folder of JSON lines, parquet or text.")
         if path.is_file():
             files = [path]
             if kind_of(path) is None:
-                raise UserError(f"-i {path} is of no known kind: its name must end in {_known()}.")
+                raise UserError(f"`inputs` {path} is of no known kind: its name must end in {_known()}.")
         else:
             files = sorted(
                 p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)) and kind_of(p)
             )
             if not files:
-                raise UserError(f"-i {path} holds no documents: no file there ends in {_known()}.")
+                raise UserError(f"`inputs` {path} holds no documents: no file there ends in {_known()}.")
         for kind in dict.fromkeys(kind_of(file) for file in files):
             sources.append(Source(path, kind, tuple(file for file in files if kind_of(file) == kind)))
     return sources

@@ -79,4 +79,4 @@ def name_malformed(error: UserError, record_encoder: RecordEncoder[Any]) -> User
 
 
 def _malformed(where: str, reason: str) -> str:
-    return f"{where}: {reason}: mend it, or give --on_error quarantine to set such records aside."
+    return f'{where}: {reason}: mend it, or give `on_error="quarantine"` to set such records aside.'

@@ -183,7 +183,7 @@ def publish_parts(target: PartFolder, parts: Sequence[Part]) -> list[Part]:
         if part.name and not (folder / part.name).exists():
             raise UserError(
                 f"{folder / part.name}, which a worker wrote, is not there for the driver: "
-                "-o must lie on storage that all machines of the cluster mount alike."
+                "`output` must lie on storage that all machines of the cluster mount alike."
             )
     named = []
     for part in parts:

@@ -55,12 +55,13 @@ class Chat:
         names = [name for name in TURN_KEYS if name in schema.names]
         if not names:
             raise UserError(
-                f"-i {where} has no column {' or '.join(TURN_KEYS)} (it has {', '.join(schema.names)}): rename it."
+                f"`inputs` {where} has no column {' or '.join(TURN_KEYS)} (it has {', '.join(schema.names)}): "
+                "rename it."
             )
         for name in names:
             kind = schema.field(name).type
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-                raise UserError(f"-i {where}: column {name} is {kind}, it must be an array of turns.")
+                raise UserError(f"`inputs` {where}: column {name} is {kind}, it must be an array of turns.")
         return [*names, *id_column(schema, where, self.id_key)]
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
@@ -123,7 +124,7 @@ class Chat:
         notes = []
         if counts["cut_conversations"]:
             notes.append(
-                f"note: {counts['cut_conversations']} conversations longer than --max_len {self.max_len} were cut; "
+                f"note: {counts['cut_conversations']} conversations longer than max_len {self.max_len} were cut; "
                 f"{counts['dropped_tokens']} tokens on which nothing is trained were dropped."
             )
         if counts["with_special_strings"]:

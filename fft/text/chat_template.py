@@ -210,7 +210,7 @@ def load_chat_template(tokenizer: object, name: str) -> ChatTemplate:
         source = tokenizer.get_chat_template()
     except ValueError as error:
         raise UserError(
-            f"--tokenizer {name} has no chat template: put chat_template.jinja of the chat model into the folder."
+            f"`tokenizer` {name} has no chat template: put chat_template.jinja of the chat model into the folder."
         ) from error
     date = datetime.now()  # naive, as transformers has it
     bare = ChatTemplate(source, tuple(tokenizer.special_tokens_map.items()), date)
@@ -221,10 +221,10 @@ def load_chat_template(tokenizer: object, name: str) -> ChatTemplate:
         asked = bare.render(_PROBE[:1], add_generation_prompt=True)
     except Malformed as error:
         raise UserError(
-            f"--tokenizer {name}: its chat template fails on a plain question and answer ({error})."
+            f"`tokenizer` {name}: its chat template fails on a plain question and answer ({error})."
         ) from error
     if "strftime_now" not in source and text != tokenizer.apply_chat_template(_PROBE, tokenize=False):
-        raise UserError(f"--tokenizer {name}: its chat template is rendered in another way by its own class.")
+        raise UserError(f"`tokenizer` {name}: its chat template is rendered in another way by its own class.")
     tail = text[turn.end :]
     return replace(
         bare,

@@ -56,7 +56,7 @@ def load_recipe(directory: Path, eos: str, parse_special_tokens: bool) -> tuple[
     tokenizer = load_tokenizer(directory)
     end = tokenizer.eos_token_id
     if eos == "always" and end is None:
-        raise UserError(f"--eos always: the tokenizer {directory} has no end-of-sequence token; give --eos auto.")
+        raise UserError(f'`eos="always"`: the tokenizer {directory} has no end-of-sequence token; give `eos="auto"`.')
     prefix, suffix = added_around(tokenizer)
     if eos == "never":
         suffix = tuple(i for i in suffix if i != end)
@@ -68,17 +68,17 @@ def load_recipe(directory: Path, eos: str, parse_special_tokens: bool) -> tuple[
 def load_tokenizer(directory: Path) -> object:
     """The transformers tokenizer of a folder. Raises :class:`UserError` when there is none."""
     if not directory.is_dir():
-        raise UserError(f"--tokenizer {directory} is not a folder: give one that holds tokenizer.json.")
+        raise UserError(f"`tokenizer` {directory} is not a folder: give one that holds tokenizer.json.")
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((directory / name).is_file() for name in names):
-        raise UserError(f"--tokenizer {directory} holds no tokenizer: give a folder with tokenizer.json in it.")
+        raise UserError(f"`tokenizer` {directory} holds no tokenizer: give a folder with tokenizer.json in it.")
     from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # whatever its files make transformers stumble over
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--tokenizer {directory} cannot be loaded ({reason[0]}): save it again.") from error
+        raise UserError(f"`tokenizer` {directory} cannot be loaded ({reason[0]}): save it again.") from error
 
 
 def recipe_of(

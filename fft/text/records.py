@@ -60,11 +60,12 @@ class Keys:
         """The text's column, and the id's if there is one. Raises :class:`UserError` when there is no text."""
         if self.text not in schema.names:
             raise UserError(
-                f"-i {where} has no column {self.text} (it has {', '.join(schema.names)}): name it with --text_key."
+                f"`inputs` {where} has no column {self.text} (it has {', '.join(schema.names)}): "
+                "name it with `text_key`."
             )
         kind = schema.field(self.text).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"-i {where}: column {self.text} is {kind}, it must be a string.")
+            raise UserError(f"`inputs` {where}: column {self.text} is {kind}, it must be a string.")
         return [self.text, *id_column(schema, where, self.id)]
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes | None, str | None]]:
@@ -83,7 +84,8 @@ def id_column(schema: pa.Schema, where: str, name: str) -> list[str]:
     kind = schema.field(name).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
         raise UserError(
-            f"-i {where}: column {name} is {kind}, an id must be a string or an integer: name another with --id_key."
+            f"`inputs` {where}: column {name} is {kind}, an id must be a string or an integer: "
+            "name another with `id_key`."
         )
     return [name]
 

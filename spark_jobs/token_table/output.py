@@ -39,18 +39,20 @@ _TABLE_FILES = re.compile(
 )
 
 
-def local_path(path: str | Path, flag: str) -> Path:
+def local_path(path: str | Path, parameter: str) -> Path:
     """A path as the driver sees it. Raises :class:`UserError` for a URL of another file system."""
     text = str(path)
     text = text.removeprefix("file://") if text.startswith("file:///") else text.removeprefix("file:")
     if "://" in text:
-        raise UserError(f"{flag} {path} is not a path of a mounted file system: mount it (for example /Volumes/...).")
+        raise UserError(
+            f"`{parameter}` {path} is not a path of a mounted file system: mount it (for example /Volumes/...)."
+        )
     return Path(text)
 
 
-def local_paths(paths: str | Path | Sequence[str | Path], flag: str) -> list[Path]:
+def local_paths(paths: str | Path | Sequence[str | Path], parameter: str) -> list[Path]:
     """One path or several, each as :func:`local_path` gives it."""
-    return [local_path(path, flag) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    return [local_path(path, parameter) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
 @dataclass(frozen=True)
@@ -73,31 +75,35 @@ class Output:
         for path in self.inputs:
             source = split_version(path)[0].resolve()
             if source == place or source.is_relative_to(place) or place.is_relative_to(source):
-                raise UserError(f"-o {self.folder} and the input {path} overlap: write to a folder beside it.")
+                raise UserError(f"`output` {self.folder} and the input {path} overlap: write to a folder beside it.")
         if self.folder.is_file():
-            raise UserError(f"-o {self.folder} is a file: give a folder.")
+            raise UserError(f"`output` {self.folder} is a file: give a folder.")
         tables = _tables_at(self.folder)
         deltas = [folder for folder in tables if is_delta(folder)]
         if self.table_format == "delta":
             self._check_versions(tables, deltas)
             return
         if deltas:
-            raise UserError(f"-o {deltas[0]} is a Delta table: give --format delta, or another folder.")
+            raise UserError(f'`output` {deltas[0]} is a Delta table: give `table_format="delta"`, or another folder.')
         unfinished = any((folder / WRITING_NAME).exists() for folder in tables)
         if not unfinished and tables and any(self.folder.iterdir()) and not self.overwrite:
-            raise UserError(f"-o {self.folder} exists: give --overwrite to replace it, or another folder.")
+            raise UserError(f"`output` {self.folder} exists: give `overwrite=True` to replace it, or another folder.")
         for folder in tables:
             for path in folder.iterdir():
                 if path not in tables and not _TABLE_FILES.fullmatch(path.name):
-                    raise UserError(f"-o {self.folder} holds {path}, which is no part of a table: give another folder.")
+                    raise UserError(
+                        f"`output` {self.folder} holds {path}, which is no part of a table: give another folder."
+                    )
 
     def _check_versions(self, tables: Sequence[Path], deltas: Sequence[Path]) -> None:
         for folder in (self.folder / name for name in self.names):
             if folder in deltas:
                 if not self.overwrite:
-                    raise UserError(f"-o {folder} exists: give --overwrite to add a version, or another folder.")
+                    raise UserError(
+                        f"`output` {folder} exists: give `overwrite=True` to add a version, or another folder."
+                    )
             elif folder in tables and any(not path.name.startswith(".part-") for path in folder.iterdir()):
-                raise UserError(f"-o {folder} exists and is no Delta table: give another folder.")
+                raise UserError(f"`output` {folder} exists and is no Delta table: give another folder.")
 
     @contextmanager
     def claim(self, lineage: dict) -> Iterator[dict[str, "TableWriter"]]:

@@ -43,18 +43,21 @@ def is_table(folder: Path) -> bool:
     return any((folder / name).exists() for name in names) or any(folder.glob("*.parquet"))
 
 
-def find_tables(path: Path) -> list[Path]:
-    """The table at ``path``, or the tables directly below it, in name order."""
+def find_tables(path: Path, parameter: str) -> list[Path]:
+    """The table at ``path``, or the tables directly below it, in name order.
+
+    Raises :class:`UserError`, which names the ``parameter``, when there is none.
+    """
     if split_version(path)[1] is not None:
         return [path]
     if not path.exists():
-        raise UserError(f"-i {path} does not exist: give a token table or a folder of them.")
+        raise UserError(f"`{parameter}` {path} does not exist: give a token table or a folder of them.")
     if path.is_file() or is_table(path):
         return [path]
     below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
     tables = [folder for folder in below if is_table(folder)]
     if not tables:
-        raise UserError(f"-i {path} holds no token table: write one with spark_jobs/tokenize.py.")
+        raise UserError(f"`{parameter}` {path} holds no token table: write one with spark_jobs/tokenize.py.")
     return tables
 
 
@@ -63,7 +66,7 @@ def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
     places = [split_version(path)[0].resolve() for path in paths]
     repeated = {path for path in places if places.count(path) > 1}
     if repeated:
-        raise UserError(f"-i names {min(repeated)} more than once: give each table once.")
+        raise UserError(f"`inputs` names {min(repeated)} more than once: give each table once.")
     depth = 1
     while len({_name(path, depth) for path in places}) < len(places):
         depth += 1

@@ -125,7 +125,7 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_a_malformed_line_is_named(spark, tokenizer, tmp_path, line):
     path = write_lines(tmp_path / "a.jsonl", messages_of(0), line)
-    with pytest.raises(UserError, match=f"a.jsonl, line 2: {BAD[line]}.*--on_error quarantine"):
+    with pytest.raises(UserError, match=f"a.jsonl, line 2: {BAD[line]}.*`on_error=.quarantine.`"):
         tokenize_table(path, tmp_path / "out", tokenizer, task="chat")
     assert not (tmp_path / "out").exists()
 
@@ -219,9 +219,9 @@ def test_flags_and_files_of_the_other_task_are_refused(spark, chats, tokenizer, 
             tokenize_table(path, tmp_path / "out", tokenizer, task="chat", **options)
         assert not (tmp_path / "out").exists()
 
-    fails("--eos is for --task pretrain", eos="never")
-    fails("--text_key is for --task pretrain", text_key="body")
-    fails("--parse_special_tokens is for --task pretrain", parse_special_tokens=True)
+    fails('`eos` is for `task="pretrain"`', eos="never")
+    fails('`text_key` is for `task="pretrain"`', text_key="body")
+    fails('`parse_special_tokens` is for `task="pretrain"`', parse_special_tokens=True)
     (tmp_path / "a.txt").write_text("text")
     fails("holds plain text", tmp_path / "a.txt")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")

@@ -80,14 +80,14 @@ def test_chats_of_a_table(spark, tokenizer, tmp_path):
 
 
 def test_what_cannot_be_read_is_named(spark, frame, tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"-i lake\.none is no existing path, and no table or URL"):
+    with pytest.raises(UserError, match=r"`inputs` lake\.none is no existing path, and no table or URL"):
         tokenize_table("lake.none", tmp_path / "out", tokenizer)
     with pytest.raises(UserError, match=r"s3://bucket/a\.jsonl is no existing path, and no table or URL"):
         tokenize_table("s3://bucket/a.jsonl", tmp_path / "out", tokenizer)
-    with pytest.raises(UserError, match=r"-i DataFrame has no column content .* --text_key"):
+    with pytest.raises(UserError, match=r"`inputs` DataFrame has no column content .* `text_key`"):
         tokenize_table(frame, tmp_path / "out", tokenizer, text_key="content")
     nulls = spark.createDataFrame([("a", "x"), ("b", None)], "id string, text string")
-    with pytest.raises(UserError, match="DataFrame, id b: text is null: mend it, or give --on_error quarantine"):
+    with pytest.raises(UserError, match='DataFrame, id b: text is null: mend it, or give `on_error="quarantine"`'):
         tokenize_table(nulls, tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
     counts = tokenize_table(nulls, tmp_path / "out", tokenizer, on_error="quarantine").lineage["counts"]

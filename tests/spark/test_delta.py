@@ -53,9 +53,9 @@ def test_the_whole_way_in_delta(spark, corpus, tokenizer, tokens, shuffled, tmp_
 def test_overwrite_is_a_new_version_and_the_old_one_stays(spark, corpus, tokenizer, tmp_path):
     folder = tmp_path / "t"
     old = tokenize_table(corpus, folder, tokenizer, table_format="delta")
-    with pytest.raises(UserError, match="exists: give --overwrite to add a version"):
+    with pytest.raises(UserError, match="exists: give `overwrite=True` to add a version"):
         tokenize_table(corpus, folder, tokenizer, table_format="delta")
-    with pytest.raises(UserError, match="is a Delta table: give --format delta"):
+    with pytest.raises(UserError, match='is a Delta table: give `table_format="delta"`'):
         tokenize_table(corpus, folder, tokenizer, overwrite=True)
     before = ids_of(folder)
     new = tokenize_table(corpus, folder, tokenizer, max_len=100, table_format="delta", overwrite=True)

@@ -95,8 +95,8 @@ def test_the_same_on_sail(spark, launch, datasets, tmp_path):
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        ({"wbe": 1.0}, "--weights names wbe, but the tables are books, web"),
-        ({"web": -1.0}, "--weights web=-1.0: a weight must be 0 or more"),
+        ({"wbe": 1.0}, "`weights` names wbe, but the tables are books, web"),
+        ({"web": -1.0}, "`weights` web=-1.0: a weight must be 0 or more"),
         ({"web": 0.0, "books": 0.0}, "are all 0"),
     ],
 )

@@ -130,7 +130,7 @@ def test_what_is_no_input_is_refused_in_one_sentence(spark, tmp_path, packed):
 def test_in_place(shuffled, tmp_path):
     table = tmp_path / "t"
     shutil.copytree(shuffled, table)
-    with pytest.raises(UserError, match=r"without -o .*t itself is replaced: allow that with --overwrite"):
+    with pytest.raises(UserError, match=r"without `output` .*t itself is replaced: allow that with `overwrite=True`"):
         repartition_table(table, max_len=128)
     (table / "train" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"notes\.txt, which is no part of a table"):

@@ -145,7 +145,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_a_malformed_line_is_named(spark, tokenizer, tmp_path, line):
     path = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, "", line)
-    with pytest.raises(UserError, match=f"a.jsonl, line 3: {BAD_LINES[line]}.*--on_error quarantine"):
+    with pytest.raises(UserError, match=f"a.jsonl, line 3: {BAD_LINES[line]}.*`on_error=.quarantine.`"):
         tokenize_table(path, tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
 
