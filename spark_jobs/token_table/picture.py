@@ -1,11 +1,12 @@
 """A picture of a finished table: how long its documents are, what it is mixed from, how full its rows are."""
 
-import html
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jinja2 import Environment
 
 from fft.data.manifest import Manifest
 from fft.errors import UserError
@@ -18,7 +19,27 @@ if TYPE_CHECKING:
 
 KINDS = (".html", ".png")
 _BLUE, _GREY = "#2f6690", "#c9d3dc"
-_STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em .9em .2em 0;text-align:left}"
+_PAGE = """\
+<!doctype html>
+<meta charset="utf-8">
+<title>Token table {{ names }}</title>
+<style>
+body { font: 15px sans-serif; margin: 2em; max-width: 70em }
+td, th { padding: .2em .9em .2em 0; text-align: left }
+</style>
+<h1>Token table {{ names }}</h1>
+{{ picture|safe }}
+{% for name, tables in facts.items() %}
+<h2>{{ name }}</h2>
+{% for rows in tables %}
+<table>
+{% for row in rows %}
+<tr>{% for value in row %}<td>{{ cell(value) }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% endfor %}
+"""
 
 
 def check_report(path: str | Path, overwrite: bool) -> None:
@@ -99,15 +120,20 @@ def _counts() -> "EngFormatter":
 
 
 def _page(tables: Mapping[str, Manifest], picture: str) -> str:
-    names = " and ".join(name for name in tables if name)
-    facts = "".join(f"<h2>{html.escape(name)}</h2>{_facts(manifest)}" for name, manifest in tables.items())
     return (
-        f'<!doctype html><meta charset="utf-8"><title>Token table {html.escape(names)}</title><style>{_STYLE}</style>'
-        f"<h1>Token table {html.escape(names)}</h1>{picture[picture.index('<svg') :]}{facts}"
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(_PAGE)
+        .render(
+            names=" and ".join(name for name in tables if name),
+            picture=picture[picture.index("<svg") :],
+            facts={name: _facts(manifest) for name, manifest in tables.items()},
+            cell=_cell,
+        )
     )
 
 
-def _facts(manifest: Manifest) -> str:
+def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
+    """Tables of rows of cells."""
     lineage = manifest.lineage
     counts = {k: v for k, v in lineage["counts"].items() if not isinstance(v, Mapping)}
     facts = {
@@ -117,17 +143,10 @@ def _facts(manifest: Manifest) -> str:
         **counts,
         "tokens/s": lineage["timing"]["tokens_per_second"],
     }
-    tables = [_rows(facts.items())]
+    tables: list[list[tuple[object, ...]]] = [list(facts.items())]
     if datasets := lineage["counts"].get("datasets"):
-        tables.append(
-            _rows([("dataset", "rows", "tokens"), *((n, d["rows"], d["tokens"]) for n, d in datasets.items())])
-        )
-    return "".join(tables)
-
-
-def _rows(rows: Sequence[Sequence[object]]) -> str:
-    cells = ("".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+        tables.append([("dataset", "rows", "tokens"), *((n, d["rows"], d["tokens"]) for n, d in datasets.items())])
+    return tables
 
 
 def _cell(value: object) -> str:

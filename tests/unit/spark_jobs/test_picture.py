@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fft.data.lengths import document_lengths, histogram_of, tally_lengths
@@ -15,6 +15,7 @@ from spark_jobs.token_table.picture import check_report, write_report
 ROWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6)
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_lengths_of_packed_rows(rows):
     table = pa.table(
@@ -52,6 +53,17 @@ def test_a_page_holds_pictures_and_facts(manifest, tmp_path):
     assert page.count("<svg") == 1
     assert "a &lt;b&gt;" in page
     assert "a <b>" not in page
+    for name in ("train", "validation"):
+        assert f"<h2>{name}</h2>" in page
+    for row in (
+        ("job", "repartition"),
+        ("inputs", "x"),
+        ("seed", "1"),
+        ("unused", "24"),
+        ("tokens/s", "7"),
+        ("c", "1", "40"),
+    ):
+        assert page.count(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>") == 2
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 
 
