@@ -95,7 +95,7 @@ def records_of(
 
 def count_parts(rows: DataFrame) -> int:
     """Into how many parts the rows go: as many as files of that size would."""
-    size = rows.select(F.sum(F.length(_content(rows.columns)))).first()[0] or 0
+    size = rows.select(F.sum(F.length(_content(rows.columns)))).collect()[0][0] or 0
     return -(-size // chunk_size(size)) or 1
 
 

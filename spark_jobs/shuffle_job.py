@@ -234,8 +234,9 @@ def _blocks(num_block: int | None, share: float, tokens: float) -> int:
 
 
 def _seq_len(datasets: Sequence[Dataset]) -> int | None:
-    lengths = {d.table.manifest.seq_len if d.table.manifest else None for d in datasets}
-    return None if None in lengths else max(lengths)
+    lengths = [d.table.manifest.seq_len if d.table.manifest else None for d in datasets]
+    known = [length for length in lengths if length is not None]
+    return max(known) if len(known) == len(lengths) else None
 
 
 def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path) -> None:

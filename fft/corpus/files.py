@@ -73,7 +73,7 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
             )
             if not files:
                 raise UserError(f"`inputs` {path} holds no documents: no file there ends in {_known()}.")
-        for kind in dict.fromkeys(kind_of(file) for file in files):
+        for kind in dict.fromkeys(filter(None, map(kind_of, files))):
             sources.append(Source(path, kind, tuple(file for file in files if kind_of(file) == kind)))
     return sources
 

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +32,7 @@ def naming(path: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({reason}): is it whole? Restore or remove it.") from error
 
 
-def open_text(path: str) -> BinaryIO:
+def open_text(path: str) -> io.BufferedIOBase:
     """The bytes of a plain or compressed text file."""
     suffix = Path(path).suffix.lower()
     if suffix == ".gz":

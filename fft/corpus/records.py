@@ -35,11 +35,11 @@ def read_records(split: Split, record_encoder: RecordEncoder[Any]) -> Iterator[l
 def first_malformed(path: str, record_encoder: RecordEncoder[Any]) -> str:
     """Name a file's first malformed record by line or row."""
     kind = kind_of(Path(path))
-    if kind == "text":
+    if kind is None or kind == "text":
         return path
     what = "row" if kind == "parquet" else "line"
     for number, (record, doc_id) in enumerate(_numbered(path, kind, record_encoder), 1):
-        if kind == "json" and not record.strip():
+        if kind == "json" and not (record or b"").strip():
             continue
         try:
             record_encoder.parse(kind, record, doc_id)

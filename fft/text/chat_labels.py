@@ -49,6 +49,7 @@ class Spelling:
         was nothing but that space shares the first byte of the next.
         """
         starts, lengths = self.starts[ids], self.lengths[ids]
+        opening = np.zeros(len(ids), bool)
         if firsts is not None:
             opening = np.append(True, self.added[ids[:-1]])
             opening[firsts] = True
@@ -58,7 +59,7 @@ class Spelling:
         ends = np.cumsum(lengths)
         begins = ends - lengths
         data = self.data[np.repeat(starts - begins, lengths) + np.arange(ends[-1] if len(ends) else 0)]
-        return data, begins, ends if firsts is None else ends + (opening & (lengths == 0))
+        return data, begins, ends + (opening & (lengths == 0))
 
 
 def encode_stretches(
@@ -72,17 +73,16 @@ def encode_stretches(
     """
     ids, offsets, checked = encoder.encode(texts)
     if encoder.recipe.slow:
-        rows = np.split(ids, offsets[1:])[:-1]
-        found = [_by_prefixes(encoder.recipe, *row) for row in zip(texts, rows, places, strict=True)]
-        return ids, offsets, found, checked
+        rows = zip(texts, np.split(ids, offsets[1:])[:-1], places, strict=True)
+        return ids, offsets, [_by_prefixes(encoder.recipe, *row) for row in rows], checked
     spelling = spelling_of(encoder.recipe)
-    found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(texts)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     parts = np.split(ids, offsets[1:])[:-1]
     for first in range(0, len(texts), _ROWS):
         rows = list(range(first, min(first + _ROWS, len(texts))))
         for spaced in (True, False):
             rows = _by_spelling(spelling, spaced, parts, texts, places, rows, found)
-    others = [row for row, value in enumerate(found) if value is None]
+    others = [row for row in range(len(texts)) if row not in found]
     if others:
         for row, (row_ids, starts, ends) in zip(
             others, encode_with_offsets(encoder.recipe, [texts[row] for row in others]), strict=True
@@ -91,7 +91,7 @@ def encode_stretches(
             found[row] = _tokens_at(starts, ends, np.array(places[row], np.int64))
         ids = np.concatenate(parts)
         offsets = np.append(0, np.cumsum([len(part) for part in parts]))
-    return ids, offsets, found, checked
+    return ids, offsets, [found[row] for row in range(len(texts))], checked
 
 
 def label(ids: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def _by_spelling(
     texts: Sequence[str],
     places: Sequence[Sequence[int]],
     rows: list[int],
-    found: list[tuple[np.ndarray, np.ndarray] | None],
+    found: dict[int, tuple[np.ndarray, np.ndarray]],
 ) -> list[int]:
     """Put token positions of ``rows`` into ``found`` by spelled bytes; returns those whose ids do not spell their text.
 

@@ -25,9 +25,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
 from fft.errors import UserError
 from fft.text.records import Malformed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Private-use characters, of which a conversation uses two that it does not contain.
 _MARKS = [chr(code) for code in range(0xFFF00, 0xFFFFE)]
@@ -79,7 +83,7 @@ class ChatTemplate:
         extra = any(len(message) > 2 for message in messages)
         try:
             return hugging_face._compile_jinja_template(self.source).render(
-                messages=hugging_face._alias_reasoning_fields(messages) if extra else messages,
+                messages=hugging_face._alias_reasoning_fields(list(messages)) if extra else messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -201,7 +205,7 @@ def _ends(message: dict) -> Iterator[tuple[str, int, bool]]:
     return (("content", at, False) for at in places)
 
 
-def load_chat_template(tokenizer: object, name: str) -> ChatTemplate:
+def load_chat_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> ChatTemplate:
     """Ask a transformers tokenizer for its template, and the template what a turn ends with.
 
     Raises :class:`UserError` when there is none or it cannot render a question and an answer.
@@ -234,7 +238,7 @@ def load_chat_template(tokenizer: object, name: str) -> ChatTemplate:
     )
 
 
-def _through_special_token(tail: str, tokenizer: object) -> str:
+def _through_special_token(tail: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     added = tokenizer.added_tokens_decoder.values()
     special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
     for tokens in (special, {str(token) for token in added}):

@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.errors import UserError
+
+if TYPE_CHECKING:
+    import fastokens
+    import tokenizers
+    from transformers import PreTrainedTokenizerBase
 
 #: Which engine encoded a row, as a small integer: the first means all is well, the others say why it is slow.
 ENGINES = (
@@ -65,7 +71,7 @@ def load_recipe(directory: Path, eos: str, parse_special_tokens: bool) -> tuple[
     return recipe_of(tokenizer, prefix, suffix, parse_special_tokens), info_of(tokenizer, directory)
 
 
-def load_tokenizer(directory: Path) -> object:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """The transformers tokenizer of a folder. Raises :class:`UserError` when there is none."""
     if not directory.is_dir():
         raise UserError(f"`tokenizer` {directory} is not a folder: give one that holds tokenizer.json.")
@@ -75,14 +81,15 @@ def load_tokenizer(directory: Path) -> object:
     from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        return cast("PreTrainedTokenizerBase", tokenizer)
     except Exception as error:  # whatever its files make transformers stumble over
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"`tokenizer` {directory} cannot be loaded ({reason[0]}): save it again.") from error
 
 
 def recipe_of(
-    tokenizer: object, prefix: tuple[int, ...], suffix: tuple[int, ...], parse_special_tokens: bool
+    tokenizer: "PreTrainedTokenizerBase", prefix: tuple[int, ...], suffix: tuple[int, ...], parse_special_tokens: bool
 ) -> Recipe:
     """What a worker needs of a transformers tokenizer."""
     if not tokenizer.is_fast:
@@ -91,7 +98,7 @@ def recipe_of(
     return Recipe(zlib.compress(text.encode(), 1), prefix, suffix, parse_special_tokens)
 
 
-def info_of(tokenizer: object, directory: Path) -> TokenizerInfo:
+def info_of(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> TokenizerInfo:
     """What the manifest says about a tokenizer."""
     return TokenizerInfo(
         name=directory.resolve().name,
@@ -108,7 +115,7 @@ def _without_truncation(text: str) -> str:
     return json.dumps({**spec, "truncation": None, "padding": None}, ensure_ascii=False)
 
 
-def added_around(tokenizer: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids that a transformers tokenizer puts before and after a text."""
     inside = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a", add_special_tokens=True)
@@ -150,8 +157,11 @@ class Encoder:
 
 
 def encode_fast(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Encode with ``fastokens``: (int32 ids, int64 offsets)."""
-    ids, offsets = _fast(recipe).encode_batch_flat(list(texts), False, not recipe.parse_special_tokens)
+    """Encode with ``fastokens``: (int32 ids, int64 offsets). Raises RuntimeError when it cannot load the tokenizer."""
+    tokenizer = _fast(recipe)
+    if tokenizer is None:
+        raise RuntimeError("fastokens cannot load this tokenizer")
+    ids, offsets = tokenizer.encode_batch_flat(list(texts), False, not recipe.parse_special_tokens)
     return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
 
 
@@ -207,7 +217,7 @@ def surround(
 
 
 @functools.lru_cache(maxsize=2)
-def _fast(recipe: Recipe) -> object | None:
+def _fast(recipe: Recipe) -> "fastokens.Tokenizer | None":
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     try:
         from fastokens import Tokenizer
@@ -218,7 +228,7 @@ def _fast(recipe: Recipe) -> object | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _exact(recipe: Recipe) -> object:
+def _exact(recipe: Recipe) -> "tokenizers.Tokenizer":
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     from tokenizers import Tokenizer
 
@@ -228,7 +238,7 @@ def _exact(recipe: Recipe) -> object:
 
 
 @functools.lru_cache(maxsize=2)
-def _offsets_exact(recipe: Recipe) -> object:
+def _offsets_exact(recipe: Recipe) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer
 
     # A post-processor adds nothing here, but some trim white space from offsets.
@@ -238,5 +248,5 @@ def _offsets_exact(recipe: Recipe) -> object:
 
 
 @functools.lru_cache(maxsize=2)
-def _slow(recipe: Recipe) -> object:
+def _slow(recipe: Recipe) -> "PreTrainedTokenizerBase":
     return pickle.loads(recipe.slow)

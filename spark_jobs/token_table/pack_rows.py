@@ -102,17 +102,16 @@ def fixed_batches(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.R
 
 def read_window(batch: pa.RecordBatch) -> Window:
     """Take a batch apart into documents: by ``cu_seqlens`` where rows have them, else one a row."""
-    values, row_offsets = {}, None
-    for name in ("input_ids", "labels"):
-        if name in batch.schema.names:
-            values[name], offsets = values_of_bytes(batch.column(name))
-            if row_offsets is not None and not np.array_equal(offsets, row_offsets):
-                raise UserError("labels and input_ids differ in length: write the input table again.")
-            row_offsets = offsets
+    ids, row_offsets = values_of_bytes(batch.column("input_ids"))
+    values = {"input_ids": ids}
+    if "labels" in batch.schema.names:
+        values["labels"], offsets = values_of_bytes(batch.column("labels"))
+        if not np.array_equal(offsets, row_offsets):
+            raise UserError("labels and input_ids differ in length: write the input table again.")
     names = batch.column("doc_ids")
-    ids, id_offsets = names.flatten(), names.offsets.to_numpy().astype(np.int64)
+    doc_ids, id_offsets = names.flatten(), names.offsets.to_numpy().astype(np.int64)
     if "cu_seqlens" not in batch.schema.names:
-        first = ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
+        first = doc_ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
         return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1))
     bounds, at = values_of_bytes(batch.column("cu_seqlens"))
     begins = np.ones(len(bounds), bool)
@@ -128,8 +127,8 @@ def read_window(batch: pa.RecordBatch) -> Window:
     starts = bounds[begins] + np.repeat(row_offsets[:-1], documents)
     if not np.array_equal(np.diff(id_offsets), documents):
         # Named as one row elsewhere: each of its documents gets the row's first name.
-        ids = ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
-    return Window(values, np.append(starts, row_offsets[-1]), ids, np.cumsum(documents))
+        doc_ids = doc_ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
+    return Window(values, np.append(starts, row_offsets[-1]), doc_ids, np.cumsum(documents))
 
 
 def join_windows(windows: list[Window]) -> Window:

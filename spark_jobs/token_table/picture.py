@@ -103,7 +103,7 @@ def _draw_packing(axes: "Axes", manifest: Manifest) -> None:
     tokens = [file.tokens for file in manifest.files]
     unused = manifest.lineage["counts"].get("unused")
     title = f"{len(files)} files"
-    if unused is not None:
+    if unused is not None and manifest.seq_len is not None:
         free = [file.rows * manifest.seq_len - file.tokens for file in manifest.files]
         axes.bar(range(len(files)), free, bottom=tokens, color=_GREY, label="unused positions")
         title += f", {1 - unused / (manifest.tokens + unused):.3%} of positions used"
