@@ -67,6 +67,14 @@ class Parser(argparse.ArgumentParser):
             raise
 
 
+def positive(text: str) -> int:
+    """What a flag takes that counts something: an integer of at least 1. For the ``type`` of an argument."""
+    value = int(text) if text.lstrip("+-").isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit with its code; a :class:`UserError` becomes one line on stderr and exit code 2
     (its own, if it has one).

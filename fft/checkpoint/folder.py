@@ -56,7 +56,7 @@ def to_json(state: Mapping[str, object]) -> str:
 
 
 def note_sums(staging: Path, names: Iterable[str], writer: int | str) -> None:
-    """Leave the checksums of the files that ``writer``, a rank, wrote, for :func:`publish`."""
+    """Leave the checksums of the files that ``writer``, a rank, wrote, for :func:`publish_checkpoint`."""
     lines = []
     for name in names:
         with open(staging / name, "rb") as stream:
@@ -104,7 +104,7 @@ def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def publish(run: Path, tag: str) -> None:
+def publish_checkpoint(run: Path, tag: str) -> None:
     """Give a whole checkpoint, in its staging folder, its name, then let ``latest`` point to it."""
     _gather_sums(staging_folder(run / tag))
     replace_folder(run / tag)

@@ -9,7 +9,7 @@ from fft.checkpoint import folder
 from fft.errors import UserError
 
 
-def choose(
+def choose_checkpoint(
     run: Path, resume: str, overwrite: bool, control: dist.ProcessGroup, log: Callable[[str], None]
 ) -> Path | None:
     """The checkpoint in ``run`` that ``resume``, a tag or ``auto``, means, verified; None where ``auto`` finds none.

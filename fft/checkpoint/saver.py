@@ -206,5 +206,5 @@ def _publish(contents: Contents, tag: str, state: Mapping[str, object]) -> None:
         names = adapter.write_adapter(staging, contents.shards, contents.adapter)
     write_atomically(staging / folder.STATE, folder.to_json(state))
     folder.note_sums(staging, [*names, folder.STATE], "rest")
-    folder.publish(contents.run, tag)
+    folder.publish_checkpoint(contents.run, tag)
     folder.prune(contents.run, contents.newest, contents.best)

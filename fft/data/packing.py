@@ -111,7 +111,7 @@ def permute_rows(spans: DocumentSpans, order: np.ndarray) -> DocumentSpans:
     return DocumentSpans(spans.document[source], spans.start[source], spans.length[source], ends)
 
 
-def gather(values: np.ndarray, offsets: np.ndarray, spans: DocumentSpans) -> np.ndarray:
+def gather_tokens(values: np.ndarray, offsets: np.ndarray, spans: DocumentSpans) -> np.ndarray:
     """Tokens of all spans, in order, from documents ``values[offsets[d]:offsets[d + 1]]``."""
     ends = np.cumsum(spans.length)
     begins = offsets[spans.document] + spans.start

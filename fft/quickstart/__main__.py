@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fft.errors import Parser, UserError, run_cli
+from fft.console import say
+from fft.errors import Parser, UserError, positive, run_cli
 from fft.quickstart import report
 from fft.quickstart.plan import CONFIG, ROOT, Places, build_stages, spark_rate
 from fft.quickstart.stages import Record, run_stages
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR", help="default: runs/quickstart"
     )
-    parser.add_argument("--max_steps", type=_positive, help=f"steps of the training (default: as in {CONFIG})")
+    parser.add_argument("--max_steps", type=positive, help=f"steps of the training (default: as in {CONFIG})")
     return parser
 
 
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if places.output.is_dir() and any(places.output.iterdir()) and not places.records.is_dir():
         raise UserError(f"--output {args.output} holds something else than a quickstart: choose another folder.")
     try:
-        records = run_stages(build_stages(places, args.max_steps), places.records, _log)
+        records = run_stages(build_stages(places, args.max_steps), places.records, say)
     except KeyboardInterrupt:
-        _log("interrupted: the same command goes on with the stage that was running")
+        say("interrupted: the same command goes on with the stage that was running")
         return 130
     losses = report.read_metrics(places.run / "metrics.jsonl")
     baseline, reached = records["report"].facts["baseline"], losses.validation[-1][1]
     print(_summary(places, records, losses, baseline))
     if reached > baseline - MARGIN:
-        _log(
+        say(
             f"error: the validation loss ended at {reached:.3f}, not {MARGIN:g} nat below the unigram baseline of "
             f"{baseline:.3f}: the model learned too little; train for more --max_steps."
         )
@@ -93,17 +93,6 @@ def _rate(*tables: Path) -> str:
     """Tokens of tables that one job wrote, and its rate on the first of them."""
     found = [spark_rate(table) for table in tables]
     return f"{sum(tokens for tokens, _ in found):,} tokens, {found[0][1]:,.0f} tokens/s"
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.lstrip("+-").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A corpus that every machine has: the sources of the running Python's standard library, as JSON lines."""
 
-import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -32,15 +31,6 @@ def source_files(root: Path) -> list[Path]:
     """All ``.py`` files below ``root`` in the order of their relative paths, installed packages left out."""
     found = (p for p in root.rglob("*.py") if not _FOREIGN.intersection(p.relative_to(root).parts))
     return sorted((p for p in found if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
-
-
-def fingerprint(root: Path) -> str:
-    """Changes when a source file appears, vanishes, changes its size or its time of modification."""
-    digest = hashlib.sha256()
-    for path in source_files(root):
-        stat = path.stat()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def write_corpus(root: Path, output: Path) -> CorpusSummary:

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import fft
-from fft.data.manifest import read_manifest
+from fft.data.manifest import MANIFEST_NAME, read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.files import write_atomically
 from fft.quickstart import corpus, report
 from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
-from fft.quickstart.stages import Stage, run_command
+from fft.quickstart.stages import Stage, fingerprint, run_command
 
 #: The repository: Spark jobs and configuration are run from there.
 ROOT = Path(fft.__file__).resolve().parent.parent
@@ -99,10 +99,55 @@ class Places:
 
 def build_stages(places: Places, max_steps: int | None = None) -> list[Stage]:
     """The stages in order. ``max_steps`` overrides the configured length of the training."""
+    return [*_data_stages(places), *_model_stages(places, max_steps)]
+
+
+def _data_stages(places: Places) -> list[Stage]:
+    """From sources to tables in rows of the model's length."""
     library = corpus.standard_library()
+    return [
+        Stage(
+            "corpus",
+            ("collect", str(library), fingerprint(corpus.source_files(library))[:12]),
+            (),
+            (places.corpus,),
+            lambda: asdict(corpus.write_corpus(library, places.corpus)),
+        ),
+        Stage(
+            "tokenizer",
+            ("byte-level-bpe", "--vocab_size", str(VOCAB_SIZE)),
+            (places.corpus,),
+            (places.tokenizer,),
+            partial(_train_tokenizer, places),
+        ),
+        _spark(
+            "tokenize",
+            ("-i", _shown(places.corpus), "-o", _shown(places.tokens), "--tokenizer", _shown(places.tokenizer)),
+            (places.corpus, places.tokenizer),
+            places.tokens,
+        ),
+        _spark(
+            "shuffle",
+            ("-i", _shown(places.tokens), "-o", _shown(places.shuffled), "--seed", "0", "--holdout", str(HOLDOUT)),
+            (places.tokens,),
+            places.shuffled,
+        ),
+        _spark(
+            "repartition",
+            (
+                *("-i", _shown(places.shuffled), "-o", _shown(places.packed)),
+                *("--max_len", str(SEQ_LEN), "--pack", "best-fit", "--num_partition", "4"),
+            ),
+            (places.shuffled,),
+            places.packed,
+        ),
+    ]
+
+
+def _model_stages(places: Places, max_steps: int | None) -> list[Stage]:
+    """From the tables to a model, its text and its losses."""
     tables = [places.packed / split for split in ("train", "validation")]
-    manifests = tuple(table / "_fft_manifest.json" for table in tables)
-    spark = partial(_spark, places)
+    manifests = tuple(table / MANIFEST_NAME for table in tables)
     train = [
         *("deepspeed", "--num_gpus", "2", "fft/train.py", "--config", CONFIG, "--init", "--model", MODEL),
         *("--tokenizer", _shown(places.tokenizer)),
@@ -117,41 +162,6 @@ def build_stages(places: Places, max_steps: int | None = None) -> list[Stage]:
         "--overwrite",
     ]
     return [
-        Stage(
-            "corpus",
-            ("collect", str(library), corpus.fingerprint(library)[:12]),
-            (),
-            (places.corpus,),
-            lambda: asdict(corpus.write_corpus(library, places.corpus)),
-        ),
-        Stage(
-            "tokenizer",
-            ("byte-level-bpe", "--vocab_size", str(VOCAB_SIZE)),
-            (places.corpus,),
-            (places.tokenizer,),
-            partial(_train_tokenizer, places),
-        ),
-        spark(
-            "tokenize",
-            ("-i", _shown(places.corpus), "-o", _shown(places.tokens), "--tokenizer", _shown(places.tokenizer)),
-            (places.corpus, places.tokenizer),
-            places.tokens,
-        ),
-        spark(
-            "shuffle",
-            ("-i", _shown(places.tokens), "-o", _shown(places.shuffled), "--seed", "0", "--holdout", str(HOLDOUT)),
-            (places.tokens,),
-            places.shuffled,
-        ),
-        spark(
-            "repartition",
-            (
-                *("-i", _shown(places.shuffled), "-o", _shown(places.packed)),
-                *("--max_len", str(SEQ_LEN), "--pack", "best-fit", "--num_partition", "4"),
-            ),
-            (places.shuffled,),
-            places.packed,
-        ),
         Stage(
             "train",
             tuple(train),
@@ -184,7 +194,7 @@ def spark_rate(table: Path) -> tuple[int, float]:
     return manifest.tokens, manifest.lineage["timing"]["tokens_per_second"]
 
 
-def _spark(places: Places, name: str, flags: tuple[str, ...], inputs: tuple[Path, ...], output: Path) -> Stage:
+def _spark(name: str, flags: tuple[str, ...], inputs: tuple[Path, ...], output: Path) -> Stage:
     command = ("spark-submit", f"spark_jobs/{name}.py", *flags, "--overwrite")
     # A laptop's host name often resolves to nothing; one machine needs no more than the loopback address.
     variables = {"SPARK_LOCAL_IP": os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"), "PYSPARK_PYTHON": sys.executable}

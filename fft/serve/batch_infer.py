@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fft.errors import Parser, UserError, run_cli
+from fft.errors import Parser, UserError, positive, run_cli
 from fft.files import atomic_file
 from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
 
@@ -100,12 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="prompts: .jsonl, .txt or .parquet")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines to write")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vLLM where installed (default)")
-    parser.add_argument("--max_new_tokens", type=_positive, default=64, help="default: %(default)s")
+    parser.add_argument("--max_new_tokens", type=positive, default=64, help="default: %(default)s")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=_positive, default=8, help="prompts at a time; vLLM decides itself (default: %(default)s)"
+        "--batch_size", type=positive, default=8, help="prompts at a time; vLLM decides itself (default: %(default)s)"
     )
     parser.add_argument("--prompt_key", default="prompt", help="key or column of the prompt (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
@@ -173,13 +173,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
         raise UserError(f"--input {path} is no readable parquet file ({error}): write it again.") from error
     for number, row in enumerate(rows):
         yield row, f"{path}, row {number}"
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.lstrip("+-").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def _not_negative(text: str) -> float:

@@ -13,7 +13,7 @@ import yaml
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder
-from fft.checkpoint.resume import choose
+from fft.checkpoint.resume import choose_checkpoint
 from fft.data.batches import Loader
 from fft.errors import UserError
 from fft.files import write_atomically
@@ -50,7 +50,7 @@ def enter(
         held.enter_context(folder.locked(run))
         folder.tidy(run)
     dist.barrier(control)
-    checkpoint = choose(run, args.resume, args.overwrite, control, log) if args.resume else None
+    checkpoint = choose_checkpoint(run, args.resume, args.overwrite, control, log) if args.resume else None
     if checkpoint is None:
         if args.resume:
             log(f"no checkpoint in {run} yet: starting from the beginning")

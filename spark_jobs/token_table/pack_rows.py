@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from fft.data.arrow_lists import int_lists, values_of_bytes
-from fft.data.packing import DocumentSpans, best_fit, concat, cut_rows, gather, permute_rows
+from fft.data.packing import DocumentSpans, best_fit, concat, cut_rows, gather_tokens, permute_rows
 from fft.errors import UserError
 
 _BATCH_ROWS = 1024
@@ -150,7 +150,7 @@ def hold_back_short_row(spans: DocumentSpans, window: Window, max_len: int) -> t
     full = window.tokens // max_len
     rest = spans.rows(full, full + 1)
     ids = window.ids.take(pa.array(rest.document))
-    values = {name: gather(v, window.offsets, rest) for name, v in window.values.items()}
+    values = {name: gather_tokens(v, window.offsets, rest) for name, v in window.values.items()}
     offsets = np.concatenate(([0], np.cumsum(rest.length)))
     return spans.rows(0, full), Window(values, offsets, ids, np.arange(1, len(ids) + 1))
 
@@ -164,7 +164,7 @@ def write_rows(spans: DocumentSpans, window: Window) -> pa.RecordBatch:
     row = np.repeat(np.arange(len(counts)), counts)
     bounds = np.zeros(len(row) + len(counts), np.int32)
     bounds[np.arange(len(row)) + row + 1] = ends[1:] - row_offsets[row]
-    lists = {name: int_lists(gather(v, window.offsets, spans), row_offsets) for name, v in window.values.items()}
+    lists = {name: int_lists(gather_tokens(v, window.offsets, spans), row_offsets) for name, v in window.values.items()}
     id_offsets = np.append(row_starts, spans.row_ends[-1:])
     columns = {
         "input_ids": lists["input_ids"],

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fft.data.packing import best_fit, concat, cut_documents, cut_rows, gather, permute_rows
+from fft.data.packing import best_fit, concat, cut_documents, cut_rows, gather_tokens, permute_rows
 from fft.errors import UserError
 from spark_jobs.token_table.pack_rows import Packer
 
@@ -89,7 +89,7 @@ def test_gather_takes_the_tokens_of_the_pieces():
     values, offsets = np.arange(20, dtype=np.int32), np.concatenate(([0], np.cumsum(lengths)))
     pieces = best_fit(lengths, 6)
     expected = [offsets[d] + start + i for row in pieces_of(pieces) for d, start, n in row for i in range(n)]
-    assert gather(values, offsets, pieces).tolist() == expected
+    assert gather_tokens(values, offsets, pieces).tolist() == expected
 
 
 def blobs(lists):

@@ -29,7 +29,7 @@ def make(run, step, **state):
     names = hf.write_metadata(staging, LlamaConfig(), None, 2)
     (staging / folder.STATE).write_text(folder.to_json({"step": step, **state}))
     folder.note_sums(staging, [*names, folder.STATE], "rest")
-    folder.publish(run, tag)
+    folder.publish_checkpoint(run, tag)
     return run / tag
 
 
