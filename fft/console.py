@@ -1,9 +1,9 @@
-"""What a job tells its user on stderr: a line that lives while it writes, and a table at the end."""
+"""What a command tells its user on stderr: a line that lives while it works, and a table at the end."""
 
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fft.data.worker_notes import Amount, WorkerNotes
@@ -34,23 +34,20 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def progress(
-    name: str, notes: WorkerNotes, parts: int, tokens: int | None = None, interval: float = 1.0
-) -> Iterator[None]:
-    """Show what tasks have noted in ``notes``, of ``parts`` and, if that is known, ``tokens`` in all; then clear it.
+def live(line: Callable[[float], str], last: bool = False, interval: float = 1.0) -> Iterator[None]:
+    """Show how far the block is: ``line`` says so, given the seconds since its begin, and is called by a thread.
 
-    A terminal gets one line rewritten, a log file one line every half minute.
+    A terminal has one line, rewritten every ``interval`` seconds and cleared at the end; a log file gets one every half
+    minute. With ``last`` the line is shown once more, to stay, when the block ends without an error.
     """
     tty = sys.stderr.isatty()
     stop = threading.Event()
+    start = time.monotonic()
 
     def poll() -> None:
-        start = time.monotonic()
         while not stop.wait(interval if tty else 30.0):
-            line = progress_line(
-                name, notes.amount("read"), notes.amount("written"), parts, tokens, time.monotonic() - start
-            )
-            print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+            text = line(time.monotonic() - start)
+            print(f"\r{text}\x1b[K" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
         if tty:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -61,6 +58,23 @@ def progress(
     finally:
         stop.set()
         thread.join()
+    if last:
+        say(line(time.monotonic() - start))
+
+
+@contextmanager
+def progress(
+    name: str, notes: WorkerNotes, parts: int, tokens: int | None = None, interval: float = 1.0
+) -> Iterator[None]:
+    """Show what tasks have noted in ``notes``, of ``parts`` and, if known, ``tokens`` in all; then clear it."""
+
+    def line(seconds: float) -> str:
+        return progress_line(name, notes.amount("read"), notes.amount("written"), parts, tokens, seconds)
+
+    try:
+        with live(line, interval=interval):
+            yield
+    finally:
         notes.clear()
 
 

@@ -10,8 +10,6 @@ python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   
 import argparse
 import math
 import re
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +23,7 @@ from transformers import AutoConfig
 from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
 from fft.checkpoint.fragments import MASTER, SavedFragments
+from fft.console import live, say
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import replace_folder, start_folder
 from fft.weights import hf
@@ -192,14 +191,17 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model} has no readable config.json ({one_line(error)[:120]}).") from error
-    begun, written, number = time.perf_counter(), 0, 0
+    written = number = 0
     staging = start_folder(output)
-    for number, group in enumerate(shards(source, DTYPES.get(dtype), limit), start=1):
-        hf.write_tensors(staging / f"shard-{number}", group, {"format": "pt"})
-        config.dtype = next(iter(group.values())).dtype
-        written += sum(tensor.nbytes for tensor in group.values())
-        rate = written / 1e6 / (time.perf_counter() - begun)
-        print(f"shard {number}: {written / 1e6:,.0f} MB, {rate:,.0f} MB/s", file=sys.stderr, flush=True)
+
+    def line(seconds: float) -> str:
+        return f"{number:,} shards, {written / 1e6:,.0f} MB, {written / 1e6 / seconds:,.0f} MB/s"
+
+    with live(line, last=True):
+        for group in shards(source, DTYPES[dtype] if dtype else None, limit):
+            hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
+            config.dtype = next(iter(group.values())).dtype
+            number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
     for shard in range(number):
         (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
     hf.write_metadata(staging, config, str(model), number, model)
@@ -265,7 +267,7 @@ def main() -> None:
     if args.lora:
         source = Merged(source, Path(args.lora))
     tensors = convert(source, model, args.output, args.dtype, int(args.max_shard_size * 1e9))
-    print(f"{tensors} tensors written to {output}", file=sys.stderr)
+    say(f"{tensors} tensors written to {output}")
 
 
 if __name__ == "__main__":

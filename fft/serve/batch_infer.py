@@ -3,8 +3,6 @@
 import argparse
 import itertools
 import json
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.console import live, say
 from fft.errors import Parser, UserError, positive, run_cli
 from fft.files import atomic_file
 from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
@@ -71,22 +70,26 @@ def write_completions(path: Path, prompts: Sequence[Prompt], batches: Iterable[l
             stream.write(json.dumps(result | prompt.fields, ensure_ascii=False, default=str) + "\n")
 
 
-def with_progress(batches: Iterable[list[Completion]], total: int, every: float = 5.0) -> Iterator[list[Completion]]:
-    """Pass batches on, telling stderr how many of ``total`` prompts are done and how fast, every few seconds."""
-    started = told = time.perf_counter()
-    done = tokens = 0
-    for batch in batches:
-        yield batch
-        done, tokens = done + len(batch), tokens + sum(c.tokens for c in batch)
-        now = time.perf_counter()
-        if done == total or now - told >= every:
-            elapsed, told = now - started, now
-            print(
-                f"{done:,}/{total:,} prompts  {done / elapsed:,.1f} prompts/s  {tokens / elapsed:,.0f} new tokens/s  "
-                f"{elapsed * (total - done) / done:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+@dataclass
+class Tally:
+    """Prompts and new tokens so far, of ``total`` prompts."""
+
+    total: int
+    prompts: int = 0
+    tokens: int = 0
+
+    def count(self, batches: Iterable[list[Completion]]) -> Iterator[list[Completion]]:
+        """Pass batches on; each is counted when the next one is asked for, that is, when it is written."""
+        for batch in batches:
+            yield batch
+            self.prompts += len(batch)
+            self.tokens += sum(completion.tokens for completion in batch)
+
+    def line(self, seconds: float) -> str:
+        """How many are done after so many seconds, and how fast."""
+        rates = f"{self.prompts / seconds:,.1f} prompts/s  {self.tokens / seconds:,.0f} new tokens/s"
+        left = f"  {seconds * (self.total - self.prompts) / self.prompts:,.0f} s left" if self.prompts else ""
+        return f"{self.prompts:,}/{self.total:,} prompts  {rates}{left}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,11 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--output {args.output} exists: choose another file or add --overwrite.")
     prompts = read_prompts(args.input, args.prompt_key)
     engine = load_engine(args.engine, args.model, args.batch_size)
-    print(f"{len(prompts):,} prompts, {engine.name}", file=sys.stderr, flush=True)
+    say(f"{len(prompts):,} prompts, {engine.name}")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     batches = engine.generate([prompt.text for prompt in prompts], sampling)
-    write_completions(args.output, prompts, with_progress(batches, len(prompts)))
-    print(f"wrote {args.output}", file=sys.stderr, flush=True)
+    tally = Tally(len(prompts))
+    with live(tally.line, last=True):
+        write_completions(args.output, prompts, tally.count(batches))
+    say(f"wrote {args.output}")
 
 
 def _prompt(record: object, key: str, where: str) -> Prompt:

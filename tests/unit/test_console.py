@@ -1,6 +1,10 @@
 """What the jobs show."""
 
-from fft.console import format_table, progress, progress_line
+import threading
+
+import pytest
+
+from fft.console import format_table, live, progress, progress_line
 from fft.data.worker_notes import Amount, WorkerNotes
 
 
@@ -29,3 +33,27 @@ def test_progress_shows_what_tasks_note(tmp_path, monkeypatch, capsys):
     with progress("job", notes, parts=2, interval=0.01):
         while "job: 5 rows, 2.0 M tokens written" not in shown:
             shown += capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_a_live_line_is_rewritten_or_repeated_and_may_stay(tty, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: tty)
+    shown = threading.Event()
+
+    def line(seconds):
+        shown.set()
+        return f"{seconds >= 0} ok"
+
+    with live(line, last=True, interval=0.01):
+        assert shown.wait(5) is tty if tty else not shown.wait(0.1)
+    said = capsys.readouterr().err
+    assert said.startswith("\rTrue ok\x1b[K") is tty
+    assert said.endswith("\r\x1b[KTrue ok\n" if tty else "True ok\n")
+
+
+def test_a_live_line_goes_with_an_error(capsys):
+    count = threading.active_count()
+    with pytest.raises(ZeroDivisionError), live(lambda seconds: "half", last=True):
+        raise ZeroDivisionError
+    assert threading.active_count() == count
+    assert capsys.readouterr().err == ""
