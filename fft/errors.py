@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
@@ -39,7 +39,7 @@ def one_line(error: Exception) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one sentence, too, with the flag that was probably meant."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:

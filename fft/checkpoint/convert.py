@@ -56,10 +56,12 @@ class LayerFiles:
         self._open: tuple[Path, dict[str, Tensor]] | None = None
         files: dict[int, Path] = {}
         for path in sorted(directory.glob(_LAYER_FILES)):
-            layer, part = _LAYER_FILE.fullmatch(path.name).groups()
-            if int(part or 0):
+            found = _LAYER_FILE.fullmatch(path.name)
+            if found is None:
+                raise UserError(f"{path} is no layer file of DeepSpeed's: move it elsewhere.")
+            if int(found[2] or 0):
                 raise UserError(f"{path}: tensor-parallel layer files are not read; merge them with DeepSpeed first.")
-            files[int(layer)] = path
+            files[int(found[1])] = path
         halves = 2 if 1 in files and not any("mlp." in key for key in self._read(files[1])) else 1
         wanted = range(halves * layers + (2 if tied else 3))
         if set(files) != set(wanted):

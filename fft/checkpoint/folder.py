@@ -84,8 +84,8 @@ def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         text = (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         return f"{checkpoint / SUMS} cannot be read ({error.strerror})"
-    lines = [_LINE.fullmatch(line) for line in text.splitlines()]
-    if not all(lines) or not text.endswith("\n"):
+    lines = [found for line in text.splitlines() if (found := _LINE.fullmatch(line)) is not None]
+    if len(lines) < len(text.splitlines()) or not text.endswith("\n"):
         return f"{checkpoint / SUMS} is no list of checksums"
     sums = {line[2]: line[1] for line in lines}
     written = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*.safetensors")]

@@ -48,8 +48,9 @@ class Fragment:
 
     def to_list(self) -> list:
         """As JSON takes it: start and stop, and of a part the parameter's shape, the dimension and the spans."""
-        part = self.shard and [self.shard.shape, self.shard.dim, self.shard.spans]
-        return [self.start, self.stop, *(part or ())]
+        if self.shard is None:
+            return [self.start, self.stop]
+        return [self.start, self.stop, self.shard.shape, self.shard.dim, self.shard.spans]
 
     @classmethod
     def from_list(cls, values: list) -> "Fragment":

@@ -100,10 +100,10 @@ def _fill(
         at = number * stride if stride else at
         for span, rows in spans:
             begin, length = int(rows.offsets[span.row]) + span.start, span.stop - span.start
-            if rows.input_ids is not None:
+            if len(rows.input_ids):
                 ids[at : at + length] = rows.input_ids[begin : begin + length]
-            targets = rows.input_ids if rows.labels is None else rows.labels
-            if aligned and targets is not None:
+            if aligned:
+                targets = rows.input_ids if rows.labels is None else rows.labels
                 labels[at : at + length] = targets[begin : begin + length]
             ends += [at + end for end in rows.document_ends(span.row, span.start, span.stop)]
             at += length

@@ -43,12 +43,13 @@ class RowGroup:
 class Rows:
     """A decoded row group: row ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``.
 
-    ``labels`` are aligned with ``input_ids``; either is None where the table has it not, or it was not asked for. The
-    documents of row ``i`` end at ``ends[end_offsets[i]:end_offsets[i + 1]]``, counted from the row's begin; ``ends``
-    is None where every row is one document.
+    ``labels`` are aligned with ``input_ids``; they are None where the table has none, or they were not asked for;
+    ``input_ids`` that were not asked for are empty. The documents of row ``i`` end at
+    ``ends[end_offsets[i]:end_offsets[i + 1]]``, counted from the row's begin; both are None where every row is one
+    document.
     """
 
-    input_ids: np.ndarray | None
+    input_ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray | None = None
     ends: np.ndarray | None = None
@@ -179,8 +180,9 @@ class Table:
                 f"{name} holds {where.tokens - len(values)} empty row(s), which parquet footers count as tokens: "
                 "drop rows whose input_ids are empty."
             )
-        input_ids, targets = (lists[c][0] if c in lists else None for c in ("input_ids", "labels"))
-        if vocab_size is not None and input_ids is not None:
+        input_ids = lists["input_ids"][0] if "input_ids" in lists else np.empty(0, np.int32)
+        targets = lists["labels"][0] if "labels" in lists else None
+        if vocab_size is not None:
             _check_ids(input_ids, vocab_size, f"{name} holds token id")
         lengths = np.diff(offsets)
         packed_to = self.manifest and self.manifest.seq_len

@@ -35,7 +35,7 @@ def unigram_cross_entropy(train: np.ndarray, evaluated: np.ndarray) -> float:
 
 def _first_positions(rows: Rows) -> np.ndarray:
     """Where the document pieces of a row group begin, empty pieces left out."""
-    if rows.ends is None:
+    if rows.ends is None or rows.end_offsets is None:
         return rows.offsets[:-1]
     per_row = np.diff(rows.end_offsets)
     starts = np.concatenate(([0], rows.ends[:-1]))

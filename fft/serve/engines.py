@@ -3,9 +3,12 @@
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from fft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Names that ``--engine`` takes; "auto" is vLLM where it can be imported.
 ENGINES = ("auto", "vllm", "transformers")
@@ -64,16 +67,17 @@ class TransformersEngine:
 
         self._batch_size = batch_size
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--model {model} has no tokenizer that can be loaded: copy tokenizer.json and "
                 "tokenizer_config.json there."
             ) from error
+        self._tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
         if self._tokenizer.pad_token_id is None:
             # Padding is masked, so any token will do; models without one of their own borrow the end's.
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         # Few CPUs compute bf16 faster than fp32, and rounding would make a batch differ from its prompts alone.
         dtype = torch.float32 if device.type == "cpu" else "auto"
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
@@ -112,7 +116,7 @@ class TransformersEngine:
         stop = next((at for at, token in enumerate(ids) if token in ends), None)
         kept = ids if stop is None else ids[:stop]
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        return Completion(text, len(kept), "length" if stop is None else "stop")
+        return Completion(str(text), len(kept), "length" if stop is None else "stop")
 
 
 class VllmEngine:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,9 @@ from fft.errors import UserError, one_line
 from fft.files import sync
 from fft.parallel.tensor_plan import Shard
 from fft.weights.experts import stored_names, stored_shape, stored_shard
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -128,11 +132,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_metadata(
-    staging: Path, config: object, tokenizer: str | None, shards: int, model: Path | None = None
+    staging: Path, config: "PretrainedConfig", tokenizer: str | None, shards: int, model: Path | None = None
 ) -> list[str]:
     """Add index, config and tokenizer to the written shards; returns the names of these files.
 
-    ``config`` is a ``PretrainedConfig``; the generation config is that of the ``model`` directory trained from.
+    The generation config is that of the ``model`` directory trained from.
     """
     before = set(os.listdir(staging))
     config.save_pretrained(staging)
