@@ -75,8 +75,8 @@ def _gather_sums(staging: Path) -> None:
         part.unlink()
 
 
-def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Say what is wrong with a checkpoint's files, or with each ``parts``-th of them from ``part`` on; None if nothing.
+def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """Say what is wrong with a checkpoint's files, or with every ``shares``-th from ``share`` on; None if nothing.
 
     Reads them: ranks share the work.
     """
@@ -93,7 +93,7 @@ def fault(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     unlisted = sorted({*written, config, STATE} - set(sums))
     if unlisted:
         return f"{checkpoint / unlisted[0]} is missing from {SUMS}"
-    for name in sorted(sums)[part::parts]:
+    for name in sorted(sums)[share::shares]:
         try:
             with open(checkpoint / name, "rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()

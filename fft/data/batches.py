@@ -157,5 +157,5 @@ class Loader:
             yield made
 
     def _prefetch(self, first: int) -> None:
-        parts = self._plan.indices(first)
-        self._reader.prefetch([index for part in parts for index in part if index < self._total])
+        micro_batches = self._plan.indices(first)
+        self._reader.prefetch([index for batch in micro_batches for index in batch if index < self._total])

@@ -84,24 +84,24 @@ class Mixture:
 class Blend:
     """The :class:`fft.data.samples.Samples` of several tables; an epoch has as many as all of them together."""
 
-    def __init__(self, parts: Sequence[TableSamples], weights: Sequence[float], end: str = "repeat") -> None:
-        lanes = min(part.lanes for part in parts)
-        aligned = any(part.has_labels for part in parts)
-        self.parts = [part.as_part(lanes, aligned) for part in parts]
+    def __init__(self, members: Sequence[TableSamples], weights: Sequence[float], end: str = "repeat") -> None:
+        lanes = min(member.lanes for member in members)
+        aligned = any(member.has_labels for member in members)
+        self.members = [member.as_member(lanes, aligned) for member in members]
         self.weights, self.end = list(weights), end
-        self.lanes, self.aligned, self.seq_len = lanes, aligned, parts[0].seq_len
-        self._samples = np.array([part.samples_per_epoch for part in parts])
+        self.lanes, self.aligned, self.seq_len = lanes, aligned, members[0].seq_len
+        self._samples = np.array([member.samples_per_epoch for member in members])
         self.samples_per_epoch = int(self._samples.sum())
-        self.lookahead = min(part.lookahead for part in self.parts)
+        self.lookahead = min(member.lookahead for member in self.members)
         #: By how many lanes those of each table are turned, so that the longer ones follow each other and all lanes
         #: of the blend are equally long, but for one sample.
         self._turns = (np.cumsum(self._samples) - self._samples) % lanes * (end == "drop")
         self._mixtures: list[Mixture] = []
         # Of each lane's stages: the first sample, the number of the mixture, and how many samples of each table come
         # before the stage's begin in the mixture, less those that the lane has drawn.
-        self._starts = np.full((lanes, len(parts)), np.iinfo(np.int64).max)
-        self._mixture = np.zeros((lanes, len(parts)), np.int64)
-        self._earlier = np.zeros((lanes, len(parts), len(parts)), np.int64)
+        self._starts = np.full((lanes, len(members)), np.iinfo(np.int64).max)
+        self._mixture = np.zeros((lanes, len(members)), np.int64)
+        self._earlier = np.zeros((lanes, len(members), len(members)), np.int64)
         known: dict[tuple[int, ...], int] = {}
         for lane in range(lanes):
             self._plan(lane, known)
@@ -111,7 +111,7 @@ class Blend:
         left = -(-(self._samples - (lane - self._turns) % self.lanes) // self.lanes)
         drawn = np.zeros_like(left)
         begin = place = lane * _STRIDE
-        for stage in range(len(self.parts)):
+        for stage in range(len(self.members)):
             active = tuple(np.flatnonzero(left > drawn).tolist())
             if not active:
                 return
@@ -132,33 +132,33 @@ class Blend:
     @property
     def tables(self) -> list[Table]:
         """The tables, in the order in which they were given."""
-        return [part.table for part in self.parts]
+        return [member.table for member in self.members]
 
     @property
     def identity(self) -> dict[str, object]:
         """All that the order depends on."""
-        parts = [part.identity for part in self.parts]
+        members = [member.identity for member in self.members]
         own: dict[str, object] = {"weights": self.weights, "blend_end": self.end}
-        return {name: [part[name] for part in parts] for name in parts[0]} | own
+        return {name: [member[name] for member in members] for name in members[0]} | own
 
     def for_stage(self, ids: bool, labels: bool) -> "Blend":
         """The same order, for who needs only ids, or only labels."""
-        return Blend([part.for_stage(ids, labels) for part in self.parts], self.weights, self.end)
+        return Blend([member.for_stage(ids, labels) for member in self.members], self.weights, self.end)
 
-    def part(self, index: int) -> tuple[TableSamples, int]:
+    def member(self, index: int) -> tuple[TableSamples, int]:
         """The table a sample comes from, and its index there."""
         tables, own = self._place([index])
-        return self.parts[tables[0]], own[0]
+        return self.members[tables[0]], own[0]
 
-    def index(self, part: int, own: int) -> int:
-        """The sample that a table's sample ``own`` is: the inverse of :meth:`part`."""
-        epoch, own = divmod(own, int(self._samples[part])) if self.end == "drop" else (0, own)
+    def index(self, member: int, own: int) -> int:
+        """The sample that a table's sample ``own`` is: the inverse of :meth:`member`."""
+        epoch, own = divmod(own, int(self._samples[member])) if self.end == "drop" else (0, own)
         number, lane = divmod(own, self.lanes)
-        lane = (lane + int(self._turns[part])) % self.lanes
+        lane = (lane + int(self._turns[member])) % self.lanes
         stops = [*self._starts[lane, 1:].tolist(), np.iinfo(np.int64).max]
         for stage, stop in enumerate(stops):
             mixture = self._mixtures[self._mixture[lane, stage]]
-            within = mixture.place(part, number + int(self._earlier[lane, stage, part])) - lane * _STRIDE
+            within = mixture.place(member, number + int(self._earlier[lane, stage, member])) - lane * _STRIDE
             if within < stop:
                 break
         return epoch * self.samples_per_epoch + within * self.lanes + lane
@@ -166,17 +166,17 @@ class Blend:
     def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[SampleSpan, Rows]]]:
         """What samples are made of."""
         tables, own = self._place(indices)
-        streams = [part.samples(theirs) for part, theirs in self._dealt(tables, own)]
+        streams = [member.samples(theirs) for member, theirs in self._dealt(tables, own)]
         return (next(streams[table]) for table in tables)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to decode what samples will need."""
-        for part, theirs in self._dealt(*self._place(indices)):
-            part.prefetch(theirs)
+        for member, theirs in self._dealt(*self._place(indices)):
+            member.prefetch(theirs)
 
     def _dealt(self, tables: list[int], own: list[int]) -> Iterator[tuple[TableSamples, list[int]]]:
-        for number, part in enumerate(self.parts):
-            yield part, [index for table, index in zip(tables, own, strict=True) if table == number]
+        for number, member in enumerate(self.members):
+            yield member, [index for table, index in zip(tables, own, strict=True) if table == number]
 
     def _place(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
         index = np.asarray(indices, dtype=np.int64)

@@ -98,16 +98,16 @@ class SampleReader:
         return [self.table]
 
     @property
-    def parts(self) -> list["SampleReader"]:
+    def members(self) -> list["SampleReader"]:
         """This reader itself, which is no blend."""
         return [self]
 
-    def part(self, index: int) -> tuple["SampleReader", int]:
+    def member(self, index: int) -> tuple["SampleReader", int]:
         """Who reads a sample, and its index there."""
         return self, index
 
-    def index(self, part: int, own: int) -> int:
-        """The inverse of :meth:`part`."""
+    def index(self, member: int, own: int) -> int:
+        """The inverse of :meth:`member`."""
         return own
 
     @property
@@ -130,7 +130,7 @@ class SampleReader:
         """The same order, for who needs only ids, or only labels."""
         return self._changed(_ids=ids, _labels=labels)
 
-    def as_part(self, lanes: int, aligned: bool) -> "SampleReader":
+    def as_member(self, lanes: int, aligned: bool) -> "SampleReader":
         """The same table in another number of lanes, in a blend in which some table has labels, or none."""
         return self._changed(lanes=lanes, aligned=aligned)
 

@@ -52,18 +52,18 @@ class Samples(Protocol):
         """The same order, for who needs only ids, or only labels."""
 
     @property
-    def parts(self) -> Sequence["TableSamples"]:
+    def members(self) -> Sequence["TableSamples"]:
         """The samples of each table by themselves."""
 
-    def part(self, index: int) -> tuple["TableSamples", int]:
+    def member(self, index: int) -> tuple["TableSamples", int]:
         """Whose sample it is, and its index there."""
 
-    def index(self, part: int, own: int) -> int:
-        """The inverse of :meth:`part`, for the number of a table."""
+    def index(self, member: int, own: int) -> int:
+        """The inverse of :meth:`member`, for the number of a table."""
 
 
 class TableSamples(Samples, Protocol):
-    """The samples of one table, which may be part of a blend and can be searched for what they are made of."""
+    """The samples of one table, which may be a member of a blend and can be searched for what they are made of."""
 
     table: Table
 
@@ -71,7 +71,7 @@ class TableSamples(Samples, Protocol):
     def has_labels(self) -> bool:
         """Whether the table says what is trained on; otherwise every token is."""
 
-    def as_part(self, lanes: int, aligned: bool) -> Self:
+    def as_member(self, lanes: int, aligned: bool) -> Self:
         """The same table in another number of lanes, in a blend in which some table has labels, or none."""
 
     def spans_of(self, index: int) -> list[SampleSpan]:

@@ -24,7 +24,7 @@ from fft.errors import Parser, UserError, run_cli
 
 @dataclass(frozen=True)
 class Seen:
-    """Tokens [start, stop) of a document, counted from where the row's part of it begins, in a sample of a step."""
+    """Tokens [start, stop) of a document, counted from where the row's stretch of it begins, in a sample of a step."""
 
     step: int
     sample: int
@@ -42,17 +42,17 @@ def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
     known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
-        part, index = reader.part(sample)
-        (spans,) = part.samples([index])
+        member, index = reader.member(sample)
+        (spans,) = member.samples([index])
         for span, rows in spans:
-            key = part.table.source, span.group
-            names = known[key] = known[key] if key in known else _names(part.table, span.group)
+            key = member.table.source, span.group
+            names = known[key] = known[key] if key in known else _names(member.table, span.group)
             for number, (begin, end) in enumerate(_documents(rows, span.row)):
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
                     name = names[span.row][number] if names else ""
-                    place = sample, index // part.samples_per_epoch
-                    yield _seen(part.table, place, step, name, start - begin, stop - begin, span.group, span.row)
+                    place = sample, index // member.samples_per_epoch
+                    yield _seen(member.table, place, step, name, start - begin, stop - begin, span.group, span.row)
 
 
 def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
@@ -60,22 +60,22 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
 
     Raises :class:`UserError` when no table has such a column, or such a document.
     """
-    searched = [(number, part) for number, part in enumerate(reader.parts) if "doc_ids" in part.table.columns]
-    paths = ", ".join(part.table.path for part in reader.parts)
+    searched = [(number, member) for number, member in enumerate(reader.members) if "doc_ids" in member.table.columns]
+    paths = ", ".join(member.table.path for member in reader.members)
     if not searched:
         raise UserError(f"{paths} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
     found = False
-    for number, part in searched:
-        for group, row, (begin, end) in _named(part.table, doc_id):
+    for number, member in searched:
+        for group, row, (begin, end) in _named(member.table, doc_id):
             found = True
             for own in _samples_with(reader, number, epochs * reader.samples_per_epoch, (group, row, begin, end)):
-                for span in part.spans_of(own):
+                for span in member.spans_of(own):
                     start, stop = max(begin, span.start), min(end, span.stop)
                     if (span.group, span.row) == (group, row) and start < stop:
                         sample = reader.index(number, own)
-                        place = sample, own // part.samples_per_epoch
+                        place = sample, own // member.samples_per_epoch
                         step = sample // global_batch + 1
-                        yield _seen(part.table, place, step, doc_id, start - begin, stop - begin, group, row)
+                        yield _seen(member.table, place, step, doc_id, start - begin, stop - begin, group, row)
     if not found:
         raise UserError(f"{paths} holds no document with the id {doc_id!r}.")
 
@@ -93,13 +93,13 @@ def _named(table: Table, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int
 
 def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, int, int, int]) -> Iterator[int]:
     """A table's samples, among the first ``limit`` of all, that hold some of (row group, row, begin, end)."""
-    part = reader.parts[number]
+    member = reader.members[number]
     for epoch in itertools.count():
-        first = epoch * part.samples_per_epoch
+        first = epoch * member.samples_per_epoch
         # A lane may be ahead of others, but its own samples come in turn.
-        if min(reader.index(number, first + lane) for lane in range(part.lanes)) >= limit:
+        if min(reader.index(number, first + lane) for lane in range(member.lanes)) >= limit:
             return
-        for own in part.samples_with(epoch, *where):
+        for own in member.samples_with(epoch, *where):
             if reader.index(number, own) < limit:
                 yield own
 

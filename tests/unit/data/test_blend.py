@@ -48,7 +48,7 @@ def test_weights_of_any_size_stay_within_64_bits():
 
 
 @dataclass(frozen=True)
-class Part:
+class Member:
     """What a blend asks of a reader to choose between tables."""
 
     samples_per_epoch: int
@@ -57,7 +57,7 @@ class Part:
     lookahead: int = 1
     seq_len: int = 8
 
-    def as_part(self, lanes, aligned):
+    def as_member(self, lanes, aligned):
         return replace(self, lanes=lanes)
 
 
@@ -70,13 +70,13 @@ class Part:
 def test_tables_that_end_leave_the_others_their_proportions(tables, lanes, epoch):
     """An epoch has each sample of each table once; between two ends, what is left is drawn by weight."""
     weights = [weight for _, weight in tables]
-    blend = Blend([Part(samples, lanes) for samples, _ in tables], weights, "drop")
-    number_of = {id(part): number for number, part in enumerate(blend.parts)}
+    blend = Blend([Member(samples, lanes) for samples, _ in tables], weights, "drop")
+    number_of = {id(member): number for number, member in enumerate(blend.members)}
     first = epoch * blend.samples_per_epoch
     drawn, last = [], {}
     for place in range(blend.samples_per_epoch):
-        part, own = blend.part(first + place)
-        number = number_of[id(part)]
+        member, own = blend.member(first + place)
+        number = number_of[id(member)]
         assert blend.index(number, own) == first + place
         drawn.append((number, own))
         last[number, place % lanes] = place + 1
@@ -121,9 +121,9 @@ def rows_seen(blend, total):
 @given(st.lists(st.sampled_from([0.1, 0.5, 1.0, 3.0]), min_size=3, max_size=3))
 def test_each_tables_samples_come_in_turn(readers, weights):
     blend = Blend(readers, weights)
-    drawn = [blend.part(index) for index in range(2000)]
+    drawn = [blend.member(index) for index in range(2000)]
     for number, reader in enumerate(readers):
-        own = sorted(index for part, index in drawn if part.table is reader.table)
+        own = sorted(index for member, index in drawn if member.table is reader.table)
         assert abs(len(own) - 2000 * weights[number] / sum(weights)) <= 3 * blend.lanes
         # Its samples 0, 1, 2, ..., none twice, none left out but where a lane is a few samples behind the others.
         assert len(set(own)) == len(own)
@@ -133,12 +133,12 @@ def test_each_tables_samples_come_in_turn(readers, weights):
 def test_labels_where_only_some_tables_have_them(readers):
     blend = Blend(readers, [1, 1, 1])
     for index in range(60):
-        part, own = blend.part(index)
-        ours, alone = Loader(blend, BatchPlan(1, 0, 1, 1), 60), read_sample(part, own)
+        member, own = blend.member(index)
+        ours, alone = Loader(blend, BatchPlan(1, 0, 1, 1), 60), read_sample(member, own)
         ours.load_state_dict({**ours.state_dict(), "samples": index})
         (batch,) = next(iter(ours))
         assert batch.input_ids[0].tolist() == alone.input_ids.tolist()
-        masked = part.table is readers[1].table
+        masked = member.table is readers[1].table
         assert batch.labels.tolist() == ([IGNORE] * 3 + [7] * 4 if masked else alone.input_ids[1:].tolist()) + [IGNORE]
 
 
@@ -191,7 +191,7 @@ def test_another_blend_is_not_resumed(readers):
 def test_a_step_is_traced_to_its_tables(readers):
     blend = Blend(readers, [1, 2, 3])
     for step in (1, 5):
-        expected = [blend.part(i)[0].table.path for i in range((step - 1) * 8, step * 8)]
+        expected = [blend.member(i)[0].table.path for i in range((step - 1) * 8, step * 8)]
         assert [seen.dataset for seen in documents_of_step(blend, step, 8)] == expected
 
 
