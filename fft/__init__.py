@@ -3,4 +3,4 @@
 Importing this package is light: no torch, no pyspark.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
