@@ -51,7 +51,9 @@ quickstart: env  ## from text to a trained model that talks, in runs/quickstart 
 
 test: env lint  ## lint, then the unit, Spark and distributed tests
 	@failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(SINGLE) || failed=1; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(SINGLE) || failed=1; \
+	  echo "unit and Spark tests ran $$($(VENV)/bin/coverage report --format=total) % of the lines of fft and spark_jobs" \
+	    "(by file: $(VENV)/bin/coverage report)"; \
 	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
 	  exit $$failed
 
@@ -59,9 +61,12 @@ test-gpu: env  ## the attention tests that need an NVIDIA GPU (80 GB)
 	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU: make test is for machines without one.")'
 	@$(VENV)/bin/python -m pytest tests/gpu
 
-lint: env  ## ruff check and ruff format --check
+lint: env  ## style (ruff), spelling (codespell), imports between packages (import-linter), types (pyrefly)
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/codespell
+	@out=$$($(VENV)/bin/lint-imports --no-logo 2>&1) || { echo "$$out" >&2; exit 1; }
+	@$(VENV)/bin/pyrefly check --summary=none
 
 format: env  ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix --quiet .
@@ -80,5 +85,5 @@ dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit -
 	@ls -l dist
 
 clean:  ## remove what was built and cached; keeps .venv and runs
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis spark-warehouse metastore_db derby.log
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage spark-warehouse metastore_db derby.log
 	@find fft spark_jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
