@@ -61,12 +61,13 @@ test-gpu: env  ## the attention tests that need an NVIDIA GPU (80 GB)
 	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU: make test is for machines without one.")'
 	@$(VENV)/bin/python -m pytest tests/gpu
 
-lint: env  ## style (ruff), spelling (codespell), imports between packages (import-linter), types (pyrefly)
+lint: env  ## style (ruff), spelling (codespell), imports (import-linter), types (pyrefly), limits (test_house.py)
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/codespell
 	@out=$$($(VENV)/bin/lint-imports --no-logo 2>&1) || { echo "$$out" >&2; exit 1; }
 	@$(VENV)/bin/pyrefly check --summary=none
+	@$(VENV)/bin/python -m pytest --quiet --no-header tests/unit/test_house.py
 
 format: env  ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix --quiet .
