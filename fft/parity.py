@@ -244,7 +244,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare and print; returns 0 when all is within the tolerances, 1 when not."""
+    """Compare and print; returns 0 when all is within the tolerances, 1 when not.
+
+    Raises :class:`UserError` for settings that cannot be run, and when the run fails.
+    """
     given = vars(build_parser().parse_args(argv))
     steps, ranks = given.pop("steps"), given.pop("ranks", None)
     if steps < 1:

@@ -9,7 +9,7 @@ from fft.errors import Parser, UserError
 from spark_jobs.token_table.picture import check_report, write_report
 
 
-def tokenize_parser() -> argparse.ArgumentParser:
+def tokenize_parser() -> Parser:
     """Flags of ``spark_jobs/tokenize.py``."""
     parser = _parser(
         "tokenize",
@@ -73,7 +73,7 @@ def tokenize(argv: Sequence[str] | None = None) -> None:
     _run(tokenize_parser(), argv, "tokenize_table")
 
 
-def shuffle_parser() -> argparse.ArgumentParser:
+def shuffle_parser() -> Parser:
     """Flags of ``spark_jobs/shuffle.py``."""
     parser = _parser(
         "shuffle",
@@ -122,7 +122,7 @@ def shuffle(argv: Sequence[str] | None = None) -> None:
     _run(shuffle_parser(), argv, "shuffle_tables")
 
 
-def repartition_parser() -> argparse.ArgumentParser:
+def repartition_parser() -> Parser:
     """Flags of ``spark_jobs/repartition.py``."""
     parser = _parser(
         "repartition",

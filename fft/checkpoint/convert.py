@@ -188,7 +188,10 @@ def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[
 
 
 def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int) -> int:
-    """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors."""
+    """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors.
+
+    Raises :class:`UserError` when the config cannot be read.
+    """
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
@@ -212,7 +215,10 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
 
 
 def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
-    """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is."""
+    """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is.
+
+    Raises :class:`UserError` when there are none, when the checkpoint is damaged, and when no config is beside them.
+    """
     if not path.is_dir():
         raise UserError(f"{path} is no directory: give a run folder, a checkpoint or a model directory.")
     steps = folder.checkpoint_steps(path)
@@ -258,7 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Command line."""
+    """Command line. Raises :class:`UserError` for what it cannot read or must not replace."""
     args = build_parser().parse_args()
     output = Path(args.output)
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:

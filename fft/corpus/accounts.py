@@ -27,7 +27,7 @@ def timing_of(start: float, tokens: int) -> dict[str, float]:
     return {"seconds": round(seconds, 3), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
 
 
-def manifest_of(
+def finished_manifest(
     parts: Sequence[Part],
     lineage: Mapping[str, Any],
     counts: Mapping[str, Any],

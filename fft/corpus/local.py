@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fft.console import format_table, progress, say
-from fft.corpus.accounts import document_counts, engine_of, lineage_of, manifest_of, notes_on, timing_of
+from fft.corpus.accounts import document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, kind_of, spans_of
 from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
@@ -201,7 +201,7 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     counts = document_counts(tallies, [name], text.encoder)
     lineage = {**lineage_of("tokenize", [name], text.parameters), "engine": engine_of(tallies)}
     timing = timing_of(begin, counts["datasets"][name]["tokens"])
-    manifest = manifest_of(parts, lineage, counts, timing, text.tokenizer, text.max_len)
+    manifest = finished_manifest(parts, lineage, counts, timing, text.tokenizer, text.max_len)
     for note in notes_on(manifest, text.encoder):
         say(note)
     row = [name, counts["documents_out"], manifest.rows, manifest.tokens, timing["tokens_per_second"]]

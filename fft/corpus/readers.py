@@ -24,7 +24,7 @@ _LONGEST_SEPARATOR = 4096
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Make a :class:`UserError` that names the file of whatever goes wrong while it is read."""
+    """Around the reading of a file. Raises :class:`UserError`, naming it, for whatever goes wrong there."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:

@@ -33,8 +33,8 @@ class PartTokenizer:
     def add(self, records: Records, kind: str, dataset: str, source: str, numbered: bool = True) -> None:
         """Write the documents among ``records``, which are of a ``kind`` and come from ``source``, a file or a table.
 
-        Without a :class:`RejectFile`, a malformed record raises :class:`UserError`; that of a file is ``numbered``:
-        the driver finds its line, see :func:`name_malformed`.
+        Raises :class:`UserError` at a malformed record where there is no :class:`RejectFile`; that of a file is
+        ``numbered``: the driver finds its line, see :func:`name_malformed`.
         """
         documents = []
         for record, doc_id in records:

@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Command line."""
+    """Command line. Raises :class:`UserError` for numbers below 1 and tables that cannot be read."""
     args = build_parser().parse_args()
     for name in ("seq_len", "shuffle_lanes", "global_batch", "step", "epochs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -11,7 +11,7 @@ from fft.errors import one_line
 TOLERANCE = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 2**-9, torch.float64: 1e-12}
 
 
-def fault(results: Iterable[tuple[str, Tensor, Tensor]], dtype: torch.dtype, fails: str, differs: str) -> str:
+def disagreement(results: Iterable[tuple[str, Tensor, Tensor]], dtype: torch.dtype, fails: str, differs: str) -> str:
     """What is wrong with a kernel's results in ``dtype``, as the end of a sentence; nothing if all are right.
 
     ``results`` are (name, the kernel's tensor, the float64 tensor on the CPU that it should be), computed while they

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fft.errors import UserError
-from fft.ops.compare import fault
+from fft.ops.compare import disagreement
 
 #: Model types whose norms, rotary embedding and dense MLPs are Llama's. Experts keep their own SwiGLU.
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"}
@@ -133,7 +133,7 @@ def _with_rotary(forward: FunctionType, ops: FusedOps) -> FunctionType:
 
 def check_operators(ops: FusedOps, device: torch.device, dtype: torch.dtype) -> None:
     """Compare with the formulas in float64, forward and backward. Raises :class:`UserError` if they differ or fail."""
-    wrong = fault(_results(ops, device, dtype), dtype, "fail", "differ from their formulas")
+    wrong = disagreement(_results(ops, device, dtype), dtype, "fail", "differ from their formulas")
     if wrong:
         raise UserError(
             f"the fused operators of {ops.name} on {device} in {str(dtype).removeprefix('torch.')} {wrong}; "

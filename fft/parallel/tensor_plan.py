@@ -101,7 +101,8 @@ def shard_of(
 ) -> Shard | None:
     """The part of a parameter that ``rank`` of ``size`` holds, None for all of it.
 
-    ``name`` is relative to the decoder, ``heads`` are the model's attention and key/value heads.
+    ``name`` is relative to the decoder, ``heads`` are the model's attention and key/value heads. Raises
+    :class:`UserError` for a parameter that cannot be shared out.
     """
     if size == 1:
         return None

@@ -95,7 +95,10 @@ def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan
 
 
 def start_of(args: TrainArguments) -> str:
-    """The model directory, or ``config.json``, that a run starts from: --model's or a checkpoint of --from_ckpt."""
+    """The model directory, or ``config.json``, that a run starts from: --model's or a checkpoint of --from_ckpt.
+
+    Raises :class:`UserError` when the checkpoint is none, or an adapter.
+    """
     if not args.from_ckpt:
         return args.model
     steps = checkpoint_steps(args.from_ckpt)

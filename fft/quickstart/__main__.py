@@ -39,7 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages, print the summary; 1 if the model did not beat the unigram baseline by :data:`MARGIN`."""
+    """Run the stages, print the summary; 1 if the model did not beat the unigram baseline by :data:`MARGIN`.
+
+    Raises :class:`UserError` outside a checkout, when the output folder holds something else, and when a stage fails.
+    """
     args = build_parser().parse_args(argv)
     if not (ROOT / CONFIG).is_file():
         raise UserError(f"{ROOT / CONFIG} does not exist: the quickstart runs from a checkout of the repository.")

@@ -187,7 +187,7 @@ def _model_stages(places: Places, max_steps: int | None) -> list[Stage]:
 
 
 def spark_rate(table: Path) -> tuple[int, float]:
-    """Tokens of a finished table and the tokens/s at which its job wrote it."""
+    """Tokens of a table, and tokens/s at which its job wrote it. Raises :class:`UserError` without a manifest."""
     manifest = read_manifest(table)
     if manifest is None:
         raise UserError(f"{table} has no manifest: remove it and run the quickstart again.")

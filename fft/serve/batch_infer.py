@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read, check, generate, write."""
+    """Read, check, generate, write. Raises :class:`UserError` for inputs that cannot be read and outputs that exist."""
     args = build_parser().parse_args(argv)
     if not Path(args.model).is_dir():
         raise UserError(f"--model {args.model} is not a folder: give a Hugging Face model directory.")

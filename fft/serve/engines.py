@@ -57,7 +57,7 @@ def load_engine(name: str, model: str, batch_size: int) -> Engine:
 
 
 class TransformersEngine:
-    """``generate`` of transformers on left-padded batches of prompts."""
+    """``generate`` of transformers on left-padded batches of prompts. Raises :class:`UserError` without a tokenizer."""
 
     name = "transformers"
 
@@ -83,7 +83,7 @@ class TransformersEngine:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[list[Completion]]:
-        """See :class:`Engine`; ``batch_size`` completions at a time."""
+        """See :class:`Engine`; ``batch_size`` completions at a time. Raises :class:`UserError` for an empty prompt."""
         import torch
 
         if "" in prompts and not self._tokenizer("").input_ids:

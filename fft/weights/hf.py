@@ -44,7 +44,10 @@ _TOKENIZER_FILES = (
 
 
 class WeightReader:
-    """Tensors of a directory of (sharded) safetensors or ``.bin`` files by name, each read from disk when asked for."""
+    """Tensors of a directory of (sharded) safetensors or ``.bin`` files by name, each read from disk when asked for.
+
+    Raises :class:`UserError` when there are none, or when one that the index names is missing.
+    """
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = root = Path(directory)

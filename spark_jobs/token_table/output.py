@@ -12,7 +12,7 @@ from pathlib import Path
 from pyspark.sql import DataFrame
 
 from fft.console import progress
-from fft.corpus.accounts import manifest_of
+from fft.corpus.accounts import finished_manifest
 from fft.data.delta import commit_delta, is_delta, split_version
 from fft.data.manifest import (
     MANIFEST_NAME,
@@ -212,7 +212,7 @@ class TableWriter:
         seed: int | None = None,
     ) -> Manifest:
         """What was written, to be committed: ``counts``, and those that every table has, go into the lineage."""
-        return manifest_of(self.parts, lineage, counts, timing, tokenizer, seq_len, seed)
+        return finished_manifest(self.parts, lineage, counts, timing, tokenizer, seq_len, seed)
 
     def commit(self, manifest: Manifest) -> None:
         """Publish the files that the manifest names: from now on they are the table."""

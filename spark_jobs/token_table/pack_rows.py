@@ -101,7 +101,10 @@ def fixed_batches(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.R
 
 
 def read_window(batch: pa.RecordBatch) -> Window:
-    """Take a batch apart into documents: by ``cu_seqlens`` where rows have them, else one a row."""
+    """Take a batch apart into documents: by ``cu_seqlens`` where rows have them, else one a row.
+
+    Raises :class:`UserError` when labels are not as long as ids, or boundaries do not rise from 0 to the row's length.
+    """
     ids, row_offsets = values_of_bytes(batch.column("input_ids"))
     values = {"input_ids": ids}
     if "labels" in batch.schema.names:

@@ -62,7 +62,10 @@ def find_tables(path: Path, parameter: str) -> list[Path]:
 
 
 def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
-    """Open tables under names that depend on where they lie only as far as needed to tell them apart."""
+    """Open tables under names that depend on where they lie only as far as needed to tell them apart.
+
+    Raises :class:`UserError` for a table that is given twice, and for what is no finished table.
+    """
     places = [split_version(path)[0].resolve() for path in paths]
     repeated = {path for path in places if places.count(path) > 1}
     if repeated:

@@ -36,24 +36,29 @@ def chats(tmp_path_factory):
     return write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", 2000)
 
 
-def flags(model, tokenizer, chats, output):
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return write_chats(tmp_path_factory.mktemp("few") / "few.jsonl", 30, seed=1)
+
+
+def flags(model, tokenizer, chats, few, output):
     return (
-        f"--init --model {model} --tokenizer {tokenizer} --train_data {chats} --eval_data {chats} --seq_len 256 "
+        f"--init --model {model} --tokenizer {tokenizer} --train_data {chats} --eval_data {few} --seq_len 256 "
         f"--max_steps {STEPS} --learning_rate 1e-2 --dtype fp32 --pack best-fit --gradient_accumulation_steps 4 "
         f"--save_steps {HALF} --logging_steps 1 --checkpoint {output}/run --output_dir {output}/model --resume auto"
     ).split()
 
 
 @pytest.mark.parametrize("layout", ["--pipe_parallel_size 2", "--pipe_parallel_size 1"])
-def test_trained_killed_and_gone_on_with(layout, model, tokenizer, chats, tmp_path):
-    given = [*flags(model, tokenizer, chats, tmp_path / "straight"), *layout.split()]
+def test_trained_killed_and_gone_on_with(layout, model, tokenizer, chats, few, tmp_path):
+    given = [*flags(model, tokenizer, chats, few, tmp_path / "straight"), *layout.split()]
     done = run_ranks(2, *given, module=MODULE)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("chat data") == 1  # made once for two ranks, training and evaluation
+    assert done.stderr.count("chat data") == 2  # of each file once, for both ranks
     (table,) = (tmp_path / "straight" / "run" / "tokens").glob("chats-*")
     assert read_manifest(table).lineage["counts"]["documents_out"] == 2000
 
-    given = [*flags(model, tokenizer, chats, tmp_path / "killed"), *layout.split()]
+    given = [*flags(model, tokenizer, chats, few, tmp_path / "killed"), *layout.split()]
     with started(2, *given, module=MODULE) as (processes, _):
         run = tmp_path / "killed" / "run"
         wait_until(lambda: (run / LATEST).is_file(), _polled(processes))
@@ -75,27 +80,28 @@ class _polled:
         return None if all(p.is_alive() for p in self._processes) else 1
 
 
-def test_a_bad_line_is_named_before_anything_starts(model, tokenizer, chats, tmp_path):
+def test_a_bad_line_is_named_before_anything_starts(model, tokenizer, chats, few, tmp_path):
     path = tmp_path / "some.jsonl"
     good = chats.read_text(encoding="utf-8").splitlines(keepends=True)[:500]
     path.write_text("".join([*good, '[{"user": "and then?"}]\n']), encoding="utf-8")
-    done = run_ranks(2, *flags(model, tokenizer, path, tmp_path), module=MODULE)
+    done = run_ranks(2, *flags(model, tokenizer, path, few, tmp_path), module=MODULE)
     assert done.returncode == 2
     assert f"error: {path}, line 501: no assistant turn" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_vocabulary_that_is_too_small_is_found_before_tokenizing(model, tokenizer, chats, tmp_path):
+def test_a_vocabulary_that_is_too_small_is_found_before_tokenizing(model, tokenizer, chats, few, tmp_path):
     small = tmp_path / "config.json"
     small.write_text(json.dumps(json.loads(model.read_text()) | {"vocab_size": 50}))
-    done = run_ranks(1, *flags(small, tokenizer, chats, tmp_path), module=MODULE)
+    done = run_ranks(1, *flags(small, tokenizer, chats, few, tmp_path), module=MODULE)
     assert done.returncode == 2
     assert "larger than the model's 50" in done.stderr
     assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_text_needs_a_tokenizer(model, chats, tmp_path):
-    done = run_ranks(1, "--init", "--model", model, "--train_data", chats, "--max_steps", 1, module=MODULE)
+    given = ["--init", "--model", model, "--train_data", chats, "--max_steps", 1, "--output_dir", tmp_path / "model"]
+    done = run_ranks(1, *given, module=MODULE)
     assert done.returncode == 2
     assert (
         f"error: --train_data {chats} is text, and --model has no tokenizer: name one with --tokenizer." in done.stderr

@@ -96,7 +96,7 @@ def raises(node: ast.AST) -> bool:
 
 
 def says_so(function: Function, owners: tuple[Definition, ...]) -> bool:
-    return any("Raises" in (ast.get_docstring(node) or "") for node in (function, *owners))
+    return any(re.search(r"\bRaises?\b", ast.get_docstring(node) or "") for node in (function, *owners))
 
 
 def test_a_public_name_means_one_thing():

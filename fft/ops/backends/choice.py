@@ -20,7 +20,7 @@ from fft.ops.backends import (
     npu,
     reference,
 )
-from fft.ops.compare import fault
+from fft.ops.compare import disagreement
 from fft.ops.documents import Documents, Segments
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -98,7 +98,7 @@ def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype, si
 
     Raises :class:`UserError` if they differ: training would go on, and be wrong; or if the backend fails.
     """
-    wrong = fault(_results(backend, device, dtype, size), dtype, "fails", "differs from the reference")
+    wrong = disagreement(_results(backend, device, dtype, size), dtype, "fails", "differs from the reference")
     if wrong:
         raise UserError(
             f"the {kernel_name(backend)} attention kernel of {device} in {_plain(dtype)}, heads of {size}, "
