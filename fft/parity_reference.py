@@ -19,8 +19,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 from fft.arguments import TrainArguments
 from fft.checkpoint import adapter
 from fft.data.batches import MicroBatch, micro_batch, step_batches
-from fft.data.reader import SampleReader
+from fft.data.samples import Samples
 from fft.data.table import IGNORE
+from fft.errors import UserError
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.schedule import lr_multiplier
@@ -55,18 +56,24 @@ def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, 
         load_balancing_loss_func((torch.cat(logits),), config.num_experts, config.num_experts_per_tok)
         for logits in routed.values()
     ]
-    return total, torch.stack(balance).mean() if balance else torch.zeros(())
+    return total, torch.stack([torch.as_tensor(b) for b in balance]).mean() if balance else torch.zeros(())
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, reader: SampleReader) -> float:
+def mean_loss(model: PreTrainedModel, reader: Samples) -> float:
     """Mean loss over the trained tokens of an epoch, as the trainer evaluates."""
     batches = [micro_batch(reader, [i], i + 1) for i in range(reader.samples_per_epoch)]
     return sum(float(document_losses(model, b)[0]) for b in batches) / sum(b.trained for b in batches)
 
 
 def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
-    """Train the model in ``directory`` as ``args`` say, by transformers and torch alone."""
+    """Train the model in ``directory`` as ``args`` say, by transformers and torch alone.
+
+    Raises :class:`UserError` without a table to train on.
+    """
+    train = plan.train
+    if train is None:
+        raise UserError("a comparison needs steps: give --train_data.")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     lora = Lora.of(args)
     if lora is not None:
@@ -88,7 +95,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     for step in range(plan.total_steps):
         optimizer.zero_grad()
         first = step * dealt[0].global_batch
-        batches = [batch for deal in dealt for batch in step_batches(plan.train, deal, first, plan.total_samples)]
+        batches = [batch for deal in dealt for batch in step_batches(train, deal, first, plan.total_samples)]
         losses.append(_backward(model, batches))
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
         optimizer.step()

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -12,6 +13,9 @@ from fft.errors import UserError
 from fft.models.lora import Lora, is_adapter
 from fft.parallel.tensor_plan import Shard
 from fft.weights import hf
+
+#: A parameter, or its value.
+_T = TypeVar("_T", bound=Tensor)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -34,7 +38,7 @@ def adapter_config(lora: Lora, base: Path) -> dict:
     }
 
 
-def adapter_parameters(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adapter_parameters(parameters: Mapping[str, _T]) -> dict[str, _T]:
     """Those of an adapter, out of a model's."""
     return {name: p for name, p in parameters.items() if is_adapter(name.removesuffix(".weight"))}
 

@@ -20,22 +20,20 @@ def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> di
     Collective over the ranks of a tensor-parallel group: each gets whole tensors, about equal shares of the stage, in
     host memory, so that none holds a stage whole. Without one they are views of the parameters.
     """
-    if builder.ranks.tensor is None:
-        return to_stored({name: p.detach() for name, p in parameters.items()})
     ranks = builder.ranks.tensor
-    shards = {name: builder.shards.get(name) for name in parameters}
-    shapes = {name: tuple(p.shape) if shards[name] is None else shards[name].shape for name, p in parameters.items()}
-    owners, own = _owners({name: prod(shape) for name, shape in shapes.items()}, ranks.size), {}
+    if ranks is None:
+        return to_stored({name: p.detach() for name, p in parameters.items()})
+    every = [builder.spec.shards(rank, ranks.size) for rank in range(ranks.size)]
+    whole = {name: builder.shards[name].shape if name in builder.shards else p.shape for name, p in parameters.items()}
+    owners, own = _owners({name: prod(shape) for name, shape in whole.items()}, ranks.size), {}
     for name, owner in owners.items():
         part = parameters[name].detach().contiguous()
-        if shards[name] is None:
-            if owner == ranks.rank:
-                own[name] = part.cpu()
-            continue
-        parts = [builder.spec.shard(name, shapes[name], rank, ranks.size) for rank in range(ranks.size)]
-        whole = _collect(part, parts, owner, ranks)
-        if whole is not None:
-            own[name] = whole
+        if name in builder.shards:
+            gathered = _collect(part, [shards[name] for shards in every], owner, ranks)
+        else:
+            gathered = part.cpu() if owner == ranks.rank else None
+        if gathered is not None:
+            own[name] = gathered
     return to_stored(own)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from fft.checkpoint.fragments import rank_file
 from fft.errors import UserError
 from fft.files import staging_folder, start_folder, write_atomically
 from fft.weights import hf
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,11 @@ class RankShare:
 class Inline(Executor):
     """Does the work in the call."""
 
-    def submit(self, work: Callable, /, *args: object) -> Future:
-        """Run ``work`` now."""
-        done = Future()
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Call ``fn`` now."""
+        done: Future[_T] = Future()
         try:
-            done.set_result(work(*args))
+            done.set_result(fn(*args, **kwargs))
         except Exception as error:
             done.set_exception(error)
         return done
@@ -76,6 +80,11 @@ class Saver:
         self._tag: str | None = None
         self._state: dict = {}
         self._written = self._published = _done()
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, in which checkpoints are."""
+        return self._contents.run
 
     def save(self, tag: str, share: RankShare, state: dict) -> None:
         """Save this rank's ``share`` as checkpoint ``tag``; ``state`` is the content of ``training/state.json``.
@@ -138,15 +147,17 @@ class Saver:
         """The tensors of ``share`` in host memory that training does not touch, the same at every save."""
         if self._kind == "none":
             return share
-        copied = {}
-        for kind, tensors in (("weights", share.weights), ("training", share.training)):
-            copied[kind] = tensors and (
-                {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors[0].items()},
-                tensors[1],
-            )
+        weights, training = share.weights, share.training
+        copied = RankShare(
+            weights and (self._copies("weights", weights[0]), weights[1]),
+            training and (self._copies("training", training[0]), training[1]),
+        )
         if torch.accelerator.is_available():
             torch.accelerator.current_stream().synchronize()
-        return RankShare(**copied)
+        return copied
+
+    def _copies(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._copy(f"{kind}/{name}", tensor) for name, tensor in tensors.items()}
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(key)
@@ -172,7 +183,8 @@ def _in_child() -> None:
         signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -56,7 +56,9 @@ class StageBuilder:
         #: Parts of parameters that this rank holds where it holds the layer, by full name; what is not here is whole.
         self.shards: Mapping[str, Shard] = spec.shards(tensor.rank, tensor.size) if tensor is not None else {}
         #: Of a mixture of experts: the balance losses of the layers that are built.
-        self.balance = LoadBalance(spec.config, spec.routed, sequence and sequence.group) if spec.routed else None
+        self.balance: LoadBalance | None = None
+        if spec.routed:
+            self.balance = LoadBalance(spec.config, spec.routed, None if sequence is None else sequence.group)
 
     def build(self, path: str, module: nn.Module | None = None) -> nn.Module:
         """Materialise the module at ``path`` (a dotted name within the model), this rank's part of it, on the CPU.
@@ -97,18 +99,19 @@ class StageBuilder:
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(path, self.spec.seed))
-            if is_adapter(path):
+            if is_adapter(path) and isinstance(whole, nn.Linear):
                 reset_adapter(path, whole)
             else:
                 self.spec.skeleton._init_weights(whole)
         for key, parameter in module.named_parameters(recurse=False):
             if (shard := self.shards.get(f"{path}.{key}")) is not None:
-                parameter.copy_(shard.of(whole._parameters[key]))
+                parameter.copy_(shard.of(whole.get_parameter(key)))
 
     def rotary(self, device: torch.device) -> nn.Module:
         """The model's rotary embedding; its buffers are computed, never stored."""
-        return type(self.spec.skeleton.base_model.rotary_emb)(config=self.spec.config).to(device)
+        rotary = self.spec.skeleton.base_model.get_submodule("rotary_emb")
+        return type(rotary)(config=self.spec.config).to(device)
 
 
 def _whole(parameter: nn.Parameter | None, shard: Shard | None) -> nn.Parameter | None:
-    return parameter if shard is None else nn.Parameter(parameter.new_empty(shard.shape))
+    return parameter if parameter is None or shard is None else nn.Parameter(parameter.new_empty(shard.shape))

@@ -68,12 +68,12 @@ def watch_router(layer: nn.Module) -> Callable[[], tuple[Tensor, Tensor]] | None
     Call the result after the layer's forward.
     """
     router = getattr(getattr(layer, "mlp", None), "gate", None)
-    if router is None:
+    if not isinstance(router, nn.Module):
         return None
     seen: list[tuple[Tensor, Tensor]] = []
 
     def remember(_: nn.Module, __: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, _, chosen = output
+        logits, _weights, chosen = output
         seen.append((logits, chosen))
 
     router.register_forward_hook(remember)
@@ -87,5 +87,6 @@ class _WithLoss(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
         return grad, grad.new_full((), ctx.weight, dtype=torch.float32), None

@@ -6,6 +6,7 @@ int32 [tokens + 1].
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class PipelineLayer:
     kind: type[nn.Module]
     arguments: tuple
     tied: str | None = None
-    forward: Callable[[nn.Module, Activations], tuple[Tensor, Tensor]] | None = None
+    forward: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def build(self) -> nn.Module:
         """Materialise it on the CPU."""
@@ -72,7 +73,7 @@ class Embedding(nn.Module):
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
         self.path = f"{builder.spec.base}.embed_tokens"
-        self.module = builder.build(self.path)
+        self.module = cast(nn.Embedding, builder.build(self.path))
         self._ranks, self._rows = builder.ranks.tensor, builder.shards.get(f"{self.path}.weight")
         if self._rows is not None and self.module.padding_idx is not None:
             (start, stop), pad = self._rows.spans[0], self.module.padding_idx
@@ -86,7 +87,7 @@ class Embedding(nn.Module):
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Activations:
         """``inputs`` are int32 [1, tokens] and the boundaries."""
         input_ids, cu_seqlens = inputs
-        if self._rows is None:
+        if self._ranks is None or self._rows is None:
             return self.module(input_ids), cu_seqlens
         ((start, stop),) = self._rows.spans
         elsewhere = (input_ids < start) | (input_ids >= stop)
@@ -132,7 +133,7 @@ class DecoderLayer(nn.Module):
             documents=documents,
             attention=self._positions.attention,
         )
-        if self._routed is None:
+        if self._routed is None or self._balance is None:
             return hidden
         return self._balance.attach(hidden, *self._routed(), documents.real)
 
@@ -156,7 +157,7 @@ class Head(nn.Module):
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
         self.path = "lm_head"
-        self.module = builder.build(self.path)
+        self.module = cast(nn.Linear, builder.build(self.path))
 
     def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
         """See the class."""

@@ -46,9 +46,9 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Linear(lora.rank, linear.out_features, **like)
         self.scale = lora.alpha / lora.rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., inputs] -> [..., outputs]."""
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., inputs] -> [..., outputs]."""
+        return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
 
 
 def adapt(model: nn.Module, layers: str, lora: Lora) -> None:
@@ -91,7 +91,7 @@ def reset_adapter(path: str, module: nn.Linear) -> None:
 def reset_adapters(model: nn.Module, seed: int) -> None:
     """Give all adapters of a whole model the values that a run with this seed begins with."""
     for path, module in model.named_modules():
-        if is_adapter(path):
+        if is_adapter(path) and isinstance(module, nn.Linear):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(path, seed))
                 reset_adapter(path, module)

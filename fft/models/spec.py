@@ -87,26 +87,20 @@ class ModelSpec:
         """A dotted name of the model, relative to the decoder, as plans have it."""
         return path.removeprefix(f"{self.base}.")
 
-    def shard(self, name: str, shape: tuple[int, ...], rank: int, size: int) -> Shard | None:
-        """The part of a parameter of ``shape`` that a tensor-parallel rank of ``size`` holds, None for all of it."""
-        heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return shard_of(self.within(name), shape, self.plan, heads, rank, size)
-
     def shards(self, rank: int, size: int) -> dict[str, Shard]:
         """By name, the parts of all parameters of which a tensor-parallel rank of ``size`` holds a part only."""
-        if size == 1:
-            return {}
-        parts = {
-            name: self.shard(name, tuple(parameter.shape), rank, size)
-            for name, parameter in self.skeleton.named_parameters()
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+        heads, found = (self.config.num_attention_heads, self.config.num_key_value_heads), {}
+        for name, parameter in self.skeleton.named_parameters() if size > 1 else ():
+            shard = shard_of(self.within(name), tuple(parameter.shape), self.plan, heads, rank, size)
+            if shard is not None:
+                found[name] = shard
+        return found
 
 
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy of a module of a spec's skeleton, to be changed; configs are shared."""
-    shared = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
-    return copy.deepcopy(module, shared)
+    configs = [child.config for child in module.modules() if hasattr(child, "config")]
+    return copy.deepcopy(module, {id(config): config for config in configs})
 
 
 def cut(module: nn.Module, path: str, shards: Mapping[str, Shard]) -> dict[str, Shard]:

@@ -14,7 +14,7 @@ _EXPERTS = ("qwen2_moe", "qwen3_moe")
 
 
 def check_supported(config: PretrainedConfig, seq_len: int) -> None:
-    """Raise :class:`UserError` by name for models whose layers we would get wrong."""
+    """Refuse by name models whose layers we would get wrong. Raises :class:`UserError`."""
     name = config.model_type
     if set(getattr(config, "base_model_pp_plan", None) or ()) != _PLAN:
         raise UserError(
@@ -40,14 +40,14 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     activation = getattr(config, "hidden_act", None)
     if activation not in ACT2FN:
         raise UserError(f"hidden_act {activation!r} in the model's config.json is none that transformers knows.")
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds if kinds else bool(window)
     if windowed and (window or 0) < seq_len:
         raise UserError(
             f"model type {name!r} attends within a sliding window of {window} tokens: use --seq_len {window} or less."
         )
-    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds or ()):
+    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise UserError(
             f"model type {name!r} mixes layer types {sorted(set(kinds))}, which this release does not train."
         )

@@ -134,16 +134,17 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
 
 def add_to_sum(parameter: nn.Parameter) -> None:
     """What DeepSpeed does with a gradient in bf16: it is added to a sum in fp32, which exists, and forgotten."""
-    parameter.grad.to(torch.float32)
+    if parameter.grad is not None:
+        parameter.grad.to(torch.float32)
     parameter.grad = None
 
 
 def _layer(
-    module: nn.Module, routed: Callable | None, hidden: Tensor, **options: object
+    module: nn.Module, routed: Callable[[], tuple[Tensor, Tensor]] | None, hidden: Tensor, **options: object
 ) -> tuple[Tensor, Tensor | None]:
     """A decoder layer's output, and the balance loss of its experts, if it has some."""
     output = module(hidden, attention_mask=None, **options)
-    return output, None if routed is None else balance_loss(*routed()[:2], hidden.shape[1])
+    return output, None if routed is None else balance_loss(*routed(), hidden.shape[1])
 
 
 class _End(torch.autograd.Function):
@@ -155,7 +156,8 @@ class _End(torch.autograd.Function):
         return output.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        (grad,) = grads
         shape, dtype, routed = ctx.like
         return grad.new_empty(shape, dtype=dtype), grad.new_empty((), dtype=torch.float32) if routed else None
 
@@ -187,11 +189,15 @@ class _Shapes:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class _Alone:
+class _Alone(SequenceParallel):
+    """The only rank of a row, whose attention needs no ring."""
+
     def __init__(self, row: Documents) -> None:
         self._row = row
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, _: Backend) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+    ) -> Tensor:
         return packed_attention(q, k, v, self._row, scale, _Shapes)
 
 
@@ -218,5 +224,7 @@ class _SilentSequence(SequenceParallel):
     def __init__(self, size: int) -> None:
         self.degree, self.rings, self.place, self._exchange = 1, size, 0, _SilentExchange()
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, _: Backend) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+    ) -> Tensor:
         return super().attention(q, k, v, shards, scale, _Shapes)

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import deepspeed
 import torch
@@ -112,6 +113,11 @@ def init_distributed() -> None:
     _unlink_shared_buffer()
 
 
+def host_group() -> dist.ProcessGroup:
+    """A group of all ranks that sends and reduces what is in host memory. Collective."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank is in it
+
+
 def _unlink_shared_buffer() -> None:
     """Take the name off this rank's all-reduce buffer, 66 MB in /dev/shm, which DeepSpeed on CPU never removes.
 
@@ -152,7 +158,7 @@ def on_host() -> bool:
 
 
 def check_device(args: TrainArguments) -> None:
-    """Raise :class:`UserError` where the accelerator, as DeepSpeed knows it, lacks what the flags ask for."""
+    """Ask DeepSpeed whether its accelerator has what the flags ask for. Raises :class:`UserError` where it does not."""
     accelerator = deepspeed.get_accelerator()
     if args.dtype == "fp16" and not accelerator.is_fp16_supported():
         raise UserError(

@@ -1,21 +1,20 @@
 """The loss on a table that is not trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from fft.data.batches import MicroBatch
 from fft.training.engine import StageEngine
-from fft.training.feed import Feed
 
 
-def evaluate(engine: StageEngine, feed: Feed) -> tuple[float, int]:
-    """Sum of the losses of all predicted tokens of the evaluation's table, and their number. Collective.
+def evaluate(engine: StageEngine, batches: Iterable[MicroBatch], count: int) -> tuple[float, int]:
+    """Sum of the losses of all predicted tokens, and their number. Collective.
 
-    They are the same on all ranks and, but for rounding, on every layout.
+    ``batches`` are this rank's of the ``count`` micro-batches of its replica, none on a rank that reads nothing. The
+    result is the same on all ranks and, but for rounding, on every layout.
     """
-    micro_batches, batches = feed.evaluation()
     trained = 0
 
     def counted() -> Iterator[MicroBatch]:
@@ -24,7 +23,7 @@ def evaluate(engine: StageEngine, feed: Feed) -> tuple[float, int]:
             trained += batch.trained
             yield batch
 
-    loss = engine.sum_losses(counted(), micro_batches)
+    loss = engine.sum_losses(counted(), count)
     own = [loss, float(trained)] if engine.role.counts else [0.0, 0.0]
     totals = torch.tensor(own, dtype=torch.float64).to(engine.device)
     dist.all_reduce(totals)

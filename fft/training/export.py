@@ -26,7 +26,9 @@ class ModelExport:
         self._config.dtype = builder.spec.dtype
         self._base = plan.weights.directory if plan.weights else None
         #: Content of ``adapter_config.json``; None where the model itself is trained.
-        self._adapter = builder.spec.lora and adapter_config(builder.spec.lora, self._base)
+        self._adapter: dict | None = None
+        if builder.spec.lora is not None and self._base is not None:
+            self._adapter = adapter_config(builder.spec.lora, self._base)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -45,10 +47,10 @@ class ModelExport:
         role = self._engine.role
         return (whole_tensors(self.parameters, self._builder), role.shard) if role.writes else None
 
-    def contents(self, args: TrainArguments) -> Contents:
-        """What goes into the checkpoints of the run besides tensors."""
+    def contents(self, args: TrainArguments, run: Path) -> Contents:
+        """What goes into the checkpoints in the folder ``run`` besides tensors."""
         return Contents(
-            Path(args.checkpoint),
+            run,
             self._config,
             self._plan.tokenizer,
             self._base,

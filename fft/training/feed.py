@@ -45,19 +45,19 @@ class Feed:
             yield [own_share(batch, self._sequence) for batch in batches], self._loader.waited - waited
             waited = self._loader.waited
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether there is something to evaluate on."""
-        return self._evaluation is not None
+    def evaluation(self) -> tuple[Iterator[MicroBatch], int] | None:
+        """An epoch of the evaluation: this rank's micro-batches, and how many there are on ranks that read them.
 
-    def evaluation(self) -> tuple[int, Iterator[MicroBatch]]:
-        """An epoch of the evaluation: how many micro-batches each replica takes, and this rank's, or none to read."""
+        None without a table to evaluate on.
+        """
         reader, plan = self._evaluation, dataclasses.replace(self._batches, micro_batches=1)
+        if reader is None:
+            return None
         samples = reader.samples_per_epoch
         count = -(-samples // plan.global_batch)
         firsts = range(0, count * plan.global_batch, plan.global_batch) if self._role.reads else ()
         batches = (step_batches(reader, plan, first, samples)[0] for first in firsts)
-        return count, (own_share(batch, self._sequence) for batch in batches)
+        return (own_share(batch, self._sequence) for batch in batches), count
 
     def state(self) -> dict[str, object] | None:
         """What :class:`Feed` goes on from, as it is kept in checkpoints; None where nothing is read."""

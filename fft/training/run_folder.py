@@ -39,13 +39,12 @@ class Start:
 
 
 def enter(
-    args: TrainArguments, plan: Plan, control: dist.ProcessGroup, held: ExitStack, log: Callable[[str], None]
+    run: Path, args: TrainArguments, plan: Plan, control: dist.ProcessGroup, held: ExitStack, log: Callable[[str], None]
 ) -> Start:
-    """Take the run folder for this run and say where to begin. ``held`` keeps the lock; all ranks call it together.
+    """Take the folder ``run`` for this run and say where to begin; ``held`` keeps the lock. Collective.
 
     Raises :class:`UserError` when another run has the folder, or when this one cannot go on with what is in it.
     """
-    run = Path(args.checkpoint)
     if dist.get_rank() == 0:
         held.enter_context(folder.locked(run))
         folder.tidy(run)
@@ -77,9 +76,8 @@ def state_of(
     }
 
 
-def create(args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
+def create(run: Path, args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
     """Write down a run's settings and environment; leave in the folder only what belongs to the run up to its start."""
-    run = Path(args.checkpoint)
     if start.checkpoint is None:
         for step in folder.checkpoint_steps(run):
             folder.remove(run / folder.checkpoint_tag(step))

@@ -29,6 +29,7 @@ from fft.training.engine import (
     build_engine,
     check_device,
     check_kernels,
+    host_group,
     init_distributed,
     model_spec,
     on_host,
@@ -90,19 +91,19 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
 
 def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held: contextlib.ExitStack) -> int:
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
-    control = dist.new_group(backend="gloo")
-    start = run_folder.enter(args, plan, control, held, _log) if args.checkpoint else Start()
+    control, run = host_group(), Path(args.checkpoint) if args.checkpoint else None
+    start = run_folder.enter(run, args, plan, control, held, _log) if run else Start()
     builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
     if start.checkpoint is not None:
-        _restore(engine, builder, start)
-    if args.checkpoint:
+        _restore(engine, builder, start, start.checkpoint / folder.TRAINING)
+    if run:
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
-            run_folder.create(args, plan, start, facts)
+            run_folder.create(run, args, plan, start, facts)
     metrics = open_metrics(args, plan, spec, engine.device, start.step, held, _log)
     export = ModelExport(plan, builder, engine)
-    saver = Saver(export.contents(args), args.background_executor, control) if args.checkpoint else None
+    saver = Saver(export.contents(args, run), args.background_executor, control) if run else None
     code = Trainer(args, plan, start, builder, engine, export, metrics, saver).train()
     if code == 0 and args.output_dir:
         export.save_model(args.output_dir)
@@ -119,9 +120,8 @@ def _readers(plan: Plan, spec: ModelSpec, start: Start) -> tuple[WeightReader | 
     return plan.weights, AdapterReader(start.checkpoint)
 
 
-def _restore(engine: StageEngine, builder: StageBuilder, start: Start) -> None:
+def _restore(engine: StageEngine, builder: StageBuilder, start: Start, training: Path) -> None:
     """Take up the optimizer's state and, on the layout that wrote it, the random states."""
-    training = start.checkpoint / folder.TRAINING
     engine.restore(training, builder.shards, start.step, start.state.get("loss_scaler"))
     if start.state["layout"] == dataclasses.asdict(engine.role.mesh):
         optimizer_state.restore_random(training, dist.get_rank(), engine.device)
@@ -201,8 +201,8 @@ class Trainer:
         saves = bool(self.args.save_steps) and step % self.args.save_steps == 0
         evaluates = not stop and (self._evaluates(step) or (saves and self.args.best_of > 0))
         eval_loss = self.evaluate(step) if evaluates else None
-        if saves or stop:
-            self.save_checkpoint(step, eval_loss)
+        if self.saver is not None and (saves or stop):
+            self.save_checkpoint(self.saver, step, eval_loss)
         return stop
 
     def _evaluates(self, step: int) -> bool:
@@ -214,9 +214,10 @@ class Trainer:
 
         Collective. Raises :class:`UserError` for a table in which nothing is predicted.
         """
-        if not self.feed.evaluates:
+        batches = self.feed.evaluation()
+        if batches is None:
             return None
-        total, tokens = evaluate(self.engine, self.feed)
+        total, tokens = evaluate(self.engine, *batches)
         if not tokens:
             raise UserError(
                 f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
@@ -227,7 +228,7 @@ class Trainer:
         _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {tokens:,} tokens")
         return loss
 
-    def save_checkpoint(self, step: int, eval_loss: float | None) -> None:
+    def save_checkpoint(self, saver: Saver, step: int, eval_loss: float | None) -> None:
         """Begin to write the model after ``step``, and what a run needs to go on from it, into the run folder.
 
         Collective. Raises :class:`UserError` where it, or the one before it, cannot be written.
@@ -239,9 +240,9 @@ class Trainer:
             training = optimizer_state.gather(engine.optimizer, parameters, self.builder.shards, engine.role)
         facts = run_folder.state_of(self.args, self.plan, step, self.feed.state(), eval_loss, self.early_stop)
         share = RankShare(self.export.weights(), training)
-        self.saver.save(tag, share, facts | {"loss_scaler": engine.scaler_state()})
+        saver.save(tag, share, facts | {"loss_scaler": engine.scaler_state()})
         self.metrics.record(step, save_seconds=time.perf_counter() - begun)
-        _log(f"step {step}/{self.plan.total_steps}  checkpoint {Path(self.args.checkpoint) / tag}")
+        _log(f"step {step}/{self.plan.total_steps}  checkpoint {saver.run / tag}")
 
 
 def _asked_to_stop() -> list[int]:
