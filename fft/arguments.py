@@ -51,11 +51,12 @@ class TrainArguments:
     init: bool = flag("start from random weights (seeded) instead of loading them", False)
     tokenizer: str | None = flag("tokenizer directory copied into --output_dir (default: --model's own)", None)
     train_data: str | None = flag(
-        "token table to train on: a folder of parquet files or a Delta table (PATH@v3: version 3); or several, each "
-        "with the weight of its samples: 'web:0.7 books:0.3'",
+        "token table to train on: a folder of parquet files or a Delta table (PATH@v3: version 3); or texts or "
+        "conversations as JSON lines (.jsonl, .json, also .gz, .zst), which are tokenized first, into a table below "
+        "--checkpoint; or several, each with the weight of its samples: 'web:0.7 chats.jsonl:0.3'",
         None,
     )
-    eval_data: str | None = flag("token table to evaluate on", None)
+    eval_data: str | None = flag("token table, or file of JSON lines, to evaluate on", None)
     output_dir: str | None = flag("Hugging Face model directory to write at the end", None)
     overwrite: bool = flag("allow an existing --output_dir or --checkpoint run to be replaced", False)
 
@@ -214,7 +215,7 @@ class TrainArguments:
     tag: str | None = flag("which checkpoint of --from_ckpt, for example step-100 (default: the newest)", None)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The trainer's parser. Flags that were not given are absent, so that a YAML file can fill them."""
     parser = Parser(
         prog="fft/train.py",

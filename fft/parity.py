@@ -36,7 +36,7 @@ from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.fragments import SavedFragments
 from fft.errors import UserError, run_cli
 from fft.parity_reference import Outcome, one_process
-from fft.planning.preflight import Plan, load_config, plan_run, start_of
+from fft.planning.preflight import Plan, load_config, plan_run, start_of, tokenizer_of
 from fft.training.run_folder import METRICS
 
 #: Largest relative differences in fp32. That of a gradient is of its norm, but for this part of the whole norm.
@@ -120,7 +120,7 @@ def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> Tra
         background_executor="none",
         model=str(model),
         init=False,
-        tokenizer=None,
+        tokenizer=tokenizer_of(args),  # for texts that it trains on
         max_steps=steps,
         dtype="fp32",
         logging_steps=1,

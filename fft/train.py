@@ -14,7 +14,7 @@ if __name__ == "__main__":
     if os.path.dirname(_HERE) not in sys.path:
         sys.path.insert(0, os.path.dirname(_HERE))
 
-from fft.arguments import parse_arguments
+from fft.arguments import build_parser, parse_arguments
 from fft.errors import run_cli
 
 
@@ -22,12 +22,12 @@ def main() -> int:
     """Parse, check what can be checked without starting anything, then train."""
     arguments = parse_arguments()
     if arguments.dry_run:
-        from fft.planning.dry_run import dry_run
+        from fft.planning.dry_run import dry_run as run
+    else:
+        from fft.training.trainer import train as run
 
-        return dry_run(arguments)
-    from fft.training.trainer import train
-
-    return train(arguments)
+    with build_parser().naming_flags():  # reading texts is shared with the jobs, whose errors name parameters
+        return run(arguments)
 
 
 def cli() -> None:

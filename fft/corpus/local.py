@@ -221,7 +221,8 @@ def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[S
         tasks = [pool.submit(tokenize_part, encoder, target, part, theirs) for part, theirs in own.items()]
         return [task.result() for task in as_completed(tasks)]
     except UserError as error:
-        raise name_malformed(error, encoder) from error
+        remedy = "mend it, or make a table with spark_jobs/tokenize.py --on_error quarantine."
+        raise name_malformed(error, encoder, remedy) from error
     except BrokenProcessPool as error:
         raise UserError(
             f"{splits[0].path}: a process that tokenized it was killed (out of memory?): make a table with "

@@ -13,6 +13,7 @@ from fft.text.encoder import Encoder
 from fft.text.records import Malformed, RecordEncoder
 
 _MALFORMED_MARK = "malformed record: "
+_REMEDY = 'mend it, or give `on_error="quarantine"` to set such records aside.'
 
 Records = Sequence[tuple[bytes | None, str | None]]
 
@@ -69,14 +70,14 @@ def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: 
         return sink.finish(tokenizer.tallies)
 
 
-def name_malformed(error: UserError, record_encoder: RecordEncoder[Any]) -> UserError:
+def name_malformed(error: UserError, record_encoder: RecordEncoder[Any], remedy: str = _REMEDY) -> UserError:
     """A worker's error with the line or row of the malformed record in it; any other error as it is. For the driver."""
     text = str(error)
     if not text.startswith(_MALFORMED_MARK):
         return error
     file, reason = json.loads(text.removeprefix(_MALFORMED_MARK))
-    return UserError(_malformed(first_malformed(file, record_encoder), reason))
+    return UserError(_malformed(first_malformed(file, record_encoder), reason, remedy))
 
 
-def _malformed(where: str, reason: str) -> str:
-    return f'{where}: {reason}: mend it, or give `on_error="quarantine"` to set such records aside.'
+def _malformed(where: str, reason: str, remedy: str = _REMEDY) -> str:
+    return f"{where}: {reason}: {remedy}"

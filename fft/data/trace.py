@@ -162,6 +162,9 @@ def main() -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     tables = parse_tables(args.train_data, "train_data")
+    for path, _ in tables:
+        if Path(path).suffix != ".parquet" and Path(path).is_file():
+            raise UserError(f"--train_data {path} is no table: give the one that the run made of it, RUN/tokens/...")
     readers = [
         SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack, lanes=args.shuffle_lanes)
         for path, _ in tables

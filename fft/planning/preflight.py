@@ -45,17 +45,14 @@ class Plan:
 def plan_run(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
     config, mesh = lay_out(args, world)
-    model = start_of(args)
-    tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
-    if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
-        raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
+    model, tokenizer = start_of(args), tokenizer_of(args)
     _check_outputs(args, model, tokenizer)
-    readers = {}
+    weights = None if args.init else WeightReader(model)
+    readers = {}  # last: texts among them are tokenized now
     for flag in ("train_data", "eval_data"):
         path = getattr(args, flag)
         readers[flag] = path and _open_all(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
     total_samples, total_steps = _length(args, readers["train_data"], mesh)
-    weights = None if args.init else WeightReader(model)
     return Plan(
         config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
     )
@@ -113,6 +110,18 @@ def start_of(args: TrainArguments) -> str:
             f"python -m fft.checkpoint.convert {args.from_ckpt} OUT --tag {tag}."
         )
     return str(path)
+
+
+def tokenizer_of(args: TrainArguments) -> str | None:
+    """The directory of a run's tokenizer: --tokenizer's, or the model's if it has one.
+
+    Raises :class:`UserError` when there is none where --tokenizer says.
+    """
+    model = start_of(args)
+    tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
+    if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
+        raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
+    return tokenizer
 
 
 def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> None:
