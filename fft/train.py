@@ -21,13 +21,14 @@ from fft.errors import run_cli
 def main() -> int:
     """Parse, check what can be checked without starting anything, then train."""
     arguments = parse_arguments()
-    if arguments.dry_run:
-        from fft.planning.dry_run import dry_run as run
-    else:
-        from fft.training.trainer import train as run
+    with build_parser().naming_flags():  # texts are read as the jobs read them, whose errors name parameters
+        if arguments.dry_run:
+            from fft.planning.dry_run import dry_run
 
-    with build_parser().naming_flags():  # reading texts is shared with the jobs, whose errors name parameters
-        return run(arguments)
+            return dry_run(arguments)
+        from fft.training.trainer import train
+
+        return train(arguments)
 
 
 def cli() -> None:

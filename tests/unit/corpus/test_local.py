@@ -7,16 +7,19 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conversations import sentences, write_chats
 from spark.chat_templates import save_chat_tokenizer
 
+from fft import train
 from fft.corpus import local
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
+from fft.planning import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,10 @@ def test_the_first_record_says_what_a_file_holds(tmp_path, tokenizer):
         ("\n{'a': 1}\n", r"line 2: not valid JSON"),
         ('{"body": "x"}\n', r"line 1: an object of body, where a text \(key text\) or a conversation"),
         ("17\n", r"line 1: no object, where"),
-        ('{"text": "a"}\n{"text": "b"}\n\n{"text": 3}\n', r"some.jsonl, line 4: key text is int, not a string"),
+        (
+            '{"text": "a"}\n{"text": "b"}\n\n{"text": 3}\n',
+            r"some.jsonl, line 4: key text is int, .*: mend it, or make a table",
+        ),
         (
             '[{"user": "a"}, {"assistant": "b"}]\n{"text": "a"}\n',
             r"some.jsonl, line 2: no key messages or",
@@ -149,6 +155,17 @@ def test_compressed_texts(tokenizer, tmp_path):
     assert plain.tokens == packed.tokens
     assert plain.rows == packed.rows == 50
     assert plain.columns == {"input_ids", "doc_ids"}
+
+
+def test_a_trainer_that_reads_texts_names_its_flags(tmp_path, monkeypatch):
+    def reads(arguments):
+        text_input(tmp_path / "a.jsonl", Path(arguments.tokenizer), 8)
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(dry_run, "dry_run", reads)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "m", "--train_data", "t", "--tokenizer", "t", "--dry_run"])
+    with pytest.raises(UserError, match=r"^--tokenizer t is not a folder"):
+        train.main()
 
 
 def test_the_scratch_folder_is_ones_own(tmp_path, monkeypatch):
