@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import spark_jobs
 from fft.console import say
-from fft.errors import Parser, UserError
+from fft.errors import Parser, UserError, positive
 from spark_jobs.token_table.picture import check_report, write_report
 
 
@@ -44,7 +44,7 @@ def tokenize_parser() -> Parser:
     parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")
     parser.add_argument(
         "--max_len",
-        type=_positive,
+        type=positive,
         help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
     )
     parser.add_argument("--image_path", metavar="DIR", help="folder of the images that chats name (this release: none)")
@@ -91,9 +91,7 @@ def shuffle_parser() -> Parser:
         "token table(s), or a folder of them",
     )
     parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
-    parser.add_argument(
-        "-n", "--num_block", type=_positive, help="files to write (default: from the tokens, 8 to 2048)"
-    )
+    parser.add_argument("-n", "--num_block", type=positive, help="files to write (default: from the tokens, 8 to 2048)")
     parser.add_argument(
         "--weights",
         type=_weights,
@@ -141,7 +139,7 @@ def repartition_parser() -> Parser:
         "one token table, or a folder with the tables train and validation",
         several=False,
     )
-    parser.add_argument("--max_len", type=_positive, required=True, help="tokens of a row at most")
+    parser.add_argument("--max_len", type=positive, required=True, help="tokens of a row at most")
     parser.add_argument(
         "--pack",
         choices=["best-fit", "concat", "none"],
@@ -150,7 +148,7 @@ def repartition_parser() -> Parser:
         "none: keep rows, cut those that are too long",
     )
     parser.add_argument(
-        "-n", "--num_partition", type=_positive, help="files to write (default: from the tokens, 4 to 2048)"
+        "-n", "--num_partition", type=positive, help="files to write (default: from the tokens, 4 to 2048)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: %(default)s)")
     return parser
@@ -224,13 +222,6 @@ def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
     if picture is not None:
         write_report(manifests, picture)
         say(f"wrote {picture}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def _fraction(text: str) -> float:

@@ -36,7 +36,7 @@ from fft.data.manifest import Manifest, TokenizerInfo, commit, read_manifest
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
-from fft.files import write_atomically
+from fft.files import replace_folder, start_folder, write_atomically
 from fft.text.chat import load_chat
 from fft.text.messages import TURN_KEYS
 from fft.text.pretrain import load_pretrain
@@ -179,14 +179,12 @@ def _key(text: TextInput, cache: Path) -> str:
 
 
 def _make(text: TextInput, folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}")  # under the lock, so nobody else is writing it
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    staging = start_folder(folder)  # under the lock, so nobody else is writing it
     try:
-        commit(aside, _tokenize(text, aside))
-        os.rename(aside, folder)
+        commit(staging, _tokenize(text, staging))
+        replace_folder(folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
 
 

@@ -19,6 +19,7 @@ from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
+from fft.files import staging_folder
 from fft.planning import dry_run
 
 
@@ -122,11 +123,11 @@ def test_another_table_is_made_when_anything_it_depends_on_changes(chats, tokeni
 def test_what_a_killed_process_left_is_made_again(chats, tokenizer, tmp_path):
     folder = make(chats, tokenizer, tmp_path)
     shutil.rmtree(folder)
-    (tmp_path / f".{folder.name}").mkdir()
-    (tmp_path / f".{folder.name}" / "part-00000.parquet").write_bytes(b"half")
+    staging_folder(folder).mkdir()
+    (staging_folder(folder) / "part-00000.parquet").write_bytes(b"half")
     assert make(chats, tokenizer, tmp_path) == folder
     assert Table.open(folder).rows == 60
-    assert not (tmp_path / f".{folder.name}").exists()
+    assert not staging_folder(folder).exists()
 
 
 def test_ranks_that_ask_at_once_get_one_table(chats, tokenizer, tmp_path):
