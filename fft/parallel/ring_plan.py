@@ -22,6 +22,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from fft.errors import Parser, UserError, run_cli
+
 #: Chunks per rank that are tried, in this order.
 CHUNKS = (1, 2, 4, 8, 16)
 
@@ -315,7 +317,9 @@ def picture(shards: TokenShards) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    parser = argparse.ArgumentParser(description=main.__doc__, prog="python -m fft.parallel.ring_plan")
+    parser = Parser(
+        description="Print the plan for the document lengths given.", prog="python -m fft.parallel.ring_plan"
+    )
     parser.add_argument("lengths", type=int, nargs="+", help="tokens of each document")
     parser.add_argument("--ranks", type=int, default=4, help="ranks of the ring (default %(default)s)")
     parser.add_argument("--chunks", type=int, help="chunks per rank (default: the fewest that balance)")
@@ -323,10 +327,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the plan for the document lengths given."""
+    """Print the plan for the document lengths given. Raises :class:`UserError` for those that no plan is for."""
     options = build_parser().parse_args(arguments)
-    print(picture(plan_shards((0, *np.cumsum(options.lengths).tolist()), options.ranks, options.chunks)))
+    if min(*options.lengths, options.ranks, 1 if options.chunks is None else options.chunks) < 1:
+        raise UserError("lengths, --ranks and --chunks must be at least 1.")
+    try:
+        shards = plan_shards((0, *np.cumsum(options.lengths).tolist()), options.ranks, options.chunks)
+    except ValueError as error:
+        raise UserError(f"{error}: give longer documents, or fewer --ranks or --chunks.") from None
+    print(picture(shards))
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

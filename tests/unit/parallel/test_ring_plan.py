@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fft.errors import UserError
 from fft.parallel.ring_plan import CHUNKS, main, plan_rank, plan_shards, row_multiple
 
 
@@ -102,6 +103,20 @@ def test_realistic_documents_are_balanced(ranks, seed):
 def test_too_few_tokens_are_refused():
     with pytest.raises(ValueError, match="5 tokens cannot be cut into 6 chunks, 2 per rank"):
         plan_shards((0, 5), 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["5", "--ranks", "3", "--chunks", "2"], "5 tokens cannot be cut into 6 chunks, 2 per rank: give longer"),
+        (["5", "0"], "lengths, --ranks and --chunks must be at least 1"),
+        (["5", "--chunks", "0"], "lengths, --ranks and --chunks must be at least 1"),
+        (["5", "--rank", "2"], "did you mean --ranks"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        main(given)
 
 
 def test_picture_adds_up(capsys):
