@@ -59,9 +59,10 @@ def hf_attention(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """:func:`packed_attention` in the calling convention of transformers ([1, heads, tokens, head size] in).
+    """:func:`packed_attention` in the calling convention of transformers.
 
-    ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`.
+    Takes [1, heads, tokens, head size] and returns [1, tokens, heads, head size] and None for the weights. Collective
+    where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`.
     Raises ValueError for what a model may ask for and would silently not get: a mask, dropout, capped scores, attention
     sinks (``s_aux``), or a window shorter than a document.
     """

@@ -106,7 +106,7 @@ def linear_cross_entropy(
     for float64 inputs), in nats.
 
     With ``ranks``, ``weight`` is this rank's ``part`` of the vocabulary's rows; ``hidden`` and ``labels``, and the
-    result, are the same on all of them.
+    result, are the same on all of them. Collective then: all ranks call it, and its backward does not communicate.
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, part, ranks)
 

@@ -112,8 +112,9 @@ class SequenceParallel:
     ) -> Tensor:
         """Causal attention inside each document, over all ranks of the group.
 
-        ``q`` [this rank's tokens, heads, head size]; ``shards`` planned for size / degree ranks. Returns q's shape.
-        Raises :class:`UserError` where heads cannot be shared out.
+        ``q`` is [this rank's tokens, heads, head size], ``k`` and ``v`` [this rank's tokens, key/value heads, head
+        size]; ``shards`` are planned for size / degree ranks. Returns q's shape. Collective: all ranks of the group,
+        in forward and in backward. Raises :class:`UserError` where heads cannot be shared out.
         """
         plan = plan_rank(shards, self._exchange.rank)
         backend = backend or choose(q.device, q.dtype, size=q.shape[-1])

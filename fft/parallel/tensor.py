@@ -39,11 +39,11 @@ class TensorParallel:
         return x
 
     def enter(self, x: Tensor) -> Tensor:
-        """Where what every rank has is used by parts: the gradients of the parts add up."""
+        """Where what every rank has is used by parts: returns ``x``; gradients are summed. Collective in backward."""
         return _Enter.apply(x, self)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Where parts of a sum become the sum on every rank."""
+        """Where parts of a sum become the sum on every rank: returns it, shaped as ``x``. Collective in forward."""
         return _Leave.apply(x, self)
 
 
