@@ -1,6 +1,6 @@
 """Inputs that only the engine can read: DataFrames, catalog tables, and paths of file systems that are not mounted.
 
-Their rows have no place of their own, so a hash of its content gives each one a place: any engine, and any number of
+Their rows have no order of their own, so a hash of its content gives each one a sort key: any engine, and any number of
 its tasks, makes the same parts.
 """
 
@@ -24,7 +24,7 @@ from spark_jobs.runtime.hashing import row_hash
 from spark_jobs.runtime.tasks import to_tasks
 
 #: Columns by whose order a part's rows are written.
-ORDER = ("part", "place", "tie")
+ORDER = ("part", "sort_key", "tie")
 _TABLE_NAME = re.compile(r"\w+(\.\w+){1,2}")
 #: Column of a record that is read as text: a JSON line, or a document.
 _RECORD = "value"
@@ -100,10 +100,10 @@ def count_parts(rows: DataFrame) -> int:
 
 
 def in_parts(rows: DataFrame, parts: int, first: int) -> DataFrame:
-    """Rows with their ``part``, counted from ``first``, and ``place`` and ``tie`` that order them in it."""
+    """Rows with their ``part``, counted from ``first``, and ``sort_key`` and ``tie`` that order them in it."""
     content = _content(rows.columns)
-    place, tie = row_hash("frame", 0, content), row_hash("tie", 1, content)
-    placed = rows.withColumns({"part": F.pmod(place, F.lit(parts)).cast("int"), "place": place, "tie": tie})
+    sort_key, tie = row_hash("frame", 0, content), row_hash("tie", 1, content)
+    placed = rows.withColumns({"part": F.pmod(sort_key, F.lit(parts)).cast("int"), "sort_key": sort_key, "tie": tie})
     return placed.transform(to_tasks, parts).withColumn("part", F.col("part") + F.lit(first))
 
 

@@ -139,7 +139,7 @@ def _repartition(
     notes.check()
     assigned = spark.createDataFrame(sorted(balance(weights, partitions).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
-    order = ["part", "place", "name", *int_columns(placed)]
+    order = ["part", "sort_key", "name", *int_columns(placed)]
     packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len))
     writer.write(placed, PackParts(writer.target, packer), order, partitions, title, dataset.table.tokens)
     tokens, tokens_in = writer.tokens, sum(weights.values())
@@ -170,12 +170,12 @@ def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> dict[int, int]:
 
 
 def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
-    """Rows in their bucket's part, there to be in the order of ``place``; ``assigned`` maps ``bucket`` to ``part``."""
+    """Rows in their bucket's part, to be in the order of ``sort_key`` there; ``assigned`` maps bucket to part."""
     ints = int_columns(df)
-    place = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
+    sort_key = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
     placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
-    named = placed.withColumn("place", place).withColumn("name", F.array_join("doc_ids", "\n"))
-    return named.select("part", "place", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
+    named = placed.withColumn("sort_key", sort_key).withColumn("name", F.array_join("doc_ids", "\n"))
+    return named.select("part", "sort_key", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _write_split(
     blocks = _blocks(mixing.num_block, share, tokens)
     placed = copied.transform(in_seeded_order, mixing.seed, blocks, mixing.dedup)
     work = WriteRows(writer.target, tuple(int_columns(rows)) if mixing.dedup else ())
-    order = ["part", "place", *int_columns(rows), "kept", "dataset", "name"]
+    order = ["part", "sort_key", *int_columns(rows), "kept", "dataset", "name"]
     writer.write(placed, work, order, blocks, f"shuffle {name}".strip(), int(tokens * share))
     if not writer.files:
         cause = f"`holdout` {mixing.holdout}" if mixing.holdout else "`inputs`"
@@ -147,7 +147,7 @@ def rows_of_split(df: DataFrame, seed: int, holdout: float, split: str, dedup: b
 
 
 def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
-    """Rows in ``num_block`` parts that, one after the other, are in the order of ``place``, a hash of each row.
+    """Rows in ``num_block`` parts that, one after the other, are in the order of ``sort_key``, a hash of each row.
 
     The hash covers seed, copy, dataset, document ids and content, so that equal ids lose nothing and tie only when
     the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours. Lists are
@@ -156,8 +156,8 @@ def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool =
     key = [F.col("copy"), *(F.col(name) for name in int_columns(df))]
     if not by_content:
         key += [F.col("dataset"), F.col("name")]
-    placed = df.withColumn("place", row_hash("shuffle", seed, *key))
-    return placed.withColumn("part", block_of(F.col("place"), num_block)).transform(to_tasks, num_block)
+    placed = df.withColumn("sort_key", row_hash("shuffle", seed, *key))
+    return placed.withColumn("part", block_of(F.col("sort_key"), num_block)).transform(to_tasks, num_block)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class WriteRows:
         full = pc.greater(pc.binary_length(batch.column("input_ids")), 0).to_numpy(zero_copy_only=False)
         repeated = np.zeros(batch.num_rows, bool)
         if self.unique:
-            repeated = full & _equal_to_previous(batch, before, ("place", *self.unique))
+            repeated = full & _equal_to_previous(batch, before, ("sort_key", *self.unique))
         chosen = batch.filter(pa.array(kept & full & ~repeated))
         counts = {
             "rows_out": chosen.num_rows,

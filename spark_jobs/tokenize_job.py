@@ -68,14 +68,14 @@ def tokenize_table(
     sources = find_sources(paths)
     table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
-    place = local_path(tokenizer, "tokenizer")
+    directory = local_path(tokenizer, "tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     load: Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
     if task == "chat":
         _check_chat(sources, text_key, eos, parse_special_tokens)
-        load = partial(load_chat, place, id_key, max_len)
+        load = partial(load_chat, directory, id_key, max_len)
     else:
-        load = partial(load_pretrain, place, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
+        load = partial(load_pretrain, directory, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
     with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
         loading = pool.submit(load)

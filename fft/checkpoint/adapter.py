@@ -45,11 +45,11 @@ def adapter_parameters(parameters: Mapping[str, _T]) -> dict[str, _T]:
 
 def write_adapter(staging: Path, shards: int, config: Mapping[str, object]) -> list[str]:
     """Make an adapter of the ``shards`` files that ranks wrote, which go; returns the names of the files made."""
-    parts = [staging / hf.shard_name(shard, shards) for shard in range(shards)]
-    tensors = {f"{PREFIX}{name}": tensor for part in parts for name, tensor in load_file(part).items()}
+    files = [staging / hf.shard_name(shard, shards) for shard in range(shards)]
+    tensors = {f"{PREFIX}{name}": tensor for file in files for name, tensor in load_file(file).items()}
     hf.write_tensors(staging / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
-    for part in parts:
-        part.unlink()
+    for file in files:
+        file.unlink()
     (staging / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return [WEIGHTS, CONFIG]
 

@@ -27,7 +27,7 @@ from fft.console import live, say
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import replace_folder, start_folder
 from fft.weights import hf
-from fft.weights.experts import place_of
+from fft.weights.experts import parameter_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
@@ -71,19 +71,19 @@ class LayerFiles:
             )
         decoder = [f"model.layers.{index}" for index in range(layers) for _ in range(halves)]
         paths = ["model.embed_tokens", *decoder, "model.norm", "lm_head"]
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
         for layer, file in sorted(files.items()):
             for key in self._read(file):
-                self._places[f"{paths[layer]}.{key.removeprefix('module.')}"] = file, key
+                self._stored[f"{paths[layer]}.{key.removeprefix('module.')}"] = file, key
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._places)
+        return list(self._stored)
 
     def tensor(self, name: str) -> Tensor:
         """One of them."""
-        file, key = self._places[name]
+        file, key = self._stored[name]
         return self._read(file)[key]
 
     def _read(self, file: Path) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class Masters:
     def tensor(self, name: str) -> Tensor:
         """One of them."""
         stored = self._weights.tensor(name)
-        parameter, start = place_of(name, stored.shape)
+        parameter, start = parameter_of(name, stored.shape)
         if stored.dtype == torch.float32 or parameter not in self._fragments:
             return stored
         flat = torch.empty(stored.numel())
@@ -146,7 +146,7 @@ class Merged:
             ) from error
         unused = set(self._adapter)
         for name in weights.names:
-            unused -= {self._key(name, part) for part in "AB"}
+            unused -= {self._key(name, matrix) for matrix in "AB"}
         if unused:
             raise UserError(
                 f"--lora {adapter}: {min(unused)} belongs to no weight of the model: wrong adapter or model."
@@ -162,13 +162,13 @@ class Merged:
         weight = self._weights.tensor(name)
         if self._key(name, "A") not in self._adapter:
             return weight
-        down, up = (self._adapter[self._key(name, part)].float() for part in "AB")
+        down, up = (self._adapter[self._key(name, matrix)].float() for matrix in "AB")
         delta = self._scale * (up @ down)
         return (weight.float() + (delta.T if self._transposed else delta)).to(weight.dtype)
 
     @staticmethod
-    def _key(name: str, part: str) -> str:
-        return f"{adapters.PREFIX}{name.removesuffix('.weight')}.lora_{part}.weight"
+    def _key(name: str, matrix: str) -> str:
+        return f"{adapters.PREFIX}{name.removesuffix('.weight')}.lora_{matrix}.weight"
 
 
 def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:

@@ -66,13 +66,13 @@ def note_sums(staging: Path, names: Iterable[str], writer: int | str) -> None:
 
 def _gather_sums(staging: Path) -> None:
     """Make one file of the checksums that ranks have left."""
-    parts = sorted(staging.glob(f"{SUMS}.*"))
+    lists = sorted(staging.glob(f"{SUMS}.*"))
     lines = sorted(
-        (line for part in parts for line in part.read_text(encoding="utf-8").splitlines()), key=lambda line: line[66:]
+        (line for file in lists for line in file.read_text(encoding="utf-8").splitlines()), key=lambda line: line[66:]
     )
     write_atomically(staging / SUMS, "".join(f"{line}\n" for line in lines))
-    for part in parts:
-        part.unlink()
+    for file in lists:
+        file.unlink()
 
 
 def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:

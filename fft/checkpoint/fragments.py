@@ -55,10 +55,10 @@ class Fragment:
     @classmethod
     def from_list(cls, values: list) -> "Fragment":
         """The inverse of :meth:`to_list`."""
-        start, stop, *part = values
-        if not part:
+        start, stop, *rest = values
+        if not rest:
             return cls(start, stop)
-        shape, dim, spans = part
+        shape, dim, spans = rest
         return cls(start, stop, Shard(tuple(shape), dim, tuple(map(tuple, spans))))
 
 
@@ -67,15 +67,15 @@ class SavedFragments:
 
     def __init__(self, training: Path) -> None:
         self._training = training
-        self._pieces: dict[str, list[tuple[Fragment, safe_open]]] = defaultdict(list)
+        self._fragments: dict[str, list[tuple[Fragment, safe_open]]] = defaultdict(list)
         for file in sorted(training.glob("rank-*.safetensors")):
             tensors = safe_open(file, framework="pt")
             for name, values in json.loads(tensors.metadata()[FRAGMENTS]).items():
-                self._pieces[name].append((Fragment.from_list(values), tensors))
+                self._fragments[name].append((Fragment.from_list(values), tensors))
 
     def __contains__(self, name: str) -> bool:
         """Whether there is anything of a parameter."""
-        return name in self._pieces
+        return name in self._fragments
 
     def fill(self, target: Tensor, name: str, kind: str, start: int, shard: Shard | None = None) -> None:
         """Copy what was saved from ``start`` on, of a parameter or of a part of it, into ``target``.
@@ -83,7 +83,7 @@ class SavedFragments:
         Raises :class:`UserError` if some is missing.
         """
         wanted, filled = Fragment.of(start, start + target.numel(), shard), 0
-        for saved, tensors in self._pieces[name]:
+        for saved, tensors in self._fragments[name]:
             values = tensors.get_slice(f"{kind}/{name}")
             if wanted.shard is None and saved.shard is None:
                 low, high = max(wanted.start, saved.start), min(wanted.stop, saved.stop)
@@ -93,8 +93,8 @@ class SavedFragments:
                     filled += high - low
                 continue
             for first in range(wanted.start, wanted.stop, _CHUNK):
-                part = target[first - wanted.start :][:_CHUNK]
-                filled += _look_up(part, first, wanted.shard, saved, values)
+                chunk = target[first - wanted.start :][:_CHUNK]
+                filled += _look_up(chunk, first, wanted.shard, saved, values)
         if filled != target.numel():
             raise UserError(
                 f"{self._training} holds {filled:,} of {target.numel():,} values of {kind} of {name}: it was not "
@@ -110,9 +110,9 @@ def _look_up(target: Tensor, first: int, shard: Shard | None, saved: Fragment, v
     if saved.shard is not None:
         index = saved.shard.locate(index)
     here = (index >= saved.start) & (index < saved.stop)
-    places = index[here]
-    if len(places):
-        low, high = int(places.min()), int(places.max()) + 1
+    positions = index[here]
+    if len(positions):
+        low, high = int(positions.min()), int(positions.max()) + 1
         source = values[low - saved.start : high - saved.start]
-        target[here.to(target.device)] = source[places - low].to(target.device)
-    return len(places)
+        target[here.to(target.device)] = source[positions - low].to(target.device)
+    return len(positions)

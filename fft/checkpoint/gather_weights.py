@@ -27,30 +27,30 @@ def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> di
     whole = {name: builder.shards[name].shape if name in builder.shards else p.shape for name, p in parameters.items()}
     owners, own = _owners({name: prod(shape) for name, shape in whole.items()}, ranks.size), {}
     for name, owner in owners.items():
-        part = parameters[name].detach().contiguous()
+        local = parameters[name].detach().contiguous()
         if name in builder.shards:
-            gathered = _collect(part, [shards[name] for shards in every], owner, ranks)
+            gathered = _collect(local, [shards[name] for shards in every], owner, ranks)
         else:
-            gathered = part.cpu() if owner == ranks.rank else None
+            gathered = local.cpu() if owner == ranks.rank else None
         if gathered is not None:
             own[name] = gathered
     return to_stored(own)
 
 
-def _collect(part: Tensor, shards: Sequence[Shard], owner: int, ranks: TensorParallel) -> Tensor | None:
+def _collect(local: Tensor, shards: Sequence[Shard], owner: int, ranks: TensorParallel) -> Tensor | None:
     """Parts of all ranks as one tensor on ``owner``; None elsewhere. Copies are sent once."""
     if ranks.rank != owner:
         if shards[ranks.rank].copy == 0:
-            dist.send(part, group=ranks.group, group_dst=owner)
+            dist.send(local, group=ranks.group, group_dst=owner)
         return None
-    whole = torch.empty(shards[0].shape, dtype=part.dtype)
+    whole = torch.empty(shards[0].shape, dtype=local.dtype)
     for rank, shard in enumerate(shards):
         if rank != owner and shard.copy == 0:
-            received = part.new_empty(shard.local_shape)
+            received = local.new_empty(shard.local_shape)
             dist.recv(received, group=ranks.group, group_src=rank)
             shard.put(whole, received)
         elif rank == owner:
-            shard.put(whole, part)
+            shard.put(whole, local)
     return whole
 
 

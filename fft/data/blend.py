@@ -52,7 +52,7 @@ class Mixture:
             length = on_left if goes_left else length - on_left
         return length
 
-    def place(self, table: int, number: int) -> int:
+    def position(self, table: int, number: int) -> int:
         """The place of a table's sample ``number``: the inverse of :meth:`choose`."""
         for left, whole, goes_left in reversed(self._splits(table)):
             number = ((number + 1) * whole - 1) // left if goes_left else number * whole // (whole - left)
@@ -67,18 +67,18 @@ class Mixture:
             first, last = (first, middle) if table < middle else (middle, last)
         return splits
 
-    def _split(self, places: np.ndarray, first: int, last: int, table: np.ndarray, before: np.ndarray) -> None:
-        if last - first == 1 or not len(places):
-            table[places] = first
+    def _split(self, positions: np.ndarray, first: int, last: int, table: np.ndarray, before: np.ndarray) -> None:
+        if last - first == 1 or not len(positions):
+            table[positions] = first
             return
         middle = (first + last) // 2
         left, whole = sum(self._weights[first:middle]), sum(self._weights[first:last])
-        index = before[places]
+        index = before[positions]
         on_left = index * left // whole
         goes_left = (index + 1) * left // whole > on_left
-        before[places] = np.where(goes_left, on_left, index - on_left)
-        self._split(places[goes_left], first, middle, table, before)
-        self._split(places[~goes_left], middle, last, table, before)
+        before[positions] = np.where(goes_left, on_left, index - on_left)
+        self._split(positions[goes_left], first, middle, table, before)
+        self._split(positions[~goes_left], middle, last, table, before)
 
 
 class Blend:
@@ -110,7 +110,7 @@ class Blend:
         """Cut a lane into stages. ``known`` has the number of the mixture of some tables."""
         left = -(-(self._samples - (lane - self._turns) % self.lanes) // self.lanes)
         drawn = np.zeros_like(left)
-        begin = place = lane * _STRIDE
+        begin = position = lane * _STRIDE
         for stage in range(len(self.members)):
             active = tuple(np.flatnonzero(left > drawn).tolist())
             if not active:
@@ -119,15 +119,15 @@ class Blend:
                 known[active] = len(self._mixtures)
                 self._mixtures.append(Mixture([w * (t in active) for t, w in enumerate(self.weights)]))
             mixture = self._mixtures[known[active]]
-            before = {table: mixture.count(table, place) for table in active}
-            self._starts[lane, stage], self._mixture[lane, stage] = place - begin, known[active]
+            before = {table: mixture.count(table, position) for table in active}
+            self._starts[lane, stage], self._mixture[lane, stage] = position - begin, known[active]
             for table in active:
                 self._earlier[lane, stage, table] = before[table] - drawn[table]
             if self.end == "repeat":
                 return
-            place = 1 + min(mixture.place(t, before[t] + int(left[t] - drawn[t]) - 1) for t in active)
+            position = 1 + min(mixture.position(t, before[t] + int(left[t] - drawn[t]) - 1) for t in active)
             for table in active:
-                drawn[table] += mixture.count(table, place) - before[table]
+                drawn[table] += mixture.count(table, position) - before[table]
 
     @property
     def tables(self) -> list[Table]:
@@ -147,7 +147,7 @@ class Blend:
 
     def member(self, index: int) -> tuple[TableSamples, int]:
         """The table a sample comes from, and its index there."""
-        tables, own = self._place([index])
+        tables, own = self._locate([index])
         return self.members[tables[0]], own[0]
 
     def index(self, member: int, own: int) -> int:
@@ -158,36 +158,36 @@ class Blend:
         stops = [*self._starts[lane, 1:].tolist(), np.iinfo(np.int64).max]
         for stage, stop in enumerate(stops):
             mixture = self._mixtures[self._mixture[lane, stage]]
-            within = mixture.place(member, number + int(self._earlier[lane, stage, member])) - lane * _STRIDE
+            within = mixture.position(member, number + int(self._earlier[lane, stage, member])) - lane * _STRIDE
             if within < stop:
                 break
         return epoch * self.samples_per_epoch + within * self.lanes + lane
 
     def samples(self, indices: Sequence[int]) -> Iterator[list[tuple[SampleSpan, Rows]]]:
         """What samples are made of."""
-        tables, own = self._place(indices)
+        tables, own = self._locate(indices)
         streams = [member.samples(theirs) for member, theirs in self._dealt(tables, own)]
         return (next(streams[table]) for table in tables)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to decode what samples will need."""
-        for member, theirs in self._dealt(*self._place(indices)):
+        for member, theirs in self._dealt(*self._locate(indices)):
             member.prefetch(theirs)
 
     def _dealt(self, tables: list[int], own: list[int]) -> Iterator[tuple[TableSamples, list[int]]]:
         for number, member in enumerate(self.members):
             yield member, [index for table, index in zip(tables, own, strict=True) if table == number]
 
-    def _place(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    def _locate(self, indices: Sequence[int]) -> tuple[list[int], list[int]]:
         index = np.asarray(indices, dtype=np.int64)
         epoch, index = np.divmod(index, self.samples_per_epoch) if self.end == "drop" else (0, index)
         within, lane = np.divmod(index, self.lanes)
         stage = (self._starts[lane] <= within[:, None]).sum(axis=1) - 1
-        mixture, places = self._mixture[lane, stage], lane * _STRIDE + within
+        mixture, positions = self._mixture[lane, stage], lane * _STRIDE + within
         tables, before = np.empty_like(index), np.empty_like(index)
         for number in np.unique(mixture):
             at = mixture == number
-            tables[at], before[at] = self._mixtures[number].choose(places[at])
+            tables[at], before[at] = self._mixtures[number].choose(positions[at])
         drawn = before - self._earlier[lane, stage, tables]
         own = drawn * self.lanes + (lane - self._turns[tables]) % self.lanes + epoch * self._samples[tables]
         return tables.tolist(), own.tolist()
@@ -202,15 +202,15 @@ def parse_tables(text: str, flag: str) -> list[tuple[str, float]]:
     if Path(text).exists():
         return [(text, 1.0)]
     tables = []
-    for part in text.split():
-        path, colon, weight = part.rpartition(":")
+    for item in text.split():
+        path, colon, weight = item.rpartition(":")
         if not colon or "/" in weight:  # s3://bucket/table, hdfs://host:8020/table
-            tables.append((part, 1.0))
+            tables.append((item, 1.0))
             continue
         try:
             tables.append((path, float(weight)))
         except ValueError:
-            raise UserError(f"--{flag} {part}: {weight!r} is no weight; write TABLE:NUMBER, as in web:0.7.") from None
+            raise UserError(f"--{flag} {item}: {weight!r} is no weight; write TABLE:NUMBER, as in web:0.7.") from None
     for path, weight in tables:
         if not _FINEST**-1 <= weight <= _FINEST:
             raise UserError(f"--{flag} {path}:{weight:g}: a weight lies between {_FINEST**-1:g} and {_FINEST:,}.")

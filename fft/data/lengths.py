@@ -22,7 +22,7 @@ def document_lengths(rows: pa.Table) -> np.ndarray:
 
 
 def tally_lengths(lengths: np.ndarray) -> Counter[str]:
-    """Documents by the power of two that their length reaches: tallies for a part's report."""
+    """Documents by the power of two that their length reaches: a part's tallies."""
     # frexp(n) = (m, e) with 2^(e-1) <= n < 2^e, exactly.
     floors, counts = np.unique(np.frexp(lengths[lengths > 0])[1] - 1, return_counts=True)
     return Counter({f"{_PREFIX}{1 << int(e)}": int(n) for e, n in zip(floors, counts, strict=True)})

@@ -53,21 +53,21 @@ class EpochOrder:
         """Units of the epoch."""
         return int(self._ends[-1])
 
-    def place(self, index: np.ndarray) -> np.ndarray:
+    def position(self, index: np.ndarray) -> np.ndarray:
         """Where samples of the epoch lie in the stretch that the lanes are cut from."""
         within, lane = np.divmod(index, self.lanes)
         each, longer = divmod(self.samples, self.lanes)
         return lane * each + np.minimum(lane, longer) + within
 
-    def index(self, place: int) -> int:
-        """The sample at a place: the inverse of :meth:`place`."""
+    def index(self, position: int) -> int:
+        """The sample at a position: the inverse of :meth:`position`."""
         each, longer = divmod(self.samples, self.lanes)
-        lane = place // (each + 1) if place < longer * (each + 1) else (place - longer) // each
-        return (place - lane * each - min(lane, longer)) * self.lanes + lane
+        lane = position // (each + 1) if position < longer * (each + 1) else (position - longer) // each
+        return (position - lane * each - min(lane, longer)) * self.lanes + lane
 
     def spans(self, indices: np.ndarray) -> list[list[tuple[int, int, int]]]:
         """Row groups that hold each sample: triples (row group, first unit, last unit + 1) within them."""
-        starts = self.place(indices) * self._step
+        starts = self.position(indices) * self._step
         stops = np.minimum(starts + self._step, self.units)
         first, last = self._ends.searchsorted(starts, "right"), self._ends.searchsorted(stops, "left")
         begins = self._begins[first]

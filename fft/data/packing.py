@@ -25,9 +25,9 @@ class DocumentSpans:
         stop = min(stop, len(self.row_ends))
         begin = self.row_ends[first - 1] if first else 0
         end = self.row_ends[stop - 1] if stop else 0
-        part = slice(begin, max(begin, end))
+        own = slice(begin, max(begin, end))
         ends = self.row_ends[first:stop] - begin
-        return DocumentSpans(self.document[part], self.start[part], self.length[part], ends)
+        return DocumentSpans(self.document[own], self.start[own], self.length[own], ends)
 
 
 def cut_documents(lengths: Sequence[int] | np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

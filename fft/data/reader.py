@@ -49,12 +49,12 @@ class Decoded:
 
     def stretch(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Stretches of tokens [start, stop) of the rows laid end to end."""
-        place = int(np.searchsorted(self.ends, start, side="right"))
+        position = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
-            begin = int(self.ends[place - 1]) if place else 0
-            end = min(stop, int(self.ends[place]))
-            yield int(self.order[place]), start - begin, end - begin
-            start, place = end, place + 1
+            begin = int(self.ends[position - 1]) if position else 0
+            end = min(stop, int(self.ends[position]))
+            yield int(self.order[position]), start - begin, end - begin
+            start, position = end, position + 1
 
 
 class SampleReader:
@@ -162,17 +162,17 @@ class SampleReader:
         decoded = self._decoded(epoch, order, group)
         begin = order.first_unit(group)
         if self.pack == "cut":
-            place = int(np.flatnonzero(decoded.order == row)[0])
-            begin += int(decoded.ends[place - 1]) if place else 0
-            places = range((begin + start) // self._step, (begin + stop - 1) // self._step + 1)
+            position = int(np.flatnonzero(decoded.order == row)[0])
+            begin += int(decoded.ends[position - 1]) if position else 0
+            positions = range((begin + start) // self._step, (begin + stop - 1) // self._step + 1)
         else:
             slots = [row]
             if decoded.bins is not None:
                 bins = decoded.bins
                 touched = (bins.document == row) & (bins.start < stop) & (bins.start + bins.length > start)
                 slots = np.unique(bins.row_ends.searchsorted(np.flatnonzero(touched), "right")).tolist()
-            places = [begin + int(np.flatnonzero(decoded.order == slot)[0]) for slot in slots]
-        return sorted(epoch * self.samples_per_epoch + order.index(place) for place in places)
+            positions = [begin + int(np.flatnonzero(decoded.order == slot)[0]) for slot in slots]
+        return sorted(epoch * self.samples_per_epoch + order.index(position) for position in positions)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to decode what samples will need."""

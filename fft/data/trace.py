@@ -51,8 +51,8 @@ def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
                     name = names[span.row][number] if names else ""
-                    place = sample, index // member.samples_per_epoch
-                    yield _seen(member.table, place, step, name, start - begin, stop - begin, span.group, span.row)
+                    where_seen = sample, index // member.samples_per_epoch
+                    yield _seen(member.table, where_seen, step, name, start - begin, stop - begin, span.group, span.row)
 
 
 def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
@@ -73,9 +73,9 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
                     start, stop = max(begin, span.start), min(end, span.stop)
                     if (span.group, span.row) == (group, row) and start < stop:
                         sample = reader.index(number, own)
-                        place = sample, own // member.samples_per_epoch
+                        where_seen = sample, own // member.samples_per_epoch
                         step = sample // global_batch + 1
-                        yield _seen(member.table, place, step, doc_id, start - begin, stop - begin, group, row)
+                        yield _seen(member.table, where_seen, step, doc_id, start - begin, stop - begin, group, row)
     if not found:
         raise UserError(f"{paths} holds no document with the id {doc_id!r}.")
 
@@ -105,10 +105,10 @@ def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, in
 
 
 def _seen(
-    table: Table, place: tuple[int, int], step: int, name: str, start: int, stop: int, group: int, row: int
+    table: Table, where_seen: tuple[int, int], step: int, name: str, start: int, stop: int, group: int, row: int
 ) -> Seen:
     where = table.row_groups[group]
-    return Seen(step, *place, table.path, name, start, stop, Path(where.path).name, where.index, row)
+    return Seen(step, *where_seen, table.path, name, start, stop, Path(where.path).name, where.index, row)
 
 
 def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:

@@ -67,11 +67,11 @@ class StageBuilder:
         Raises :class:`UserError` where files lack its parameters.
         """
         built = copy_of(module or self.spec.skeleton.get_submodule(path))
-        parts = cut(built, path, self.shards)
+        shards = cut(built, path, self.shards)
         built.to_empty(device="cpu")
         self._fill(built, path)
         if self.ranks.tensor is not None:
-            parallelise(built, self.spec.within(path), self.spec.plan, parts, self.ranks.tensor)
+            parallelise(built, self.spec.within(path), self.spec.plan, shards, self.ranks.tensor)
         return built
 
     @torch.no_grad()

@@ -115,6 +115,6 @@ def cut(module: nn.Module, path: str, shards: Mapping[str, Shard]) -> dict[str, 
             shard = shards.get(f"{path}.{within}")
             if shard is not None:
                 made[within] = shard
-                part = parameter.new_empty(shard.local_shape)
-                child._parameters[key] = nn.Parameter(part, parameter.requires_grad)
+                local = parameter.new_empty(shard.local_shape)
+                child._parameters[key] = nn.Parameter(local, parameter.requires_grad)
     return made

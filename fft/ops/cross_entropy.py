@@ -30,7 +30,7 @@ _CHUNK = 1 << 22
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, part: Shard | None, ranks: TensorParallel | None
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, ranks: TensorParallel | None
     ) -> Tensor:
         trained = (labels != IGNORE).nonzero().squeeze(-1)
         states, targets = hidden[trained], labels[trained]
@@ -40,8 +40,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
         # The same on all ranks, whose parts may differ by a row: they reduce chunk by chunk.
         first, columns = 0, weight.shape[0]
-        if part is not None and ranks is not None:
-            first, columns = part.spans[0][0], -(-part.shape[0] // ranks.size)
+        if shard is not None and ranks is not None:
+            first, columns = shard.spans[0][0], -(-shard.shape[0] // ranks.size)
         rows = max(1, MAX_LOGITS // columns)
         for start in range(0, len(trained), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
@@ -97,7 +97,7 @@ def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, part: Shard | None = None, ranks: TensorParallel | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None = None, ranks: TensorParallel | None = None
 ) -> Tensor:
     """Sum over trained tokens of the cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
@@ -105,10 +105,10 @@ def linear_cross_entropy(
     with the position that predicts them, :data:`IGNORE` where nothing is predicted. Returns a float32 scalar (float64
     for float64 inputs), in nats.
 
-    With ``ranks``, ``weight`` is this rank's ``part`` of the vocabulary's rows; ``hidden`` and ``labels``, and the
+    With ``ranks``, ``weight`` is this rank's ``shard`` of the vocabulary's rows; ``hidden`` and ``labels``, and the
     result, are the same on all of them. Collective then: all ranks call it, and its backward does not communicate.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, part, ranks)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, shard, ranks)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -110,8 +110,8 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, T
         keys, values = flights.land(index)
         for call, segments in zip(step.calls, calls.steps[index], strict=True):
             rows, cols = slice(*call.queries), slice(*call.keys)
-            part = backend.forward(q[rows], keys[cols], values[cols], segments)
-            _merge(out[rows], lse[:, rows], *part)
+            block = backend.forward(q[rows], keys[cols], values[cols], segments)
+            _merge(out[rows], lse[:, rows], *block)
     return out.to(dtype), lse
 
 
@@ -126,9 +126,9 @@ def ring_backward(
     calls = _calls(plan, ring.scale, q.device)
     flights = _KeysInFlight(k, v, plan, exchange)
     accumulator = lse_dtype(q)
-    parts = backend.backward(dout, q, k, v, out, lse, calls.own)
-    dq = parts[0].to(accumulator)
-    dkv = torch.stack([part.to(accumulator) for part in parts[1:]], dim=1)
+    gradients = backend.backward(dout, q, k, v, out, lse, calls.own)
+    dq = gradients[0].to(accumulator)
+    dkv = torch.stack([gradient.to(accumulator) for gradient in gradients[1:]], dim=1)
     returning: Callable[[], None] | None = None
     for index, step in enumerate(plan.steps):
         keys, values = flights.land(index)
@@ -136,10 +136,10 @@ def ring_backward(
         for call, segments in zip(step.calls, calls.steps[index], strict=True):
             rows, cols = slice(*call.queries), slice(*call.keys)
             inputs = (dout[rows], q[rows], keys[cols], values[cols], out[rows], lse[:, rows].contiguous())
-            part_q, part_k, part_v = backend.backward(*inputs, segments)
-            dq[rows] += part_q
-            away[cols, 0] += part_k
-            away[cols, 1] += part_v
+            block_q, block_k, block_v = backend.backward(*inputs, segments)
+            dq[rows] += block_q
+            away[cols, 0] += block_k
+            away[cols, 1] += block_v
         if returning:
             returning()
         returning = _return_gradients(dkv, away, step.sent, step.to, step.source, exchange)
@@ -194,11 +194,11 @@ def _gather(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[a:b] for a, b in spans])
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def _merge(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> None:
     """Add a part of a softmax in place: ``out`` [tokens, heads, size], ``lse`` [heads, tokens]."""
-    total = torch.logaddexp(lse, part_lse)
-    before, after = (weight.sub(total).exp_().t().unsqueeze(-1) for weight in (lse, part_lse))
-    out.mul_(before).addcmul_(part.to(out.dtype), after)
+    total = torch.logaddexp(lse, block_lse)
+    before, after = (weight.sub(total).exp_().t().unsqueeze(-1) for weight in (lse, block_lse))
+    out.mul_(before).addcmul_(block.to(out.dtype), after)
     lse.copy_(total)
 
 

@@ -85,7 +85,7 @@ class SequenceParallel:
             raise UserError(f"--ulysses_degree {degree} must divide the sequence-parallel size {size}.")
         self.degree, self.rings = degree, size // degree
         rank = dist.get_rank()
-        self.place = next(group.index(rank) for group in groups if rank in group)
+        self.position = next(group.index(rank) for group in groups if rank in group)
         inner = [group[i : i + degree] for group in groups for i in range(0, size, degree)]
         outer = [group[i::degree] for group in groups for i in range(degree)]
         self._ulysses = own_group(inner) if degree > 1 else None
@@ -100,10 +100,10 @@ class SequenceParallel:
 
     def tokens(self, shards: TokenShards) -> np.ndarray:
         """Index in the row of every token that this rank holds, int64: Ulysses shares a ring's rank's out equally."""
-        start, stop = self._parts(plan_rank(shards, self._exchange.rank))[self.place % self.degree]
-        return shards.tokens(self.place // self.degree)[start:stop]
+        start, stop = self._shares(plan_rank(shards, self._exchange.rank))[self.position % self.degree]
+        return shards.tokens(self.position // self.degree)[start:stop]
 
-    def _parts(self, plan: RankPlan) -> list[Span]:
+    def _shares(self, plan: RankPlan) -> list[Span]:
         cuts = [plan.tokens * i // self.degree for i in range(self.degree + 1)]
         return list(pairwise(cuts))
 
@@ -124,6 +124,6 @@ class SequenceParallel:
         for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
             if heads % self.degree:
                 raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
-        tokens = tuple(b - a for a, b in self._parts(plan))
+        tokens = tuple(b - a for a, b in self._shares(plan))
         q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
         return _HeadsForTokens.apply(ring_attention(q, k, v, ring), tokens, self._ulysses, True)

@@ -29,13 +29,13 @@ class MeshSizes:
 
     def sequence_groups(self) -> list[list[int]]:
         """Global ranks that share the tokens of a replica's rows."""
-        places = product(range(self.pipe), range(self.data), range(self.tensor))
-        return [[self.rank(p, d, s, t) for s in range(self.sequence)] for p, d, t in places]
+        coordinates = product(range(self.pipe), range(self.data), range(self.tensor))
+        return [[self.rank(p, d, s, t) for s in range(self.sequence)] for p, d, t in coordinates]
 
     def tensor_groups(self) -> list[list[int]]:
         """Global ranks that share the parameters of a stage."""
-        places = product(range(self.pipe), range(self.data), range(self.sequence))
-        return [[self.rank(p, d, s, t) for t in range(self.tensor)] for p, d, s in places]
+        coordinates = product(range(self.pipe), range(self.data), range(self.sequence))
+        return [[self.rank(p, d, s, t) for t in range(self.tensor)] for p, d, s in coordinates]
 
 
 def mesh_sizes(world: int, pipe: int, sequence: int, tensor: int) -> MeshSizes:

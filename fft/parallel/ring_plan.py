@@ -295,7 +295,7 @@ def _merged(spans: list[Span]) -> tuple[Span, ...]:
 
 
 def picture(shards: TokenShards) -> str:
-    """The plan for people: the row by owner, then what every rank computes in every step, as parts of the mean."""
+    """The plan for people: the row by owner, then what every rank computes in every step, as shares of the mean."""
     digits = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-"
     row = "".join(digits[owner % len(digits)] for owner in shards.owners)
     mean = sum(shards.areas) / shards.ranks

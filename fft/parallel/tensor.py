@@ -28,8 +28,8 @@ class TensorParallel:
         self.rank = dist.get_rank() % mesh.tensor
         groups, number = mesh.tensor_groups(), max(1, mesh.tensor // kv_heads)
         self.group: dist.ProcessGroup | None = own_group(groups)
-        parts = [group[i : i + number] for group in groups for i in range(0, mesh.tensor, number)]
-        self.copies: dist.ProcessGroup | None = own_group(parts) if number > 1 else None
+        sharing = [group[i : i + number] for group in groups for i in range(0, mesh.tensor, number)]
+        self.copies: dist.ProcessGroup | None = own_group(sharing) if number > 1 else None
 
     def all_reduce(
         self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None

@@ -52,10 +52,10 @@ class Shard:
         """The part, of the whole parameter."""
         return torch.cat([whole.narrow(self.dim, a, b - a) for a, b in self.spans], dim=self.dim)
 
-    def put(self, whole: Tensor, part: Tensor) -> None:
+    def put(self, whole: Tensor, local: Tensor) -> None:
         """Write the part into the whole parameter."""
         lengths = [b - a for a, b in self.spans]
-        for (a, b), stretch in zip(self.spans, part.split(lengths, dim=self.dim), strict=True):
+        for (a, b), stretch in zip(self.spans, local.split(lengths, dim=self.dim), strict=True):
             whole.narrow(self.dim, a, b - a).copy_(stretch)
 
     def flat(self, index: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ class Shard:
         """Where elements of the flattened parameter are in the flattened part, -1 for what is not in it."""
         inner, length = prod(self.shape[self.dim + 1 :]), self.shape[self.dim]
         held = torch.cat([torch.arange(a, b) for a, b in self.spans])
-        places = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
+        positions = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
         row, column = index // inner, index % inner
-        place = places[row % length]
-        return torch.where(place < 0, -1, (row // length * len(held) + place) * inner + column)
+        position = positions[row % length]
+        return torch.where(position < 0, -1, (row // length * len(held) + position) * inner + column)
 
     @property
     def flat_start(self) -> int | None:

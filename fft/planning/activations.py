@@ -81,9 +81,9 @@ class Alive(TorchDispatchMode):
         if storage not in self._seen:
             self._seen.add(storage)
             self.now += storage.nbytes()
-            weakref.finalize(storage, self._part, storage.nbytes())
+            weakref.finalize(storage, self._release, storage.nbytes())
 
-    def _part(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         self.now -= size
 
 
@@ -96,8 +96,8 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
         module.to(dtype)
     scale = spec.dtype.itemsize // dtype.itemsize
     if tensor > 1:
-        parts = cut(module, path, spec.shards(0, tensor))
-        parallelise(module, spec.within(path), spec.plan, parts, _SilentTensor(tensor))
+        shards = cut(module, path, spec.shards(0, tensor))
+        parallelise(module, spec.within(path), spec.plan, shards, _SilentTensor(tensor))
     own, hidden_size = tokens // sequence, spec.config.hidden_size
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
@@ -222,7 +222,7 @@ class _SilentSequence(SequenceParallel):
     """The first rank of a ring, whom nobody answers."""
 
     def __init__(self, size: int) -> None:
-        self.degree, self.rings, self.place, self._exchange = 1, size, 0, _SilentExchange()
+        self.degree, self.rings, self.position, self._exchange = 1, size, 0, _SilentExchange()
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None

@@ -58,11 +58,11 @@ def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: M
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
         shard = shards.get(f"{path}.{name}")
-        part = prod(shape if shard is None else shard.local_shape)
+        share = prod(shape if shard is None else shard.local_shape)
         flops += prod(shape) * _share_used(spec, shape)
         parameters += prod(shape)
-        held += part
-        matrices += part if len(shape) > 1 else 0
+        held += share
+        matrices += share if len(shape) > 1 else 0
     attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
     if attends:
         flops += spec.config.num_attention_heads * spec.head_size * seq_len  # q.k and weights.v: seq_len / 2 keys

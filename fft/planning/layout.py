@@ -120,11 +120,11 @@ def _picture(mesh: MeshSizes) -> list[str]:
         first, last = (mesh.rank(pipe, data, sequence, tensor) for tensor in (0, mesh.tensor - 1))
         return f"{first}-{last}" if mesh.tensor > 1 else f"{first}"
 
-    replicas, places = _ends(mesh.data), _ends(mesh.sequence)
+    replicas, shares = _ends(mesh.data), _ends(mesh.sequence)
     rows = [["ranks", *("..." if d is None else f"replica {d}" for d in replicas)]]
     for pipe in range(mesh.pipe):
         cells = [
-            "..." if d is None else " ".join("..." if s is None else shared(pipe, d, s) for s in places)
+            "..." if d is None else " ".join("..." if s is None else shared(pipe, d, s) for s in shares)
             for d in replicas
         ]
         rows.append([f"stage {pipe}", *cells])

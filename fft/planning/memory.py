@@ -148,7 +148,7 @@ def _step_zero_fp32(held: int, matrices: int, at: Circumstances) -> int:
     """
     used = _FP32 * min(held, _BUCKET)
     bucket = used if at.host else _FP32 * _BUCKET
-    part = _FP32 * held // at.replicas
+    share = _FP32 * held // at.replicas
     # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
     left = (bucket if at.replicas > 1 else 0) - _FP32 * held
-    return max(bucket - used + part, left + part + _FP32 * matrices // at.replicas)
+    return max(bucket - used + share, left + share + _FP32 * matrices // at.replicas)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fft.console import say
 from fft.errors import Parser, UserError, positive, run_cli
-from fft.quickstart import report
-from fft.quickstart.plan import CONFIG, ROOT, Places, build_stages, spark_rate
+from fft.quickstart import results
+from fft.quickstart.plan import CONFIG, ROOT, Folders, build_stages, spark_rate
 from fft.quickstart.stages import Record, run_stages
 
 #: Nats a token by which the model must beat the unigram baseline.
@@ -46,19 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if not (ROOT / CONFIG).is_file():
         raise UserError(f"{ROOT / CONFIG} does not exist: the quickstart runs from a checkout of the repository.")
-    places = Places(args.output.resolve())
-    if places.output.exists() and not places.output.is_dir():
+    folders = Folders(args.output.resolve())
+    if folders.output.exists() and not folders.output.is_dir():
         raise UserError(f"--output {args.output} is a file: choose a folder.")
-    if places.output.is_dir() and any(places.output.iterdir()) and not places.records.is_dir():
+    if folders.output.is_dir() and any(folders.output.iterdir()) and not folders.records.is_dir():
         raise UserError(f"--output {args.output} holds something else than a quickstart: choose another folder.")
     try:
-        records = run_stages(build_stages(places, args.max_steps), places.records, say)
+        records = run_stages(build_stages(folders, args.max_steps), folders.records, say)
     except KeyboardInterrupt:
         say("interrupted: the same command goes on with the stage that was running")
         return 130
-    losses = report.read_metrics(places.run / "metrics.jsonl")
+    losses = results.read_metrics(folders.run / "metrics.jsonl")
     baseline, reached = records["report"].facts["baseline"], losses.validation[-1][1]
-    print(_summary(places, records, losses, baseline))
+    print(_summary(folders, records, losses, baseline))
     if reached > baseline - MARGIN:
         say(
             f"error: the validation loss ended at {reached:.3f}, not {MARGIN:g} nat below the unigram baseline of "
@@ -68,27 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _summary(places: Places, records: Mapping[str, Record], losses: report.Losses, baseline: float) -> str:
+def _summary(folders: Folders, records: Mapping[str, Record], losses: results.Losses, baseline: float) -> str:
     sources, tokenizer = records["corpus"].facts, records["tokenizer"]
-    completions = [json.loads(line) for line in places.completions.read_text(encoding="utf-8").splitlines()]
+    completions = [json.loads(line) for line in folders.completions.read_text(encoding="utf-8").splitlines()]
     work = {
         "corpus": f"{sources['documents']:,} documents, {sources['bytes'] / 1e6:.1f} MB, "
         f"{sources['undecodable']} left out as no UTF-8",
         "tokenizer": f"{tokenizer.facts['entries']:,} entries, {sources['bytes'] / 1e6 / tokenizer.seconds:.1f} MB/s",
-        "tokenize": _rate(places.tokens),
-        "shuffle": _rate(places.shuffled / "train", places.shuffled / "validation"),
-        "repartition": _rate(places.packed / "train", places.packed / "validation"),
+        "tokenize": _rate(folders.tokens),
+        "shuffle": _rate(folders.shuffled / "train", folders.shuffled / "validation"),
+        "repartition": _rate(folders.packed / "train", folders.packed / "validation"),
         "train": f"{len(losses.train):,} steps, {losses.tokens_per_second:,.0f} tokens/s",
         "generate": f"{len(completions)} prompts",
         "report": "",
     }
-    return report.summary(
-        {split: spark_rate(places.packed / split)[0] for split in ("train", "validation")},
+    return results.summary(
+        {split: spark_rate(folders.packed / split)[0] for split in ("train", "validation")},
         [(name, record.seconds, work[name]) for name, record in records.items()],
         losses,
         baseline,
         [(line["prompt"], line["text"]) for line in completions],
-        {"model": places.model, "picture": places.picture},
+        {"model": folders.model, "picture": folders.picture},
     )
 
 

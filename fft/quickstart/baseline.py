@@ -14,7 +14,7 @@ def unigram_counts(table: Table, vocab_size: int) -> np.ndarray:
 
 
 def predicted_counts(table: Table, vocab_size: int) -> np.ndarray:
-    """As :func:`unigram_counts`, of the tokens that a trainer predicts: all but the first of each document piece."""
+    """As :func:`unigram_counts`, of the tokens that a trainer predicts: all but the first of each document in a row."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for group in range(len(table.row_groups)):
         rows = table.read(group, vocab_size)
@@ -34,7 +34,7 @@ def unigram_cross_entropy(train: np.ndarray, evaluated: np.ndarray) -> float:
 
 
 def _first_positions(rows: Rows) -> np.ndarray:
-    """Where the document pieces of a row group begin, empty pieces left out."""
+    """Where the documents of a row group begin in their rows, empty ones left out."""
     if rows.ends is None or rows.end_offsets is None:
         return rows.offsets[:-1]
     per_row = np.diff(rows.end_offsets)

@@ -13,7 +13,7 @@ from fft.data.manifest import MANIFEST_NAME, read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.files import write_atomically
-from fft.quickstart import corpus, report
+from fft.quickstart import corpus, results
 from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
 from fft.quickstart.stages import Stage, fingerprint, run_command
 
@@ -36,7 +36,7 @@ SAMPLING = {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.9, "seed": 0}
 
 
 @dataclass(frozen=True)
-class Places:
+class Folders:
     """Where everything lies below the output folder."""
 
     output: Path
@@ -97,12 +97,12 @@ class Places:
         return self.output / ".stages"
 
 
-def build_stages(places: Places, max_steps: int | None = None) -> list[Stage]:
+def build_stages(folders: Folders, max_steps: int | None = None) -> list[Stage]:
     """The stages in order. ``max_steps`` overrides the configured length of the training."""
-    return [*_data_stages(places), *_model_stages(places, max_steps)]
+    return [*_data_stages(folders), *_model_stages(folders, max_steps)]
 
 
-def _data_stages(places: Places) -> list[Stage]:
+def _data_stages(folders: Folders) -> list[Stage]:
     """From sources to tables in rows of the model's length."""
     library = corpus.standard_library()
     return [
@@ -110,54 +110,54 @@ def _data_stages(places: Places) -> list[Stage]:
             "corpus",
             ("collect", str(library), fingerprint(corpus.source_files(library))[:12]),
             (),
-            (places.corpus,),
-            lambda: asdict(corpus.write_corpus(library, places.corpus)),
+            (folders.corpus,),
+            lambda: asdict(corpus.write_corpus(library, folders.corpus)),
         ),
         Stage(
             "tokenizer",
             ("byte-level-bpe", "--vocab_size", str(VOCAB_SIZE)),
-            (places.corpus,),
-            (places.tokenizer,),
-            partial(_train_tokenizer, places),
+            (folders.corpus,),
+            (folders.tokenizer,),
+            partial(_train_tokenizer, folders),
         ),
         _spark(
             "tokenize",
-            ("-i", _shown(places.corpus), "-o", _shown(places.tokens), "--tokenizer", _shown(places.tokenizer)),
-            (places.corpus, places.tokenizer),
-            places.tokens,
+            ("-i", _shown(folders.corpus), "-o", _shown(folders.tokens), "--tokenizer", _shown(folders.tokenizer)),
+            (folders.corpus, folders.tokenizer),
+            folders.tokens,
         ),
         _spark(
             "shuffle",
-            ("-i", _shown(places.tokens), "-o", _shown(places.shuffled), "--seed", "0", "--holdout", str(HOLDOUT)),
-            (places.tokens,),
-            places.shuffled,
+            ("-i", _shown(folders.tokens), "-o", _shown(folders.shuffled), "--seed", "0", "--holdout", str(HOLDOUT)),
+            (folders.tokens,),
+            folders.shuffled,
         ),
         _spark(
             "repartition",
             (
-                *("-i", _shown(places.shuffled), "-o", _shown(places.packed)),
+                *("-i", _shown(folders.shuffled), "-o", _shown(folders.packed)),
                 *("--max_len", str(SEQ_LEN), "--pack", "best-fit", "--num_partition", "4"),
             ),
-            (places.shuffled,),
-            places.packed,
+            (folders.shuffled,),
+            folders.packed,
         ),
     ]
 
 
-def _model_stages(places: Places, max_steps: int | None) -> list[Stage]:
+def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
     """From the tables to a model, its text and its losses."""
-    tables = [places.packed / split for split in ("train", "validation")]
+    tables = [folders.packed / split for split in ("train", "validation")]
     manifests = tuple(table / MANIFEST_NAME for table in tables)
     train = [
         *("deepspeed", "--num_gpus", "2", "fft/train.py", "--config", CONFIG, "--init", "--model", MODEL),
-        *("--tokenizer", _shown(places.tokenizer)),
+        *("--tokenizer", _shown(folders.tokenizer)),
         *("--train_data", _shown(tables[0]), "--eval_data", _shown(tables[1])),
-        *("--output_dir", _shown(places.model), "--checkpoint", _shown(places.run), "--overwrite"),
+        *("--output_dir", _shown(folders.model), "--checkpoint", _shown(folders.run), "--overwrite"),
         *(("--max_steps", str(max_steps)) if max_steps is not None else ()),
     ]
     infer = [
-        *("python", "-m", "fft.serve.batch_infer", "--model", _shown(places.model)),
-        *("--input", _shown(places.prompts), "--output", _shown(places.completions)),
+        *("python", "-m", "fft.serve.batch_infer", "--model", _shown(folders.model)),
+        *("--input", _shown(folders.prompts), "--output", _shown(folders.completions)),
         *(part for name, value in SAMPLING.items() for part in (f"--{name}", str(value))),
         "--overwrite",
     ]
@@ -165,23 +165,23 @@ def _model_stages(places: Places, max_steps: int | None) -> list[Stage]:
         Stage(
             "train",
             tuple(train),
-            (*manifests, places.tokenizer, ROOT / CONFIG, ROOT / MODEL),
-            (places.model, places.run),
+            (*manifests, folders.tokenizer, ROOT / CONFIG, ROOT / MODEL),
+            (folders.model, folders.run),
             partial(_train, train),
         ),
         Stage(
             "generate",
             (*infer, json.dumps(PROMPTS)),
-            (places.model,),
-            (places.completions,),
-            partial(_generate, places, infer),
+            (folders.model,),
+            (folders.completions,),
+            partial(_generate, folders, infer),
         ),
         Stage(
             "report",
             ("unigram-baseline-and-picture",),
-            (*manifests, places.run),
-            (places.picture,),
-            partial(_report, places),
+            (*manifests, folders.run),
+            (folders.picture,),
+            partial(_report, folders),
         ),
     ]
 
@@ -206,11 +206,11 @@ def _spark(name: str, flags: tuple[str, ...], inputs: tuple[Path, ...], output: 
     return Stage(name, command, inputs, (output,), work)
 
 
-def _train_tokenizer(places: Places) -> dict:
+def _train_tokenizer(folders: Folders) -> dict:
     from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
-    tokenizer = train_tokenizer(corpus.read_texts(places.corpus), VOCAB_SIZE)
-    save_tokenizer(tokenizer, places.tokenizer)
+    tokenizer = train_tokenizer(corpus.read_texts(folders.corpus), VOCAB_SIZE)
+    save_tokenizer(tokenizer, folders.tokenizer)
     return {"entries": len(tokenizer)}
 
 
@@ -222,17 +222,17 @@ def _train(command: list[str]) -> dict:
     return {}
 
 
-def _generate(places: Places, command: list[str]) -> dict:
+def _generate(folders: Folders, command: list[str]) -> dict:
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
-    write_atomically(places.prompts, lines)
+    write_atomically(folders.prompts, lines)
     run_command("generate", [sys.executable, *command[1:]], ROOT, {})
     return {}
 
 
-def _report(places: Places) -> dict:
-    train, validation = (Table.open(places.packed / split) for split in ("train", "validation"))
+def _report(folders: Folders) -> dict:
+    train, validation = (Table.open(folders.packed / split) for split in ("train", "validation"))
     baseline = unigram_cross_entropy(unigram_counts(train, VOCAB_SIZE), predicted_counts(validation, VOCAB_SIZE))
-    report.plot_losses(report.read_metrics(places.run / "metrics.jsonl"), baseline, places.picture)
+    results.plot_losses(results.read_metrics(folders.run / "metrics.jsonl"), baseline, folders.picture)
     return {"baseline": baseline}
 
 

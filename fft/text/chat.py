@@ -89,8 +89,8 @@ class Chat:
         """Rows of a batch's conversations, none for those that are empty."""
         chats = [(chat, name) for chat, name in documents if chat is not None]
         texts = [chat.rendered.text for chat, _ in chats]
-        places = [[c for t in chat.rendered.turns for c in (t.start, t.end, t.stop)] for chat, _ in chats]
-        ids, offsets, found, checked = encode_stretches(encoder, texts, places)
+        positions = [[c for t in chat.rendered.turns for c in (t.start, t.end, t.stop)] for chat, _ in chats]
+        ids, offsets, found, checked = encode_stretches(encoder, texts, positions)
         counts = Counter(documents_out=len(chats), empty=len(documents) - len(chats), checked=checked)
         begins, ends, names, starts, stops = [], [], [], [], []
         for (chat, name), (after, at), offset, length in zip(

@@ -63,34 +63,34 @@ class Spelling:
 
 
 def encode_stretches(
-    encoder: Encoder, texts: Sequence[str], places: Sequence[Sequence[int]]
+    encoder: Encoder, texts: Sequence[str], positions: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]], int]:
     """Encode texts, and find the tokens at some of their characters.
 
-    ``places[i]`` are rising character positions in text ``i``. Returns (int32 ids, int64 offsets of the texts in them,
-    per text (after, at), number of texts checked against Hugging Face): ``after[j]`` tokens of the text begin before
-    position ``j``, and ``at[j]`` of them end at it or before it.
+    ``positions[i]`` are rising character positions in text ``i``. Returns (int32 ids, int64 offsets of the texts in
+    them, per text (after, at), number of texts checked against Hugging Face): ``after[j]`` tokens of the text begin
+    before position ``j``, and ``at[j]`` of them end at it or before it.
     """
     ids, offsets, checked = encoder.encode(texts)
     if encoder.recipe.slow:
-        rows = zip(texts, np.split(ids, offsets[1:])[:-1], places, strict=True)
+        rows = zip(texts, np.split(ids, offsets[1:])[:-1], positions, strict=True)
         return ids, offsets, [_by_prefixes(encoder.recipe, *row) for row in rows], checked
     spelling = spelling_of(encoder.recipe)
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    parts = np.split(ids, offsets[1:])[:-1]
+    own_ids = np.split(ids, offsets[1:])[:-1]
     for first in range(0, len(texts), _ROWS):
         rows = list(range(first, min(first + _ROWS, len(texts))))
         for spaced in (True, False):
-            rows = _by_spelling(spelling, spaced, parts, texts, places, rows, found)
+            rows = _by_spelling(spelling, spaced, own_ids, texts, positions, rows, found)
     others = [row for row in range(len(texts)) if row not in found]
     if others:
         for row, (row_ids, starts, ends) in zip(
             others, encode_with_offsets(encoder.recipe, [texts[row] for row in others]), strict=True
         ):
-            parts[row] = row_ids
-            found[row] = _tokens_at(starts, ends, np.array(places[row], np.int64))
-        ids = np.concatenate(parts)
-        offsets = np.append(0, np.cumsum([len(part) for part in parts]))
+            own_ids[row] = row_ids
+            found[row] = _tokens_at(starts, ends, np.array(positions[row], np.int64))
+        ids = np.concatenate(own_ids)
+        offsets = np.append(0, np.cumsum([len(ids_of_row) for ids_of_row in own_ids]))
     return ids, offsets, [found[row] for row in range(len(texts))], checked
 
 
@@ -102,16 +102,16 @@ def label(ids: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.where(np.cumsum(steps[:-1]) > 0, ids, np.int32(NOT_TRAINED))
 
 
-def _tokens_at(starts: np.ndarray, ends: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.searchsorted(starts, places, side="left"), np.searchsorted(ends, places, side="right")
+def _tokens_at(starts: np.ndarray, ends: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.searchsorted(starts, positions, side="left"), np.searchsorted(ends, positions, side="right")
 
 
 def _by_spelling(
     spelling: Spelling,
     spaced: bool,
-    parts: Sequence[np.ndarray],
+    own_ids: Sequence[np.ndarray],
     texts: Sequence[str],
-    places: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
     rows: list[int],
     found: dict[int, tuple[np.ndarray, np.ndarray]],
 ) -> list[int]:
@@ -121,8 +121,8 @@ def _by_spelling(
     """
     if not rows:
         return []
-    bounds = np.append(0, np.cumsum([len(parts[row]) for row in rows]))
-    ids = np.concatenate([parts[row] for row in rows])
+    bounds = np.append(0, np.cumsum([len(own_ids[row]) for row in rows]))
+    ids = np.concatenate([own_ids[row] for row in rows])
     spelled, begins, ends = spelling.spell(ids, None if spaced else bounds[:-1][np.diff(bounds) > 0])
     byte_bounds = np.append(begins, len(spelled))[bounds].tolist()
     left = []
@@ -133,24 +133,24 @@ def _by_spelling(
             left.append(row)
             continue
         tokens = slice(bounds[i], bounds[i + 1])
-        at = np.array(places[row], np.int64)
+        at = np.array(positions[row], np.int64)
         if len(encoded) != len(texts[row]):
-            at = _byte_positions(texts[row], places[row])
+            at = _byte_positions(texts[row], positions[row])
         found[row] = _tokens_at(begins[tokens], ends[tokens], at + first)
     return left
 
 
-def _byte_positions(text: str, places: Sequence[int]) -> np.ndarray:
-    stretches = zip([0, *places], places, strict=False)
+def _byte_positions(text: str, positions: Sequence[int]) -> np.ndarray:
+    stretches = zip([0, *positions], positions, strict=False)
     return np.cumsum([len(text[begin:end].encode()) for begin, end in stretches], dtype=np.int64)
 
 
-def _by_prefixes(recipe: Recipe, text: str, ids: np.ndarray, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _by_prefixes(recipe: Recipe, text: str, ids: np.ndarray, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Token positions of a tokenizer that knows no offsets: how many ids the text up to each place has in common
     with the whole text's. Where a place lies inside a token, that token is the first that differs."""
-    prefixes, at = encode_slow(recipe, [text[:place] for place in places])
+    prefixes, at = encode_slow(recipe, [text[:position] for position in positions])
     same, whole = [], []
-    for prefix in np.split(prefixes, at[1:-1]) if len(places) else []:
+    for prefix in np.split(prefixes, at[1:-1]) if len(positions) else []:
         size = min(len(prefix), len(ids))
         differing = np.flatnonzero(prefix[:size] != ids[:size])
         same.append(int(differing[0]) if len(differing) else size)

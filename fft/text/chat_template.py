@@ -128,7 +128,7 @@ class ChatTemplate:
         contents = [message["content"] for message in messages]
         for written in (contents, [content.strip() for content in contents]):
             if "".join(chain(frames[:1], *zip(written, frames[1:], strict=True))) == text:
-                sizes = [len(part) for pair in zip(frames, written, strict=False) for part in pair]
+                sizes = [len(stretch) for pair in zip(frames, written, strict=False) for stretch in pair]
                 ends = list(accumulate(sizes))[1::2]
                 return [(ends[i] - len(written[i]), ends[i], False) for i in turns]
         return None
@@ -142,11 +142,15 @@ class ChatTemplate:
         return start[0], end[0], start[1]
 
     def _first(
-        self, messages: Sequence[dict], i: int, text: str, mark: str, places: Iterator[tuple[str, int, bool]]
+        self, messages: Sequence[dict], i: int, text: str, mark: str, positions: Iterator[tuple[str, int, bool]]
     ) -> tuple[int, bool] | None:
-        for key, place, reasoning in places:
+        for key, at, reasoning in positions:
             value = messages[i][key]
-            marked = [*messages[:i], {**messages[i], key: value[:place] + mark + value[place:]}, *messages[i + 1 :]]
+            marked = [
+                *messages[:i],
+                {**messages[i], key: value[:at] + mark + value[at:]},
+                *messages[i + 1 :],
+            ]
             try:
                 rendered = self.render(marked)
             except Malformed:
@@ -196,13 +200,13 @@ def _starts(message: dict) -> Iterator[tuple[str, int, bool]]:
 
 def _after_space(text: str, begin: int) -> list[int]:
     rest = text[begin:]
-    return list(dict.fromkeys(len(text) - len(part) for part in (rest, rest.lstrip("\n"), rest.lstrip())))
+    return list(dict.fromkeys(len(text) - len(stretch) for stretch in (rest, rest.lstrip("\n"), rest.lstrip())))
 
 
 def _ends(message: dict) -> Iterator[tuple[str, int, bool]]:
     content = message["content"]
-    places = dict.fromkeys(len(part) for part in (content, content.rstrip("\n"), content.rstrip()))
-    return (("content", at, False) for at in places)
+    positions = dict.fromkeys(len(stretch) for stretch in (content, content.rstrip("\n"), content.rstrip()))
+    return (("content", at, False) for at in positions)
 
 
 def load_chat_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> ChatTemplate:

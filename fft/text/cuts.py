@@ -24,8 +24,8 @@ def cut_chat(length: int, turns: Sequence[tuple[int, int, int, bool]], max_len: 
     if max_len is None or length <= max_len:
         return [(0, length)]
     rows: list[tuple[int, int]] = []
-    for part in _parts(length, turns):
-        begin, end, trained = part[0][0], part[-1][1], [t for _, _, t in part if t]
+    for turns_of_round in _rounds(length, turns):
+        begin, end, trained = turns_of_round[0][0], turns_of_round[-1][1], [t for _, _, t in turns_of_round if t]
         if rows and end - rows[-1][0] <= max_len and rows[-1][1] == begin:
             rows[-1] = (rows[-1][0], end)
         elif not trained:
@@ -33,25 +33,25 @@ def cut_chat(length: int, turns: Sequence[tuple[int, int, int, bool]], max_len: 
         elif end - begin <= max_len:
             rows.append((begin, end))
         else:
-            for begin, end, turn in part:
+            for begin, end, turn in turns_of_round:
                 rows += _long(begin, end, turn, max_len)
     return rows
 
 
-def _parts(
+def _rounds(
     length: int, turns: Sequence[tuple[int, int, int, bool]]
 ) -> list[list[tuple[int, int, tuple[int, int] | None]]]:
     """Rounds that end where another role begins; each a list of stretches with one trained turn at most."""
-    parts, part, begin = [], [], 0
+    rounds, turns_of_round, begin = [], [], 0
     for first, last, stop, opens in turns:
-        part.append((begin, stop, (first, last) if first < last else None))
+        turns_of_round.append((begin, stop, (first, last) if first < last else None))
         begin = stop
         if opens:
-            parts.append(part)
-            part = []
+            rounds.append(turns_of_round)
+            turns_of_round = []
     if begin < length:
-        part.append((begin, length, None))
-    return [*parts, part] if part else parts
+        turns_of_round.append((begin, length, None))
+    return [*rounds, turns_of_round] if turns_of_round else rounds
 
 
 def _long(begin: int, end: int, turn: tuple[int, int] | None, max_len: int) -> list[tuple[int, int]]:

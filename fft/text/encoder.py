@@ -203,12 +203,12 @@ def surround(
     around = offsets + np.arange(len(offsets)) * extra
     out = np.empty(around[-1], ids.dtype)
     inside = np.ones(len(out), bool)
-    for place, token in enumerate(prefix):
-        out[around[:-1] + place] = token
-        inside[around[:-1] + place] = False
-    for place, token in enumerate(reversed(suffix), 1):
-        out[around[1:] - place] = token
-        inside[around[1:] - place] = False
+    for position, token in enumerate(prefix):
+        out[around[:-1] + position] = token
+        inside[around[:-1] + position] = False
+    for position, token in enumerate(reversed(suffix), 1):
+        out[around[1:] - position] = token
+        inside[around[1:] - position] = False
     out[inside] = ids
     return out, around
 

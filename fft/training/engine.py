@@ -53,11 +53,11 @@ class TokenMeanLoss:
     """
 
     def __init__(self, builder: StageBuilder) -> None:
-        self._part, self._ranks, self.scale = builder.shards.get(builder.spec.head), builder.ranks.tensor, 1.0
+        self._shard, self._ranks, self.scale = builder.shards.get(builder.spec.head), builder.ranks.tensor, 1.0
 
     def __call__(self, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """``outputs`` are hidden states [tokens, hidden size] and the head's weight, or this rank's part of it."""
-        return linear_cross_entropy(*outputs, labels, self._part, self._ranks) * self.scale
+        return linear_cross_entropy(*outputs, labels, self._shard, self._ranks) * self.scale
 
 
 class StagedModel(PipelineModule):

@@ -16,8 +16,8 @@ import fft
 
 def environment(group: dist.ProcessGroup, device: torch.device) -> dict:
     """Versions, the command, and where every rank is, this one on ``device``. Collective over ``group``."""
-    places: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, f"{socket.gethostname()} {_name(device)}", group)
+    hosts: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(hosts, f"{socket.gethostname()} {_name(device)}", group)
     return {
         "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
@@ -25,7 +25,7 @@ def environment(group: dist.ProcessGroup, device: torch.device) -> dict:
         **{name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "flash-fine-tuning": fft.__version__,
         "commit": commit_of(Path(fft.__file__).parent.parent),
-        "ranks": dict(enumerate(places)),
+        "ranks": dict(enumerate(hosts)),
     }
 
 

@@ -86,7 +86,7 @@ def mean_balance(balance: LoadBalance | None, device: torch.device) -> dict[str,
 
 
 class Stopwatch:
-    """Times the steps from one report to the next; what is done while :meth:`paused` is no training."""
+    """Times the steps from one line to the next; what is done while :meth:`paused` is no training."""
 
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._first = clock, step
@@ -146,8 +146,8 @@ class Metrics:
         """Hand numbers of a step to the sinks."""
         self.sinks.write(step, values)
 
-    def report(self, step: int, values: dict[str, float], lap: Lap) -> None:
-        """Record a step with the speed of those since the last report, and print a line.
+    def show(self, step: int, values: dict[str, float], lap: Lap) -> None:
+        """Record a step with the speed of those since it was last called, and print a line.
 
         All ranks call it, each with the tokens of ``lap`` that it alone counts.
         """

@@ -191,7 +191,7 @@ class Trainer:
         values = {"loss": loss, "lr": rate, "grad_norm": engine.grad_norm}
         values |= mean_balance(self.builder.balance, engine.device) | engine.scaling
         if step % self.args.logging_steps == 0 or step == total:
-            self.metrics.report(step, values, watch.lap(step, total))
+            self.metrics.show(step, values, watch.lap(step, total))
         else:
             self.metrics.record(step, **values)
 

@@ -49,7 +49,7 @@ def to_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def place_of(name: str, shape: tuple[int, ...]) -> tuple[str, int]:
+def parameter_of(name: str, shape: tuple[int, ...]) -> tuple[str, int]:
     """The parameter that a stored tensor of ``shape`` is part of, and where it begins in the flattened parameter."""
     found = _STORED.fullmatch(name)
     if found is None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: Where weights may be, the preferred first: index and single file.
-_PLACES = ((_INDEX, _SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+_INDEXES = ((_INDEX, _SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 _GENERATION = "generation_config.json"
 
 #: Files that make a tokenizer, copied as they are so that nothing about it changes.
@@ -51,7 +51,7 @@ class WeightReader:
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = root = Path(directory)
-        for index, single in _PLACES:
+        for index, single in _INDEXES:
             if (root / index).is_file():
                 self._files = {name: root / file for name, file in _weight_map(root / index).items()}
                 break
@@ -106,9 +106,9 @@ class WeightReader:
         names = stored_names(name, shape[0]) if name not in self._files else []
         if not names:
             return self.tensor(name, shape, shard)
-        each, part = stored_shape(len(names), shape), stored_shard(len(names), shard)
+        each, own = stored_shape(len(names), shape), stored_shard(len(names), shard)
         local = shape if shard is None else shard.local_shape
-        return torch.cat([self.tensor(stored, each, part) for stored in names]).view(local)
+        return torch.cat([self.tensor(stored, each, own) for stored in names]).view(local)
 
 
 def shard_name(shard: int, shards: int) -> str:

@@ -12,9 +12,9 @@ def row_hash(purpose: str, seed: int, *key: Column) -> Column:
     return F.xxhash64(F.lit(purpose), F.lit(seed).cast("long"), *key)
 
 
-def block_of(place: Column, num_block: int) -> Column:
-    """Cut the signed 64-bit range into ``num_block`` equal stretches: the number (int) rises with ``place``."""
-    top = F.shiftright(place, 33) + F.lit(1 << 30).cast("long")  # 31 bits: the product below fits into 63
+def block_of(sort_key: Column, num_block: int) -> Column:
+    """Cut the signed 64-bit range into ``num_block`` equal stretches: the number (int) rises with ``sort_key``."""
+    top = F.shiftright(sort_key, 33) + F.lit(1 << 30).cast("long")  # 31 bits: the product below fits into 63
     return F.shiftright(top * F.lit(num_block).cast("long"), 31).cast("int")
 
 

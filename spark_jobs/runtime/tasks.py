@@ -24,14 +24,14 @@ PART_SCHEMA = (
 
 def by_part(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Iterator[pa.RecordBatch]]]:
     """Batches whose ``part`` rises, as one stream a part. Each stream must be used up before the next is asked for."""
-    pieces = (piece for batch in batches for piece in _cut_at_parts(batch))
-    ahead = next(pieces, None)
+    slices = (cut for batch in batches for cut in _cut_at_parts(batch))
+    ahead = next(slices, None)
 
     def of(part: int) -> Iterator[pa.RecordBatch]:
         nonlocal ahead
         while ahead is not None and ahead.column("part")[0].as_py() == part:
             yield ahead
-            ahead = next(pieces, None)
+            ahead = next(slices, None)
 
     while ahead is not None:
         part = ahead.column("part")[0].as_py()

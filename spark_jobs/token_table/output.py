@@ -71,10 +71,10 @@ class Output:
     def check(self) -> None:
         """Raise :class:`UserError` when a finished table is there and ``overwrite`` is not set, or when clearing the
         folder would hit an input or files that are no part of a table."""
-        place = self.folder.resolve()
+        target = self.folder.resolve()
         for path in self.inputs:
             source = split_version(path)[0].resolve()
-            if source == place or source.is_relative_to(place) or place.is_relative_to(source):
+            if source == target or source.is_relative_to(target) or target.is_relative_to(source):
                 raise UserError(f"`output` {self.folder} and the input {path} overlap: write to a folder beside it.")
         if self.folder.is_file():
             raise UserError(f"`output` {self.folder} is a file: give a folder.")

@@ -66,14 +66,14 @@ def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
 
     Raises :class:`UserError` for a table that is given twice, and for what is no finished table.
     """
-    places = [split_version(path)[0].resolve() for path in paths]
-    repeated = {path for path in places if places.count(path) > 1}
+    folders = [split_version(path)[0].resolve() for path in paths]
+    repeated = {path for path in folders if folders.count(path) > 1}
     if repeated:
         raise UserError(f"`inputs` names {min(repeated)} more than once: give each table once.")
     depth = 1
-    while len({_name(path, depth) for path in places}) < len(places):
+    while len({_name(path, depth) for path in folders}) < len(folders):
         depth += 1
-    return [Dataset(_name(place, depth), Table.open(path)) for place, path in zip(places, paths, strict=True)]
+    return [Dataset(_name(folder, depth), Table.open(path)) for folder, path in zip(folders, paths, strict=True)]
 
 
 def _name(path: Path, depth: int) -> str:

@@ -33,7 +33,7 @@ def test_shares_are_exact_in_the_long_run(weights, start):
         assert abs(counts[number] - start * weights[number] / sum(weights)) <= len(weights)
     for place, table, earlier in zip(range(start, start + 200), tables.tolist(), before.tolist(), strict=True):
         assert earlier == counts[table]
-        assert mixture.place(table, earlier) == place
+        assert mixture.position(table, earlier) == place
         counts[table] += 1
     assert all(counts[number] == mixture.count(number, start + 200) for number in range(len(weights)))
 
@@ -43,7 +43,7 @@ def test_weights_of_any_size_stay_within_64_bits():
     start = 5 * 10**9
     tables, before = mixture.choose(np.arange(start, start + 1000))
     for place, table, earlier in zip(range(start, start + 1000), tables.tolist(), before.tolist(), strict=True):
-        assert (mixture.count(table, place), mixture.place(table, earlier)) == (earlier, place)
+        assert (mixture.count(table, place), mixture.position(table, earlier)) == (earlier, place)
     assert abs(Counter(tables.tolist())[2] - 1000 * 123_457 / 1_123_457) <= 2
 
 

@@ -175,9 +175,9 @@ def test_spans_tile_the_epoch(sizes, data):
     order = EpochOrder(np.array(sizes), seed=1, epoch=0, step=step, lanes=min(lanes, -(-sum(sizes) // step)))
     seen = [set() for _ in sizes]
     for index in range(order.samples):
-        assert order.index(order.place(index)) == index
+        assert order.index(order.position(index)) == index
         (spans,) = order.spans(np.array([index]))
-        assert sum(last - first for _, first, last in spans) == step or order.place(index) == order.samples - 1
+        assert sum(last - first for _, first, last in spans) == step or order.position(index) == order.samples - 1
         for group, first, last in spans:
             assert not seen[group].intersection(range(first, last))
             seen[group].update(range(first, last))

@@ -9,7 +9,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from fft.models.experts import balance_loss
 from fft.parallel.tensor_plan import plan_of, shard_of
-from fft.weights.experts import place_of, stored_names, to_stored
+from fft.weights.experts import parameter_of, stored_names, to_stored
 from fft.weights.hf import WeightReader
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
@@ -62,7 +62,7 @@ def test_parameters_are_read_from_files_in_parts(model, directory, size):
 def test_a_stored_tensor_finds_its_place_in_the_parameter(model):
     for name, value in model.named_parameters():
         for stored, piece in to_stored({name: value.detach()}).items():
-            parameter, start = place_of(stored, tuple(piece.shape))
+            parameter, start = parameter_of(stored, tuple(piece.shape))
             assert parameter == name
             assert torch.equal(value.detach().flatten()[start : start + piece.numel()], piece.flatten())
 

@@ -7,17 +7,17 @@ from fft.arguments import parse_arguments
 from fft.data.manifest import FileInfo, Manifest, commit
 from fft.errors import UserError
 from fft.quickstart import __main__ as quickstart
-from fft.quickstart.plan import MODEL, PROMPTS, SEQ_LEN, VOCAB_SIZE, Places, build_stages
+from fft.quickstart.plan import MODEL, PROMPTS, SEQ_LEN, VOCAB_SIZE, Folders, build_stages
 from fft.quickstart.stages import Record
 
 
 @pytest.fixture
-def places(tmp_path):
-    return Places(tmp_path / "out")
+def folders(tmp_path):
+    return Folders(tmp_path / "out")
 
 
-def test_stages_are_fed_by_earlier_ones(places):
-    stages = build_stages(places)
+def test_stages_are_fed_by_earlier_ones(folders):
+    stages = build_stages(folders)
     names = ["corpus", "tokenizer", "tokenize", "shuffle", "repartition", "train", "generate", "report"]
     assert [stage.name for stage in stages] == names
     made: list = [ROOT / "conf"]
@@ -26,13 +26,13 @@ def test_stages_are_fed_by_earlier_ones(places):
         made += stage.outputs
 
 
-def test_the_trainer_accepts_its_command(places):
-    train = next(stage for stage in build_stages(places, 7) if stage.name == "train")
+def test_the_trainer_accepts_its_command(folders):
+    train = next(stage for stage in build_stages(folders, 7) if stage.name == "train")
     flags = train.command[train.command.index("fft/train.py") + 1 :]
     arguments = parse_arguments([str(ROOT / f) if f.startswith("conf/") else f for f in flags])
     assert (arguments.max_steps, arguments.pipe_parallel_size, arguments.seq_len) == (7, 2, SEQ_LEN)
     assert arguments.init
-    assert "--max_steps" not in next(s for s in build_stages(places) if s.name == "train").command
+    assert "--max_steps" not in next(s for s in build_stages(folders) if s.name == "train").command
 
 
 def test_the_model_fits_tokenizer_and_rows():
@@ -47,37 +47,37 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         quickstart.main(["--output", str(tmp_path)])
 
 
-def test_an_interrupt_is_no_traceback(places, monkeypatch, capsys):
+def test_an_interrupt_is_no_traceback(folders, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quickstart, "run_stages", interrupt)
-    assert quickstart.main(["--output", str(places.output)]) == 130
+    assert quickstart.main(["--output", str(folders.output)]) == 130
     assert "goes on with the stage that was running" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("reached", "code"), [(5.4, 0), (5.6, 1)])
-def test_exit_code_says_whether_the_baseline_was_beaten(places, monkeypatch, capsys, reached, code):
+def test_exit_code_says_whether_the_baseline_was_beaten(folders, monkeypatch, capsys, reached, code):
     for table in ("tokens", "shuffled/train", "shuffled/validation", "packed/train", "packed/validation"):
-        folder = places.output / table
+        folder = folders.output / table
         folder.mkdir(parents=True)
         files = (FileInfo("part-0.parquet", 1, 1000, 10),)
         commit(folder, Manifest(files, 1, 1000, lineage={"timing": {"seconds": 1.0, "tokens_per_second": 1000.0}}))
-    places.run.mkdir()
+    folders.run.mkdir()
     metrics = [{"step": 0, "eval_loss": 8.0}, {"step": 1, "loss": 8.0, "tokens_per_second": 500.0}]
     metrics.append({"step": 1, "eval_loss": reached})
-    (places.run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    places.completions.write_text(json.dumps({"prompt": PROMPTS[0], "text": "    return 1"}) + "\n")
-    places.records.mkdir()
+    (folders.run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    folders.completions.write_text(json.dumps({"prompt": PROMPTS[0], "text": "    return 1"}) + "\n")
+    folders.records.mkdir()
     facts = {
         "corpus": {"documents": 3, "bytes": 5_000_000, "undecodable": 1},
         "tokenizer": {"entries": VOCAB_SIZE},
         "report": {"baseline": 6.5},
     }
-    names = [stage.name for stage in build_stages(places)]
+    names = [stage.name for stage in build_stages(folders)]
     records = {name: Record([], "", "", 2.0, facts.get(name, {})) for name in names}
     monkeypatch.setattr(quickstart, "run_stages", lambda *_: records)
-    assert quickstart.main(["--output", str(places.output)]) == code
+    assert quickstart.main(["--output", str(folders.output)]) == code
     captured = capsys.readouterr()
     assert "shuffle              2.0  2,000 tokens, 1,000 tokens/s" in captured.out
     assert ("the model learned too little" in captured.err) == bool(code)

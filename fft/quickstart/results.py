@@ -61,12 +61,12 @@ def summary(
     losses: Losses,
     baseline: float,
     completions: Sequence[tuple[str, str]],
-    places: Mapping[str, Path],
+    folders: Mapping[str, Path],
 ) -> str:
     """The closing page.
 
     ``tables`` maps a table's name to its tokens, ``stages`` are (name, seconds, what was done at which rate),
-    ``completions`` are (prompt, text), ``places`` maps a result's name to where it lies.
+    ``completions`` are (prompt, text), ``folders`` maps a result's name to where it lies.
     """
     first, last = losses.validation[0][1], losses.validation[-1][1]
     lines = ["stage            seconds  work"]
@@ -80,7 +80,7 @@ def summary(
     lines += [f"  {'unigram model':<13}  {'':>7} {baseline:>7.3f}   beaten by {baseline - last:.3f}", ""]
     for prompt, text in completions:
         lines += ["generated: prompt|continuation", _boxed(f"{prompt}|{text}"), ""]
-    lines += [f"{name}: {path}" for name, path in places.items()]
+    lines += [f"{name}: {path}" for name, path in folders.items()]
     return "\n".join(lines)
 
 

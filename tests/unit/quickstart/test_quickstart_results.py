@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fft.quickstart.report import plot_losses, read_metrics, summary
+from fft.quickstart.results import plot_losses, read_metrics, summary
 
 
 @pytest.fixture
