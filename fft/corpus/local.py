@@ -65,11 +65,13 @@ class TextInput:
     @property
     def identity(self) -> str:
         """All but the file's content that its table depends on."""
-        template = getattr(self.encoder, "template", None)
+        template, recipe = getattr(self.encoder, "template", None), self.encoder.recipe
         facts = {
             **{name: value for name, value in self.parameters.items() if name != "tokenizer"},
             "format": _FORMAT,
             "tokenizer": self.tokenizer.sha256,
+            # What transformers made of the tokenizer's files; one that is written in Python has no text of its own.
+            "recipe": ["" if recipe.slow else recipe.json, recipe.prefix, recipe.suffix, recipe.parse_special_tokens],
             "template": template and [template.source, template.special_tokens],
         }
         return json.dumps(facts, sort_keys=True, default=str)
@@ -127,9 +129,10 @@ def table_of(text: TextInput, cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f".{_stem(text.path)}.lock"):
-            folder = cache / f"{_stem(text.path)}-{_key(text, cache)}"
+            seen = _seen(text.path)  # before its content is read for the first time
+            folder = cache / f"{_stem(text.path)}-{_key(text, seen, cache)}"
             if not folder.is_dir() or read_manifest(folder) is None:
-                _make(text, folder)
+                _make(text, seen, folder)
             return folder
     except OSError as error:
         raise UserError(f"{cache} cannot hold the tokens of {text.path} ({error}): make room, or permit it.") from error
@@ -162,13 +165,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _key(text: TextInput, cache: Path) -> str:
+def _key(text: TextInput, seen: list[str | int], cache: Path) -> str:
     """A short hash of the file's content and of all else that its table depends on.
 
     The file is not read again while its size and its time of change stay as they were noted.
     """
-    facts = text.path.stat()
-    seen = [str(text.path.absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino]
     note = cache / f".{_stem(text.path)}.content"
     known = json.loads(note.read_text()) if note.is_file() else {}
     if known.get("seen") != seen:
@@ -178,10 +179,19 @@ def _key(text: TextInput, cache: Path) -> str:
     return hashlib.sha256(f"{known['sha256']} {text.identity}".encode()).hexdigest()[:12]
 
 
-def _make(text: TextInput, folder: Path) -> None:
+def _seen(path: Path) -> list[str | int]:
+    """What tells one state of a file from another without reading it."""
+    facts = path.stat()
+    return [str(path.absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
+def _make(text: TextInput, seen: list[str | int], folder: Path) -> None:
     staging = start_folder(folder)  # under the lock, so nobody else is writing it
     try:
-        commit(staging, _tokenize(text, staging))
+        manifest = _tokenize(text, staging)
+        if _seen(text.path) != seen:  # it would be found again under the hash of what the file held before
+            raise UserError(f"{text.path} was changed while it was tokenized: run again when it is whole.")
+        commit(staging, manifest)
         replace_folder(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -120,6 +120,34 @@ def test_another_table_is_made_when_anything_it_depends_on_changes(chats, tokeni
     assert all(read_manifest(folder) for folder in made)  # a run may still be reading the older ones
 
 
+def test_settings_of_the_tokenizer_that_change_ids_change_the_table(chats, tokenizer, tmp_path):
+    own = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, own)
+    before = text_input(chats, own, 512).identity
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps(settings | {"split_special_tokens": True}))
+    assert text_input(chats, own, 512).identity != before
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_table(chats, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "growing.jsonl"
+    path.write_bytes(chats.read_bytes())
+    real = local._tokenize
+
+    def grows(text, folder):
+        manifest = real(text, folder)
+        with path.open("a") as stream:
+            stream.write('[{"user": "more"}, {"assistant": "of it"}]\n')
+        return manifest
+
+    monkeypatch.setattr(local, "_tokenize", grows)
+    with pytest.raises(UserError, match=r"growing\.jsonl was changed while it was tokenized"):
+        make(path, tokenizer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*growing-*"))
+    monkeypatch.setattr(local, "_tokenize", real)
+    assert read_manifest(make(path, tokenizer, tmp_path / "cache")).lineage["counts"]["documents_out"] == 61
+
+
 def test_what_a_killed_process_left_is_made_again(chats, tokenizer, tmp_path):
     folder = make(chats, tokenizer, tmp_path)
     shutil.rmtree(folder)
