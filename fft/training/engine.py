@@ -97,7 +97,7 @@ class StagedModel(PipelineModule):
 
 
 def init_distributed() -> None:
-    """Join the launcher's process group, or make a world of one when there is no launcher."""
+    """Take this rank's device and join the launcher's process group; without a launcher, make a world of one."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -108,6 +108,8 @@ def init_distributed() -> None:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's engine would, but kernels are compared and groups joined before there is one: all on the first device.
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
     dist.barrier()  # every rank has its neighbours' buffers open
     _unlink_shared_buffer()
