@@ -12,7 +12,6 @@ epsilon is at least 1e-5, so that the rounding of gradients near zero is not blo
 accelerators, if it has some (``DS_ACCELERATOR=cpu`` keeps it off them). The exit code is 1 where the two differ.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -34,7 +33,7 @@ from fft.arguments import TrainArguments, resolve
 from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.fragments import SavedFragments
-from fft.errors import UserError, run_cli
+from fft.errors import Parser, UserError, run_cli
 from fft.parity_reference import Outcome, one_process
 from fft.planning.preflight import Plan, load_config, plan_run, start_of, tokenizer_of
 from fft.training.run_folder import METRICS
@@ -235,7 +234,7 @@ def comparison(run: Outcome, expected: Outcome, parameters: int = 8) -> str:
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The trainer's flags, and the command's own."""
     parser = arguments.build_parser()
     parser.prog, parser.description, parser.epilog = "python -m fft.parity", __doc__, None
@@ -248,12 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises :class:`UserError` for settings that cannot be run, and when the run fails.
     """
-    given = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
     steps, ranks = given.pop("steps"), given.pop("ranks", None)
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1.")
     disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="fft-parity-") as folder:
+    with parser.naming_flags(), tempfile.TemporaryDirectory(prefix="fft-parity-") as folder:
         model, run = Path(folder, "model"), Path(folder, "run")
         mine = resolve({"output_dir": str(run), **given})
         args = flags_of(mine, model, run, steps)

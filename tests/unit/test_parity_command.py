@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from fft import parity
 from fft.arguments import resolve
+from fft.errors import UserError
 from fft.parity import Outcome, faults, shrunken
 
 LLAMA3_70B = {
@@ -145,3 +146,15 @@ def test_the_command_starts_its_ranks(mine, launch):
     done = launch("python", "-m", "fft.parity", "--config", mine, "--steps", "1", "--ranks", "2", "--seq_len", "32")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks = data 1 x pipe 2" in done.stdout
+
+
+def test_what_is_wrong_with_texts_is_told_by_flag(tmp_path):
+    """They are read by functions of the jobs' and notebooks', whose errors name parameters."""
+    (tmp_path / "config.json").write_text(AutoConfig.for_model(**QWEN3_06B).to_json_string(False))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer_config.json").write_text("{")
+    given = {"model": "config.json", "train_data": "texts.jsonl", "tokenizer": "broken"}
+    flags = [word for name, file in given.items() for word in (f"--{name}", str(tmp_path / file))]
+    with pytest.raises(UserError, match=f"^--tokenizer {tmp_path}/broken cannot be loaded"):
+        parity.main(["--init", *flags])
