@@ -219,7 +219,7 @@ def build_parser() -> Parser:
     """The trainer's parser. Flags that were not given are absent, so that a YAML file can fill them."""
     parser = Parser(
         prog="fft/train.py",
-        description="Train a Hugging Face decoder on token tables that Spark wrote, in pipeline and data parallel.",
+        description="Train a Hugging Face decoder on token tables or JSON lines, in pipeline and data parallel.",
         epilog=_EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
