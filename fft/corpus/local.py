@@ -16,13 +16,16 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +227,14 @@ def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[S
         own.setdefault(split.part, []).append(split)
     cores = min(len(os.sched_getaffinity(0)), len(own))
     # Not forked: this process may have threads, and a trainer's libraries, that a fork would not survive.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
     try:
-        tasks = [pool.submit(tokenize_part, encoder, target, part, theirs) for part, theirs in own.items()]
-        return [task.result() for task in as_completed(tasks)]
+        with watched, ProcessPoolExecutor(cores, context, _end_with, (watched,)) as pool, held:
+            tasks = [pool.submit(tokenize_part, encoder, target, part, theirs) for part, theirs in own.items()]
+            parts = [task.result() for task in as_completed(tasks)]
+            pool.shutdown()
+        return parts
     except UserError as error:
         remedy = "mend it, or make a table with spark_jobs/tokenize.py --on_error quarantine."
         raise name_malformed(error, encoder, remedy) from error
@@ -236,5 +243,17 @@ def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[S
             f"{splits[0].path}: a process that tokenized it was killed (out of memory?): make a table with "
             "spark_jobs/tokenize.py."
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+
+def _end_with(watched: Connection) -> None:
+    """In a worker: end when the other end of a pipe is closed, by the parent, or because that was killed.
+
+    A worker of the pool would finish its part first, and wait for ever for another one from a parent that is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well
+
+    def watch() -> None:
+        watched.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -4,8 +4,10 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -226,3 +228,30 @@ def test_neither_torch_nor_spark_is_needed(chats, tokenizer, tmp_path):
     assert done.returncode == 0, done.stderr
     assert Table.open(done.stdout.strip()).rows == 60
     assert "chat data" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_a_run_that_is_ended(how, tokenizer, tmp_path):
+    chats, script = write_chats(tmp_path / "chats.jsonl", 20_000), tmp_path / "ended.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from fft.corpus.local import text_input, table_of\n"
+        "if __name__ == '__main__':\n"
+        f"    table_of(text_input(Path({str(chats)!r}), Path({str(tokenizer)!r}), 4096), Path({str(tmp_path)!r}))\n"
+    )
+    ours = {**os.environ, "PYTHONPATH": str(Path(local.__file__).parents[2])}
+    pipes = {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, script], env=ours, start_new_session=True, **pipes) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".chats-*.writing/.part-0*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(how)
+        try:
+            said = process.communicate(timeout=30)[1]  # while a worker is left, it holds the pipe
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == -how, said
+    assert said.count("Traceback") == (how == signal.SIGINT)
