@@ -16,6 +16,7 @@ from fft.data.blend import Blend, parse_tables
 from fft.data.delta import split_version
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
+from fft.data.storage import is_url
 from fft.data.table import Table
 from fft.errors import UserError, one_line
 from fft.models.supported import check_supported
@@ -185,11 +186,11 @@ def _open_all(
     flag: str, text: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
 ) -> SampleReader | Blend:
     tables = parse_tables(text, flag)
+    if len(tables) > 1 and not shuffle:
+        raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
     readers = [_open(flag, path, args, config, tokenizer, shuffle) for path, _ in tables]
     if len(readers) == 1:
         return readers[0]
-    if not shuffle:
-        raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
     return Blend(readers, [weight for _, weight in tables], args.blend_end)
 
 
@@ -197,6 +198,11 @@ def _open(
     flag: str, path: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
 ) -> SampleReader:
     if is_json_lines(path):
+        if is_url(path):
+            raise UserError(
+                f"--{flag} {path}: JSON lines are read from local or mounted folders: copy the file there, or make a "
+                "table of it with spark_jobs/tokenize.py."
+            )
         path = str(_tokenized(flag, Path(path), args, config, tokenizer))
     table = Table.open(path)
     made_by = table.manifest.tokenizer if table.manifest else None

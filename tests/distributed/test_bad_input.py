@@ -356,3 +356,10 @@ def test_unknown_flag_is_named(launch):
     assert done.returncode == 2
     assert "--pipe_size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_texts_that_cannot_be_read_are_refused_before_any_is_tokenized(good, tmp_path):
+    given = {"eval_data": f"{tmp_path}/a.jsonl {tmp_path}/b.jsonl"}
+    assert "an evaluation reads one table" in refusal(flags(good, tmp_path, **given))
+    said = refusal(flags(good, tmp_path, train_data="s3://lake/chats.jsonl"))
+    assert said.startswith("--train_data s3://lake/chats.jsonl: JSON lines are read from local or mounted folders")
