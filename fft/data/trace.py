@@ -125,6 +125,12 @@ def _names(table: Table, group: int) -> list[list[str]]:
         return file.read_row_group(where.index, columns=["doc_ids"]).column("doc_ids").to_pylist()
 
 
+def _is_parquet(file: Path) -> bool:
+    """Whether a file of any name begins as parquet does."""
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PAR1"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     parser = Parser(
@@ -163,7 +169,7 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
     tables = parse_tables(args.train_data, "train_data")
     for path, _ in tables:
-        if Path(path).suffix != ".parquet" and Path(path).is_file():
+        if Path(path).is_file() and not _is_parquet(Path(path)):
             raise UserError(f"--train_data {path} is no table: give the one that the run made of it, RUN/tokens/...")
     readers = [
         SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack, lanes=args.shuffle_lanes)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from samples import read_sample
 
+from fft.data import trace
 from fft.data.blend import Blend
 from fft.data.manifest import FileInfo, Manifest, commit
 from fft.data.reader import SampleReader
@@ -107,3 +108,18 @@ def test_the_command(reader):
     assert [line.split("\t")[4] for line in lines[1:]] == [s.doc_id for s in documents_of_step(reader, 2, 4)]
     none = subprocess.run([*command, "--step", "0"], capture_output=True, text=True, check=False)
     assert (none.returncode, none.stderr) == (2, "error: --step 0 must be at least 1.\n")
+
+
+def test_a_single_file_of_any_name_is_read_where_it_is_parquet(tmp_path, monkeypatch, capsys):
+    write(tmp_path, 20, 0)
+    table, text = (tmp_path / "part-0.parquet").rename(tmp_path / "part-0"), tmp_path / "chats.jsonl"
+    text.write_text('{"text": "a"}\n')
+    for path in (table, text):
+        argv = ["trace", "--train_data", path, "--seq_len", 8, "--global_batch", 1, "--step", 1]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
+        if path == table:
+            trace.main()
+            assert len(capsys.readouterr().out.splitlines()) > 1
+        else:
+            with pytest.raises(UserError, match=r"chats\.jsonl is no table: give the one that the run made of it"):
+                trace.main()
