@@ -157,7 +157,8 @@ def scratch_cache() -> Path:
 
 
 def _stem(path: Path) -> str:
-    return re.sub(r"[^\w.-]", "_", path.name.partition(".")[0]) or "text"
+    """What the names of a file's table, lock and note begin with; short enough for any file system."""
+    return re.sub(r"[^\w.-]", "_", path.name.partition(".")[0])[:40] or "text"
 
 
 @contextlib.contextmanager

@@ -199,6 +199,13 @@ def test_a_trainer_that_reads_texts_names_its_flags(tmp_path, monkeypatch):
         train.main()
 
 
+@pytest.mark.parametrize("name", ["x" * 245 + ".jsonl", "日本" * 40 + ".jsonl", ".jsonl", "my chats.v1.jsonl"])
+def test_a_file_may_have_any_name(name, chats, tokenizer, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(chats.read_bytes())
+    assert Table.open(make(path, tokenizer, tmp_path / "cache")).rows == 60
+
+
 def test_the_scratch_folder_is_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = scratch_cache()
