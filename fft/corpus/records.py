@@ -32,20 +32,20 @@ def read_records(split: Split, record_encoder: RecordEncoder[Any]) -> Iterator[l
         yield waiting
 
 
-def first_malformed(path: str, record_encoder: RecordEncoder[Any]) -> str:
-    """Name a file's first malformed record by line or row."""
+def first_malformed(path: str, record_encoder: RecordEncoder[Any]) -> tuple[str, str] | None:
+    """A file's first malformed record by line or row, and what is wrong with it; None where records have no number."""
     kind = kind_of(Path(path))
     if kind is None or kind == "text":
-        return path
+        return None
     what = "row" if kind == "parquet" else "line"
     for number, (record, doc_id) in enumerate(_numbered(path, kind, record_encoder), 1):
         if kind == "json" and not (record or b"").strip():
             continue
         try:
             record_encoder.parse(kind, record, doc_id)
-        except Malformed:
-            return f"{path}, {what} {number}"
-    return path
+        except Malformed as error:
+            return f"{path}, {what} {number}", str(error)
+    return None
 
 
 def _numbered(path: str, kind: str, record_encoder: RecordEncoder[Any]) -> Iterator[tuple[bytes | None, str | None]]:

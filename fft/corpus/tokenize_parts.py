@@ -71,12 +71,13 @@ def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: 
 
 
 def name_malformed(error: UserError, record_encoder: RecordEncoder[Any], remedy: str = _REMEDY) -> UserError:
-    """A worker's error with the line or row of the malformed record in it; any other error as it is. For the driver."""
+    """A worker's error about a malformed record as one about the first of its file, with line or row, which need not be
+    the one that a worker met first; any other error as it is. For the driver."""
     text = str(error)
     if not text.startswith(_MALFORMED_MARK):
         return error
     file, reason = json.loads(text.removeprefix(_MALFORMED_MARK))
-    return UserError(_malformed(first_malformed(file, record_encoder), reason, remedy))
+    return UserError(_malformed(*(first_malformed(file, record_encoder) or (file, reason)), remedy))
 
 
 def _malformed(where: str, reason: str, remedy: str = _REMEDY) -> str:

@@ -18,6 +18,7 @@ from spark.chat_templates import save_chat_tokenizer
 from fft import train
 from fft.corpus import local
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
+from fft.corpus.tokenize_parts import name_malformed
 from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
@@ -87,6 +88,17 @@ def test_bad_lines_are_named(content, said, tmp_path, tokenizer):
         make(path, tokenizer, tmp_path / "cache")
     left = [p.name for p in (tmp_path / "cache").glob("*")] if (tmp_path / "cache").exists() else []
     assert all(name.endswith((".lock", ".content")) for name in left)
+
+
+def test_the_line_that_is_named_is_the_one_that_is_told_of(tokenizer, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 3}\n{"txt": "b"}\n')
+    encoder = text_input(path, tokenizer, 64).encoder
+    met = UserError("malformed record: " + json.dumps([str(path), "key text is missing"]))  # by the worker of line 3
+    assert str(name_malformed(met, encoder, "mend it.")) == f"{path}, line 2: key text is int, not a string: mend it."
+    (tmp_path / "some.txt").write_bytes(b"\xff")
+    met = UserError("malformed record: " + json.dumps([str(tmp_path / "some.txt"), "not valid UTF-8 at byte 0"]))
+    assert str(name_malformed(met, encoder, "mend it.")).startswith(f"{tmp_path}/some.txt: not valid UTF-8 at byte 0:")
 
 
 def test_a_table_is_made_once(chats, tokenizer, tmp_path, monkeypatch):
