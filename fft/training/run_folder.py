@@ -60,6 +60,22 @@ def enter(
     return Start(state["step"], checkpoint, state)
 
 
+def check_same_data(plan: Plan, control: dist.ProcessGroup) -> None:
+    """Compare the tables of all ranks: machines that share no disk have each their own.
+
+    Collective. Raises :class:`UserError` on all ranks where it is not the same.
+    """
+    own = [[table.fingerprint for table in data.tables] for data in (plan.train, plan.evaluation) if data is not None]
+    found: list = [None] * dist.get_world_size(control)
+    dist.all_gather_object(found, own, control)
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"--train_data or --eval_data of rank {other} is not that of rank 0: give all machines the same files, or "
+            "a folder that they share."
+        )
+
+
 def state_of(
     args: TrainArguments, plan: Plan, step: int, data: dict | None, eval_loss: float | None, early_stop: EarlyStop
 ) -> dict:

@@ -92,6 +92,7 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
 def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held: contextlib.ExitStack) -> int:
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
     control, run = host_group(), Path(args.checkpoint) if args.checkpoint else None
+    run_folder.check_same_data(plan, control)
     start = run_folder.enter(run, args, plan, control, held, _log) if run else Start()
     builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)

@@ -99,6 +99,18 @@ def test_a_vocabulary_that_is_too_small_is_found_before_tokenizing(model, tokeni
     assert not (tmp_path / "run" / "tokens").exists()
 
 
+def test_machines_whose_files_differ_do_not_train(model, tokenizer, chats, tmp_path):
+    """Each rank works in a folder of its own, where a file of the same name holds other conversations."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        write_chats(tmp_path / str(rank) / "own.jsonl", 20, seed=rank)
+    given = flags(model, tokenizer, "own.jsonl", "own.jsonl", tmp_path)
+    given[given.index("--checkpoint") + 1] = "run"
+    done = run_ranks(2, tmp_path, *given, module="tests.distributed.apart")
+    assert done.returncode == 2
+    assert "error: --train_data or --eval_data of rank 1 is not that of rank 0: give all machines" in done.stderr
+
+
 def test_text_needs_a_tokenizer(model, chats, tmp_path):
     given = ["--init", "--model", model, "--train_data", chats, "--max_steps", 1, "--output_dir", tmp_path / "model"]
     done = run_ranks(1, *given, module=MODULE)
