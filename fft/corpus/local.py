@@ -144,11 +144,18 @@ def table_of(text: TextInput, cache: Path) -> Path:
 def scratch_cache() -> Path:
     """A folder of this user in the machine's temporary one, for runs that have no folder of their own.
 
-    Raises :class:`UserError` when somebody else has made it: what lies there cannot be trusted.
+    Raises :class:`UserError` when it cannot be made, and when somebody else has made it: what lies there cannot be
+    trusted.
     """
-    folder = Path(tempfile.gettempdir()) / f"fft-tokens-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
+    try:
+        folder = Path(tempfile.gettempdir()) / f"fft-tokens-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise UserError(
+            f"no temporary folder can hold tokens ({error}): make room, or give the run a folder (--checkpoint)."
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UserError(
             f"{folder} belongs to somebody else, or is open to others: give the run a folder (--checkpoint)."

@@ -229,6 +229,13 @@ def test_the_scratch_folder_is_ones_own(tmp_path, monkeypatch):
     folder.symlink_to(tmp_path)
     with pytest.raises(UserError, match="belongs to somebody else"):
         scratch_cache()
+    folder.unlink()
+    folder.touch()
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        scratch_cache()
+    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"no temporary folder can hold tokens \(.*\): make room, or give the run"):
+        scratch_cache()
 
 
 def test_neither_torch_nor_spark_is_needed(chats, tokenizer, tmp_path):
