@@ -134,7 +134,7 @@ def table_of(text: TextInput, cache: Path) -> Path:
         with _locked(cache / f".{_stem(text.path)}.lock"):
             seen = _seen(text.path)  # before its content is read for the first time
             folder = cache / f"{_stem(text.path)}-{_key(text, seen, cache)}"
-            if not folder.is_dir() or read_manifest(folder) is None:
+            if not _is_whole(folder):
                 _make(text, seen, folder)
             return folder
     except OSError as error:
@@ -161,6 +161,13 @@ def scratch_cache() -> Path:
             f"{folder} belongs to somebody else, or is open to others: give the run a folder (--checkpoint)."
         )
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a table is there with all of its files, of which a temporary folder's cleaner may have removed some."""
+    manifest = read_manifest(folder)
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.parquet")}
+    return manifest is not None and sizes == {file.path: file.bytes for file in manifest.files}
 
 
 def _stem(path: Path) -> str:

@@ -172,6 +172,15 @@ def test_what_a_killed_process_left_is_made_again(chats, tokenizer, tmp_path):
     assert not staging_folder(folder).exists()
 
 
+def test_a_table_that_has_lost_a_file_is_made_again(chats, tokenizer, tmp_path):
+    folder = make(chats, tokenizer, tmp_path)
+    lost = min(folder.glob("*.parquet"))
+    content = lost.read_bytes()
+    lost.unlink()
+    assert make(chats, tokenizer, tmp_path) == folder
+    assert lost.read_bytes() == content
+
+
 def test_ranks_that_ask_at_once_get_one_table(chats, tokenizer, tmp_path):
     text, calls, real = text_input(chats, tokenizer, 256), [], local._make
 
