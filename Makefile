@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env quickstart test test-gpu lint format docs dist clean
+.PHONY: help prerequisites env quickstart test test-gpu lint format docs dist bundle clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt | prerequisites
 	@echo "[2/3] installing deepspeed" >&2
 	@DS_BUILD_OPS=0 $(PIP) install --no-build-isolation "$$(grep '^deepspeed==' constraints.txt)" -c constraints.txt
 	@echo "[3/3] installing flash-fine-tuning" >&2
-	@$(PIP) install --no-build-isolation -e ".[train,local,dev]" -c constraints.txt
+	@$(PIP) install --no-build-isolation -e ".[train,tensorboard,local,dev]" -c constraints.txt
 	@touch $@
 
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores)
@@ -77,13 +77,22 @@ docs: env  ## docs/flags.md: the flags of all commands, from their parsers
 	@$(VENV)/bin/python docs/flags.py
 
 dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit --py-files
-	@rm -rf dist && mkdir dist
+	@mkdir -p dist && rm -f dist/*.whl dist/*.zip
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	@$(VENV)/bin/python -c 'import sys, zipfile; from pathlib import Path; \
 	  out = zipfile.ZipFile("dist/flash_fine_tuning.zip", "w", zipfile.ZIP_DEFLATED); \
 	  [out.write(f) for d in ("fft", "spark_jobs") for f in sorted(Path(d).rglob("*.py"))]; out.close()'
 	@rm -rf build
 	@ls -l dist
+
+# The machine that the bundle is for; what it has and the bundle need not carry.
+PYTHON_VERSION ?= 3.12
+PLATFORM ?= manylinux_2_28_x86_64
+EXTRAS ?= train
+SYSTEM ?=
+
+bundle: env  ## dist/bundle/: what a machine with torch and no network installs (PYTHON_VERSION, PLATFORM, EXTRAS, SYSTEM)
+	@$(VENV)/bin/python bundle/build.py --python_version $(PYTHON_VERSION) --platform $(PLATFORM) --extras $(EXTRAS) --system $(SYSTEM)
 
 clean:  ## remove what was built and cached; keeps .venv and runs
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage spark-warehouse metastore_db derby.log

@@ -1,0 +1,112 @@
+"""The bundle, built here for this Python, installs without an index beside a torch and trains."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import venv
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, VOCAB, write_table
+from packaging.requirements import Requirement
+
+pytestmark = pytest.mark.slow
+
+#: An index that answers nobody, for whoever asks one.
+NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+STRIPPED = ("PYTHONPATH", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "VIRTUAL_ENV")
+
+
+def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name not in STRIPPED}
+    arguments = [str(part) for part in command]
+    return subprocess.run(arguments, cwd=cwd, env={**kept, **NO_NETWORK, **variables}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory) -> Path:
+    """All that the tests below take from the network."""
+    folder = tmp_path_factory.mktemp("bundle") / "with a space"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    target = ("--python_version", python, "--platform", f"manylinux_2_28_{platform.machine()}")
+    subprocess.run([sys.executable, ROOT / "bundle" / "build.py", "--output", folder, *target], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory) -> Path:
+    """The Python of a machine that has torch and what torch needs, and nothing else: links to this environment's."""
+    folder = tmp_path_factory.mktemp("system")
+    venv.EnvBuilder(symlinks=True).create(folder)
+    packages = site_packages(folder)
+    for name in needs_of("torch"):
+        for path in {Path(file.parts[0]) for file in metadata.distribution(name).files or ()} - {Path("..")}:
+            source = Path(metadata.distribution(name).locate_file(path))
+            if source.exists() and not (packages / path).exists():
+                (packages / path).symlink_to(source)
+    return folder / "bin" / "python"
+
+
+def site_packages(environment: Path) -> Path:
+    return next(environment.glob("lib/python*/site-packages"))
+
+
+def needs_of(name: str) -> set[str]:
+    requirements = map(Requirement, metadata.requires(name) or ())
+    direct = {each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})}
+    return {name}.union(*map(needs_of, direct))
+
+
+@pytest.fixture(scope="session")
+def installed(bundle, system, tmp_path_factory) -> Path:
+    work = tmp_path_factory.mktemp("work")
+    done = run(bundle / "install.sh", "--python", system, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "torch" in done.stderr
+    assert f"{metadata.version('torch')}" in done.stderr
+    return work / "fft-venv"
+
+
+def test_sha256sum_finds_the_bundle_whole(bundle):
+    done = run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=bundle)
+    assert done.returncode == 0, done.stderr
+    listed = {line.split("  ", 1)[1] for line in (bundle / "SHA256SUMS").read_text().splitlines()}
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert listed == files - {"SHA256SUMS"}
+
+
+def test_what_is_installed_trains(installed, tmp_path):
+    """Two steps, far from the repository, in an environment whose torch is the system's."""
+    python = installed / "bin" / "python"
+    names = ("fft", "deepspeed", "torch")
+    where = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='|')"
+    fft, deepspeed, torch = run(python, "-c", where, cwd=tmp_path).stdout.strip().split("|")
+    assert fft.startswith(str(installed))
+    assert deepspeed.startswith(str(installed))
+    assert not torch.startswith(str(installed))
+
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(SMALL | {"model_type": "llama"}))
+    rows = [np.random.default_rng(n).integers(0, VOCAB, 64).astype(np.int32) for n in range(8)]
+    table = write_table(tmp_path / "table", rows)
+    variables = {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # its own ninja
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),  # another environment would compile all again
+    }
+
+    def train(*flags: object) -> None:
+        inputs = ("--model", model, "--train_data", table, "--output_dir", tmp_path / "out")
+        command = (python, "-m", "fft.train", *inputs, "--seq_len", 64, "--max_steps", 2, *flags)
+        done = run(*command, cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+
+    train("--dry_run")
+    train("--init", "--checkpoint", tmp_path / "run")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in steps if "loss" in each] == [1, 2]
+    assert (tmp_path / "out" / "model.safetensors").exists()
