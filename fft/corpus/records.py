@@ -1,4 +1,4 @@
-"""Raw inputs: which files there are, how Spark reads them, and how one record becomes a document or is malformed."""
+"""Records of a split, a few megabytes at a time, and the first one of a file that holds no document."""
 
 from collections.abc import Iterator
 from pathlib import Path
