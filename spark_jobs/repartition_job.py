@@ -11,7 +11,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, progress, say
-from fft.corpus.accounts import lineage_of, timing_of
+from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
 from fft.data.delta import split_version
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
@@ -154,7 +154,7 @@ def _repartition(
         "unused_share": round(1 - tokens / positions, 6),
     }
     timing, tokenizer = timing_of(start, tokens), common_tokenizer([dataset])
-    return writer.manifest(lineage, counts, timing, tokenizer, packing.max_len, packing.seed)
+    return finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed)
 
 
 def _bucket(seed: int, buckets: int) -> Column:

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, say
-from fft.corpus.accounts import lineage_of, timing_of
+from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
 from fft.data.arrow_lists import bytes_to_lists
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
@@ -79,7 +79,7 @@ def shuffle_tables(
         manifests = {}
         for name, writer in writers.items():
             own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], writer.tallies)}
-            manifests[name] = writer.manifest(lineage, own, timing, tokenizer, _seq_len(datasets), seed)
+            manifests[name] = finished_manifest(writer.parts, lineage, own, timing, tokenizer, _seq_len(datasets), seed)
         for name, manifest in manifests.items():
             writers[name].commit(manifest)
     _say_results(manifests, counts, folder)

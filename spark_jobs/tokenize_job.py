@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
-from fft.corpus.accounts import document_counts, engine_of, lineage_of, notes_on, timing_of
+from fft.corpus.accounts import document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, find_sources, spans_of
 from fft.corpus.splits import SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
@@ -90,7 +90,7 @@ def tokenize_table(
         _write(spark, writer, sources, frames, record_encoder, on_error == "fail")
         counts = document_counts(writer.tallies, names, record_encoder)
         lineage["engine"] = engine_of(writer.tallies)
-        manifest = writer.manifest(lineage, counts, timing_of(start, writer.tokens), info, max_len)
+        manifest = finished_manifest(writer.parts, lineage, counts, timing_of(start, writer.tokens), info, max_len)
         writer.commit(manifest)
     _say_results(manifest, folder, notes_on(manifest, record_encoder))
     return manifest

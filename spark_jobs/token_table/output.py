@@ -4,7 +4,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,12 @@ from pathlib import Path
 from pyspark.sql import DataFrame
 
 from fft.console import progress
-from fft.corpus.accounts import finished_manifest
 from fft.data.delta import commit_delta, is_delta, split_version
 from fft.data.manifest import (
     MANIFEST_NAME,
     WRITING_NAME,
     FileInfo,
     Manifest,
-    TokenizerInfo,
     begin_writing,
     commit,
 )
@@ -201,18 +199,6 @@ class TableWriter:
     def tokens(self) -> int:
         """Tokens of all files."""
         return sum(file.tokens for file in self.files)
-
-    def manifest(
-        self,
-        lineage: Mapping[str, object],
-        counts: Mapping[str, object],
-        timing: Mapping[str, float],
-        tokenizer: TokenizerInfo | None,
-        seq_len: int | None,
-        seed: int | None = None,
-    ) -> Manifest:
-        """What was written, to be committed: ``counts``, and those that every table has, go into the lineage."""
-        return finished_manifest(self.parts, lineage, counts, timing, tokenizer, seq_len, seed)
 
     def commit(self, manifest: Manifest) -> None:
         """Publish the files that the manifest names: from now on they are the table."""
