@@ -59,7 +59,7 @@ test: env lint  ## lint, then the unit, Spark and distributed tests
 
 test-gpu: env  ## the attention tests that need an NVIDIA GPU (80 GB)
 	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU: make test is for machines without one.")'
-	@$(VENV)/bin/python -m pytest tests/gpu
+	@$(VENV)/bin/python -m pytest tests/device
 
 lint: env  ## style (ruff), spelling (codespell), imports (import-linter), types (pyrefly), limits (test_house.py)
 	@$(VENV)/bin/ruff check --quiet .

@@ -1,84 +1,15 @@
 """The ring's arithmetic, ranks being threads of this process; `tests/distributed/test_ring_ranks.py` has real ones."""
 
-import queue
-import threading
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import pytest
 import torch
+from device.rings import documents_of, emulate, tensors, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fft.errors import UserError
 from fft.ops.backends import cpu, reference
-from fft.ops.documents import Documents, Segments
-from fft.ops.ring import Ring, ring_backward, ring_forward
 from fft.ops.sequence_parallel import SequenceParallel
-from fft.parallel.ring_plan import plan_rank, plan_shards
-
-
-class ThreadExchange:
-    """Messages through queues, arriving as late as allowed: a buffer read before waiting holds no number."""
-
-    def __init__(self, rank, mail):
-        self.rank, self._mail = rank, mail
-
-    def start(self, sends, receives):
-        for peer, tensor in sends:
-            self._mail[self.rank, peer].put(tensor.clone())
-        for _, buffer in receives:
-            buffer.fill_(float("nan"))
-
-        def wait():
-            for peer, buffer in receives:
-                buffer.copy_(self._mail[peer, self.rank].get(timeout=30))
-
-        return wait
-
-
-def emulate(shards, inputs, backend, scale):
-    """``(out, lse, dq, dk, dv)`` of the whole row, each rank's part computed by a thread of its own."""
-    q, k, v, dout = inputs
-    lock, boxes = threading.Lock(), defaultdict(queue.Queue)
-
-    class Mail:
-        def __getitem__(self, key):
-            with lock:
-                return boxes[key]
-
-    def run(rank):
-        tokens = torch.from_numpy(shards.tokens(rank))
-        mine = [x[tokens] for x in (q, k, v)]
-        ring = Ring(plan_rank(shards, rank), ThreadExchange(rank, Mail()), backend, scale)
-        out, lse = ring_forward(*mine, ring)
-        return tokens, out, lse, *ring_backward(dout[tokens], *mine, out, lse, ring)
-
-    with ThreadPoolExecutor(shards.ranks) as pool:
-        parts = list(pool.map(run, range(shards.ranks)))
-    tokens, outs, lses, *grads = zip(*parts, strict=True)
-    order = torch.cat(tokens).argsort()
-    assert all(box.empty() for box in boxes.values())
-    return torch.cat(outs)[order], torch.cat(lses, 1)[:, order], *(torch.cat(grad)[order] for grad in grads)
-
-
-def whole(documents, inputs, backend, scale):
-    q, k, v, dout = inputs
-    segments = Segments.within(documents, scale)
-    out, lse = backend.forward(q, k, v, segments)
-    return out, lse, *backend.backward(dout, q, k, v, out, lse, segments)
-
-
-def tensors(total, heads, kv_heads, size, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((total, n, size) for n in (heads, kv_heads, kv_heads, heads))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def documents_of(lengths) -> Documents:
-    return Documents.of((0, *np.cumsum(lengths).tolist()))
-
+from fft.parallel.ring_plan import plan_shards
 
 CASES = {
     "one-token documents": ([1] * 9 + [30, 1, 1], 4, 2),
