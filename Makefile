@@ -17,10 +17,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env quickstart test test-gpu lint format docs dist bundle clean
+.PHONY: help prerequisites env quickstart test lint format docs dist bundle clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 	@echo
 	@echo "PYTHON=... chooses the interpreter of a new .venv (now: $(PYTHON)). A machine without a GPU saves 3 GB with"
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env"
@@ -49,17 +49,13 @@ $(STAMP): pyproject.toml constraints.txt | prerequisites
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores)
 	@$(VENV)/bin/python -m fft.quickstart
 
-test: env lint  ## lint, then the unit, Spark and distributed tests
+test: env lint  ## lint, then the unit, Spark and distributed tests; the bundle's are the rehearsal of the device's
 	@failed=0; \
 	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(SINGLE) || failed=1; \
 	  echo "unit and Spark tests ran $$($(VENV)/bin/coverage report --format=total) % of the lines of fft and spark_jobs" \
 	    "(by file: $(VENV)/bin/coverage report)"; \
 	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
 	  exit $$failed
-
-test-gpu: env  ## the attention tests that need an NVIDIA GPU (80 GB)
-	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU: make test is for machines without one.")'
-	@$(VENV)/bin/python -m pytest tests/device
 
 lint: env  ## style (ruff), spelling (codespell), imports (import-linter), types (pyrefly), limits (test_house.py)
 	@$(VENV)/bin/ruff check --quiet .
@@ -88,7 +84,7 @@ dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit -
 # The machine that the bundle is for; what it has and the bundle need not carry.
 PYTHON_VERSION ?= 3.12
 PLATFORM ?= manylinux_2_28_x86_64
-EXTRAS ?= train
+EXTRAS ?= train device
 SYSTEM ?=
 
 bundle: env  ## dist/bundle/: what a machine with torch and no network installs (PYTHON_VERSION, PLATFORM, EXTRAS, SYSTEM)
@@ -97,3 +93,5 @@ bundle: env  ## dist/bundle/: what a machine with torch and no network installs 
 clean:  ## remove what was built and cached; keeps .venv and runs
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage spark-warehouse metastore_db derby.log
 	@find fft spark_jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include bundle/device.mk

@@ -2,8 +2,7 @@
 
     python -m benchmarks.attention plans              # any machine: balance, traffic and calls, simulated
     python -m benchmarks.attention wall --ranks 2     # CPU: ring, all-gather and one process, seconds
-    python -m benchmarks.attention emulate --ranks 8  # one GPU (or CPU): all ranks' kernels one after another
-    python -m benchmarks.attention backends           # one GPU (or CPU): all kernels that run here, and PyTorch's SDPA
+    python -m benchmarks.device --part attention ...  # a device: its kernels, and all ranks' one after another
 
 Peers: `contiguous` and `zigzag` cut the row (not its documents) and pass all keys and values around a ring;
 `all-gather` (Llama 3, arXiv:2407.21783) takes the zigzag and gathers all keys and values first; `ulysses` exchanges
@@ -11,7 +10,6 @@ tokens for heads.
 """
 
 import argparse
-import functools
 import subprocess
 import sys
 import time
@@ -21,10 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fft.errors import UserError
-from fft.ops.backends.choice import KERNELS, choose, kernel_name
+from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, Segments
-from fft.ops.ring import GroupExchange, Ring, ring_backward, ring_forward
+from fft.ops.ring import GroupExchange, Ring, ring_forward
 from fft.parallel.groups import own_group
 from fft.parallel.ring_plan import RankPlan, TokenShards, plan_rank, plan_shards, shards_of
 
@@ -191,104 +188,6 @@ def wall(options: argparse.Namespace) -> None:
         print(f"| {name}, {options.ranks} ranks | {float(spent):.3f} | {whole / float(spent):.2f} |")
 
 
-class Nobody:
-    """An exchange without others, for timing: what would arrive is zeros."""
-
-    rank = 0
-
-    def start(self, sends: list, receives: list) -> Callable[[], None]:
-        """Fill the buffers."""
-        for _, buffer in receives:
-            buffer.zero_()
-        return lambda: None
-
-
-def emulate(options: argparse.Namespace) -> None:
-    """All ranks' kernels, merges and copies on one device, one rank after another, against one call over the row."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    finish = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    q, k, v, dout = random_inputs(options, device)
-    backend, scale = choose(device, q.dtype, options.attention, options.size), options.size**-0.5
-    bounds = bounds_of(DOCUMENTS[options.documents], options.tokens)
-    segments, shards = Segments.within(Documents.of(bounds, device), scale), plan_shards(bounds, options.ranks)
-
-    def one_call() -> None:
-        out, lse = backend.forward(q, k, v, segments)
-        backend.backward(dout, q, k, v, out, lse, segments)
-
-    tensors = [
-        [x[torch.from_numpy(shards.tokens(r)).to(device)] for x in (q, k, v, dout)] for r in range(options.ranks)
-    ]
-    whole = best_of(one_call, options.repeats, finish)
-    rings = [Ring(plan_rank(shards, rank), Nobody(), backend, scale) for rank in range(options.ranks)]
-    parts = [
-        best_of(functools.partial(one_rank, ring, shard), options.repeats, finish)
-        for ring, shard in zip(rings, tensors, strict=True)
-    ]
-    flops = sum(shards.areas) * 4 * options.heads * options.size * 3.5  # backward: five products for forward's two
-    print(f"kernel {kernel_name(backend)}\n\n| scheme | seconds | TFLOP/s | of one call |\n| --- | --- | --- | --- |")
-    for name, spent in (("one call", whole), ("all ranks", sum(parts)), ("ranks x slowest", max(parts) * len(parts))):
-        print(f"| {name} | {spent:.4f} | {flops / spent / 1e12:.2f} | {whole / spent:.0%} |")
-
-
-def one_rank(ring: Ring, shard: list[torch.Tensor]) -> None:
-    """Forward and backward of a rank."""
-    q, k, v, dout = shard
-    out, lse = ring_forward(q, k, v, ring)
-    ring_backward(dout, q, k, v, out, lse, ring)
-
-
-def backends(options: argparse.Namespace) -> None:
-    """Forward and backward of every kernel that runs here, on rows of documents of equal length, beside SDPA."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    finish = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    scale = options.size**-0.5
-    print("| document | kernel | forward ms | backward ms | TFLOP/s |\n| --- | --- | --- | --- | --- |")
-    for length in options.lengths:
-        options.tokens = length * max(1, options.row // length)
-        q, k, v, dout = random_inputs(options, device)
-        bounds = tuple(range(0, options.tokens + 1, length))
-        segments = Segments.within(Documents.of(bounds, device), scale)
-        flops = sum(shards_of(bounds, [0]).areas) * 4 * options.heads * options.size * 3.5
-        timed: dict[str, tuple[Callable, Callable]] = {}
-        for name, kernel in KERNELS.items():
-            if not kernel.fits(device, q.dtype) or not kernel.is_installed():
-                continue
-            try:
-                backend = choose(device, q.dtype, name, options.size)
-            except UserError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                continue
-            out, lse = backend.forward(q, k, v, segments)
-            timed[name] = (
-                functools.partial(backend.forward, q, k, v, segments),
-                functools.partial(backend.backward, dout, q, k, v, out, lse, segments),
-            )
-        timed["PyTorch's SDPA"] = sdpa(q, k, v, dout, length, scale)
-        for name, (forward, backward) in timed.items():
-            spent = [best_of(work, options.repeats, finish) for work in (forward, backward)]
-            times = " | ".join(f"{1000 * x:.2f}" for x in spent)
-            print(
-                f"| {length:,} x {len(bounds) - 1} | {name} | {times} | {flops / sum(spent) / 1e12:.2f} |", flush=True
-            )
-
-
-def sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, length: int, scale: float
-) -> tuple[Callable, Callable]:
-    """Forward and backward of ``scaled_dot_product_attention`` on a batch of documents of one length."""
-    queries, keys, values, grad = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v, dout))
-    queries, keys, values = leaves = [x.detach().requires_grad_() for x in (queries, keys, values)]
-
-    def forward() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-
-    out = forward()
-    return forward, lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
-
-
 def main() -> None:
     """Parse the command line and run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -300,7 +199,7 @@ def main() -> None:
     table.add_argument("--launch_us", type=float, default=10, help="cost of a call besides its work")
     table.add_argument("--gbytes", type=float, default=50, help="a rank's link, GB/s (default: 400 Gb/s)")
     table.set_defaults(run=plans)
-    for name, run in (("wall", wall), ("wall-rank", wall_rank), ("emulate", emulate)):
+    for name, run in (("wall", wall), ("wall-rank", wall_rank)):
         command = commands.add_parser(name, help=run.__doc__)
         command.add_argument("--documents", choices=DOCUMENTS, default="log-normal, median 2k")
         command.add_argument("--tokens", type=int, default=1 << 14)
@@ -309,14 +208,7 @@ def main() -> None:
         command.add_argument("--size", type=int, default=64)
         command.add_argument("--ranks", type=int, default=2)
         command.add_argument("--repeats", type=int, default=3)
-        command.add_argument("--attention", choices=("auto", *KERNELS), default="auto", help="kernel to emulate with")
         command.set_defaults(run=run)
-    side = commands.add_parser("backends", help=backends.__doc__)
-    side.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768], help="tokens of a document")
-    side.add_argument("--row", type=int, default=32768, help="tokens of a row, if documents are shorter")
-    for name, default in (("heads", 8), ("kv", 2), ("size", 64), ("repeats", 3)):
-        side.add_argument(f"--{name}", type=int, default=default)
-    side.set_defaults(run=backends)
     options = parser.parse_args()
     options.run(options)
 

@@ -26,7 +26,7 @@ from fft.console import format_table, say
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("none", "thread", "process", "deepspeed", "dcp", "dcp-async")
-_NAMES = {
+NAMES = {
     "none": "fft, none",
     "thread": "fft, thread",
     "process": "fft, process",
@@ -44,13 +44,13 @@ def main() -> int:
     work, rows, synchronous = args.work.resolve(), [], None
     work.mkdir(parents=True, exist_ok=True)
     for method in METHODS:
-        say(f"{_NAMES[method]} ...")
+        say(f"{NAMES[method]} ...")
         command = [sys.executable, "-m", "benchmarks.checkpoint", "--method", method, "--work", work]
         cost = run_measured([*command, "--layers", args.layers], ROOT, os.environ, work / f"{method}.log")
         told = json.loads((work / f"{method}.json").read_text())
         synchronous = synchronous or told["blocked"]
         shares = told["blocked"] / synchronous, told["blocked"], told["whole"], told["load"]
-        rows.append([_NAMES[method], *shares, told["bytes"] / 2**20, told["held"] / 2**20, cost.peak_bytes / 2**20])
+        rows.append([NAMES[method], *shares, told["bytes"] / 2**20, told["held"] / 2**20, cost.peak_bytes / 2**20])
         shutil.rmtree(work / method)
     header = ("saver", "blocked / none", "blocked s", "whole s", "load s", "MB on disk", "held MB", "peak MB")
     print(f"{told['parameters'] / 1e6:.0f} M parameters, bf16, fp32 masters and moments; one process")

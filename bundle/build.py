@@ -1,7 +1,8 @@
 """``make bundle``: write what training needs beside Python and torch, for a machine without a network.
 
-Which packages these are is read from the metadata of what this environment has installed, with the target's markers;
-their versions are those of ``constraints.txt``. pip downloads their wheels; DeepSpeed, which has none, is built here.
+Which packages these are is read from the metadata of what this environment has installed, or else of their wheels, with
+the target's markers; their versions are those of ``constraints.txt``. pip downloads their wheels; DeepSpeed, which has
+none, is built here. Beside them lie the tests and benchmarks of a device, which need nothing else.
 """
 
 import email
@@ -32,6 +33,9 @@ INSTALLER = "pip==26.3"
 DEVICE = re.compile(r"torch|torch-npu|triton|flash-attn|vllm|(nvidia|cuda)-.+")
 #: What has no wheel on PyPI, and what makes it one without binaries.
 BUILT = {"deepspeed": {"DS_BUILD_OPS": "0"}}
+#: What else is carried, under which name.
+CARRIED = {"benchmarks": "benchmarks", "tests/device": "tests/device", "bundle/device.mk": "Makefile"}
+CARRIED |= {f"bundle/{name}": name for name in ("install.sh", "resolve.py")} | {"docs/metal.md": "README.md"}
 _BINARY = re.compile(r"\.(so|a|o|pyd|dll|dylib)(\.\d+)*$")
 _PLATFORM = re.compile(r"manylinux_2_(\d+)_(\w+)")
 #: Older names of manylinux_2_N.
@@ -113,19 +117,26 @@ def _applies(requirement: Requirement, extras: Iterable[str], environment: Mappi
     return marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in ("", *extras))
 
 
-def installed(pinned: Mapping[str, str]) -> Requires:
-    """What packages of this environment say they require, which must be the pinned versions."""
+def published(pinned: Mapping[str, str]) -> Requires:
+    """What packages say they require: this environment's, which must be the pinned versions, or else their wheels."""
 
     def requires(name: str) -> Iterable[str]:
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            raise UserError(f"{name} is not installed here, so its needs are unknown: run make env.") from None
+            return wheel_requires(f"{name}=={pinned[name]}")
         if name in pinned and package.version != pinned[name]:
             raise UserError(f"{name} {package.version} is installed, {pinned[name]} is pinned: run make env.")
         return package.requires or ()
 
     return requires
+
+
+def wheel_requires(package: str) -> Sequence[str]:
+    """The same of a package that is not installed. Raises :class:`UserError` if it has no wheel for any platform."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "--no-deps", "--only-binary=:all:", "--dest", folder, package)
+        return read_metadata(next(Path(folder).iterdir())).get_all("Requires-Dist", [])
 
 
 def read_metadata(wheel: Path) -> email.message.Message:
@@ -205,12 +216,21 @@ def write_bundle(output: Path, python: str, platform: str, extras: Sequence[str]
         (staging / "requirements.txt").write_text("".join(f"{n}=={v}\n" for n, v in requirements), encoding="utf-8")
         target = f"python={python}\nplatform={platform}\nextras={','.join(extras)}\n"
         (staging / "target").write_text(target, encoding="utf-8")
-        for name in ("install.sh", "resolve.py"):
-            shutil.copy(Path(__file__).with_name(name), staging)
+        for source, name in CARRIED.items():
+            copy(ROOT / source, staging / name)
         (staging / "SHA256SUMS").write_text(sums(staging), encoding="utf-8")
         replace_folder(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A file or a folder, without what running it left there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, target)
 
 
 def needs_of_ours(
@@ -221,7 +241,7 @@ def needs_of_ours(
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: pyproject.toml has no such extra.")
     pinned = pins(ROOT / "constraints.txt")
-    others = installed(pinned)
+    others = published(pinned)
 
     def requires(name: str) -> Iterable[str]:
         return ours.get_all("Requires-Dist", []) if name == OURS else others(name)
@@ -235,7 +255,9 @@ def build_parser() -> Parser:
     parser.add_argument("--output", type=Path, default=ROOT / "dist" / "bundle", metavar="DIR", help="(%(default)s)")
     parser.add_argument("--python_version", default="3.12", metavar="X.Y", help="the target's Python (%(default)s)")
     parser.add_argument("--platform", default="manylinux_2_28_x86_64", metavar="TAG", help="the target's (%(default)s)")
-    parser.add_argument("--extras", nargs="*", default=["train"], metavar="NAME", help="of pyproject.toml (train)")
+    parser.add_argument(
+        "--extras", nargs="*", default=["train", "device"], metavar="NAME", help="of pyproject.toml (train device)"
+    )
     parser.add_argument(
         "--system", nargs="*", default=[], metavar="NAME", help="packages that the target has: left out"
     )

@@ -1,8 +1,9 @@
-"""The bundle, built here for this Python, installs without an index beside a torch and trains."""
+"""The bundle, built here for this Python, installs without an index beside a torch, trains, and rehearses all it has."""
 
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import venv
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 #: An index that answers nobody, for whoever asks one.
 NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+#: That of torch 2.11, the oldest that we take.
+TRITON = "triton==3.6.0"
 STRIPPED = ("PYTHONPATH", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "VIRTUAL_ENV")
 
 
@@ -33,13 +36,17 @@ def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "with a space"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     target = ("--python_version", python, "--platform", f"manylinux_2_28_{platform.machine()}")
-    subprocess.run([sys.executable, ROOT / "bundle" / "build.py", "--output", folder, *target], check=True)
+    extras = ("--extras", "train", "device", "liger")
+    subprocess.run([sys.executable, ROOT / "bundle" / "build.py", "--output", folder, *target, *extras], check=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory) -> Path:
-    """The Python of a machine that has torch and what torch needs, and nothing else: links to this environment's."""
+    """The Python of a machine that has torch and what torch needs, and nothing else: links to this environment's.
+
+    A torch for GPUs has Triton with it, this one has not.
+    """
     folder = tmp_path_factory.mktemp("system")
     venv.EnvBuilder(symlinks=True).create(folder)
     packages = site_packages(folder)
@@ -48,6 +55,8 @@ def system(tmp_path_factory) -> Path:
             source = Path(metadata.distribution(name).locate_file(path))
             if source.exists() and not (packages / path).exists():
                 (packages / path).symlink_to(source)
+    install = ("-m", "pip", "--quiet", "install", "--no-deps", "--target", packages, TRITON)
+    subprocess.run([sys.executable, *install], check=True)
     return folder / "bin" / "python"
 
 
@@ -110,3 +119,22 @@ def test_what_is_installed_trains(installed, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps if "loss" in each] == [1, 2]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_all_that_a_device_must_prove_is_rehearsed(bundle, installed, tmp_path):
+    """Where the bundle lies, from the bundle alone: its tests and benchmarks, with the environment that it made."""
+    place = tmp_path / "carried"
+    shutil.copytree(bundle, place, ignore=shutil.ignore_patterns("wheels"))
+    (place / "fft-venv").symlink_to(installed)
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1"}
+    done = run("make", "rehearse", cwd=place, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    report = json.loads((place / "rehearsal-report.json").read_text())
+    groups = {group["name"]: group for group in report["groups"]}
+    assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "device").glob("test_*.py")} == groups.keys()
+    assert {group["end"] for group in groups.values()} == {"passed"}
+    compiled = [test for test in groups["triton"]["tests"] if test["outcome"] == "passed"]
+    assert len(compiled) == 9
+    parts = json.loads((place / "rehearsal-bench.json").read_text())["parts"]
+    assert all("rows" in case for cases in parts.values() for case in cases.values()), parts
+    assert all(parts.values())

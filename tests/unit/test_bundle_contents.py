@@ -108,7 +108,7 @@ def test_all_that_training_needs_is_pinned():
     pins = build.pins(ROOT / "constraints.txt")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needs = {"ours": project["dependencies"] + project["optional-dependencies"]["train"]}
-    installed = build.installed(pins)
+    installed = build.published(pins)
     found = build.closure(
         Requirement("ours"), lambda name: needs[name] if name == "ours" else installed(name), pins, TARGET, ()
     )
