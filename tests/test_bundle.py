@@ -1,4 +1,4 @@
-"""The bundle, built here for this Python, installs without an index beside a torch, trains, and rehearses all it has."""
+"""The bundle, built for this Python, installs without an index beside a torch, trains, and rehearses all it has."""
 
 import json
 import os
