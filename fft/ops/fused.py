@@ -27,7 +27,7 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"}
 
 @dataclass(frozen=True)
 class FusedOps:
-    """Differentiable operators; shapes as in transformers.
+    """Differentiable operators, which leave their inputs as they are; shapes as in transformers.
 
     ``rms_norm(x, weight, epsilon)``: the last dimension of ``x``, weighted after it was rounded to its dtype.
     ``rotary(q, k, cos, sin)``: q, k [1, heads, tokens, head size]; cos, sin [1, tokens, head size].
@@ -53,7 +53,12 @@ def liger_ops() -> FusedOps:
     """Liger's. Its norm would keep memory down by writing over gradients that others may still need: not here."""
     from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
 
-    return FusedOps("liger", partial(liger_rms_norm, in_place=False), liger_rope, liger_swiglu)
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # It turns q and k where they are, unseen by autograd. Selective recomputation keeps these very products, and
+        # would turn them again.
+        return liger_rope(q.clone(), k.clone(), cos, sin)
+
+    return FusedOps("liger", partial(liger_rms_norm, in_place=False), rotary, liger_swiglu)
 
 
 def npu_ops() -> FusedOps:
