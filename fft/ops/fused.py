@@ -27,7 +27,7 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"}
 
 @dataclass(frozen=True)
 class FusedOps:
-    """Differentiable operators, which leave their inputs as they are; shapes as in transformers.
+    """Differentiable operators, whose forward leaves its inputs as they are; shapes as in transformers.
 
     ``rms_norm(x, weight, epsilon)``: the last dimension of ``x``, weighted after it was rounded to its dtype.
     ``rotary(q, k, cos, sin)``: q, k [1, heads, tokens, head size]; cos, sin [1, tokens, head size].
