@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.step import ROOT, make_engine, make_layout, peak_memory
+from benchmarks.engines import Workload, llama, with_engine
+from benchmarks.step import ROOT, peak_memory
 from fft.console import format_table, say
+from fft.training.engine import StageEngine
 
 #: Sizes by which weights and activations both matter; micro-batches of 1,024 tokens.
 _SIZES = {"tokens": 1024, "hidden": 512, "layers": 8, "vocabulary": 16384, "micro_batches": 2}
@@ -37,7 +40,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        told = measure(*json.loads(args.rank_of))
+        told = measure(_workload(*json.loads(args.rank_of)))
         (args.into / os.environ["RANK"]).write_text(json.dumps(told))
         return 0
     rows = []
@@ -54,28 +57,35 @@ def main() -> int:
     return 0
 
 
-def measure(pipe: int, dtype: str, interval: int) -> dict:
-    """Bytes of this rank, predicted by kind and measured, after two steps."""
+def measure(workload: Workload) -> dict:
+    """Bytes of this rank, predicted by kind and measured, in two steps. Collective."""
     import deepspeed
     import psutil
 
-    import fft.training.engine
-
-    flags = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
-    sizes = argparse.Namespace(**_SIZES)
-    fft.training.engine.init_distributed()
-    layout = make_layout(sizes, *flags)[2]
-    accelerator, host = deepspeed.get_accelerator(), fft.training.engine.on_host()
+    layout = workload.plan()[2]
+    accelerator, host = deepspeed.get_accelerator(), deepspeed.get_accelerator().device_name() == "cpu"
     before = psutil.Process().memory_info() if host else accelerator.memory_allocated()
-    step, engine = make_engine(sizes, *flags)
-    for _ in range(2):
-        step()
-    memory = layout.memory[engine.role.stage]
     if host:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the largest size so far
+    else:
+        accelerator.reset_peak_memory_stats()
+
+    def peak(step: Callable[[], float], engine: StageEngine) -> tuple[int, int]:
+        for _ in range(2):
+            step()
         # Pages of libraries and of the communication library's shared buffers, which only come, are not the model's.
-        shared = psutil.Process().memory_info().shared - before.shared
-        before = before.rss + shared
-    return {**vars(memory), "total": memory.total, "peak": peak_memory() - before}
+        base = before.rss + psutil.Process().memory_info().shared - before.shared if host else before
+        return engine.role.stage, peak_memory() - base
+
+    stage, most = with_engine(workload, peak)
+    memory = layout.memory[stage]
+    return {**vars(memory), "total": memory.total, "peak": most}
+
+
+def _workload(pipe: int, dtype: str, interval: int) -> Workload:
+    flags = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
+    config = llama(_SIZES["hidden"], _SIZES["layers"], _SIZES["vocabulary"])
+    return Workload(config, _SIZES["tokens"], _SIZES["micro_batches"], flags=flags)
 
 
 def _launch(configuration: tuple[int, str, int]) -> list[dict]:

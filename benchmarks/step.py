@@ -27,6 +27,7 @@ from fft.console import format_table, say
 from fft.planning.partition import pipeline_bubble
 
 if TYPE_CHECKING:
+    from benchmarks.engines import Workload
     from fft.parallel.mesh import MeshSizes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +164,7 @@ def bubble_of(args: argparse.Namespace) -> dict:
     bounds = ",".join(map(str, _layers_of(stages)))
     if args.way == "DualPipeV":
         fft.training.engine.StagedModel = _dual_pipe(_layers_of(2 * stages))
-    step, engine = make_engine(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds)
+    step, engine = _workload(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds).build()
     for layer in engine.deepspeed.module.modules():
         if type(layer).__name__ == "DecoderLayer":
             layer.register_forward_pre_hook(lambda *_: time.sleep(_SLEEP))
@@ -206,45 +207,15 @@ def _dual_pipe(sizes: list[int]) -> type:
     return DualPipe
 
 
-def _step(args: argparse.Namespace, way: tuple[str, ...] | bool) -> Callable[[], None]:
-    return _plain(args, way) if isinstance(way, bool) else make_engine(args, *way)[0]
+def _step(args: argparse.Namespace, way: tuple[str, ...] | bool) -> Callable[[], object]:
+    return _plain(args, way) if isinstance(way, bool) else _workload(args, *way).build()[0]
 
 
-def make_layout(args: argparse.Namespace, *flags: str) -> tuple:
-    """Arguments, model and layout for sizes as on the command line and further flags."""
-    from fft.arguments import parse_arguments
-    from fft.models.spec import DTYPES, ModelSpec
-    from fft.parallel.mesh import mesh_sizes
-    from fft.planning.layout import plan_layout
-    from fft.training.engine import on_host
+def _workload(args: argparse.Namespace, *flags: str) -> "Workload":
+    from benchmarks.engines import Workload, llama
 
-    fixed = ("--init", "--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
-    sizes = f"--seq_len={args.tokens}", f"--gradient_accumulation_steps={args.micro_batches}"
-    parsed = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *flags])
-    spec = ModelSpec(_config(args), DTYPES[parsed.dtype], selective=parsed.checkpoint_grad_selective)
-    mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), parsed.pipe_parallel_size, 1, 1)
-    return parsed, spec, plan_layout(parsed, spec, mesh, on_host())
-
-
-def make_engine(args: argparse.Namespace, *flags: str) -> tuple[Callable[[], None], object]:
-    """A step on random tokens, and the engine that takes it; see :func:`make_layout`."""
-    import deepspeed
-    import torch
-
-    from fft.models.causal_lm import StageBuilder
-    from fft.training.engine import build_engine
-
-    parsed, spec, layout = make_layout(args, *flags)
-    engine = build_engine(parsed, StageBuilder(spec), layout.mesh, layout.bounds, 1)
-    engine.loss.scale = 1 / args.tokens
-    bounds = torch.tensor([0] + [args.tokens] * args.tokens, dtype=torch.int32)
-    batches = [((ids[None].int(), bounds), ids.roll(-1)) for ids in _ids(args)]
-
-    def step() -> None:
-        engine.deepspeed.train_batch(iter(batches))
-        deepspeed.get_accelerator().synchronize()
-
-    return step, engine
+    config = llama(args.hidden, args.layers, args.vocabulary)
+    return Workload(config, args.tokens, args.micro_batches, flags=flags)
 
 
 def _plain(args: argparse.Namespace, fused: bool) -> Callable[[], None]:
@@ -253,10 +224,13 @@ def _plain(args: argparse.Namespace, fused: bool) -> Callable[[], None]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    workload = _workload(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_config(_config(args), dtype=torch.float32, attn_implementation="sdpa").to(device)
+    model = AutoModelForCausalLM.from_config(workload.config, dtype=torch.float32, attn_implementation="sdpa").to(
+        device
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
-    batches = _ids(args).to(device)
+    batches = [torch.from_numpy(batch.input_ids[0]).long().to(device) for batch in workload.batches()]
     precision = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
     def step() -> None:
@@ -271,22 +245,6 @@ def _plain(args: argparse.Namespace, fused: bool) -> Callable[[], None]:
         loss.item()
 
     return step
-
-
-def _ids(args: argparse.Namespace) -> "object":
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(args.vocabulary, (args.micro_batches, args.tokens), generator=generator)
-
-
-def _config(args: argparse.Namespace) -> object:
-    from transformers import AutoConfig
-
-    heads = max(1, args.hidden // 64)
-    shape = {"hidden_size": args.hidden, "intermediate_size": 3 * args.hidden, "num_hidden_layers": args.layers}
-    names = {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": args.vocabulary}
-    return AutoConfig.for_model("llama", **shape, **names, max_position_embeddings=1 << 20)
 
 
 def peak_memory() -> int:

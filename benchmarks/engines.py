@@ -1,0 +1,139 @@
+"""The product's own engine on random tokens, built as a run builds it: what benchmarks of a step share."""
+
+import contextlib
+import gc
+import io
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, PretrainedConfig
+
+from fft.arguments import TrainArguments, parse_arguments
+from fft.data.batches import MicroBatch
+from fft.models.causal_lm import StageBuilder
+from fft.models.spec import ModelSpec
+from fft.parallel.mesh import mesh_sizes
+from fft.planning.layout import Layout, plan_layout
+from fft.training.engine import StageEngine, build_engine, init_distributed, model_spec, on_host
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and what a rank takes of it in a step: micro-batches of ``samples`` rows of ``seq_len`` tokens.
+
+    Rows are documents of ``document`` tokens (None: each is one). ``flags`` are further flags of the trainer. With
+    ``noise`` weights are made at the cost of a copy, for models that would take minutes to draw.
+    """
+
+    config: PretrainedConfig
+    seq_len: int
+    micro_batches: int
+    samples: int = 1
+    document: int | None = None
+    flags: tuple[str, ...] = ()
+    noise: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.samples * self.seq_len
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where the documents of a micro-batch begin and end."""
+        starts = [row + at for row in range(0, self.tokens, self.seq_len) for at in self._starts()]
+        return [*starts, self.tokens]
+
+    def _starts(self) -> range:
+        return range(0, self.seq_len, self.document or self.seq_len)
+
+    def plan(self) -> tuple[TrainArguments, ModelSpec, Layout]:
+        """Arguments, model and layout of this world. Collective the first time: ranks are joined."""
+        if not dist.is_initialized():
+            init_distributed()
+        fixed = ("--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
+        sizes = (
+            f"--seq_len={self.seq_len}",
+            f"--gradient_accumulation_steps={self.micro_batches}",
+            f"--per_device_train_batch_size={self.samples}",
+        )
+        args = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *self.flags])
+        spec = model_spec(args, self.config)
+        mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), args.pipe_parallel_size, 1, 1)
+        return args, spec, plan_layout(args, spec, mesh, on_host())
+
+    def build(self) -> tuple[Callable[[], float], StageEngine]:
+        """A step on random tokens, which returns its loss once the device is done, and the engine that takes it."""
+        args, spec, layout = self.plan()
+        builder = StageBuilder(spec, weights=Noise() if self.noise else None)
+        engine = build_engine(args, builder, layout.mesh, layout.bounds, 1)
+        batches = self.batches()
+
+        def step() -> float:
+            loss = engine.step(batches)
+            torch.get_device_module(engine.device).synchronize()
+            return loss
+
+        return step, engine
+
+    def batches(self) -> list[MicroBatch]:
+        """A step's micro-batches, of which every token is trained."""
+        ids = np.random.default_rng(0).integers(self.config.vocab_size, size=(self.micro_batches, self.tokens))
+        bounds = np.full(self.tokens + 1, self.tokens, np.int32)
+        bounds[: len(self.bounds)] = self.bounds
+        return [MicroBatch(row[None].astype(np.int32), np.roll(row, -1), bounds, self.tokens) for row in ids]
+
+
+def with_engine(workload: Workload, use: Callable[[Callable[[], float], StageEngine], T]) -> T:
+    """What ``use`` makes of the step and the engine of :meth:`Workload.build`, whose memory the device then has back.
+
+    Where it raises, the memory comes back with :func:`release`, once nobody holds the exception any more.
+    """
+    step, engine = workload.build()
+    device = engine.device
+    try:
+        return use(step, engine)
+    finally:
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells what it removed
+            engine.deepspeed.destroy()
+        # Its last outputs have hooks that hold it, a circle by way of C++, which Python's collector does not see.
+        vars(engine.deepspeed).clear()
+        del step, engine
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back to the device what nobody refers to."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+class Noise:
+    """Stands for files of weights: every matrix is a stretch of the same random numbers, every vector is ones."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+
+    def read(self, _: str, shape: tuple[int, ...], __: object = None) -> torch.Tensor:
+        """Values for a parameter of ``shape``."""
+        if len(shape) < 2:
+            return torch.ones(shape)
+        count = math.prod(shape)
+        return self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(shape)
+
+
+def llama(hidden: int, layers: int, vocabulary: int) -> PretrainedConfig:
+    """A Llama of any size with heads of 64 that share no keys."""
+    heads = max(1, hidden // 64)
+    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    names = {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": vocabulary}
+    return AutoConfig.for_model("llama", **shape, **names, max_position_embeddings=1 << 20)
