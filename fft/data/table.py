@@ -3,7 +3,8 @@
 import hashlib
 import os
 import posixpath
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -14,29 +15,14 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from fft.data.delta import read_snapshot, split_name
+from fft.data.footer import Footer, RowGroup
+from fft.data.known import LISTS, MASK, unread_columns
 from fft.data.manifest import MANIFEST_NAME, UNFINISHED, WRITING_NAME, Manifest, in_order, is_hidden, manifest_of
 from fft.data.storage import Listing, Storage
 from fft.errors import UserError, one_line
 
-#: Columns the trainer reads, where a table has them; all are lists of integers.
-_READ = ("input_ids", "labels", "cu_seqlens")
-
 #: The label of tokens that are not trained on.
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Where a row group lies and how large it is: rows, tokens, and bytes of the compressed ids, as its footer says."""
-
-    path: str
-    index: int
-    rows: int
-    tokens: int
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.path}, row group {self.index}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,8 @@ class Rows:
 class Table:
     """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one.
 
-    ``columns`` are those that every file has; paths of row groups are those of ``filesystem``.
+    ``columns`` are those that every file has; ``unread`` are those of which nothing is read, and how many files have
+    them. Paths of row groups are those of ``filesystem``.
     """
 
     path: str
@@ -80,6 +67,7 @@ class Table:
     manifest: Manifest | None
     version: int | None
     filesystem: FileSystem
+    unread: Mapping[str, int]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Table":
@@ -105,10 +93,13 @@ class Table:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
         groups: list[RowGroup] = []
         columns: frozenset[str] | None = None
+        unread: Counter[str] = Counter()
         for file in files:
-            metadata, found = _footer(file, storage.filesystem)
+            footer = Footer.read(file, storage.filesystem)
+            found = frozenset(footer.schema.names)
+            unread.update(unread_columns(footer.schema.names))
             columns = found if columns is None else columns
-            for column in _READ:
+            for column in LISTS:
                 if (column in columns) != (column in found):
                     have, lack = (file, files[0]) if column in found else (files[0], file)
                     raise UserError(
@@ -116,11 +107,11 @@ class Table:
                         "their own."
                     )
             columns &= found
-            groups.extend(_row_groups(file, metadata, range(metadata.num_row_groups)))
+            groups.extend(footer.row_groups())
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
-        return cls(root, tuple(groups), columns or frozenset(), manifest, version, storage.filesystem)
+        return cls(root, tuple(groups), columns or frozenset(), manifest, version, storage.filesystem, unread)
 
     @property
     def source(self) -> str:
@@ -143,6 +134,23 @@ class Table:
         """Tokens in all files."""
         return sum(g.tokens for g in self.row_groups)
 
+    def check_trainable(self) -> None:
+        """Raise :class:`UserError` where footers and manifest say that rows are padded, or hold nothing to learn."""
+        padded = next((group for group in self.row_groups if group.padded), None)
+        if padded is not None:
+            raise _padding_error(str(padded))
+        if not any(group.trained for group in self.row_groups):
+            raise UserError(
+                f"{self.path}: nothing is trained on, since all labels are {IGNORE}: give documents with labels of "
+                "0 or more, or drop the column."
+            )
+        lengths = self.manifest.lineage.get("counts", {}).get("lengths") if self.manifest else None
+        if set(lengths) == {"1"} if lengths else self.tokens == self.rows and "cu_seqlens" not in self.columns:
+            raise UserError(
+                f"{self.path}: nothing is trained on, since every document is one token, which predicts nothing: give "
+                "longer ones."
+            )
+
     def read(self, group: int, vocab_size: int | None = None, ids: bool = True, labels: bool = True) -> Rows:
         """Decode and check one row group: :meth:`load`, then :meth:`check`."""
         return self.check(group, self.load(group, ids, labels), vocab_size)
@@ -156,12 +164,13 @@ class Table:
         where = self.row_groups[group]
         labels = labels and "labels" in self.columns
         unused = {"input_ids": labels and not ids, "labels": not labels}
-        wanted = [c for c in _READ if c in self.columns and not unused.get(c)]
+        wanted = [c for c in LISTS if c in self.columns and not unused.get(c)]
+        wanted += [MASK] if where.padded is not False else []
         try:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
             options = {"pre_buffer": False, "buffer_size": 1 << 20, "filesystem": self.filesystem}
             with pq.ParquetFile(where.path, **options) as file:
-                same = where in _row_groups(where.path, file.metadata, [where.index])
+                same = [where] == Footer(where.path, file.metadata).row_groups([where.index])
                 loaded = file.read_row_group(where.index, columns=wanted, use_threads=False) if same else None
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{where} cannot be read ({one_line(error)}): write the table again.") from error
@@ -173,7 +182,7 @@ class Table:
         """A decoded row group as arrays. Raises :class:`UserError` naming file and row group when it is not valid."""
         where = self.row_groups[group]
         name = str(where)
-        lists = {column: _lists(loaded, column, name) for column in _READ if column in loaded.column_names}
+        lists = {column: _lists(loaded, column, name) for column in LISTS if column in loaded.column_names}
         values, offsets = next(iter(lists.values()))
         if len(values) < where.tokens:
             raise UserError(
@@ -185,6 +194,8 @@ class Table:
         if vocab_size is not None:
             _check_ids(input_ids, vocab_size, f"{name} holds token id")
         lengths = np.diff(offsets)
+        if MASK in loaded.column_names:
+            _check_mask(loaded.select([MASK]), lengths, name)
         packed_to = self.manifest and self.manifest.seq_len
         if packed_to and lengths.max(initial=0) > packed_to:
             raise UserError(
@@ -200,41 +211,20 @@ class Table:
         return Rows(input_ids, offsets, targets, *ends)
 
 
-def _footer(file: str, filesystem: FileSystem) -> tuple[pq.FileMetaData, frozenset[str]]:
-    try:
-        metadata = pq.read_metadata(file, filesystem=filesystem)
-    except (pa.ArrowException, OSError) as error:
-        said = one_line(error)
-        raise UserError(f"{file} is no readable parquet file ({said}): write it again or remove it.") from error
-    schema = metadata.schema.to_arrow_schema()
-    if "input_ids" not in schema.names:
-        raise UserError(
-            f"{file} has no column input_ids (it has {', '.join(sorted(schema.names))}): "
-            "make a token table with spark_jobs/tokenize.py first."
-        )
-    for column in (c for c in _READ if c in schema.names):
-        kind = schema.field(column).type
-        if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
-            remedy = "write the table again" if column == "input_ids" else "drop or rename it"
-            raise UserError(f"{file}: column {column} is {kind}, it must be a list of integers: {remedy}.")
-    return metadata, frozenset(schema.names)
+def _check_mask(mask: pa.Table, lengths: np.ndarray, name: str) -> None:
+    """An attention mask of which the footer did not say that it is all ones, and as long as the ids."""
+    values, offsets = _lists(mask.cast(pa.schema([(MASK, pa.list_(pa.int64()))])), MASK, name)
+    if not np.array_equal(np.diff(offsets), lengths):
+        raise UserError(f"{name}: {MASK} and input_ids differ in length: write the table again.")
+    if (values != 1).any():
+        raise _padding_error(name)
 
 
-def _row_groups(file: str, metadata: pq.FileMetaData, indices: Iterable[int]) -> list[RowGroup]:
-    """Those of the row groups that are there."""
-    # A list of integers has one leaf, whatever the writer calls it: input_ids.list.element, input_ids.array, ...
-    leaf = next((i for i in range(metadata.num_columns) if _root(metadata, i) == "input_ids"), None)
-    groups = []
-    for index in indices:
-        if leaf is not None and index < metadata.num_row_groups:
-            group = metadata.row_group(index)
-            ids = group.column(leaf)
-            groups.append(RowGroup(file, index, group.num_rows, ids.num_values, ids.total_compressed_size))
-    return groups
-
-
-def _root(metadata: pq.FileMetaData, leaf: int) -> str:
-    return metadata.schema.column(leaf).path.partition(".")[0]
+def _padding_error(where: str) -> UserError:
+    return UserError(
+        f"{where}: {MASK} says that some tokens are padding: write the table again with spark_jobs/repartition.py, "
+        "which leaves them out."
+    )
 
 
 def _check_against_manifest(storage: Storage, listing: Listing, manifest: Manifest) -> None:

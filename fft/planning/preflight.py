@@ -205,6 +205,7 @@ def _open(
             )
         path = str(_tokenized(flag, Path(path), args, config, tokenizer))
     table = Table.open(path)
+    table.check_trainable()
     made_by = table.manifest.tokenizer if table.manifest else None
     if made_by is not None:
         _check_vocabulary(f"--{flag} {path}", made_by, config)

@@ -178,6 +178,7 @@ class StageEngine:
         self.deepspeed, self.loss = engine, loss
         self.role, self.device = role, engine.device
         self._balance = builder.balance
+        self._trained = 0
         #: Of the stage's layers, under their Hugging Face names.
         self.parameters = canonical_parameters(engine.module)
         self.optimizer = optimizer_state.StageOptimizer(
@@ -196,11 +197,17 @@ class StageEngine:
         if self.role.last:
             trained = torch.tensor(sum(b.trained for b in batches), dtype=torch.int64, device=self.device)
             dist.all_reduce(trained, group=engine.grid.get_data_parallel_group())
-            axis = engine.grid.get_data_parallel_world_size()
-            self.loss.scale = axis * engine.micro_batches / max(1, int(trained))
+            axis, self._trained = engine.grid.get_data_parallel_world_size(), int(trained)
+            self.loss.scale = axis * engine.micro_batches / max(1, self._trained)
         if self._balance is not None:
             self._balance.start(engine.micro_batches, self._loss_scale)
         return float(engine.train_batch(map(_to_torch, batches)))
+
+    def trained_nothing(self) -> bool:
+        """Whether the last step had no token to train on, which the last stage knows. Collective."""
+        trained = torch.tensor(self._trained, dtype=torch.int64, device=self.device)
+        dist.all_reduce(trained, dist.ReduceOp.MAX)
+        return not int(trained)
 
     def sum_losses(self, batches: Iterable[MicroBatch], micro_batches: int) -> float:
         """Sum of the token losses of so many micro-batches, on ranks of the last stage. Collective."""

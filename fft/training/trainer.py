@@ -80,7 +80,9 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
     """Tell what is going to be done, once kernels were found to compute what they should."""
     lines = [describe(args, plan.config.model_type, layout)]
     if plan.train is not None:
-        lines += [f"{t.source}: {t.rows:,} rows, {t.tokens:,} tokens" for t in plan.train.tables]
+        for table in plan.train.tables:
+            lines.append(f"{table.source}: {table.rows:,} rows, {table.tokens:,} tokens")
+            lines += [f"not read of it: {', '.join(table.unread)}"] if table.unread else []
         tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
         lines.append(f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens")
     _log("\n".join(lines))
@@ -189,12 +191,21 @@ class Trainer:
         loss = engine.step(batches)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
+        if loss == 0 and engine.trained_nothing():
+            self._say_untrained(step)
         values = {"loss": loss, "lr": rate, "grad_norm": engine.grad_norm}
         values |= mean_balance(self.builder.balance, engine.device) | engine.scaling
         if step % self.args.logging_steps == 0 or step == total:
             self.metrics.show(step, values, watch.lap(step, total))
         else:
             self.metrics.record(step, **values)
+
+    def _say_untrained(self, step: int) -> None:
+        """A step without a token to train on ends a run that has not trained on any, and is told in all others."""
+        where = f"step {step}: none of its tokens is trained on (labels are -100, or documents of one token)"
+        if step == 1:
+            raise UserError(f"{where}: look at --train_data, or raise --gradient_accumulation_steps.")
+        _log(f"warning: {where}")
 
     def _look_and_save(self, step: int, asked: bool) -> bool:
         """Evaluate and save where it is time to; returns whether to stop, because some rank was asked to."""
