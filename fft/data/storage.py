@@ -7,6 +7,7 @@ tables are read by ``deltalake``, which looks into the environment, too.
 
 import os
 import posixpath
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
+from fft.data.manifest import is_hidden
 from fft.errors import UserError, one_line
 
 
@@ -22,11 +24,14 @@ from fft.errors import UserError, one_line
 class Listing:
     """What lay below a folder, by names relative to it: bytes of the files, and the folders.
 
-    Of a single file: its bytes, under the name ``""``.
+    Of a single file: its bytes, under the name ``""``. ``repeated`` are links to files and folders that have other
+    names here, or lie above; ``dead`` are neither files nor folders: links to nothing, sockets.
     """
 
     sizes: Mapping[str, int]
     folders: frozenset[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Storage:
         if not is_url(name):
             return cls(str(Path(name)), str(Path(name).absolute()), fs.LocalFileSystem())
         url = str(name).rstrip("/")
-        with _reaching(url):
+        with reaching(url):
             filesystem, root = fs.FileSystem.from_uri(url)
         return cls(url, root.rstrip("/"), filesystem)
 
@@ -56,18 +61,18 @@ class Storage:
         return posixpath.join(self.name, name) if name else self.name
 
     def list(self) -> Listing:
-        """All files at whatever depth, in one go. Links to files are followed, links to folders are not.
+        """All files at whatever depth, in one go. Links are followed, those to folders once.
 
         Raises :class:`UserError` when there is nothing of this name, or it cannot be listed.
         """
-        with _reaching(self.name):
+        with reaching(self.name):
             here = self.filesystem.get_file_info(self.root)
             if here.type == fs.FileType.NotFound:
                 raise UserError(f"{self.name} does not exist: give a folder of parquet files that Spark wrote.")
             if here.type == fs.FileType.File:
                 return Listing({"": here.size})
             if isinstance(self.filesystem, fs.LocalFileSystem):
-                return _local_listing(self.root)
+                return _Walk(self.root).listing()
             found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
         names = [(info.path.removeprefix(self.root).lstrip("/"), info) for info in found]
         sizes = {name: info.size for name, info in names if info.type == fs.FileType.File}
@@ -78,12 +83,12 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name now. Raises :class:`UserError` when that cannot be told."""
-        with _reaching(self.name):
+        with reaching(self.name):
             return self.filesystem.get_file_info(self.path(name)).type == fs.FileType.File
 
     def read(self, name: str) -> bytes:
         """The content of a small file of this name. Raises :class:`UserError` when it cannot be read."""
-        with _reaching(self.name), self.filesystem.open_input_stream(self.path(name)) as stream:
+        with reaching(self.name), self.filesystem.open_input_stream(self.path(name)) as stream:
             return stream.read()
 
 
@@ -93,7 +98,8 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def _reaching(name: str) -> Iterator[None]:
+def reaching(name: str) -> Iterator[None]:
+    """Around what asks a file system for ``name``. Raises :class:`UserError` where it does not answer."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -102,16 +108,67 @@ def _reaching(name: str) -> Iterator[None]:
         ) from error
 
 
-def _local_listing(root: str) -> Listing:
-    """As pyarrow would give it, which follows links to folders, round and round where they make a circle."""
-    sizes: dict[str, int] = {}
-    folders: list[str] = [""]
-    for folder in folders:  # grows while it is read
-        with os.scandir(posixpath.join(root, folder)) as entries:
-            for entry in entries:
+class _Walk:
+    """All below a local folder, links too. (pyarrow follows those to folders round and round where they make a circle.)
+
+    What a link leads to is listed under its name, but for a folder that is listed already. First comes all that can be
+    reached without links, so that names do not depend on the order in which a file system gives them.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root, self._real_root = root, os.path.realpath(root)
+        self._folders, self._links = deque([("", self._real_root)]), deque[str]()
+        #: Names of folders, and of files that links led to, by their real paths.
+        self._names: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.repeated: set[str] = set()
+        self.dead: set[str] = set()
+        while self._folders or self._links:
+            if self._folders:
+                self._look_into(*self._folders.popleft())
+            else:
+                self._follow(self._links.popleft())
+
+    def listing(self) -> Listing:
+        """All that was found."""
+        folders = {name for real, name in self._names.items() if name not in self.sizes}
+        return Listing(self.sizes, frozenset(folders - {""}), frozenset(self.repeated), frozenset(self.dead))
+
+    def _look_into(self, folder: str, real: str) -> None:
+        if self._is_listed(real, folder):
+            self.repeated.add(folder)
+            return
+        self._names[real] = folder
+        with os.scandir(posixpath.join(self._root, folder)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 name = posixpath.join(folder, entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(name)
+                if entry.is_symlink():
+                    self._links.append(name)
+                elif entry.is_dir():
+                    self._folders.append((name, posixpath.join(real, entry.name)))
                 elif entry.is_file():
-                    sizes[name] = entry.stat().st_size
-    return Listing(sizes, frozenset(folders[1:]))
+                    self.sizes[name] = entry.stat().st_size
+                else:
+                    self.dead.add(name)
+
+    def _follow(self, link: str) -> None:
+        real = os.path.realpath(posixpath.join(self._root, link))
+        if os.path.isdir(real):
+            above = f"{self._real_root}/".startswith(f"{real.rstrip('/')}/")
+            self.repeated.add(link) if above else self._folders.append((link, real))
+        elif os.path.isfile(real):
+            self.sizes[link] = os.path.getsize(real)
+            folder = self._names.get(posixpath.dirname(real))
+            if folder is not None:  # the file itself lies here
+                self._names.setdefault(real, posixpath.join(folder, posixpath.basename(real)))
+            if self._is_listed(real, link):
+                self.repeated.add(link)
+            else:
+                self._names[real] = link
+        else:
+            self.dead.add(link)
+
+    def _is_listed(self, real: str, name: str) -> bool:
+        """Under another name; one that is passed over does not count for one that is not."""
+        other = self._names.get(real)
+        return other is not None and (not is_hidden(PurePosixPath(other)) or is_hidden(PurePosixPath(name)))

@@ -17,6 +17,7 @@ from pyarrow.fs import FileSystem
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
 from fft.data.known import LISTS, MASK, unread_columns
+from fft.data.lakes import check_loose, check_not_inside
 from fft.data.manifest import MANIFEST_NAME, UNFINISHED, WRITING_NAME, Manifest, in_order, is_hidden, manifest_of
 from fft.data.storage import Listing, Storage
 from fft.errors import UserError, one_line
@@ -57,8 +58,8 @@ class Rows:
 class Table:
     """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one.
 
-    ``columns`` are those that every file has; ``unread`` are those of which nothing is read, and how many files have
-    them. Paths of row groups are those of ``filesystem``.
+    ``columns`` are those that every file has; ``unread`` says what is not read ("column id", ".csv files") and
+    how many files that concerns. Paths of row groups are those of ``filesystem``.
     """
 
     path: str
@@ -81,11 +82,14 @@ class Table:
         name, version = split_name(str(path).rstrip("/") or "/")
         storage = Storage.at(name)
         listing = storage.list()
+        check_not_inside(storage)
         if version is not None or "_delta_log" in listing.folders:
             snapshot = read_snapshot(storage, version, listing)
             names, manifest, version = snapshot.names, snapshot.manifest, snapshot.version
         else:
             names, manifest = _parquet_files(storage, listing)
+            if manifest is None:
+                check_loose(storage, listing)
         if manifest is not None:
             _check_against_manifest(storage, listing, manifest)
         root, files = storage.name, [storage.path(name) for name in names]
@@ -93,11 +97,11 @@ class Table:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
         groups: list[RowGroup] = []
         columns: frozenset[str] | None = None
-        unread: Counter[str] = Counter()
+        unread = _unread_files(listing)
         for file in files:
             footer = Footer.read(file, storage.filesystem)
             found = frozenset(footer.schema.names)
-            unread.update(unread_columns(footer.schema.names))
+            unread.update(f"column {column}" for column in unread_columns(footer.schema.names))
             columns = found if columns is None else columns
             for column in LISTS:
                 if (column in columns) != (column in found):
@@ -287,6 +291,12 @@ def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
             f"{what} {low if low < 0 else high}, outside the model's vocabulary of {vocab_size}: tokenize with the "
             "model's own tokenizer."
         )
+
+
+def _unread_files(listing: Listing) -> Counter[str]:
+    """Files of a table that are not read, by the ends of their names."""
+    names = (PurePosixPath(name) for name in listing.sizes if name)
+    return Counter(f"{n.suffix or 'nameless'} files" for n in names if n.suffix != ".parquet" and not is_hidden(n))
 
 
 def _parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manifest | None]:

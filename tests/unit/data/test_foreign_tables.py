@@ -47,7 +47,7 @@ def test_columns_before_the_ids_do_not_shift_them(before, tmp_path):
     assert (group.rows, group.tokens) == (2, 5)
     assert SampleReader(table, 2, seed=0).samples_per_epoch == 3
     assert table.read(0).input_ids.tolist() == [1, 2, 3, 4, 5]
-    assert set(table.unread) == set(before)
+    assert table.unread == {f"column {name}": 1 for name in before}
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -121,3 +121,45 @@ def test_a_file_without_row_groups(tmp_path):
     assert "holds no tokens" in refusal(lambda: Table.open(tmp_path))
     pq.write_table(pa.table({"input_ids": IDS}), tmp_path / "part-1.parquet")
     assert Table.open(tmp_path).tokens == 5
+
+
+LAKES = {"Delta": "_delta_log/0.json", "Hudi": ".hoodie/properties", "Iceberg": "metadata/v1.metadata.json"}
+
+
+def lake(folder, kind):
+    """A table with a partition; its log says nothing, but it is there."""
+    write_table(folder / "data" / "lang=en", [np.arange(5, dtype=np.int32)], files=1)
+    (folder / LAKES[kind]).parent.mkdir()
+    (folder / LAKES[kind]).touch()
+    return folder
+
+
+@pytest.mark.parametrize("kind", LAKES)
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_tables_with_a_log_are_not_read_as_loose_files(kind, prefix, tmp_path):
+    deep = lake(tmp_path / "all" / "a" / "deep", kind)
+    assert "all is a folder of tables (a/deep), not one" in refusal(lambda: Table.open(f"{prefix}{tmp_path}/all"))
+    inside = f"lies in the {kind} table {deep}, of which it may be an older version: name the table"
+    for below in ("data", "data/lang=en", "data/lang=en/part-00000.parquet"):
+        assert inside in refusal(lambda below=below: Table.open(f"{prefix}{deep}/{below}"))
+    if kind != "Delta":
+        assert f"deep is of {kind}, whose folder also holds files of older" in refusal(lambda: Table.open(deep))
+    deep.rename(deep.with_name("_attic"))  # is passed over
+    write_table(tmp_path / "all" / "b", [np.arange(3, dtype=np.int32)], files=1)
+    assert Table.open(tmp_path / "all").tokens == 3
+
+
+def test_links_to_what_is_read_already_are_refused(tmp_path):
+    write_table(tmp_path / "t", [np.arange(5, dtype=np.int32)], files=1)
+    link = tmp_path / "t" / "part-1.parquet"
+    link.symlink_to("part-00000.parquet")
+    assert "part-1.parquet leads to a file that is read already: remove it" in refusal(lambda: Table.open(tmp_path))
+    link.unlink()
+    link.symlink_to("gone.parquet")
+    assert "part-1.parquet leads to nothing that can be read" in refusal(lambda: Table.open(tmp_path))
+    link.unlink()
+    write_table(tmp_path / "u", [np.arange(2, dtype=np.int32)], files=1)
+    link.with_name("more").symlink_to(tmp_path / "u")
+    (tmp_path / "t" / "notes.csv").touch()
+    table = Table.open(tmp_path / "t")
+    assert (table.tokens, table.unread) == (7, {".csv files": 1})

@@ -1,5 +1,6 @@
 """Tables by path and by URL: what an object store would give, from pyarrow's file system for file://."""
 
+import os
 import pickle
 
 import deltalake
@@ -98,6 +99,24 @@ def test_a_listing_has_what_lies_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert listed(Storage.at("t")) == expected
     assert (Storage.at("t/").read("link"), Storage.at("t").shown("link")) == (b"12", "t/link")
+
+
+def test_links_are_followed_once(tmp_path):
+    """Names without links count; what is passed over does not stand for what is not."""
+    for name in ("t/a/b/x", "t/_attic/y", "t/.store/data/z", "elsewhere/deep/w", "elsewhere/v"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name[-1])
+    links = {"0": "a", "a/up": "..", "a/b/top": "/", "out": "../elsewhere", "out2": "../elsewhere/deep", "v2": "out/v"}
+    links |= {"x2": "a/b/x", "y2": "_attic/y", "data": ".store/data", "_attic/again": "../_attic", "dead": "nowhere"}
+    for name, target in links.items():
+        (tmp_path / "t" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "t")
+    os.mkfifo(tmp_path / "t" / "pipe")
+    listing = Storage.at(tmp_path / "t").list()
+    assert listing.dead == {"dead", "pipe"}
+    assert listing.repeated == {"0", "a/up", "a/b/top", "_attic/again", "x2", "out2", "out/back", "v2"}
+    used = {name for name in listing.sizes.keys() - listing.repeated if not name.startswith((".", "_"))}
+    assert used == {"a/b/x", "out/v", "out/deep/w", "y2", "data/z"}
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
