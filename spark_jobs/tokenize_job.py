@@ -114,9 +114,11 @@ def _write(
             tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
             writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, parts, "tokenize")
         for frame in frames:
-            rows = frame.rows.select(columns_of(frame, record_encoder))
+            columns = columns_of(frame, record_encoder)
+            rows = frame.rows.select(columns)
             parts, first = count_parts(rows), 1 + max((part.part for part in writer.parts), default=-1)
-            work = TokenizeFrame(record_encoder, writer.target, fail, frame.name, frame.kind)
+            unused = tuple(name for name in frame.schema.names if name not in columns and frame.kind == "parquet")
+            work = TokenizeFrame(record_encoder, writer.target, fail, frame.name, frame.kind, unused)
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
@@ -152,7 +154,7 @@ class TokenizeParts:
             with PartFile(self.target, part) as sink, RejectFile(self.target, part) as rejects:
                 tokenizer = PartTokenizer(self.record_encoder, encoder, sink, None if self.fail else rejects)
                 self._fill(tokenizer, rows)
-                done = sink.finish(tokenizer.tallies, rejects.finish())
+                done = tokenizer.finish(rejects.finish())
             yield part_to_row(done)
 
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
@@ -163,15 +165,18 @@ class TokenizeParts:
 
 @dataclass(frozen=True)
 class TokenizeFrame(TokenizeParts):
-    """As :class:`TokenizeParts`, but the batches hold the records themselves, of one input."""
+    """As :class:`TokenizeParts`, but the batches hold the records themselves, of one input, without its columns that
+    are ``unused``."""
 
     name: str
     kind: str
+    unused: tuple[str, ...]
 
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         for batch in rows:
             records = records_of(batch, self.kind, self.record_encoder)
             if records:
+                tokenizer.unused.update(dict.fromkeys(self.unused, len(records)))
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 

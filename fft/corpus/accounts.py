@@ -12,6 +12,8 @@ from fft.errors import UserError
 from fft.text.encoder import ENGINES
 from fft.text.records import RecordEncoder
 
+#: Begins the tally of a key of records that nothing uses.
+UNUSED = "unused "
 #: What every way of encoding records counts; each may count more, see :attr:`RecordEncoder.tallies`.
 _COUNTED = ("documents_in", "documents_out", "empty", "quarantined", "checked")
 
@@ -49,7 +51,7 @@ def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder
 
     Raises :class:`UserError` when no document is left, and when the counts do not add up.
     """
-    counts = {name: tallies[name] for name in (*_COUNTED, *record_encoder.tallies)}
+    counts: dict[str, Any] = {name: tallies[name] for name in (*_COUNTED, *record_encoder.tallies)}
     if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
         raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
     if not counts["documents_out"]:
@@ -57,7 +59,8 @@ def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder
             f"{', '.join(inputs)} holds no documents: {counts['empty']} are empty and "
             f"{counts['quarantined']} malformed."
         )
-    return {**counts, "datasets": by_dataset(inputs, tallies)}
+    unused = {key.removeprefix(UNUSED): tallies[key] for key in sorted(tallies) if key.startswith(UNUSED)}
+    return {**counts, "unused_keys": unused, "datasets": by_dataset(inputs, tallies)}
 
 
 def engine_of(tallies: Mapping[str, int]) -> str:
@@ -69,4 +72,8 @@ def notes_on(manifest: Manifest, record_encoder: RecordEncoder[Any]) -> list[str
     """What the user should know about a table that was tokenized, a line each."""
     engine = manifest.lineage["engine"]
     slow = [f"warning: ids were made by Hugging Face {engine}; they are exact, but this is many times slower."]
-    return [*(slow if engine != ENGINES[0] else ()), *record_encoder.notes(manifest.lineage["counts"])]
+    counts = manifest.lineage["counts"]
+    unused = ", ".join(f"{key} ({count})" for key, count in counts["unused_keys"].items())
+    left = [f"note: keys or columns of records that are not used, and in how many they are: {unused}."]
+    notes = record_encoder.notes(counts)
+    return [*(slow if engine != ENGINES[0] else ()), *notes, *(left if unused else ())]

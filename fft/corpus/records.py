@@ -1,5 +1,6 @@
 """Records of a split, a few megabytes at a time, and the first one of a file that holds no document."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,18 @@ from fft.text.records import Malformed, RecordEncoder
 _BATCH_RECORDS, _BATCH_BYTES = 4096, 8 << 20
 
 
-def read_records(split: Split, record_encoder: RecordEncoder[Any]) -> Iterator[list[tuple[bytes | None, str | None]]]:
-    """Records (a JSON line or a text as bytes; an id if it stands beside) of a split, a few megabytes at a time."""
+def read_records(
+    split: Split, record_encoder: RecordEncoder[Any], unused: Counter[str]
+) -> Iterator[list[tuple[bytes | None, str | None]]]:
+    """Records (a JSON line or a text as bytes; an id if it stands beside) of a split, a few megabytes at a time.
+
+    The rows of parquet columns that are not read are counted in ``unused``.
+    """
     if split.kind == "parquet":
-        columns = record_encoder.columns(schema_of(split.path), split.path)
+        schema = schema_of(split.path)
+        columns = record_encoder.columns(schema, split.path)
         for batch in read_row_groups(split.path, split.start, split.stop, columns):
+            unused.update(dict.fromkeys(set(schema.names).difference(columns), batch.num_rows))
             yield list(record_encoder.rows(batch))
         return
     waiting, size = [], 0

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from fft.corpus.accounts import UNUSED
 from fft.corpus.records import first_malformed, read_records
 from fft.corpus.splits import Split
 from fft.data.part_files import Part, PartFile, PartFolder, RejectFile, dataset_tallies
@@ -19,7 +20,8 @@ Records = Sequence[tuple[bytes | None, str | None]]
 
 
 class PartTokenizer:
-    """Encodes records into one part, and counts what becomes of them in ``tallies``."""
+    """Encodes records into one part, and counts what becomes of them in ``tallies``, and in ``unused`` the keys (or
+    columns) that nothing uses."""
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class PartTokenizer:
     ) -> None:
         self._record_encoder, self._encoder, self._sink, self._rejects = record_encoder, encoder, sink, rejects
         self.tallies: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
 
     def add(self, records: Records, kind: str, dataset: str, source: str, numbered: bool = True) -> None:
         """Write the documents among ``records``, which are of a ``kind`` and come from ``source``, a file or a table.
@@ -40,7 +43,7 @@ class PartTokenizer:
         documents = []
         for record, doc_id in records:
             try:
-                documents.append(self._record_encoder.parse(kind, record, doc_id))
+                documents.append(self._record_encoder.parse(kind, record, doc_id, self.unused))
             except Malformed as error:
                 if self._rejects is None:
                     where = _MALFORMED_MARK + json.dumps([source, str(error)])
@@ -57,8 +60,13 @@ class PartTokenizer:
 
     def add_split(self, split: Split) -> None:
         """Read a split of a file and write its documents. Raises :class:`UserError` where it cannot be read."""
-        for records in read_records(split, self._record_encoder):
+        for records in read_records(split, self._record_encoder, self.unused):
             self.add(records, split.kind, split.dataset, split.path)
+
+    def finish(self, rejects: str = "") -> Part:
+        """Close the part; see :meth:`PartFile.finish`."""
+        self.tallies.update({f"{UNUSED}{key}": count for key, count in self.unused.items()})
+        return self._sink.finish(self.tallies, rejects)
 
 
 def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: int, splits: Sequence[Split]) -> Part:
@@ -67,7 +75,7 @@ def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: 
         tokenizer = PartTokenizer(record_encoder, Encoder(record_encoder.recipe), sink, None)
         for split in splits:
             tokenizer.add_split(split)
-        return sink.finish(tokenizer.tallies)
+        return tokenizer.finish()
 
 
 def name_malformed(error: UserError, record_encoder: RecordEncoder[Any], remedy: str = _REMEDY) -> UserError:

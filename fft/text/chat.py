@@ -7,7 +7,6 @@ As there, text is encoded with the template's control tokens in it: a special to
 that control token as well. Such conversations are counted.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,9 @@ from fft.text.chat_labels import encode_stretches, label
 from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
 from fft.text.cuts import cut_chat
 from fft.text.encoder import Encoder, Recipe, info_of, load_tokenizer, recipe_of
-from fft.text.messages import TURN_KEYS, parse_conversation
-from fft.text.records import content_id, id_column, row_ids
+from fft.text.messages import TOOLS_KEY, TURN_KEYS, parse_conversation
+from fft.text.nested import check_json_type, json_rows
+from fft.text.records import check_id, column_type, content_id, dump_json, id_column, row_ids
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,14 @@ class Chat:
     max_len: int | None = None
 
     columns_out = ("input_ids", "labels", "doc_ids")
-    tallies = ("trained_tokens", "cut_conversations", "dropped_tokens", "with_special_strings")
+    tallies = (
+        "trained_tokens",
+        "cut_conversations",
+        "dropped_tokens",
+        "with_special_strings",
+        "left_out_turns",
+        "without_trained_turns",
+    )
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """The columns of turns, and the id's if there is one. Raises :class:`UserError` when there are no turns."""
@@ -59,29 +66,34 @@ class Chat:
                 "rename it."
             )
         for name in names:
-            kind = schema.field(name).type
+            kind = column_type(schema, where, name)
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
                 raise UserError(f"`inputs` {where}: column {name} is {kind}, it must be an array of turns.")
+        names += [TOOLS_KEY] if TOOLS_KEY in schema.names else []
+        for name in names:
+            check_json_type(column_type(schema, where, name), f"`inputs` {where}: column {name}")
         return [*names, *id_column(schema, where, self.id_key)]
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
-        """The columns of turns as one JSON object, and the id."""
-        turns = batch.select([name for name in TURN_KEYS if name in batch.schema.names]).to_pylist()
-        for row, doc_id in zip(turns, row_ids(batch, self.id_key), strict=True):
-            yield json.dumps(row, ensure_ascii=False, default=str).encode(errors="surrogatepass"), doc_id
+        """The columns of turns and tools as one JSON object, and the id."""
+        columns = batch.select([name for name in (*TURN_KEYS, TOOLS_KEY) if name in batch.schema.names])
+        return zip(json_rows(columns), row_ids(batch, self.id_key), strict=True)
 
-    def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[Conversation | None, str]:
+    def parse(
+        self, kind: str, record: bytes | None, doc_id: str | None, unused: Counter[str] | None = None
+    ) -> tuple[Conversation | None, str]:
         """The conversation (None if it has no turns) and its id, else a hash. Raises :class:`Malformed`."""
-        messages, own_id = parse_conversation(record, self.id_key)
-        doc_id = doc_id if own_id is None else own_id
+        raw = parse_conversation(record, self.id_key, self.template.keys, unused)
+        doc_id = doc_id if raw.doc_id is None else raw.doc_id
         if doc_id is None:
-            doc_id = content_id(json.dumps(messages, ensure_ascii=False, sort_keys=True))
-        if not messages:
-            return None, doc_id
-        rendered = self.template.locate(messages)
+            beside = [part for part in (sorted(raw.untrained), raw.tools) if part]
+            doc_id = content_id(dump_json([raw.messages, *beside] if beside else raw.messages))
+        if not raw.messages:
+            return None, check_id(doc_id)
+        rendered = self.template.locate(raw.messages, raw.tools, raw.untrained)
         pattern = _any_of(self.special)
-        marked = any(pattern.search(message["content"]) for message in messages)
-        return Conversation(rendered, marked) if rendered.text else None, doc_id
+        marked = any(pattern.search(message["content"]) for message in raw.messages)
+        return Conversation(rendered, marked) if rendered.text else None, check_id(doc_id)
 
     def token_rows(
         self, documents: Sequence[tuple[Conversation | None, str]], encoder: Encoder
@@ -97,6 +109,8 @@ class Chat:
             chats, found, offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True
         ):
             turns = chat.rendered.turns
+            counts["left_out_turns"] += chat.rendered.left_out
+            counts["without_trained_turns"] += all(turn.start == turn.end for turn in turns)
             first, last = at[0::3], np.where([t.start < t.end for t in turns], after[1::3], at[0::3])
             begins.append(first + offset)
             ends.append(last + offset)
@@ -132,6 +146,10 @@ class Chat:
                 f"note: {counts['with_special_strings']} conversations hold a special token's string; it became that "
                 "control token, as in apply_chat_template."
             )
+        if counts.get("left_out_turns"):
+            notes.append(f"note: the chat template leaves out {counts['left_out_turns']} assistants' turns.")
+        if counts.get("without_trained_turns") and self.template.end_of_turn:
+            notes.append(f"note: nothing is trained on in {counts['without_trained_turns']} conversations.")
         if not self.template.end_of_turn:
             notes.append("warning: the chat template ends no assistant turn with a special token: none is trained on.")
         if "strftime_now" in self.template.source:

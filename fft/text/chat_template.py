@@ -9,7 +9,8 @@ The rule. Of every assistant turn, these characters are trained on, and no other
 - Where the content brings reasoning (``<think>...</think>``, or a key ``reasoning_content``) and the template renders
   it, the tags around it as well: all from the end of the generation prompt.
 
-Role headers, and an empty ``<think></think>`` that the template adds on its own, are not trained on.
+Role headers, and an empty ``<think></think>`` that the template adds on its own, are not trained on; nor are turns that
+say so themselves, and turns that the template leaves out, as some do with an empty one.
 
 How it is found. Templates are programs, so nothing is guessed from their text. What a template writes between the
 contents is learned once for each sequence of roles, from a rendering of marks. A conversation is rendered as it is, and
@@ -20,7 +21,7 @@ the reasoning. A turn for which no mark works is malformed.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -54,10 +55,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and its assistant turns in order."""
+    """A conversation as text, its assistant turns in order, and how many of them the template leaves out."""
 
     text: str
     turns: tuple[Turn, ...]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,37 +76,62 @@ class ChatTemplate:
     tail: str = ""
     end_of_turn: str = ""
     generation_prompt: str = ""
+    source_with_tools: str = ""
 
-    def render(self, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-        """What ``tokenizer.apply_chat_template(messages, tokenize=False)`` gives. Raises :class:`Malformed`."""
+    @property
+    def keys(self) -> frozenset[str]:
+        """Words of the template: a key of a message that is none of them is not rendered."""
+        return _words(self.source, self.source_with_tools)
+
+    def render(self, messages: Sequence[dict], add_generation_prompt: bool = False, tools: Sequence[dict] = ()) -> str:
+        """What ``tokenizer.apply_chat_template(messages, tools, tokenize=False)`` gives. Raises :class:`Malformed`."""
         from jinja2 import TemplateError
         from transformers.utils import chat_template_utils as hugging_face
 
         extra = any(len(message) > 2 for message in messages)
         try:
-            return hugging_face._compile_jinja_template(self.source).render(
+            source = self.source_with_tools if tools else self.source
+            return hugging_face._compile_jinja_template(source).render(
                 messages=hugging_face._alias_reasoning_fields(list(messages)) if extra else messages,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=self.date.strftime,
                 **dict(self.special_tokens),
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
             raise Malformed(f"the chat template refuses it: {error}") from error
 
-    def locate(self, messages: Sequence[dict]) -> Rendered:
-        """Render a conversation and find its assistant turns. Raises :class:`Malformed`."""
-        text = self.render(messages)
+    def locate(self, messages: Sequence[dict], tools: Sequence[dict] = (), untrained: Collection[int] = ()) -> Rendered:
+        """Render a conversation and find its assistant turns, of which those ``untrained`` are not trained on.
+
+        Raises :class:`Malformed`, also for tools that the template does not render.
+        """
+        text = self.render(messages, tools=tools)
+        if tools and text == self.render(messages):
+            raise Malformed("it has tools, which the chat template does not render")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        contents = self._between_frames(messages, turns, text)
+        contents = None if tools else self._between_frames(messages, turns, text)
         if contents is None:
             mark = next((mark for mark in _MARKS if mark not in text), None)
             if mark is None:
                 raise Malformed("it uses all private-use characters of Unicode")
-            contents = [self._mark_one(messages, i, text, mark) for i in turns]
+            contents = [self._mark_one(messages, i, text, mark, tools) for i in turns]
         found, begin = [], 0
-        for i, (start, end, reasoning) in zip(turns, contents, strict=True):
+        for i, content in zip(turns, contents, strict=True):
+            opens = i + 1 == len(messages) or messages[i + 1]["role"] != "assistant"
+            if content is None:
+                found.append(Turn(begin, begin, begin, opens))
+                continue
+            start, end, reasoning = content
             if not begin <= start <= end:
                 raise Malformed(f"the chat template moves turn {i + 1}")
             if reasoning and self.generation_prompt:
@@ -112,9 +139,8 @@ class ChatTemplate:
                 start = start if prompt < 0 else prompt + len(self.generation_prompt)
             begin = stop = end + _common(text[end : end + len(self.tail)], self.tail)
             end += len(self.end_of_turn) if text.startswith(self.end_of_turn, end) else 0
-            opens = i + 1 == len(messages) or messages[i + 1]["role"] != "assistant"
-            found.append(Turn(start, end, max(stop, end), opens))
-        return Rendered(text, tuple(found))
+            found.append(Turn(start, start if i in untrained else end, max(stop, end), opens))
+        return Rendered(text, tuple(found), sum(content is None for content in contents))
 
     def _between_frames(
         self, messages: Sequence[dict], turns: Sequence[int], text: str
@@ -133,17 +159,34 @@ class ChatTemplate:
                 return [(ends[i] - len(written[i]), ends[i], False) for i in turns]
         return None
 
-    def _mark_one(self, messages: Sequence[dict], i: int, text: str, mark: str) -> tuple[int, int, bool]:
-        """Start and end of what the template renders of turn ``i``, and whether that begins with reasoning."""
-        start = self._first(messages, i, text, mark, _starts(messages[i]))
-        end = self._first(messages, i, text, mark, _ends(messages[i]))
-        if start is None or end is None:
-            raise Malformed(f"turn {i + 1} (assistant) cannot be found in what the chat template makes of it")
-        return start[0], end[0], start[1]
+    def _mark_one(
+        self, messages: Sequence[dict], i: int, text: str, mark: str, tools: Sequence[dict]
+    ) -> tuple[int, int, bool] | None:
+        """Start and end of what the template renders of turn ``i``, and whether that begins with reasoning.
+
+        None if it renders nothing of it: no mark in it comes out, or it is empty and a mark in it changes the rest.
+        """
+        start, silent = self._first(messages, i, text, mark, _starts(messages[i]), tools)
+        end, _ = self._first(messages, i, text, mark, _ends(messages[i]), tools)
+        if start is not None and end is not None:
+            return start[0], end[0], start[1]
+        empty = not messages[i]["content"].strip() and not any(messages[i].get(key) for key in _REASONING)
+        if silent or empty:
+            return None
+        raise Malformed(f"turn {i + 1} (assistant) cannot be found in what the chat template makes of it")
 
     def _first(
-        self, messages: Sequence[dict], i: int, text: str, mark: str, positions: Iterator[tuple[str, int, bool]]
-    ) -> tuple[int, bool] | None:
+        self,
+        messages: Sequence[dict],
+        i: int,
+        text: str,
+        mark: str,
+        positions: Iterator[tuple[str, int, bool]],
+        tools: Sequence[dict],
+    ) -> tuple[tuple[int, bool] | None, bool]:
+        """Where the first mark that disturbs nothing is, and whether it is in reasoning; and whether all marks tried
+        changed nothing at all."""
+        silent = True
         for key, at, reasoning in positions:
             value = messages[i][key]
             marked = [
@@ -152,12 +195,14 @@ class ChatTemplate:
                 *messages[i + 1 :],
             ]
             try:
-                rendered = self.render(marked)
+                rendered = self.render(marked, tools=tools)
             except Malformed:
+                silent = False
                 continue
             if rendered.count(mark) == 1 and rendered.replace(mark, "") == text:
-                return rendered.index(mark), reasoning
-        return None
+                return (rendered.index(mark), reasoning), False
+            silent = silent and rendered == text
+        return None, silent
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -176,6 +221,13 @@ def _frames(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[str, ...] |
     frames = re.split(f"[{marks[0]}-{marks[-1]}]", text)
     whole = "".join(x for pair in zip(frames, marks, strict=False) for x in pair) + frames[-1]
     return tuple(frames) if len(frames) == len(roles) + 1 and whole == text else None
+
+
+@lru_cache(maxsize=2)
+def _words(*sources: str) -> frozenset[str]:
+    words = frozenset(word for source in sources for word in re.findall(r"\w+", source))
+    # transformers fills each of the keys of reasoning from the others
+    return words.union(_REASONING) if words.intersection(_REASONING) else words
 
 
 def _common(a: str, b: str) -> int:
@@ -221,7 +273,9 @@ def load_chat_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> ChatT
             f"`tokenizer` {name} has no chat template: put chat_template.jinja of the chat model into the folder."
         ) from error
     date = datetime.now()  # naive, as transformers has it
-    bare = ChatTemplate(source, tuple(tokenizer.special_tokens_map.items()), date)
+    with_tools = tokenizer.get_chat_template(tools=[{}])
+    special_tokens = tuple(tokenizer.special_tokens_map.items())
+    bare = ChatTemplate(source, special_tokens, date, source_with_tools=with_tools)
     try:
         (turn,) = bare.locate(_PROBE).turns
         text = bare.render(_PROBE)

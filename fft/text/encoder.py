@@ -177,11 +177,18 @@ def encode_exact(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.n
 
 
 def encode_with_offsets(recipe: Recipe, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Encode with Hugging Face ``tokenizers``: int32 ids, and the character offsets of each id's begin and end."""
-    rows = []
-    for encoding in _offsets_exact(recipe).encode_batch(list(texts), add_special_tokens=False):
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        rows.append((np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]))
+    """Encode with Hugging Face ``tokenizers``: int32 ids, and the character offsets of each id's begin and end.
+
+    White space that an added token swallows (``lstrip``, ``rstrip``) is none of its characters.
+    """
+    rows, tokenizer, stripping = [], _offsets_exact(recipe), _stripping(recipe)
+    for text, encoding in zip(texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True):
+        offsets, ids = np.array(encoding.offsets, np.int64).reshape(-1, 2), np.array(encoding.ids, np.int32)
+        for at in np.flatnonzero(np.isin(ids, stripping)).tolist() if len(stripping) else ():
+            begin, end = offsets[at].tolist()
+            inside = text[begin:end].rstrip()
+            offsets[at] = begin + len(inside) - len(inside.lstrip()), begin + len(inside)
+        rows.append((ids, offsets[:, 0], offsets[:, 1]))
     return rows
 
 
@@ -245,6 +252,15 @@ def _offsets_exact(recipe: Recipe) -> "tokenizers.Tokenizer":
     tokenizer = Tokenizer.from_str(json.dumps({**json.loads(recipe.json), "post_processor": None}))
     tokenizer.encode_special_tokens = not recipe.parse_special_tokens
     return tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _stripping(recipe: Recipe) -> np.ndarray:
+    """Ids of added tokens that swallow white space beside them, and neither begin nor end with any."""
+    added = json.loads(recipe.json)["added_tokens"]
+    return np.array(
+        [t["id"] for t in added if (t["lstrip"] or t["rstrip"]) and t["content"] == t["content"].strip()], np.int32
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,51 +1,118 @@
-"""Conversations as data sets write them, read into the messages that a chat template takes. Pure functions."""
+"""Conversations as data sets write them, read into the messages that a chat template takes. Pure functions.
 
-import json
+The keys that are understood stand here, and nowhere else; docs/inputs.md explains them. Of all others, those that
+would change what is rendered or trained on are refused by name, and the rest is counted as unused.
+"""
 
-from fft.text.records import Malformed, decode_record, id_of, load_json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from fft.text.records import Malformed, count_unused, decode_record, dump_json, id_of, load_json
 
 #: Keys of a JSON object (columns of a parquet file) that may hold the turns.
 TURN_KEYS = ("messages", "conversation")
+#: Beside the turns: what the model may call, a list of JSON schemas, or that list as JSON text.
+TOOLS_KEY = "tools"
 ROLES = ("system", "user", "assistant", "tool")
+#: Keys of a turn that say whether it is trained on: 1 or true, 0 or false.
+TRAIN_KEYS = ("weight", "train", "loss")
+
+_REFUSED_BESIDE_TURNS = {
+    "system": "make it the first turn",
+    "functions": "give them as tools",
+    "documents": "documents are not supported",
+    "chat_template_kwargs": "settings of the chat template are not supported",
+    **dict.fromkeys(("images", "image", "videos", "audios"), "this release reads texts alone"),
+}
+_REFUSED_IN_A_TURN = {
+    "tool_calls": "tool calls",
+    "function_call": "a function call",
+    "loss_scale": "a scale of its loss",
+    "train_detail": "a choice of characters to train on",
+    "training_detail": "a choice of characters to train on",
+    **dict.fromkeys(("images", "image", "videos", "video", "audio"), "an image, a sound or a film"),
+}
+_UNDERSTOOD_IN_A_TURN = frozenset(("role", "content", *TRAIN_KEYS, *_REFUSED_IN_A_TURN))
 
 
-def parse_conversation(record: bytes | None, id_key: str) -> tuple[list[dict], str | None]:
-    """Messages (dicts with ``role`` and ``content``) and id of one JSON record; an empty list for one without turns.
+@dataclass(frozen=True)
+class RawConversation:
+    """``messages`` have ``role`` and ``content``, and further keys for the template; ``untrained`` are the numbers,
+    from 0, of assistants' turns that say that they are not trained on. ``tools`` are JSON schemas, if there are any."""
+
+    messages: list[dict]
+    doc_id: str | None
+    untrained: frozenset[int] = frozenset()
+    tools: tuple[dict, ...] = ()
+
+
+def parse_conversation(
+    record: bytes | None, id_key: str, template_keys: Collection[str] = (), unused: Counter[str] | None = None
+) -> RawConversation:
+    """Read one JSON record; one without turns has no messages.
 
     A record is a list of turns, or an object with such a list under ``messages`` or ``conversation``. A turn is
     ``{"user": "text"}`` or ``{"role": "user", "content": "text"}``; further keys of the latter form go to the chat
-    template as they are. Raises :class:`Malformed` with the number of the turn, from 1.
+    template as they are. Keys that are neither understood nor among ``template_keys`` are counted in ``unused``.
+    Raises :class:`Malformed` with the number of the turn, from 1.
     """
-    row, doc_id = load_json(decode_record(record)), None
+    row, doc_id, tools = load_json(decode_record(record)), None, ()
     if isinstance(row, dict):
         doc_id = id_of(row, id_key)
+        count_unused(row, (*TURN_KEYS, TOOLS_KEY, id_key), unused)
+        tools = _tools_of(row)
         row = _turns_of(row)
     if not isinstance(row, list):
         raise Malformed(f"not a list of turns but {type(row).__name__}")
-    messages = [_message(turn, number) for number, turn in enumerate(row, 1)]
+    messages, untrained = [], set()
+    for number, turn in enumerate(row):
+        message, trained = _message(turn, number + 1)
+        messages.append(message)
+        if not trained:
+            untrained.add(number)
+        if len(message) > 2:
+            count_unused(message, _UNDERSTOOD_IN_A_TURN.union(template_keys), unused, "of a turn")
     if messages and not any(message["role"] == "assistant" for message in messages):
         raise Malformed("no assistant turn")
     if b"\\u" in (record or b""):  # only an escape can bring one
         try:
-            json.dumps([messages, doc_id], ensure_ascii=False).encode()
+            dump_json([messages, doc_id, tools]).encode()
         except UnicodeEncodeError as error:
             raise Malformed("a lone surrogate, which is no Unicode text") from error
-    return messages, doc_id
+    return RawConversation(messages, doc_id, frozenset(untrained), tools)
 
 
-def _turns_of(row: dict) -> object:
+def _turns_of(row: Mapping[str, object]) -> object:
     found = [key for key in TURN_KEYS if row.get(key) is not None]
     if len(found) != 1:
         raise Malformed(f"both {' and '.join(found)} are there" if found else f"no key {' or '.join(TURN_KEYS)}")
-    if row.get("tools"):
-        raise Malformed("tools are not supported")
+    for key, reason in _REFUSED_BESIDE_TURNS.items():
+        if row.get(key):
+            raise Malformed(f"key {key} beside the turns: {reason}")
+    for key in TRAIN_KEYS:
+        if row.get(key) in (0, False) and row.get(key) is not None:
+            raise Malformed(f"key {key} beside the turns says not to train on it: leave the record out")
     return row[found[0]]
 
 
-def _message(turn: object, number: int) -> dict:
+def _tools_of(row: Mapping[str, object]) -> tuple[dict, ...]:
+    tools = row.get(TOOLS_KEY)
+    if isinstance(tools, str) and tools.strip():
+        tools = load_json(tools)
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Malformed(f"{TOOLS_KEY} are no list of objects")
+    return tuple(tools)
+
+
+def _message(turn: object, number: int) -> tuple[dict, bool]:
+    """The message of a turn, and whether it says that it may be trained on."""
     if not isinstance(turn, dict):
         raise Malformed(f"turn {number} is {type(turn).__name__}, not an object")
     turn = {key: value for key, value in turn.items() if value is not None}  # as transformers does
+    flags = {key: turn.pop(key) for key in TRAIN_KEYS if key in turn} if len(turn) > 1 else {}
     if "role" not in turn:
         if len(turn) != 1:
             raise Malformed(f"turn {number} must have one role as its key, it has {', '.join(turn) or 'none'}")
@@ -53,9 +120,20 @@ def _message(turn: object, number: int) -> dict:
         turn = {"role": role, "content": content}
     if turn["role"] not in ROLES:
         raise Malformed(f"turn {number} has the unknown role {turn['role']!r}")
+    if len(turn) > 2 or "content" not in turn:
+        for key, what in _REFUSED_IN_A_TURN.items():
+            if turn.get(key):
+                raise Malformed(f"turn {number} ({turn['role']}) has {what} ({key}), which is not supported")
     if not isinstance(turn.get("content"), str):
         found = f"is {type(turn['content']).__name__}, not a string" if "content" in turn else "is missing"
         raise Malformed(f"the content of turn {number} ({turn['role']}) {found}")
-    if turn.get("tool_calls"):
-        raise Malformed(f"turn {number} has tool calls, which are not supported")
-    return turn
+    return turn, _is_trained(flags, turn["role"], number)
+
+
+def _is_trained(flags: Mapping[str, object], role: str, number: int) -> bool:
+    for key, value in flags.items():
+        if value not in (0, 1):  # false and true are these, too
+            raise Malformed(f"the {key} of turn {number} ({role}) is {value!r}: only 0, 1, false and true are known")
+        if value and role != "assistant":
+            raise Malformed(f"the {key} of turn {number} ({role}) is {value!r}: only assistants' turns are trained on")
+    return all(flags.values())

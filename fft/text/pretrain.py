@@ -33,9 +33,11 @@ class Pretrain:
         """Texts as bytes, and ids."""
         return self.keys.rows(batch)
 
-    def parse(self, kind: str, record: bytes | None, doc_id: str | None) -> tuple[str, str]:
+    def parse(
+        self, kind: str, record: bytes | None, doc_id: str | None, unused: Counter[str] | None = None
+    ) -> tuple[str, str]:
         """The text and the id, else a hash. Raises :class:`Malformed`."""
-        return self.keys.parse(kind, record, doc_id)
+        return self.keys.parse(kind, record, doc_id, unused)
 
     def token_rows(self, documents: Sequence[tuple[str, str]], encoder: Encoder) -> tuple[pa.RecordBatch, Counter[str]]:
         """Rows of a batch's texts; a text without any ids is empty, and has none."""

@@ -26,6 +26,13 @@ def stretches(style: str, messages: list[dict]) -> list[tuple[str, bool]]:
             trained = message["role"] == "assistant"
             out.append((message["content"] + (chosen.end_of_turn if trained else ""), trained))
         return out
+    if style == "phi3":
+        for message in messages:
+            trained = message["role"] == "assistant"
+            out += [(f"<|{message['role']}|>\n", False), (message["content"] + "<|end|>", trained), ("\n", False)]
+        return [*out, ("<|endoftext|>", False)]
+    if style == "terse":
+        messages = [message for message in messages if message["content"]]
     if style == "llama3":
         for i, message in enumerate(messages):
             out.append(

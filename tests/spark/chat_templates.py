@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 _CHATML = """\
 {%- for message in messages %}
@@ -91,10 +91,27 @@ _BAICHUAN2 = """\
 #: The same as some publish it: nothing ends an assistant's turn.
 _BAICHUAN2_BARE = _BAICHUAN2.replace(" + eos_token", "")
 
+#: A header is one token, which swallows the white space behind it; the whole ends with another end token.
+_PHI3 = """\
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% else %}{{- eos_token }}{% endif %}"""
+
+#: Writes nothing of an empty turn, and renders tools.
+_TERSE = """\
+{%- if tools %}{{- '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}{% if message['content'] %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
 
 @dataclass(frozen=True)
 class Style:
-    """A family's template and special tokens. ``trims`` and ``alternates`` say what the template does and wants."""
+    """A family's template and special tokens. ``trims`` and ``alternates`` say what the template does and wants,
+    ``drops_empty`` that it leaves out empty turns, ``rstrip`` that its special tokens swallow white space behind them.
+    """
 
     template: str
     special: tuple[str, ...]
@@ -103,6 +120,8 @@ class Style:
     eos: str | None = None
     trims: bool = False
     alternates: bool = False
+    drops_empty: bool = False
+    rstrip: bool = False
 
 
 STYLES = {
@@ -120,6 +139,14 @@ STYLES = {
     "internlm2": Style(_INTERNLM2, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"), "<|im_end|>", bos="<s>", eos="</s>"),
     "baichuan2": Style(_BAICHUAN2, ("<s>", "</s>", "<reserved_106>", "<reserved_107>"), "</s>", eos="</s>"),
     "baichuan2-bare": Style(_BAICHUAN2_BARE, ("<s>", "</s>", "<reserved_106>", "<reserved_107>"), "", eos="</s>"),
+    "phi3": Style(
+        _PHI3,
+        ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "<|end|>",
+        eos="<|endoftext|>",
+        rstrip=True,
+    ),
+    "terse": Style(_TERSE, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", eos="<|im_end|>", drops_empty=True),
 }
 
 _LINES = [
@@ -158,8 +185,8 @@ def save_chat_tokenizer(folder: Path, style: str, kind: str = "byte-level") -> P
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=chosen.bos,
-        eos_token=chosen.eos,
-        additional_special_tokens=list(chosen.special),
+        eos_token=chosen.eos and AddedToken(chosen.eos, rstrip=chosen.rstrip, special=True),
+        additional_special_tokens=[AddedToken(t, rstrip=chosen.rstrip, special=True) for t in chosen.special],
     )
     fast.chat_template = chosen.template
     fast.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from fft.text.chat import Chat, load_chat
 from fft.text.chat_labels import NOT_TRAINED, Spelling
 from fft.text.cuts import cut_chat
 from fft.text.encoder import Encoder
-from fft.text.messages import parse_conversation
+from fft.text.messages import RawConversation, parse_conversation
 from fft.text.records import Malformed
 
 KINDS = ("byte-level", "nfc", "sentence-piece")
@@ -62,7 +63,13 @@ def expected_labels(tokenizer, style, messages):
     assert text == tokenizer.apply_chat_template(messages, tokenize=False)
     flags = np.concatenate([np.full(len(part), trained) for part, trained in parts])
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    trained = [bool(flags[a:b].any()) for a, b in encoded["offset_mapping"]]
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    trained = []
+    for i, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if i in added:  # transformers counts the white space that it swallows as a part of it
+            a = text.index(added[i], a, b)
+            b = a + len(added[i])
+        trained.append(bool(flags[a:b].any()))
     return [i if t else NOT_TRAINED for i, t in zip(encoded["input_ids"], trained, strict=True)]
 
 
@@ -117,6 +124,9 @@ def test_sentence_piece_needs_no_slow_offsets(monkeypatch):
 def test_any_conversation_is_labelled_as_the_template_reads(style, kind, data):
     chat, tokenizer = loaded(style, kind)
     messages = data.draw(conversations(STYLES[style].alternates))
+    if not any(text for text, _ in stretches(style, messages)):
+        assert rows_and_counts(chat, messages)[1]["empty"] == 1
+        return
     (row,) = rows(chat, messages)
     assert row["input_ids"] == (tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"] or None)
     if row["input_ids"]:
@@ -149,7 +159,7 @@ def test_reasoning_under_a_key_of_its_own():
     assert trained_text(tokenizer, row) == "<think>\nHm.\n</think>\n\nOne.<|im_end|>"
 
 
-@pytest.mark.parametrize("style", [name for name in STYLES if STYLES[name].end_of_turn])
+@pytest.mark.parametrize("style", [n for n in STYLES if STYLES[n].end_of_turn and not STYLES[n].drops_empty])
 def test_an_empty_answer_trains_on_its_end_alone(style):
     chat, tokenizer = loaded(style)
     (row,) = rows(chat, turns("a", "", "b", "c"))
@@ -237,6 +247,80 @@ def test_one_date_for_all_rows(tmp_path):
     assert any("writes the date" in note for note in chat.notes({"cut_conversations": 0, "with_special_strings": 0}))
 
 
+def test_a_special_token_swallows_white_space_and_its_header_is_not_trained_on():
+    chat, tokenizer = loaded("phi3")
+    messages = turns("q", "\n  hi  ", " r ", "")
+    (row,) = rows(chat, messages)
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert trained_text(tokenizer, row) == "hi  <|end|><|end|>"
+
+
+def test_a_turn_that_the_template_leaves_out_is_rendered_as_in_transformers_and_counted():
+    chat, tokenizer = loaded("terse")
+    messages = turns("a", "", "b", "c")
+    (row, _), counts = rows_and_counts(chat, messages, turns("a", "b"))
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert trained_text(tokenizer, row) == "c<|im_end|>"
+    assert counts["left_out_turns"] == 1
+    assert any("leaves out 1" in note for note in chat.notes(counts))
+
+
+def test_a_turn_that_is_left_out_at_length_is_none_that_is_malformed(tmp_path):
+    folder = save_chat_tokenizer(tmp_path, "qwen2.5")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("in messages %}", "in messages[-2:] %}"))
+    chat, _ = load_chat(folder, "id", None)
+    (row,), counts = rows_and_counts(chat, turns("a", "b", "c", "d"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert row["input_ids"] == tokenizer.apply_chat_template(turns("a", "b", "c", "d"))["input_ids"]
+    assert trained_text(tokenizer, row) == "d<|im_end|>"
+    assert counts["left_out_turns"] == 1
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}])
+@pytest.mark.parametrize("style", [name for name in STYLES if STYLES[name].end_of_turn])
+def test_a_turn_that_says_so_is_not_trained_on(style, flag):
+    chat, tokenizer = loaded(style)
+    plain = turns("a", "One", "b", "Two")
+    flagged = [plain[0], {**plain[1], **flag}, {**plain[2], **flag}, {**plain[3], "weight": 1, "train": True}]
+    (whole,) = rows(chat, plain)
+    (row,), counts = rows_and_counts(chat, flagged)
+    assert row["input_ids"] == tokenizer.apply_chat_template(flagged)["input_ids"] == whole["input_ids"]
+    assert trained_text(tokenizer, row).strip() == f"Two{STYLES[style].end_of_turn}"
+    assert counts["without_trained_turns"] == 0
+    assert rows(chat, [{"user": "a"}, {"assistant": "One", **flag}, {"user": "b"}, {"assistant": "Two"}]) == [
+        {**row, "doc_ids": rows(chat, [plain[0], {**plain[1], "weight": 0}, *plain[2:]])[0]["doc_ids"]}
+    ]
+    counts = rows_and_counts(chat, [plain[0], {**plain[1], **flag}])[1]
+    assert (counts["trained_tokens"], counts["without_trained_turns"]) == (0, 1)
+    assert any("nothing is trained on in 1" in note for note in chat.notes(counts))
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+
+
+@pytest.mark.parametrize("written", [TOOLS, json.dumps(TOOLS)])
+def test_tools_are_rendered_where_the_template_does(written):
+    chat, tokenizer = loaded("terse")
+    messages = turns("a", "b")
+    (row,) = rows(chat, {"messages": messages, "tools": written})
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages, tools=TOOLS)["input_ids"]
+    assert "tools\n" in tokenizer.decode(row["input_ids"])
+    assert trained_text(tokenizer, row) == "b<|im_end|>"
+    with pytest.raises(Malformed, match="it has tools, which the chat template does not render"):
+        rows(loaded("qwen2.5")[0], {"messages": messages, "tools": written})
+
+
+def test_keys_that_are_neither_understood_nor_rendered_are_counted():
+    chat, _ = loaded("qwen3")
+    messages = turns("a", "b")
+    messages[1] |= {"reasoning": "c", "name": "d", "annotations": [], "refusal": None}
+    unused = Counter()
+    record = {"messages": messages, "id": 1, "source": "web", "lang": None, "\ud800": 1}
+    chat.parse("json", json.dumps(record).encode(), None, unused)
+    assert unused == {"source": 1, "\\ud800": 1, "name of a turn": 1, "annotations of a turn": 1}
+
+
 # Rows as data sets write them
 
 GOOD = {
@@ -249,13 +333,13 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_all_forms_of_a_row_give_the_same_messages(name):
-    messages, doc_id = parse_conversation(GOOD[name].encode(), "id")
-    assert messages == turns("u", "a", system="s")
-    assert doc_id == (None if name == "roles as keys" else "7")
+    raw = parse_conversation(GOOD[name].encode(), "id")
+    assert raw.messages == turns("u", "a", system="s")
+    assert raw.doc_id == (None if name == "roles as keys" else "7")
 
 
 def test_an_empty_list_is_an_empty_conversation():
-    assert parse_conversation(b'{"messages": []}', "id") == ([], None)
+    assert parse_conversation(b'{"messages": []}', "id") == RawConversation([], None)
 
 
 BAD = {
@@ -263,7 +347,11 @@ BAD = {
     "5": "not a list of turns but int",
     '{"text": "a"}': "no key messages or conversation",
     '{"messages": [], "conversation": []}': "both messages and conversation are there",
-    '{"messages": [], "tools": [{}]}': "tools are not supported",
+    '{"messages": [], "tools": 5}': "tools are no list of objects",
+    '{"messages": [], "tools": "[5]"}': "tools are no list of objects",
+    '{"messages": [], "functions": [{}]}': "key functions beside the turns: give them as tools",
+    '{"messages": [], "system": "s"}': "key system beside the turns: make it the first turn",
+    '{"messages": [], "weight": 0}': "key weight beside the turns says not to train on it",
     '{"messages": "a"}': "not a list of turns but str",
     '["a"]': "turn 1 is str, not an object",
     '[{"user": "a"}]': "no assistant turn",
@@ -272,7 +360,13 @@ BAD = {
     "[{}]": "turn 1 must have one role as its key, it has none",
     '[{"role": "user"}]': r"the content of turn 1 \(user\) is missing",
     '[{"user": ["a"]}, {"assistant": "b"}]': r"the content of turn 1 \(user\) is list, not a string",
-    '[{"role": "assistant", "content": "", "tool_calls": [{}]}]': "turn 1 has tool calls, which are not supported",
+    '[{"role": "assistant", "content": "", "tool_calls": [{}]}]': r"turn 1 \(assistant\) has tool calls",
+    '[{"role": "assistant", "content": null, "tool_calls": [{}]}]': r"turn 1 \(assistant\) has tool calls",
+    '[{"role": "assistant", "content": "", "function_call": {"name": "f"}}]': r"has a function call \(function_call\)",
+    '[{"role": "assistant", "content": "", "images": ["a"]}]': "has an image, a sound or a film",
+    '[{"role": "assistant", "content": "a", "weight": 0.5}]': r"the weight of turn 1 \(assistant\) is 0.5: only 0, 1",
+    '[{"role": "user", "content": "a", "train": true}]': "only assistants' turns are trained on",
+    '[{"\\ud800": "a"}]': r"unknown role '\\ud800'",
     '[{"assistant": "\\ud800"}]': "a lone surrogate",
 }
 
