@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import to_arrow_schema
-from pyspark.sql.types import StructType
+from pyspark.sql.pandas.types import to_arrow_type
+from pyspark.sql.types import DataType, StructType
 
+from fft.console import say
 from fft.corpus.files import kind_of
+from fft.corpus.remote import Remote, find_remote
 from fft.corpus.splits import chunk_size
+from fft.data.footer import check_names
+from fft.data.known import LeftOut
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 from spark_jobs.runtime.hashing import row_hash
@@ -51,36 +56,96 @@ def is_frame(path: object) -> bool:
     return "://" in text or (unknown and _TABLE_NAME.fullmatch(text) is not None)
 
 
-def open_frame(spark: SparkSession, path: object) -> Frame:
-    """The rows behind an input. Raises :class:`UserError` when the engine cannot find or read it."""
-    if isinstance(path, DataFrame):
-        return Frame("DataFrame", "parquet", path, path.schema)
-    name = str(path)
-    kind = kind_of(Path(name)) if "://" in name else None
-    try:
-        if "://" not in name:
-            rows = spark.table(name)
-        elif kind == "json":
-            rows = spark.read.text(name)
-        elif kind == "text":
-            rows = spark.read.text(name, lineSep="\n\n")
+def open_frames(spark: SparkSession, inputs: Sequence[object], id_key: str, left_out: LeftOut) -> list[Frame]:
+    """The rows behind inputs for which :func:`is_frame` is true; what lies there and is not read is counted.
+
+    Raises :class:`UserError` when the engine cannot find or read one, and for one that is given twice.
+    """
+    named = [str(path) for path in inputs if not isinstance(path, DataFrame)]
+    repeated = next((name for name in named if named.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"`inputs` gives {repeated} twice: give it once.")
+    frames = []
+    for path in inputs:
+        if isinstance(path, DataFrame):
+            frames.append(Frame("DataFrame", "parquet", path, path.schema))
+        elif "://" in str(path):
+            frames += [_read(spark, found) for found in find_remote(str(path), id_key, left_out)]
         else:
-            rows = spark.read.load(name, format="parquet")
+            frames.append(_read(spark, Remote(str(path), "table", ())))
+    return frames
+
+
+def _read(spark: SparkSession, found: Remote) -> Frame:
+    try:
+        if found.kind == "table":
+            rows = spark.table(found.name)
+        elif found.kind == "json":
+            rows = spark.read.text([*found.urls])
+        elif found.kind == "text":
+            rows = spark.read.text([*found.urls], lineSep="\n\n")
+        else:  # a column that only some of the files have is read where it is
+            rows = spark.read.load([*found.urls], format="parquet", mergeSchema=True)
         schema = rows.schema  # what cannot be read is met here
+        if found.unseen and found.kind == "parquet":
+            _check_no_log(spark, found.name)
+    except UserError:
+        raise
     except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
-        lines = [line.lstrip(": ") for line in str(error).splitlines() if not line.startswith("An error occurred")]
-        reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"`inputs` {name} is no existing path, and no table or URL that Spark can read: {reason}"
+            f"`inputs` {found.name} is no existing path, and no table or URL that Spark can read: {_reason(error)}"
         ) from error
-    return Frame(name, kind or "parquet", rows, schema)
+    return Frame(found.name, found.kind if found.kind in ("json", "text") else "parquet", rows, schema)
 
 
-def columns_of(frame: Frame, record_encoder: RecordEncoder[Any]) -> list[str]:
-    """Columns to read. Raises :class:`UserError` when those that it needs are not there."""
-    if frame.kind != "parquet":
-        return [_RECORD]
-    return record_encoder.columns(to_arrow_schema(frame.schema), frame.name)
+def _check_no_log(spark: SparkSession, url: str) -> None:
+    try:
+        spark.read.text(f"{url.rstrip('/')}/_delta_log").limit(1).collect()
+    except Exception:
+        say(f"note: {url} is read as loose files; only the engine can look there for Delta tables below it")
+        return
+    raise UserError(
+        f"`inputs` {url} is a Delta table whose log is not readable here: have Spark read it (the table's name in a "
+        "catalog, or a DataFrame)."
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.lstrip(": ") for line in str(error).splitlines() if not line.startswith("An error occurred")]
+    return lines[0] if lines else type(error).__name__
+
+
+def columns_read(frame: Frame, record_encoder: RecordEncoder[Any]) -> DataFrame:
+    """The rows, of the columns that are read.
+
+    Raises :class:`UserError` when those that are needed are not there, or cannot be told apart.
+    """
+    names = [_RECORD]
+    if frame.kind == "parquet":
+        check_names(frame.schema.names, f"`inputs` {frame.name}")
+        fields = [(field.name, _arrow_type(field.dataType)) for field in frame.schema.fields]
+        names = record_encoder.columns(pa.schema(fields), frame.name)
+    rows = frame.rows.select(*map(_column, names))
+    try:
+        rows.schema  # noqa: B018  an engine finds here that `Text` and `text` are one to it
+    except Exception as error:
+        raise UserError(
+            f"`inputs` {frame.name}: the engine cannot tell column {' or '.join(names)}: {_reason(error)}"
+        ) from error
+    return rows
+
+
+def _arrow_type(kind: DataType) -> pa.DataType:
+    """A type that Arrow does not have is none that is read."""
+    try:
+        return to_arrow_type(kind)
+    except (PySparkException, TypeError):
+        return pa.null()
+
+
+def _column(name: str) -> Column:
+    """By its name alone: ``a.b`` is a column, and no field of ``a``."""
+    return F.col("`" + name.replace("`", "``") + "`")
 
 
 def records_of(
@@ -108,4 +173,4 @@ def in_parts(rows: DataFrame, parts: int, first: int) -> DataFrame:
 
 
 def _content(columns: Sequence[str]) -> Column:
-    return F.to_json(F.struct(*columns))
+    return F.to_json(F.struct(*map(_column, columns)))

@@ -65,7 +65,7 @@ def repartition_table(
         )
     datasets = dict(zip(names, open_datasets(tables), strict=True))
     packing = Packing(max_len, pack, num_partition, seed)
-    lineage = lineage_of("repartition", [dataset.table.source for dataset in datasets.values()], asdict(packing))
+    lineage = lineage_of("repartition", [dataset.table.origin for dataset in datasets.values()], asdict(packing))
     if output is None:
         table = _in_place(source, datasets, overwrite)
     else:

@@ -62,7 +62,7 @@ def shuffle_tables(
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
         raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
     mixing = Mixing(seed, num_block, holdout, check_weights(weights or {}, [d.name for d in datasets]), dedup)
-    lineage = lineage_of("shuffle", [dataset.table.source for dataset in datasets], asdict(mixing))
+    lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing))
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
     table = Output(folder, list(shares), paths, overwrite, table_format)

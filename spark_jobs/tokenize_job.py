@@ -17,6 +17,7 @@ from fft.corpus.accounts import document_counts, engine_of, finished_manifest, l
 from fft.corpus.files import Source, find_sources, spans_of
 from fft.corpus.splits import SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
+from fft.data.known import LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import QUARANTINE, PartFile, PartFolder, RejectFile
 from fft.errors import UserError
@@ -25,7 +26,7 @@ from fft.text.encoder import Encoder
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
-from spark_jobs.dataframes import Frame, columns_of, count_parts, in_parts, is_frame, open_frame, records_of
+from spark_jobs.dataframes import Frame, columns_read, count_parts, in_parts, is_frame, open_frames, records_of
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_table.output import Output, TableWriter, local_path, local_paths
@@ -62,10 +63,9 @@ def tokenize_table(
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
     folder = local_path(output, "output")
-    inputs = [inputs] if isinstance(inputs, str | Path | DataFrame) else list(inputs)
-    unread = [path for path in inputs if is_frame(path)]
-    paths = local_paths([path for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)], "inputs")
-    sources = find_sources(paths)
+    unread, paths = _by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
+    left_out = LeftOut()
+    sources = find_sources(paths, id_key, left_out)
     table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
     directory = local_path(tokenizer, "tokenizer")
@@ -82,18 +82,25 @@ def tokenize_table(
         spark = spark or get_session("tokenize")
         record_encoder, info = loading.result()
     start = time.monotonic()
-    frames = [open_frame(spark, path) for path in unread]
-    names = list(dict.fromkeys([*(str(source.path) for source in sources), *(frame.name for frame in frames)]))
-    lineage = lineage_of("tokenize", names, parameters)
+    frames = open_frames(spark, unread, id_key, left_out)
+    origins = [*(source.origin for source in sources), *({"input": frame.name} for frame in frames)]
+    lineage = lineage_of("tokenize", origins, parameters)
     with table.claim(lineage) as writers, job_settings(spark):
         writer = writers[""]
         _write(spark, writer, sources, frames, record_encoder, on_error == "fail")
-        counts = document_counts(writer.tallies, names, record_encoder)
-        lineage["engine"] = engine_of(writer.tallies)
+        counts = document_counts(writer.tallies, lineage["inputs"], record_encoder)
+        lineage |= {"engine": engine_of(writer.tallies), **left_out.facts()}
         manifest = finished_manifest(writer.parts, lineage, counts, timing_of(start, writer.tokens), info, max_len)
         writer.commit(manifest)
-    _say_results(manifest, folder, notes_on(manifest, record_encoder))
+    _say_results(manifest, folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
     return manifest
+
+
+def _by_reader(inputs: Sequence[str | Path | DataFrame]) -> tuple[list[object], list[Path]]:
+    """The inputs that the engine has to read, and the paths of those that tasks read themselves."""
+    frames = [path for path in inputs if is_frame(path)]
+    files = [path for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)]
+    return [*frames], local_paths(files, "inputs")
 
 
 def _write(
@@ -108,16 +115,15 @@ def _write(
     shutil.rmtree(quarantine, ignore_errors=True)  # of an older version
     quarantine.mkdir()
     try:
-        if sources:
-            splits = deal(spans_of(sources, record_encoder))
+        splits = deal(spans_of(sources, record_encoder))
+        if splits:
             parts = splits[-1].part + 1
             tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
             writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, parts, "tokenize")
         for frame in frames:
-            columns = columns_of(frame, record_encoder)
-            rows = frame.rows.select(columns)
+            rows = columns_read(frame, record_encoder)
             parts, first = count_parts(rows), 1 + max((part.part for part in writer.parts), default=-1)
-            unused = tuple(name for name in frame.schema.names if name not in columns and frame.kind == "parquet")
+            unused = tuple(name for name in frame.schema.names if name not in rows.columns and frame.kind == "parquet")
             work = TokenizeFrame(record_encoder, writer.target, fail, frame.name, frame.kind, unused)
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
     except UserError as error:

@@ -18,9 +18,14 @@ UNUSED = "unused "
 _COUNTED = ("documents_in", "documents_out", "empty", "quarantined", "checked")
 
 
-def lineage_of(job: str, inputs: Sequence[object], parameters: Mapping[str, object]) -> dict[str, Any]:
-    """What a manifest says about where its table comes from; counts and timing are added at the end."""
-    return {"job": job, "inputs": [str(path) for path in inputs], "parameters": dict(parameters)}
+def lineage_of(job: str, origins: Sequence[Mapping[str, Any]], parameters: Mapping[str, object]) -> dict[str, Any]:
+    """What a manifest says about where its table comes from; counts and timing are added at the end.
+
+    ``origins`` are what each input says of itself: its name as ``input``, with the version of a Delta table, a
+    fingerprint, and what it was made of in turn.
+    """
+    inputs = list(dict.fromkeys(origin["input"] for origin in origins))
+    return {"job": job, "inputs": inputs, "made_from": [dict(o) for o in origins], "parameters": dict(parameters)}
 
 
 def timing_of(start: float, tokens: int) -> dict[str, float]:

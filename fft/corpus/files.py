@@ -1,81 +1,201 @@
-"""Raw inputs: which files there are, of which kind, and how they are cut into parts."""
+"""Raw inputs: which files there are, of which kind, what of them is left out, and how they are cut into parts."""
 
+import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
-from fft.corpus.readers import COMPRESSIONS, row_group_sizes, schema_of
+from fft.corpus.readers import row_group_sizes, schema_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.data.delta import is_delta, read_snapshot, split_version
-from fft.data.manifest import is_hidden
-from fft.data.storage import Storage
+from fft.data.known import COMPRESSIONS, KINDS, LeftOut
+from fft.data.lakes import check_not_inside, lake_tables, refuse_others
+from fft.data.manifest import in_order, is_hidden
+from fft.data.storage import Listing, Storage
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 
-KINDS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-}
-
-
 #: Bytes of text in a byte of its compressed form, roughly: to deal files to parts.
 _EXPANSION = 4
+#: Classes of files that are left out are told one by one up to so many, the rarest together.
+_CLASSES = 20
+#: How Spark calls the folder of rows whose partition column is null.
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one kind under one input path."""
+    """Files of one kind under one input path; ``ids`` are those of all documents of a file, from its partition."""
 
     path: Path
     kind: str
     files: tuple[Path, ...]
+    ids: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Size on disk."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a table that is made of it says of it: which files, by their names and sizes, in a fingerprint."""
+        folder = split_version(self.path)[0].absolute()
+        facts = [(os.path.relpath(file.absolute(), folder), file.stat().st_size) for file in self.files]
+        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        sizes = {"files": len(facts), "bytes": sum(size for _, size in facts)}
+        return {"input": str(self.path), "kind": self.kind, **sizes, "fingerprint": fingerprint}
 
-def kind_of(path: Path) -> str | None:
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder, by names relative to it: files of each kind, and Delta tables."""
+
+    files: Mapping[str, Sequence[str]]
+    tables: Sequence[str]
+
+
+def kind_of(path: Path | PurePosixPath) -> str | None:
     """Kind by suffix, with a compression's suffix taken off; None when unknown."""
-    name = path.name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return KINDS.get(os.path.splitext(name)[1])
+    stem, suffix = os.path.splitext(path.name.lower())
+    if suffix in COMPRESSIONS:
+        kind = KINDS.get(os.path.splitext(stem)[1])
+        return kind if kind != "parquet" else None  # it is compressed inside
+    return KINDS.get(suffix)
 
 
-def find_sources(inputs: Sequence[Path]) -> list[Source]:
-    """List the files below the inputs. Raises :class:`UserError` for what is missing, empty or of no known kind."""
-    sources = []
-    for path in inputs:
-        folder, version = split_version(path)
-        if version is not None or is_delta(folder):
-            table = Storage.at(folder)
-            snapshot = read_snapshot(table, version)
-            files = tuple(Path(table.path(name)) for name in snapshot.names)
-            sources.append(Source(Path(f"{folder}@v{snapshot.version}"), "parquet", files))
+def look_through(storage: Storage, listing: Listing, left_out: LeftOut) -> Found:
+    """What of a folder is read; the rest is counted. Raises :class:`UserError` for tables of Iceberg or Hudi in it.
+
+    Passed over without being counted are hidden names that would be no documents anyway, and what a Delta table holds.
+    """
+    lakes = lake_tables(listing)
+    for table, kind in lakes.items():
+        refuse_others(f"`inputs` {storage.shown(table)}", kind)
+    files: dict[str, list[str]] = defaultdict(list)
+    others: dict[str, list[int]] = defaultdict(list)
+    for name in sorted({*listing.sizes, *listing.dead, *listing.repeated}, key=in_order):
+        path, size = PurePosixPath(name), listing.sizes.get(name, 0)
+        if any(str(above) in lakes or (str(above) == "." and "" in lakes) for above in path.parents):
             continue
-        if not path.exists():
-            raise UserError(f"`inputs` {path} does not exist: give a file or a folder of JSON lines, parquet or text.")
-        if path.is_file():
-            files = [path]
-            if kind_of(path) is None:
-                raise UserError(f"`inputs` {path} is of no known kind: its name must end in {_known()}.")
+        kind = kind_of(path)
+        if is_hidden(path):
+            if kind is not None:
+                left_out.add("files of hidden names (_ or .)", size)
+        elif name in listing.dead:
+            left_out.add("links to nothing, and what is no file", 0)
+        elif name in listing.repeated:
+            left_out.add("links to what is read under another name", 0)
+        elif kind is None:
+            others[_class_of(path)].append(size)
         else:
-            files = sorted(
-                p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)) and kind_of(p)
-            )
-            if not files:
-                raise UserError(f"`inputs` {path} holds no documents: no file there ends in {_known()}.")
-        for kind in dict.fromkeys(filter(None, map(kind_of, files))):
-            sources.append(Source(path, kind, tuple(file for file in files if kind_of(file) == kind)))
+            files[kind].append(name)
+    ranked = sorted(others, key=lambda what: (-len(others[what]), what))
+    for rank, what in enumerate(ranked):
+        for size in others[what]:
+            left_out.add(what if rank < _CLASSES else "other files", size)
+    return Found(files, list(lakes))
+
+
+def _class_of(path: PurePosixPath) -> str:
+    ends = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if ends and ends[-1] not in COMPRESSIONS and ends[0] not in KINDS:
+        ends = ends[-1:]
+    return f"{printable(''.join(ends))} files" if ends else "files without an ending"
+
+
+def printable(name: str) -> str:
+    """A name of a file system as UTF-8, the bytes that are none as escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def find_sources(inputs: Sequence[Path], id_key: str = "id", left_out: LeftOut | None = None) -> list[Source]:
+    """List the files of the inputs; what lies there and is not read is counted in ``left_out``.
+
+    A Delta table is read by its log, also one that lies below a folder. Where files are in folders by ``id_key``
+    (``id=7/``), as Spark partitions tables, that is the id of their documents. Raises :class:`UserError` for what is
+    missing, empty, of no known kind or given twice, for names that are no UTF-8, and for tables of Iceberg or Hudi.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    sources = [source for path in inputs for source in _sources_at(path, id_key, left_out)]
+    for source in sources:
+        for file in source.files:
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"`inputs`: the name of {printable(str(file))} is no UTF-8: rename it.") from None
+    if len(inputs) > 1:
+        _check_once(sources)
     return sources
+
+
+def _sources_at(path: Path, id_key: str, left_out: LeftOut) -> Iterator[Source]:
+    folder, version = split_version(path)
+    if version is not None or is_delta(folder):
+        yield _delta_source(Storage.at(folder), version, id_key, left_out)
+        return
+    if not path.exists():
+        raise UserError(f"`inputs` {path} does not exist: give a file or a folder of JSON lines, parquet or text.")
+    storage = Storage.at(path)
+    check_not_inside(storage)
+    if not path.is_dir():
+        kind = kind_of(path)
+        if kind is None:
+            raise UserError(f"`inputs` {path} is of no known kind: its name must end in {_known()}.")
+        if not path.is_file():
+            raise UserError(f"`inputs` {path} is no file that can be read from any place: give a file or a folder.")
+        yield Source(path, kind, (path,))
+        return
+    found = look_through(storage, storage.list(), left_out)
+    for table in found.tables:
+        yield _delta_source(Storage.at(path / table), None, id_key, left_out)
+    for kind, names in found.files.items():
+        ids = {}
+        for name in names:
+            partition = partition_of(name)
+            own = partition.pop(id_key, None) if kind == "parquet" else None
+            if own is not None:
+                ids[path / name] = own
+            _count_partitions(partition, left_out)
+        yield Source(path, kind, tuple(path / name for name in names), ids)
+    if not found.files and not found.tables:
+        raise UserError(f"`inputs` {path} holds no documents: no file there ends in {_known()}.")
+
+
+def _delta_source(table: Storage, version: int | None, id_key: str, left_out: LeftOut) -> Source:
+    snapshot = read_snapshot(table, version)
+    files, ids = {name: Path(table.path(name)) for name in snapshot.names}, {}
+    for name, file in files.items():
+        partition = dict(snapshot.partitions.get(name, {}))
+        own = partition.pop(id_key, None)
+        if own is not None:
+            ids[file] = own
+        _count_partitions(partition, left_out)
+    return Source(Path(f"{table.name}@v{snapshot.version}"), "parquet", tuple(files.values()), ids)
+
+
+def partition_of(name: str) -> dict[str, str | None]:
+    """Columns whose value stands in the name of a folder, as Spark and Hive write them: ``lang=en/part-0.parquet``."""
+    pairs = (part.partition("=") for part in name.split("/")[:-1] if "=" in part)
+    return {unquote(key): None if value == _NULL_PARTITION else unquote(value) for key, _, value in pairs}
+
+
+def _count_partitions(partition: Iterable[str], left_out: LeftOut) -> None:
+    for column in partition:
+        left_out.add(f"partition column {printable(column)}")
+
+
+def _check_once(sources: Sequence[Source]) -> None:
+    seen: dict[str, Source] = {}
+    for source in sources:
+        for file in source.files:
+            other = seen.setdefault(os.path.realpath(file), source)
+            if other is not source:
+                raise UserError(f"`inputs` gives {file} twice, by {other.path} and by {source.path}: give it once.")
 
 
 def _known() -> str:
@@ -83,7 +203,10 @@ def _known() -> str:
 
 
 def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> list[Span]:
-    """The inputs cut into spans that can be read on their own. Raises :class:`UserError` for unreadable parquet."""
+    """The inputs cut into spans that can be read on their own.
+
+    Raises :class:`UserError` for unreadable parquet, and for columns that are missing or of another type.
+    """
     chunk = chunk_size(sum(source.bytes for source in sources))
     spans = []
     for source in sources:
@@ -91,8 +214,10 @@ def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> l
         for file in source.files:
             path, size = str(file.absolute()), file.stat().st_size
             if source.kind == "parquet":
-                record_encoder.columns(schema_of(path), name)
-                spans += [Span(name, "parquet", path, i, i + 1, s) for i, s in enumerate(row_group_sizes(path))]
+                record_encoder.columns(schema_of(path), path)
+                doc_id = source.ids.get(file)
+                sizes = enumerate(row_group_sizes(path))
+                spans += [Span(name, "parquet", path, i, i + 1, s, doc_id) for i, s in sizes]
             elif file.suffix.lower() in COMPRESSIONS:
                 spans.append(Span(name, source.kind, path, 0, 0, size * _EXPANSION))
             else:

@@ -219,13 +219,14 @@ def _make(text: TextInput, seen: list[str | int], folder: Path) -> None:
 def _tokenize(text: TextInput, folder: Path) -> Manifest:
     begin = time.monotonic()
     name = str(text.path)
-    splits = deal(spans_of([Source(text.path, "json", (text.path,))], text.encoder))
+    source = Source(text.path, "json", (text.path,))
+    splits = deal(spans_of([source], text.encoder))
     target = PartFolder(folder.absolute(), WorkerNotes(str(folder.absolute())))
     with progress(f"tokenize {name}", target.notes, splits[-1].part + 1):
         parts = publish_parts(target, _write_parts(text.encoder, target, splits))
     tallies = sum_tallies(parts)
     counts = document_counts(tallies, [name], text.encoder)
-    lineage = {**lineage_of("tokenize", [name], text.parameters), "engine": engine_of(tallies)}
+    lineage = {**lineage_of("tokenize", [source.origin], text.parameters), "engine": engine_of(tallies)}
     timing = timing_of(begin, counts["datasets"][name]["tokens"])
     manifest = finished_manifest(parts, lineage, counts, timing, text.tokenizer, text.max_len)
     for note in notes_on(manifest, text.encoder):

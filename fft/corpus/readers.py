@@ -12,14 +12,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.data.footer import check_names
 from fft.errors import UserError
 
-COMPRESSIONS = (".gz", ".zst", ".bz2")
 _BLOCK = 4 << 20
 #: Between documents of a plain text: one blank line or more, with any line ends.
 _BLANK_LINES = re.compile(rb"\n(?:[ \t]*\r?\n)+")
 #: Any longer run of blank lines still has a separator in its last bytes.
 _LONGEST_SEPARATOR = 4096
+
+
+#: What zstd says of a file that was compressed with a larger window than it takes here (`zstd --long=28`, say).
+_LARGE_WINDOW = "requires too much memory"
 
 
 @contextmanager
@@ -29,7 +33,17 @@ def naming(path: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): is it whole? Restore or remove it.") from error
+        raise UserError(f"{path} cannot be read ({reason}): {_remedy(error)}") from error
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it must lie under this path on all machines of the cluster, and stay there while the job runs."
+    if isinstance(error, PermissionError):
+        return "have its reading permitted to the user of the job, on all machines of the cluster."
+    if _LARGE_WINDOW in str(error):
+        return "its zstd window is larger than 128 MB: compress it again without --long or --ultra."
+    return "is it whole? Restore or remove it."
 
 
 def open_text(path: str) -> io.BufferedIOBase:
@@ -92,9 +106,11 @@ def read_row_groups(path: str, first: int, last: int, columns: list[str], rows: 
 
 
 def schema_of(path: str) -> pa.Schema:
-    """Columns of a parquet file."""
+    """Columns of a parquet file. Raises :class:`UserError` when it cannot be read, or two of them have one name."""
     with naming(path):
-        return pq.read_schema(path)
+        schema = pq.read_schema(path)
+    check_names(schema.names, path)
+    return schema
 
 
 def row_group_sizes(path: str) -> list[int]:

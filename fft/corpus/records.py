@@ -25,7 +25,8 @@ def read_records(
         columns = record_encoder.columns(schema, split.path)
         for batch in read_row_groups(split.path, split.start, split.stop, columns):
             unused.update(dict.fromkeys(set(schema.names).difference(columns), batch.num_rows))
-            yield list(record_encoder.rows(batch))
+            rows = record_encoder.rows(batch)
+            yield [(record, split.doc_id if doc_id is None else doc_id) for record, doc_id in rows]
         return
     waiting, size = [], 0
     for record in READERS[split.kind](split.path, split.start, split.stop):

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 #: Input bytes of a part, and the fewest parts: enough to occupy a few cores with little input.
 PART_BYTES, FEWEST_PARTS = 64 << 20, 8
 #: Schema of :func:`Split.row` after ``part``.
-SPLIT = "dataset string, kind string, path string, start bigint, stop bigint"
+SPLIT = "dataset string, kind string, path string, start bigint, stop bigint, doc_id string"
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Span:
     """A stretch of a file that can be read on its own: bytes [start, stop) of a text, or row groups of a parquet file.
 
     ``dataset`` names the input it belongs to. ``size`` is its cost in bytes. A compressed text is one span (0, 0).
+    ``doc_id`` is that of all its documents, from the partition of a table in which the file lies.
     """
 
     dataset: str
@@ -23,6 +24,7 @@ class Span:
     start: int
     stop: int
     size: int
+    doc_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Split:
     path: str
     start: int
     stop: int
+    doc_id: str | None = None
 
     def row(self) -> tuple:
         """As a row for Spark."""
@@ -61,6 +64,6 @@ def deal(spans: Sequence[Span]) -> list[Split]:
         bin_ = (before + span.size // 2) // target
         if bin_ != last:
             part, last = part + 1, bin_
-        splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop))
+        splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop, span.doc_id))
         before += span.size
     return splits

@@ -8,11 +8,13 @@ column mapping are refused.
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.data.manifest import Manifest, in_order
@@ -31,11 +33,13 @@ class Snapshot:
     """One version of a table: its files in name order, and the manifest if a job of ours committed it.
 
     ``names`` are relative to the table's folder; of files that lie elsewhere, as a clone's may, they are paths.
+    ``partitions`` has, of each file of a partitioned table, the values of the columns that are not in it.
     """
 
     version: int
     names: tuple[str, ...]
     manifest: Manifest | None
+    partitions: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
 
 def split_version(path: str | Path) -> tuple[Path, int | None]:
@@ -78,7 +82,7 @@ def read_snapshot(table: Storage, version: int | None = None, listing: Listing |
     history = (_open(table.name) if version is not None else log).history()
     text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == log.version()), None)
     manifest = Manifest.from_json(text, f"the Delta log of {table.name}") if text else None
-    return Snapshot(log.version(), names, manifest)
+    return Snapshot(log.version(), names, manifest, _partitions(log))
 
 
 def commit_delta(folder: Path, manifest: Manifest) -> int:
@@ -126,6 +130,17 @@ def _open(table: str, version: int | None = None) -> "deltalake.DeltaTable":
     except (DeltaError, OSError) as error:
         said = re.sub(r"\x1b\[\d+m", "", one_line(error))  # colours
         raise UserError(f"{table}{'' if version is None else f'@v{version}'} cannot be opened: {said}.") from error
+
+
+def _partitions(log: "deltalake.DeltaTable") -> dict[str, dict[str, str | None]]:
+    """Partition values of each file, by its name as it lies in the folder."""
+    columns = log.metadata().partition_columns
+    if not columns:
+        return {}
+    files = pa.table(log.get_add_actions(flatten=True))
+    values = [files.column(f"partition.{column}").cast(pa.string()).to_pylist() for column in columns]
+    names = map(unquote, files.column("path").to_pylist())
+    return {name: dict(zip(columns, own, strict=True)) for name, *own in zip(names, *values, strict=True)}
 
 
 def _need_deltalake() -> None:

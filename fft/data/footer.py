@@ -110,7 +110,7 @@ def check_names(names: Iterable[str], where: str) -> None:
     """Raise :class:`UserError` when several columns of ``where`` have one name: which is meant cannot be told."""
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise UserError(f"{where} has several columns of the name {repeated[0]}: rename all but one.")
+        raise UserError(f"{where} has more than one column {repeated[0]}: rename all but one.")
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -4,6 +4,8 @@ All else is refused by name, or counted and told in the job's summary. The keys 
 :mod:`fft.text.records` and :mod:`fft.text.messages`.
 """
 
+from collections import Counter
+
 #: How documents lie in a file, by the end of its name.
 KINDS = {
     ".jsonl": "json",
@@ -43,3 +45,34 @@ REFUSED = {
 def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = (*LISTS, DOC_IDS, MASK)) -> list[str]:
     """Of a table's columns those that nothing here reads."""
     return [name for name in names if name not in read]
+
+
+class LeftOut(Counter[str]):
+    """How many files something concerns that is not read, by its class: ".csv files", "column url", and so on.
+
+    ``bytes`` has what the files hold that are left out as a whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def add(self, what: str, size: int | None = None) -> None:
+        """Count a file; with a ``size`` in bytes, all of it is left out."""
+        self[what] += 1
+        if size is not None:
+            self.bytes[what] += size
+
+    def facts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What a manifest's lineage says of it, under ``not_read``; nothing if all was read."""
+        sized = {what: {"bytes": self.bytes[what]} for what in self.bytes}
+        classes = {what: {"files": self[what], **sized.get(what, {})} for what, _ in self.most_common()}
+        return {"not_read": classes} if classes else {}
+
+    def notes(self, of: str = "") -> list[str]:
+        """A line for the user, none if all was read; ``of`` names the input."""
+        told = [
+            f"{count:,} {what} ({self.bytes[what]:,} bytes)" if what in self.bytes else f"{what} ({count:,} files)"
+            for what, count in self.most_common()
+        ]
+        return [f"not read{of and f' of {of}'}: {', '.join(told)}"] if told else []

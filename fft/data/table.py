@@ -3,11 +3,10 @@
 import hashlib
 import os
 import posixpath
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
-from fft.data.known import LISTS, MASK, unread_columns
+from fft.data.known import LISTS, MASK, LeftOut, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.manifest import MANIFEST_NAME, UNFINISHED, WRITING_NAME, Manifest, in_order, is_hidden, manifest_of
 from fft.data.storage import Listing, Storage
@@ -58,8 +57,8 @@ class Rows:
 class Table:
     """A token table at a fixed state: its files in name order, their row groups, and the manifest if it has one.
 
-    ``columns`` are those that every file has; ``unread`` says what is not read ("column id", ".csv files") and
-    how many files that concerns. Paths of row groups are those of ``filesystem``.
+    ``columns`` are those that every file has; ``unread`` counts what is not read. Paths of row groups are those of
+    ``filesystem``.
     """
 
     path: str
@@ -68,7 +67,7 @@ class Table:
     manifest: Manifest | None
     version: int | None
     filesystem: FileSystem
-    unread: Mapping[str, int]
+    unread: LeftOut
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Table":
@@ -101,7 +100,8 @@ class Table:
         for file in files:
             footer = Footer.read(file, storage.filesystem)
             found = frozenset(footer.schema.names)
-            unread.update(f"column {column}" for column in unread_columns(footer.schema.names))
+            for column in unread_columns(footer.schema.names):
+                unread.add(f"column {column}")
             columns = found if columns is None else columns
             for column in LISTS:
                 if (column in columns) != (column in found):
@@ -127,6 +127,12 @@ class Table:
         """A hash of which files there are and how many rows, tokens and bytes their row groups hold."""
         facts = [(os.path.relpath(g.path, self.path), g.index, g.rows, g.tokens, g.bytes) for g in self.row_groups]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a table or a run that is made of it says of it, and of what it was made of itself."""
+        made_from = self.manifest.lineage.get("made_from", []) if self.manifest else []
+        return {"input": self.source, "fingerprint": self.fingerprint, "made_from": made_from}
 
     @cached_property
     def rows(self) -> int:
@@ -293,10 +299,14 @@ def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
         )
 
 
-def _unread_files(listing: Listing) -> Counter[str]:
+def _unread_files(listing: Listing) -> LeftOut:
     """Files of a table that are not read, by the ends of their names."""
-    names = (PurePosixPath(name) for name in listing.sizes if name)
-    return Counter(f"{n.suffix or 'nameless'} files" for n in names if n.suffix != ".parquet" and not is_hidden(n))
+    unread = LeftOut()
+    for name, size in listing.sizes.items():
+        path = PurePosixPath(name)
+        if name and path.suffix != ".parquet" and not is_hidden(path):
+            unread.add(f"{path.suffix} files" if path.suffix else "files without an ending", size)
+    return unread
 
 
 def _parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manifest | None]:

@@ -107,7 +107,10 @@ def create(run: Path, args: TrainArguments, plan: Plan, start: Start, environmen
     write_atomically(run / "arguments.yaml", settings)
     write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
     # Which tables, at which versions, in which order: what a later run must find to go on with this one.
-    data = {"train_data": plan.train and plan.train.identity, "eval_data": plan.evaluation and plan.evaluation.identity}
+    data = {
+        name: reader and {**reader.identity, "made_from": [table.origin for table in reader.tables]}
+        for name, reader in (("train_data", plan.train), ("eval_data", plan.evaluation))
+    }
     write_atomically(run / "data.yaml", yaml.safe_dump(data, sort_keys=False))
 
 

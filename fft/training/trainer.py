@@ -82,7 +82,7 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
     if plan.train is not None:
         for table in plan.train.tables:
             lines.append(f"{table.source}: {table.rows:,} rows, {table.tokens:,} tokens")
-            lines += [f"not read of it: {', '.join(table.unread)}"] if table.unread else []
+            lines += table.unread.notes(table.source)
         tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
         lines.append(f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens")
     _log("\n".join(lines))

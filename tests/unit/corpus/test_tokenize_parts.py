@@ -52,7 +52,7 @@ def tokenize(path: Path, encoder, folder: Path, quarantine: bool = True):
             part.add_split(split)
         done = part.finish(rejects.finish())
     counts = document_counts(part.tallies, [str(path)], encoder)
-    lineage = {**lineage_of("tokenize", [path], {}), "engine": "fastokens"}
+    lineage = {**lineage_of("tokenize", [{"input": str(path)}], {}), "engine": "fastokens"}
     manifest = finished_manifest([done], lineage, counts, {"seconds": 1.0}, None, None)
     rows = pq.read_table(folder / done.name).to_pylist() if done.name else []
     aside = [json.loads(line) for file in (folder / "_quarantine").iterdir() for line in file.read_text().splitlines()]

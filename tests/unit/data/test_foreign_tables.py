@@ -52,7 +52,7 @@ def test_columns_before_the_ids_do_not_shift_them(before, tmp_path):
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
     pq.write_table(pa.Table.from_arrays([IDS, IDS], ["input_ids", "input_ids"]), tmp_path / "part.parquet")
-    assert "part.parquet has several columns of the name input_ids: rename" in refusal(lambda: Table.open(tmp_path))
+    assert "part.parquet has more than one column input_ids: rename" in refusal(lambda: Table.open(tmp_path))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,0 +1,241 @@
+"""Folders of documents: every file in them is read once, or left out and counted by its class, or refused by name."""
+
+import bz2
+import gzip
+import os
+from collections import Counter
+from pathlib import Path
+
+import deltalake
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fft.corpus.files import find_sources, kind_of, partition_of, spans_of
+from fft.corpus.readers import read_lines, read_row_groups
+from fft.corpus.records import read_records
+from fft.corpus.remote import find_remote
+from fft.corpus.splits import deal
+from fft.data.known import LeftOut
+from fft.errors import UserError
+from fft.text.records import Keys
+
+
+def refusal(function, *given) -> str:
+    with pytest.raises(UserError) as raised:
+        function(*given)
+    assert len(str(raised.value).splitlines()) == 1
+    return str(raised.value)
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"text": "a"}\n')
+    return folder
+
+
+def files_read(*inputs: Path, left_out: LeftOut | None = None) -> list[str]:
+    sources = find_sources(inputs, left_out=left_out)
+    return [os.path.relpath(file, inputs[0]) for source in sources for file in source.files]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.jsonl", "json"),
+        ("a.JSON.GZ", "json"),
+        ("a.ndjson.zst", "json"),
+        ("a.txt.bz2", "text"),
+        ("a.parquet", "parquet"),
+        ("a.parquet.gz", None),
+        ("a.jsonl.gz.zst", None),
+        ("a.jsonl.xz", None),
+        ("a.csv", None),
+        ("jsonl", None),
+        (".jsonl", None),
+    ],
+)
+def test_kinds(name, kind):
+    assert kind_of(Path(name)) == kind
+
+
+def test_what_is_left_out_is_counted_by_its_class(tmp_path):
+    root = fill(
+        tmp_path / "t", "b/a.jsonl", "a.txt", "x.csv", "y.CSV", "z.jsonl.xz", "q.csv.gz", "README", "_x/a.jsonl"
+    )
+    fill(root, "_SUCCESS", ".a.jsonl.crc", "deep/er/a.lz4")
+    (root / "dead.jsonl").symlink_to("nowhere")
+    (root / "again.jsonl").symlink_to("b/a.jsonl")
+    os.mkfifo(root / "pipe.txt")
+    with open(os.fsencode(root) + b"/n.b\xff", "w"):
+        pass
+    left_out = LeftOut()
+    assert sorted(files_read(root, left_out=left_out)) == ["a.txt", "b/a.jsonl"]
+    size = len('{"text": "a"}\n')
+    assert left_out.facts()["not_read"] == {
+        "links to nothing, and what is no file": {"files": 2, "bytes": 0},
+        "files of hidden names (_ or .)": {"files": 1, "bytes": size},
+        "links to what is read under another name": {"files": 1, "bytes": 0},
+        ".csv files": {"files": 2, "bytes": 2 * size},
+        ".jsonl.xz files": {"files": 1, "bytes": size},
+        ".csv.gz files": {"files": 1, "bytes": size},
+        ".lz4 files": {"files": 1, "bytes": size},
+        "files without an ending": {"files": 1, "bytes": size},
+        ".b\\xff files": {"files": 1, "bytes": 0},
+    }
+    assert "2 links to nothing, and what is no file (0 bytes), " in left_out.notes("t")[0]
+
+
+def test_a_million_endings_are_a_few_classes(tmp_path):
+    left_out = LeftOut()
+    find_sources([fill(tmp_path, "a.txt", *(f"a.{i:04}" for i in range(300)))], left_out=left_out)
+    assert len(left_out) == 21
+    assert left_out["other files"] == 280
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    fill(tmp_path, "t/a.jsonl", "elsewhere/b.jsonl", "elsewhere/c/d.jsonl")
+    (tmp_path / "t" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "t" / "again").symlink_to(tmp_path / "t" / "more" / "c")
+    (tmp_path / "elsewhere" / "c" / "up").symlink_to(tmp_path)
+    assert len(files_read(tmp_path / "t")) == 3
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path):
+    file = fill(tmp_path, "t/a.jsonl", "u/b.jsonl") / "t" / "a.jsonl"
+    (tmp_path / "u" / "c.jsonl").symlink_to(file)
+    for other in (file, tmp_path / "t", tmp_path / "u", tmp_path / "u" / "c.jsonl", tmp_path / "t" / ".." / "t"):
+        assert " twice, by " in refusal(find_sources, [file, other])
+        assert " twice, by " in refusal(find_sources, [other, file])
+    assert len(find_sources([tmp_path / "t", tmp_path / "u" / "b.jsonl"])) == 2
+
+
+def test_names_that_are_no_utf_8_are_refused(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/a\xff.jsonl", "w") as stream:
+        stream.write('{"text": "a"}\n')
+    said = refusal(find_sources, [tmp_path])
+    assert said == f"`inputs`: the name of {tmp_path}/a\\xff.jsonl is no UTF-8: rename it."
+
+
+def delta(folder: Path, **options) -> Path:
+    """Two versions: one document, which another replaces."""
+    for name in ("old", "new"):
+        deltalake.write_deltalake(str(folder), pa.table({"id": [name], "text": [name]}), mode="overwrite", **options)
+    return folder
+
+
+def texts(sources) -> list[tuple]:
+    keys = Keys()
+    splits = deal(spans_of(sources, keys))
+    return sorted(row for split in splits for rows in read_records(split, keys, Counter()) for row in rows)
+
+
+@pytest.mark.parametrize("partition", [None, ["id"]])
+def test_delta_tables_at_any_depth_are_read_by_their_log(partition, tmp_path):
+    fill(tmp_path, "t/a.jsonl")
+    table = delta(tmp_path / "t" / "b" / "c", partition_by=partition)
+    sources = find_sources([tmp_path / "t"])
+    assert {str(source.path) for source in sources} == {str(tmp_path / "t"), f"{table}@v1"}
+    assert texts([source for source in sources if source.kind == "parquet"]) == [(b"new", "new")]
+    assert texts(find_sources([Path(f"{table}@v0")])) == [(b"old", "old")]
+    assert refusal(find_sources, [next(table.rglob("*.parquet"))]).endswith(
+        "it may be an older version: name the table."
+    )
+    origin = next(source.origin for source in sources if source.kind == "parquet")
+    assert origin["input"] == f"{table}@v1"
+    assert origin["fingerprint"] != find_sources([Path(f"{table}@v0")])[0].origin["fingerprint"]
+
+
+@pytest.mark.parametrize(("kind", "mark"), [("Hudi", ".hoodie/x"), ("Iceberg", "metadata/v1.metadata.json")])
+def test_other_tables_are_refused_by_name(kind, mark, tmp_path):
+    table = fill(tmp_path, "t/b/c/data/a.parquet", f"t/b/c/{mark}") / "t" / "b" / "c"
+    for path in (tmp_path / "t", table):
+        assert refusal(find_sources, [path]).startswith(f"`inputs` {table} is of {kind}, whose folder also holds")
+        assert f"is of {kind}" in refusal(find_remote, f"file://{path}", "id", LeftOut())
+    for path in (table / "data", table / "data" / "a.parquet"):
+        assert f"lies in the {kind} table {table}" in refusal(find_sources, [path])
+        assert f"lies in the {kind} table {table}" in refusal(find_remote, f"file://{path}", "id", LeftOut())
+
+
+def test_ids_of_partitions_are_read_and_other_columns_counted(tmp_path):
+    for name in ("id=a%20b/lang=en", "id=c/lang=__HIVE_DEFAULT_PARTITION__"):
+        (tmp_path / name).mkdir(parents=True)
+        pq.write_table(pa.table({"text": ["x"], "url": ["u"]}), tmp_path / name / "part.parquet")
+    left_out = LeftOut()
+    sources = find_sources([tmp_path], left_out=left_out)
+    assert texts(sources) == [(b"x", "a b"), (b"x", "c")]
+    assert left_out.facts() == {"not_read": {"partition column lang": {"files": 2}}}
+    assert left_out.notes("t") == ["not read of t: partition column lang (2 files)"]
+    other = LeftOut()
+    find_sources([tmp_path], "url", other)
+    assert other == {"partition column id": 2, "partition column lang": 2}
+    assert partition_of("a=b=c/d/e=f") == {"a": "b=c"}
+
+
+def test_parquet_without_rows_and_with_columns_of_one_name(tmp_path):
+    pq.ParquetWriter(tmp_path / "empty.parquet", pa.schema([("text", pa.string())])).close()
+    assert spans_of(find_sources([tmp_path]), Keys()) == []
+    assert list(read_row_groups(str(tmp_path / "empty.parquet"), 0, 0, ["text"])) == []
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), tmp_path / "twice.parquet")
+    said = refusal(spans_of, find_sources([tmp_path]), Keys())
+    assert said == f"{tmp_path}/twice.parquet has more than one column text: rename all but one."
+
+
+def test_an_error_of_a_folder_names_the_file(tmp_path):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "b.parquet")
+    assert f"{tmp_path}/b.parquet: column text is int64" in refusal(spans_of, find_sources([tmp_path]), Keys())
+
+
+def test_what_cannot_be_read_is_said_with_what_to_do(tmp_path, monkeypatch):
+    def lines(path):
+        return list(read_lines(str(path), 0, 0))
+
+    assert "it must lie under this path on all machines of the cluster" in refusal(lines, tmp_path / "none.jsonl")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
+    assert "is it whole? Restore or remove it" in refusal(lines, tmp_path / "a.jsonl.gz")
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(b"x" * 1000)[:-9])
+    assert "is it whole? Restore or remove it" in refusal(lines, tmp_path / "a.jsonl.bz2")
+    # A zstd frame that asks for a window of 256 MB, and holds one raw block of one byte.
+    frame = bytes([0x28, 0xB5, 0x2F, 0xFD, 0x00, (28 - 10) << 3]) + bytes([0x09, 0, 0]) + b"x"
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    assert "its zstd window is larger than 128 MB: compress it again without --long" in refusal(
+        lines, tmp_path / "a.jsonl.zst"
+    )
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert "have its reading permitted" in refusal(lines, tmp_path / "none.jsonl")
+
+
+def remote(url: str, left_out: LeftOut | None = None) -> dict[tuple[str, str], int]:
+    found = find_remote(url, "id", LeftOut() if left_out is None else left_out)
+    assert not any(one.unseen for one in found)
+    return {(one.name, one.kind): len(one.urls) for one in found}
+
+
+def test_urls_are_looked_through_like_paths(tmp_path):
+    fill(tmp_path, "t/a.jsonl", "t/b.jsonl", "t/c.txt", "t/d.csv", "u/e.jsonl", "u/_f.jsonl")
+    delta(tmp_path / "t" / "deep" / "er")
+    url, left_out = f"file://{tmp_path}", LeftOut()
+    assert remote(f"{url}/t/", left_out) == {
+        (f"{url}/t/deep/er@v1", "parquet"): 1,
+        (f"{url}/t", "json"): 2,
+        (f"{url}/t", "text"): 1,
+    }
+    assert left_out == {".csv files": 1}
+    assert remote(f"{url}/t/deep/er") == {(f"{url}/t/deep/er@v1", "parquet"): 1}
+    assert remote(f"{url}/t/deep/er@v0") == {(f"{url}/t/deep/er@v0", "parquet"): 1}
+    assert remote(f"{url}/t/a.jsonl") == {(f"{url}/t/a.jsonl", "json"): 1}
+    assert remote(f"{url}/?/[a-e].jsonl") == {(f"{url}/?/[a-e].jsonl", "json"): 3}
+    assert remote(f"{url}/{{t/a,u/*}}.jsonl") == {(f"{url}/{{t/a,u/*}}.jsonl", "json"): 2}
+    assert remote(f"{url}/t/d*")[f"{url}/t/deep/er@v1", "parquet"] == 1
+    assert "lies in the Delta table" in refusal(find_remote, f"{url}/t/deep/er/*.parquet", "id", LeftOut())
+    assert "holds no documents" in refusal(find_remote, f"{url}/none/*.jsonl", "id", LeftOut())
+    deltalake.write_deltalake(str(tmp_path / "p"), pa.table({"id": ["a"], "text": ["b"]}), partition_by=["id"])
+    assert "is partitioned by id, which its files lack" in refusal(find_remote, f"{url}/p", "id", LeftOut())
+    assert next(iter(find_remote("nosuch://bucket/a.jsonl", "id", LeftOut()))).unseen
+    assert "its versions cannot be read here" in refusal(find_remote, "nosuch://bucket/a@v1", "id", LeftOut())
