@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from device.token_tables import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -52,20 +51,6 @@ def launch():
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     return run
-
-
-def write_table(
-    folder: Path, rows: list[np.ndarray], files: int = 2, row_group_size: int = 16, **columns: list
-) -> Path:
-    """Write rows of token ids as a Spark job would: some parquet files, several row groups each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    per_file = -(-len(rows) // files)
-    for file in range(files):
-        part = slice(file * per_file, (file + 1) * per_file)
-        data = {"input_ids": pa.array(rows[part], pa.list_(pa.int32()))}
-        data |= {name: pa.array(values[part], pa.list_(pa.int32())) for name, values in columns.items()}
-        pq.write_table(pa.table(data), folder / f"part-{file:05d}.parquet", row_group_size=row_group_size)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ LAYOUT = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8", "--checkp
 def train(model_dir, ragged_table, held_out):  # noqa: F811
     def run(output, power, *more):
         given = [*flags(model_dir("qwen2-tied"), ragged_table, output, held_out), *LAYOUT, *more, power]
-        done = run_ranks(2, *given, module="tests.distributed.half_on_cpu")
+        done = run_ranks(2, *given, module="tests.device.half_on_cpu")
         assert done.returncode == 0, done.stderr[-3000:]
         return read_metrics(output / "run")
 
