@@ -1,6 +1,7 @@
 """The device under test, and a line a test for the report of run.py. Nothing in this folder needs the other tests."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def pytest_collectreport(report):
 
 
 def pytest_configure(config):
+    os.environ["DS_ACCELERATOR"] = device_type(config)  # DeepSpeed looks once, when it is imported
     _results.extend(filter(None, [config.getoption("--results", None)]))
 
 

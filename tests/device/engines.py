@@ -1,15 +1,13 @@
-"""Engines of the trainer in this process, and what their steps gave."""
+"""What steps of the trainer's engine gave, in this process."""
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from transformers import PretrainedConfig
 
-from fft.arguments import parse_arguments
-from fft.data.batches import MicroBatch
-from fft.data.table import IGNORE
+from benchmarks.engines import Workload, with_engine
+from fft.checkpoint import optimizer_state
+from fft.training.engine import StageEngine
 
 
 @dataclass(frozen=True)
@@ -27,54 +25,29 @@ class Taken:
     peak: int
 
 
-def micro_batch(lengths: list[int], vocabulary: int, seed: int) -> MicroBatch:
-    """Documents of random tokens, one after another."""
-    ends, tokens = np.cumsum(lengths), sum(lengths)
-    ids = np.random.default_rng(seed).integers(0, vocabulary, tokens)
-    labels = np.roll(ids, -1).astype(np.int64)
-    labels[ends - 1] = IGNORE
-    bounds = np.full(tokens + 1, tokens, dtype=np.int32)
-    bounds[: len(lengths) + 1] = [0, *ends]
-    return MicroBatch(ids[None].astype(np.int32), labels, bounds, int((labels != IGNORE).sum()))
+def take_steps(workload: Workload, steps: int) -> Taken:
+    """Take so many steps on a workload, whose engine is gone afterwards."""
+
+    def take(step: Callable[[], float], engine: StageEngine) -> Taken:
+        memory = None if engine.device.type == "cpu" else torch.get_device_module(engine.device)
+        before = 0
+        if memory is not None:
+            memory.reset_peak_memory_stats()
+            before = memory.memory_allocated()
+        losses, norms, gradients = [], [], {}
+        for _ in range(steps):
+            losses.append(step())
+            norms.append(engine.grad_norm)
+            gradients = gradients or _state(engine, "exp_avg/")
+        peak = memory.max_memory_allocated() - before if memory is not None else 0
+        return Taken(losses, norms, gradients, _state(engine), peak)
+
+    return with_engine(workload, take)
 
 
-def join(device: torch.device) -> None:
-    """Make this process a world of its own, once, on a type of device; before anything asks DeepSpeed for its own."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    from fft.training.engine import init_distributed
-
-    if not torch.distributed.is_initialized():
-        init_distributed()
-
-
-def take_steps(config: PretrainedConfig, steps: list[list[MicroBatch]], *flags: str) -> Taken:
-    """Train a model of ``config`` with seeded weights, as ``flags`` say, in the process that :func:`join` prepared."""
-    from fft.checkpoint import optimizer_state
-    from fft.models.causal_lm import StageBuilder
-    from fft.parallel.mesh import mesh_sizes
-    from fft.planning.layout import plan_layout
-    from fft.training.engine import build_engine, model_spec, on_host
-
-    fixed = ["--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--learning_rate=1e-3", "--seed=3"]
-    sizes = [f"--seq_len={len(steps[0][0].labels)}", f"--gradient_accumulation_steps={len(steps[0])}"]
-    args = parse_arguments([*fixed, *sizes, *flags])
-    spec, mesh = model_spec(args, config), mesh_sizes(1, 1, 1, 1)
-    builder = StageBuilder(spec)
-    engine = build_engine(args, builder, mesh, plan_layout(args, spec, mesh, on_host()).bounds, len(steps))
-
-    def state() -> dict[str, torch.Tensor]:
-        held, _ = optimizer_state.gather(engine.optimizer, engine.parameters, builder.shards, engine.role)
-        held |= {f"weight/{name}": parameter for name, parameter in engine.parameters.items()}
-        return {name: x.detach().cpu().clone() for name, x in held.items() if not name.startswith("random/")}
-
-    memory = None if on_host() else torch.get_device_module(engine.device)
-    if memory is not None:
-        memory.reset_peak_memory_stats()
-        before = memory.memory_allocated()
-    losses, norms, gradients = [], [], {}
-    for batches in steps:
-        losses.append(engine.step(batches))
-        norms.append(engine.grad_norm)
-        gradients = gradients or {name: x for name, x in state().items() if name.startswith("exp_avg/")}
-    peak = memory.max_memory_allocated() - before if memory is not None else 0
-    return Taken(losses, norms, gradients, state(), peak)
+def _state(engine: StageEngine, kind: str = "") -> dict[str, torch.Tensor]:
+    """Copies in host memory, of one kind or of all."""
+    held, _ = optimizer_state.gather(engine.optimizer, engine.parameters, {}, engine.role)
+    held |= {f"weight/{name}": parameter for name, parameter in engine.parameters.items()}
+    chosen = {name: x for name, x in held.items() if name.startswith(kind) and not name.startswith("random/")}
+    return {name: x.detach().cpu().clone() for name, x in chosen.items()}

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from engines import Taken, join, micro_batch, take_steps
+from engines import Taken, take_steps
 from runs import ONE_TILE
 from transformers import AutoConfig
+
+from benchmarks.engines import Workload
 
 #: What recomputes, and what memory it may take, of that with everything kept. The table says 0.6, 0.2 and 0.4 for bf16
 #: without fused operators, which keep less to begin with.
@@ -20,25 +22,24 @@ def config_of(small):
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 101}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
         if not small:
-            sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1009}
-            heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "initializer_range": 0.03}
+            sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 1009}
+            heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.04}
         return AutoConfig.for_model(family, **sizes, **heads, max_position_embeddings=1 << 14)
 
     return of
 
 
 @pytest.fixture(scope="module")
-def taken(device, small, config_of):
+def taken(small, config_of):
     """Three steps of two micro-batches; documents end within a tile, so that kernels sum in one order only."""
-    join(device)
     known = {}
-    lengths = [1, 40, 23] if small else [ONE_TILE, 1, 40, 23] * 64
+    tokens, document = (64, 40) if small else (8192, ONE_TILE)
 
     def of(family: str, dtype: str, way: str) -> Taken:
         if (family, dtype, way) not in known:
-            config = config_of(family)
-            steps = [[micro_batch(lengths, config.vocab_size, 2 * n + m) for m in range(2)] for n in range(3)]
-            known[family, dtype, way] = take_steps(config, steps, f"--dtype={dtype}", *filter(None, [way]))
+            flags = tuple(filter(None, [f"--dtype={dtype}", way]))
+            workload = Workload(config_of(family), tokens, 2, document=document, flags=flags)
+            known[family, dtype, way] = take_steps(workload, 3)
         return known[family, dtype, way]
 
     return of
