@@ -1,0 +1,141 @@
+"""What the device's benchmarks make of what they see: kinds of kernels, layers that fit, FLOPs of a step, memory."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+
+from benchmarks.device import profile
+from benchmarks.device.frame import Setting
+from benchmarks.device.hardware import DATASHEET
+from benchmarks.device.shapes import Case, layers_that_fit, model_config, step_flops, with_layers, workload
+from benchmarks.device.step import cases, measure
+from benchmarks.engines import with_engine
+from fft.models.spec import ModelSpec
+from fft.training.metrics import flops_per_token
+
+FLASH = "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64>>"
+BACKWARD = "autograd::engine::evaluate_function: "
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "within"),
+    [
+        (profile.ATTENTION, FLASH, ("aten::_flash_attention_forward", "_PackedAttention")),
+        (profile.ATTENTION, "cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90>>", ()),
+        (profile.ATTENTION, "FlashAttentionScoreGrad", ()),
+        # A copy that attention makes is its own, whatever it is called.
+        (profile.ATTENTION, "Memcpy DtoD (Device -> Device)", ("aten::copy_", "_PackedAttentionBackward", BACKWARD)),
+        (profile.PRODUCTS, "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", ("aten::mm", "aten::matmul", "aten::linear")),
+        (profile.PRODUCTS, "sm80_xmma_gemm_bf16bf16_bf16f32", ()),
+        (profile.PRODUCTS, "a kernel of no known name", ("aten::addmm",)),
+        (profile.PRODUCTS, "aten::mm", ("MmBackward0", f"{BACKWARD}MmBackward0")),
+        (profile.ELEMENTWISE, "_rms_norm_forward_kernel", ("LigerRMSNormFunction",)),
+        (profile.ELEMENTWISE, "void at::native::vectorized_elementwise_kernel<4, MulFunctor>", ("aten::mul",)),
+        (profile.LOSS, "nvjet_tst_192x192", ("aten::mm", "aten::matmul", "_LinearCrossEntropy", "loss")),
+        (profile.LOSS, "elementwise", ("aten::mul", "_LinearCrossEntropyBackward", f"{BACKWARD}_LinearCross")),
+        (profile.OPTIMIZER, "multi_tensor_apply_kernel", ("aten::_fused_adamw_", "Optimizer.step", "optimizer")),
+        (profile.OPTIMIZER, "ncclDevKernel_AllReduce", ("c10d::allreduce_", "optimizer")),
+        (profile.SUMS, "elementwise", ("aten::add_", "torch::autograd::AccumulateGrad", BACKWARD)),
+        (profile.COPIES, "Memcpy HtoD (Pageable -> Device)", ("aten::copy_", "aten::to")),
+        (profile.COPIES, "ncclDevKernel_SendRecv", ("c10d::send",)),
+    ],
+)
+def test_a_kernel_is_counted_where_it_belongs(kind, name, within):
+    assert profile.kind_of(name, within) == kind
+
+
+def test_shares_of_a_step_add_up_to_its_time():
+    work = [
+        profile.Work("gemm", ("aten::mm",), 40.0),
+        profile.Work("gemm", ("aten::mm",), 20.0),
+        profile.Work("another gemm", (), 10.0),
+        profile.Work("flash", (), 15.0),
+    ]
+    rows = {row["where"]: row for row in profile.account(work, 100.0)}
+    assert set(rows) == {profile.PRODUCTS, profile.ATTENTION, profile.GAPS}
+    assert rows[profile.PRODUCTS]["ms"] == pytest.approx(0.070)
+    assert (rows[profile.PRODUCTS]["largest"], rows[profile.PRODUCTS]["launches"]) == ("gemm", "3")
+    assert rows[profile.GAPS]["ms"] == pytest.approx(0.015)
+    assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
+
+
+def test_time_of_two_streams_is_counted_once():
+    spans = [(0.0, 10.0), (2.0, 5.0), (8.0, 14.0), (20.0, 21.0)]
+    assert list(profile.alone(spans)) == [10.0, 0.0, 4.0, 1.0]
+
+
+def test_as_many_layers_as_the_plan_allows():
+    work = workload("8B", 128, smallest=True)
+
+    def planned(given):
+        return 100 + 10 * given.config.num_hidden_layers
+
+    assert [layers_that_fit(work, memory / 0.92, planned) for memory in (109, 110, 129, 140, 1000)] == [0, 1, 2, 4, 4]
+
+
+def test_shapes_are_those_of_the_published_models():
+    sizes = {}
+    for shape in ("1B", "3B", "8B"):
+        spec = ModelSpec(model_config(shape), torch.bfloat16)
+        sizes[shape] = sum(parameter.numel() for parameter in spec.skeleton.parameters())
+    assert sizes == {"1B": 1_235_814_400, "3B": 3_212_749_824, "8B": 8_030_261_248}
+
+
+def test_a_step_counts_attention_by_its_documents():
+    """Of a token 6 FLOPs a parameter; 12 a head and its size for each token seen, half of its document on average."""
+    config = model_config("8B", smallest=True)
+    whole = workload("8B", 128, micro_batches=2, smallest=True)
+    spec = ModelSpec(config, torch.bfloat16)
+    matrices = sum(p.numel() for name, p in spec.skeleton.named_parameters() if "embed" not in name)
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    assert step_flops(whole) == 2 * 128 * 6 * (matrices + attention * 128)
+    quarters = dataclasses.replace(whole, document=32)
+    assert quarters.bounds == [0, 32, 64, 96, 128]
+    assert step_flops(quarters) == 2 * 128 * 6 * (matrices + attention * 32)
+    assert flops_per_token([1.0]) == 6
+
+
+def test_an_engine_gives_its_memory_back():
+    held = []
+
+    def use(step, engine):
+        held.extend(weakref.ref(parameter) for parameter in engine.parameters.values())
+        return step()
+
+    work = with_layers(workload("8B", 64, micro_batches=2, smallest=True), 1)
+    assert with_engine(work, use) > 0
+    gc.collect()
+    assert held
+    assert not [reference for reference in held if reference() is not None]
+
+
+def test_the_whole_model_is_extrapolated_and_says_so(monkeypatch):
+    """Two of four layers fit, the first costs nothing but what all share: four take twice a layer's time longer."""
+    monkeypatch.setattr("benchmarks.device.shapes.layers_that_fit", lambda *_: 2)
+    monkeypatch.setattr("benchmarks.device.step._time", lambda _, work: (10.0 + work.config.num_hidden_layers, 7))
+    (row,) = measure(Setting(torch.device("cpu"), True), Case("8B", 128))
+    assert (row["layers"], row["whole model"]) == ("2 of 4", "extrapolated per layer")
+    assert (row["ran ms"], row["layer ms"], row["step ms"]) == (12.0, 0.5, 14.0)
+
+
+def test_names_of_cases_and_devices_are_told_apart():
+    names = [name for name, _ in cases(Setting(torch.device("cuda"), False))]
+    assert len(set(names)) == len(names)
+    named = {name: next(rate for part, rate in DATASHEET.items() if part in name) for name in DEVICES}
+    assert named == DEVICES
+
+
+DEVICES = {
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA H200": 989.4,
+    "NVIDIA GH200 480GB": 989.4,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA GB200": 2500.0,
+    "NVIDIA H20": 148.0,
+    "Ascend910B3": 313.0,
+}
