@@ -11,6 +11,7 @@ again by --again alone. Exit codes: 0 all is measured, 1 a case failed, 2 refuse
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ PARTS = ("hardware", "attention", "step", "loss", "memory", "checkpoint", "loade
 #: Seconds after which a case is given up.
 CASE_LIMIT = 240
 EXIT_LEFT = 75
+#: Exit code of a process whose case failed: what that left on the device goes with it, the next case has a new one.
+RENEW = 3
 
 
 def main() -> int:
@@ -83,7 +86,7 @@ def measure(part: str, args: argparse.Namespace, results: dict, deadline: float)
             if current is not None and current not in cases and time.monotonic() < deadline:
                 how = f"took more than {CASE_LIMIT} s" if code is None else f"the process ended with exit code {code}"
                 cases[current] = {"failed": how, "seconds": 0.0}
-            elif code not in (0, None):
+            elif code not in (0, None, RENEW):
                 cases["(start)"] = {"failed": f"the process ended with exit code {code}", "seconds": 0.0}
         write(args.results, results)
         if code == 0 or "(start)" in cases:
@@ -99,7 +102,8 @@ def run_worker(
     command = [sys.executable, "-m", "benchmarks.device", "--device", args.device, "--worker", part, "--results", told]
     command += ["--smallest"] if args.smallest else []
     told.write_text(json.dumps({"measured": list(cases)}) + "\n", encoding="utf-8")
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=sys.stderr)
+    environment = {**os.environ, "DS_ACCELERATOR": args.device}  # a rehearsal beside a GPU leaves that alone
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=sys.stderr)
     while True:
         try:
             code = process.wait(1)
@@ -147,6 +151,8 @@ def work(args: argparse.Namespace) -> int:
                 traceback.print_exc()
                 found = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
             tell(case=name, seconds=time.time() - begun, **found)
+            if "failed" in found:
+                return RENEW
     return 0
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.device import profile
 from benchmarks.device.frame import Setting
@@ -65,6 +67,39 @@ def test_shares_of_a_step_add_up_to_its_time():
 def test_time_of_two_streams_is_counted_once():
     spans = [(0.0, 10.0), (2.0, 5.0), (8.0, 14.0), (20.0, 21.0)]
     assert list(profile.alone(spans)) == [10.0, 0.0, 4.0, 1.0]
+
+
+def test_kernels_are_counted_within_what_launched_them():
+    """Not the ranges drawn on the device's line; nor by the numbers of the driver's calls, which are others."""
+    loss = host(1, "loss")
+    product = host(2, "aten::mm", loss)
+    driver = host(3, "cudaLaunchKernel", product, linked=2)
+    plain = host(3, "aten::mul")
+    kernels = [kernel("reduce", 50, 70, 3), kernel("nvjet", 10, 40, 2), kernel("loss", 10, 40, 1, annotation=True)]
+    seen = SimpleNamespace(
+        events=lambda: [loss, product, plain, driver],
+        profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: kernels)),
+    )
+    found = profile.work_of(seen)
+    assert found == [
+        profile.Work("nvjet", ("aten::mm", "loss"), 30.0),
+        profile.Work("reduce", ("aten::mul",), 20.0),
+    ]
+    assert [profile.kind_of(work.name, work.within) for work in found] == [profile.LOSS, profile.ELEMENTWISE]
+
+
+def host(number, name, parent=None, linked=0):
+    """An operator, a range or a call of the driver, as torch.autograd.profiler has it."""
+    return SimpleNamespace(
+        id=number, name=name, cpu_parent=parent, linked_correlation_id=linked, device_type=DeviceType.CPU
+    )
+
+
+def kernel(name, begin, end, linked, annotation=False):
+    """A kernel as Kineto has it; microseconds."""
+    told = {"name": name, "start_ns": 1000 * begin, "duration_ns": 1000 * (end - begin)}
+    told |= {"linked_correlation_id": linked, "is_user_annotation": annotation, "device_type": DeviceType.CUDA}
+    return SimpleNamespace(**{key: (lambda value=value: value) for key, value in told.items()})
 
 
 def test_as_many_layers_as_the_plan_allows():
