@@ -3,34 +3,32 @@
 A graph holds what a launch was given: the tensors' addresses and the numbers that the host knows, here the number of
 documents and the tokens of the longest. Boundaries are a tensor, so a graph made for 64 documents of at most a row's
 tokens (those that are not there are empty) serves every row of that length with up to 64: that is measured, too. The
-compiled layer calls attention as it is, between its graphs: the compiler would trace the choice of a kernel.
+compiled layer is one graph, in which attention is an operator that is not looked into.
 """
 
 import functools
 import itertools
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from benchmarks.device.frame import Cases, Row, Setting, milliseconds, peak_bytes
+from benchmarks.device.frame import Cases, Row, Setting, free, milliseconds, peak_bytes
 from benchmarks.device.hardware import matrix_rate
 from benchmarks.device.shapes import model_config
 from benchmarks.engines import Noise
 from fft.models.causal_lm import StageBuilder
 from fft.models.spec import ModelSpec
-from fft.ops.attention import hf_attention
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents
+from fft.ops.documents import Documents, Segments
 from fft.ops.fused import fused_ops
 from fft.planning.costs import layer_costs
 
 #: Where a layer is compiled, the name of its attention.
-_OPAQUE = "packed_not_traced"
+_OPERATOR = "packed_operator"
 #: Documents that a graph for any row has room for.
 _ROOM = 64
 WAYS = ("eager", "fused", "compiled", "graph", "fused graph", "fused graph, any documents")
@@ -48,15 +46,15 @@ def cases(setting: Setting) -> Cases:
 class Layer(nn.Module):
     """One decoder layer on one row, whose documents it knows: hidden states [1, tokens, hidden size] in and out."""
 
-    def __init__(self, setting: Setting, shape: str, bounds: tuple[int, ...], fused: bool, opaque: bool) -> None:
+    def __init__(self, setting: Setting, shape: str, bounds: tuple[int, ...], fused: bool, compiled: bool) -> None:
         super().__init__()
         config, device = model_config(shape, setting.smallest), setting.device
         operators = fused_ops(device.type) if fused else None
         self.spec = ModelSpec(config, torch.bfloat16, fused=operators)
         builder = StageBuilder(self.spec, weights=Noise())
         self.module = builder.build("model.layers.0").to(device)
-        if opaque:
-            self.module.self_attn.config._attn_implementation = _OPAQUE
+        if compiled:
+            self.module.self_attn.config._attn_implementation = _OPERATOR
         # Tensors that the layer reads: another row's are copied into them.
         self.documents = Documents.of(bounds, device)
         self.positions = self.documents.positions()[None]
@@ -91,10 +89,11 @@ def measure(setting: Setting, shape: str, tokens: int, way: str) -> list[Row]:
     expected = passes(Layer(setting, shape, (0, tokens), False, False), hidden, grad)()
     layer = Layer(setting, shape, bounds, way.startswith("fused"), way == "compiled")
     cost = layer_costs(layer.spec, tokens)[1].flops
-    run, breaks = prepared(layer, hidden, way)
+    run = prepared(layer, hidden, way)
     once = passes(run, hidden, grad)
     away = max(distance(ours, theirs) for ours, theirs in zip(once(), expected, strict=True))
     del expected
+    free(setting.device)  # the maximum is this way's
     spent = milliseconds(once, setting.device, 3 if setting.smallest else 20)
     forward = milliseconds(lambda: run(hidden), setting.device, 3 if setting.smallest else 20)
     rate = 6.0 * cost * tokens / spent * 1e3
@@ -102,12 +101,13 @@ def measure(setting: Setting, shape: str, tokens: int, way: str) -> list[Row]:
     told |= {"of matrix rate %": 100 * rate / matrix_rate(setting), "differs by": f"{away:.1e}"}
     if way == "compiled":
         torch._dynamo.reset()
-    return [told | {"graph breaks": breaks, "peak GB": peak_bytes(setting.device) / 1e9}]
+    note = {"note": "traced, not compiled"} if way == "compiled" and setting.device.type == "cpu" else {}
+    return [told | {"peak GB": peak_bytes(setting.device) / 1e9} | note]
 
 
-def passes(run: Callable[[Tensor], Tensor], hidden: Tensor, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def passes(run: nn.Module, hidden: Tensor, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of a layer; they give its output and the gradients of hidden states and parameters."""
-    parameters = list(run.parameters()) if isinstance(run, nn.Module) else []
+    parameters = list(run.parameters())
 
     def once() -> tuple[Tensor, ...]:
         out = run(hidden)
@@ -116,18 +116,16 @@ def passes(run: Callable[[Tensor], Tensor], hidden: Tensor, grad: Tensor) -> Cal
     return once
 
 
-def prepared(layer: Layer, hidden: Tensor, way: str) -> tuple[nn.Module, str]:
-    """The layer, compiled or captured; and how often the compiler had to stop."""
+def prepared(layer: Layer, hidden: Tensor, way: str) -> nn.Module:
+    """The layer, compiled or captured."""
     if way == "compiled":
-        AttentionInterface.register(_OPAQUE, torch.compiler.disable(hf_attention))
-        torch._dynamo.utils.counters.clear()
-        compiled = torch.compile(layer, dynamic=False)
-        compiled(hidden)
-        return compiled, str(sum(torch._dynamo.utils.counters["graph_break"].values()))
+        # A rehearsal traces forward and backward, and does without the half minute of a C++ compiler.
+        backend = "inductor" if hidden.device.type != "cpu" else "aot_eager"
+        return torch.compile(layer, dynamic=False, fullgraph=True, backend=backend)
     if "graph" in way:
         # Captured on other memory than it will be given, as in training, so that its input is copied.
-        return torch.cuda.make_graphed_callables(layer, (hidden.detach().clone().requires_grad_(),)), "-"
-    return layer, "-"
+        return torch.cuda.make_graphed_callables(layer, (hidden.detach().clone().requires_grad_(),))
+    return layer
 
 
 def lacking(device: torch.device, way: str) -> str | None:
@@ -136,8 +134,6 @@ def lacking(device: torch.device, way: str) -> str | None:
         return f"not on {device.type}"
     if way.startswith("fused") and fused_ops(device.type) is None:
         return "no fused operators installed" if device.type == "cuda" else f"not on {device.type}"
-    if way == "compiled" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        return "no C++ compiler"
     if way == "compiled" and device.type == "cuda" and not find_spec("triton"):
         return "triton is not installed"
     return f"not on {device.type}" if way == "compiled" and device.type not in ("cpu", "cuda") else None
@@ -147,3 +143,66 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     """Of two tensors, relative to the second's norm."""
     ours, theirs = ours.float(), theirs.float()
     return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.library.custom_op("fft_benchmarks::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the device's backend, for documents whose boundaries are also on the host."""
+    segments = Segments.within(Documents(cu_seqlens, tuple(bounds)), scale)
+    out, lse = choose(q.device, q.dtype, size=q.shape[-1]).forward(q, k, v, segments)
+    return out.contiguous(), lse.contiguous()
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fft_benchmarks::attention_backward", mutates_args=())
+def attention_backward(
+    inputs: Sequence[Tensor], cu_seqlens: Tensor, bounds: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; ``inputs`` are the output's gradient, q, k, v, output and log-sum-exp."""
+    segments = Segments.within(Documents(cu_seqlens, tuple(bounds)), scale)
+    dq, dk, dv = choose(inputs[1].device, inputs[1].dtype, size=inputs[1].shape[-1]).backward(*inputs, segments)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@attention_backward.register_fake
+def _(
+    inputs: Sequence[Tensor], cu_seqlens: Tensor, bounds: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        inputs[1].new_empty(inputs[1].shape),
+        inputs[2].new_empty(inputs[2].shape),
+        inputs[3].new_empty(inputs[3].shape),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, ctx.bounds, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *kept, cu_seqlens = ctx.saved_tensors
+    gradients = attention_backward([dout.contiguous(), *kept], cu_seqlens, ctx.bounds, ctx.scale)
+    return *gradients, None, None, None
+
+
+attention.register_autograd(_gradients, setup_context=_keep)
+
+
+def _as_operator(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **options: Any
+) -> tuple[Tensor, None]:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    documents = options["documents"]
+    return attention(q, k, v, documents.cu_seqlens, documents.bounds, scaling)[0][None], None
+
+
+AttentionInterface.register(_OPERATOR, _as_operator)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.device import profile
+from benchmarks.device import layer, profile
 from benchmarks.device.frame import Setting
 from benchmarks.device.hardware import DATASHEET
 from benchmarks.device.shapes import Case, layers_that_fit, model_config, step_flops, with_layers, workload
@@ -131,6 +131,26 @@ def test_a_step_counts_attention_by_its_documents():
     assert quarters.bounds == [0, 32, 64, 96, 128]
     assert step_flops(quarters) == 2 * 128 * 6 * (matrices + attention * 32)
     assert flops_per_token([1.0]) == 6
+
+
+def test_a_layer_with_attention_as_an_operator_computes_the_same():
+    """Forward and backward, traced whole as a compiler does; a CPU has no graphs to capture, and says so."""
+    rehearsal = Setting(torch.device("cpu"), True)
+    (row,) = layer.measure(rehearsal, "8B", 64, "compiled")
+    assert float(row["differs by"]) < 1e-6
+    assert layer.measure(rehearsal, "8B", 64, "graph")[0]["note"] == "not on cpu"
+
+
+def test_a_layer_with_room_for_more_documents_computes_the_same():
+    """Those that are not there are empty: what a graph for any row relies on."""
+    rehearsal = Setting(torch.device("cpu"), True)
+    hidden, grad = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hidden.requires_grad_()
+    one, roomy = (
+        layer.passes(layer.Layer(rehearsal, "8B", bounds, False, False), hidden, grad)()
+        for bounds in ((0, 64), (0, 64, 64, 64))
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, roomy, strict=True))
 
 
 def test_an_engine_gives_its_memory_back():
