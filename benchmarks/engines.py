@@ -56,9 +56,7 @@ class Workload:
         return range(0, self.seq_len, self.document or self.seq_len)
 
     def plan(self) -> tuple[TrainArguments, ModelSpec, Layout]:
-        """Arguments, model and layout of this world. Collective the first time: ranks are joined."""
-        if not dist.is_initialized():
-            init_distributed()
+        """Arguments, model and layout of the launcher's world, of one rank without."""
         fixed = ("--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
         sizes = (
             f"--seq_len={self.seq_len}",
@@ -67,11 +65,15 @@ class Workload:
         )
         args = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *self.flags])
         spec = model_spec(args, self.config)
-        mesh = mesh_sizes(int(os.environ["WORLD_SIZE"]), args.pipe_parallel_size, 1, 1)
+        mesh = mesh_sizes(int(os.environ.get("WORLD_SIZE", "1")), args.pipe_parallel_size, 1, 1)
         return args, spec, plan_layout(args, spec, mesh, on_host())
 
     def build(self) -> tuple[Callable[[], float], StageEngine]:
-        """A step on random tokens, which returns its loss once the device is done, and the engine that takes it."""
+        """A step on random tokens, which returns its loss once the device is done, and the engine that takes it.
+
+        Collective: the first that is built joins the ranks.
+        """
+        join()
         args, spec, layout = self.plan()
         builder = StageBuilder(spec, weights=Noise() if self.noise else None)
         engine = build_engine(args, builder, layout.mesh, layout.bounds, 1)
@@ -90,6 +92,12 @@ class Workload:
         bounds = np.full(self.tokens + 1, self.tokens, np.int32)
         bounds[: len(self.bounds)] = self.bounds
         return [MicroBatch(row[None].astype(np.int32), np.roll(row, -1), bounds, self.tokens) for row in ids]
+
+
+def join() -> None:
+    """Join the launcher's ranks, or be a world of one; what was joined is kept. Collective."""
+    if not dist.is_initialized():
+        init_distributed()
 
 
 def with_engine(workload: Workload, use: Callable[[Callable[[], float], StageEngine], T]) -> T:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.engines import Workload, llama, with_engine
+from benchmarks.engines import Workload, join, llama, with_engine
 from benchmarks.step import ROOT, peak_memory
 from fft.console import format_table, say
 from fft.training.engine import StageEngine
@@ -62,6 +62,7 @@ def measure(workload: Workload) -> dict:
     import deepspeed
     import psutil
 
+    join()
     layout = workload.plan()[2]
     accelerator, host = deepspeed.get_accelerator(), deepspeed.get_accelerator().device_name() == "cpu"
     before = psutil.Process().memory_info() if host else accelerator.memory_allocated()

@@ -1,8 +1,7 @@
 """What the device's benchmarks make of what they see: kinds of kernels, layers that fit, FLOPs of a step, memory."""
 
 import dataclasses
-import gc
-import weakref
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +11,8 @@ from torch.autograd import DeviceType
 from benchmarks.device import layer, profile
 from benchmarks.device.frame import Setting
 from benchmarks.device.hardware import DATASHEET
-from benchmarks.device.shapes import Case, layers_that_fit, model_config, step_flops, with_layers, workload
+from benchmarks.device.shapes import Case, layers_that_fit, model_config, step_flops, workload
 from benchmarks.device.step import cases, measure
-from benchmarks.engines import with_engine
 from fft.models.spec import ModelSpec
 from fft.training.metrics import flops_per_token
 
@@ -153,18 +151,27 @@ def test_a_layer_with_room_for_more_documents_computes_the_same():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, roomy, strict=True))
 
 
-def test_an_engine_gives_its_memory_back():
-    held = []
+@pytest.mark.slow
+def test_an_engine_gives_its_memory_back(launch):
+    done = launch(sys.executable, "-c", GIVES_BACK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "21 parameters, 0 left"
 
-    def use(step, engine):
-        held.extend(weakref.ref(parameter) for parameter in engine.parameters.values())
-        return step()
 
-    work = with_layers(workload("8B", 64, micro_batches=2, smallest=True), 1)
-    assert with_engine(work, use) > 0
-    gc.collect()
-    assert held
-    assert not [reference for reference in held if reference() is not None]
+GIVES_BACK = """
+import weakref
+from benchmarks.device.shapes import with_layers, workload
+from benchmarks.engines import with_engine
+
+held = []
+
+def use(step, engine):
+    held.extend(map(weakref.ref, engine.parameters.values()))
+    assert step() > 0
+
+with_engine(with_layers(workload("8B", 64, micro_batches=2, smallest=True), 2), use)
+print(f"{len(held)} parameters, {sum(parameter() is not None for parameter in held)} left")
+"""
 
 
 def test_the_whole_model_is_extrapolated_and_says_so(monkeypatch):
