@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fft.errors import UserError
 from fft.models.experts import LoadBalance
 from fft.models.lora import is_adapter, reset_adapter, seed_of
 from fft.models.spec import ModelSpec, copy_of, cut
@@ -19,6 +20,9 @@ from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.parallel.tensor_plan import Shard
 from fft.weights.hf import WeightReader
+
+#: So marked, transformers leaves a parameter alone when it initialises a module.
+_LOADED = "_is_hf_initialized"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class StageBuilder:
         """Materialise the module at ``path`` (a dotted name within the model), this rank's part of it, on the CPU.
 
         ``module``, on the meta device, stands for the one at ``path`` where only some of its children are wanted.
-        Raises :class:`UserError` where files lack its parameters.
+        Raises :class:`UserError` where files lack its parameters or buffers, and where nothing gives a buffer a value.
         """
         built = copy_of(module or self.spec.skeleton.get_submodule(path))
         shards = cut(built, path, self.shards)
@@ -76,23 +80,46 @@ class StageBuilder:
 
     @torch.no_grad()
     def _fill(self, module: nn.Module, path: str) -> None:
-        """Give every parameter below ``module`` its value."""
+        """Give every parameter and buffer below ``module`` its value."""
         for name, child in module.named_modules():
             full = f"{path}.{name}" if name else path
-            own = dict(child.named_parameters(recurse=False))
-            if not own:
+            own, buffers = dict(child.named_parameters(recurse=False)), dict(child.named_buffers(recurse=False))
+            if not own and not buffers:
                 continue
+            versions = {key: buffer._version for key, buffer in buffers.items()}
             weights = self._adapter if is_adapter(full) else self._weights
             if weights is None:
                 self._seed(child, full)
-                continue
-            for key, parameter in own.items():
-                shard = self.shards.get(f"{full}.{key}")
-                shape = tuple(parameter.shape) if shard is None else shard.shape
-                parameter.copy_(weights.read(f"{full}.{key}", shape, shard))
+            elif buffers:
+                self._compute_buffers(child)
+            if weights is not None:
+                self._read(weights, full, {**own, **_persistent(child)})
+            for key, buffer in child.named_buffers(recurse=False):
+                if buffer is buffers[key] and buffer._version == versions[key]:  # nobody has written into it
+                    raise UserError(
+                        f"{full}.{key} is a buffer of model type {self.spec.config.model_type!r} to which transformers "
+                        "gives no first value: start from weights, without --init."
+                    )
+
+    def _read(self, weights: WeightReader, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give own tensors of the module at ``path``, by name, the values that files have."""
+        for key, tensor in tensors.items():
+            shard = self.shards.get(f"{path}.{key}")
+            shape = tuple(tensor.shape) if shard is None else shard.shape
+            tensor.copy_(weights.read(f"{path}.{key}", shape, shard))
+
+    def _compute_buffers(self, module: nn.Module) -> None:
+        """Give the own buffers of ``module`` the values that transformers computes when it loads a model."""
+        parameters = list(module.parameters(recurse=False))
+        with torch.random.fork_rng(devices=[]):
+            for parameter in parameters:
+                setattr(parameter, _LOADED, True)
+            self.spec.skeleton._init_weights(module)
+            for parameter in parameters:
+                delattr(parameter, _LOADED)
 
     def _seed(self, module: nn.Module, path: str) -> None:
-        """Give the own parameters of ``module`` the values that the seed has for its name."""
+        """Give the own parameters and buffers of ``module`` the values that the seed has for its name."""
         whole = copy.copy(module)
         whole._parameters = {
             key: _whole(parameter, self.shards.get(f"{path}.{key}")) for key, parameter in module._parameters.items()
@@ -111,6 +138,12 @@ class StageBuilder:
         """The model's rotary embedding; its buffers are computed, never stored."""
         rotary = self.spec.skeleton.base_model.get_submodule("rotary_emb")
         return type(rotary)(config=self.spec.config).to(device)
+
+
+def _persistent(module: nn.Module) -> dict[str, Tensor]:
+    """Own buffers of a module that are stored with its parameters."""
+    kept = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in kept}
 
 
 def _whole(parameter: nn.Parameter | None, shard: Shard | None) -> nn.Parameter | None:

@@ -208,6 +208,16 @@ def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
+def canonical_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the pipeline layers inside ``module`` that are stored with the model, under their names there."""
+    named = {}
+    for layer in module.modules():
+        if isinstance(layer, (Embedding, DecoderLayer, FinalNorm, Head)):
+            stored, parameters = layer.module.state_dict(), dict(layer.module.named_parameters())
+            named.update({f"{layer.path}.{name}": b for name, b in stored.items() if name not in parameters})
+    return named
+
+
 class _AddsNothing(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden.new_zeros(())

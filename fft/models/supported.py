@@ -12,6 +12,14 @@ _PLAN = {"embed_tokens", "layers", "norm"}
 #: Mixtures of experts whose routers and stored weights we know.
 _EXPERTS = ("qwen2_moe", "qwen3_moe")
 
+#: Model types that are trained: all that transformers does between their layers is known here, and the tests compare
+#: each with transformers.
+FAMILIES = (
+    *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "granite", "helium", "hyperclovax"),
+    *("internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "phi3"),
+    *("qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *_EXPERTS),
+)
+
 
 def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     """Refuse by name models whose layers we would get wrong. Raises :class:`UserError`."""

@@ -12,6 +12,7 @@ from fft.checkpoint.gather_weights import whole_tensors
 from fft.checkpoint.saver import Contents
 from fft.files import replace_folder, staging_folder, start_folder
 from fft.models.causal_lm import StageBuilder
+from fft.models.layers import canonical_buffers
 from fft.planning.preflight import Plan
 from fft.training.engine import StageEngine
 from fft.weights import hf
@@ -45,7 +46,10 @@ class ModelExport:
         Collective over the ranks of a tensor-parallel group.
         """
         role = self._engine.role
-        return (whole_tensors(self.parameters, self._builder), role.shard) if role.writes else None
+        if not role.writes:
+            return None
+        buffers = {} if self._adapter is not None else canonical_buffers(self._engine.deepspeed.module)
+        return whole_tensors({**self.parameters, **buffers}, self._builder), role.shard
 
     def contents(self, args: TrainArguments, run: Path) -> Contents:
         """What goes into the checkpoints in the folder ``run`` besides tensors."""

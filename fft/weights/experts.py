@@ -17,13 +17,13 @@ _FUSED = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
 _STORED = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-def stored_names(name: str, experts: int) -> list[str]:
-    """Names in files of what makes a parameter, in its order; empty if its name does not change."""
+def stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Names in files of what makes a parameter of ``shape``, in its order; empty if its name does not change."""
     found = _FUSED.fullmatch(name)
     if found is None:
         return []
     kinds = ("gate", "up") if found[2] == "gate_up" else ("down",)
-    return [f"{found[1]}.{expert}.{kind}_proj.weight" for expert in range(experts) for kind in kinds]
+    return [f"{found[1]}.{expert}.{kind}_proj.weight" for expert in range(shape[0]) for kind in kinds]
 
 
 def stored_shape(names: int, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def to_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole parameters as they are stored; views of them."""
     stored = {}
     for name, tensor in tensors.items():
-        names = stored_names(name, tensor.shape[0])
+        names = stored_names(name, tensor.shape)
         chunks = tensor.flatten(0, 1).chunk(len(names)) if names else [tensor]
         stored.update(zip(names or [name], chunks, strict=True))
     return stored

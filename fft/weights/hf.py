@@ -103,7 +103,7 @@ class WeightReader:
 
         Raises :class:`UserError` as :meth:`tensor` does.
         """
-        names = stored_names(name, shape[0]) if name not in self._files else []
+        names = stored_names(name, shape) if name not in self._files else []
         if not names:
             return self.tensor(name, shape, shard)
         each, own = stored_shape(len(names), shape), stored_shard(len(names), shard)

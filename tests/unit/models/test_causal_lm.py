@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from conftest import SMALL, VOCAB
+from pipelines import build
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,28 +36,6 @@ def spec(family="llama", dtype=torch.float32, options=None, **changes) -> ModelS
 
 def builder(family="llama", weights=None, options=None, **changes) -> StageBuilder:
     return StageBuilder(spec(family, options=options, **changes), weights=weights)
-
-
-def build(made: StageBuilder, split=False):
-    """All layers in one process, a tied embedding once, as DeepSpeed builds them; returns (modules, run)."""
-    modules, calls, tied = torch.nn.ModuleList(), [], {}
-    for layer in pipeline_layers(made, split):
-        if layer.tied in tied:
-            calls.append(lambda x, layer=layer: layer.forward(tied[layer.tied], x))
-            continue
-        modules.append(layer.build())
-        calls.append(modules[-1])
-        if layer.tied is not None:
-            tied[layer.tied] = modules[-1]
-
-    def run(ids: torch.Tensor, bounds: list[int]):
-        total = ids.shape[1]
-        activations = (ids.int(), torch.tensor(bounds + [total] * (total + 1 - len(bounds)), dtype=torch.int32))
-        for call in calls:
-            activations = call(activations)
-        return activations
-
-    return modules, run
 
 
 def plain_model(config, modules):

@@ -68,4 +68,4 @@ def test_a_stored_tensor_finds_its_place_in_the_parameter(model):
 
 
 def test_other_names_stay():
-    assert stored_names("model.layers.0.mlp.down_proj.weight", 16) == []
+    assert stored_names("model.layers.0.mlp.down_proj.weight", (16,)) == []

@@ -1,0 +1,67 @@
+"""A model directory in one process, by our pipeline layers and by transformers: their losses of the same documents."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from conftest import VOCAB
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fft.models.causal_lm import StageBuilder
+from fft.models.layers import pipeline_layers
+from fft.ops.cross_entropy import linear_cross_entropy
+
+#: Documents end here; the last token of each predicts nothing.
+BOUNDS = [0, 5, 6, 17]
+
+
+def build(made: StageBuilder, split=False):
+    """All layers in one process, a tied embedding once, as DeepSpeed builds them; returns (modules, run)."""
+    modules, calls, tied = nn.ModuleList(), [], {}
+    for layer in pipeline_layers(made, split):
+        if layer.tied in tied:
+            calls.append(lambda x, layer=layer: layer.forward(tied[layer.tied], x))
+            continue
+        modules.append(layer.build())
+        calls.append(modules[-1])
+        if layer.tied is not None:
+            tied[layer.tied] = modules[-1]
+
+    def run(ids: Tensor, bounds: list[int]):
+        total = ids.shape[1]
+        activations = (ids.int(), torch.tensor(bounds + [total] * (total + 1 - len(bounds)), dtype=torch.int32))
+        for call in calls:
+            activations = call(activations)
+        return activations
+
+    return modules, run
+
+
+def documents(vocabulary: int = VOCAB) -> tuple[Tensor, Tensor]:
+    """Token ids [1, 17] of three documents, and their labels."""
+    ids = torch.randint(vocabulary, (1, BOUNDS[-1]), generator=torch.Generator().manual_seed(0))
+    labels = ids[0].roll(-1)
+    labels[[bound - 1 for bound in BOUNDS[1:]]] = -100
+    return ids, labels
+
+
+def loss_by_layers(run, vocabulary: int = VOCAB) -> Tensor:
+    """Sum of the token losses of :func:`documents`, packed into a row; ``run`` is :func:`build`'s."""
+    ids, labels = documents(vocabulary)
+    return linear_cross_entropy(*run(ids, BOUNDS), labels)
+
+
+def loss_by_transformers(model: PreTrainedModel, vocabulary: int = VOCAB) -> Tensor:
+    """The same, a document at a time."""
+    ids, labels = documents(vocabulary)
+    losses = [
+        nn.functional.cross_entropy(model(ids[:, a:b]).logits[0], labels[a:b], reduction="sum", ignore_index=-100)
+        for a, b in itertools.pairwise(BOUNDS)
+    ]
+    return torch.stack(losses).sum()
+
+
+def loaded(directory: Path) -> PreTrainedModel:
+    """What transformers makes of a directory, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()

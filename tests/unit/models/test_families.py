@@ -1,0 +1,93 @@
+"""Every family that is trained, read from a directory that transformers wrote, computes what transformers computes."""
+
+import pytest
+import torch
+from conftest import SMALL
+from pipelines import build, loaded, loss_by_layers, loss_by_transformers
+from transformers import AutoConfig
+
+from fft.checkpoint.gather_weights import whole_tensors
+from fft.errors import UserError
+from fft.models.causal_lm import StageBuilder
+from fft.models.layers import canonical_buffers, canonical_parameters
+from fft.models.spec import ModelSpec
+from fft.models.supported import FAMILIES, check_supported
+from fft.parity import write_random_model
+from fft.weights import hf
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.0}
+#: What a family needs besides sizes; dropout that is on in its default config.
+NEEDS = {
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},
+    "qwen3_moe": EXPERTS,
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def config_of(family: str, **changes):
+    return AutoConfig.for_model(family, **(SMALL | TOKENS | {"head_dim": 8} | NEEDS.get(family, {}) | changes))
+
+
+def written(family: str, folder, **changes):
+    """A directory of random weights."""
+    config = config_of(family, **changes)
+    write_random_model(config, folder, 0)
+    return config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_s_loss_and_gradients_are_those_of_transformers(family, tmp_path):
+    config = written(family, tmp_path)
+    check_supported(config, 32)
+    modules, run = build(StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path)))
+    model = loaded(tmp_path)
+    loss, expected = loss_by_layers(run), loss_by_transformers(model)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    ours, theirs = canonical_parameters(modules), dict(model.named_parameters())
+    assert set(ours) == set(theirs)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_stored_buffers_are_read_and_written_back(tmp_path):
+    config = written("apertus", tmp_path)
+    reader = hf.WeightReader(tmp_path)
+    changed = {name: reader.tensor(name) for name in reader.names}
+    beta = "model.layers.1.mlp.act_fn.beta"
+    changed[beta] = torch.tensor(0.75, dtype=changed[beta].dtype)  # not what a constructor would make
+    hf.write_shard(tmp_path, changed, 0, 1)
+    made = StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path))
+    modules, run = build(made)
+    torch.testing.assert_close(loss_by_layers(run), loss_by_transformers(loaded(tmp_path)), rtol=2e-6, atol=0)
+    written_back = whole_tensors({**canonical_parameters(modules), **canonical_buffers(modules)}, made)
+    assert set(written_back) == set(changed)
+    assert all(torch.equal(written_back[name], value) for name, value in changed.items())
+
+
+def test_halves_of_layers_have_the_buffers_of_their_modules(tmp_path):
+    config = written("gemma", tmp_path)
+    spec = ModelSpec(config, torch.float32)
+    _, run = build(StageBuilder(spec, weights=hf.WeightReader(tmp_path)), split=True)
+    torch.testing.assert_close(loss_by_layers(run), loss_by_transformers(loaded(tmp_path)), rtol=2e-6, atol=0)
+
+
+def test_computed_buffers_are_there_from_a_seed_too():
+    modules, _ = build(StageBuilder(ModelSpec(config_of("gemma", hidden_size=64), torch.float32)))
+    assert modules[0].module.embed_scale == 8
+
+
+def test_a_buffer_that_nothing_fills_is_named():
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.act_fn\.beta is a buffer .* start from weights"):
+        build(StageBuilder(ModelSpec(config_of("apertus"), torch.float32)))
+
+
+def test_building_from_files_leaves_the_caller_s_random_state_alone(tmp_path):
+    config = written("gemma", tmp_path)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    build(StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path)))
+    assert torch.equal(torch.rand(1), expected)
