@@ -29,4 +29,4 @@ bench-npu:  ## the same for an Ascend NPU; writes npu-bench.json
 rehearse:  ## all of the above on the CPU, in the smallest sizes: so that none of it is broken on arrival
 	@rm -f rehearsal-bench.json
 	@$(ON_DEVICE) tests/device/run.py --device cpu --report rehearsal-report.json $(if $(GROUP),--group $(GROUP))
-	@$(ON_DEVICE) -m benchmarks.device --device cpu --smallest --results rehearsal-bench.json $(if $(PART),--part $(PART))
+	@$(ON_DEVICE) -m benchmarks.device --device cpu --smallest --minutes 60 --results rehearsal-bench.json $(if $(PART),--part $(PART))

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,10 +74,8 @@ def open_results(args: argparse.Namespace) -> dict | None:
 def measure(part: str, args: argparse.Namespace, results: dict, deadline: float) -> bool:
     """Measure the cases of a part that are missing, each process replaced where it dies; whether all are done."""
     cases = results["parts"].setdefault(part, {})
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
+    cases.pop("(start)", None)  # a part that could not begin may now
+    while time.monotonic() < deadline:
         with tempfile.TemporaryDirectory() as folder:
             told = Path(folder, "told")
             code, current = run_worker(part, args, cases, told, deadline)
@@ -91,8 +90,7 @@ def measure(part: str, args: argparse.Namespace, results: dict, deadline: float)
         write(args.results, results)
         if code == 0 or "(start)" in cases:
             return code == 0
-        if time.monotonic() >= deadline:
-            return False
+    return False
 
 
 def run_worker(
@@ -103,7 +101,9 @@ def run_worker(
     command += ["--smallest"] if args.smallest else []
     told.write_text(json.dumps({"measured": list(cases)}) + "\n", encoding="utf-8")
     environment = {**os.environ, "DS_ACCELERATOR": args.device}  # a rehearsal beside a GPU leaves that alone
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=sys.stderr)
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, stdout=sys.stderr, start_new_session=True
+    )
     while True:
         try:
             code = process.wait(1)
@@ -112,7 +112,7 @@ def run_worker(
             current = [line for line in read(told) if "begun" in line]
             slow = current and time.time() - current[-1]["begun"] > CASE_LIMIT
             if time.monotonic() > deadline or slow:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with what a case has started
                 process.wait()
                 code = None
                 break
