@@ -166,7 +166,7 @@ def show(results: dict, parts: tuple[str, ...]) -> None:
     """Print the tables, the device's own rates before each."""
     hardware = [row for case in results["parts"].get("hardware", {}).values() for row in case.get("rows", [])]
     figures = [(key, value) for row in hardware for key, value in row.items() if isinstance(value, float)]
-    rates = ", ".join(f"{key} {value:,.0f}" for key, value in figures)
+    rates = ", ".join(f"{key} {value:.4g}" for key, value in figures)
     for part in parts:
         cases = results["parts"].get(part, {})
         print(f"\n{part} on {results['device']}" + (f" ({rates})" if rates else ""))
