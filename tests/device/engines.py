@@ -14,14 +14,15 @@ from fft.training.engine import StageEngine
 class Taken:
     """Losses and gradient norms of some steps, the gradients of the first, what followed, and the most memory held.
 
-    ``gradients`` are AdamW's first moments after one step, ``state`` weights, masters and moments after all. ``peak``
-    is in bytes, of what came to be while steps were taken; nothing on a CPU.
+    ``gradients`` are AdamW's first moments after one step, ``state`` weights, masters and moments after all. Bytes of
+    the device are ``held`` before the first step and, besides, at the ``peak`` of all; 0 on a CPU.
     """
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
+    held: int
     peak: int
 
 
@@ -40,7 +41,7 @@ def take_steps(workload: Workload, steps: int) -> Taken:
             norms.append(engine.grad_norm)
             gradients = gradients or _state(engine, "exp_avg/")
         peak = memory.max_memory_allocated() - before if memory is not None else 0
-        return Taken(losses, norms, gradients, _state(engine), peak)
+        return Taken(losses, norms, gradients, _state(engine), before, peak)
 
     return with_engine(workload, take)
 

@@ -59,14 +59,14 @@ def compare(operator: str, operators, inputs, constants, device, dtype, record_p
 
 
 @TYPES
-@pytest.mark.parametrize("hidden", [1024, 3072, 4096, 8192])
+@pytest.mark.parametrize("hidden", [1024, 4096, 8192])
 def test_rms_norm(operators, dtype, hidden, tokens, device, record_property):
     inputs = [normal(1, tokens, hidden, seed=10), normal(hidden, seed=11)]
     compare("rms_norm", operators, inputs, [1e-6], device, dtype, record_property)
 
 
 @TYPES
-@pytest.mark.parametrize("size", [64, 80, 96, 128, 192])
+@pytest.mark.parametrize("size", [64, 128])
 def test_rms_norm_of_heads(operators, dtype, size, tokens, device, record_property):
     """As Qwen3 has it, of queries and keys."""
     inputs = [normal(1, tokens, 8, size, seed=10), normal(size, seed=11)]
@@ -74,8 +74,7 @@ def test_rms_norm_of_heads(operators, dtype, size, tokens, device, record_proper
 
 
 @TYPES
-@pytest.mark.parametrize("size", [64, 72, 80, 96, 128, 192])
-@pytest.mark.parametrize("kv_heads", [1, 8])
+@pytest.mark.parametrize(("size", "kv_heads"), [*((size, 8) for size in (64, 72, 80, 96, 128, 192)), (128, 1)])
 def test_rotary(operators, dtype, size, kv_heads, tokens, device, record_property):
     """Queries and keys are views as attention modules make them: [1, tokens, heads, size], transposed."""
     turn = (torch.rand(1, tokens, size // 2, generator=torch.Generator().manual_seed(12)) * 6.3).repeat(1, 1, 2)
@@ -84,7 +83,7 @@ def test_rotary(operators, dtype, size, kv_heads, tokens, device, record_propert
 
 
 @TYPES
-@pytest.mark.parametrize("feed_forward", [2816, 8192, 14336, 28672])
+@pytest.mark.parametrize("feed_forward", [2816, 14336, 28672])
 def test_swiglu(operators, dtype, feed_forward, tokens, device, record_property):
     inputs = [normal(1, tokens, feed_forward, seed=seed) for seed in (10, 11)]
     compare("swiglu", operators, inputs, [], device, dtype, record_property)
