@@ -13,6 +13,7 @@ Depends on nothing but the standard library.
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def staging_folder(path: str | os.PathLike[str]) -> Path:
     """Where the folder ``path`` is written before :func:`replace_folder`; the same for all processes."""
     return hidden(_resolved(path), _WRITING)
+
+
+def try_folder(path: str | os.PathLike[str]) -> None:
+    """Find out whether :func:`start_folder` can make the folder ``path``, by making one like it, which goes again.
+
+    Raises :class:`OSError` where it cannot. Processes may try at the same time; nothing stays.
+    """
+    staging = staging_folder(path)
+    place = next(above for above in staging.parents if os.path.lexists(above))
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".trying", dir=place) as scratch:
+        (Path(scratch) / staging.relative_to(place)).mkdir(parents=True)
 
 
 def start_folder(path: str | os.PathLike[str]) -> Path:

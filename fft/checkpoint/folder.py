@@ -27,6 +27,8 @@ LOCK = ".lock"
 #: What a run goes on from: ``state.json`` and a file of tensors per rank.
 TRAINING = "training"
 STATE = f"{TRAINING}/state.json"
+#: What a run's folder holds besides checkpoints.
+_OWN = (LATEST, LOCK, "metrics.jsonl", "tensorboard", "arguments.yaml", "environment.yaml", "data.yaml")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -40,6 +42,16 @@ def checkpoint_steps(run: str | os.PathLike) -> list[int]:
     found = (p for p in Path(run).glob("step-*") if (p / "config.json").is_file() or (p / SUMS).is_file())
     names = (p.name.removeprefix("step-") for p in found)
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a run's checkpoint, whole or damaged."""
+    return (folder / SUMS).is_file() or (folder / STATE).is_file()
+
+
+def is_own_name(name: str) -> bool:
+    """Whether a run's folder has, or may get, something of this name."""
+    return name.removeprefix(".").startswith("step-") or name in _OWN
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -1,4 +1,4 @@
-"""What can go wrong is found here, before a process group exists: model, tables, sizes, output folders."""
+"""What can go wrong is found here, before a process group exists: model, tables, sizes."""
 
 import json
 import math
@@ -9,11 +9,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from fft.arguments import TrainArguments
-from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag
+from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.batches import BatchPlan
 from fft.data.blend import Blend, parse_tables
-from fft.data.delta import split_version
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
 from fft.data.storage import is_url
@@ -23,10 +22,8 @@ from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_tensor_parallel
+from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
-
-#: Folder, inside a run's, of the token tables that were made of JSON lines.
-TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
     config, mesh = lay_out(args, world)
     model, tokenizer = start_of(args), tokenizer_of(args)
-    _check_outputs(args, model, tokenizer)
+    check_outputs(args, model, tokenizer)
     weights = None if args.init else WeightReader(model)
     readers = {}  # last: texts among them are tokenized now
     for flag in ("train_data", "eval_data"):
@@ -123,39 +120,6 @@ def tokenizer_of(args: TrainArguments) -> str | None:
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
     return tokenizer
-
-
-def _check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> None:
-    for flag, path in (("--output_dir", args.output_dir), ("--checkpoint", args.checkpoint)):
-        if path and Path(path).exists() and not Path(path).is_dir():
-            raise UserError(f"{flag} {path} is a file: name a folder.")
-        going_on = flag == "--checkpoint" and args.resume
-        if path and not args.overwrite and not going_on and _holds_something(Path(path)):
-            remedy = ", add --resume auto to go on with that run," if flag == "--checkpoint" else ""
-            raise UserError(f"{flag} {path} exists and is not empty: choose another folder{remedy} or add --overwrite.")
-    # --output_dir is replaced as a whole at the end, the checkpoints of --checkpoint are removed at the start.
-    replaced = [("--output_dir", args.output_dir)] if args.output_dir else []
-    if args.checkpoint and not args.resume:
-        run = Path(args.checkpoint)
-        replaced += [("--checkpoint", str(run / checkpoint_tag(step))) for step in checkpoint_steps(run)]
-    weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer}
-    needed = [*weights.items(), ("--checkpoint", args.checkpoint)]
-    for flag in ("train_data", "eval_data"):
-        tables = parse_tables(getattr(args, flag), flag) if getattr(args, flag) else []
-        needed += [(f"--{flag}", split_version(path)[0]) for path, _ in tables]
-    for flag, folder in replaced:
-        for reader, path in needed:
-            if path is None or not Path(path).resolve().is_relative_to(Path(folder).resolve()):
-                continue
-            # A model may be trained in place: it has been read long before it is replaced.
-            in_place = flag == "--output_dir" and reader in weights and Path(path).resolve() == Path(folder).resolve()
-            if not in_place:
-                raise UserError(f"{flag} would replace {folder} and with it {path} of {reader}: choose another folder.")
-
-
-def _holds_something(folder: Path) -> bool:
-    """Whether there is more than the lock and the token tables of a run that ended before it began."""
-    return folder.is_dir() and any(path.name not in (LOCK, TOKENS) for path in folder.iterdir())
 
 
 def load_config(model: str, init: bool) -> PretrainedConfig:

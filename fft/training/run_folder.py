@@ -17,6 +17,7 @@ from fft.checkpoint.resume import choose_checkpoint
 from fft.data.batches import Loader
 from fft.errors import UserError
 from fft.files import write_atomically
+from fft.planning.outputs import check_free
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.early_stop import EarlyStop
 from fft.training.metric_sinks import METRICS, TENSORBOARD
@@ -47,6 +48,7 @@ def enter(
     """
     if dist.get_rank() == 0:
         held.enter_context(folder.locked(run))
+        check_free("--checkpoint", run, args)  # another run may have come and gone since it was found free
         folder.tidy(run)
     dist.barrier(control)
     checkpoint = choose_checkpoint(run, args.resume, args.overwrite, control, log) if args.resume else None

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +39,7 @@ from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.run_folder import Start
+from fft.training.stopping import StopRequest
 from fft.weights.hf import WeightReader
 
 #: What gloo says when another process is gone.
@@ -152,29 +152,32 @@ class Trainer:
         self.feed = Feed(plan, batches, engine.role, builder.ranks.sequence, start)
 
     def train(self) -> int:
-        """Take every step of the plan; returns the exit code."""
+        """Take every step of the plan; returns the exit code.
+
+        Raises :class:`UserError` where the run cannot go on: no finite loss, or no launcher and nothing to save to.
+        """
         first, stop = self.start.step, False
         if self.start.state.get("eval_loss") is None and (not first or self._evaluates(first)):
             self.evaluate(first)
-        asked = _asked_to_stop() if self.saver is not None and not self.args.only_ckpt_model else []
+        resumable = self.saver is not None and not self.args.only_ckpt_model
+        asked = StopRequest(signals=resumable)
         watch, step = Stopwatch(first), first
         steps = () if self.early_stop.over else self.feed.steps()
         for step, (batches, waited) in enumerate(steps, start=first + 1):
             watch.waited(waited)
             self._step(step, batches, watch)
             with watch.paused():
-                stop = self._look_and_save(step, bool(asked))
+                if (reason := asked.reason) and not resumable:
+                    raise UserError(f"stopped {reason} after step {step}: nothing is saved without --checkpoint.")
+                stop = self._look_and_save(step, reason is not None)
             if stop or self.early_stop.over:
                 break
         if self.saver is not None:
             self.saver.close()
         done = f"step {step}/{self.plan.total_steps}"
         if stop:
-            signalled = signal.Signals(asked[0]).name if asked else "of another rank"
-            _log(
-                f"stopped by the signal {signalled} after {done}: saved; the same command with --resume auto goes on "
-                "from there"
-            )
+            reason = asked.reason or "by the signal of another rank"
+            _log(f"stopped {reason} after {done}: saved; the same command with --resume auto goes on from there")
             return EXIT_STOPPED
         if self.early_stop.over:
             _log(
@@ -257,14 +260,8 @@ class Trainer:
         _log(f"step {step}/{self.plan.total_steps}  checkpoint {saver.run / tag}")
 
 
-def _asked_to_stop() -> list[int]:
-    """A list that receives the signals which ask this process to end, from now on; none ends it at once."""
-    received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda caught, _: received.append(caught))
-    return received
-
-
 def _log(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+    # Whoever read along may be gone, as with a launcher or a terminal: the run is not to end by that, unsaved.
+    with contextlib.suppress(OSError):
+        if dist.get_rank() == 0:
+            print(text, file=sys.stderr, flush=True)

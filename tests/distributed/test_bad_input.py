@@ -252,6 +252,42 @@ def test_output_that_is_a_file(good, tmp_path, flag):
     )
 
 
+@pytest.mark.parametrize("flag", ["output_dir", "checkpoint"])
+@pytest.mark.parametrize(
+    ("make", "place", "said"),
+    [
+        (lambda folder: (folder / "notes").touch(), "notes/below/it", "cannot be made (Not a directory)"),
+        (lambda folder: (folder / "link").symlink_to("nowhere"), "link", "is a link to nowhere, which does not exist"),
+        (lambda folder: None, "x" * 300, "cannot be made (File name too long)"),
+        (lambda folder: None, "/proc/model", "cannot be made (No such file or directory)"),  # nor by root
+    ],
+)
+def test_outputs_that_cannot_be_made(good, tmp_path, flag, make, place, said):
+    """Before texts are tokenized, weights are read, steps are taken; trying leaves nothing."""
+    make(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert f"--{flag} {tmp_path / place} {said}" in refusal(flags(good, tmp_path, **{flag: tmp_path / place}))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "checkpoint"])
+@pytest.mark.parametrize("below", ["", "model"])
+def test_a_checkpoint_is_not_replaced(good, tmp_path, flag, below):
+    """Of any run; --overwrite is for the folders that were asked for, not for what another run goes on from."""
+    checkpoint = tmp_path / "run" / "step-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "SHA256SUMS").touch()
+    said = refusal([*flags(good, tmp_path, **{flag: checkpoint / below}), "--overwrite"])
+    assert f"would replace or change the checkpoint {checkpoint}: choose another folder" in said
+
+
+@pytest.mark.parametrize("name", ["step-2", "tokens", "tensorboard/model", "latest", ".step-2.old"])
+def test_the_model_is_not_written_over_what_the_run_keeps(good, tmp_path, name):
+    argv = flags(good, tmp_path, checkpoint=tmp_path / "run", output_dir=tmp_path / "run" / name)
+    assert f"is a name that the run in --checkpoint {tmp_path / 'run'} uses" in refusal(argv)
+    assert plan_run(parse_arguments(flags(good, tmp_path, checkpoint=tmp_path, output_dir=tmp_path / "model")), 1)
+
+
 def test_overwriting_never_takes_what_the_run_needs(good, tmp_path):
     """--overwrite replaces --output_dir as a whole and removes the run folder's checkpoints."""
     said = refusal([*flags(good, tmp_path, output_dir=good, eval_data=good / "table"), "--overwrite"])

@@ -1,6 +1,7 @@
 """Whatever ends a run, and wherever: ``--resume auto`` ends with the losses of a run that nothing ended."""
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from forked import run_ranks, started
 from safetensors.torch import load_file
 from test_parity import command, read_metrics
 
-from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, fault
+from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, fault, locked
 
 pytestmark = pytest.mark.slow
 STEPS, CRASHES, SEED = 60, 20, 5
@@ -205,6 +206,41 @@ def test_one_rank_is_asked_to_stop(straight, launch, model, ragged_table, tmp_pa
     done = launch(*given, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path) == straight
+
+
+@pytest.fixture
+def adopted():
+    """The exit codes of whatever a launcher that is killed leaves behind: this process becomes its parent."""
+    subreaper = 36
+    assert ctypes.CDLL(None).prctl(subreaper, 1) == 0
+    codes: list[int] = []
+
+    def collect(processes):
+        for process in processes:
+            with contextlib.suppress(ChildProcessError):  # somebody else's child
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1]))
+        return codes
+
+    yield collect
+    ctypes.CDLL(None).prctl(subreaper, 0)
+
+
+@pytest.mark.parametrize(("launcher", "number"), [("deepspeed", signal.SIGTERM), ("torchrun", signal.SIGKILL)])
+def test_ranks_save_and_end_when_their_launcher_is_gone(launcher, number, adopted, model, ragged_table, tmp_path):
+    given = [*flags(model, ragged_table, tmp_path, 5000), "--pipe_parallel_size", "2", "--save_steps", "100000"]
+    with running(*command(launcher, 2), *given) as (job, process):
+        wait_until(lambda: lines(tmp_path / "run") > 5, process)
+        below = job.children(recursive=True)
+        job.send_signal(number)
+        said = process.communicate(timeout=30)[1]  # the ranks have its stderr until they end
+    # DeepSpeed has a process between its command and the ranks, whose code it passes on; torchrun's are our own.
+    codes = adopted(below)
+    assert codes == [75] * {"deepspeed": 1, "torchrun": 2}[launcher]
+    assert "stopped because the launcher is gone after step" in said
+    (step,) = checkpoint_steps(tmp_path / "run")
+    assert fault(tmp_path / "run" / checkpoint_tag(step)) is None
+    with locked(tmp_path / "run"):
+        pass
 
 
 @pytest.fixture(scope="module")
