@@ -16,13 +16,14 @@ from fft.data.delta import split_version
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
-from fft.files import recover_folder, replace_folder, staging_folder, write_atomically
 from spark_jobs.runtime.hashing import balance, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
-from spark_jobs.token_table.output import INFO_NAME, SPLITS, Output, TableWriter, local_path
+from spark_jobs.token_table.output import Output, local_path
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
+from spark_jobs.token_table.remains import SPLITS
+from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_PARTITION = 1 << 25
 _PARTITIONS = (4, 2048)
@@ -47,15 +48,18 @@ def repartition_table(
     """Write a table's documents as rows of at most ``max_len`` tokens in ``num_partition`` files of equal token count.
 
     ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
-    Without ``output`` the table itself is replaced, which ``overwrite`` must allow: the new one is written beside it
-    first, or as a new version of a Delta table. ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta
-    table adds a version.
+    Without ``output`` the table itself is replaced, which ``overwrite`` must allow: it stays until the new one is
+    whole, as an older version if it is a Delta table. ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a
+    Delta table adds a version.
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
     source = local_path(input, "input")
-    if output is None:
-        _check_in_place(source, overwrite)
+    if output is None and not overwrite:
+        raise UserError(
+            f"without `output` {source} itself is replaced: "
+            "allow that with `overwrite=True`, or give a folder with `output`."
+        )
     tables = find_tables(source, "input")
     names = [""] if tables == [source] else [table.name for table in tables]
     if names != [""] and not set(names) <= set(SPLITS):
@@ -67,7 +71,7 @@ def repartition_table(
     packing = Packing(max_len, pack, num_partition, seed)
     lineage = lineage_of("repartition", [dataset.table.origin for dataset in datasets.values()], asdict(packing))
     if output is None:
-        table = _in_place(source, datasets, overwrite)
+        table = _in_place(source, datasets)
     else:
         table = Output(local_path(output, "output"), names, [source], overwrite, table_format)
     table.check()
@@ -77,15 +81,9 @@ def repartition_table(
         for name, dataset in datasets.items():
             title = f"repartition {name}".strip()
             manifests[name] = _repartition(spark, writers[name], dataset, title, packing, lineage)
-        for name, manifest in manifests.items():
-            write_atomically(writers[name].target.folder / INFO_NAME, facts_of(manifest))
-            writers[name].commit(manifest)
-    replaced = output is None and table.table_format == "parquet"
-    folder = source if replaced else table.folder
-    _say_results(manifests, folder)
-    if replaced:
-        replace_folder(source)
-    say(f"wrote {folder}")
+            writers[name].finish(manifests[name], facts_of(manifests[name]))
+    _say_results(manifests, table.folder)
+    say(f"wrote {table.folder}")
     return manifests
 
 
@@ -108,23 +106,12 @@ class Packing:
         return min(wanted, max(1, tokens // (_ROWS_TO_PACK * self.max_len)))
 
 
-def _check_in_place(table: Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise UserError(
-            f"without `output` {table} itself is replaced: "
-            "allow that with `overwrite=True`, or give a folder with `output`."
-        )
-    recover_folder(table)
-
-
-def _in_place(source: Path, datasets: Mapping[str, Dataset], overwrite: bool) -> Output:
-    """Where the tables that replace those of ``source`` are written."""
-    names = list(datasets)
-    if all(dataset.table.version is not None for dataset in datasets.values()):
-        # A new version of a Delta table, beside the one that is read.
-        return Output(split_version(source)[0], names, [], overwrite, "delta")
-    Output(source, names, [], overwrite, "parquet").check()  # what would go with the table
-    return Output(staging_folder(source), names, [source], overwrite, "parquet")
+def _in_place(source: Path, datasets: Mapping[str, Dataset]) -> Output:
+    """The tables that are read as what is replaced, once the new ones are whole."""
+    folder, pinned = split_version(source)
+    versions = {name: d.table.version for name, d in datasets.items() if d.table.version is not None}
+    table_format = "delta" if len(versions) == len(datasets) else "parquet"
+    return Output(folder, list(datasets), [], True, table_format, versions if pinned is None else {})
 
 
 def _repartition(

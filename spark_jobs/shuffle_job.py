@@ -24,8 +24,9 @@ from spark_jobs.mixing import check_weights, with_copies
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
-from spark_jobs.token_table.output import Output, TableWriter, local_path, local_paths
+from spark_jobs.token_table.output import Output, local_path, local_paths
 from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
+from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_BLOCK = 1 << 23
 _BLOCKS = (8, 2048)
@@ -80,8 +81,7 @@ def shuffle_tables(
         for name, writer in writers.items():
             own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], writer.tallies)}
             manifests[name] = finished_manifest(writer.parts, lineage, own, timing, tokenizer, _seq_len(datasets), seed)
-        for name, manifest in manifests.items():
-            writers[name].commit(manifest)
+            writer.finish(manifests[name])
     _say_results(manifests, counts, folder)
     return manifests
 

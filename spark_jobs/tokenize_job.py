@@ -1,6 +1,5 @@
 """The tokenize job: records of raw files to a token table, one row a document."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from fft.corpus.splits import SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
 from fft.data.known import LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
-from fft.data.part_files import QUARANTINE, PartFile, PartFolder, RejectFile
+from fft.data.part_files import PartFile, PartFolder, RejectFile
 from fft.errors import UserError
 from fft.text.chat import load_chat
 from fft.text.encoder import Encoder
@@ -29,7 +28,8 @@ from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, columns_read, count_parts, in_parts, is_frame, open_frames, records_of
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
-from spark_jobs.token_table.output import Output, TableWriter, local_path, local_paths
+from spark_jobs.token_table.output import Output, local_path, local_paths
+from spark_jobs.token_table.writer import TableWriter
 
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
@@ -91,7 +91,7 @@ def tokenize_table(
         counts = document_counts(writer.tallies, lineage["inputs"], record_encoder)
         lineage |= {"engine": engine_of(writer.tallies), **left_out.facts()}
         manifest = finished_manifest(writer.parts, lineage, counts, timing_of(start, writer.tokens), info, max_len)
-        writer.commit(manifest)
+        writer.finish(manifest)
     _say_results(manifest, folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
     return manifest
 
@@ -111,9 +111,6 @@ def _write(
     record_encoder: RecordEncoder[Any],
     fail: bool,
 ) -> None:
-    quarantine = writer.target.folder / QUARANTINE
-    shutil.rmtree(quarantine, ignore_errors=True)  # of an older version
-    quarantine.mkdir()
     try:
         splits = deal(spans_of(sources, record_encoder))
         if splits:
@@ -128,8 +125,6 @@ def _write(
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
-    if not writer.tallies["quarantined"]:
-        quarantine.rmdir()
 
 
 def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_special_tokens: bool) -> None:

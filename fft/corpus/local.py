@@ -5,11 +5,11 @@ labels, resuming and provenance are those of any table. It lies in a folder name
 content, the tokenizer, the chat template, how long rows may be - so it is found again while those stay the same, and a
 run that is training from it keeps it when they change.
 
-All ranks of a machine ask for it; one makes it, under a lock, and the others wait. Needs neither Spark nor torch.
+All ranks ask for it; one makes it, and the others wait, also those on other machines that share the folder. Needs
+neither Spark nor torch.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -21,7 +21,6 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
 from fft.corpus.tokenize_parts import name_malformed, tokenize_part
 from fft.data.manifest import Manifest, TokenizerInfo, commit, read_manifest
+from fft.data.owner import Owner, owned
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
@@ -131,11 +131,11 @@ def table_of(text: TextInput, cache: Path) -> Path:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f".{_stem(text.path)}.lock"):
+        with owned(cache / f".{_stem(text.path)}.lock", str(cache), wait=True) as owner:
             seen = _seen(text.path)  # before its content is read for the first time
             folder = cache / f"{_stem(text.path)}-{_key(text, seen, cache)}"
             if not _is_whole(folder):
-                _make(text, seen, folder)
+                _make(text, seen, folder, owner)
             return folder
     except OSError as error:
         raise UserError(f"{cache} cannot hold the tokens of {text.path} ({error}): make room, or permit it.") from error
@@ -175,14 +175,6 @@ def _stem(path: Path) -> str:
     return re.sub(r"[^\w.-]", "_", path.name.partition(".")[0])[:40] or "text"
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; whoever dies lets go of it."""
-    with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _key(text: TextInput, seen: list[str | int], cache: Path) -> str:
     """A short hash of the file's content and of all else that its table depends on.
 
@@ -203,16 +195,18 @@ def _seen(path: Path) -> list[str | int]:
     return [str(path.absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
-def _make(text: TextInput, seen: list[str | int], folder: Path) -> None:
-    staging = start_folder(folder)  # under the lock, so nobody else is writing it
+def _make(text: TextInput, seen: list[str | int], folder: Path, owner: Owner) -> None:
+    staging = start_folder(folder)  # by the owner, so nobody else is writing it
     try:
         manifest = _tokenize(text, staging)
         if _seen(text.path) != seen:  # it would be found again under the hash of what the file held before
             raise UserError(f"{text.path} was changed while it was tokenized: run again when it is whole.")
         commit(staging, manifest)
+        owner.check()
         replace_folder(folder)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if owner.holds():
+            shutil.rmtree(staging, ignore_errors=True)
         raise
 
 

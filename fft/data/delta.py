@@ -85,17 +85,24 @@ def read_snapshot(table: Storage, version: int | None = None, listing: Listing |
     return Snapshot(log.version(), names, manifest, _partitions(log))
 
 
-def commit_delta(folder: Path, manifest: Manifest) -> int:
+def latest_version(folder: Path) -> int | None:
+    """The latest version's number, None where there is no table. Raises :class:`UserError` when it cannot be read."""
+    return _open(str(folder)).version() if is_delta(folder) else None
+
+
+def commit_delta(folder: Path, manifest: Manifest, seen: int | None = None) -> int:
     """Make the manifest's files, which lie in ``folder``, the table's content in one commit; returns its version.
 
-    A table that is there gets a new version, which replaces all its files. Raises :class:`UserError` when another
-    writer committed meanwhile.
+    ``seen`` is the latest version at the start of the job, None if there was no table: the new version replaces all
+    files of that one. Raises :class:`UserError` when another writer has committed since then. What it has added would
+    be lost otherwise; to keep it beside the new files would make a table that is not what the manifest says.
     """
     _need_deltalake()
     from deltalake import CommitProperties, Schema
-    from deltalake.exceptions import CommitFailedError
+    from deltalake.exceptions import CommitFailedError, DeltaError
     from deltalake.transaction import AddAction, create_table_with_add_actions
 
+    check_version(folder, seen)
     paths = [folder / info.path for info in manifest.files]
     schemas = {pq.read_schema(path).remove_metadata() for path in paths}
     if len(schemas) != 1:  # the log would take whatever it is told
@@ -108,14 +115,26 @@ def commit_delta(folder: Path, manifest: Manifest) -> int:
     properties = CommitProperties(custom_metadata={_MANIFEST: manifest.to_json()}, max_commit_retries=0)
     delta_schema = Schema.from_arrow(schema)
     try:
-        if is_delta(folder):
-            table = _open(str(folder))
+        if seen is not None:
+            table = _open(str(folder), seen)
             table.create_write_transaction([*actions], "overwrite", delta_schema, commit_properties=properties)
         else:
             create_table_with_add_actions(str(folder), delta_schema, actions, commit_properties=properties)
-    except CommitFailedError as error:
-        raise UserError(f"{folder}: another writer committed while this job ran ({error}): run it again.") from error
-    return _open(str(folder)).version()
+    except (CommitFailedError, DeltaError) as error:
+        check_version(folder, seen)
+        raise UserError(f"{folder}: the commit failed ({one_line(error)}): run the job again.") from error
+    return 0 if seen is None else seen + 1
+
+
+def check_version(folder: Path, seen: int | None) -> None:
+    """Raise :class:`UserError` when the latest version of a Delta table is no longer the one that was ``seen``."""
+    found = latest_version(folder)
+    if found != seen:
+        was = "there was no table" if seen is None else f"version {seen} was the latest"
+        raise UserError(
+            f"{folder}: another writer committed version {found} while this job ran ({was} at its start), which this "
+            "job would have replaced unseen; nothing was changed: run it again."
+        )
 
 
 def _open(table: str, version: int | None = None) -> "deltalake.DeltaTable":

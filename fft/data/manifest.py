@@ -4,7 +4,9 @@ A table is a folder of parquet files with a column ``input_ids: list<int32>`` (a
 ``cu_seqlens``, ``doc_ids``). Beside them, in names that Spark ignores:
 
 - ``_fft_manifest.json``: the facts below, written last and atomically. Its presence means: finished.
-- ``_fft_writing.json``: present while a job of ours writes. Found without a manifest: unfinished, never read.
+- ``_fft_writing.json``: present while a job of ours writes. Found without a manifest: unfinished, never read; unless
+  it says that an older table stays until a newer one has taken its place. What else is found beside a manifest and such
+  a mark is of a job that is at work, or was interrupted, and is nothing.
 
 A folder with neither is foreign: any Spark job's ``df.write.parquet`` is a table, its facts read from footers.
 Depends on no other package, so that Spark jobs and the trainer share it.
@@ -13,17 +15,22 @@ Depends on no other package, so that Spark jobs and the trainer share it.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
 from fft.errors import UserError
-from fft.files import write_atomically
+from fft.files import atomic_file, sync, write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "_fft_manifest.json"
 WRITING_NAME = "_fft_writing.json"
 #: What lies in a table while it is written: our mark, and Spark's own folder.
-UNFINISHED = (WRITING_NAME, "_temporary")
+UNFINISHED = frozenset((WRITING_NAME, "_temporary"))
+
+#: Key of a mark; see :func:`replacing`.
+_REPLACING = "replacing"
 
 #: Files that decide which ids a text gets. Chat templates and the like may change without changing a table.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -106,9 +113,19 @@ def read_manifest(table: str | os.PathLike) -> Manifest | None:
     Raises :class:`UserError` when a job of ours was interrupted while writing the table.
     """
     folder = Path(table)
-    path = folder / MANIFEST_NAME
-    content = path.read_bytes() if path.is_file() else None
-    return manifest_of(str(folder), content, any((folder / name).exists() for name in UNFINISHED))
+    paths = (folder / MANIFEST_NAME, folder / WRITING_NAME)
+    content, mark = (path.read_bytes() if path.is_file() else None for path in paths)
+    marks = UNFINISHED if replacing(mark) is None else UNFINISHED - {WRITING_NAME}
+    return manifest_of(str(folder), content, any((folder / name).exists() for name in marks))
+
+
+def replacing(mark: bytes | None) -> str | None:
+    """Of a mark that says that an older table stays for now: how the names of the newer one's files end. Else None."""
+    try:
+        facts = json.loads(mark) if mark is not None else None
+    except ValueError:
+        return None
+    return facts.get(_REPLACING) if isinstance(facts, dict) else None
 
 
 def manifest_of(table: str, content: bytes | None, unfinished: bool) -> Manifest | None:
@@ -132,11 +149,29 @@ def begin_writing(table: str | os.PathLike, lineage: dict) -> None:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
 
+def begin_replacing(table: str | os.PathLike, lineage: dict, ending: str) -> None:
+    """Mark the folder, whose table stays until :func:`commit_all`. ``ending`` is that of the names of the new files."""
+    content = json.dumps({**lineage, _REPLACING: ending}, indent=1, sort_keys=True)
+    write_atomically(Path(table) / WRITING_NAME, content)
+
+
 def commit(table: str | os.PathLike, manifest: Manifest) -> None:
     """Publish the table: the manifest appears whole or not at all, then the writing mark goes."""
     folder = Path(table)
-    write_atomically(folder / MANIFEST_NAME, manifest.to_json())
+    commit_all({folder: manifest})
     (folder / WRITING_NAME).unlink(missing_ok=True)
+
+
+def commit_all(tables: Mapping[Path, Manifest]) -> None:
+    """Publish tables whose files are there: each manifest appears whole or not at all, in the place of an older one.
+
+    All are on the disk before the first appears, so that a full one stops them all. Marks stay.
+    """
+    with ExitStack() as staged:
+        for folder, manifest in tables.items():
+            aside = staged.enter_context(atomic_file(folder / MANIFEST_NAME))
+            aside.write_text(manifest.to_json(), encoding="utf-8")
+            sync(aside)
 
 
 def in_order(name: str) -> list[str]:

@@ -6,6 +6,7 @@ table has the same bytes on every engine, and lists of ids never become rows of 
 A part is a numbered output file. Batches carry its number in a column ``part``, and a task gets all of a part.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -38,21 +39,30 @@ class PartFolder:
     """Where workers write the parts of one table: an absolute path, and notes to the driver, which all of a job's
     tables share.
 
-    The tag of the notes is part of the names of all files: "" unless older versions of a Delta table lie there, too.
+    While they are written, files have hidden names with the ``tag`` of the notes, which is the job's, and one of the
+    try: no two jobs and no two tries write the same file. Finished parts are ``part-NNNNN{suffix}.parquet``: without a
+    suffix in a folder that holds no other table, so that the same table has the same names everywhere; else with the
+    job's tag, since the older table stays until the new one is whole.
     """
 
     folder: Path
     notes: WorkerNotes
+    suffix: str = ""
 
     @property
     def tag(self) -> str:
         """See the class."""
         return self.notes.tag
 
+    def unfinished(self) -> Iterator[Path]:
+        """What this job has under hidden names: parts that are not published, and what failed tries and notes left."""
+        for where in (self.folder, self.folder / QUARANTINE):
+            yield from where.glob(f".part-*{self.tag}.*{WRITING}")
+
 
 @dataclass(frozen=True)
 class Part:
-    """A finished file, first under a temporary ``name``, and sums over its rows."""
+    """A finished file, first under a temporary ``name``, and sums over its rows; ``rejects`` likewise, if any."""
 
     part: int
     name: str
@@ -63,8 +73,19 @@ class Part:
     rejects: str = ""
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise what a file system cannot do as a :class:`UserError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error}): make room there, or have it permitted, and run the job again."
+        ) from error
+
+
 class PartFile:
-    """A parquet file that appears in the ``target`` under a hidden temporary name; see :func:`publish_parts`.
+    """A parquet file that appears in the ``target`` under a hidden temporary name; see :func:`name_parts`.
 
     Row groups are filled up to :data:`ROW_GROUP_ROWS` rows or :data:`ROW_GROUP_TOKENS` tokens whatever the batches are.
     """
@@ -104,7 +125,7 @@ class PartFile:
         self._meter.add(parts=1)
         if self._sink is None:
             return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
-        with self._naming():
+        with writing_to(self._path.parent):
             self._sink.close()
             sync(self._path)
             size = self._path.stat().st_size
@@ -116,25 +137,16 @@ class PartFile:
 
     def __exit__(self, *_: object) -> None:
         if self._sink is not None and not self._finished:  # the task fails
-            self._sink.close()
+            with contextlib.suppress(OSError, pa.ArrowException):  # of a full disk, which it has said already
+                self._sink.close()
             self._path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._path.parent} cannot be written to ({error}): make room there, or have it permitted, and run "
-                "the job again."
-            ) from error
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
         self._lengths += tally_lengths(document_lengths(table))
-        with self._naming():
+        with writing_to(self._path.parent):
             if self._sink is None:
                 # Without Arrow's own schema: engines name the items of lists differently.
                 self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
@@ -153,12 +165,18 @@ class RejectFile:
     def add(self, file: str, reason: str, record: bytes | None) -> None:
         """Set one record aside."""
         text = None if record is None else record.decode("utf-8", "backslashreplace")
-        with open(self._path, "a", encoding="utf-8") as stream:  # rejects are few: open it for each
-            stream.write(json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n")
+        with writing_to(self._path.parent):
+            self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as stream:  # rejects are few: open it for each
+                stream.write(json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n")
 
     def finish(self) -> str:
-        """The file's name, "" when there is none."""
-        return self._path.name if self._path.exists() else ""
+        """The file's name, once it is on the disk; "" when there is none."""
+        if not self._path.exists():
+            return ""
+        with writing_to(self._path.parent):
+            sync(self._path)
+        return self._path.name
 
     def __enter__(self) -> "RejectFile":
         return self
@@ -172,30 +190,55 @@ def _hidden_name(target: PartFolder, part: int) -> str:
     return f".part-{part:05d}{target.tag}.{uuid.uuid4().hex}{WRITING}"
 
 
-def publish_parts(target: PartFolder, parts: Sequence[Part]) -> list[Part]:
-    """Give the files of parts, as tasks finished them, their names; drop what failed tries left.
+def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], dict[Path, Path]]:
+    """All parts in order under their final names, those without rows too; and which files have to be renamed to what.
 
-    Returns all parts in order, those without rows too. Raises :class:`UserError` when a file cannot be seen from here.
+    Raises :class:`UserError` when a file cannot be seen from here as its task has left it.
     """
-    folder, tag = target.folder, target.tag
-    parts = sorted(parts, key=lambda p: p.part)
-    for part in parts:
-        if part.name and not (folder / part.name).exists():
-            raise UserError(
-                f"{folder / part.name}, which a worker wrote, is not there for the driver: "
-                "`output` must lie on storage that all machines of the cluster mount alike."
-            )
-    named = []
-    for part in parts:
-        final = f"part-{part.part:05d}{tag}.parquet" if part.name else ""
+    named, renames = [], {}
+    for part in sorted(parts, key=lambda p: p.part):
+        name, rejects = f"part-{part.part:05d}{target.suffix}.parquet", f"part-{part.part:05d}{target.suffix}.json"
         if part.name:
-            os.replace(folder / part.name, folder / final)
-        named.append(replace(part, name=final))
+            _check_seen(target.folder / part.name, part.bytes)
+            renames[target.folder / part.name] = target.folder / name
         if part.rejects:
-            os.replace(folder / QUARANTINE / part.rejects, folder / QUARANTINE / f"part-{part.part:05d}.json")
-    for where in (folder, folder / QUARANTINE):
-        for leftover in where.glob(f".part-*{tag}.*{WRITING}"):
-            leftover.unlink()
+            _check_seen(target.folder / QUARANTINE / part.rejects)
+            renames[target.folder / QUARANTINE / part.rejects] = target.folder / QUARANTINE / rejects
+        named.append(replace(part, name=name if part.name else "", rejects=rejects if part.rejects else ""))
+    return named, renames
+
+
+def _check_seen(file: Path, size: int | None = None) -> None:
+    try:
+        found = file.stat().st_size
+    except FileNotFoundError:
+        found = None
+    if found is None or size not in (None, found):
+        what = "is not there" if found is None else f"has {found} bytes, not {size},"
+        raise UserError(
+            f"{file}, which a worker wrote, {what} for the driver: "
+            "`output` must lie on storage that all machines of the cluster mount alike."
+        )
+
+
+def publish_files(target: PartFolder, renames: Mapping[Path, Path]) -> None:
+    """Give files their final names, for good once this returns; and drop what failed tries left."""
+    for source, final in renames.items():
+        os.replace(source, final)
+    for leftover in target.unfinished():
+        leftover.unlink(missing_ok=True)
+    quarantine = target.folder / QUARANTINE
+    with contextlib.suppress(OSError):
+        quarantine.rmdir()  # if nothing is set aside
+    for folder in (quarantine, target.folder):
+        if folder.exists():
+            sync(folder)
+
+
+def publish_parts(target: PartFolder, parts: Sequence[Part]) -> list[Part]:
+    """:func:`name_parts` and :func:`publish_files`: the parts under their final names. Raises as the former."""
+    named, renames = name_parts(target, parts)
+    publish_files(target, renames)
     return named
 
 

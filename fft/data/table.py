@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import posixpath
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -17,8 +16,9 @@ from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
 from fft.data.known import LISTS, MASK, LeftOut, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
-from fft.data.manifest import MANIFEST_NAME, UNFINISHED, WRITING_NAME, Manifest, in_order, is_hidden, manifest_of
+from fft.data.manifest import Manifest, is_hidden
 from fft.data.storage import Listing, Storage
+from fft.data.table_files import parquet_files, untagged
 from fft.errors import UserError, one_line
 
 #: The label of tokens that are not trained on.
@@ -86,7 +86,7 @@ class Table:
             snapshot = read_snapshot(storage, version, listing)
             names, manifest, version = snapshot.names, snapshot.manifest, snapshot.version
         else:
-            names, manifest = _parquet_files(storage, listing)
+            names, manifest = parquet_files(storage, listing)
             if manifest is None:
                 check_loose(storage, listing)
         if manifest is not None:
@@ -124,8 +124,13 @@ class Table:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of which files there are and how many rows, tokens and bytes their row groups hold."""
-        facts = [(os.path.relpath(g.path, self.path), g.index, g.rows, g.tokens, g.bytes) for g in self.row_groups]
+        """A hash of which files there are and how many rows, tokens and bytes their row groups hold.
+
+        A table that an equal one has replaced keeps it, though the new files have another job's id in their names.
+        """
+        names = (os.path.relpath(g.path, self.path) for g in self.row_groups)
+        names = names if self.version is not None else map(untagged, names)
+        facts = [(n, g.index, g.rows, g.tokens, g.bytes) for n, g in zip(names, self.row_groups, strict=True)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -307,30 +312,3 @@ def _unread_files(listing: Listing) -> LeftOut:
         if name and path.suffix != ".parquet" and not is_hidden(path):
             unread.add(f"{path.suffix} files" if path.suffix else "files without an ending", size)
     return unread
-
-
-def _parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manifest | None]:
-    """The files of a table that is no Delta table, in name order, and its manifest.
-
-    Folders may be named like files: Spark users write ``corpus.parquet``. Refuses an unfinished table, files that a
-    manifest does not know, and folders whose subfolders are tables of ours.
-    """
-    if "" in listing.sizes:
-        return [""], None
-    content = storage.read(MANIFEST_NAME) if MANIFEST_NAME in listing.sizes else None
-    unfinished = any(name in listing.sizes or name in listing.folders for name in UNFINISHED)
-    manifest = manifest_of(storage.name, content, unfinished)
-    found = [name for name in listing.sizes if name.endswith(".parquet") and not is_hidden(PurePosixPath(name))]
-    names = sorted(found, key=in_order)
-    if manifest is not None:
-        known = {info.path for info in manifest.files}
-        if stray := [name for name in names if name not in known]:
-            file = storage.shown(stray[0])
-            raise UserError(f"{file} is not in the manifest of {storage.name}: remove it or write the table again.")
-        return names, manifest
-    folders = sorted({posixpath.dirname(name) for name in names} - {""}, key=in_order)
-    marks = (MANIFEST_NAME, WRITING_NAME, "_delta_log")
-    there = listing.sizes.keys() | listing.folders
-    if tables := [folder for folder in folders if any(f"{folder}/{mark}" in there for mark in marks)]:
-        raise UserError(f"{storage.name} is a folder of tables ({', '.join(tables)}), not one table: name one of them.")
-    return names, None

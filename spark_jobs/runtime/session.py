@@ -77,7 +77,7 @@ def _has_java() -> bool:
 
 
 def _sail_session(name: str) -> SparkSession:
-    """A session on a Sail server of its own, in a process that ends with this one.
+    """A session on a Sail server of its own, in a process that ends with this one, see :mod:`.sail_server`.
 
     (Inside this process its threads would outlive the interpreter, which then aborts.)
     """
@@ -86,7 +86,7 @@ def _sail_session(name: str) -> SparkSession:
         port = probe.getsockname()[1]
     environment = {**os.environ, "RUST_LOG": os.environ.get("RUST_LOG", "error")}  # what goes wrong is raised as well
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (_ROOT, environment.get("PYTHONPATH")) if p)
-    command = [sys.executable, "-m", "pysail", "spark", "server", "--ip", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "spark_jobs.runtime.sail_server", str(port), str(os.getpid())]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)
     _wait_for(server, port)

@@ -1,40 +1,42 @@
-"""Write token tables: claim a folder, let tasks write its parts, publish the manifest."""
+"""Where a job writes its tables: claim the folder, let tasks write parts, publish all tables at once.
 
-import re
-import shutil
-import uuid
-from collections import Counter
-from collections.abc import Iterator, Sequence
+What is promised, whatever interrupts a job and whichever other job runs beside it:
+
+- One job at a time writes to an output; see :mod:`fft.data.owner`.
+- A table that is there stays readable until the newer one has taken its place: the manifest, or the Delta commit, is
+  the last thing written and appears whole or not at all. Only then do older files go.
+- A job removes its own files alone, and what dead jobs have left unfinished.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from pyspark.sql import DataFrame
-
-from fft.console import progress
-from fft.data.delta import commit_delta, is_delta, split_version
-from fft.data.manifest import (
-    MANIFEST_NAME,
-    WRITING_NAME,
-    FileInfo,
-    Manifest,
-    begin_writing,
-    commit,
-)
-from fft.data.part_files import QUARANTINE, Part, PartFolder, files_of, publish_parts, sum_tallies
-from fft.data.worker_notes import WRITING, Stoppable, Work, WorkerNotes
+from fft.console import say
+from fft.data.delta import check_version, commit_delta, is_delta, latest_version, read_snapshot, split_version
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, begin_replacing, begin_writing, commit_all, read_manifest
+from fft.data.owner import OWNER_NAME, Owner, check_unowned, owned
+from fft.data.part_files import PartFolder, writing_to
+from fft.data.storage import Storage
+from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
-from spark_jobs.runtime.session import places_rows_by_number, user_errors
-from spark_jobs.runtime.tasks import PART_SCHEMA, SortedFirst
-
-SPLITS = ("train", "validation")
-INFO_NAME = "_data.info"
-
-#: What may be cleared from an output folder: nothing that Spark or these jobs did not put there.
-_TABLE_FILES = re.compile(
-    rf".*\.parquet|\..*\.crc|_SUCCESS|_temporary|{QUARANTINE}|\.part-.*{re.escape(WRITING)}|"
-    + "|".join(rf"\.?{re.escape(name)}(\.\d+)?(\.writing)?" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME))
+from fft.files import write_atomically
+from spark_jobs.runtime.session import user_errors
+from spark_jobs.token_table.remains import (
+    INFO_NAME,
+    SPLITS,
+    holds_table,
+    remove_older,
+    remove_table,
+    settle,
+    strangers,
+    tables_at,
 )
+from spark_jobs.token_table.writer import TableWriter
 
 
 def local_path(path: str | Path, parameter: str) -> Path:
@@ -57,7 +59,8 @@ def local_paths(paths: str | Path | Sequence[str | Path], parameter: str) -> lis
 class Output:
     """Where a job writes its tables ``names``: below ``folder``, which is itself the table "".
 
-    ``inputs`` are what must not be touched. ``table_format`` is "parquet" or "delta".
+    ``inputs`` are what must not be touched. ``table_format`` is "parquet" or "delta". ``versions_read`` are those of
+    Delta tables that are read and then replaced, by name.
     """
 
     folder: Path
@@ -65,144 +68,177 @@ class Output:
     inputs: Sequence[Path]
     overwrite: bool
     table_format: str
+    versions_read: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The tables' folders by name."""
+        return {name: self.folder / name for name in self.names}
+
+    @cached_property
+    def versions(self) -> dict[str, int | None]:
+        """The latest versions of Delta tables that are there at the job's start, which new ones will replace."""
+        return {n: self.versions_read.get(n, latest_version(folder)) for n, folder in self.folders.items()}
 
     def check(self) -> None:
-        """Raise :class:`UserError` when a finished table is there and ``overwrite`` is not set, or when clearing the
-        folder would hit an input or files that are no part of a table."""
+        """Raise :class:`UserError` when another job writes there, when a finished table is there and ``overwrite`` is
+        not set, or when clearing the folder would hit an input or files that are no part of a table."""
         target = self.folder.resolve()
         for path in self.inputs:
             source = split_version(path)[0].resolve()
             if source == target or source.is_relative_to(target) or target.is_relative_to(source):
                 raise UserError(f"`output` {self.folder} and the input {path} overlap: write to a folder beside it.")
-        if self.folder.is_file():
-            raise UserError(f"`output` {self.folder} is a file: give a folder.")
-        tables = _tables_at(self.folder)
+        self._check_place(target)
+        self._check_content()
+
+    def _check_place(self, target: Path) -> None:
+        above = next(path for path in (target, *target.parents) if os.path.lexists(path))
+        if not above.is_dir():
+            where = "is" if above == target else "lies below"
+            raise UserError(f"`output` {self.folder} {where} the file {above}: give a folder.")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"`output` {self.folder} cannot be written to: {above} does not permit it to this user.")
+        check_unowned(target / OWNER_NAME, f"`output` {self.folder}")
+
+    def _check_content(self) -> None:
+        target = self.folder.resolve()
+        for folder in (*target.parents, *(target / split for split in SPLITS)):
+            check_unowned(folder / OWNER_NAME, f"{folder}, which `output` {self.folder} overlaps,")
+        tables = tables_at(self.folder)
         deltas = [folder for folder in tables if is_delta(folder)]
         if self.table_format == "delta":
             self._check_versions(tables, deltas)
             return
         if deltas:
             raise UserError(f'`output` {deltas[0]} is a Delta table: give `table_format="delta"`, or another folder.')
-        unfinished = any((folder / WRITING_NAME).exists() for folder in tables)
-        if not unfinished and tables and any(self.folder.iterdir()) and not self.overwrite:
+        if not self.overwrite and any(map(holds_table, tables)):
             raise UserError(f"`output` {self.folder} exists: give `overwrite=True` to replace it, or another folder.")
-        for folder in tables:
-            for path in folder.iterdir():
-                if path not in tables and not _TABLE_FILES.fullmatch(path.name):
-                    raise UserError(
-                        f"`output` {self.folder} holds {path}, which is no part of a table: give another folder."
-                    )
+        self._check_strangers(tables)
+
+    def _check_strangers(self, tables: Sequence[Path]) -> None:
+        if found := [path for folder in tables for path in strangers(folder)]:
+            raise UserError(
+                f"`output` {self.folder} holds {found[0]}, which is no part of a table: give another folder."
+            )
 
     def _check_versions(self, tables: Sequence[Path], deltas: Sequence[Path]) -> None:
-        for folder in (self.folder / name for name in self.names):
+        for folder in self.folders.values():
             if folder in deltas:
                 if not self.overwrite:
                     raise UserError(
                         f"`output` {folder} exists: give `overwrite=True` to add a version, or another folder."
                     )
-            elif folder in tables and any(not path.name.startswith(".part-") for path in folder.iterdir()):
-                raise UserError(f"`output` {folder} exists and is no Delta table: give another folder.")
+            elif folder in tables:
+                if holds_table(folder):
+                    raise UserError(f"`output` {folder} exists and is no Delta table: give another folder.")
+                self._check_strangers([folder])
+        for name, version in self.versions.items():  # seen for the first time now, before the work
+            check_version(self.folders[name], version)
 
     @contextmanager
-    def claim(self, lineage: dict) -> Iterator[dict[str, "TableWriter"]]:
-        """Make the folders; yields a :class:`TableWriter` for each name. Raises :class:`UserError` as :meth:`check`.
+    def claim(self, lineage: dict) -> Iterator[dict[str, TableWriter]]:
+        """Be the one job that writes there; yields a :class:`TableWriter` for each name.
 
-        Parquet folders are marked as being written, and cleared of what an interrupted job left or may be overwritten.
-        A Delta table keeps its files: new ones join them under other names, and are nothing until the commit. A
-        :class:`UserError` inside removes what was begun.
+        At the end of the ``with`` block all tables are published, and what they replace is removed. When it raises,
+        this job's files are removed, and what was there is as it was. Raises :class:`UserError` as :meth:`check`, and
+        when there is no room, when another job has taken over, or a Delta table has a version that was not there.
         """
         self.check()
-        if self.table_format == "delta":
-            begun = [self.folder / name for name in self.names if not is_delta(self.folder / name)]
-            writers = self._writers(f"-{uuid.uuid4().hex[:12]}")
-            for writer in writers.values():
-                writer.target.folder.mkdir(parents=True, exist_ok=True)
-        else:
-            begun, writers = [self.folder], self._writers()
-            self._clear(lineage)
+        made = not self.folder.exists()
         try:
-            with user_errors():
-                yield writers
-        except UserError:
-            for folder in begun:
-                shutil.rmtree(folder)
+            with contextlib.ExitStack() as held:
+                with writing_to(self.folder):
+                    owner = held.enter_context(owned(self.folder / OWNER_NAME, f"`output` {self.folder}"))
+                self._check_content()  # as another job has left it meanwhile
+                with self._publishing(owner, lineage) as writers, user_errors():
+                    yield writers
+        finally:
+            if made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+
+    @contextmanager
+    def _publishing(self, owner: Owner, lineage: dict) -> Iterator[dict[str, TableWriter]]:
+        writers: dict[str, TableWriter] = {}
+        try:
+            with writing_to(self.folder):
+                for folder in tables_at(self.folder):
+                    settle(folder)
+                self._begin(owner, lineage, writers)
+            yield writers
+            owner.check()
+            with writing_to(self.folder):
+                self._publish(writers)
+        except BaseException:
+            self._abandon(owner, writers)
             raise
+        try:
+            self._tidy(writers)
+        except OSError as error:
+            say(f"note: {self.folder} is written, but what it replaces could not be removed ({error}).")
 
-    def _writers(self, tag: str = "") -> dict[str, "TableWriter"]:
-        folders = {name: (self.folder / name).absolute() for name in self.names}
-        notes = WorkerNotes(str(folders[self.names[0]]), tag)
-        return {name: TableWriter(PartFolder(folder, notes)) for name, folder in folders.items()}
+    def _begin(self, owner: Owner, lineage: dict, writers: dict[str, TableWriter]) -> None:
+        """Make the ``writers``, and mark their folders: as unfinished, or as being replaced if a table is there."""
+        tag = f"-{owner.id}"
+        notes = WorkerNotes(str(self.folders[self.names[0]].absolute()), tag)
+        for name, folder in self.folders.items():
+            folder.mkdir(exist_ok=True)
+            kept = holds_table(folder)
+            suffix = tag if kept or self.table_format == "delta" else ""
+            writers[name] = TableWriter(PartFolder(folder.absolute(), notes, suffix))
+            if not kept:
+                begin_writing(folder, lineage)
+            elif not is_delta(folder):
+                begin_replacing(folder, lineage, f"{tag}.parquet")
+        if self.folder not in self.folders.values() and holds_table(self.folder) and not is_delta(self.folder):
+            begin_replacing(self.folder, lineage, f"{tag}.parquet")  # so that its readers pass over what comes below
 
-    def _clear(self, lineage: dict) -> None:
-        tables = _tables_at(self.folder)
-        folders = [self.folder / name for name in self.names]
-        # All marks before the first deletion: whenever this stops, what is left is marked as unfinished.
-        if tables:
-            begin_writing(self.folder, lineage)
-        for folder in folders:
-            begin_writing(folder, lineage)
-        for folder in reversed(tables):
-            for path in folder.iterdir():
-                if path not in folders and path.name != WRITING_NAME:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if self.folder not in folders:
-            (self.folder / WRITING_NAME).unlink(missing_ok=True)
-
-
-def _tables_at(output: Path) -> list[Path]:
-    return [folder for folder in (output, *(output / split for split in SPLITS)) if folder.is_dir()]
-
-
-class TableWriter:
-    """Writes one table: its parts by tasks, in one go or several, then the manifest. See :meth:`Output.claim`.
-
-    ``target`` is what the tasks need to know of it; ``parts`` are those that are written.
-    """
-
-    def __init__(self, target: PartFolder) -> None:
-        self.target = target
-        self.parts: list[Part] = []
-
-    def write(
-        self, df: DataFrame, work: Work, order: Sequence[str], parts: int, title: str, tokens: int | None = None
-    ) -> None:
-        """Run ``work`` on the tasks of ``df``, each in the order of some columns: it writes files into the target,
-        and yields a row of :data:`PART_SCHEMA` for each. They get their names here.
-
-        How many ``parts`` there are, and how many ``tokens`` if that is known, is for the progress line, which begins
-        with the ``title``. A task that failed and ran again, or ran twice, leaves files of which nobody knows: they are
-        removed. (Sail drops a sort whose result goes to a Python function, so there the function sorts.) Raises the
-        :class:`UserError` of a task.
-        """
-        notes = self.target.notes
-        with user_errors(), progress(title, notes, parts, tokens):
-            work = Stoppable(work, notes)
-            if places_rows_by_number(df.sparkSession):
-                df = df.sortWithinPartitions(*order)
-            else:
-                work = SortedFirst(tuple(order), work)
-            rows = df.mapInArrow(work, PART_SCHEMA).collect()
-        notes.check()
-        self.parts += publish_parts(self.target, [Part(**row.asDict()) for row in rows])
-
-    @property
-    def files(self) -> tuple[FileInfo, ...]:
-        """The files written, those of parts without rows left out."""
-        return files_of(self.parts)
-
-    @property
-    def tallies(self) -> Counter[str]:
-        """Sums over all parts."""
-        return sum_tallies(self.parts)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all files."""
-        return sum(file.tokens for file in self.files)
-
-    def commit(self, manifest: Manifest) -> None:
-        """Publish the files that the manifest names: from now on they are the table."""
-        if self.target.tag:
-            commit_delta(self.target.folder, manifest)
+    def _publish(self, writers: Mapping[str, TableWriter]) -> None:
+        if self.table_format == "delta":
+            for name, folder in self.folders.items():
+                check_version(folder, self.versions[name])
+        for writer in writers.values():
+            writer.publish()
+        if self.table_format == "delta":
+            for name, folder in self.folders.items():
+                commit_delta(folder, writers[name].manifest, self.versions[name])
         else:
-            commit(self.target.folder, manifest)
+            commit_all({folder: writers[name].manifest for name, folder in self.folders.items()})
+
+    def _tidy(self, writers: Mapping[str, TableWriter]) -> None:
+        for name, writer in writers.items():
+            remove_older(self.folders[name], writer.own_files())
+            if writer.info:
+                write_atomically(self.folders[name] / INFO_NAME, writer.info)
+            (self.folders[name] / WRITING_NAME).unlink(missing_ok=True)
+        if self.table_format == "parquet":
+            for folder in tables_at(self.folder):
+                if folder not in self.folders.values() and holds_table(folder):
+                    remove_table(folder)
+
+    def _abandon(self, owner: Owner, writers: Mapping[str, TableWriter]) -> None:
+        """Remove what the job began, but for tables that it has published already."""
+        mine = owner.holds()
+        for name, writer in writers.items():
+            folder = self.folders[name]
+            try:
+                kept = _files_now(folder)
+            except (OSError, UserError):
+                continue  # who cannot tell what the table is removes nothing of it
+            writer.discard(kept, mine)
+            if mine and kept.isdisjoint(path.name for path in writer.own_files()):
+                with contextlib.suppress(OSError):
+                    (folder / WRITING_NAME).unlink(missing_ok=True)
+                    if folder != self.folder:
+                        folder.rmdir()
+        if mine and self.folder not in self.folders.values():
+            with contextlib.suppress(OSError):
+                (self.folder / WRITING_NAME).unlink(missing_ok=True)
+
+
+def _files_now(folder: Path) -> set[str]:
+    """The names of a table's files according to its manifest or log."""
+    if is_delta(folder):
+        return set(read_snapshot(Storage.at(str(folder))).names)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    return {file.path for file in manifest.files} if manifest else set()

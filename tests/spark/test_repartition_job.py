@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fft.data.manifest import read_manifest
+from fft.data.manifest import MANIFEST_NAME, read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
 from spark.helpers import files_of, hashes_of, rows_of, write_foreign
@@ -143,25 +143,38 @@ def test_in_place(shuffled, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "t"]
 
 
-def test_an_interrupted_replacement_is_finished(shuffled, tmp_path, monkeypatch):
+@pytest.mark.parametrize("done", [False, True])
+def test_an_interrupted_replacement_leaves_a_table(done, shuffled, tmp_path, monkeypatch):
+    """Killed before or after the manifest has its name, with no chance to tidy up: the old table or the new one."""
     table = tmp_path / "t"
     shutil.copytree(shuffled / "train", table)
     replace = os.replace
 
-    def dies_after_the_first(source, target):
-        replace(source, target)
-        if str(target).endswith(".old"):
+    def dies_at_the_manifest(source, target):
+        if str(target).endswith(MANIFEST_NAME):
+            if done:
+                replace(source, target)
             raise KeyboardInterrupt
+        replace(source, target)
 
-    monkeypatch.setattr("fft.files.os.replace", dies_after_the_first)
-    with pytest.raises(KeyboardInterrupt):
-        repartition_table(table, max_len=128, num_partition=2, overwrite=True)
-    assert not table.exists()
-    monkeypatch.setattr("fft.files.os.replace", replace)
-    # The same command again: first the table is there again, packed; then it is packed once more.
+    def forgets(*_):
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fft.files.os.replace", dies_at_the_manifest)
+        patch.setattr("spark_jobs.token_table.output.Output._abandon", forgets)
+        with pytest.raises(KeyboardInterrupt):
+            repartition_table(table, max_len=128, num_partition=2, overwrite=True)
+    assert len(files_of(table)) > 2  # both tables' files; one of them counts
+    assert Table.open(table).manifest.seq_len == (128 if done else None)
+    found = {group.path for group in Table.open(table).row_groups}
+    assert len(found) == (2 if done else len(files_of(shuffled / "train")))
     repartition_table(table, max_len=128, num_partition=2, overwrite=True)
     repartition_table(shuffled / "train", tmp_path / "once", max_len=128, num_partition=2)
-    assert sum(len(row["input_ids"]) for row in rows_of(table)) == sum(
-        len(row["input_ids"]) for row in rows_of(tmp_path / "once")
-    )
+    assert Table.open(table).tokens == Table.open(tmp_path / "once").tokens
+    if not done:
+        assert Table.open(table).fingerprint == Table.open(tmp_path / "once").fingerprint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["once", "t"]
+    assert (
+        len(list(table.iterdir())) == 4
+    )  # two parts, manifest, information: nothing of the first try or the old table

@@ -1,0 +1,105 @@
+"""Write one token table: its parts by tasks, under hidden names, until the job publishes all of its tables."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyspark.sql import DataFrame
+
+from fft.console import progress
+from fft.data.manifest import FileInfo, Manifest
+from fft.data.part_files import QUARANTINE, Part, PartFolder, files_of, name_parts, publish_files, sum_tallies
+from fft.data.worker_notes import Stoppable, Work
+from spark_jobs.runtime.session import places_rows_by_number, user_errors
+from spark_jobs.runtime.tasks import PART_SCHEMA, SortedFirst
+
+
+class TableWriter:
+    """Writes one table: its parts by tasks, in one go or several; then it is told the manifest. See ``Output.claim``.
+
+    ``target`` is what the tasks need to know of it; ``parts`` are those that are written, under their final names.
+    """
+
+    def __init__(self, target: PartFolder) -> None:
+        self.target = target
+        self.parts: list[Part] = []
+        self.info = ""
+        self._manifest: Manifest | None = None
+        self._renames: dict[Path, Path] = {}
+
+    def write(
+        self, df: DataFrame, work: Work, order: Sequence[str], parts: int, title: str, tokens: int | None = None
+    ) -> None:
+        """Run ``work`` on the tasks of ``df``, each in the order of some columns: it writes files into the target,
+        and yields a row of :data:`PART_SCHEMA` for each. They get their names with the manifest.
+
+        How many ``parts`` there are, and how many ``tokens`` if that is known, is for the progress line, which begins
+        with the ``title``. A task that failed and ran again, or ran twice, leaves files of which nobody knows: they are
+        removed then, too. (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
+        Raises the :class:`UserError` of a task, and one when the driver does not see a file.
+        """
+        notes = self.target.notes
+        with user_errors(), progress(title, notes, parts, tokens):
+            work = Stoppable(work, notes)
+            if places_rows_by_number(df.sparkSession):
+                df = df.sortWithinPartitions(*order)
+            else:
+                work = SortedFirst(tuple(order), work)
+            rows = df.mapInArrow(work, PART_SCHEMA).collect()
+        notes.check()
+        self.add([Part(**row.asDict()) for row in rows])
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Take parts as tasks have left them. Raises :class:`UserError` when the driver does not see a file."""
+        named, renames = name_parts(self.target, parts)
+        self.parts += named
+        self._renames |= renames
+
+    @property
+    def files(self) -> tuple[FileInfo, ...]:
+        """The files written, those of parts without rows left out."""
+        return files_of(self.parts)
+
+    @property
+    def tallies(self) -> Counter[str]:
+        """Sums over all parts."""
+        return sum_tallies(self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all files."""
+        return sum(file.tokens for file in self.files)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What :meth:`finish` was told."""
+        if self._manifest is None:
+            raise RuntimeError(f"the table at {self.target.folder} was not finished")
+        return self._manifest
+
+    def finish(self, manifest: Manifest, info: str = "") -> None:
+        """Say what the table is, and in ``info`` for a human reader: it is published at the end of the claim."""
+        self._manifest, self.info = manifest, info
+
+    def publish(self) -> None:
+        """Give all files their names; they are no table yet. Raises :class:`OSError`."""
+        publish_files(self.target, self._renames)
+
+    def own_files(self) -> set[Path]:
+        """The files of the table, published or not, and what it has set aside."""
+        return set(self._renames.values())
+
+    def discard(self, kept: set[str], known_by_name: bool) -> None:
+        """Remove this job's files but for those that are ``kept`` by name, as far as that goes.
+
+        Published ones without the job's id in their names are removed only if they can be ``known_by_name`` alone.
+        """
+        with contextlib.suppress(OSError):
+            for path in self.target.unfinished():
+                path.unlink(missing_ok=True)
+            if self.target.suffix or known_by_name:
+                for path in self.own_files():
+                    if path.name not in kept:
+                        path.unlink(missing_ok=True)
+            (self.target.folder / QUARANTINE).rmdir()

@@ -1,0 +1,145 @@
+"""Parts of a table: seen by the driver as tasks left them, on the disk before they have a name, and no others."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, commit_all
+from fft.data.part_files import QUARANTINE, PartFile, PartFolder, RejectFile, publish_parts
+from fft.data.worker_notes import WorkerNotes
+from fft.errors import UserError
+
+IDS = pa.record_batch({"input_ids": pa.array([[1], [2, 3]], pa.list_(pa.int32()))})
+
+
+@pytest.fixture
+def target(tmp_path):
+    return PartFolder(tmp_path, WorkerNotes(str(tmp_path), "-job"))
+
+
+def write(target, part=0, rejects=False):
+    with PartFile(target, part) as sink, RejectFile(target, part) as aside:
+        sink.write(IDS)
+        if rejects:
+            aside.add("a.jsonl", "no text", b"{}")
+        return sink.finish({}, aside.finish())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_finished_parts_get_their_names_and_failed_tries_go(target, tmp_path):
+    write(target, 1, rejects=True)  # of a task that failed afterwards, and ran again
+    parts = [write(target, 1, rejects=True), write(target)]
+    target.notes.meter("read").add(1, 1, parts=1)
+    named = publish_parts(target, parts)
+    assert [part.name for part in named] == ["part-00000.parquet", "part-00001.parquet"]
+    assert names(tmp_path) == [f"{QUARANTINE}/part-00001.json", "part-00000.parquet", "part-00001.parquet"]
+    assert pq.read_table(tmp_path / "part-00001.parquet").num_rows == 2
+
+
+def test_a_job_leaves_what_is_not_its_own(target, tmp_path):
+    other = PartFolder(tmp_path, WorkerNotes(str(tmp_path), "-other"), "-other")
+    theirs = write(other, rejects=True)
+    (tmp_path / "mine.txt").touch()
+    publish_parts(target, [write(target)])
+    assert (tmp_path / theirs.name).exists()
+    assert (tmp_path / QUARANTINE / theirs.rejects).exists()
+    publish_parts(other, [theirs])
+    assert names(tmp_path) == [
+        f"{QUARANTINE}/part-00000-other.json",
+        "mine.txt",
+        "part-00000-other.parquet",
+        "part-00000.parquet",
+    ]
+
+
+def test_a_file_that_the_driver_does_not_see_is_named(target, tmp_path):
+    """As where each machine has a disk of its own under the same path."""
+    parts = [write(target), write(target, 1)]
+    (tmp_path / parts[1].name).unlink()
+    with pytest.raises(
+        UserError, match=rf"{parts[1].name}, which a worker wrote, is not there for the driver: `output`"
+    ):
+        publish_parts(target, parts)
+    assert parts[0].name in names(tmp_path)  # nothing has a name yet
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_a_file_that_the_driver_sees_in_part_is_named(target, tmp_path):
+    part = write(target)
+    os.truncate(tmp_path / part.name, part.bytes - 1)
+    said = rf"{part.name}, which a worker wrote, has {part.bytes - 1} bytes, not {part.bytes}, for the driver"
+    with pytest.raises(UserError, match=said):
+        publish_parts(target, [part])
+
+
+def test_what_was_set_aside_and_is_not_seen_is_named(target, tmp_path):
+    part = write(target, rejects=True)
+    (tmp_path / QUARANTINE / part.rejects).unlink()
+    with pytest.raises(UserError, match=r"_quarantine/\.part-00000-job\..* is not there for the driver"):
+        publish_parts(target, [part])
+
+
+def test_all_is_on_the_disk_before_the_manifest_has_its_name(target, tmp_path, monkeypatch):
+    """A power cut must not leave a manifest whose files, or whose files' names, have not arrived."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        done.append(("folder" if is_folder else "file", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def renamed(source, final):
+        done.append(("name", os.path.basename(final)))
+        replace(source, final)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    part = write(target, rejects=True)
+    assert done == [("file", part.rejects), ("file", part.name)]
+    (named,) = publish_parts(target, [part])
+    before = ["part-00000.parquet", "part-00000.json"]
+    assert [event for event in done[2:] if event[0] == "name"] == [("name", name) for name in before]
+    assert ("folder", tmp_path.name) in done[4:]
+    assert ("folder", QUARANTINE) in done[4:]
+    del done[:]
+    commit_all({tmp_path: Manifest((FileInfo(named.name, 2, 3, named.bytes),), 2, 3)})
+    kinds = [kind for kind, _ in done]
+    assert kinds.index("file") < kinds.index("name") < kinds.index("folder")
+    assert ("name", MANIFEST_NAME) in done
+
+
+def test_a_full_disk_is_named_and_nothing_half_is_left(target, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fft.data.part_files.sync", full)
+    for rejects in (False, True):
+        with pytest.raises(UserError, match=r"cannot be written to \(.*No space left on device\): make room there"):
+            write(target, rejects=rejects)
+        assert not list(tmp_path.rglob(".part-0*"))
+
+
+def test_tables_that_are_published_together_all_fit_or_none_is(tmp_path, monkeypatch):
+    manifest, folders = Manifest((), 0, 0), [tmp_path / "validation", tmp_path / "train"]
+    for folder in folders:
+        folder.mkdir()
+    writes = []
+
+    def full(path, text, **_):
+        writes.append(path)
+        if len(writes) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(text.encode())
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        commit_all(dict.fromkeys(folders, manifest))
+    assert names(tmp_path) == []
