@@ -99,7 +99,7 @@ def owned(path: Path, what: str, wait: bool = False) -> Iterator[Owner]:
 
 
 def check_unowned(path: Path, what: str) -> None:
-    """Raise :class:`Occupied` while a job lives that holds the mark ``path``."""
+    """Raise :class:`Occupied` while a job lives that has the mark ``path``, :class:`UserError` if it cannot be read."""
     found = _open(path)
     if found is not None:
         try:
@@ -177,12 +177,14 @@ def _check_dead(mark: int, path: Path, what: str) -> bool:
 
 
 def _open(path: Path) -> int | None:
-    try:
-        return os.open(path, os.O_RDWR)
-    except OSError:
-        if os.path.lexists(path):
-            raise
-        return None
+    for access in (os.O_RDWR, os.O_RDONLY):  # another user's may be read only
+        with contextlib.suppress(OSError):
+            return os.open(path, access)
+    if os.path.lexists(path):
+        raise UserError(
+            f"{path}, the mark of a job, cannot be read: see whose it is, and remove it if that job is dead."
+        )
+    return None
 
 
 def _lock(mark: int) -> bool:

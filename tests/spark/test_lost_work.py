@@ -177,6 +177,42 @@ def check_tidy(out: Path) -> None:
         assert files == {file.path for file in read_manifest(manifest.parent).files} | {manifest.name}
 
 
+def test_sails_server_ends_with_its_driver(tmp_path):
+    """Also when the driver has forked, and its child, which has all that was open, lives on."""
+    code = (
+        "import os, time\n"
+        "from spark_jobs.runtime.session import get_session\n"
+        "assert get_session('idle').range(3).count() == 3\n"
+        "print(os.fork() or os.getpid(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command, environment = [sys.executable, "-c", code], {**os.environ, "FFT_ENGINE": "sail"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as driver:
+        child = int(max((driver.stdout.readline(), driver.stdout.readline()), key=lambda line: int(line) != driver.pid))
+        assert b"sail_server" in b"".join(commands_of(driver.pid))
+        driver.kill()
+        driver.wait()
+        deadline = time.monotonic() + 10
+        while any(b"sail_server" in command for command in commands_of(driver.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(child, signal.SIGKILL)
+
+
+def commands_of(session: int) -> list[bytes]:
+    """The command lines of all processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) == session:
+                found.append((path / "cmdline").read_bytes())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_job_is_refused_and_the_first_ends_well(engine, overwrite, spark, many, tokenizer, tmp_path):
