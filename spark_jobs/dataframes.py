@@ -31,6 +31,7 @@ from spark_jobs.runtime.tasks import to_tasks
 #: Columns by whose order a part's rows are written.
 ORDER = ("part", "sort_key", "tie")
 _TABLE_NAME = re.compile(r"\w+(\.\w+){1,2}")
+_SAFE_NAME = re.compile(r"\w+")
 #: Column of a record that is read as text: a JSON line, or a document.
 _RECORD = "value"
 
@@ -115,24 +116,33 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def columns_read(frame: Frame, record_encoder: RecordEncoder[Any]) -> DataFrame:
-    """The rows, of the columns that are read.
+def columns_read(frame: Frame, record_encoder: RecordEncoder[Any]) -> tuple[DataFrame, tuple[str, ...]]:
+    """The rows, of the columns that are read, and the names of these in the frame.
 
-    Raises :class:`UserError` when those that are needed are not there, or cannot be told apart.
+    Names that Spark's Python functions cannot take (``a.b``), and our own, are others while the rows travel. Raises
+    :class:`UserError` when those that are needed are not there, or cannot be told apart.
     """
     names = [_RECORD]
     if frame.kind == "parquet":
         check_names(frame.schema.names, f"`inputs` {frame.name}")
         fields = [(field.name, _arrow_type(field.dataType)) for field in frame.schema.fields]
         names = record_encoder.columns(pa.schema(fields), frame.name)
-    rows = frame.rows.select(*map(_column, names))
-    try:
-        rows.schema  # noqa: B018  an engine finds here that `Text` and `text` are one to it
-    except Exception as error:
-        raise UserError(
-            f"`inputs` {frame.name}: the engine cannot tell column {' or '.join(names)}: {_reason(error)}"
-        ) from error
-    return rows
+        _check_cases(frame, names)
+    safe = [name if _SAFE_NAME.fullmatch(name) and name not in ORDER else f"_{i}" for i, name in enumerate(names)]
+    columns = [_column(name).alias(other) for name, other in zip(names, safe, strict=True)]
+    return frame.rows.select(*columns), tuple(names)
+
+
+def _check_cases(frame: Frame, names: Sequence[str]) -> None:
+    """Raise :class:`UserError` when a column is not the only one of its name to an engine that ignores its cases."""
+    if frame.rows.sparkSession.conf.get("spark.sql.caseSensitive", "false") == "true":
+        return
+    for name in names:
+        alike = [other for other in frame.schema.names if other.lower() == name.lower()]
+        if len(alike) > 1:
+            raise UserError(
+                f"`inputs` {frame.name} has the columns {' and '.join(alike)}, one to Spark: rename all but one."
+            )
 
 
 def _arrow_type(kind: DataType) -> pa.DataType:
@@ -149,9 +159,10 @@ def _column(name: str) -> Column:
 
 
 def records_of(
-    batch: pa.RecordBatch, kind: str, record_encoder: RecordEncoder[Any]
+    batch: pa.RecordBatch, kind: str, columns: Sequence[str], record_encoder: RecordEncoder[Any]
 ) -> list[tuple[bytes | None, str | None]]:
-    """Record and id of each row of a frame's columns."""
+    """Record and id of each row of a frame's ``columns``, which come first in the batch."""
+    batch = batch.select(range(len(columns))).rename_columns([*columns])
     if kind == "parquet":
         return list(record_encoder.rows(batch))
     texts = batch.column(_RECORD).cast(pa.large_binary()).to_pylist()

@@ -21,7 +21,15 @@ from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
 from spark_jobs.token_table.output import Output, local_path
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
-from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
+from spark_jobs.token_table.read import (
+    Dataset,
+    common_tokenizer,
+    find_tables,
+    int_columns,
+    not_read,
+    open_datasets,
+    read_tokens,
+)
 from spark_jobs.token_table.remains import SPLITS
 from spark_jobs.token_table.writer import TableWriter
 
@@ -69,7 +77,9 @@ def repartition_table(
         )
     datasets = dict(zip(names, open_datasets(tables), strict=True))
     packing = Packing(max_len, pack, num_partition, seed)
-    lineage = lineage_of("repartition", [dataset.table.origin for dataset in datasets.values()], asdict(packing))
+    left_out, notes = not_read(list(datasets.values()))
+    origins = [dataset.table.origin for dataset in datasets.values()]
+    lineage = lineage_of("repartition", origins, asdict(packing)) | left_out
     if output is None:
         table = _in_place(source, datasets)
     else:
@@ -82,7 +92,7 @@ def repartition_table(
             title = f"repartition {name}".strip()
             manifests[name] = _repartition(spark, writers[name], dataset, title, packing, lineage)
             writers[name].finish(manifests[name], facts_of(manifests[name]))
-    _say_results(manifests, table.folder)
+    _say_results(manifests, table.folder, notes)
     say(f"wrote {table.folder}")
     return manifests
 
@@ -122,8 +132,10 @@ def _repartition(
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
     buckets = partitions * _BUCKETS_PER_PARTITION
     with progress(f"{title}: weighing", notes, 0, dataset.table.tokens):
-        weights = bucket_tokens(rows, packing.seed, buckets)
+        weights, full = bucket_tokens(rows, packing.seed, buckets)
     notes.check()
+    if not weights:
+        raise UserError(f"{dataset.path} holds no tokens: all of its {dataset.table.rows} rows are empty.")
     assigned = spark.createDataFrame(sorted(balance(weights, partitions).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
     order = ["part", "sort_key", "name", *int_columns(placed)]
@@ -135,6 +147,7 @@ def _repartition(
     positions, per_file = sum(file.rows for file in writer.files) * packing.max_len, [f.tokens for f in writer.files]
     counts = {
         "rows_in": dataset.table.rows,
+        "empty": dataset.table.rows - full,
         "partitions": len(per_file),
         "max_over_min": round(max(per_file) / min(per_file), 4),
         "unused": positions - tokens,
@@ -149,11 +162,14 @@ def _bucket(seed: int, buckets: int) -> Column:
     return F.pmod(key, F.lit(buckets)).cast("int")
 
 
-def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> dict[int, int]:
-    """Tokens of each hash bucket."""
+def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> tuple[dict[int, int], int]:
+    """Tokens of each hash bucket, and the number of all rows."""
     tokens = F.floor(F.length("input_ids") / 4).cast("long")
-    sums = df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(F.sum(tokens).alias("tokens"))
-    return {row["bucket"]: row["tokens"] for row in sums.collect()}
+    sums = df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(
+        F.sum(tokens).alias("tokens"), F.count("*").alias("rows")
+    )
+    found = sums.collect()
+    return {row["bucket"]: row["tokens"] for row in found}, sum(row["rows"] for row in found)
 
 
 def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
@@ -185,12 +201,16 @@ class PackParts:
 _HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")
 
 
-def _say_results(manifests: Mapping[str, Manifest], folder: Path) -> None:
+def _say_results(manifests: Mapping[str, Manifest], folder: Path, notes: list[str]) -> None:
     say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
     for name, manifest in manifests.items():
-        spread = manifest.lineage["counts"]["max_over_min"]
+        spread, empty = manifest.lineage["counts"]["max_over_min"], manifest.lineage["counts"]["empty"]
+        if empty:
+            say(f"{empty} rows without tokens were left out")
         if spread > _MAX_SPREAD:
             say(f"note: partitions of {folder / name} differ by {spread:.2f}: for few documents, lower num_partition.")
+    for note in notes:
+        say(note)
 
 
 def _line(name: str, manifest: Manifest) -> list:

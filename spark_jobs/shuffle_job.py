@@ -25,7 +25,15 @@ from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
 from spark_jobs.token_table.output import Output, local_path, local_paths
-from spark_jobs.token_table.read import Dataset, common_tokenizer, find_tables, int_columns, open_datasets, read_tokens
+from spark_jobs.token_table.read import (
+    Dataset,
+    common_tokenizer,
+    find_tables,
+    int_columns,
+    not_read,
+    open_datasets,
+    read_tokens,
+)
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_BLOCK = 1 << 23
@@ -63,7 +71,8 @@ def shuffle_tables(
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
         raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
     mixing = Mixing(seed, num_block, holdout, check_weights(weights or {}, [d.name for d in datasets]), dedup)
-    lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing))
+    left_out, notes_left = not_read(datasets)
+    lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing)) | left_out
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
     table = Output(folder, list(shares), paths, overwrite, table_format)
@@ -81,8 +90,8 @@ def shuffle_tables(
         for name, writer in writers.items():
             own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], writer.tallies)}
             manifests[name] = finished_manifest(writer.parts, lineage, own, timing, tokenizer, _seq_len(datasets), seed)
-            writer.finish(manifests[name])
-    _say_results(manifests, counts, folder)
+            writers[name].finish(manifests[name])
+    _say_results(manifests, counts, folder, notes_left)
     return manifests
 
 
@@ -112,9 +121,11 @@ def _write_split(
     order = ["part", "sort_key", *int_columns(rows), "kept", "dataset", "name"]
     writer.write(placed, work, order, blocks, f"shuffle {name}".strip(), int(tokens * share))
     if not writer.files:
-        cause = f"`holdout` {mixing.holdout}" if mixing.holdout else "`inputs`"
+        if not mixing.holdout:
+            raise UserError(f"`inputs` leaves no row for the output: all {_rows(datasets)} are without tokens.")
         raise UserError(
-            f"{cause} leaves no row for {name or 'the output'}: {_rows(datasets)} rows are too few; give another share."
+            f"`holdout` {mixing.holdout} leaves no row for {name}: {_rows(datasets)} rows are too few; give another "
+            "share."
         )
 
 
@@ -239,7 +250,7 @@ def _seq_len(datasets: Sequence[Dataset]) -> int | None:
     return max(known) if len(known) == len(lengths) else None
 
 
-def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path) -> None:
+def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path, notes: list[str]) -> None:
     lines = []
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
@@ -251,4 +262,6 @@ def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder:
     for what, count in (("without tokens", totals["empty"]), ("whose content occurred before", totals["duplicates"])):
         if count:
             say(f"{count} rows {what} were left out")
+    for note in notes:
+        say(note)
     say(f"wrote {folder}")

@@ -118,10 +118,11 @@ def _write(
             tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
             writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, parts, "tokenize")
         for frame in frames:
-            rows = columns_read(frame, record_encoder)
+            rows, columns = columns_read(frame, record_encoder)
             parts, first = count_parts(rows), 1 + max((part.part for part in writer.parts), default=-1)
-            unused = tuple(name for name in frame.schema.names if name not in rows.columns and frame.kind == "parquet")
-            work = TokenizeFrame(record_encoder, writer.target, fail, frame.name, frame.kind, unused)
+            work = TokenizeFrame(
+                record_encoder, writer.target, fail, frame.name, frame.kind, columns, frame.schema.names
+            )
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
@@ -166,18 +167,19 @@ class TokenizeParts:
 
 @dataclass(frozen=True)
 class TokenizeFrame(TokenizeParts):
-    """As :class:`TokenizeParts`, but the batches hold the records themselves, of one input, without its columns that
-    are ``unused``."""
+    """As :class:`TokenizeParts`, but the batches hold the records themselves, the ``columns`` that are read of those
+    that are ``there`` in one input."""
 
     name: str
     kind: str
-    unused: tuple[str, ...]
+    columns: Sequence[str]
+    there: Sequence[str]
 
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         for batch in rows:
-            records = records_of(batch, self.kind, self.record_encoder)
+            records = records_of(batch, self.kind, self.columns, self.record_encoder)
             if records:
-                tokenizer.unused.update(dict.fromkeys(self.unused, len(records)))
+                tokenizer.unused.update(dict.fromkeys(set(self.there).difference(self.columns), len(records)))
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 

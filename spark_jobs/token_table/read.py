@@ -1,27 +1,26 @@
 """Token tables as inputs: find them, check them by their footers, read them in one common form."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
-from fft.corpus.readers import naming, read_row_groups, schema_of
+from fft.corpus.readers import read_row_groups, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, deal
-from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes
+from fft.data.arrow_lists import int_lists, lists_to_bytes
 from fft.data.delta import split_version
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo
+from fft.data.known import DOC_IDS, LISTS, LOGS, MASK
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo, is_hidden
 from fft.data.table import Table
 from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
 from spark_jobs.runtime.tasks import create_tasks
-
-INT_COLUMNS = ("input_ids", "labels", "cu_seqlens")
+from spark_jobs.token_table.rows import doc_ids, token_lists
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,17 @@ class Dataset:
 
 def is_table(folder: Path) -> bool:
     """Parquet files lie directly in it, or a job of ours wrote it (perhaps only began to)."""
-    names = (MANIFEST_NAME, WRITING_NAME, "_temporary", "_delta_log")
+    names = (MANIFEST_NAME, WRITING_NAME, "_temporary", *LOGS)
     return any((folder / name).exists() for name in names) or any(folder.glob("*.parquet"))
 
 
+def _holds_files(folder: Path) -> bool:
+    """Parquet files lie in it, or below, as of a table that is partitioned."""
+    return any(not is_hidden(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
+
+
 def find_tables(path: Path, parameter: str) -> list[Path]:
-    """The table at ``path``, or the tables directly below it, in name order.
+    """The table at ``path``, or the tables directly below it, in name order: all folders that hold parquet files.
 
     Raises :class:`UserError`, which names the ``parameter``, when there is none.
     """
@@ -55,7 +59,7 @@ def find_tables(path: Path, parameter: str) -> list[Path]:
     if path.is_file() or is_table(path):
         return [path]
     below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
-    tables = [folder for folder in below if is_table(folder)]
+    tables = [folder for folder in below if is_table(folder) or _holds_files(folder)]
     if not tables:
         raise UserError(f"`{parameter}` {path} holds no token table: write one with spark_jobs/tokenize.py.")
     return tables
@@ -98,7 +102,7 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerN
     ``notes``, which the caller checks.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
-    lists = tuple(name for name in INT_COLUMNS if name in columns)
+    lists = tuple(name for name in LISTS if name in columns)
     spans = [
         Span(dataset.name, "parquet", group.path, group.index, group.index + 1, group.tokens * 4)
         for dataset in datasets
@@ -125,17 +129,15 @@ class TokenRows:
         for batch in batches:
             for row in batch.to_pylist():
                 split = Split(**row)
-                held = [name for name in (*self.lists, "doc_ids") if name in schema_of(split.path).names]
+                there = schema_of(split.path).names
+                held = [name for name in (*self.lists, DOC_IDS, MASK) if name in there]
                 for rows in read_row_groups(split.path, split.start, split.stop, held):
                     complete = self._complete(rows, split)
                     meter.add(rows.num_rows, complete.column("input_ids").nbytes // 4)
                     yield complete
 
     def _complete(self, rows: pa.RecordBatch, split: Split) -> pa.RecordBatch:
-        with naming(split.path):
-            lists = {
-                name: pc.fill_null(rows.column(name).cast(INTS), []) for name in self.lists if name in rows.schema.names
-            }
+        lists = token_lists(rows, split.path)
         ids = lists["input_ids"]
         packed = {name: lists_to_bytes(column, split.path) for name, column in lists.items()}
         if "labels" in self.lists and "labels" not in packed:
@@ -146,25 +148,22 @@ class TokenRows:
             packed["cu_seqlens"] = lists_to_bytes(int_lists(bounds, np.arange(0, 2 * len(ids) + 1, 2)), split.path)
         columns = {
             "dataset": pa.array([split.dataset] * rows.num_rows, pa.string()),
-            "doc_ids": _names(rows, packed["input_ids"]),
+            "doc_ids": doc_ids(rows, packed["input_ids"], split.path),
             **{name: packed[name] for name in self.lists},
         }
         return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
 
 
-def _names(rows: pa.RecordBatch, contents: pa.BinaryArray) -> pa.ListArray:
-    """``doc_ids`` of rows that have them, a hash of the content for the others."""
-    if "doc_ids" in rows.schema.names:
-        names = rows.column("doc_ids").cast(pa.list_(pa.string()))
-        if not names.null_count and rows.num_rows and pc.min(names.value_lengths()).as_py() > 0:
-            return names
-        names = names.to_pylist()
-    else:
-        names = [None] * rows.num_rows
-    hashed = (hashlib.blake2b(content.as_buffer(), digest_size=8).hexdigest() for content in contents)
-    return pa.array([own or [other] for own, other in zip(names, hashed, strict=True)], pa.list_(pa.string()))
+def not_read(datasets: Sequence[Dataset]) -> tuple[dict[str, Any], list[str]]:
+    """What of tables is not read: for the lineage of what is made of them, and lines for the user."""
+    facts = {dataset.name: dataset.table.unread.facts()["not_read"] for dataset in datasets if dataset.table.unread}
+    lines = [line for dataset in datasets for line in dataset.table.unread.notes(dataset.name)]
+    for dataset in datasets:
+        if any(group.padded is not False for group in dataset.table.row_groups):
+            lines.append(f"padding of {dataset.name}, where its {MASK} is 0, was left out")
+    return {"not_read": facts} if facts else {}, lines
 
 
 def int_columns(df: DataFrame) -> list[str]:
     """The columns that hold lists of int32, as bytes."""
-    return [name for name in INT_COLUMNS if name in df.columns]
+    return [name for name in LISTS if name in df.columns]
