@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import spark_jobs
 from fft.console import say
 from fft.errors import Parser, UserError, positive
+from spark_jobs.parameters import CHOICES
 from spark_jobs.token_table.picture import check_report, write_report
 
 
@@ -35,7 +36,7 @@ def tokenize_parser() -> Parser:
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
     parser.add_argument(
         "--task",
-        choices=["pretrain", "chat"],
+        choices=CHOICES["task"],
         default="pretrain",
         help="pretrain: every token is trained on (default); chat: conversations through the tokenizer's chat "
         "template, with labels on every assistant turn and its end-of-turn token alone",
@@ -50,7 +51,7 @@ def tokenize_parser() -> Parser:
     parser.add_argument("--image_path", metavar="DIR", help="folder of the images that chats name (this release: none)")
     parser.add_argument(
         "--eos",
-        choices=["auto", "always", "never"],
+        choices=CHOICES["eos"],
         default="auto",
         help="end-of-sequence token after each document: auto = if the tokenizer has one (default), always = it must",
     )
@@ -61,7 +62,7 @@ def tokenize_parser() -> Parser:
     )
     parser.add_argument(
         "--on_error",
-        choices=["fail", "quarantine"],
+        choices=CHOICES["on_error"],
         default="fail",
         help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
     )
@@ -142,7 +143,7 @@ def repartition_parser() -> Parser:
     parser.add_argument("--max_len", type=positive, required=True, help="tokens of a row at most")
     parser.add_argument(
         "--pack",
-        choices=["best-fit", "concat", "none"],
+        choices=CHOICES["pack"],
         default="best-fit",
         help="best-fit: cut only documents longer than a row (default); concat: cut anywhere, fill every row; "
         "none: keep rows, cut those that are too long",
@@ -186,7 +187,7 @@ def _parser(
     )
     parser.add_argument(
         "--format",
-        choices=["parquet", "delta"],
+        choices=CHOICES["table_format"],
         default="parquet",
         dest="table_format",
         help="of the new table (default: %(default)s); delta needs no cluster support, only pip install deltalake",

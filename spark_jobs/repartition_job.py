@@ -16,6 +16,7 @@ from fft.data.delta import split_version
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
+from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.hashing import balance, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
@@ -62,6 +63,7 @@ def repartition_table(
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
+    check_parameters(locals())
     source = local_path(input, "input")
     if output is None and not overwrite:
         raise UserError(

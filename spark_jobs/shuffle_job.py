@@ -21,6 +21,7 @@ from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
 from spark_jobs.mixing import check_weights, with_copies
+from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
@@ -64,6 +65,7 @@ def shuffle_tables(
     Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
     token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
     """
+    check_parameters(locals())
     folder = local_path(output, "output")
     paths = [table for path in local_paths(inputs, "inputs") for table in find_tables(path, "inputs")]
     datasets = open_datasets(paths)

@@ -26,6 +26,7 @@ from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, columns_read, count_parts, in_parts, is_frame, open_frames, records_of
+from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_table.output import Output, local_path, local_paths
@@ -62,6 +63,7 @@ def tokenize_table(
     Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
+    check_parameters(locals())
     folder = local_path(output, "output")
     unread, paths = _by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
     left_out = LeftOut()

@@ -26,6 +26,12 @@ _NEED_ENGINE = (
     "Spark needs Java, and none was found: install Java 17 (apt-get install openjdk-17-jre-headless) or set JAVA_HOME; "
     "or run without Java on Sail: pip install pysail."
 )
+#: What ``FFT_ENGINE`` may be.
+_ENGINES = ("", "spark", "sail")
+_SHIP = (
+    "make dist writes what they need: a wheel to install there, and a zip for spark-submit --py-files or "
+    "spark.addArtifacts(.., pyfile=True)."
+)
 #: Seconds; one is usual.
 _SAIL_STARTS_WITHIN = 60
 #: Loggers that only repeat, with a stack, what the driver is about to raise.
@@ -41,12 +47,15 @@ def get_session(name: str) -> SparkSession:
     """The active session (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or a local one.
 
     A local one runs on Java; where there is none, or with ``FFT_ENGINE=sail``, on Sail (``pip install pysail``).
-    Raises :class:`UserError` when there is neither.
+    Raises :class:`UserError` when there is neither, and for another ``FFT_ENGINE``.
     """
+    engine = os.environ.get("FFT_ENGINE", "")
+    if engine not in _ENGINES:
+        raise UserError(f"FFT_ENGINE={engine} is no engine: it may be sail, or spark, or be left unset.")
     active = SparkSession.getActiveSession()
     if active is not None:
         return active
-    sail = os.environ.get("FFT_ENGINE") == "sail"
+    sail = engine == "sail"
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name)
     if "SPARK_REMOTE" in os.environ and not sail:
@@ -151,7 +160,7 @@ def job_settings(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Raise again, as itself, a :class:`UserError` that was raised in a Python worker."""
+    """Raise again, as itself, a :class:`UserError` that was raised in a Python worker; and one where it lacks code."""
     try:
         yield
     except UserError:
@@ -160,4 +169,8 @@ def user_errors() -> Iterator[None]:
         text = str(error)
         if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
             raise UserError(found.group(1)) from error
+        if lacking := re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text):
+            ours = lacking[1].partition(".")[0] in ("fft", "spark_jobs")
+            remedy = _SHIP if ours else "install flash-fine-tuning, with what it requires, on all machines."
+            raise UserError(f"the executors of the cluster cannot import {lacking[1]}: {remedy}") from error
         raise

@@ -1,0 +1,52 @@
+"""Parameters of the jobs, checked alike whether they come from a command line or from a notebook."""
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from fft.errors import UserError
+
+#: Parameters that take one of a few words, the first by default.
+CHOICES = {
+    "task": ("pretrain", "chat"),
+    "eos": ("auto", "always", "never"),
+    "on_error": ("fail", "quarantine"),
+    "table_format": ("parquet", "delta"),
+    "pack": ("best-fit", "concat", "none"),
+}
+#: Parameters that count something, if they are given.
+_COUNTS = ("max_len", "num_block", "num_partition")
+#: Parameters that are on or off.
+_SWITCHES = ("parse_special_tokens", "overwrite", "dedup")
+
+
+def check_parameters(given: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` for a value that a parameter of that name does not take; others are not looked at."""
+    for name, value in given.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserError(f"`{name}` is {value!r}, it must be one of {', '.join(CHOICES[name])}.")
+        if name in _COUNTS and value is not None and (not _is_integer(value) or value < 1):
+            raise UserError(f"`{name}` is {value!r}, it must be a positive integer.")
+        if name in _SWITCHES and not isinstance(value, bool):
+            raise UserError(f"`{name}` is {value!r}, it must be True or False.")
+        if name == "seed" and not _is_integer(value):
+            raise UserError(f"`seed` is {value!r}, it must be an integer.")
+        if name == "holdout" and not _is_share(value):
+            raise UserError(f"`holdout` is {value!r}, it must be a share, from 0 to below 1.")
+        if name == "weights" and value is not None and not _are_weights(value):
+            raise UserError(f'`weights` is {value!r}, it must map names of tables to numbers, as {{"web": 0.7}} does.')
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < 1
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(weight, Real) and not isinstance(weight, bool)
+        for name, weight in value.items()
+    )
