@@ -15,7 +15,7 @@ from fft.data.delta import is_delta, read_snapshot, split_version
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut
 from fft.data.lakes import check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
-from fft.data.storage import Listing, Storage
+from fft.data.storage import Listing, Storage, check_names_utf8, printable
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 
@@ -78,6 +78,7 @@ def look_through(storage: Storage, listing: Listing, left_out: LeftOut) -> Found
         refuse_others(f"`inputs` {storage.shown(table)}", kind)
     files: dict[str, list[str]] = defaultdict(list)
     others: dict[str, list[int]] = defaultdict(list)
+    named = _named_by_links(listing)
     for name in sorted({*listing.sizes, *listing.dead, *listing.repeated}, key=in_order):
         path, size = PurePosixPath(name), listing.sizes.get(name, 0)
         if any(str(above) in lakes or (str(above) == "." and "" in lakes) for above in path.parents):
@@ -88,7 +89,9 @@ def look_through(storage: Storage, listing: Listing, left_out: LeftOut) -> Found
                 left_out.add("files of hidden names (_ or .)", size)
         elif name in listing.dead:
             left_out.add("links to nothing, and what is no file", 0)
-        elif name in listing.repeated:
+        elif name in named:
+            continue
+        elif name in listing.repeated and name not in named.values():
             left_out.add("links to what is read under another name", 0)
         elif kind is None:
             others[_class_of(path)].append(size)
@@ -101,16 +104,21 @@ def look_through(storage: Storage, listing: Listing, left_out: LeftOut) -> Found
     return Found(files, list(lakes))
 
 
+def _named_by_links(listing: Listing) -> dict[str, str]:
+    """Files whose own names do not say what they are, as those of a cache, and a link to each that does."""
+    named: dict[str, str] = {}
+    for link, other in sorted(listing.repeated.items()):
+        name = PurePosixPath(link)
+        if other in listing.sizes and kind_of(name) and not kind_of(PurePosixPath(other)) and not is_hidden(name):
+            named.setdefault(other, link)
+    return named
+
+
 def _class_of(path: PurePosixPath) -> str:
     ends = [suffix.lower() for suffix in path.suffixes[-2:]]
     if ends and ends[-1] not in COMPRESSIONS and ends[0] not in KINDS:
         ends = ends[-1:]
     return f"{printable(''.join(ends))} files" if ends else "files without an ending"
-
-
-def printable(name: str) -> str:
-    """A name of a file system as UTF-8, the bytes that are none as escapes."""
-    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def find_sources(inputs: Sequence[Path], id_key: str = "id", left_out: LeftOut | None = None) -> list[Source]:
@@ -123,11 +131,7 @@ def find_sources(inputs: Sequence[Path], id_key: str = "id", left_out: LeftOut |
     left_out = LeftOut() if left_out is None else left_out
     sources = [source for path in inputs for source in _sources_at(path, id_key, left_out)]
     for source in sources:
-        for file in source.files:
-            try:
-                str(file).encode()
-            except UnicodeEncodeError:
-                raise UserError(f"`inputs`: the name of {printable(str(file))} is no UTF-8: rename it.") from None
+        check_names_utf8(map(str, source.files), "`inputs`: ")
     if len(inputs) > 1:
         _check_once(sources)
     return sources

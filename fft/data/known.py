@@ -5,6 +5,7 @@ All else is refused by name, or counted and told in the job's summary. The keys 
 """
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 #: How documents lie in a file, by the end of its name.
 KINDS = {
@@ -47,32 +48,32 @@ def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = (
     return [name for name in names if name not in read]
 
 
-class LeftOut(Counter[str]):
-    """How many files something concerns that is not read, by its class: ".csv files", "column url", and so on.
+@dataclass
+class LeftOut:
+    """How many ``files`` something concerns that is not read, by its class: ".csv files", "column url", and so on.
 
     ``bytes`` has what the files hold that are left out as a whole.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
+    files: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
 
     def add(self, what: str, size: int | None = None) -> None:
         """Count a file; with a ``size`` in bytes, all of it is left out."""
-        self[what] += 1
+        self.files[what] += 1
         if size is not None:
             self.bytes[what] += size
 
     def facts(self) -> dict[str, dict[str, dict[str, int]]]:
         """What a manifest's lineage says of it, under ``not_read``; nothing if all was read."""
         sized = {what: {"bytes": self.bytes[what]} for what in self.bytes}
-        classes = {what: {"files": self[what], **sized.get(what, {})} for what, _ in self.most_common()}
+        classes = {what: {"files": count, **sized.get(what, {})} for what, count in self.files.most_common()}
         return {"not_read": classes} if classes else {}
 
     def notes(self, of: str = "") -> list[str]:
         """A line for the user, none if all was read; ``of`` names the input."""
         told = [
             f"{count:,} {what} ({self.bytes[what]:,} bytes)" if what in self.bytes else f"{what} ({count:,} files)"
-            for what, count in self.most_common()
+            for what, count in self.files.most_common()
         ]
         return [f"not read{of and f' of {of}'}: {', '.join(told)}"] if told else []

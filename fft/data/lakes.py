@@ -47,10 +47,15 @@ def check_loose(storage: Storage, listing: Listing) -> None:
     if tables:
         named = ", ".join(tables)
         raise UserError(f"{storage.name} is a folder of tables ({named}), not one table: name one of them.")
-    for name in sorted(listing.repeated | listing.dead):
+    seen: set[str] = set()
+    for name in sorted(listing.repeated.keys() | listing.dead):
+        other = listing.repeated.get(name, "")
         if name.endswith(".parquet") and not is_hidden(PurePosixPath(name)):
-            what = "a file that is read already" if name in listing.repeated else "nothing that can be read"
-            raise UserError(f"{storage.shown(name)} leads to {what}: remove it.")
+            if name in listing.dead:
+                raise UserError(f"{storage.shown(name)} leads to nothing that can be read: remove it.")
+            if other.endswith(".parquet") or other in seen:
+                raise UserError(f"{storage.shown(name)} leads to a file that is read already: remove it.")
+            seen.add(other)  # a file whose own name does not say what it is, as those of a cache
 
 
 def check_not_inside(storage: Storage) -> None:

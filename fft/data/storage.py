@@ -8,9 +8,9 @@ tables are read by ``deltalake``, which looks into the environment, too.
 import os
 import posixpath
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -25,12 +25,12 @@ class Listing:
     """What lay below a folder, by names relative to it: bytes of the files, and the folders.
 
     Of a single file: its bytes, under the name ``""``. ``repeated`` are links to files and folders that have other
-    names here, or lie above; ``dead`` are neither files nor folders: links to nothing, sockets.
+    names here, which it has, or lie above (""); ``dead`` are neither files nor folders: links to nothing, sockets.
     """
 
     sizes: Mapping[str, int]
     folders: frozenset[str] = frozenset()
-    repeated: frozenset[str] = frozenset()
+    repeated: Mapping[str, str] = field(default_factory=dict)
     dead: frozenset[str] = frozenset()
 
 
@@ -97,6 +97,20 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path)
 
 
+def printable(name: str) -> str:
+    """A name of a file system as UTF-8, the bytes that are none as escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def check_names_utf8(paths: Iterable[str], parameter: str = "") -> None:
+    """Raise :class:`UserError` for a name that is no UTF-8: neither Spark nor a manifest can say it."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{parameter}the name of {printable(path)} is no UTF-8: rename it.") from None
+
+
 @contextmanager
 def reaching(name: str) -> Iterator[None]:
     """Around what asks a file system for ``name``. Raises :class:`UserError` where it does not answer."""
@@ -121,7 +135,7 @@ class _Walk:
         #: Names of folders, and of files that links led to, by their real paths.
         self._names: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
-        self.repeated: set[str] = set()
+        self.repeated: dict[str, str] = {}
         self.dead: set[str] = set()
         while self._folders or self._links:
             if self._folders:
@@ -132,11 +146,11 @@ class _Walk:
     def listing(self) -> Listing:
         """All that was found."""
         folders = {name for real, name in self._names.items() if name not in self.sizes}
-        return Listing(self.sizes, frozenset(folders - {""}), frozenset(self.repeated), frozenset(self.dead))
+        return Listing(self.sizes, frozenset(folders - {""}), self.repeated, frozenset(self.dead))
 
     def _look_into(self, folder: str, real: str) -> None:
         if self._is_listed(real, folder):
-            self.repeated.add(folder)
+            self.repeated[folder] = self._names[real]
             return
         self._names[real] = folder
         with os.scandir(posixpath.join(self._root, folder)) as entries:
@@ -155,14 +169,17 @@ class _Walk:
         real = os.path.realpath(posixpath.join(self._root, link))
         if os.path.isdir(real):
             above = f"{self._real_root}/".startswith(f"{real.rstrip('/')}/")
-            self.repeated.add(link) if above else self._folders.append((link, real))
+            if above:
+                self.repeated[link] = ""
+            else:
+                self._folders.append((link, real))
         elif os.path.isfile(real):
             self.sizes[link] = os.path.getsize(real)
             folder = self._names.get(posixpath.dirname(real))
             if folder is not None:  # the file itself lies here
                 self._names.setdefault(real, posixpath.join(folder, posixpath.basename(real)))
             if self._is_listed(real, link):
-                self.repeated.add(link)
+                self.repeated[link] = self._names[real]
             else:
                 self._names[real] = link
         else:

@@ -17,7 +17,7 @@ from fft.data.footer import Footer, RowGroup
 from fft.data.known import LISTS, MASK, LeftOut, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.manifest import Manifest, is_hidden
-from fft.data.storage import Listing, Storage
+from fft.data.storage import Listing, Storage, check_names_utf8, printable
 from fft.data.table_files import parquet_files, untagged
 from fft.errors import UserError, one_line
 
@@ -92,6 +92,7 @@ class Table:
         if manifest is not None:
             _check_against_manifest(storage, listing, manifest)
         root, files = storage.name, [storage.path(name) for name in names]
+        check_names_utf8(files)
         if not files:
             raise UserError(f"{root} holds no parquet files: write a token table there with spark_jobs/tokenize.py.")
         groups: list[RowGroup] = []
@@ -307,8 +308,9 @@ def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
 def _unread_files(listing: Listing) -> LeftOut:
     """Files of a table that are not read, by the ends of their names."""
     unread = LeftOut()
-    for name, size in listing.sizes.items():
+    for name in listing.sizes.keys() - {"", *listing.repeated.values()}:
         path = PurePosixPath(name)
-        if name and path.suffix != ".parquet" and not is_hidden(path):
-            unread.add(f"{path.suffix} files" if path.suffix else "files without an ending", size)
+        if path.suffix != ".parquet" and not is_hidden(path):
+            what = f"{printable(path.suffix)} files" if path.suffix else "files without an ending"
+            unread.add(what, listing.sizes[name])
     return unread

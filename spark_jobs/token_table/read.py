@@ -156,7 +156,7 @@ class TokenRows:
 
 def not_read(datasets: Sequence[Dataset]) -> tuple[dict[str, Any], list[str]]:
     """What of tables is not read: for the lineage of what is made of them, and lines for the user."""
-    facts = {dataset.name: dataset.table.unread.facts()["not_read"] for dataset in datasets if dataset.table.unread}
+    facts = {d.name: d.table.unread.facts()["not_read"] for d in datasets if d.table.unread.files}
     lines = [line for dataset in datasets for line in dataset.table.unread.notes(dataset.name)]
     for dataset in datasets:
         if any(group.padded is not False for group in dataset.table.row_groups):

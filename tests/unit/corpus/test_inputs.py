@@ -90,8 +90,8 @@ def test_what_is_left_out_is_counted_by_its_class(tmp_path):
 def test_a_million_endings_are_a_few_classes(tmp_path):
     left_out = LeftOut()
     find_sources([fill(tmp_path, "a.txt", *(f"a.{i:04}" for i in range(300)))], left_out=left_out)
-    assert len(left_out) == 21
-    assert left_out["other files"] == 280
+    assert len(left_out.files) == 21
+    assert left_out.files["other files"] == 280
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -100,6 +100,17 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "t" / "again").symlink_to(tmp_path / "t" / "more" / "c")
     (tmp_path / "elsewhere" / "c" / "up").symlink_to(tmp_path)
     assert len(files_read(tmp_path / "t")) == 3
+
+
+def test_a_file_is_read_by_the_link_that_says_what_it_is(tmp_path):
+    """As caches have it: contents under hashes, names in a folder of links."""
+    fill(tmp_path, "blobs/0a1b", "blobs/2c3d")
+    (tmp_path / "snapshots").mkdir()
+    for name, blob in (("a.jsonl", "0a1b"), ("again.jsonl", "0a1b"), ("b.txt", "2c3d")):
+        (tmp_path / "snapshots" / name).symlink_to(f"../blobs/{blob}")
+    left_out = LeftOut()
+    assert files_read(tmp_path, left_out=left_out) == ["snapshots/a.jsonl", "snapshots/b.txt"]
+    assert left_out.files == {"links to what is read under another name": 1}
 
 
 def test_a_file_that_is_given_twice_is_refused(tmp_path):
@@ -169,7 +180,7 @@ def test_ids_of_partitions_are_read_and_other_columns_counted(tmp_path):
     assert left_out.notes("t") == ["not read of t: partition column lang (2 files)"]
     other = LeftOut()
     find_sources([tmp_path], "url", other)
-    assert other == {"partition column id": 2, "partition column lang": 2}
+    assert other.files == {"partition column id": 2, "partition column lang": 2}
     assert partition_of("a=b=c/d/e=f") == {"a": "b=c"}
 
 
@@ -226,7 +237,7 @@ def test_urls_are_looked_through_like_paths(tmp_path):
         (f"{url}/t", "json"): 2,
         (f"{url}/t", "text"): 1,
     }
-    assert left_out == {".csv files": 1}
+    assert left_out.files == {".csv files": 1}
     assert remote(f"{url}/t/deep/er") == {(f"{url}/t/deep/er@v1", "parquet"): 1}
     assert remote(f"{url}/t/deep/er@v0") == {(f"{url}/t/deep/er@v0", "parquet"): 1}
     assert remote(f"{url}/t/a.jsonl") == {(f"{url}/t/a.jsonl", "json"): 1}

@@ -47,7 +47,7 @@ def test_columns_before_the_ids_do_not_shift_them(before, tmp_path):
     assert (group.rows, group.tokens) == (2, 5)
     assert SampleReader(table, 2, seed=0).samples_per_epoch == 3
     assert table.read(0).input_ids.tolist() == [1, 2, 3, 4, 5]
-    assert table.unread == {f"column {name}": 1 for name in before}
+    assert table.unread.files == {f"column {name}": 1 for name in before}
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -67,7 +67,7 @@ def test_a_mask_of_ones_is_no_padding(kind, statistics, tmp_path):
     mask = pa.array([[1] * 3, [1] * 2]).cast(pa.list_(kind))
     table = table_of(tmp_path, statistics, attention_mask=mask)
     table.check_trainable()
-    assert not table.unread
+    assert not table.unread.files
     assert table.read(0).input_ids.tolist() == [1, 2, 3, 4, 5]
 
 
@@ -155,6 +155,14 @@ def test_links_to_what_is_read_already_are_refused(tmp_path):
     link.symlink_to("part-00000.parquet")
     assert "part-1.parquet leads to a file that is read already: remove it" in refusal(lambda: Table.open(tmp_path))
     link.unlink()
+    (tmp_path / "t" / "part-00000.parquet").rename(tmp_path / "t" / "blob")
+    link.symlink_to("blob")  # as caches have it
+    assert Table.open(tmp_path / "t").tokens == 5
+    (tmp_path / "t" / "part-2.parquet").symlink_to("blob")
+    assert "part-2.parquet leads to a file that is read already" in refusal(lambda: Table.open(tmp_path))
+    (tmp_path / "t" / "part-2.parquet").unlink()
+    (tmp_path / "t" / "blob").rename(tmp_path / "t" / "part-00000.parquet")
+    link.unlink()
     link.symlink_to("gone.parquet")
     assert "part-1.parquet leads to nothing that can be read" in refusal(lambda: Table.open(tmp_path))
     link.unlink()
@@ -162,4 +170,4 @@ def test_links_to_what_is_read_already_are_refused(tmp_path):
     link.with_name("more").symlink_to(tmp_path / "u")
     (tmp_path / "t" / "notes.csv").touch()
     table = Table.open(tmp_path / "t")
-    assert (table.tokens, table.unread) == (7, {".csv files": 1})
+    assert (table.tokens, table.unread.files) == (7, {".csv files": 1})
