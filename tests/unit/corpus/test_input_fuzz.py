@@ -62,7 +62,7 @@ def documents(sources) -> Counter[str]:
 
 # Folder trees.
 
-FOLDERS = ["a", "b", "_h", ".h", "lang=en", "id=7", "metadata", "_delta_log", ".hoodie", "x.parquet"]
+FOLDERS = ["a", "b", "c", "lang=en", "id=7", "x.parquet", "_h", ".h"] * 4 + ["metadata", "_delta_log", ".hoodie"]
 FILES = ["1.jsonl", "2.JSON.gz", "3.txt", "4.parquet", "5.csv", "6", "_7.jsonl", "8.parquet.gz", "9.jsonl.xz", ".txt"]
 FILES += ["v1.metadata.json", "é ü.jsonl", "a b#c?d%20.txt", "[x]*.ndjson"]
 PLACES = st.lists(st.sampled_from(FOLDERS), max_size=3)
@@ -183,7 +183,7 @@ def tables(draw, first: str, kinds: list) -> pa.Table:
     """Some columns, most often with one ``first`` of a type that is understood."""
     names = draw(st.lists(st.sampled_from(NAMES), max_size=4))
     if draw(st.integers(0, 4)):
-        names = [name for name in names if name != first]
+        names = [name for name in dict.fromkeys(names) if name not in (first, "position_ids")]
         names.insert(draw(st.integers(0, len(names))), first)
     rows = draw(st.integers(0, 4))
     columns = []
