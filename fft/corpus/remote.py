@@ -129,7 +129,7 @@ def _expand(url: str) -> list[str]:
 
 
 def _alternatives(pattern: str) -> list[str]:
-    """``a{b,c}d`` as ``abd`` and ``acd``."""
+    """``part-{1,2}`` as ``part-1`` and ``part-2``."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None:
         return [pattern]
