@@ -9,7 +9,7 @@ from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import Part, by_dataset, files_of, sum_tallies
 from fft.errors import UserError
-from fft.text.encoder import ENGINES
+from fft.text.engines import ENGINES
 from fft.text.records import RecordEncoder
 
 #: Begins the tally of a key of records that nothing uses.

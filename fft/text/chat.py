@@ -23,7 +23,8 @@ from fft.errors import UserError
 from fft.text.chat_labels import encode_stretches, label
 from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
 from fft.text.cuts import cut_chat
-from fft.text.encoder import Encoder, Recipe, info_of, load_tokenizer, recipe_of
+from fft.text.encoder import Encoder, info_of, load_tokenizer, recipe_of
+from fft.text.engines import Recipe
 from fft.text.messages import TOOLS_KEY, TURN_KEYS, parse_conversation
 from fft.text.nested import check_json_type, json_rows
 from fft.text.records import check_id, column_type, content_id, dump_json, id_column, row_ids
@@ -134,8 +135,8 @@ class Chat:
         return pa.RecordBatch.from_arrays(columns, self.columns_out), counts
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
-        """What the user should know about these counts."""
-        notes = []
+        """What the user should know about the tokenizer and these counts."""
+        notes = list(self.recipe.notes)
         if counts["cut_conversations"]:
             notes.append(
                 f"note: {counts['cut_conversations']} conversations longer than max_len {self.max_len} were cut; "

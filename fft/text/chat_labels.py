@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from fft.text.encoder import Encoder, Recipe, encode_slow, encode_with_offsets
+from fft.text.encoder import Encoder
+from fft.text.engines import Recipe, byte_level_alphabet, encode_slow, encode_with_offsets
 
 NOT_TRAINED = -100
 _ROWS = 512  # rows whose bytes are compared at once
@@ -184,14 +185,7 @@ def _byte_level(token: str) -> bytes:
         return b""
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others are moved above 255."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-_BYTES = _byte_level_alphabet()
+_BYTES = byte_level_alphabet()
 
 
 def _sentence_piece(token: str) -> bytes:

@@ -1,13 +1,9 @@
-"""From texts to ids in bulk: ``fastokens`` where it proves equal to the Hugging Face tokenizer, else the latter."""
+"""From a tokenizer's folder to a recipe, and from texts to ids in bulk, by the engine that the recipe names."""
 
-import functools
 import json
-import os
 import pickle
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,43 +11,24 @@ import numpy as np
 
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.errors import UserError
+from fft.text.agreement import agreed
+from fft.text.engines import (
+    ELSEWHERE,
+    FAST,
+    SLOW,
+    Recipe,
+    encode_exact,
+    encode_fast,
+    encode_slow,
+    fast_engine,
+    fast_version,
+)
 
 if TYPE_CHECKING:
-    import fastokens
-    import tokenizers
     from transformers import PreTrainedTokenizerBase
-
-#: Which engine encoded a row, as a small integer: the first means all is well, the others say why it is slow.
-ENGINES = (
-    "fastokens",
-    "tokenizers: fastokens cannot load this tokenizer",
-    "tokenizers: fastokens gave other ids",
-    "transformers: this tokenizer is written in Python",
-)
-_SLOW = 3
 
 _SAMPLES = 16
 _SAMPLE_CHARACTERS = 4096
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that a worker needs to encode: the tokenizer itself travels, so no file need be on every machine.
-
-    ``prefix`` and ``suffix`` are put around every document's ids. A tokenizer without ``tokenizer.json`` travels as
-    the pickled object of transformers, ``slow``.
-    """
-
-    packed_json: bytes
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    parse_special_tokens: bool = False
-    slow: bytes = b""
-
-    @property
-    def json(self) -> str:
-        """The ``tokenizer.json``."""
-        return zlib.decompress(self.packed_json).decode()
 
 
 def load_recipe(directory: Path, eos: str, parse_special_tokens: bool) -> tuple[Recipe, TokenizerInfo]:
@@ -91,11 +68,25 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 def recipe_of(
     tokenizer: "PreTrainedTokenizerBase", prefix: tuple[int, ...], suffix: tuple[int, ...], parse_special_tokens: bool
 ) -> Recipe:
-    """What a worker needs of a transformers tokenizer."""
+    """What a worker needs of a transformers tokenizer, engines compared: see :mod:`fft.text.agreement`.
+
+    Raises :class:`UserError` for one that draws its ids at random and cannot be kept from it.
+    """
     if not tokenizer.is_fast:
-        return Recipe(b"", prefix, suffix, parse_special_tokens, pickle.dumps(tokenizer))
-    text = _without_truncation(tokenizer.backend_tokenizer.to_str())
-    return Recipe(zlib.compress(text.encode(), 1), prefix, suffix, parse_special_tokens)
+        if getattr(tokenizer, "sp_model_kwargs", None) and tokenizer.sp_model_kwargs.get("enable_sampling"):
+            raise UserError(
+                f"`tokenizer` {tokenizer.name_or_path} draws its ids at random (sp_model_kwargs, enable_sampling): "
+                "switch that off in tokenizer_config.json."
+            )
+        return agreed(Recipe(b"", prefix, suffix, parse_special_tokens, pickle.dumps(tokenizer)))
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    dropout = spec["model"].get("dropout")
+    if dropout:
+        spec["model"]["dropout"] = None
+    text = json.dumps({**spec, "truncation": None, "padding": None}, ensure_ascii=False)
+    note = f"note: the tokenizer's BPE dropout of {dropout} is switched off: with it, each run would have other ids."
+    notes = (note,) if dropout else ()
+    return agreed(Recipe(zlib.compress(text.encode(), 1), prefix, suffix, parse_special_tokens, notes=notes))
 
 
 def info_of(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> TokenizerInfo:
@@ -110,21 +101,32 @@ def info_of(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> TokenizerI
     )
 
 
-def _without_truncation(text: str) -> str:
-    spec = json.loads(text)
-    return json.dumps({**spec, "truncation": None, "padding": None}, ensure_ascii=False)
-
-
 def added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that a transformers tokenizer puts before and after a text."""
-    inside = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a", add_special_tokens=True)
-    at = next((i for i in range(len(whole)) if whole[i : i + len(inside)] == inside), 0)
-    return tuple(whole[:at]), tuple(whole[at + len(inside) :])
+    """Ids that a transformers tokenizer puts before and after a text.
+
+    Found by a text that has ids, none of which is put around it. Raises :class:`UserError` when no text has.
+    """
+    around = tokenizer.encode("", add_special_tokens=True)
+    for text in _texts(tokenizer):
+        inside = tokenizer.encode(text, add_special_tokens=False)
+        if not inside or not set(inside).isdisjoint(around):
+            continue
+        whole = tokenizer.encode(text, add_special_tokens=True)
+        for at in range(len(whole) - len(inside) + 1):
+            if whole[at : at + len(inside)] == inside:
+                return tuple(whole[:at]), tuple(whole[at + len(inside) :])
+    raise UserError(f"`tokenizer` {tokenizer.name_or_path} has no ids for any text: save it again.")
+
+
+def _texts(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """Texts one of which has ids: a letter, and what the entries of the vocabulary stand for."""
+    yield "a"
+    for i in sorted(tokenizer.get_vocab().values()):
+        yield str(tokenizer.decode([i]))
 
 
 class Encoder:
-    """Encodes batches of texts; the first batch of a task decides the engine."""
+    """Encodes batches of texts by the engine of the recipe; a sample of the first batch goes through both engines."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -133,71 +135,60 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
         """Encode without prefix and suffix: (int32 ids of all texts, int64 offsets, number of texts checked).
 
-        No texts are no batch: they give no ids, and decide nothing.
+        No texts are no batch: they give no ids, and decide nothing. Raises :class:`UserError` when ``fastokens`` gives
+        ids that the comparison of the engines did not foresee.
         """
         checked = 0
         if not texts:
             return np.empty(0, np.int32), np.zeros(1, np.int64), checked
         if self.engine is None:
-            self.engine, checked = self._choose(texts)
-        encode = {0: encode_fast, _SLOW: encode_slow}.get(self.engine, encode_exact)
-        ids, offsets = encode(self.recipe, texts)
-        return ids, offsets, checked
+            self.engine = self._own_engine()
+            checked = self._check(texts) if self.engine == FAST else 0
+        if self.engine != FAST:
+            ids, offsets = (encode_slow if self.engine == SLOW else encode_exact)(self.recipe, texts)
+            return ids, offsets, checked
+        exactly = [i for i, text in enumerate(texts) if self._differs(text)] if self.recipe.differing else []
+        if not exactly:
+            return *encode_fast(self.recipe, texts), checked
+        return *self._encode_both(texts, exactly), checked
 
-    def _choose(self, texts: Sequence[str]) -> tuple[int, int]:
-        if self.recipe.slow:
-            return _SLOW, 0
+    def _own_engine(self) -> int:
+        """The recipe's engine, or the exact one where this machine has another ``fastokens`` than was compared."""
+        if self.recipe.engine != FAST:
+            return self.recipe.engine
+        same = self.recipe.compared == fast_version() and fast_engine(self.recipe) is not None
+        return FAST if same else ELSEWHERE
+
+    def _differs(self, text: str) -> bool:
+        return any(string in text for string in self.recipe.differing)
+
+    def _encode_both(self, texts: Sequence[str], exactly: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids by ``fastokens``, and by ``tokenizers`` of the texts with these numbers."""
+        fast, exact = list(texts), [texts[i] for i in exactly]
+        for i in exactly:
+            fast[i] = ""
+        rows = _split(*encode_fast(self.recipe, fast))
+        for i, row in zip(exactly, _split(*encode_exact(self.recipe, exact)), strict=True):
+            rows[i] = row
+        return np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64)
+
+    def _check(self, texts: Sequence[str]) -> int:
         # Short stretches of texts all over the batch: cut alike for both, they are as good as whole documents.
         sample = [text[:_SAMPLE_CHARACTERS] for text in texts[:: max(1, len(texts) // _SAMPLES)]]
-        if _fast(self.recipe) is None:
-            return 1, 0
-        fast, exact = encode_fast(self.recipe, sample), encode_exact(self.recipe, sample)
-        same = all(np.array_equal(a, b) for a, b in zip(fast, exact, strict=True))
-        return (0 if same else 2), len(sample)
+        sample = [text for text in sample if not self._differs(text)]
+        fast, exact = _split(*encode_fast(self.recipe, sample)), _split(*encode_exact(self.recipe, sample))
+        for text, a, b in zip(sample, fast, exact, strict=True):
+            if not np.array_equal(a, b):
+                raise UserError(
+                    f"fastokens {fast_version()} gives other ids than Hugging Face tokenizers for a text that begins "
+                    f"{text[:40]!r}: uninstall fastokens, and all is encoded by the latter; please report the text."
+                )
+        return len(sample)
 
 
-def encode_fast(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Encode with ``fastokens``: (int32 ids, int64 offsets). Raises RuntimeError when it cannot load the tokenizer."""
-    tokenizer = _fast(recipe)
-    if tokenizer is None:
-        raise RuntimeError("fastokens cannot load this tokenizer")
-    ids, offsets = tokenizer.encode_batch_flat(list(texts), False, not recipe.parse_special_tokens)
-    return np.frombuffer(ids, np.int32), np.frombuffer(offsets, np.int64)
-
-
-def encode_exact(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Encode with Hugging Face ``tokenizers``: (int32 ids, int64 offsets)."""
-    encodings = _exact(recipe).encode_batch_fast(list(texts), add_special_tokens=False)
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
-    ids = np.empty(offsets[-1], np.int32)
-    for encoding, begin, end in zip(encodings, offsets[:-1], offsets[1:], strict=True):
-        ids[begin:end] = encoding.ids
-    return ids, offsets
-
-
-def encode_with_offsets(recipe: Recipe, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Encode with Hugging Face ``tokenizers``: int32 ids, and the character offsets of each id's begin and end.
-
-    White space that an added token swallows (``lstrip``, ``rstrip``) is none of its characters.
-    """
-    rows, tokenizer, stripping = [], _offsets_exact(recipe), _stripping(recipe)
-    for text, encoding in zip(texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True):
-        offsets, ids = np.array(encoding.offsets, np.int64).reshape(-1, 2), np.array(encoding.ids, np.int32)
-        for at in np.flatnonzero(np.isin(ids, stripping)).tolist() if len(stripping) else ():
-            begin, end = offsets[at].tolist()
-            inside = text[begin:end].rstrip()
-            offsets[at] = begin + len(inside) - len(inside.lstrip()), begin + len(inside)
-        rows.append((ids, offsets[:, 0], offsets[:, 1]))
-    return rows
-
-
-def encode_slow(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Encode with a tokenizer written in Python: (int32 ids, int64 offsets)."""
-    tokenizer, split = _slow(recipe), not recipe.parse_special_tokens
-    rows = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]), offsets
+def _split(ids: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    """The ids of each text."""
+    return np.split(ids, offsets[1:-1]) if len(offsets) > 1 else []
 
 
 def surround(
@@ -218,51 +209,3 @@ def surround(
         inside[around[1:] - position] = False
     out[inside] = ids
     return out, around
-
-
-# A Python worker serves many tasks: it builds each engine once. One Spark task is one core, so no threads below it.
-
-
-@functools.lru_cache(maxsize=2)
-def _fast(recipe: Recipe) -> "fastokens.Tokenizer | None":
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")
-    try:
-        from fastokens import Tokenizer
-
-        return Tokenizer.from_json_str(recipe.json)
-    except Exception:  # not installed, or a model or normalizer that it does not know: the caller counts it
-        return None
-
-
-@functools.lru_cache(maxsize=2)
-def _exact(recipe: Recipe) -> "tokenizers.Tokenizer":
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(recipe.json)
-    tokenizer.encode_special_tokens = not recipe.parse_special_tokens
-    return tokenizer
-
-
-@functools.lru_cache(maxsize=2)
-def _offsets_exact(recipe: Recipe) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer
-
-    # A post-processor adds nothing here, but some trim white space from offsets.
-    tokenizer = Tokenizer.from_str(json.dumps({**json.loads(recipe.json), "post_processor": None}))
-    tokenizer.encode_special_tokens = not recipe.parse_special_tokens
-    return tokenizer
-
-
-@functools.lru_cache(maxsize=2)
-def _stripping(recipe: Recipe) -> np.ndarray:
-    """Ids of added tokens that swallow white space beside them, and neither begin nor end with any."""
-    added = json.loads(recipe.json)["added_tokens"]
-    return np.array(
-        [t["id"] for t in added if (t["lstrip"] or t["rstrip"]) and t["content"] == t["content"].strip()], np.int32
-    )
-
-
-@functools.lru_cache(maxsize=2)
-def _slow(recipe: Recipe) -> "PreTrainedTokenizerBase":
-    return pickle.loads(recipe.slow)

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from fft.data.arrow_lists import int_lists, lists_of_one
 from fft.data.manifest import TokenizerInfo
-from fft.text.encoder import Encoder, Recipe, load_recipe, surround
+from fft.text.encoder import Encoder, load_recipe, surround
+from fft.text.engines import Recipe
 from fft.text.records import Keys
 
 
@@ -57,8 +58,8 @@ class Pretrain:
         return pa.RecordBatch.from_arrays(columns, self.columns_out), counts
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
-        """Nothing to say about the counts."""
-        return []
+        """What the user should know about the tokenizer."""
+        return list(self.recipe.notes)
 
 
 def load_pretrain(

@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 import pyarrow as pa
 
 from fft.errors import UserError
-from fft.text.encoder import Encoder, Recipe
+from fft.text.encoder import Encoder
+from fft.text.engines import Recipe
 
 #: What a kind of record holds: a text, or a conversation.
 Document = TypeVar("Document")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fft.data.manifest import read_manifest
@@ -86,21 +86,26 @@ def test_a_tokenizer_that_fastokens_cannot_load_is_used_through_hugging_face(spa
     assert capsys.readouterr().err.count("warning:") == 1
 
 
-def test_an_engine_that_gives_other_ids_is_not_used(tokenizer, monkeypatch):
-    recipe, _ = encoder.load_recipe(tokenizer, "auto", False)
-    exact = encoder.encode_exact(recipe, ["abc", "", "x = 1"])
-
-    class Wrong:
-        def encode_batch_flat(self, texts, *_):
-            return np.zeros(len(texts), np.uint32).tobytes(), np.arange(len(texts) + 1, dtype=np.uint64).tobytes()
-
-    monkeypatch.setattr(encoder, "_fast", lambda recipe: Wrong())
-    engine = encoder.Encoder(recipe)
-    ids, offsets, checked = engine.encode(["abc", "", "x = 1"])
-    assert engine.engine == 2
-    assert checked == 3
-    assert ids.tolist() == exact[0].tolist()
-    assert offsets.tolist() == exact[1].tolist()
+def test_ids_do_not_depend_on_how_texts_are_dealt_to_tasks(spark, tmp_path):
+    pattern = r"[^\r\n\p{L}\p{N}]?+\p{L}+| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    model = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    model.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        ["a  b   c"] * 9, trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(tmp_path / "tok")
+    texts = [f"a  \u180e{i}" if i % 5 == 3 else f"plain  {i}" for i in range(40)]
+    lines = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    one = write_lines(tmp_path / "one.jsonl", *lines)
+    many = [write_lines(tmp_path / f"{i}.jsonl", line) for i, line in enumerate(lines)]
+    peer = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    for name, inputs in {"one": one, "many": many, "frame": spark.createDataFrame(lines).repartition(7)}.items():
+        manifest = tokenize_table(inputs, tmp_path / name, tmp_path / "tok")
+        found = {int(row["doc_ids"][0]): row["input_ids"] for row in rows_of(tmp_path / name)}
+        assert found == {i: peer.encode(text) for i, text in enumerate(texts)}
+        assert manifest.lineage["engine"] == "fastokens"
 
 
 def test_surround():
