@@ -33,8 +33,8 @@ def workload(small):
         flags = ("--fused_ops=none", *flags)
         if small:
             return Workload(llama(256, 4, 8192), 512, 2, flags=flags)
-        # 0.57 B parameters: some gigabytes, beside which what a library allocates for itself is little. Short documents:
-        # in fp32 attention is plain algebra, whose scores the table does not know.
+        # 0.57 B parameters: gigabytes, beside which what libraries allocate for themselves is little. Documents are
+        # short: in fp32 attention is plain algebra, whose scores the table does not know.
         return Workload(llama(2048, 8, 32_000), 4096, 2, document=256, flags=flags, noise=True)
 
     if small:  # blocks of 64 KiB and more go back to the system when they are freed, and count no longer
