@@ -34,8 +34,10 @@ from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.fragments import SavedFragments
 from fft.errors import Parser, UserError, run_cli
+from fft.models.directory import load_config
+from fft.models.supported import check_supported
 from fft.parity_reference import Outcome, one_process
-from fft.planning.preflight import Plan, load_config, plan_run, start_of, tokenizer_of
+from fft.planning.preflight import Plan, plan_run, start_of, tokenizer_of
 from fft.training.run_folder import METRICS
 
 #: Largest relative differences in fp32. That of a gradient is of its norm, but for this part of the whole norm.
@@ -259,7 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = flags_of(mine, model, run, steps)
         shape = args.pipe_parallel_size * args.sequence_parallel_size * args.model_parallel_size
         ranks = ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
-        small = shrunken(load_config(start_of(mine), mine.init), mine)
+        config = load_config(start_of(mine), mine.init, weights=not mine.init)
+        check_supported(config, mine.seq_len)
+        small = shrunken(config, mine)
         write_random_model(small, model, args.seed)
         plan = plan_run(args, ranks)
         print(_heading(small, plan, ranks), flush=True)

@@ -1,6 +1,7 @@
 """Low-rank adapters on disk in PEFT's format: a file of matrices, and a config that names the model they belong to."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,25 @@ from fft.errors import UserError
 from fft.models.lora import Lora, is_adapter
 from fft.parallel.tensor_plan import Shard
 from fft.weights import hf
+from fft.weights.files import opened
 
 #: A parameter, or its value.
 _T = TypeVar("_T", bound=Tensor)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+#: Settings of a plain adapter: they say where its matrices belong and how to multiply them, or only how they were
+#: trained. All others change what is computed, or may.
+_PLAIN = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+        *("eva_config", "megatron_core", "qalora_group_size"),
+    }
+)
+#: Values of ``init_lora_weights`` that leave the base as it was.
+_UNCHANGED_BASE = (True, False, None, "gaussian", "eva")
 #: What PEFT puts before a parameter's name.
 PREFIX = "base_model.model."
 
@@ -36,6 +50,26 @@ def adapter_config(lora: Lora, base: Path) -> dict:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def scale_of(config: Mapping[str, object], where: object) -> float:
+    """What the product of an adapter's matrices is multiplied by.
+
+    Raises :class:`UserError` for adapters that are more than such a product, or belong to a changed base.
+    """
+    other = [name for name, value in config.items() if name not in _PLAIN and value]
+    if config.get("peft_type") != "LORA":
+        other = [str(config.get("peft_type"))]
+    elif config.get("bias", "none") != "none":
+        other = ["bias"]
+    elif config.get("init_lora_weights", True) not in _UNCHANGED_BASE:
+        other = [f"init_lora_weights {config['init_lora_weights']!r}, which changes the base"]
+    if other:
+        raise UserError(f"{where}: only plain LoRA is merged, this has {', '.join(other)}: merge it with PEFT.")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise UserError(f"{where} is no LoRA adapter: r is {rank!r} and lora_alpha {alpha!r} in its {CONFIG}.")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def adapter_parameters(parameters: Mapping[str, _T]) -> dict[str, _T]:
@@ -67,8 +101,9 @@ class AdapterReader(hf.WeightReader):
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory)
-        with hf.opened(self.directory / WEIGHTS) as file:
+        with opened(self.directory / WEIGHTS) as file:
             self._files = dict.fromkeys(file.keys(), self.directory / WEIGHTS)
+        self._blocks = None
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None, shard: Shard | None = None) -> Tensor:
         """See :class:`hf.WeightReader`."""

@@ -10,15 +10,13 @@ python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   
 import argparse
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
@@ -26,23 +24,15 @@ from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.console import live, say
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import replace_folder, start_folder
+from fft.models.directory import Weights, check_tensors, has_own_head, load_config
+from fft.models.spec import ModelSpec
+from fft.models.supported import FAMILIES
 from fft.weights import hf
 from fft.weights.experts import parameter_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _LAYER_FILES = "layer_*-model_states.pt"
-
-
-class Weights(Protocol):
-    """A model's tensors by Hugging Face name."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them."""
 
 
 class LayerFiles:
@@ -53,6 +43,7 @@ class LayerFiles:
     """
 
     def __init__(self, directory: Path, layers: int, tied: bool) -> None:
+        self.dtype: torch.dtype | None = None
         self._open: tuple[Path, dict[str, Tensor]] | None = None
         files: dict[int, Path] = {}
         for path in sorted(directory.glob(_LAYER_FILES)):
@@ -99,6 +90,7 @@ class Masters:
     """A checkpoint's weights in the fp32 that its optimizer steps."""
 
     def __init__(self, checkpoint: Path) -> None:
+        self.dtype: torch.dtype | None = None
         self._weights, self._fragments = hf.WeightReader(checkpoint), SavedFragments(checkpoint / folder.TRAINING)
 
     @property
@@ -124,19 +116,9 @@ class Merged:
     """
 
     def __init__(self, weights: Weights, adapter: Path) -> None:
-        self._weights = weights
+        self._weights, self._where = weights, f"--lora {adapter}"
         config = adapters.read_config(adapter)
-        try:
-            rank, alpha = config["r"], config["lora_alpha"]
-        except KeyError as error:
-            raise UserError(f"--lora {adapter} is no LoRA adapter: its config has no {error}.") from error
-        other = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if config.get(name)]
-        if config.get("peft_type") != "LORA" or other or config.get("bias", "none") != "none":
-            raise UserError(
-                f"--lora {adapter}: only plain LoRA is merged, this has {', '.join(other) or config.get('peft_type')}: "
-                "merge it with PEFT."
-            )
-        self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self._scale = adapters.scale_of(config, self._where)
         self._transposed = bool(config.get("fan_in_fan_out"))
         try:
             self._adapter = load_file(adapter / adapters.WEIGHTS)
@@ -144,27 +126,46 @@ class Merged:
             raise UserError(
                 f"{adapter / adapters.WEIGHTS} cannot be read ({one_line(error)}): save it again."
             ) from error
-        unused = set(self._adapter)
-        for name in weights.names:
-            unused -= {self._key(name, matrix) for matrix in "AB"}
+        keys = [{self._key(name, matrix) for matrix in "AB"} for name in weights.names]
+        unused = sorted(set(self._adapter).difference(*keys))
         if unused:
-            raise UserError(
-                f"--lora {adapter}: {min(unused)} belongs to no weight of the model: wrong adapter or model."
-            )
+            raise UserError(f"{self._where}: {unused[0]} {self._why_unused(unused[0])}.")
+        if halves := [pair for pair in keys if len(pair & set(self._adapter)) == 1]:
+            raise UserError(f"{self._where} lacks {min(halves[0] - set(self._adapter))}: save it again.")
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
         return self._weights.names
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type to write tensors in unless another is asked for; None: as they are."""
+        return self._weights.dtype
+
     def tensor(self, name: str) -> Tensor:
-        """One of them."""
+        """One of them. Raises :class:`UserError` where the adapter does not fit it."""
         weight = self._weights.tensor(name)
         if self._key(name, "A") not in self._adapter:
             return weight
         down, up = (self._adapter[self._key(name, matrix)].float() for matrix in "AB")
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+            raise UserError(f"{self._where}: the matrices of {name}, {down.shape} and {up.shape}, are no product.")
         delta = self._scale * (up @ down)
-        return (weight.float() + (delta.T if self._transposed else delta)).to(weight.dtype)
+        delta = delta.T if self._transposed else delta
+        if delta.shape != weight.shape:
+            raise UserError(
+                f"{self._where} has {tuple(delta.shape)} for {name} of {tuple(weight.shape)}: wrong adapter or model."
+            )
+        return (weight.float() + delta).to(weight.dtype)
+
+    @staticmethod
+    def _why_unused(key: str) -> str:
+        if key.startswith(f"{adapters.PREFIX}lm_head."):
+            return "adapts the output head, which in this model is the embedding: merge it with PEFT"
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            return "is no matrix of plain LoRA: merge it with PEFT"
+        return "belongs to no weight of the model: wrong adapter or model"
 
     @staticmethod
     def _key(name: str, matrix: str) -> str:
@@ -190,22 +191,27 @@ def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[
 def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int) -> int:
     """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors.
 
-    Raises :class:`UserError` when the config cannot be read.
+    Raises :class:`UserError` when the config cannot be read or is another model's, and where nothing can be written.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model} has no readable config.json ({one_line(error)[:120]}).") from error
+    config = load_config(str(model), init=False, weights=False)
+    if config.tie_word_embeddings and has_own_head(source):
+        config.tie_word_embeddings = False
+    if config.model_type in FAMILIES:
+        check_tensors(ModelSpec(config, torch.float32), source.names, model)
+    kind = DTYPES[dtype] if dtype else source.dtype
     written = number = 0
-    staging = start_folder(output)
+    try:
+        staging = start_folder(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
 
     def line(seconds: float) -> str:
         return f"{number:,} shards, {written / 1e6:,.0f} MB, {written / 1e6 / seconds:,.0f} MB/s"
 
     with live(line, last=True):
-        for group in shards(source, DTYPES[dtype] if dtype else None, limit):
+        for group in shards(source, kind, limit):
             hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
-            config.dtype = next(iter(group.values())).dtype
+            config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
             number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
     for shard in range(number):
         (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
@@ -232,15 +238,17 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         found = folder.fault(path)
         if found is not None:
             raise UserError(f"{found}: choose another checkpoint with --tag.")
-    if (path / adapters.CONFIG).is_file():
-        model = model or Path(adapters.read_config(path).get("base_model_name_or_path") or "")
+    if (path / adapters.CONFIG).is_file() and not (path / hf.CONFIG).is_file():
+        base = adapters.read_config(path).get("base_model_name_or_path")
+        if model is None and not isinstance(base, str):
+            raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
+        model = model or Path(str(base))
         return Merged(hf.WeightReader(model), path), model
     if any(path.glob(_LAYER_FILES)):
         where = model or path
-        try:
-            config = AutoConfig.from_pretrained(where)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.") from error
+        if not (where / hf.CONFIG).is_file():
+            raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
+        config = load_config(str(where), init=False, weights=False)
         return LayerFiles(path, config.num_hidden_layers, config.tie_word_embeddings), where
     wants_masters = dtype == "fp32" and any((path / folder.TRAINING).glob("rank-*.safetensors"))
     return Masters(path) if wants_masters else hf.WeightReader(path), model or path
@@ -263,14 +271,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Raises :class:`UserError` for what it cannot read or must not replace."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(argv)
     output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: name a folder.")
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
-    if args.max_shard_size <= 0:
+    if not 0 < args.max_shard_size < math.inf:
         raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
+    for path in filter(None, (args.source, args.model, args.lora)):
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
     source, model = open_source(Path(args.source), args.tag, args.model and Path(args.model), args.dtype)
     if args.lora:
         source = Merged(source, Path(args.lora))

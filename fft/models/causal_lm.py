@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fft.errors import UserError
+from fft.models.directory import check_tensors
 from fft.models.experts import LoadBalance
 from fft.models.lora import is_adapter, reset_adapter, seed_of
 from fft.models.spec import ModelSpec, copy_of, cut
@@ -44,7 +45,8 @@ class StageBuilder:
     """Builds modules of a model as this rank has them: cut for tensor parallelism, filled from ``weights``.
 
     Without ``weights`` parameters have the values of ``spec.seed``. Those of adapters are read from ``adapter``, a
-    reader of its own, or have the seed's. What is built has the same values however the model is cut.
+    reader of its own, or have the seed's. What is built has the same values however the model is cut. Raises
+    :class:`UserError` where files lack tensors of the model, or hold others.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class StageBuilder:
         weights: WeightReader | None = None,
         adapter: WeightReader | None = None,
     ) -> None:
+        if weights is not None:
+            check_tensors(spec, weights.names, weights.directory)
         self.spec, self.ranks = spec, ranks or Ranks()
         self._weights, self._adapter = weights, adapter
         tensor, sequence = self.ranks.tensor, self.ranks.sequence

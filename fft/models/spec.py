@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from fft.errors import UserError, one_line
 from fft.models.lora import Lora, adapt, freeze
 from fft.ops.attention import register_with_transformers
 from fft.ops.fused import FusedOps, fuse
@@ -25,7 +26,8 @@ class ModelSpec:
     ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
     ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
-    Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have.
+    Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
+    transformers can make no model.
     """
 
     config: PretrainedConfig
@@ -42,8 +44,14 @@ class ModelSpec:
     def __post_init__(self) -> None:
         config = copy.deepcopy(self.config)  # transformers writes into it
         attention = register_with_transformers()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
+        except Exception as error:  # modules raise what their sizes and settings happen to make them raise
+            raise UserError(
+                f"transformers cannot build a {config.model_type} of the model's config.json "
+                f"({type(error).__name__}: {one_line(error)[:200]}): correct it."
+            ) from error
         if self.lora is not None:
             adapt(model, f"{model.base_model_prefix}.layers", self.lora)
         if self.frozen:

@@ -1,5 +1,7 @@
 """Which models are trained, and by name, which are not: whatever their layers do that ours would get wrong."""
 
+import re
+
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -11,6 +13,12 @@ _PLAN = {"embed_tokens", "layers", "norm"}
 
 #: Mixtures of experts whose routers and stored weights we know.
 _EXPERTS = ("qwen2_moe", "qwen3_moe")
+
+#: Rotary embeddings, scaled or not, as ``rope_type`` names them.
+_ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+#: Settings of chances with which values are dropped, but for those of heads that a language model has not.
+_DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout|pdrop|layerdrop)$")
 
 #: Model types that are trained: all that transformers does between their layers is known here, and the tests compare
 #: each with transformers.
@@ -34,17 +42,14 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
             f"model type {name!r} is a mixture of experts of another kind than {' and '.join(_EXPERTS)}, which this "
             "release does not train."
         )
-    if config.num_hidden_layers < 1:
-        raise UserError(
-            f"num_hidden_layers is {config.num_hidden_layers} in the model's config.json: it must be 1 or more."
-        )
     _check_scores(config)
-    _check_rotary(config, seq_len)
-    if config.num_attention_heads % config.num_key_value_heads:
+    if name not in FAMILIES:
         raise UserError(
-            f"num_key_value_heads {config.num_key_value_heads} does not divide num_attention_heads "
-            f"{config.num_attention_heads} in the model's config.json."
+            f"model type {name!r} does between its layers, or within them, what is not known here: choose one of "
+            f"{', '.join(FAMILIES)}."
         )
+    _check_sizes(config)
+    _check_rotary(config, seq_len)
     activation = getattr(config, "hidden_act", None)
     if activation not in ACT2FN:
         raise UserError(f"hidden_act {activation!r} in the model's config.json is none that transformers knows.")
@@ -59,8 +64,32 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(
             f"model type {name!r} mixes layer types {sorted(set(kinds))}, which this release does not train."
         )
-    if getattr(config, "attention_dropout", 0.0):
-        raise UserError("attention_dropout is not supported with packed documents: set it to 0 in config.json.")
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
+        raise UserError(
+            f"model type {name!r} attends to what follows, too (is_causal or use_bidirectional_attention in its "
+            "config.json): only causal models are trained."
+        )
+    dropout = [key for key, value in config.to_dict().items() if _DROPOUT.search(key) and value]
+    if dropout:
+        raise UserError(f"{dropout[0]} is not supported with packed documents: set it to 0 in config.json.")
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """Raise :class:`UserError` for sizes of which no model can be made."""
+    for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"):
+        if not isinstance(size := getattr(config, key, None), int) or size < 1:
+            raise UserError(f"{key} is {size} in the model's config.json: it must be 1 or more.")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"num_key_value_heads {config.num_key_value_heads} does not divide num_attention_heads "
+            f"{config.num_attention_heads} in the model's config.json."
+        )
+    pad = config.pad_token_id
+    if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+        raise UserError(
+            f"pad_token_id {pad} in the model's config.json is outside its vocabulary of {config.vocab_size}: correct "
+            "it, or set it to null."
+        )
 
 
 def _check_scores(config: PretrainedConfig) -> None:
@@ -80,15 +109,22 @@ def _check_scores(config: PretrainedConfig) -> None:
 
 
 def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
-    """Raise :class:`UserError` where a document's frequencies would depend on its neighbours' length."""
+    """Raise :class:`UserError` for unknown frequencies, and where a document's depend on its neighbours' length."""
     rotary = getattr(config, "rope_parameters", None) or {}
     kind = rotary.get("rope_type")
-    if kind == "dynamic":
-        limit = config.max_position_embeddings
-    elif kind == "longrope":
-        limit = rotary["original_max_position_embeddings"]
-    else:
+    if kind not in _ROTARY:
+        raise UserError(
+            f"rope_type {kind!r} in the model's config.json is none of {', '.join(_ROTARY)}, which are known here."
+        )
+    limits = {"dynamic": config.max_position_embeddings, "longrope": rotary.get("original_max_position_embeddings")}
+    limit = limits.get(kind)
+    if kind not in limits:
         return
+    if not isinstance(limit, int):
+        raise UserError(
+            f"rotary scaling of type {kind!r} needs original_max_position_embeddings in rope_parameters of the model's "
+            "config.json: add it."
+        )
     if seq_len > limit:
         raise UserError(
             f"model type {config.model_type!r} has rotary scaling of type {kind!r}, whose frequencies change with the "

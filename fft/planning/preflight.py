@@ -1,12 +1,10 @@
 """What can go wrong is found here, before a process group exists: model, tables, sizes."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag
@@ -17,7 +15,8 @@ from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
 from fft.data.storage import is_url
 from fft.data.table import Table
-from fft.errors import UserError, one_line
+from fft.errors import UserError
+from fft.models.directory import load_config
 from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
@@ -59,7 +58,7 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
 def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:
     """The model's config and the sizes of ``world`` ranks, which suit each other. Raises :class:`UserError`."""
     mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
-    config = load_config(start_of(args), args.init or args.dry_run)
+    config = load_config(start_of(args), args.init or args.dry_run, weights=not args.init)
     check_supported(config, args.seq_len)
     check_tensor_parallel(config, mesh.tensor)
     _check_sequence_parallel(args, config)
@@ -120,30 +119,6 @@ def tokenizer_of(args: TrainArguments) -> str | None:
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
     return tokenizer
-
-
-def load_config(model: str, init: bool) -> PretrainedConfig:
-    """Read the config of ``--model``. Raises :class:`UserError` where there is none."""
-    path = Path(model)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"--model {model} does not exist: give a Hugging Face model directory, or a config.json with --init."
-            if not path.exists()
-            else f"--model {model} has no config.json: give a Hugging Face model directory."
-        )
-    if not path.is_dir() and not init:
-        raise UserError(f"--model {model} is a file: only --init starts from a config; give a model directory.")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        if kind not in CONFIG_MAPPING:
-            raise ValueError(f"model_type is {kind!r}, which transformers does not know")
-        return AutoConfig.for_model(**raw)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"{file} is not a model configuration ({one_line(error)}): give one that transformers can read."
-        ) from error
 
 
 def _open_all(

@@ -25,6 +25,7 @@ class ModelExport:
         self._plan, self._builder, self._engine = plan, builder, engine
         self._config = copy.deepcopy(plan.config)
         self._config.dtype = builder.spec.dtype
+        self._config.architectures = [type(builder.spec.skeleton).__name__]
         self._base = plan.weights.directory if plan.weights else None
         #: Content of ``adapter_config.json``; None where the model itself is trained.
         self._adapter: dict | None = None

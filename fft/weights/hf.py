@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,102 +15,133 @@ from fft.errors import UserError, one_line
 from fft.files import sync
 from fft.parallel.tensor_plan import Shard
 from fft.weights.experts import stored_names, stored_shape, stored_shard
+from fft.weights.files import INDEX, SINGLE, opened, weight_files
+from fft.weights.quantized import BlockScales, is_coded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-#: Where weights may be, the preferred first: index and single file.
-_INDEXES = ((_INDEX, _SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 
-#: Files that make a tokenizer, copied as they are so that nothing about it changes.
+#: Files that make a tokenizer and its templates, copied as they are so that nothing about it changes.
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer*", "tokenization_*", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*", "*.jinja"),
+    *("additional_chat_templates/*", "*processor_config.json"),
 )
 
 
 class WeightReader:
     """Tensors of a directory of (sharded) safetensors or ``.bin`` files by name, each read from disk when asked for.
 
-    Raises :class:`UserError` when there are none, or when one that the index names is missing.
+    FP8 weights with block scales are given multiplied out, as float32. Raises :class:`UserError` when there are none,
+    when one that the index names is missing, and when they are quantized in another way.
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = root = Path(directory)
-        for index, single in _INDEXES:
-            if (root / index).is_file():
-                self._files = {name: root / file for name, file in _weight_map(root / index).items()}
-                break
-            if (root / single).is_file():
-                with opened(root / single) as shard:
-                    self._files = dict.fromkeys(shard.keys(), root / single)
-                break
-        else:
+        self._files = weight_files(root)
+        if not self._files:
             raise UserError(
-                f"{root} holds no {_SINGLE} (nor {_INDEX}): give a Hugging Face model directory with weights, "
+                f"{root} holds no {SINGLE} (nor {INDEX}): give a Hugging Face model directory with weights, "
                 "or start from scratch with --init."
             )
-        missing = sorted({str(f) for f in self._files.values() if not f.is_file()})
-        if missing:
-            raise UserError(f"{root} lacks {', '.join(missing)}, named in its index: restore the model directory.")
+        self._blocks = BlockScales.of(read_json(root / CONFIG) if (root / CONFIG).is_file() else {}, str(root))
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._files)
+        if self._blocks is None:
+            return list(self._files)
+        scales = {self._blocks.scales_of(name) for name in self._files}
+        return [name for name in self._files if name not in scales]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type to write tensors in unless another is asked for; None: as they are."""
+        return None if self._blocks is None else torch.bfloat16
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None, shard: Shard | None = None) -> Tensor:
-        """Return a tensor, or a part of it, as it is stored.
+        """Return a tensor, or a part of it, as it is stored, or multiplied out.
 
-        Raises :class:`UserError` when it is absent, or of another ``shape`` than the config implies.
+        Raises :class:`UserError` when it is absent, of another ``shape`` than the config implies, or of codes without
+        their scales.
         """
         if name not in self._files:
             raise UserError(
                 f"the model directory has no tensor {name}: its config.json and weights do not belong together."
             )
         file = self._files[name]
-        with opened(file) as tensors:
-            if name not in set(tensors.keys()):
-                raise UserError(f"{file} has no tensor {name}, which its index places there: restore both.")
-            stored = tensors.get_slice(name)
-            found = tuple(stored.get_shape())
-            if shape is not None and found != tuple(shape):
-                raise UserError(
-                    f"{file}: tensor {name} has shape {found}, config.json implies {tuple(shape)}: the two do not "
-                    "belong together."
-                )
-            if shard is None:
-                return tensors.get_tensor(name)
-            before = (slice(None),) * shard.dim
-            return torch.cat([stored[(*before, slice(a, b))] for a, b in shard.spans], dim=shard.dim)
+        found, value = _stored(file, name, shape, shard)
+        if not is_coded(value):
+            return value
+        scales = None if self._blocks is None else self._blocks.scales_of(name)
+        if self._blocks is None or scales not in self._files or len(found) != 2 or value.dtype != torch.float8_e4m3fn:
+            raise UserError(
+                f"{file}: tensor {name} holds codes ({value.dtype}) of a quantization that is not read: give the model "
+                "in bf16 or fp16."
+            )
+        try:
+            return self._blocks.multiplied(value, _stored(self._files[scales], scales)[1], found, shard)
+        except ValueError as error:
+            raise UserError(f"{file}: tensor {name} has {error}: fetch the model again.") from error
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """Return a parameter of the model of ``shape``, or this rank's part of it; nothing else is read from disk.
 
-        Raises :class:`UserError` as :meth:`tensor` does.
+        Raises :class:`UserError` as :meth:`tensor` does, and for values that are no finite numbers.
         """
         names = stored_names(name, shape) if name not in self._files else []
         if not names:
-            return self.tensor(name, shape, shard)
+            return self._numbers(name, shape, shard)
         each, own = stored_shape(len(names), shape), stored_shard(len(names), shard)
         local = shape if shard is None else shard.local_shape
-        return torch.cat([self.tensor(stored, each, own) for stored in names]).view(local)
+        return torch.cat([self._numbers(stored, each, own) for stored in names]).view(local)
+
+    def _numbers(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
+        value = self.tensor(name, shape, shard)
+        if not value.is_floating_point():
+            raise UserError(f"{self._files[name]}: tensor {name} is of {value.dtype}, not of floating-point numbers.")
+        if value.numel() and not all(map(torch.isfinite, value.aminmax())):  # a NaN is both
+            raise UserError(
+                f"{self._files[name]}: tensor {name} holds values that are NaN or infinite: fetch the model again, or "
+                "take an older checkpoint."
+            )
+        return value
+
+
+def _stored(
+    file: Path, name: str, shape: tuple[int, ...] | None = None, shard: Shard | None = None
+) -> tuple[tuple[int, ...], Tensor]:
+    """The shape of a tensor in a file, and the tensor or a part of it."""
+    with opened(file) as tensors:
+        if name not in set(tensors.keys()):
+            raise UserError(f"{file} has no tensor {name}, which its index places there: restore both.")
+        stored = tensors.get_slice(name)
+        found = tuple(stored.get_shape())
+        if shape is not None and found != tuple(shape):
+            raise UserError(
+                f"{file}: tensor {name} has shape {found}, config.json implies {tuple(shape)}: the two do not "
+                "belong together."
+            )
+        if shard is None:
+            return found, tensors.get_tensor(name)
+        before = (slice(None),) * shard.dim
+        return found, torch.cat([stored[(*before, slice(a, b))] for a, b in shard.spans], dim=shard.dim)
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises :class:`UserError` where there is none."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)}): restore it.") from error
 
 
 def shard_name(shard: int, shards: int) -> str:
     """Name of shard ``shard`` of ``shards``, counted from 0."""
-    return _SINGLE if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+    return SINGLE if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
 
 
 def write_shard(staging: Path, tensors: dict[str, Tensor], shard: int, shards: int) -> None:
@@ -141,14 +169,12 @@ def write_metadata(
 
     The generation config is that of the ``model`` directory trained from.
     """
-    before = set(os.listdir(staging))
+    before = _files(staging)
     config.save_pretrained(staging)
-    if model is not None and (model / _GENERATION).is_file():
-        shutil.copyfile(model / _GENERATION, staging / _GENERATION)
+    if model is not None:
+        _copy(model, staging, (_GENERATION, *_code(model / CONFIG)))
     if tokenizer is not None:
-        for name in _TOKENIZER_FILES:
-            if (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, staging / name)
+        _copy(Path(tokenizer), staging, (*_TOKENIZER_FILES, *_code(Path(tokenizer, "tokenizer_config.json"))))
     if shards > 1:
         weight_map, size = {}, 0
         for shard in range(shards):
@@ -157,72 +183,28 @@ def write_metadata(
                 weight_map.update(dict.fromkeys(tensors.keys(), file))
             size += _tensor_bytes(staging / file)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (staging / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return sorted(set(os.listdir(staging)) - before)
+        (staging / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return sorted(_files(staging) - before)
+
+
+def _code(config: Path) -> tuple[str, ...]:
+    """Pattern of the code beside a config that names classes of its own (``auto_map``)."""
+    return ("*.py",) if config.is_file() and "auto_map" in read_json(config) else ()
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of all files in a folder and below."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _tensor_bytes(file: Path) -> int:
     """Size of a safetensors file without its header, whose length its first eight bytes tell."""
     with open(file, "rb") as stream:
         return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{index} is no index of safetensors files ({error!r}): restore the model directory."
-        ) from error
-
-
-class _Pickled:
-    """A ``.bin`` file under the interface of ``safe_open``; tensors are mapped, not read, until they are used."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self._tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
-            raise UserError(
-                f"{file} is no readable file of weights ({one_line(error)[:120]}): fetch it again, or the model's "
-                "safetensors."
-            ) from error
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._tensors[name].clone()  # tied ones share their storage
-
-    def get_slice(self, name: str) -> "_Mapped":
-        return _Mapped(self._tensors[name])
-
-
-class _Mapped:
-    """A tensor under the interface of safetensors' slices."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self._tensor.shape)
-
-    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        return self._tensor[index]
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[safe_open | _Pickled]:
-    """A file of weights. Raises :class:`UserError` when it cannot be read."""
-    if file.suffix == ".bin":
-        yield _Pickled(file)
-        return
-    try:
-        shard = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        said = str(error).rstrip(".")
-        raise UserError(
-            f"{file} is no readable safetensors file ({said}): it may be cut off or a Git LFS pointer; fetch it again."
-        ) from error
-    with shard:
-        yield shard

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fft.checkpoint.adapter import scale_of
+from fft.checkpoint.convert import Merged, main
+from fft.errors import UserError
 from fft.weights.hf import WeightReader
 
 
@@ -134,6 +138,7 @@ def test_a_merged_adapter_computes_what_both_compute(rslora, scale, model, direc
         (TARGETS, {"use_dora": True}, "only plain LoRA is merged, this has use_dora"),
         (TARGETS, {"peft_type": "IA3"}, "only plain LoRA is merged, this has IA3"),
         ({"model.layers.9.mlp.up_proj": (64, 32)}, {}, "lora_A.weight belongs to no weight of the model"),
+        (TARGETS, {"init_lora_weights": "pissa_niter_4"}, "this has init_lora_weights 'pissa_niter_4', which changes"),
     ],
 )
 def test_adapters_that_are_refused(names, settings, said, directory, convert, tmp_path):
@@ -145,3 +150,132 @@ def test_what_is_refused(directory, convert, tmp_path):
     assert f"--tag step-3: {directory}/step-3 is no checkpoint; {directory} holds: none" in convert(
         directory, "--tag", "step-3", refused=True
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"init_lora_weights": "gaussian", "peft_version": "0.18", "modules_to_save": None, "rank_pattern": {}}, None),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora', which changes the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda', which changes the base"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq', which changes the base"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga', which changes the base"),
+        ({"modules_to_save": ["lm_head"]}, "this has modules_to_save"),
+        ({"trainable_token_indices": [3]}, "this has trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "this has layer_replication"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "this has target_parameters"),
+        ({"use_bdlora": {"a": 1}}, "this has use_bdlora"),
+        ({"some_invention_of_2027": 1}, "this has some_invention_of_2027"),
+        ({"bias": "lora_only"}, "this has bias"),
+        ({"r": 0}, "is no LoRA adapter: r is 0"),
+        ({"lora_alpha": None}, "lora_alpha None"),
+    ],
+)
+def test_settings_of_an_adapter_are_known_or_refused(settings, said):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    if said is None:
+        assert scale_of(config, "it") == 2
+    else:
+        with pytest.raises(UserError, match=said):
+            scale_of(config, "it")
+
+
+def test_every_setting_of_peft_is_known_or_refused_when_it_is_on():
+    """Of the installed release: defaults pass, and none is overlooked."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"]).to_dict() | {"peft_type": "LORA"}
+    assert scale_of(config, "it") == 2
+
+
+def merged(model, folder, tensors, **settings):
+    """What comes of merging in this process."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return Merged(WeightReader(model), folder)
+
+
+def matrices(name, rows, columns):
+    parts = {"A": torch.ones(4, columns), "B": torch.ones(rows, 4)}
+    return {f"base_model.model.{name}.lora_{part}.weight": value for part, value in parts.items()}
+
+
+def test_adapters_that_do_not_fit_are_named(directory, tmp_path):
+    q_proj = "model.layers.0.self_attn.q_proj"
+    half = dict(list(matrices(q_proj, 32, 32).items())[:1])
+    with pytest.raises(UserError, match=r"lacks base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_B"):
+        merged(directory, tmp_path / "half", half)
+    wide = merged(directory, tmp_path / "wide", matrices(q_proj, 32, 33))
+    with pytest.raises(UserError, match=r"has \(32, 33\) for .*q_proj\.weight of \(32, 32\): wrong adapter or model"):
+        wide.tensor(f"{q_proj}.weight")
+    with pytest.raises(UserError, match="is no matrix of plain LoRA: merge it with PEFT"):
+        merged(directory, tmp_path / "other", {"base_model.model.model.norm.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora",)])
+def test_a_head_that_the_config_ties_and_the_files_do_not_is_kept(flags, model, directory, convert, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(directory, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    if flags:
+        flags = ("--lora", adapter(tmp_path, TARGETS)[0])
+    loaded = convert(source, *flags)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_an_adapter_of_a_tied_head_is_named(convert, tmp_path):
+    torch.manual_seed(3)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL | {"tie_word_embeddings": True}))
+    made.save_pretrained(tmp_path / "tied")
+    said = convert(tmp_path / "tied", "--lora", adapter(tmp_path, {"lm_head": (101, 32)})[0], refused=True)
+    assert "lm_head.lora_A.weight adapts the output head, which in this model is the embedding" in said
+
+
+def test_fp8_is_written_multiplied_out_and_says_nothing_of_it(directory, convert, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(directory, source)
+    weights, name = load_file(source / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    weights[name] = (weights[name] * 100).to(torch.float8_e4m3fn)
+    weights[f"{name}_scale_inv"] = torch.tensor([[0.5, 0.25], [2.0, 1.0], [0.5, 4.0], [1.0, 1.0]])
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    expected = weights[name].float() * weights[f"{name}_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)
+    loaded = convert(source)
+    assert torch.equal(loaded.state_dict()[name], expected.to(torch.bfloat16))
+    assert not hasattr(loaded.config, "quantization_config")
+
+
+def test_what_would_be_lost_is_refused(directory, convert, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(directory, source)
+    assert "would replace" in convert_in_place(source)
+    weights = load_file(source / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert "has no tensor model.layers.2.mlp.up_proj.weight" in convert(source, refused=True)
+
+
+def convert_in_place(folder):
+    with pytest.raises(UserError) as raised:
+        main([str(folder), str(folder), "--overwrite"])
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_sizes_that_are_none(size, directory, tmp_path):
+    with pytest.raises(UserError, match="must be more than 0"):
+        main([str(directory), str(tmp_path / "out"), "--max_shard_size", size])
+
+
+def test_an_output_that_cannot_be_made(directory, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file: name a folder"):
+        main([str(directory), str(tmp_path / "file")])
+    with pytest.raises(UserError, match=r"cannot be made .Not a directory.: choose another folder"):
+        main([str(directory), str(tmp_path / "file" / "below")])

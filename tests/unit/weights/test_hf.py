@@ -160,3 +160,34 @@ def test_an_interrupted_replacement_loses_no_model(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"none/model\.safetensors cannot be written \(.*\): make room there"):
         hf.write_shard(tmp_path / "none", {"a": torch.ones(2)}, 0, 1)
+
+
+#: What a tokenizer may consist of, and what else may lie beside it.
+TOKENIZER = [
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "tekken.json"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+    *("additional_chat_templates/tools.jinja", "tokenization_mine.py", "preprocessor_config.json"),
+]
+OTHERS = ["README.md", "train.py", "model.safetensors", "training/state.json", "SHA256SUMS", "pytorch_model.bin"]
+
+
+def test_all_files_of_a_tokenizer_are_kept_and_no_others(tmp_path):
+    source, staging = tmp_path / "source", tmp_path / "staging"
+    for name in TOKENIZER + OTHERS:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}" if name.endswith("json") else name)
+    staging.mkdir()
+    made = hf.write_metadata(staging, LlamaConfig(), str(source), 1)
+    assert made == sorted([*TOKENIZER, "config.json"])
+    assert (
+        staging / "additional_chat_templates" / "tools.jinja"
+    ).read_text() == "additional_chat_templates/tools.jinja"
+
+
+def test_code_is_kept_where_a_config_names_it(tmp_path):
+    source, staging = tmp_path / "source", tmp_path / "staging"
+    source.mkdir()
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["helpers.Mine", null]}}')
+    (source / "helpers.py").write_text("import more")
+    staging.mkdir()
+    assert "helpers.py" in hf.write_metadata(staging, LlamaConfig(), str(source), 1)

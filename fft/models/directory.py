@@ -1,0 +1,131 @@
+"""What of a model directory is understood: its config, and which tensors its files must and may hold.
+
+Whoever reads one asks here, so that what transformers would make something else of is refused by all alike. Which
+configs are trained is the business of :mod:`fft.models.supported`.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fft.errors import UserError, one_line
+from fft.models.lora import is_adapter
+from fft.models.spec import ModelSpec
+from fft.weights import hf
+from fft.weights.experts import stored_names
+from fft.weights.files import weight_files
+from fft.weights.quantized import BlockScales
+
+
+class Weights(Protocol):
+    """A model's tensors by Hugging Face name."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type to write tensors in unless another is asked for; None: as they are."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+
+
+#: What makes a directory an adapter's, in PEFT's format.
+ADAPTER_CONFIG = "adapter_config.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+#: Tensors of older files that are computed today.
+_COMPUTED = (r"rotary_emb\.inv_freq$",)
+#: Rows of a matrix that are compared at once.
+_ROWS = 4096
+
+
+def load_config(model: str, init: bool, weights: bool = True) -> PretrainedConfig:
+    """Read the config of ``--model``, a directory or, with ``init``, a config.json.
+
+    ``weights`` says whether those in the directory count: a head of its own among them, other than the embedding,
+    stays one whatever ``tie_word_embeddings`` says, as in transformers. Raises :class:`UserError` where there is no
+    config, where transformers cannot read it, and for what is not understood of the directory.
+    """
+    path = Path(model)
+    file = path / hf.CONFIG if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"--model {model} does not exist: give a Hugging Face model directory, or a config.json with --init."
+            if not path.exists()
+            else f"--model {model} has no config.json: give a Hugging Face model directory."
+        )
+    if not path.is_dir() and not init:
+        raise UserError(f"--model {model} is a file: only --init starts from a config; give a model directory.")
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"--model {model} holds an adapter beside a model, which transformers would add to it: move "
+            f"{ADAPTER_CONFIG} elsewhere, or merge the two by python -m fft.checkpoint.convert --lora."
+        )
+    config = _read_config(file)
+    if path.is_dir() and weights and config.tie_word_embeddings and weight_files(path):
+        config.tie_word_embeddings = not has_own_head(hf.WeightReader(path))
+    return config
+
+
+def _read_config(file: Path) -> PretrainedConfig:
+    """Raises :class:`UserError` for a config that transformers cannot read, or of weights that we cannot."""
+    try:
+        raw = dict(json.loads(file.read_text(encoding="utf-8")))
+        kind = raw.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type is {kind!r}, which transformers does not know")
+        BlockScales.of(raw, str(file.parent))
+        # What is trained and written is not quantized any more.
+        config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k not in BlockScales.SETTINGS})
+        config.tie_word_embeddings = bool(config.get_text_config().tie_word_embeddings)
+    except UserError:
+        raise
+    except Exception as error:  # config classes raise what their checks happen to raise
+        raise UserError(
+            f"{file} is not a model configuration ({one_line(error)}): give one that transformers can read."
+        ) from error
+    if not config.architectures and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    return config
+
+
+def has_own_head(weights: Weights) -> bool:
+    """Whether there is an output head with other values than the embedding's."""
+    embeddings = [name for name in weights.names if name.endswith(_EMBEDDING)]
+    if _HEAD not in weights.names or len(embeddings) != 1:
+        return False
+    head, embedding = weights.tensor(_HEAD), weights.tensor(embeddings[0])
+    if head.shape != embedding.shape:
+        return True
+    pairs = zip(head.split(_ROWS), embedding.split(_ROWS), strict=True)
+    return any(not torch.equal(a, b.to(a.dtype)) for a, b in pairs)
+
+
+def check_tensors(spec: ModelSpec, names: Iterable[str], where: object) -> None:
+    """Raise :class:`UserError` where files in ``where``, by ``names``, lack a tensor of the model or have others."""
+    have, known = set(names), set()
+    for name, tensor in spec.skeleton.state_dict().items():
+        if is_adapter(name.removesuffix(".weight")):
+            continue
+        parts = stored_names(name, tuple(tensor.shape))
+        known |= {name, *parts}
+        lacking = [] if name in have else [part for part in parts or [name] if part not in have]
+        if lacking and not (spec.tied and name == _HEAD):
+            raise UserError(f"{where} has no tensor {lacking[0]}: its config.json and weights do not belong together.")
+    patterns = [*_COMPUTED, *(spec.skeleton._keys_to_ignore_on_load_unexpected or ())]
+    extra = sorted(name for name in have - known if not any(re.search(pattern, name) for pattern in patterns))
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise UserError(
+            f"{where} holds tensor {extra[0]}{more}, for which the model that its config.json describes has no place: "
+            "the config is another model's, or lacks a setting."
+        )

@@ -1,0 +1,120 @@
+"""Files of weights: which of a directory's are a model's, and both formats under one interface."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fft.errors import UserError, one_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Where weights may be, the preferred first: index and single file.
+_INDEXES = ((INDEX, SINGLE), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+
+
+def weight_files(root: Path) -> dict[str, Path]:
+    """The file of every tensor of a model directory, by the tensor's name; empty without weights.
+
+    Raises :class:`UserError` where one cannot be read or is missing, and where there are two models to choose from.
+    """
+    for index, single in _INDEXES:
+        has_index, has_single = (root / index).is_file(), (root / single).is_file()
+        if not has_index and not has_single:
+            continue
+        if not has_index:
+            with opened(root / single) as tensors:
+                return dict.fromkeys(tensors.keys(), root / single)
+        files = {name: root / file for name, file in _weight_map(root / index).items()}
+        if has_single and set(files.values()) != {root / single}:
+            raise UserError(
+                f"{root} holds {single} beside an {index} of other files, and tools differ in which they take for the "
+                "model: remove what is not."
+            )
+        missing = sorted({str(file) for file in files.values() if not file.is_file()})
+        if missing:
+            raise UserError(f"{root} lacks {', '.join(missing)}, named in its index: restore the model directory.")
+        return files
+    return {}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        other = [file for file in found.values() if not isinstance(file, str)]
+        if other:
+            raise ValueError(f"{other[0]!r} is no file name")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{index} is no index of safetensors files ({error!r}): restore the model directory."
+        ) from error
+    return found
+
+
+class _Pickled:
+    """A ``.bin`` file under the interface of ``safe_open``; tensors are mapped, not read, until they are used.
+
+    Files in the format of PyTorch before 1.6, which cannot be mapped, are read whole.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            found = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
+            raise UserError(
+                f"{file} is no readable file of weights ({one_line(error)[:120]}): fetch it again, or the model's "
+                "safetensors."
+            ) from error
+        if not isinstance(found, dict):
+            raise UserError(f"{file} holds a {type(found).__name__}, not tensors by name: save the state dict alone.")
+        for name, value in found.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor):
+                raise UserError(
+                    f"{file} holds {name!r}, a {type(value).__name__} and no tensor: save the state dict alone."
+                )
+        self._tensors: dict[str, Tensor] = found
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name].clone()  # tied ones share their storage
+
+    def get_slice(self, name: str) -> "_Mapped":
+        return _Mapped(self._tensors[name])
+
+
+class _Mapped:
+    """A tensor under the interface of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        return self._tensor[index]
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open | _Pickled]:
+    """A file of weights. Raises :class:`UserError` when it cannot be read."""
+    if file.suffix == ".bin":
+        yield _Pickled(file)
+        return
+    try:
+        shard = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        said = str(error).rstrip(".")
+        raise UserError(
+            f"{file} is no readable safetensors file ({said}): it may be cut off or a Git LFS pointer; fetch it again."
+        ) from error
+    with shard:
+        yield shard
