@@ -24,9 +24,7 @@ from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.console import live, say
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import replace_folder, start_folder
-from fft.models.directory import Weights, check_tensors, has_own_head, load_config
-from fft.models.spec import ModelSpec
-from fft.models.supported import FAMILIES
+from fft.models.directory import Weights, check_whole, has_own_head, load_config
 from fft.weights import hf
 from fft.weights.experts import parameter_of
 
@@ -196,8 +194,7 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     config = load_config(str(model), init=False, weights=False)
     if config.tie_word_embeddings and has_own_head(source):
         config.tie_word_embeddings = False
-    if config.model_type in FAMILIES:
-        check_tensors(ModelSpec(config, torch.float32), source.names, model)
+    check_whole(config, source.names, model)
     kind = DTYPES[dtype] if dtype else source.dtype
     written = number = 0
     try:

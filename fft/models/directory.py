@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fft.errors import UserError, one_line
 from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
+from fft.models.supported import FAMILIES
 from fft.weights import hf
 from fft.weights.experts import stored_names
 from fft.weights.files import weight_files
@@ -129,3 +130,9 @@ def check_tensors(spec: ModelSpec, names: Iterable[str], where: object) -> None:
             f"{where} holds tensor {extra[0]}{more}, for which the model that its config.json describes has no place: "
             "the config is another model's, or lacks a setting."
         )
+
+
+def check_whole(config: PretrainedConfig, names: Iterable[str], where: object) -> None:
+    """:func:`check_tensors` for a model of a type that is known; what others consist of is not known here."""
+    if config.model_type in FAMILIES:
+        check_tensors(ModelSpec(config, torch.float32), names, where)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from fft.console import live, say
 from fft.errors import Parser, UserError, positive, run_cli
-from fft.files import atomic_file
+from fft.files import atomic_file, hidden
 from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
 
 _EXAMPLES = """examples:
@@ -121,9 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not Path(args.model).is_dir():
         raise UserError(f"--model {args.model} is not a folder: give a Hugging Face model directory.")
     if not (Path(args.model) / "config.json").is_file():
-        raise UserError(f"--model {args.model} has no config.json: give a Hugging Face model directory.")
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"--output {args.output} exists: choose another file or add --overwrite.")
+        adapter = (Path(args.model) / "adapter_config.json").is_file()
+        remedy = (
+            "merge the adapter by python -m fft.checkpoint.convert"
+            if adapter
+            else "give a Hugging Face model directory"
+        )
+        raise UserError(f"--model {args.model} has no config.json: {remedy}.")
+    _check_output(args.output, args.overwrite)
     prompts = read_prompts(args.input, args.prompt_key)
     engine = load_engine(args.engine, args.model, args.batch_size)
     say(f"{len(prompts):,} prompts, {engine.name}")
@@ -133,6 +139,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     with live(tally.line, last=True):
         write_completions(args.output, prompts, tally.count(batches))
     say(f"wrote {args.output}")
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    """Raise :class:`UserError` where what takes hours could not be written at its end."""
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise UserError(f"--output {path} exists: choose another file or add --overwrite.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = hidden(path, f"{os.getpid()}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be made ({error.strerror}): choose another place.") from error
 
 
 def _prompt(record: object, key: str, where: str) -> Prompt:

@@ -76,16 +76,31 @@ class WeightReader:
         found, value = _stored(file, name, shape, shard)
         if not is_coded(value):
             return value
-        scales = None if self._blocks is None else self._blocks.scales_of(name)
-        if self._blocks is None or scales not in self._files or len(found) != 2 or value.dtype != torch.float8_e4m3fn:
-            raise UserError(
-                f"{file}: tensor {name} holds codes ({value.dtype}) of a quantization that is not read: give the model "
-                "in bf16 or fp16."
-            )
+        blocks = self._check_codes(name, value)
+        scales = blocks.scales_of(name)
         try:
-            return self._blocks.multiplied(value, _stored(self._files[scales], scales)[1], found, shard)
+            return blocks.multiplied(value, _stored(self._files[scales], scales)[1], found, shard)
         except ValueError as error:
             raise UserError(f"{file}: tensor {name} has {error}: fetch the model again.") from error
+
+    def check_types(self) -> None:
+        """Raise :class:`UserError` for the first tensor of codes without their scales; reads no values."""
+        for file in sorted(set(self._files.values())):
+            with opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    stored = tensors.get_slice(name)
+                    if stored.get_shape() and is_coded(nothing := stored[(slice(0, 0),)]):
+                        self._check_codes(name, nothing)
+
+    def _check_codes(self, name: str, value: Tensor) -> BlockScales:
+        """How a tensor of codes is multiplied out. Raises :class:`UserError` where that is not known."""
+        blocks = self._blocks
+        if blocks is None or blocks.scales_of(name) not in self._files or not blocks.fit(value):
+            raise UserError(
+                f"{self._files[name]}: tensor {name} holds codes ({value.dtype}) of a quantization that is not read: "
+                "give the model in bf16 or fp16."
+            )
+        return blocks
 
     def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """Return a parameter of the model of ``shape``, or this rank's part of it; nothing else is read from disk.

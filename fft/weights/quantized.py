@@ -72,6 +72,11 @@ class BlockScales:
         """Name of the scales of a weight."""
         return name + _SCALE
 
+    @staticmethod
+    def fit(codes: Tensor) -> bool:
+        """Whether a tensor of codes is one that such scales belong to."""
+        return codes.dtype == torch.float8_e4m3fn and codes.ndim == 2
+
     def multiplied(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
         """The float32 values of ``codes``, which are all or a ``shard`` of a weight of ``shape``; ``scales`` are whole.
 

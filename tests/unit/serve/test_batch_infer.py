@@ -1,17 +1,21 @@
 import itertools
 import json
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fft.errors import UserError
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from fft.serve import batch_infer
 from fft.serve.batch_infer import Prompt, read_prompts, write_completions
-from fft.serve.engines import Completion, Sampling, load_engine
+from fft.serve.engines import Completion, Sampling, load_engine, row_seed
 
 PROMPTS = ["def f(x):", "import", "class A:\n    def g(self, value):\n        return", "x", "for i in range("]
 
@@ -151,6 +155,187 @@ def test_bytes_that_are_no_text_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(UserError, match=r"line 2 is not UTF-8"):
         read_prompts(tmp_path / name, "prompt")
+
+
+@pytest.fixture
+def changed(model_dir, tmp_path):
+    """A copy of the model, to be changed: `changed(file, **entries)` returns its folder."""
+    copy = tmp_path / "copy"
+    shutil.copytree(model_dir, copy)
+
+    def change(file: str, **entries):
+        path = copy / file
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(before | entries))
+        return str(copy)
+
+    return change
+
+
+def complete(model, prompts=PROMPTS, batch_size=8, **sampling):
+    engine = load_engine("transformers", str(model), batch_size)
+    return list(itertools.chain.from_iterable(engine.generate(prompts, Sampling(max_new_tokens=12, **sampling))))
+
+
+#: What models bring along that would change which token is taken.
+HABITS = {
+    **{"do_sample": True, "repetition_penalty": 9.0, "num_beams": 3, "min_p": 0.3, "top_k": 2, "temperature": 3.0},
+    **{"no_repeat_ngram_size": 1, "suppress_tokens": list(range(60, 200)), "min_new_tokens": 12, "max_length": 20},
+    **{"typical_p": 0.2, "epsilon_cutoff": 0.2, "length_penalty": 2.0},
+}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "top_p": 0.8}])
+def test_tokens_are_chosen_as_the_flags_say_whatever_the_model_s_habits(sampling, model_dir, changed):
+    plain = complete(model_dir, **sampling)
+    assert complete(changed("generation_config.json", **HABITS), **sampling) == plain
+
+
+def test_every_end_token_ends_a_text(model_dir, changed):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    inputs = AutoTokenizer.from_pretrained(model_dir)(PROMPTS[0], return_tensors="pt")
+    ids = model.generate(inputs["input_ids"], max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+    new = ids[inputs["input_ids"].shape[1] :].tolist()
+    at = next(at for at, token in enumerate(new) if token != new[0])
+    (found,) = complete(changed("generation_config.json", eos_token_id=[290, new[at]]), PROMPTS[:1])
+    assert (found.tokens, found.finish_reason) == (at, "stop")
+
+
+def test_a_sample_depends_on_its_row_and_seed_alone(model_dir):
+    prompts = ["x"] * 7
+    alone = complete(model_dir, prompts, 1, temperature=1.0, seed=5)
+    assert complete(model_dir, prompts, 3, temperature=1.0, seed=5) == alone
+    assert len({sample.text for sample in alone}) == 7
+    other = complete(model_dir, prompts, 3, temperature=1.0, seed=6)
+    assert not {sample.text for sample in alone} & {sample.text for sample in other}
+
+
+def test_top_p_keeps_the_likeliest(model_dir):
+    greedy = complete(model_dir)
+    assert complete(model_dir, temperature=1.0, top_p=1e-6) == greedy
+    assert complete(model_dir, temperature=1.0, top_p=1.0) != greedy
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    """Of 200 tokens all alike, more than 50 are drawn; of two, each as often as it is likely."""
+    from fft.serve.engines import _drawing
+
+    def draws(scores, **given):
+        seeds = [row_seed(1, row) for row in range(4000)]
+        drawing = _drawing(Sampling(temperature=1.0, **given), seeds, torch.device("cpu"))
+        return drawing(torch.zeros(4000, 1, dtype=torch.long), scores.expand(4000, -1)).argmax(-1)
+
+    assert len(draws(torch.zeros(1, 200)).unique()) == 200
+    share = (draws(torch.tensor([[0.7, 0.3]]).log()) == 0).float().mean()
+    assert abs(share - 0.7) < 0.03
+    assert set(draws(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6).tolist()) == {0, 1}
+
+
+def test_seeds_of_rows_do_not_repeat_nor_shift():
+    seeds = [[row_seed(seed, row) for row in range(3000)] for seed in (1, 2)]
+    assert len({*seeds[0], *seeds[1]}) == 6000
+    assert all(0 <= seed < 1 << 63 for seed in seeds[0])
+
+
+def test_vllm_is_told_all_of_the_sampling(model_dir, monkeypatch):
+    """With a stand-in for vLLM: every prompt's parameters, across its chunks of a thousand."""
+    told = []
+
+    class LLM:
+        def __init__(self, model, **given):
+            told.append(given)
+
+        def generate(self, prompts, parameters, use_tqdm):
+            told.extend(parameters)
+            output = SimpleNamespace(text="", token_ids=[1], finish_reason="stop")
+            return [SimpleNamespace(outputs=[output]) for _ in prompts]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr("fft.serve.engines._has_vllm", lambda: True)
+    engine = load_engine("auto", str(model_dir), 8)
+    list(engine.generate(["a"] * 2500, Sampling(7, 0.6, 0.8, 4)))
+    untied, *parameters = told
+    assert untied == {"hf_overrides": {"tie_word_embeddings": False}}
+    assert [p["seed"] for p in parameters] == [row_seed(4, row) for row in range(2500)]
+    assert {(p["max_tokens"], p["temperature"], p["top_p"]) for p in parameters} == {(7, 0.6, 0.8)}
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_made(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_infer, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "in.txt").write_text("a")
+    (tmp_path / "file").touch()
+    for output, said in (
+        (tmp_path, "is a folder: name a file"),
+        (tmp_path / "file" / "out.jsonl", r"cannot be made \(.*\): choose another place"),
+        ("/proc/nowhere/out.jsonl", r"cannot be made \(.*\): choose another place"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run("--model", model_dir, "--input", tmp_path / "in.txt", "--output", output, "--overwrite")
+
+
+def rewritten(folder, change):
+    """The weights of a folder, changed."""
+    weights = load_file(f"{folder}/model.safetensors")
+    change(weights)
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+    return folder
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda weights: weights.pop(NORM), f"has no tensor {NORM}"),
+        (lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), "q_proj.bias, for"),
+        (lambda weights: weights.update({NORM: torch.full((32,), torch.nan)}), f"{NORM} holds values that are NaN"),
+        (lambda weights: weights.update({NORM: torch.ones(31)}), "cannot be loaded"),
+        (lambda weights: weights.update({NORM: torch.ones(32, dtype=torch.int8)}), "cannot be loaded|holds codes"),
+    ],
+)
+def test_weights_that_are_none_are_named(harm, said, changed):
+    with pytest.raises(UserError, match=said):
+        complete(rewritten(changed("config.json"), harm))
+
+
+def test_a_file_that_is_cut_is_named(changed):
+    folder = changed("config.json")
+    with open(f"{folder}/model.safetensors", "r+b") as stream:
+        stream.truncate(2000)
+    with pytest.raises(UserError, match="is no readable safetensors file"):
+        complete(folder)
+
+
+def test_a_tokenizer_larger_than_the_model_is_named(changed):
+    folder = changed("config.json", vocab_size=200)
+    with pytest.raises(UserError, match=r"has a tokenizer of \d+ tokens, and its config\.json a vocab_size of 200"):
+        complete(rewritten(folder, lambda w: w.update({n: w[n][:200] for n in w if w[n].shape[0] > 200})))
+
+
+def test_a_config_that_is_broken_is_not_taken_for_a_missing_tokenizer(changed):
+    with pytest.raises(UserError, match=r"config\.json is not a model configuration"):
+        complete(changed("config.json", hidden_size="many"))
+    with pytest.raises(UserError, match=r"is quantized .quant_method 'gptq'"):
+        complete(changed("config.json", hidden_size=32, quantization_config={"quant_method": "gptq"}))
+
+
+def test_fp8_is_multiplied_out(model_dir, changed):
+    """Codes and scales that are exactly the plain weights."""
+    name, fp8 = "model.layers.1.mlp.up_proj.weight", torch.float8_e4m3fn
+
+    def coded(weights):
+        weights[name] = weights[name].to(fp8)
+        weights[f"{name}_scale_inv"] = torch.ones(4, 2)
+
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    found = complete(rewritten(changed("config.json", quantization_config=settings), coded))
+    shutil.copy(model_dir / "model.safetensors", changed("config.json", quantization_config=None))
+    plain = complete(
+        rewritten(changed("config.json"), lambda weights: weights.update({name: weights[name].to(fp8).float()}))
+    )
+    assert found == plain
 
 
 def test_a_model_without_tokenizer_is_named(tmp_path):
