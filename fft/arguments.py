@@ -114,6 +114,12 @@ class TrainArguments:
     adam_beta2: float = flag("AdamW's second beta", 0.95, bound=BELOW_1)
     adam_epsilon: float = flag("AdamW's epsilon", 1e-8, bound=NOT_NEGATIVE)
     max_grad_norm: float = flag("clip the global gradient norm to this (0: never)", 1.0, bound=NOT_NEGATIVE)
+    max_skipped_steps: int = flag(
+        "end the run with an error after k steps in a row whose gradients were not finite, which change nothing; those "
+        "that lower fp16's loss scale do not count (0: never)",
+        5,
+        bound=NOT_NEGATIVE,
+    )
     dtype: str = flag(
         "type of weights and activations; masters and moments are fp32",
         "bf16",

@@ -50,9 +50,8 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
         path = getattr(args, flag)
         readers[flag] = path and _open_all(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
     total_samples, total_steps = _length(args, readers["train_data"], mesh)
-    return Plan(
-        config, weights, tokenizer, mesh, readers["train_data"], readers["eval_data"], total_samples, total_steps
-    )
+    data = readers["train_data"], readers["eval_data"]
+    return Plan(config, weights, tokenizer, mesh, *data, total_samples, total_steps)
 
 
 def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:

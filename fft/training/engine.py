@@ -200,7 +200,7 @@ class StageEngine:
             axis, self._trained = engine.grid.get_data_parallel_world_size(), int(trained)
             self.loss.scale = axis * engine.micro_batches / max(1, self._trained)
         if self._balance is not None:
-            self._balance.start(engine.micro_batches, self._loss_scale)
+            self._balance.start(engine.micro_batches, self.loss_scale)
         return float(engine.train_batch(map(_to_torch, batches)))
 
     def trained_nothing(self) -> bool:
@@ -229,23 +229,26 @@ class StageEngine:
         return float(norm) if norm is not None else float("nan")
 
     @property
-    def _loss_scale(self) -> float:
+    def loss_scale(self) -> float:
         """What gradients are multiplied by until the optimizer divides them by it: not 1 in fp16 alone."""
         return float(self.deepspeed.optimizer.loss_scale) if self.deepspeed.fp16_enabled() else 1.0
 
     @property
-    def scaling(self) -> dict[str, float]:
-        """Of fp16: the loss scale, and the steps skipped so far because gradients overflowed."""
-        if not self.deepspeed.fp16_enabled():
-            return {}
-        return {"loss_scale": self._loss_scale, "skipped_steps": self.deepspeed.skipped_steps}
+    def skipped(self) -> int:
+        """Steps so far that changed nothing, since their gradients were not finite. The schedule waits for them."""
+        return self.deepspeed.skipped_steps
 
-    def scaler_state(self) -> dict | None:
-        """Where the dynamic loss scale of fp16 stands, and how many steps it has cost; None in other types."""
-        if not self.deepspeed.fp16_enabled():
-            return None
-        scaler = self.deepspeed.optimizer.loss_scaler
-        return {"skipped": self.deepspeed.skipped_steps} | {name: getattr(scaler, name) for name in _SCALER}
+    @property
+    def scaling(self) -> dict[str, float]:
+        """The steps that were skipped and, of fp16, the loss scale."""
+        scale = {"loss_scale": self.loss_scale} if self.deepspeed.fp16_enabled() else {}
+        return scale | {"skipped_steps": self.skipped}
+
+    def scaler_state(self) -> dict:
+        """How many steps were skipped and, in fp16, where the dynamic loss scale stands."""
+        names = _SCALER if self.deepspeed.fp16_enabled() else ()
+        scaler = self.deepspeed.optimizer.loss_scaler if names else None
+        return {"skipped": self.skipped} | {name: getattr(scaler, name) for name in names}
 
     def restore(self, training: Path, shards: Mapping[str, Shard], step: int, scaler: dict | None) -> None:
         """Stand where a run stood after ``step`` steps, whose ranks wrote their states to ``training``.
@@ -254,7 +257,7 @@ class StageEngine:
         """
         engine, skipped = self.deepspeed, 0
         if scaler is not None:
-            for name in _SCALER:
+            for name in _SCALER if engine.fp16_enabled() else ():
                 setattr(engine.optimizer.loss_scaler, name, scaler[name])
             skipped = engine.skipped_steps = scaler["skipped"]
         engine.global_steps = step
@@ -291,6 +294,8 @@ def build_engine(
     replicas = mesh.data * mesh.sequence
     if replicas == 1 and (engine.using_bf16_optimizer or not stage):
         engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, in any type
     return StageEngine(engine, builder, loss, role)
 
 

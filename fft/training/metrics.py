@@ -154,9 +154,8 @@ class Metrics:
         memory = over_ranks(peak_memory(self.device), dist.ReduceOp.MAX, self.device)
         rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
         utilisation = rate * self.flops / self.peak
-        scaled = (
-            f"scale {values['loss_scale']:.0f} ({values['skipped_steps']} skipped)  " if "loss_scale" in values else ""
-        )
+        scaled = f"scale {values['loss_scale']:.0f}  " if "loss_scale" in values else ""
+        scaled += f"{values['skipped_steps']} skipped  " if values["skipped_steps"] else ""
         self.record(
             step,
             **values,

@@ -1,5 +1,6 @@
 """AdamW in one pass over memory; and clipping, which ZeRO's optimizers do, for when ZeRO is off."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,8 @@ class ClippingAdamW(torch.optim.AdamW):
     """AdamW on whole parameters that first clips their gradients, which are already those of the global batch.
 
     ``max_norm`` (0: any) bounds their norm over the ranks of ``holders``. DeepSpeed would clip, too, where ZeRO is off,
-    but keeps the norm to itself and counts tied weights twice.
+    but keeps the norm to itself and counts tied weights twice. A step whose norm is not finite changes nothing, as with
+    DeepSpeed's optimizers: clipped by it, gradients would be zero or NaN.
     """
 
     def __init__(self, groups: list[dict], max_norm: float, holders: Holders, **options: Any) -> None:
@@ -67,16 +69,22 @@ class ClippingAdamW(torch.optim.AdamW):
         self._max_norm, self._holders = max_norm, holders
         #: The norm before clipping, by the name under which DeepSpeed's engine looks for it.
         self._global_grad_norm: Tensor | None = None
+        #: Whether the last step was skipped, by the name under which DeepSpeed's engine looks for it.
+        self.overflow = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Clip and step. Collective over the holders."""
+        """Clip and step, or skip the step. Collective over the holders."""
         held = [p for group in self.param_groups for p in group["params"]]
         parameters = [p for p in held if p.grad is not None]  # a frozen stage has none
         norm = nn.utils.get_total_norm([p.grad for p in parameters if self._holders.counts(p)])
         squares = norm.to(held[0].device).square()
         dist.all_reduce(squares, group=self._holders.ranks)
         self._global_grad_norm = squares.sqrt()
+        self.overflow = not bool(self._global_grad_norm.isfinite())
+        if self.overflow:
+            self._global_grad_norm.fill_(math.inf)  # also for NaN, as theirs
+            return
         if self._max_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self._global_grad_norm)
         super().step()

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -147,6 +148,7 @@ class Trainer:
         self.args, self.plan, self.start = args, plan, start
         self.builder, self.engine, self.export = builder, engine, export
         self.metrics, self.saver = metrics, saver
+        self._skipped = 0  # in a row
         self.early_stop = EarlyStop.from_state(args.early_stop_patience, start.state.get("early_stop"))
         batches = batch_plan(args, plan.mesh, engine.role.replica)
         self.feed = Feed(plan, batches, engine.role, builder.ranks.sequence, start)
@@ -190,10 +192,14 @@ class Trainer:
         """Take a step and tell its numbers."""
         engine, total = self.engine, self.plan.total_steps
         watch.computed(sum(len(batch.labels) for batch in batches) if engine.role.counts else 0)
-        rate = engine.learning_rate
+        rate, skipped, scale = engine.learning_rate, engine.skipped, engine.loss_scale
         loss = engine.step(batches)
         if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
+            self._fail(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
+        # In fp16 steps are skipped until the loss scale has come down to what the gradients bear.
+        self._skipped = self._skipped + 1 if engine.skipped > skipped and scale <= 1 else 0
+        if self._skipped:
+            self._say_skipped(step)
         if loss == 0 and engine.trained_nothing():
             self._say_untrained(step)
         values = {"loss": loss, "lr": rate, "grad_norm": engine.grad_norm}
@@ -202,6 +208,22 @@ class Trainer:
             self.metrics.show(step, values, watch.lap(step, total))
         else:
             self.metrics.record(step, **values)
+
+    def _say_skipped(self, step: int) -> None:
+        """A step that changed nothing is told; a number of them in a row ends the run."""
+        what = f"step {step}: the loss is finite, its gradients are not (norm {self.engine.grad_norm})"
+        if self._skipped == self.args.max_skipped_steps:
+            self._fail(
+                f"{what}, and {self._skipped} steps in a row were skipped (--max_skipped_steps): look at the data and "
+                "at the weights that the run began with."
+            )
+        _log(f"warning: {what}; it is skipped, weights and schedule stay as they are")
+
+    def _fail(self, sentence: str) -> NoReturn:
+        """End a run that cannot go on, which all ranks see: what was saved before gets its name first."""
+        if self.saver is not None:
+            self.saver.close()
+        raise UserError(sentence)
 
     def _say_untrained(self, step: int) -> None:
         """A step without a token to train on ends a run that has not trained on any, and is told in all others."""
@@ -227,7 +249,7 @@ class Trainer:
     def evaluate(self, step: int) -> float | None:
         """Mean loss over every predicted token of ``--eval_data``, the same on all ranks; None without a table.
 
-        Collective. Raises :class:`UserError` for a table in which nothing is predicted.
+        Collective. Raises :class:`UserError` for a table in which nothing is predicted, and for a loss that is none.
         """
         batches = self.feed.evaluation()
         if batches is None:
@@ -238,6 +260,11 @@ class Trainer:
                 f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
             )
         loss = total / tokens
+        if not math.isfinite(loss):
+            self._fail(
+                f"the validation loss became {loss} at step {step}: lower --learning_rate, or look at --eval_data and "
+                "at the weights that the run began with."
+            )
         self.early_stop.see(loss)
         self.metrics.record(step, eval_loss=loss, eval_tokens=tokens)
         _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {tokens:,} tokens")
