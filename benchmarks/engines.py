@@ -75,7 +75,7 @@ class Workload:
         """
         join()
         args, spec, layout = self.plan()
-        builder = StageBuilder(spec, weights=Noise() if self.noise else None)
+        builder = StageBuilder(spec, weights=Noise(spec) if self.noise else None)
         engine = build_engine(args, builder, layout.mesh, layout.bounds, 1)
         batches = self.batches()
 
@@ -128,7 +128,11 @@ def release(device: torch.device) -> None:
 class Noise:
     """Stands for files of weights: every matrix is a stretch of the same random numbers, every vector is ones."""
 
-    def __init__(self) -> None:
+    directory = "random numbers"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        #: Of all tensors, as files of the model would have them.
+        self.names = list(spec.skeleton.state_dict())
         self._numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
     def read(self, _: str, shape: tuple[int, ...], __: object = None) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Layer(nn.Module):
         config, device = model_config(shape, setting.smallest), setting.device
         operators = fused_ops(device.type) if fused else None
         self.spec = ModelSpec(config, torch.bfloat16, fused=operators)
-        builder = StageBuilder(self.spec, weights=Noise())
+        builder = StageBuilder(self.spec, weights=Noise(self.spec))
         self.module = builder.build("model.layers.0").to(device)
         if compiled:
             self.module.self_attn.config._attn_implementation = _OPERATOR
