@@ -199,10 +199,10 @@ def _make(text: TextInput, seen: list[str | int], folder: Path, owner: Owner) ->
     staging = start_folder(folder)  # by the owner, so nobody else is writing it
     try:
         manifest = _tokenize(text, staging)
+        owner.check()
         if _seen(text.path) != seen:  # it would be found again under the hash of what the file held before
             raise UserError(f"{text.path} was changed while it was tokenized: run again when it is whole.")
         commit(staging, manifest)
-        owner.check()
         replace_folder(folder)
     except BaseException:
         if owner.holds():

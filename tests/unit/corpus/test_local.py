@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +171,40 @@ def test_what_a_killed_process_left_is_made_again(chats, tokenizer, tmp_path):
     assert make(chats, tokenizer, tmp_path) == folder
     assert Table.open(folder).rows == 60
     assert not staging_folder(folder).exists()
+
+
+def test_a_process_that_was_taken_over_leaves_the_table_of_the_other(chats, tokenizer, tmp_path, monkeypatch):
+    """As one that stood still for minutes on another machine, and wakes up when the table is made."""
+    real, made = local._tokenize, []
+
+    def sleeps(text, folder):
+        manifest = real(text, folder)
+        (lock,) = tmp_path.glob(".*.lock")
+        lock.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "_tokenize", real)
+            made.append(make(chats, tokenizer, tmp_path))
+        return manifest
+
+    monkeypatch.setattr(local, "_tokenize", sleeps)
+    with pytest.raises(UserError, match="was taken over by another job while this one stood still"):
+        make(chats, tokenizer, tmp_path)
+    assert Table.open(made[0]).rows == 60
+
+
+def test_while_another_machine_makes_it_a_process_waits(chats, tokenizer, tmp_path):
+    """Its locks may not be seen here; its mark is, and is renewed, until it has lain still for long."""
+    make(chats, tokenizer, tmp_path)
+    lock = tmp_path / ".chats.lock"
+    lock.write_text(json.dumps({"owner": "0" * 12, "process": 1, "host": "far", "machine": "other"}))
+    waiting = threading.Thread(target=make, args=(chats, tokenizer, tmp_path))
+    waiting.start()
+    waiting.join(0.7)
+    assert waiting.is_alive()
+    os.utime(lock, (0, 0))
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert not lock.exists()
 
 
 def test_a_table_that_has_lost_a_file_is_made_again(chats, tokenizer, tmp_path):
