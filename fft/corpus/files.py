@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote
 
 from fft.corpus.readers import row_group_sizes, schema_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.data.delta import is_delta, read_snapshot, split_version
-from fft.data.known import COMPRESSIONS, KINDS, LeftOut
+from fft.data.known import COMPRESSIONS, KINDS, LeftOut, partition_of
 from fft.data.lakes import check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
 from fft.data.storage import Listing, Storage, check_names_utf8, printable
@@ -23,8 +22,6 @@ from fft.text.records import RecordEncoder
 _EXPANSION = 4
 #: Classes of files that are left out are told one by one up to so many, the rarest together.
 _CLASSES = 20
-#: How Spark calls the folder of rows whose partition column is null.
-_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
@@ -180,12 +177,6 @@ def _delta_source(table: Storage, version: int | None, id_key: str, left_out: Le
             ids[file] = own
         _count_partitions(partition, left_out)
     return Source(Path(f"{table.name}@v{snapshot.version}"), "parquet", tuple(files.values()), ids)
-
-
-def partition_of(name: str) -> dict[str, str | None]:
-    """Columns whose value stands in the name of a folder, as Spark and Hive write them: ``lang=en/part-0.parquet``."""
-    pairs = (part.partition("=") for part in name.split("/")[:-1] if "=" in part)
-    return {unquote(key): None if value == _NULL_PARTITION else unquote(value) for key, _, value in pairs}
 
 
 def _count_partitions(partition: Iterable[str], left_out: LeftOut) -> None:

@@ -6,6 +6,7 @@ All else is refused by name, or counted and told in the job's summary. The keys 
 
 from collections import Counter
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 #: How documents lie in a file, by the end of its name.
 KINDS = {
@@ -31,6 +32,8 @@ DOC_IDS = "doc_ids"
 #: The column that says with 0 which tokens are padding.
 MASK = "attention_mask"
 
+#: How Spark calls the folder of rows whose partition column is null.
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _TRAINED = "make labels of it, -100 where a token is not trained on, and drop it"
 _BOUNDS = "make cu_seqlens of it, the documents' boundaries, and drop it"
 #: Columns that say of tokens what only the columns above may say, and what to do about them.
@@ -46,6 +49,12 @@ REFUSED = {
 def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = (*LISTS, DOC_IDS, MASK)) -> list[str]:
     """Of a table's columns those that nothing here reads."""
     return [name for name in names if name not in read]
+
+
+def partition_of(name: str) -> dict[str, str | None]:
+    """Columns whose value stands in the name of a folder, as Spark and Hive write them: ``lang=en/part-0.parquet``."""
+    pairs = (part.partition("=") for part in name.split("/")[:-1] if "=" in part)
+    return {unquote(key): None if value == _NULL_PARTITION else unquote(value) for key, _, value in pairs}
 
 
 @dataclass

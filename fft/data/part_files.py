@@ -78,6 +78,11 @@ def writing_to(folder: Path) -> Iterator[None]:
     """Raise what a file system cannot do as a :class:`UserError` that names the folder."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error}): `output` must lie under this path on all machines of the "
+            "cluster, and stay there while the job runs."
+        ) from error
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written to ({error}): make room there, or have it permitted, and run the job again."

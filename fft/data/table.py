@@ -14,7 +14,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
-from fft.data.known import LISTS, MASK, LeftOut, unread_columns
+from fft.data.known import LISTS, MASK, LeftOut, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.manifest import Manifest, is_hidden
 from fft.data.storage import Listing, Storage, check_names_utf8, printable
@@ -85,8 +85,10 @@ class Table:
         if version is not None or "_delta_log" in listing.folders:
             snapshot = read_snapshot(storage, version, listing)
             names, manifest, version = snapshot.names, snapshot.manifest, snapshot.version
+            partitions = snapshot.partitions
         else:
             names, manifest = parquet_files(storage, listing)
+            partitions = {name: partition_of(name) for name in names}
             if manifest is None:
                 check_loose(storage, listing)
         if manifest is not None:
@@ -98,6 +100,9 @@ class Table:
         groups: list[RowGroup] = []
         columns: frozenset[str] | None = None
         unread = _unread_files(listing)
+        for partition in partitions.values():
+            for column in partition:
+                unread.add(f"partition column {printable(column)}")
         for file in files:
             footer = Footer.read(file, storage.filesystem)
             found = frozenset(footer.schema.names)

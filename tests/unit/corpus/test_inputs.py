@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fft.corpus.files import find_sources, kind_of, partition_of, spans_of
+from fft.corpus.files import find_sources, kind_of, spans_of
 from fft.corpus.readers import read_lines, read_row_groups
 from fft.corpus.records import read_records
 from fft.corpus.remote import find_remote
 from fft.corpus.splits import deal
-from fft.data.known import LeftOut
+from fft.data.known import LeftOut, partition_of
 from fft.errors import UserError
 from fft.text.records import Keys
 

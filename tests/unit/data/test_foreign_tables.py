@@ -1,5 +1,6 @@
 """Tables that other programs wrote: columns that shift others, padding, labels of nothing; read right, or refused."""
 
+import deltalake
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -171,3 +172,12 @@ def test_links_to_what_is_read_already_are_refused(tmp_path):
     (tmp_path / "t" / "notes.csv").touch()
     table = Table.open(tmp_path / "t")
     assert (table.tokens, table.unread.files) == (7, {".csv files": 1})
+
+
+def test_partition_columns_are_told(tmp_path):
+    rows = {"input_ids": IDS, "id": ["a b", "c"], "lang": ["en", "en"]}
+    deltalake.write_deltalake(str(tmp_path / "d"), pa.table(rows), partition_by=["id"])
+    for name in ("id=a%20b", "id=c"):
+        write_table(tmp_path / "h" / name, [np.arange(3, dtype=np.int32)], files=1)
+    assert Table.open(tmp_path / "d").unread.files == {"partition column id": 2, "column lang": 2}
+    assert Table.open(tmp_path / "h").unread.files == {"partition column id": 2}

@@ -13,9 +13,11 @@ from conftest import BIN, write_table
 from pyarrow import fs
 from samples import read_sample
 
+from fft.corpus.remote import find_remote
 from fft.data.batches import BatchPlan, Loader
 from fft.data.blend import Blend, parse_tables
 from fft.data.delta import commit_delta
+from fft.data.known import LeftOut
 from fft.data.manifest import FileInfo, Manifest, begin_writing, commit
 from fft.data.reader import SampleReader
 from fft.data.table import Table
@@ -128,6 +130,29 @@ def test_versions_of_a_delta_table(store):
     store.delete_file(file.path)
     with pytest.raises(UserError, match=r"lang=c%25d/part-.* in the Delta log of .* is missing: was the table vac"):
         Table.open(url)
+
+
+def test_raw_inputs_by_url_are_looked_through(store, tmp_path):
+    """Also under the scheme by which Hadoop calls the same store; what an engine is to read keeps it."""
+    (tmp_path / "raw").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.csv", "_d.jsonl"):
+        (tmp_path / "raw" / name).write_text("{}")
+    upload(store, tmp_path / "raw", "raw")
+    for name in ("old", "new"):
+        deltalake.write_deltalake("s3://lake/raw/deep/er", pa.table({"text": [name]}), mode="overwrite")
+    for scheme in ("s3", "s3a"):
+        left_out, url = LeftOut(), f"{scheme}://lake/raw"
+        table, texts = find_remote(f"{url}/", "id", left_out)
+        assert (table.name, texts.name) == (f"{url}/deep/er@v1", url)
+        assert (len(table.urls), texts.urls) == (1, [f"{url}/a.jsonl", f"{url}/b.jsonl"])
+        assert table.urls[0].startswith(f"{url}/deep/er/part-")
+        assert left_out.files == {".csv files": 1, "files of hidden names (_ or .)": 1}
+        assert [one.urls for one in find_remote(f"{url}/?.json*", "id", LeftOut())] == [texts.urls]
+        assert find_remote(f"{url}/deep/er@v0", "id", LeftOut())[0].urls != table.urls
+        with pytest.raises(UserError, match="lies in the Delta table lake/raw/deep/er, of which it"):
+            find_remote(table.urls[0], "id", LeftOut())
+        with pytest.raises(UserError, match=f"{scheme}://lake/none does not exist"):
+            find_remote(f"{scheme}://lake/none", "id", LeftOut())
 
 
 def test_a_delta_table_that_our_jobs_committed(store, tmp_path):

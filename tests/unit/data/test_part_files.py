@@ -146,3 +146,11 @@ def test_tables_that_are_published_together_all_fit_or_none_is(tmp_path, monkeyp
     with pytest.raises(OSError, match="No space"):
         commit_all(dict.fromkeys(folders, manifest))
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_a_worker_does_not_see_is_no_lack_of_room(tmp_path):
+    rows = pa.RecordBatch.from_pydict({"input_ids": pa.array([[1, 2]], pa.list_(pa.int32()))})
+    sink = PartFile(PartFolder(tmp_path / "none", WorkerNotes(str(tmp_path))), 0)
+    sink.write(rows)
+    with pytest.raises(UserError, match=r"none cannot be written to .*: `output` must lie under this path on all mach"):
+        sink.finish({})
