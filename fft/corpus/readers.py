@@ -18,8 +18,11 @@ from fft.errors import UserError
 _BLOCK = 4 << 20
 #: Between documents of a plain text: one blank line or more, with any line ends.
 _BLANK_LINES = re.compile(rb"\n(?:[ \t]*\r?\n)+")
+_BLANK_TO_THE_END = re.compile(rb"[ \t]*\r?\Z")
 #: Any longer run of blank lines still has a separator in its last bytes.
 _LONGEST_SEPARATOR = 4096
+#: What some programs write at the beginning of a text; it is no part of it.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 #: What zstd says of a file that was compressed with a larger window than it takes here (`zstd --long=28`, say).
@@ -58,6 +61,11 @@ def open_text(path: str) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
+def _unmarked(record: bytes, begin: int) -> bytes:
+    """A record that begins at this byte of a file, without the byte order mark with which the file begins."""
+    return record if begin else record.removeprefix(_BYTE_ORDER_MARK)
+
+
 def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
     """Lines that begin in bytes [start, stop) of a file, without their ends; to the file's end if ``stop`` is 0."""
     with naming(path), open_text(path) as stream:
@@ -68,8 +76,8 @@ def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
         for line in stream:
             if stop and at >= stop:
                 return
-            at += len(line)
-            yield line.rstrip(b"\r\n")
+            begin, at = at, at + len(line)
+            yield _unmarked(line, begin).rstrip(b"\r\n")
 
 
 def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
@@ -86,15 +94,16 @@ def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
             buffer += block
             first = 0
             for found in _BLANK_LINES.finditer(buffer):
-                if found.end() == len(buffer) and not ended:
+                if not ended and _BLANK_TO_THE_END.match(buffer, found.end()):
                     break  # it may go on in the next block
                 if begun:
                     if stop and at + first >= stop:
                         return
-                    yield buffer[first : found.start()]
+                    yield _unmarked(buffer[first : found.start()], at + first)
                 first = found.end()
                 begun = begun or at + first >= start
             at, buffer = at + first, buffer[first:]
+        buffer = _unmarked(buffer, at)
         if begun and buffer.strip() and not (stop and at >= stop):
             yield buffer
 

@@ -1,15 +1,24 @@
 """The shuffle job: one order by seed, nothing lost, nothing leaked."""
 
+import itertools
 import shutil
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fft.data.manifest import WRITING_NAME, begin_writing, read_manifest
+from fft.data.part_files import PartFolder
+from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from spark.helpers import hashes_of, rows_of, write_foreign
 from spark_jobs import shuffle_tables
 from spark_jobs.cli import shuffle as main
+from spark_jobs.shuffle_job import WriteRows
+
+#: How the shuffle orders twelve rows of one token each with seed 0.
+GOLDEN = [4, 8, 1, 5, 9, 0, 2, 3, 7, 11, 10, 6]
 
 
 def names_of(rows):
@@ -79,6 +88,51 @@ def test_equal_ids_and_equal_rows_are_all_kept_and_held_out_together(spark, tmp_
     train, validation = rows_of(tmp_path / "out/train"), rows_of(tmp_path / "out/validation")
     assert sorted(r["input_ids"] for r in train + validation) == sorted(rows)
     assert not set(names_of(train)) & set(names_of(validation))
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [2], [3], [1, 2], [2, 4], [1, 2, 3, 4, 5, 6, 7]])
+def test_duplicates_are_found_wherever_batches_end(cuts, tmp_path):
+    """Neighbours that are equal may lie in two batches of Arrow, or in three."""
+    ids = [[1], [2, 3], [2, 3], [2, 3], [4], [4], [], [5]]
+    columns = {
+        "part": pa.array([0] * 7 + [1], pa.int32()),
+        "sort_key": pa.array([1, 2, 2, 2, 3, 3, 4, 5], pa.int64()),
+        "kept": pa.array([True, False, True, True, True, True, True, True]),
+        "dataset": pa.array(["t"] * 8),
+        "doc_ids": pa.array([[f"d{i}"] for i in range(8)], pa.list_(pa.string())),
+        "input_ids": pa.array([np.array(row, np.int32).tobytes() for row in ids], pa.large_binary()),
+    }
+    whole = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+    bounds = [0, *cuts, len(ids)]
+    batches = [whole.slice(a, b - a) for a, b in itertools.pairwise(bounds)]
+    target = PartFolder(tmp_path, WorkerNotes(str(tmp_path)))
+    done = pa.Table.from_batches(list(WriteRows(target, ("input_ids",))(iter(batches)))).to_pylist()
+    rows = [row for part in done for row in pq.read_table(tmp_path / part["name"]).to_pylist()]
+    assert names_of(rows) == ["d0", "d4", "d7"]  # d1 is held out, and takes d2 and d3 with it
+    tallies = [dict(part["tallies"]) for part in done]
+    assert [(t["rows_out"], t["duplicates"], t["empty"]) for t in tallies] == [(2, 3, 1), (1, 0, 0)]
+
+
+def test_the_order_never_changes(spark, tmp_path):
+    """Seed, table, ids and content each change the order; the same of all of them keeps it, in every release."""
+
+    def order(name, seed, ids, rows):
+        folder, out = tmp_path / f"in{seed}" / name, tmp_path / f"out{seed}" / name
+        write_foreign(folder, rows, doc_ids=pa.array([[i] for i in ids], pa.list_(pa.string())))
+        shuffle_tables(folder, out, seed=seed, num_block=2)
+        return [row["input_ids"][0] for row in rows_of(out)]
+
+    rows, ids = [[i] for i in range(12)], [str(i) for i in range(12)]
+    found = order("a", 0, ids, rows)
+    assert found == GOLDEN
+    others = [
+        order("a", 1, ids, rows),
+        order("b", 0, ids, rows),
+        order("c", 0, ids[::-1], rows),
+        [i - 12 for i in order("d", 0, ids, [[i + 12] for i in range(12)])],
+    ]
+    assert all(sorted(other) == sorted(found) for other in others)
+    assert len({tuple(other) for other in [found, *others]}) == 5
 
 
 def test_a_folder_of_tables_with_different_columns(spark, tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +59,41 @@ def test_documents_longer_than_a_block(tmp_path, monkeypatch):
     assert [d.strip() for d in read_documents(str(tmp_path / "a.txt"), 0, 0)] == documents
     for pieces_of in range(1, 120, 7):
         assert [d.strip() for d in in_pieces(read_documents, tmp_path / "a.txt", pieces_of)] == documents
+
+
+DOCUMENT = st.sampled_from([b"a", b"  bc\nd", b"x" * 9])
+BLANK = st.sampled_from([b"\n\n", b"\n\n\n", b"\r\n\r\n", b"\n \t\n", b"\n\r\n \n\n"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([b"a", b"bc\nd", b"x" * 9]), BLANK), min_size=1, max_size=8), st.integers(1, 30)
+)
+def test_a_separator_may_lie_over_the_edge_of_two_blocks(stretches, block):
+    """Whatever the blocks, a run of blank lines is one separator: none of it begins the next document."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fft.corpus.readers._BLOCK", block)
+        path = Path(folder) / "a.txt"
+        path.write_bytes(b"".join(document + blank for document, blank in stretches))
+        expected = [document for document, _ in stretches]
+        assert [found.rstrip(b"\r") for found in read_documents(str(path), 0, 0)] == expected
+        for pieces_of in (3, 7, 20):
+            assert [found.rstrip(b"\r") for found in in_pieces(read_documents, path, pieces_of)] == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".zst"])
+@pytest.mark.parametrize(("read", "between"), [(read_lines, b"\n"), (read_documents, b"\n\n")])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, suffix, read, between):
+    pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}[suffix]
+    mark, path = "\ufeff".encode(), tmp_path / f"a{suffix}"
+    path.write_bytes(pack(mark + between.join([b"one", mark + b"two", b"3"]) + between))
+    assert list(read(str(path), 0, 0)) == [b"one", mark + b"two", b"3"]
+    if not suffix:
+        for pieces_of in range(1, 20):
+            assert in_pieces(read, path, pieces_of) == [b"one", mark + b"two", b"3"]
+    for text in (mark, b"", mark[:2]):
+        path.write_bytes(pack(text))
+        assert b"".join(read(str(path), 0, 0)) == (text if text == mark[:2] else b"")
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])

@@ -133,3 +133,11 @@ def test_keys_and_columns_that_nothing_uses_are_told(terse, texts, tmp_path):
     assert tokenize(tmp_path / "b.parquet", texts, tmp_path / "b")[1]["unused_keys"] == {"url": 2}
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": TURNS, "source": "web"}) + "\n")
     assert tokenize(tmp_path / "c.jsonl", terse[0], tmp_path / "c")[1]["unused_keys"] == {"source": 1}
+
+
+def test_a_byte_order_mark_is_dropped_from_texts_and_json_lines_alike(texts, tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffplain\n\ntext", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "plain"}\n{"text": "text"}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"text": "plain"}\n{"text": "text"}\n', encoding="utf-8")
+    found = [tokenize(tmp_path / name, texts, tmp_path / name[0])[0] for name in ("a.txt", "b.jsonl", "c.jsonl")]
+    assert found[0] == found[1] == found[2]

@@ -151,6 +151,57 @@ def test_rows_that_cannot_be_trained_on_are_named(tmp_path, columns, sentence):
     assert sentence in str(raised.value)
 
 
+def test_a_table_cut_to_a_length_is_not_packed(tmp_path):
+    """Rows without boundaries are documents, most of them shorter than what they were cut to: samples are filled."""
+    write_table(tmp_path, rows := [np.arange(n, dtype=np.int32) for n in (3, 8, 1, 5, 8, 2)])
+    files = sorted(tmp_path.glob("*.parquet"))
+    tables = [pq.read_table(file) for file in files]
+    facts = zip(files, tables, strict=True)
+    infos = [
+        FileInfo(f.name, len(t), len(t["input_ids"].combine_chunks().flatten()), f.stat().st_size) for f, t in facts
+    ]
+    commit(tmp_path, Manifest(tuple(infos), len(rows), 27, None, 8, None, {}))
+    reader = SampleReader(Table.open(tmp_path), 8, seed=0)
+    assert (reader.pack, reader.samples_per_epoch) == ("cut", 4)
+    filled = [sum(span.stop - span.start for span in reader.spans_of(i)) for i in range(4)]
+    assert sorted(filled) == [3, 8, 8, 8]
+
+
+def slow_order(sizes, seed, epoch, lanes):
+    """The order as fft/data/order.py describes it, a row at a time: (row group, row) of every sample of one row."""
+    stretch = [(g, r) for g in permutation(len(sizes), seed, epoch).tolist() for r in range(sizes[g])]
+    rows = {g: permutation(sizes[g], seed, epoch, g).tolist() for g in range(len(sizes))}
+    each, longer = divmod(len(stretch), lanes)
+    bounds = np.cumsum([0, *(each + (lane < longer) for lane in range(lanes))])
+    lanes_of = [stretch[a:b] for a, b in itertools.pairwise(bounds)]
+    return [(g, rows[g][r]) for turn in itertools.zip_longest(*lanes_of) for g, r in filter(None, turn)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 9), st.integers(0, 2), st.integers(1, 8))
+def test_the_order_is_the_one_that_is_described(sizes, seed, epoch, lanes):
+    lanes = min(lanes, sum(sizes))
+    order = EpochOrder(np.array(sizes), seed, epoch, 1, lanes)
+    found = [(g, int(order.row_order(g, sizes[g])[a])) for ((g, a, _),) in order.spans(np.arange(sum(sizes)))]
+    assert found == slow_order(sizes, seed, epoch, lanes)
+
+
+def test_a_reader_reads_rows_in_that_order():
+    """Seeds, epochs and row groups have orders of their own, and as many lanes as the table is large enough for."""
+    table = make_table([4] * 96, files=3, row_group_size=3)
+    sizes = [group.rows for group in table.row_groups]
+    seen = set()
+    for seed in range(3):
+        reader = SampleReader(table, 4, seed)
+        assert reader.lanes == 4
+        for epoch in range(2):
+            found = [read_sample(reader, epoch * 96 + i).input_ids[0] // 4 for i in range(96)]
+            starts = np.cumsum([0, *sizes])
+            assert found == [starts[g] + r for g, r in slow_order(sizes, seed, epoch, 4)]
+            seen.add(tuple(found))
+    assert len(seen) == 6
+
+
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "part.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(UserError, match=r"part\.parquet is no readable parquet file"):
