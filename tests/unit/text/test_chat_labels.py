@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from fft.errors import UserError
 from fft.text import chat_labels
+from fft.text import messages as known_keys
 from fft.text.chat import Chat, load_chat
 from fft.text.chat_labels import NOT_TRAINED, Spelling
 from fft.text.cuts import cut_chat
@@ -375,6 +376,23 @@ BAD = {
 def test_malformed_rows_say_why(line):
     with pytest.raises(Malformed, match=BAD[line]):
         parse_conversation(line.encode(), "id")
+
+
+def test_every_key_that_is_refused_is_refused_by_name_and_stands_in_the_documentation():
+    page = (Path(__file__).parents[3] / "docs" / "inputs.md").read_text()
+    for key in known_keys._REFUSED_BESIDE_TURNS:
+        with pytest.raises(Malformed, match=f"key {key} beside the turns"):
+            parse_conversation(json.dumps({"messages": turns("a", "b"), key: "x"}).encode(), "id")
+    for key in known_keys._REFUSED_IN_A_TURN:
+        with pytest.raises(Malformed, match=rf"turn 2 \(assistant\) has .* \({key}\), which is not supported"):
+            parse_conversation(json.dumps([{"user": "a"}, {**turns("a", "b")[1], key: ["x"]}]).encode(), "id")
+        parse_conversation(json.dumps([{"user": "a"}, {**turns("a", "b")[1], key: []}]).encode(), "id")
+    for key in known_keys.TRAIN_KEYS:
+        with pytest.raises(Malformed, match=f"key {key} beside the turns says not to train on it"):
+            parse_conversation(json.dumps({"messages": turns("a", "b"), key: 0}).encode(), "id")
+    known = (*known_keys.TURN_KEYS, known_keys.TOOLS_KEY, *known_keys.ROLES, *known_keys.TRAIN_KEYS)
+    known += (*known_keys._REFUSED_BESIDE_TURNS, *known_keys._REFUSED_IN_A_TURN)
+    assert [key for key in known if f"`{key}`" not in page] == []
 
 
 # Offsets
