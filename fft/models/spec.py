@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
 from fft.models.lora import Lora, adapt, freeze
+from fft.models.trial import try_out
 from fft.ops.attention import register_with_transformers
 from fft.ops.fused import FusedOps, fuse
 from fft.parallel.tensor_plan import Shard, plan_of, shard_of
@@ -27,7 +28,7 @@ class ModelSpec:
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
     ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
     Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
-    transformers can make no model.
+    transformers can make no model, or none that runs.
     """
 
     config: PretrainedConfig
@@ -52,6 +53,7 @@ class ModelSpec:
                 f"transformers cannot build a {config.model_type} of the model's config.json "
                 f"({type(error).__name__}: {one_line(error)[:200]}): correct it."
             ) from error
+        try_out(model)
         if self.lora is not None:
             adapt(model, f"{model.base_model_prefix}.layers", self.lora)
         if self.frozen:

@@ -1,0 +1,71 @@
+"""Can a model be run at all? Its embedding, decoder layers and norm are tried with two tokens on the meta device.
+
+Configs are checked when they are read, but not all that they say: sizes that do not meet show where they should.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fft.errors import UserError, one_line
+from fft.ops.backends import Backend
+from fft.ops.documents import Documents
+from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
+from fft.parallel.ring_plan import TokenShards, plan_shards
+
+_TOKENS = 2
+
+
+@torch.no_grad()
+def try_out(model: PreTrainedModel) -> None:
+    """Raise :class:`UserError` where ``model``, on the meta device, cannot be run."""
+    base = model.base_model
+    embedding, rotary, norm = (base.get_submodule(name) for name in ("embed_tokens", "rotary_emb", "norm"))
+    layers = list(base.get_submodule("layers").children())
+    tried = {tuple((name, *p.shape) for name, p in layer.named_parameters()): layer for layer in layers}
+    positions, row = torch.arange(_TOKENS)[None], Documents.of((0, _TOKENS), "meta")
+    documents = ShardedDocuments(row, plan_shards(row.bounds, 1), _Shapes())
+    try:
+        hidden = embedding(torch.zeros(1, _TOKENS, dtype=torch.int32, device="meta"))
+        turns = type(rotary)(config=model.config)(torch.empty(0), position_ids=positions)
+        for layer in tried.values():
+            layer, inputs = _in_bf16(layer), hidden.bfloat16()
+            cos, sin = (turn.to("meta", torch.bfloat16) for turn in turns)
+            outputs = layer(
+                inputs,
+                attention_mask=None,
+                position_ids=positions.to("meta"),
+                position_embeddings=(cos, sin),
+                documents=documents,
+            )
+            if outputs.shape != inputs.shape:
+                raise ValueError(f"a layer makes {tuple(outputs.shape)} of {tuple(inputs.shape)}")
+        norm(hidden)
+    except Exception as error:  # modules raise what their sizes and settings happen to make them raise
+        raise UserError(
+            f"a {model.config.model_type} of the model's config.json cannot be run ({type(error).__name__}: "
+            f"{one_line(error)[:200]}): correct it."
+        ) from error
+
+
+def _in_bf16(layer: nn.Module) -> nn.Module:
+    """A copy: on the meta device torch's grouped product of experts knows bf16 alone."""
+    configs = [child.config for child in layer.modules() if hasattr(child, "config")]
+    return copy.deepcopy(layer, {id(config): config for config in configs}).to(torch.bfloat16)
+
+
+class _Shapes(SequenceParallel):
+    """The only rank of a row, with attention that returns shapes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+    ) -> Tensor:
+        """Raises ValueError for what attention kernels do not take."""
+        if not q.shape[-1] == k.shape[-1] == v.shape[-1] or k.shape != v.shape or q.shape[1] % k.shape[1]:
+            raise ValueError(f"attention of {tuple(q.shape)} to keys {tuple(k.shape)} and values {tuple(v.shape)}")
+        return torch.empty_like(q)
