@@ -1,8 +1,10 @@
 """Flags of the trainer: one table of names, types and meanings, for the command line and for YAML files alike."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fft.errors import Parser, UserError
@@ -34,6 +36,9 @@ command with --resume auto goes on from there, on any layout.
 
 #: Linear layers that LoRA adapts, as most decoders name them.
 LORA_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+#: What ``--dtype`` calls the types of a config.json.
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 #: Flags that launchers append, and that mean nothing to a run.
 _LAUNCHERS = {"local_rank", "deepspeed", "deepspeed_config"}
@@ -121,7 +126,7 @@ class TrainArguments:
         bound=NOT_NEGATIVE,
     )
     dtype: str = flag(
-        "type of weights and activations; masters and moments are fp32",
+        "type of weights and activations; masters and moments are fp32; a run without a step keeps the model's",
         "bf16",
         topic="Precision, kernels, seed",
         choices=("bf16", "fp16", "fp32"),
@@ -197,11 +202,16 @@ class TrainArguments:
         bound=NOT_NEGATIVE,
     )
     early_stop_patience: int = flag(
-        "end the run after k evaluations in a row without a lower validation loss (0: never)", 0, bound=NOT_NEGATIVE
+        "end the run after k evaluations in a row without a lower validation loss, and write the model that had the "
+        "lowest, of which --checkpoint keeps a checkpoint (0: never)",
+        0,
+        bound=NOT_NEGATIVE,
     )
     logging_steps: int = flag("print every k steps", 10, bound=AT_LEAST_1)
     checkpoint: str | None = flag("run folder: metrics.jsonl, the resolved settings, checkpoints", None)
-    save_steps: int = flag("write a checkpoint into --checkpoint every k steps (0: never)", 0, bound=NOT_NEGATIVE)
+    save_steps: int = flag(
+        "write a checkpoint into --checkpoint every k steps, and after the last (0: never)", 0, bound=NOT_NEGATIVE
+    )
     only_ckpt_model: bool = flag("checkpoints hold the model alone: smaller, but no run goes on from them", False)
     max_num_checkpoints: int = flag("keep the newest k checkpoints (0: all)", 0, bound=NOT_NEGATIVE)
     best_of: int = flag(
@@ -218,7 +228,11 @@ class TrainArguments:
         None,
     )
     from_ckpt: str | None = flag("take the weights from a checkpoint in this run folder instead of --model", None)
-    tag: str | None = flag("which checkpoint of --from_ckpt, for example step-100 (default: the newest)", None)
+    tag: str | None = flag(
+        "which checkpoint of --from_ckpt, for example step-100, or best: that of the lowest validation loss (default: "
+        "the newest)",
+        None,
+    )
 
 
 def build_parser() -> Parser:
@@ -251,6 +265,8 @@ def resolve(given: dict[str, Any]) -> TrainArguments:
     given = {name: value for name, value in given.items() if name not in _LAUNCHERS}
     config = given.pop("config", None)
     settings = {**(read_settings(config, TrainArguments) if config else {}), **given}
+    if "dtype" not in settings and (kept := _dtype_to_keep(TrainArguments(**settings))):
+        settings["dtype"] = kept
     arguments = TrainArguments(**settings)
     check_bounds(arguments)
     _check_training(arguments)
@@ -258,6 +274,20 @@ def resolve(given: dict[str, Any]) -> TrainArguments:
     if not arguments.dry_run:  # which looks at nothing that a run reads and writes
         _check_run(arguments)
     return arguments
+
+
+def _dtype_to_keep(args: TrainArguments) -> str | None:
+    """The type of the model that a run without a step would only convert; None where there is none to be read."""
+    if args.init or not (args.max_steps == 0 or (args.num_train_epochs == 0 and args.max_steps < 0)):
+        return None
+    folder, tag = Path(args.from_ckpt or args.model or ""), args.tag or "latest"
+    try:
+        if args.from_ckpt:
+            folder /= (folder / tag).read_text(encoding="utf-8").strip() if (folder / tag).is_file() else tag
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # what is wrong with it is found, and said, when it is read in earnest
 
 
 def _check_training(args: TrainArguments) -> None:

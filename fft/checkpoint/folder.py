@@ -2,8 +2,8 @@
 
 ``RUN/step-N/`` is a Hugging Face model directory, or an adapter in PEFT's format, with two things more: ``training/``,
 which holds what a run needs to go on from there, and ``SHA256SUMS``, which ``sha256sum --check`` understands and which
-covers every other file. ``RUN/latest`` names the newest. What is being written, or was taken out of service, has a
-hidden name.
+covers every other file. ``RUN/latest`` names the newest, ``RUN/best`` that of the lowest validation loss. What is being
+written, or was taken out of service, has a hidden name.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fft.errors import UserError
-from fft.files import hidden, recover_folder, replace_folder, staging_folder, write_atomically
+from fft.files import hidden, recover_folder, replace_folder, staging_folder, start_folder, write_atomically
 
 SUMS = "SHA256SUMS"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 LOCK = ".lock"
 #: What a run goes on from: ``state.json`` and a file of tensors per rank.
 TRAINING = "training"
 STATE = f"{TRAINING}/state.json"
 #: What a run's folder holds besides checkpoints.
-_OWN = (LATEST, LOCK, "metrics.jsonl", "tensorboard", "arguments.yaml", "environment.yaml", "data.yaml")
+_OWN = (LATEST, BEST, LOCK, "metrics.jsonl", "tensorboard", "arguments.yaml", "environment.yaml", "data.yaml")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -129,18 +129,70 @@ def kept(losses: Mapping[int, float | None], newest: int, best: int) -> set[int]
     ``losses`` has the loss of every checkpoint's evaluation, None where there was none.
     """
     steps = sorted(losses)
+    return set(steps[-newest:] if newest else steps) | set(_by_loss(losses)[:best])
+
+
+def _by_loss(losses: Mapping[int, float | None]) -> list[int]:
+    """Steps of checkpoints that were evaluated, the lowest loss first; of equal ones the newest."""
     evaluated = sorted((loss, -step) for step, loss in losses.items() if loss is not None and not math.isnan(loss))
-    return set(steps[-newest:] if newest else steps) | {-step for _, step in evaluated[:best]}
+    return [-step for _, step in evaluated]
 
 
 def prune(run: Path, newest: int, best: int) -> None:
-    """Remove the checkpoints that are not to be kept."""
+    """Remove the checkpoints that are not to be kept, after ``best`` was made to name the best of the others."""
+    losses = evaluation_losses(run)
+    keep = kept(losses, newest, best)
+    _point_to_best(run, {step: losses[step] for step in keep})
+    for step in losses.keys() - keep:
+        remove(run / checkpoint_tag(step))
+
+
+def point_to_best(run: Path) -> None:
+    """Have ``best`` name the checkpoint of the lowest loss, after some were removed."""
+    _point_to_best(run, evaluation_losses(run))
+
+
+def _point_to_best(run: Path, losses: Mapping[int, float | None]) -> None:
+    best = _by_loss(losses)
+    if best:
+        write_atomically(run / BEST, f"{checkpoint_tag(best[0])}\n")
+    else:
+        (run / BEST).unlink(missing_ok=True)
+
+
+def evaluation_losses(run: Path) -> dict[int, float | None]:
+    """The loss of every checkpoint's evaluation by its step, None where there was none."""
     losses = {}
     for step in checkpoint_steps(run):
         with contextlib.suppress(UserError):  # a folder of another origin is left alone
             losses[step] = read_state(run / checkpoint_tag(step)).get("eval_loss")
-    for step in losses.keys() - kept(losses, newest, best):
-        remove(run / checkpoint_tag(step))
+    return losses
+
+
+def tag_of(run: str | os.PathLike, name: str) -> str:
+    """The checkpoint that ``best`` or ``latest`` names; any other name is a checkpoint's own.
+
+    Raises :class:`UserError` where the run has none of that name.
+    """
+    if name not in (LATEST, BEST):
+        return name
+    try:
+        return (Path(run) / name).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(
+            f"{run} has no {name!r} checkpoint ({error.strerror}): name one by its step, as in step-100."
+        ) from error
+
+
+def copy_model(checkpoint: Path, output: str) -> None:
+    """Make the model or adapter directory ``output`` of a checkpoint's; replaces what stands there."""
+    staging = start_folder(output)
+    shutil.copytree(checkpoint, staging, dirs_exist_ok=True, ignore=lambda at, _: _not_the_models(checkpoint, at))
+    replace_folder(output)
+
+
+def _not_the_models(checkpoint: Path, folder: str) -> list[str]:
+    return [TRAINING, SUMS] if Path(folder) == checkpoint else []
 
 
 def remove(checkpoint: Path) -> None:

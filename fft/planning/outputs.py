@@ -9,6 +9,7 @@ from fft.data.blend import parse_tables
 from fft.data.delta import split_version
 from fft.errors import UserError
 from fft.files import try_folder
+from fft.planning.identity import weights_hash
 
 #: Folder, inside a run's, of the token tables that were made of JSON lines.
 TOKENS = "tokens"
@@ -35,7 +36,7 @@ def check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> No
 
 def check_free(flag: str, path: Path, args: TrainArguments) -> None:
     """Raise :class:`UserError` where the folder of ``flag`` holds something, and nobody asked to replace it."""
-    going_on = flag == "--checkpoint" and args.resume
+    going_on = args.resume and (flag == "--checkpoint" or _written_by(Path(args.checkpoint or ""), path))
     if not args.overwrite and not going_on and _holds_something(path):
         remedy = ", add --resume auto to go on with that run," if flag == "--checkpoint" else ""
         raise UserError(f"{flag} {path} exists and is not empty: choose another folder{remedy} or add --overwrite.")
@@ -85,6 +86,15 @@ def _check_replaced(args: TrainArguments, model: str, tokenizer: str | None) -> 
             in_place = flag == "--output_dir" and reader in weights and Path(path).resolve() == Path(folder).resolve()
             if not in_place:
                 raise UserError(f"{flag} would replace {folder} and with it {path} of {reader}: choose another folder.")
+
+
+def _written_by(run: Path, output: Path) -> bool:
+    """Whether a folder holds a model that the run has a checkpoint of: the run had ended, and is started once more."""
+    if not _holds_something(output):
+        return False
+    checkpoints = (run / checkpoint_tag(step) for step in reversed(checkpoint_steps(run)))
+    own = weights_hash(output)
+    return any(weights_hash(checkpoint) == own for checkpoint in checkpoints)
 
 
 def _holds_something(folder: Path) -> bool:

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
-from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag
+from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, tag_of
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.batches import BatchPlan
 from fft.data.blend import Blend, parse_tables
@@ -21,6 +22,7 @@ from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_tensor_parallel
+from fft.planning.identity import identity_of
 from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
 
@@ -37,6 +39,11 @@ class Plan:
     evaluation: SampleReader | Blend | None
     total_samples: int
     total_steps: int
+
+    @cached_property
+    def identity(self) -> dict:
+        """What is trained, see :func:`fft.planning.identity.identity_of`."""
+        return identity_of(self.config, self.weights, self.tokenizer, self.train, self.evaluation)
 
 
 def plan_run(args: TrainArguments, world: int) -> Plan:
@@ -95,7 +102,7 @@ def start_of(args: TrainArguments) -> str:
     if not args.from_ckpt:
         return args.model
     steps = checkpoint_steps(args.from_ckpt)
-    tag = args.tag or (checkpoint_tag(steps[-1]) if steps else "step-*")
+    tag = tag_of(args.from_ckpt, args.tag) if args.tag else checkpoint_tag(steps[-1]) if steps else "step-*"
     path = Path(args.from_ckpt) / tag
     if tag not in map(checkpoint_tag, steps):
         have = ", ".join(map(checkpoint_tag, steps)) or "none"

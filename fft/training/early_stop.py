@@ -15,10 +15,11 @@ class EarlyStop:
     best: float = math.inf
     stalled: int = 0
 
-    def see(self, loss: float) -> None:
-        """Take the loss of an evaluation."""
+    def see(self, loss: float) -> bool:
+        """Take the loss of an evaluation; returns whether it is the lowest so far."""
         improved = loss < self.best
         self.best, self.stalled = (loss, 0) if improved else (self.best, self.stalled + 1)
+        return improved
 
     @property
     def over(self) -> bool:

@@ -21,6 +21,7 @@ from fft.planning.outputs import check_free
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.early_stop import EarlyStop
 from fft.training.metric_sinks import METRICS, TENSORBOARD
+from fft.training.same_run import check_resumed
 
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
 _TERMS = (
@@ -62,22 +63,6 @@ def enter(
     return Start(state["step"], checkpoint, state)
 
 
-def check_same_data(plan: Plan, control: dist.ProcessGroup) -> None:
-    """Compare the tables of all ranks: machines that share no disk have each their own.
-
-    Collective. Raises :class:`UserError` on all ranks where it is not the same.
-    """
-    own = [[table.fingerprint for table in data.tables] for data in (plan.train, plan.evaluation) if data is not None]
-    found: list = [None] * dist.get_world_size(control)
-    dist.all_gather_object(found, own, control)
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
-    if other is not None:
-        raise UserError(
-            f"--train_data or --eval_data of rank {other} is not that of rank 0: give all machines the same files, or "
-            "a folder that they share."
-        )
-
-
 def state_of(
     args: TrainArguments, plan: Plan, step: int, data: dict | None, eval_loss: float | None, early_stop: EarlyStop
 ) -> dict:
@@ -89,6 +74,7 @@ def state_of(
         "global_batch": batch_plan(args, plan.mesh, 0).global_batch,
         "layout": dataclasses.asdict(plan.mesh),
         "early_stop": early_stop.state(),
+        "identity": plan.identity,
         "data": data,
         "arguments": dataclasses.asdict(args),
     }
@@ -105,15 +91,17 @@ def create(run: Path, args: TrainArguments, plan: Plan, start: Start, environmen
     elif (run / METRICS).is_file():
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomically(run / METRICS, "".join(line for line in lines if _written_by(line, start.step)))
+    folder.point_to_best(run)
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     write_atomically(run / "arguments.yaml", settings)
     write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
-    # Which tables, at which versions, in which order: what a later run must find to go on with this one.
+    # Which tables, at which versions, in which order, and which model: what a later run needs to go on with this one.
     data = {
         name: reader and {**reader.identity, "made_from": [table.origin for table in reader.tables]}
         for name, reader in (("train_data", plan.train), ("eval_data", plan.evaluation))
     }
-    write_atomically(run / "data.yaml", yaml.safe_dump(data, sort_keys=False))
+    model = {name: plan.identity[name] for name in ("config", "weights", "tokenizer")}
+    write_atomically(run / "data.yaml", yaml.safe_dump(data | {"model": model}, sort_keys=False))
 
 
 def _written_by(line: str, step: int) -> bool:
@@ -143,6 +131,7 @@ def _compare(args: TrainArguments, plan: Plan, checkpoint: Path, state: dict, lo
         )
     if plan.train is not None and state["data"] is not None:
         Loader(plan.train, batch_plan(args, plan.mesh, 0), plan.total_samples).load_state_dict(state["data"])
+    check_resumed(args, state.get("identity"), plan.identity, checkpoint, log)
     for name in _TERMS:
         now = getattr(args, name)
         if before.get(name, now) != now:  # a flag may be younger than the checkpoint

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder, optimizer_state
 from fft.checkpoint.adapter import AdapterReader
-from fft.checkpoint.saver import RankShare, Saver
+from fft.checkpoint.saver import Contents, RankShare, Saver
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
+from fft.files import hidden
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import trained
 from fft.models.spec import ModelSpec
@@ -40,6 +42,7 @@ from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.run_folder import Start
+from fft.training.same_run import check_same_run
 from fft.training.stopping import StopRequest
 from fft.weights.hf import WeightReader
 
@@ -95,7 +98,7 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
 def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held: contextlib.ExitStack) -> int:
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
     control, run = host_group(), Path(args.checkpoint) if args.checkpoint else None
-    run_folder.check_same_data(plan, control)
+    check_same_run(args, plan.identity, control)
     start = run_folder.enter(run, args, plan, control, held, _log) if run else Start()
     builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
@@ -107,12 +110,44 @@ def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held
             run_folder.create(run, args, plan, start, facts)
     metrics = open_metrics(args, plan, spec, engine.device, start.step, held, _log)
     export = ModelExport(plan, builder, engine)
-    saver = Saver(export.contents(args, run), args.background_executor, control) if run else None
+    saver = Saver(_contents(args, export, run), args.background_executor, control) if run else None
     code = Trainer(args, plan, start, builder, engine, export, metrics, saver).train()
     if code == 0 and args.output_dir:
-        export.save_model(args.output_dir)
-        _log(f"model written to {args.output_dir}")
+        _write_output(args, args.output_dir, export)
     return code
+
+
+def _contents(args: TrainArguments, export: ModelExport, run: Path) -> Contents:
+    """What goes into checkpoints, and how many are kept: a run that may end early needs its best one."""
+    contents = export.contents(args, run)
+    if not args.early_stop_patience:
+        return contents
+    newest = contents.newest if args.save_steps else 1
+    return dataclasses.replace(contents, newest=newest, best=max(1, contents.best))
+
+
+def _best_aside(output: str) -> Path:
+    """Where a run without checkpoints keeps its best model until it ends."""
+    return hidden(Path(output).resolve(), "best")
+
+
+def _write_output(args: TrainArguments, output: str, export: ModelExport) -> None:
+    """Write the model or adapter that was trained; with --early_stop_patience, as it was at its best. Collective."""
+    kind, which = "adapter" if args.lora_dim else "model", ""
+    run, best = Path(args.checkpoint) if args.checkpoint else None, None
+    if args.early_stop_patience and run is not None and (run / folder.BEST).is_file():
+        best = run / folder.tag_of(run, folder.BEST)
+        which = f" of {best.name}, which had the lowest validation loss,"
+    elif args.early_stop_patience and run is None:
+        best, which = _best_aside(output), ", as it was at the lowest validation loss,"
+    if best is None:
+        export.save_model(output)
+    elif dist.get_rank() == 0:
+        folder.copy_model(best, output)
+        if run is None:
+            shutil.rmtree(best)
+    dist.barrier()
+    _log(f"{kind}{which} written to {output}")
 
 
 def _readers(plan: Plan, spec: ModelSpec, start: Start) -> tuple[WeightReader | None, WeightReader | None]:
@@ -160,7 +195,7 @@ class Trainer:
         """
         first, stop = self.start.step, False
         if self.start.state.get("eval_loss") is None and (not first or self._evaluates(first)):
-            self.evaluate(first)
+            self._evaluate_and_keep(first)
         resumable = self.saver is not None and not self.args.only_ckpt_model
         asked = StopRequest(signals=resumable)
         watch, step = Stopwatch(first), first
@@ -236,11 +271,21 @@ class Trainer:
         """Evaluate and save where it is time to; returns whether to stop, because some rank was asked to."""
         stop = self.saver is not None and self.saver.step(asked) and step < self.plan.total_steps
         saves = bool(self.args.save_steps) and step % self.args.save_steps == 0
+        last = step == self.plan.total_steps
         evaluates = not stop and (self._evaluates(step) or (saves and self.args.best_of > 0))
-        eval_loss = self.evaluate(step) if evaluates else None
-        if self.saver is not None and (saves or stop):
-            self.save_checkpoint(self.saver, step, eval_loss)
+        self._evaluate_and_keep(step, evaluates, saves or stop or (last and self.args.save_steps > 0))
         return stop
+
+    def _evaluate_and_keep(self, step: int, evaluates: bool = True, saves: bool = False) -> None:
+        """Evaluate, and save where it is time to, or where a run that may end early is at its best."""
+        lowest = self.early_stop.best
+        eval_loss = self.evaluate(step) if evaluates else None
+        best = self.early_stop.best < lowest and self.args.early_stop_patience > 0
+        saves = saves or (self.early_stop.over and self.args.save_steps > 0)
+        if self.saver is not None and (saves or best):
+            self.save_checkpoint(self.saver, step, eval_loss)
+        elif best and self.args.output_dir:
+            self.export.save_model(str(_best_aside(self.args.output_dir)))
 
     def _evaluates(self, step: int) -> bool:
         every = self.args.eval_steps

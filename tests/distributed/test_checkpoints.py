@@ -1,12 +1,14 @@
 """Folders that an interrupted run leaves behind are never taken for checkpoints. See also ``test_runs.py``."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from conftest import SMALL
 from forked import run_ranks
+from safetensors.torch import load_file, save_file
 from test_parity import read_metrics
 from test_runs import loss_of
 
@@ -92,6 +94,8 @@ def test_the_best_is_kept_besides_the_newest(run, ragged_table, tmp_path):
     assert best < 7, evaluated
     assert checkpoint_steps(tmp_path / "run") == [best, 7, 8]
     assert read_state(tmp_path / "run" / f"step-{best}")["eval_loss"] == min(evaluated)
+    assert (tmp_path / "run" / "best").read_text() == f"step-{best}\n"
+    assert start_from(tmp_path / "run", "--tag", "best").weights.directory.name == f"step-{best}"
 
 
 def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_path):
@@ -112,7 +116,10 @@ def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_
     best = evaluated.index(min(evaluated))
     assert len(evaluated) == best + 3  # the first of them before the first step
     assert f"stopped early after step {best + 2}/20: 2 evaluations" in said
-    assert loss_of(f"{first}-model", ragged_table) == pytest.approx(evaluated[-1], rel=1e-5)
+    # What is written is not what was trained last.
+    assert loss_of(f"{first}-model", ragged_table) == pytest.approx(min(evaluated), rel=1e-5)
+    assert (first / "best").read_text() == f"step-{best}\n"
+    assert f"model of step-{best}, which had the lowest validation loss, written to {first}-model" in said
 
     again.mkdir()
     shutil.copytree(first / f"step-{best + 1}", again / f"step-{best + 1}")
@@ -121,3 +128,45 @@ def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_
     said, unchanged = train(first)  # which has ended
     assert unchanged == evaluated
     assert f"stopped early after step {best + 2}/20" in said
+
+
+def test_a_run_without_checkpoints_writes_its_best_model(run, ragged_table, tmp_path):
+    flags = (
+        f"--init --model {run.parent}/config.json --train_data {ragged_table} --eval_data {ragged_table} {FLAGS} "
+        f"--max_steps 20 --learning_rate 3 --lr_scheduler_type linear --warmup_steps 8 --eval_steps 1 "
+        f"--early_stop_patience 2 --output_dir {tmp_path}/model"
+    )
+    done = run_ranks(1, *flags.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(found) for found in re.findall(r"validation loss ([0-9.]+) over", done.stderr)]
+    assert losses[-1] > min(losses) + 0.01
+    assert loss_of(tmp_path / "model", ragged_table) == pytest.approx(min(losses), rel=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_finished_run_may_be_started_once_more(run, ragged_table, tmp_path):
+    """As a scheduler does that does not know; its last steps, which --save_steps does not divide, have a checkpoint."""
+    flags = (
+        f"--init --model {run.parent}/config.json --train_data {ragged_table} {FLAGS} --max_steps 5 --save_steps 2 "
+        f"--checkpoint {tmp_path}/run --output_dir {tmp_path}/model --resume auto"
+    )
+    for _ in range(2):
+        done = run_ranks(1, *flags.split())
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert checkpoint_steps(tmp_path / "run") == [2, 4, 5]
+    assert f"going on from {tmp_path / 'run' / 'step-5'}" in done.stderr
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)  # somebody else's
+    done = run_ranks(1, *flags.split())
+    assert done.returncode == 2
+    assert f"--output_dir {tmp_path / 'model'} exists and is not empty" in done.stderr
+
+
+def test_converting_keeps_the_type(run, tmp_path):
+    """bf16 only where it is asked for."""
+    given = ["--from_ckpt", run, "--num_train_epochs", 0, "--output_dir", tmp_path / "model"]
+    assert parse_arguments([str(part) for part in given]).dtype == "fp32"
+    assert parse_arguments([str(part) for part in (*given, "--tag", "step-2")]).dtype == "fp32"
+    assert parse_arguments([str(part) for part in (*given, "--dtype", "bf16")]).dtype == "bf16"
+    trains = [*given[:2], "--train_data", "t", *given[4:]]
+    assert parse_arguments([str(part) for part in trains]).dtype == "bf16"
