@@ -102,7 +102,6 @@ def commit_delta(folder: Path, manifest: Manifest, seen: int | None = None) -> i
     from deltalake.exceptions import CommitFailedError, DeltaError
     from deltalake.transaction import AddAction, create_table_with_add_actions
 
-    check_version(folder, seen)
     paths = [folder / info.path for info in manifest.files]
     schemas = {pq.read_schema(path).remove_metadata() for path in paths}
     if len(schemas) != 1:  # the log would take whatever it is told

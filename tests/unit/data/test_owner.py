@@ -129,6 +129,22 @@ def test_who_was_taken_over_stops_and_leaves_the_new_mark(tmp_path):
         other.check()
 
 
+def test_of_two_that_find_a_dead_job_one_takes_over(tmp_path, monkeypatch):
+    """The other has opened the dead job's mark already, and locks it when a new one has its name."""
+    path, lock = tmp_path / "mark", owner._lock
+    elsewhere(path, DEAD_AFTER + 1)
+    with ExitStack() as held:
+
+        def late(mark):
+            monkeypatch.setattr(owner, "_lock", lock)
+            held.enter_context(owned(path, "it"))
+            return lock(mark)
+
+        monkeypatch.setattr(owner, "_lock", lambda mark: late(mark) if b"far" in os.pread(mark, 999, 0) else lock(mark))
+        with pytest.raises(Occupied, match=f"process {os.getpid()} on "), owned(path, "it"):
+            pass
+
+
 def test_who_waits_goes_on_when_the_other_is_done(tmp_path):
     command = [sys.executable, "-c", HOLD.replace("sleep(600)", "sleep(0.5)"), tmp_path / "mark"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fft.data import delta
-from fft.data.manifest import WRITING_NAME, Manifest, read_manifest
+from fft.data.manifest import WRITING_NAME, Manifest, begin_replacing, read_manifest
 from fft.data.owner import OWNER_NAME, Occupied
 from fft.data.part_files import QUARANTINE, PartFile, RejectFile
 from fft.data.table import Table
@@ -239,6 +239,45 @@ def test_a_second_job_is_refused_while_the_first_lives(table_format, tmp_path):
         assert not (out / OWNER_NAME).exists()
 
 
+def test_a_job_on_one_of_the_tables_keeps_others_from_the_folder_of_both(tmp_path):
+    out = tmp_path / "out"
+    with Output(out / "train", SINGLE, [], False, "parquet").claim({}) as writers:
+        with pytest.raises(Occupied, match=r"out/train, which `output` .*out overlaps, is being written"):
+            Output(out, SPLIT, [], True, "parquet").check()
+        write(writers[""], 1)
+
+
+def test_what_another_job_has_finished_since_the_look_before_the_work_stays(tmp_path, monkeypatch):
+    """Both have looked when nothing was there; starting an engine takes seconds."""
+    out = tmp_path / "out"
+    second = Output(out, SINGLE, [], False, "parquet")
+    second.check()
+    run(out, SINGLE, 1, overwrite=False)
+    monkeypatch.setattr(Output, "check", lambda self: None)
+    with pytest.raises(UserError, match="exists: give `overwrite=True`"):
+        claim(second, 2)
+    check_tidy(out, SINGLE, 1)
+
+
+def test_what_a_dead_job_has_left_is_gone_before_the_work(tmp_path):
+    """It may be what the disk lacks; and if this job fails as well, the old table is as it was."""
+    out, dead = tmp_path / "out", "-" + "0" * 12
+    run(out, SINGLE, 1)
+    before = sorted(path.name for path in out.iterdir())
+    begin_replacing(out, {}, f"{dead}.parquet")
+    (out / f"part-00000{dead}.parquet").write_bytes(b"published")
+    (out / f".part-00001{dead}.1.writing").write_bytes(b"half")
+
+    def no_room():
+        assert not list(out.glob(f"*{dead}*"))
+        raise UserError("no room")
+
+    with pytest.raises(UserError, match="no room"):
+        claim(Output(out, SINGLE, [], True, "parquet"), 2, no_room)
+    assert sorted(path.name for path in out.iterdir()) == before
+    check_tidy(out, SINGLE, 1)
+
+
 def test_two_jobs_at_once_and_one_of_them_writes(tmp_path):
     """Thirty that start together: each is done or refused, and the table is that of the last."""
     said, done = [], []
@@ -307,18 +346,14 @@ def test_a_commit_from_a_stale_version_is_refused_by_the_log_itself(tmp_path, mo
     """Between the last look and the commit."""
     out = tmp_path / "out"
     run(out, SINGLE, 1, "delta")
-    looked, real = [], delta.check_version
 
-    def looks(folder, seen):
-        real(folder, seen)
-        looked.append(seen)
-        if len(looked) == 1:
-            append(out, 7)
+    def commits(folder, *what):
+        append(folder, 7)
+        return delta.commit_delta(folder, *what)
 
-    monkeypatch.setattr(delta, "check_version", looks)
+    monkeypatch.setattr("spark_jobs.token_table.output.commit_delta", commits)
     with pytest.raises(UserError, match="another writer committed version 1"):
         run(out, SINGLE, 2, "delta")
-    assert looked == [0]
     assert Table.open(out).tokens == 18
 
 
@@ -334,6 +369,12 @@ def test_while_a_table_is_replaced_readers_have_the_old_one(tmp_path):
             assert contents(out, names) == {1}
             writers[""].publish = lambda: None
         assert content(out) == 2
+
+
+def test_a_table_below_another_does_not_cost_that(tmp_path):
+    run(tmp_path / "out", SINGLE, 1)
+    run(tmp_path / "out" / "more", SINGLE, 2)
+    assert (content(tmp_path / "out"), content(tmp_path / "out" / "more")) == (1, 2)
 
 
 def test_a_finished_table_whose_job_was_interrupted_while_it_replaced_it_needs_overwrite(tmp_path):
