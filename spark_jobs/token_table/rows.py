@@ -50,7 +50,7 @@ def _ints(column: pa.Array, name: str, where: str) -> pa.ListArray:
             f"{where}: column {name} holds what is no list of 32-bit integers ({one_line(error)}): write it again."
         ) from error
     if lists.flatten().null_count:
-        raise UserError(f"{where}: column {name} holds lists with nulls: write the table again without them.")
+        raise UserError(f"{where}: column {name} holds nulls inside of lists: write the table again without them.")
     return lists
 
 

@@ -56,7 +56,7 @@ def test_what_cannot_be_meant_is_refused():
     bounds = column([[0, 3], [0], [0, 2], [0]])
     assert "packed rows have padding" in refusal(lists_of, attention_mask=column(mask), cu_seqlens=bounds)
     assert "no list of 32-bit integers" in refusal(lists_of, input_ids=column([[1 << 40], [], [], []]))
-    assert "lists with nulls" in refusal(lists_of, labels=column([[1, None, 2], [], [1, 2], []]))
+    assert "holds nulls inside of lists" in refusal(lists_of, labels=column([[1, None, 2], [], [1, 2], []]))
 
 
 def names_of(column) -> list[list[str]]:
