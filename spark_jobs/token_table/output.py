@@ -21,7 +21,7 @@ from fft.data.delta import check_version, commit_delta, is_delta, latest_version
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, begin_replacing, begin_writing, commit_all, read_manifest
 from fft.data.owner import OWNER_NAME, Owner, check_unowned, owned
 from fft.data.part_files import PartFolder, writing_to
-from fft.data.storage import Storage
+from fft.data.storage import Storage, check_names_utf8
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from fft.files import write_atomically
@@ -40,8 +40,9 @@ from spark_jobs.token_table.writer import TableWriter
 
 
 def local_path(path: str | Path, parameter: str) -> Path:
-    """A path as the driver sees it. Raises :class:`UserError` for a URL of another file system."""
+    """A path as the driver sees it. Raises :class:`UserError` for a URL of another file system, and for no UTF-8."""
     text = str(path)
+    check_names_utf8([text], f"`{parameter}`: ")
     text = text.removeprefix("file://") if text.startswith("file:///") else text.removeprefix("file:")
     if "://" in text:
         raise UserError(

@@ -54,6 +54,19 @@ def test_parameters_of_repartition(tmp_path):
         repartition_table(tmp_path, max_len=8, num_partition=True)
 
 
+def test_paths_that_are_no_utf_8_are_refused(tmp_path):
+    odd = f"{tmp_path}/a\udcff"  # as a command line has it
+    calls = {
+        "`input`": lambda: repartition_table(odd, tmp_path / "out", max_len=8),
+        "`inputs`": lambda: tokenize_table(odd, tmp_path / "out", tmp_path / "t"),
+        "`output`": lambda: shuffle_tables(tmp_path, odd),
+    }
+    for name, call in calls.items():
+        with pytest.raises(UserError) as raised:
+            call()
+        assert str(raised.value) == f"{name}: the name of {tmp_path}/a\\xff is no UTF-8: rename it."
+
+
 def test_an_engine_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("FFT_ENGINE", "foo")
     with pytest.raises(UserError, match=r"^FFT_ENGINE=foo is no engine: it may be sail, or spark, or be left unset"):
