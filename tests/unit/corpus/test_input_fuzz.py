@@ -25,7 +25,7 @@ from spark_jobs.token_table.rows import doc_ids, token_lists
 
 #: ``FUZZ_EXAMPLES=10000`` looks longer.
 EXAMPLES = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "150")),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
