@@ -46,7 +46,7 @@ from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, Malformed, RecordEncoder, decode_record, load_json
 
 #: Part of every folder's name: to be raised when the same inputs make another table.
-_FORMAT = 1
+_FORMAT = 2
 _KEYS = Keys()
 
 

@@ -47,7 +47,8 @@ class PartTokenizer:
             except Malformed as error:
                 if self._rejects is None:
                     where = _MALFORMED_MARK + json.dumps([source, str(error)])
-                    raise UserError(where if numbered else _malformed(f"{source}, id {doc_id}", str(error))) from error
+                    named = f"{source}, id {doc_id}".encode(errors="backslashreplace").decode()
+                    raise UserError(where if numbered else _malformed(named, str(error))) from error
                 self._rejects.add(source, str(error), record)
         rows, counts = self._record_encoder.token_rows(documents, self._encoder)
         self._sink.write(rows)

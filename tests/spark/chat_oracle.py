@@ -31,6 +31,11 @@ def stretches(style: str, messages: list[dict]) -> list[tuple[str, bool]]:
             trained = message["role"] == "assistant"
             out += [(f"<|{message['role']}|>\n", False), (message["content"] + "<|end|>", trained), ("\n", False)]
         return [*out, ("<|endoftext|>", False)]
+    if style == "phi4":
+        for message in messages:
+            trained = message["role"] == "assistant"
+            out += [(f"<|im_start|>{message['role']}<|im_sep|>", False), (message["content"] + "<|im_end|>", trained)]
+        return out
     if style == "terse":
         messages = [message for message in messages if message["content"]]
     if style == "llama3":

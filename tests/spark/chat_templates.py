@@ -98,6 +98,13 @@ _PHI3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% else %}{{- eos_token }}{% endif %}"""
 
+#: The token behind the role stands right before the content, the end token right behind it.
+_PHI4 = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant<|im_sep|>' }}{%- endif %}"""
+
 #: Writes nothing of an empty turn, and renders tools.
 _TERSE = """\
 {%- if tools %}{{- '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}
@@ -110,7 +117,8 @@ _TERSE = """\
 @dataclass(frozen=True)
 class Style:
     """A family's template and special tokens. ``trims`` and ``alternates`` say what the template does and wants,
-    ``drops_empty`` that it leaves out empty turns, ``rstrip`` that its special tokens swallow white space behind them.
+    ``drops_empty`` that it leaves out empty turns, ``rstrip`` and ``lstrip`` that its special tokens swallow white
+    space behind and before them.
     """
 
     template: str
@@ -122,6 +130,7 @@ class Style:
     alternates: bool = False
     drops_empty: bool = False
     rstrip: bool = False
+    lstrip: bool = False
 
 
 STYLES = {
@@ -145,6 +154,14 @@ STYLES = {
         "<|end|>",
         eos="<|endoftext|>",
         rstrip=True,
+    ),
+    "phi4": Style(
+        _PHI4,
+        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        "<|im_end|>",
+        eos="<|im_end|>",
+        rstrip=True,
+        lstrip=True,
     ),
     "terse": Style(_TERSE, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", eos="<|im_end|>", drops_empty=True),
 }
@@ -182,11 +199,12 @@ def save_chat_tokenizer(folder: Path, style: str, kind: str = "byte-level") -> P
     tokenizer.train_from_iterator(_LINES * 3, trainer)
     if kind == "sentence-piece":  # bytes are pieces of the vocabulary, no added tokens
         tokenizer = Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
+    strips = {"rstrip": chosen.rstrip, "lstrip": chosen.lstrip}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=chosen.bos,
-        eos_token=chosen.eos and AddedToken(chosen.eos, rstrip=chosen.rstrip, special=True),
-        additional_special_tokens=[AddedToken(t, rstrip=chosen.rstrip, special=True) for t in chosen.special],
+        eos_token=chosen.eos and AddedToken(chosen.eos, special=True, **strips),
+        additional_special_tokens=[AddedToken(t, special=True, **strips) for t in chosen.special],
     )
     fast.chat_template = chosen.template
     fast.save_pretrained(folder)

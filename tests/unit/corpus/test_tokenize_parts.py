@@ -114,6 +114,11 @@ def test_bytes_that_are_no_utf8_make_a_record_malformed_wherever_they_are(terse,
     assert [line["reason"].split(" at ")[0] for line in aside] == ["its id is not valid UTF-8", "not valid UTF-8"]
     with pytest.raises(UserError, match="malformed record"):
         tokenize(tmp_path / "b.parquet", texts, tmp_path / "fails", quarantine=False)
+    with PartFile(PartFolder(tmp_path, WorkerNotes(str(tmp_path))), 0) as sink:
+        part = PartTokenizer(texts, Encoder(texts.recipe), sink, None)
+        with pytest.raises(UserError, match=r"a DataFrame, id \\udcff\\udcfe: its id is not valid UTF-8") as raised:
+            part.add(list(texts.rows(pa.record_batch(table))), "parquet", "a DataFrame", "a DataFrame", numbered=False)
+    str(raised.value).encode()
 
 
 def test_two_columns_of_one_name_are_refused(terse, texts, tmp_path):
