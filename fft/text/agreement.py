@@ -14,6 +14,7 @@ driver and travels with the recipe, so that ids are the same in every task and o
 user's cache folder under a hash of all that it depends on.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -25,7 +26,6 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def _mixtures(added: Sequence[str]) -> Iterator[str]:
 
 def _remembered(name: str, facts: Sequence[object], find: Callable[[], list[str] | None]) -> list[str] | None:
     """What ``find`` gives, from the user's cache folder if it was found before; whoever else asks waits meanwhile."""
-    versions = [_VERSION, *(importlib.metadata.version(package) for package in ("fastokens", "tokenizers"))]
+    versions = [_VERSION, fast_version(), importlib.metadata.version("tokenizers")]
     key = hashlib.sha256(json.dumps([*facts, *versions]).encode()).hexdigest()[:32]
     with _locked(f"{name}-{key}") as path:
         verdict = _read(path)
@@ -199,7 +199,7 @@ def _remembered(name: str, facts: Sequence[object], find: Callable[[], list[str]
         return verdict["differing"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(name: str) -> Iterator[Path | None]:
     """The file of a verdict, under its lock; None where there is no folder to remember it in."""
     try:
@@ -210,7 +210,8 @@ def _locked(name: str) -> Iterator[Path | None]:
         yield None
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: two may compare at once
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder / f"{name}.json"
     finally:
         os.close(lock)
