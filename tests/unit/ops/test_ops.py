@@ -144,6 +144,18 @@ def test_nothing_trained_costs_nothing():
     assert not weight.grad.any()
 
 
+def test_a_bf16_weight_s_gradient_is_summed_over_chunks_in_fp32(monkeypatch):
+    """A token a chunk: what bf16 would drop of 512 small summands is there."""
+    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", 1)
+    torch.manual_seed(0)
+    hidden, labels = torch.rand(512, 16).bfloat16(), torch.randint(11, (512,))
+    exact = torch.randn(11, 16).bfloat16().float().requires_grad_()
+    ours = exact.detach().bfloat16().requires_grad_()
+    linear_cross_entropy(hidden.float(), exact, labels).backward()
+    linear_cross_entropy(hidden, ours, labels).backward()
+    assert (ours.grad.float() - exact.grad).norm() < 2**-8 * exact.grad.norm()
+
+
 def test_bf16_gradients_are_rounded_once():
     """A factor that bf16 cannot hold changes a gradient by its last bit at most, not all of it in one direction."""
     torch.manual_seed(0)

@@ -103,6 +103,20 @@ def run(builder, layers):
     return loss.item(), builder.balance and float(builder.balance.total), known
 
 
+def test_ranks_whose_parts_differ_by_a_row_reduce_the_same_chunks(monkeypatch):
+    """Of 101 rows one rank has 51: chunks of 100 logits would be of one token there, of two on the other."""
+    loss, _, whole = run(*build("llama", None))
+    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", 100)
+    shared = threading.Barrier(2), {}
+    ranks = [ThreadRanks(rank, 2, SMALL["num_key_value_heads"], shared) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda parts: run(*parts), [build("llama", rank) for rank in ranks]))
+    for ours, _, parts in results:
+        assert ours == pytest.approx(loss, rel=1e-6)
+        shard, _, grad = parts["lm_head.weight"]
+        torch.testing.assert_close(grad, shard.of(whole["lm_head.weight"][2]), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("size", "fused"), [(2, None), (4, None), (2, plain_ops())], ids=["2", "4", "2-fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_equal_the_whole(family, size, fused):
