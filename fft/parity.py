@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    steps, ranks = given.pop("steps"), given.pop("ranks", None)
+    steps = given.pop("steps")
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1.")
     disable_progress_bar()
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mine = resolve({"output_dir": str(run), **given})
         args = flags_of(mine, model, run, steps)
         shape = args.pipe_parallel_size * args.sequence_parallel_size * args.model_parallel_size
-        ranks = ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
+        ranks = mine.ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
         config = load_config(start_of(mine), mine.init, weights=not mine.init)
         check_supported(config, mine.seq_len)
         small = shrunken(config, mine)

@@ -51,7 +51,7 @@ def layer_activations(
     known: dict[tuple, LayerActivations] = {}
     found = []
     for path, module in layer_modules(spec, split_dlayer)[:-1]:
-        shape = type(module), *((name, *p.shape) for name, p in module.named_parameters())
+        shape = type(module), *((name, p.requires_grad, *p.shape) for name, p in module.named_parameters())
         if shape not in known:
             known[shape] = _run(spec, path, module, tokens, sequence, tensor)
         found.append(known[shape])
@@ -108,6 +108,8 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
     parameters = list(module.parameters())
     existing = [hidden, ids, *rotary, positions, *parameters]
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         if spec.dtype == torch.float32:
             parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
             existing.append(parameter.grad)
@@ -128,7 +130,8 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
         del outputs
         saved = alive.most = alive.now
         extra = end.nbytes
-        end.backward()
+        if end.requires_grad:  # not of a frozen embedding
+            end.backward()
     return LayerActivations(scale * (saved - extra), scale * (forward - saved), scale * (alive.most - saved))
 
 

@@ -1,7 +1,7 @@
 """What every pipeline layer costs, read off the model laid out on the meta device: arithmetic and parameters."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import nn
@@ -13,15 +13,18 @@ from fft.parallel.tensor_plan import Shard
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One pipeline layer. ``flops`` are multiply-adds per token, in forward.
+    """One pipeline layer. ``flops`` are multiply-adds per token in forward, ``backward`` those in backward.
 
     ``parameters`` are the whole model's, each counted once: a head that is the embedding has none. ``held`` is what one
-    tensor-parallel rank of the layer's stage keeps, ``matrices`` of it with two dimensions or more.
+    tensor-parallel rank of the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of the latter
+    with two dimensions or more. Gradients of frozen weights are not computed.
     """
 
     flops: float
+    backward: float
     parameters: int
     held: int
+    trained: int
     matrices: int
 
 
@@ -48,25 +51,41 @@ def layer_costs(spec: ModelSpec, seq_len: int, split_dlayer: bool = False, tenso
     shards = spec.shards(0, tensor)
     costs = [_cost(spec, path, module, seq_len, shards) for path, module in modules]
     first, last = costs[0], costs[-1]
-    own = 0 if spec.tied else last.parameters
-    embedding = LayerCost(0.0, first.parameters, first.held, first.matrices)
-    return [embedding, *costs[1:-1], LayerCost(last.flops, own, last.held, last.matrices)]
+    costs[0] = replace(first, flops=0.0, backward=0.0)
+    costs[-1] = replace(last, parameters=0 if spec.tied else last.parameters)
+    return costs
+
+
+def first_trained(costs: Sequence[LayerCost]) -> int:
+    """Index of the first layer of which something is trained."""
+    return next((layer for layer, cost in enumerate(costs) if cost.trained), len(costs))
+
+
+def multiply_adds(costs: Sequence[LayerCost]) -> tuple[list[float], list[float]]:
+    """Those per token of every layer's forward and backward, which ends at the first layer that is trained."""
+    lowest = first_trained(costs)
+    return [c.flops for c in costs], [c.backward if layer >= lowest else 0.0 for layer, c in enumerate(costs)]
 
 
 def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: Mapping[str, Shard]) -> LayerCost:
-    flops, parameters, held, matrices = 0.0, 0, 0, 0
+    flops, backward, parameters, held, trained, matrices = 0.0, 0.0, 0, 0, 0, 0
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
         shard = shards.get(f"{path}.{name}")
         share = prod(shape if shard is None else shard.local_shape)
-        flops += prod(shape) * _share_used(spec, shape)
+        used = prod(shape) * _share_used(spec, shape)
+        flops += used
+        backward += used * (2 if parameter.requires_grad else 1)  # of what went in, and of the weight
         parameters += prod(shape)
         held += share
-        matrices += share if len(shape) > 1 else 0
+        if parameter.requires_grad:
+            trained += share
+            matrices += share if len(shape) > 1 else 0
     attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
     if attends:
-        flops += spec.config.num_attention_heads * spec.head_size * seq_len  # q.k and weights.v: seq_len / 2 keys
-    return LayerCost(flops, parameters, held, matrices)
+        scores = spec.config.num_attention_heads * spec.head_size * seq_len  # q.k and weights.v: seq_len / 2 keys
+        flops, backward = flops + scores, backward + 2 * scores
+    return LayerCost(flops, backward, parameters, held, trained, matrices)
 
 
 def _share_used(spec: ModelSpec, shape: tuple[int, ...]) -> float:

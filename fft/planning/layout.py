@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fft.arguments import TrainArguments
+from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import MAX_LOGITS
 from fft.parallel.mesh import MeshSizes
 from fft.planning.activations import layer_activations
-from fft.planning.costs import LayerCost, layer_costs
+from fft.planning.costs import LayerCost, first_trained, layer_costs, multiply_adds
 from fft.planning.memory import Circumstances, LayerMemory, StageMemory, loss_memory, stage_memory
 from fft.planning.partition import pipeline_bubble, stage_bounds
 
@@ -28,9 +29,10 @@ class Layout:
 def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bool) -> Layout:
     """Cut the model into stages by ``--partition_method``; ``host`` is for a device that is the CPU.
 
-    It is that of training every parameter, with transformers' own operators.
+    It is that of transformers' own operators. Raises :class:`UserError` for stages that cannot be, and for parameters
+    to train or to freeze that the model does not have.
     """
-    spec = replace(spec, fused=None, lora=None, frozen=None, selective=args.checkpoint_grad_selective)
+    spec = replace(spec, fused=None, lora=Lora.of(args), frozen=args.freeze, selective=args.checkpoint_grad_selective)
     costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor)
     tokens = args.seq_len * args.per_device_train_batch_size
     ran = layer_activations(spec, tokens, args.split_dlayer, mesh.sequence, mesh.tensor)
@@ -47,21 +49,23 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         tied=spec.tied,
         zero=zero_stage(args, mesh),
         host=host,
+        offload=args.offload_optimizer,
+        lowest=first_trained(costs),
     )
     decoder = range(1, len(ran) - 1)
     layers = [
-        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder)
+        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder, c.trained)
         for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
     ]
     vocabulary = costs[-1].held // at.hidden_size
-    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS))
+    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS, bool(costs[-1].trained)))
 
     def memory(stage: int, start: int, stop: int) -> StageMemory:
         return stage_memory(layers, start, stop, stage, at)
 
     bounds = stage_bounds(
         args.partition_method,
-        [cost.flops for cost in costs],
+        [cost.flops + cost.backward for cost in costs],
         [cost.parameters for cost in costs],
         mesh.pipe,
         lambda *of: memory(*of).total,
@@ -76,19 +80,43 @@ def zero_stage(args: TrainArguments, mesh: MeshSizes) -> int:
     return 0 if args.dtype == "fp32" and mesh.data * mesh.sequence == 1 and not args.offload_optimizer else 1
 
 
+def bubble_of(args: TrainArguments, layout: Layout) -> float:
+    """Share of a step that the layout's stages wait, by the arithmetic that each has to do."""
+    lowest, head = first_trained(layout.costs), len(layout.costs) - 1
+    forward, backward = [], []
+    for stage, ends in enumerate(pairwise(layout.bounds)):
+        times = [0.0, 0.0]
+        for layer in range(*ends):
+            cost = layout.costs[layer]
+            needs = stage > 0 or layer >= lowest  # a stage that receives goes back to what it received
+            again = cost.flops if args.checkpoint_grad_interval and 0 < layer < head - 1 and needs else 0.0
+            # The loss forms the head's gradients in its forward.
+            times[0] += cost.flops + (cost.backward if layer == head else 0.0)
+            times[1] += again + (cost.backward if needs and layer != head else 0.0)
+        forward.append(times[0])
+        backward.append(times[1])
+    return pipeline_bubble(layout.mesh.pipe, args.gradient_accumulation_steps, forward, backward)
+
+
 def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     """The layout as text: sizes, who sits where, a table of the stages, what a step computes and how long it waits."""
     mesh, costs = layout.mesh, layout.costs
-    parameters = sum(cost.parameters for cost in costs)
+    parameters, frozen = sum(cost.parameters for cost in costs), any(cost.trained < cost.held for cost in costs)
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
     lines = [f"{name}, {_count(parameters)} parameters, {args.dtype}; world {mesh.world} = {sizes}"]
     if mesh.world > 1:
         lines += _picture(mesh)
     lines += _table(layout)
+    which = "adapters" if args.lora_dim else f"all but {args.freeze}" if frozen else "all parameters"
+    optimizer = ", the optimizer's in the machine's memory" if args.offload_optimizer else ""
+    lines.append(
+        f"GB of a rank, {which} trained{optimizer}; total = weights+grads + optimizer + the larger of activations + "
+        "loss, and step"
+    )
     micro_batches = args.gradient_accumulation_steps
     tokens = mesh.data * micro_batches * args.per_device_train_batch_size * args.seq_len
-    flops = 6 * tokens * sum(cost.flops for cost in costs)  # two a multiply-add; backward is twice the forward
-    bubble = pipeline_bubble(mesh.pipe, micro_batches)
+    flops = 2 * tokens * sum(map(sum, multiply_adds(costs)))
+    bubble = bubble_of(args, layout)
     most = "at most " if args.ragged else ""
     lines.append(
         f"a step: {most}{tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
@@ -100,17 +128,15 @@ def _table(layout: Layout) -> list[str]:
     """GB of one rank, by what they are for: the fullest moment is a backward or, with its copies, a step."""
     heads = ("stage", "layers", "parameters/rank", "weights+grads", "optimizer", "activations", "loss", "step", "total")
     rows = [[*heads, "time"]]
-    whole = sum(cost.flops for cost in layout.costs)
+    whole = sum(cost.flops + cost.backward for cost in layout.costs)
     for stage, (memory, (a, b)) in enumerate(zip(layout.memory, pairwise(layout.bounds), strict=True)):
         own = layout.costs[a:b]
         bytes_ = (memory.weights, memory.optimizer, memory.activations, memory.loss, memory.step, memory.total)
-        share = sum(cost.flops for cost in own) / whole
+        share = sum(cost.flops + cost.backward for cost in own) / whole
         held = sum(cost.held for cost in own)
         rows.append([str(stage), f"{a}-{b - 1}", f"{held:,}", *(f"{x / _GB:.2f}" for x in bytes_), f"{share:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    note = "GB of a rank, all parameters trained; total = weights+grads + optimizer + the larger of activations + loss"
-    return [*table, f"{note}, and step"]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _picture(mesh: MeshSizes) -> list[str]:

@@ -6,7 +6,7 @@ the device's context and communication library, fragments of its allocator, and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Elements of the bucket that DeepSpeed reduces gradients by (its default).
 _BUCKET = 500_000_000
@@ -18,7 +18,9 @@ class LayerMemory:
     """One pipeline layer on one rank: elements of parameters, bytes of activations for one micro-batch.
 
     ``saved`` is held from forward to backward; ``forward`` and ``backward`` are what those need besides at most.
-    ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again.
+    ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again. Of the
+    elements ``held``, ``trained`` (None: all) have gradients and optimizer state, ``matrices`` of these are of two
+    dimensions or more.
     """
 
     held: int
@@ -27,6 +29,11 @@ class LayerMemory:
     forward: int
     backward: int
     recomputes: bool = False
+    trained: int | None = None
+
+    def without_gradients(self) -> "LayerMemory":
+        """Where nothing is trained up to here, nothing is kept for a backward."""
+        return replace(self, saved=0, forward=self.saved + self.forward, backward=0)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Circumstances:
     """What the memory of all stages depends on. ``tokens`` are a rank's of a micro-batch, ``row`` is all of them.
 
     ``replicas`` share the optimizer's state (data x sequence); ``interval`` is ``--checkpoint_grad_interval``;
-    ``itemsize`` 2 for bf16 and 4 for fp32; ``zero`` is ZeRO's stage; ``host`` is for a device that is the CPU.
+    ``itemsize`` 2 for bf16 and 4 for fp32; ``zero`` is ZeRO's stage; ``host`` is for a device that is the CPU;
+    ``offload`` for an optimizer in the machine's memory; ``lowest`` is the first layer of which something is trained.
     """
 
     stages: int
@@ -49,6 +57,8 @@ class Circumstances:
     tied: bool = False
     zero: int = 1
     host: bool = False
+    offload: bool = False
+    lowest: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,20 +77,24 @@ class StageMemory:
         return self.weights + self.optimizer + max(self.activations + self.loss, self.step)
 
 
-def loss_memory(tokens: int, hidden_size: int, vocabulary: int, itemsize: int, max_logits: int) -> LayerMemory:
+def loss_memory(
+    tokens: int, hidden_size: int, vocabulary: int, itemsize: int, max_logits: int, trained: bool = True
+) -> LayerMemory:
     """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
 
-    Both gradients are formed in the forward. Chunks of ``max_logits`` logits are held twice, as logits and as softmax
-    in fp32, then once, rounded, beside their share of the weight's gradient.
+    Both gradients, or that of the states where the head is not ``trained``, are formed in the forward. Chunks of
+    ``max_logits`` logits are held twice, as logits and as softmax in fp32, then once, rounded, beside their share of
+    the weight's gradient.
     """
     states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
     rows = min(tokens, max(1, max_logits // vocabulary))
     logits = rows * vocabulary
-    saved = states + weight * itemsize  # gradients of states and weight, in the weights' type
+    own = weight if trained else 0
+    saved = states + own * itemsize  # gradients of states and weight, in the weights' type
     # The weight's gradient is summed in fp32; a chunk's share of it is in the weights' type.
-    most = 2 * states + weight * _FP32 + max(2 * _FP32 * logits, (weight + logits) * itemsize)
+    most = 2 * states + own * _FP32 + max(2 * _FP32 * logits, (own + logits) * itemsize)
     # Gradients are scaled where they are; the weight's, in bf16, is added to a sum in fp32.
-    return LayerMemory(weight, weight, saved, most - saved, weight * _FP32 if itemsize == 2 else 0)
+    return LayerMemory(weight, own, saved, most - saved, own * _FP32 if itemsize == 2 else 0, trained=own)
 
 
 def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:
@@ -89,15 +103,26 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     both_ends = at.tied and start == 0 and stop == len(layers)  # a tied head is then the very embedding
     counted = own[:-1] if both_ends else own
     held = sum(layer.held for layer in counted)
+    trained = sum(layer.held if layer.trained is None else layer.trained for layer in counted)
     matrices = sum(layer.matrices for layer in counted)
-    weights = held * (at.itemsize + _FP32)  # gradients are summed in fp32
+    weights = held * at.itemsize + trained * _FP32  # gradients are summed in fp32
     # Without ZeRO fp32 weights are their own masters.
-    optimizer = held * 3 * _FP32 // at.replicas if at.zero else held * 2 * _FP32
+    optimizer = trained * 3 * _FP32 // at.replicas if at.zero else trained * 2 * _FP32
+    if stage == 0:  # what later stages receive has a gradient, whether anybody needs it or not
+        own = [layer.without_gradients() if start + i < at.lowest else layer for i, layer in enumerate(own)]
     last = stop == len(layers)
     peak = _passes(own, stage, last, at)
     without = _passes(own[:-1], stage, last, at) if last else peak
-    step = _step_zero_fp32(held, matrices, at) if at.zero and at.itemsize == 4 else _step(held, matrices, at)
+    if at.offload and not at.host:
+        return StageMemory(weights, 0, without, peak - without, _step_offload(counted, at))
+    step = _step_zero_fp32(trained, matrices, at) if at.zero and at.itemsize == 4 else _step(trained, matrices, at)
     return StageMemory(weights, optimizer, without, peak - without, step)
+
+
+def _step_offload(layers: Sequence[LayerMemory], at: Circumstances) -> int:
+    """A bucket, through which gradients leave for the machine's memory, and a copy of the largest parameter at most."""
+    largest = max(layer.matrices for layer in layers)
+    return _FP32 * _BUCKET + largest * at.itemsize
 
 
 def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstances) -> int:
@@ -135,20 +160,20 @@ def _segments(own: Sequence[LayerMemory], interval: int) -> list[tuple[bool, Seq
     return [(all(layer.recomputes for layer in segment), segment) for segment in segments]
 
 
-def _step(held: int, matrices: int, at: Circumstances) -> int:
+def _step(trained: int, matrices: int, at: Circumstances) -> int:
     """To be reduced, gradients are laid end to end in buckets; bf16's are, and go alone if they fill one."""
     if at.replicas == 1 or (at.itemsize == 2 and matrices > _BUCKET):
         return 0
-    return _FP32 * min(held, _BUCKET)
+    return _FP32 * min(trained, _BUCKET)
 
 
-def _step_zero_fp32(held: int, matrices: int, at: Circumstances) -> int:
+def _step_zero_fp32(trained: int, matrices: int, at: Circumstances) -> int:
     """Besides the gradients counted already: they move to a bucket, from there to a copy of this rank's part, and that
     is copied flat for the optimizer. Of a bucket on the host only what is used is memory.
     """
-    used = _FP32 * min(held, _BUCKET)
+    used = _FP32 * min(trained, _BUCKET)
     bucket = used if at.host else _FP32 * _BUCKET
-    share = _FP32 * held // at.replicas
+    share = _FP32 * trained // at.replicas
     # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
-    left = (bucket if at.replicas > 1 else 0) - _FP32 * held
+    left = (bucket if at.replicas > 1 else 0) - _FP32 * trained
     return max(bucket - used + share, left + share + _FP32 * matrices // at.replicas)

@@ -121,6 +121,47 @@ def stage_bounds(
     return bounds
 
 
-def pipeline_bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step that a stage of a 1F1B pipeline waits, were all stages equally fast and sending free."""
-    return (stages - 1) / (micro_batches + stages - 1)
+def pipeline_bubble(
+    stages: int, micro_batches: int, forward: Sequence[float] | None = None, backward: Sequence[float] | None = None
+) -> float:
+    """Share of a step that the stages of a 1F1B pipeline wait, in the mean, were sending free.
+
+    ``forward`` and ``backward`` are the times of each stage for one micro-batch, in any unit; without them all stages
+    are equally fast.
+    """
+    if forward is None or backward is None:
+        return (stages - 1) / (micro_batches + stages - 1)
+    busy = micro_batches * (sum(forward) + sum(backward))
+    whole = _length_1f1b(forward, backward, micro_batches)
+    return 1 - busy / (stages * whole) if whole else 0.0
+
+
+def _length_1f1b(forward: Sequence[float], backward: Sequence[float], micro_batches: int) -> float:
+    """How long a step takes: every stage does its passes in the order of 1F1B, each as soon as its input is there."""
+    stages = len(forward)
+    orders = [_order_1f1b(micro_batches, stages - stage) for stage in range(stages)]
+    # When the forward, and the backward, of each micro-batch is done, by stage.
+    done: list[tuple[list[float], list[float]]] = [([], []) for _ in range(stages)]
+    now, at = [0.0] * stages, [0] * stages
+    left = stages * 2 * micro_batches
+    while left:
+        for stage, order in enumerate(orders):
+            while at[stage] < len(order):
+                back = order[at[stage]]
+                number = len(done[stage][back])
+                source = stage + 1 if back else stage - 1
+                before = done[source][back] if 0 <= source < stages else done[stage][0] if back else None
+                if before is not None and len(before) <= number:
+                    break
+                begin = max(now[stage], before[number] if before is not None else 0.0)
+                now[stage] = begin + (backward if back else forward)[stage]
+                done[stage][back].append(now[stage])
+                at[stage] += 1
+                left -= 1
+    return max(now)
+
+
+def _order_1f1b(micro_batches: int, in_flight: int) -> list[bool]:
+    """The passes of a stage, True for a backward: as many forwards as it may have in flight, then one of each."""
+    ahead = min(micro_batches, in_flight)
+    return [False] * ahead + [True, False] * (micro_batches - ahead) + [True] * ahead

@@ -1,8 +1,8 @@
 """What a run tells of its steps, and the yardstick of its speed: what the devices' matrix products really do.
 
 Model FLOPs utilisation is the FLOPs that the model's mathematics needs (a multiply-add is two; backward is twice the
-forward; activations that are computed again count once) over those that all devices could have done at their measured
-matrix rate.
+forward, but for weights that are frozen; activations that are computed again count once) over those that all devices
+could have done at their measured matrix rate.
 """
 
 import contextlib
@@ -19,9 +19,8 @@ import torch.distributed as dist
 
 from fft.arguments import TrainArguments
 from fft.models.experts import LoadBalance
-from fft.models.spec import ModelSpec
-from fft.planning.costs import layer_costs
-from fft.planning.partition import pipeline_bubble
+from fft.planning.costs import multiply_adds
+from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
 from fft.training.metric_sinks import Sinks, open_sinks
 
@@ -31,9 +30,12 @@ Log = Callable[[str], None]
 _LONG_ENOUGH, _LARGEST = 0.01, 8192
 
 
-def flops_per_token(multiply_adds: Sequence[float]) -> float:
-    """FLOPs of forward and backward for one token, from the multiply-adds of every layer's forward."""
-    return 6.0 * sum(multiply_adds)
+def flops_per_token(forward: Sequence[float], backward: Sequence[float] | None = None) -> float:
+    """FLOPs of forward and backward for one token, from the multiply-adds of every layer.
+
+    Without ``backward`` it is twice the ``forward``, as where every parameter is trained.
+    """
+    return 2.0 * sum(forward) + (4.0 * sum(forward) if backward is None else 2.0 * sum(backward))
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -174,7 +176,14 @@ class Metrics:
 
 
 def open_metrics(
-    args: TrainArguments, plan: Plan, spec: ModelSpec, device: torch.device, start: int, held: ExitStack, log: Log
+    args: TrainArguments,
+    plan: Plan,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    start: int,
+    held: ExitStack,
+    log: Log,
 ) -> Metrics:
     """Where a run's numbers go from step ``start`` on, until ``held`` ends, and what its speed is measured against.
 
@@ -184,12 +193,12 @@ def open_metrics(
     if dist.get_rank() == 0:
         run = Path(args.checkpoint) if args.checkpoint else None
         sinks = held.enter_context(open_sinks(run, start, dataclasses.asdict(args), log))
-    flops = flops_per_token([cost.flops for cost in layer_costs(spec, args.seq_len)])
-    rate = matrix_rate(spec.dtype, device) if plan.total_steps else float("nan")
+    flops = flops_per_token(*multiply_adds(layout.costs))
+    rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")
     peak = over_ranks(rate, dist.ReduceOp.SUM, device)
     metrics = Metrics(sinks, log, plan.total_steps, flops, peak, device)
     if plan.total_steps:
-        bubble = pipeline_bubble(plan.mesh.pipe, args.gradient_accumulation_steps)
+        bubble = bubble_of(args, layout)
         metrics.record(start, matrix_flops_per_second=peak, pipeline_bubble=bubble)
         log(
             f"{flops:.3g} FLOPs a token; matrix products of {args.dtype} reach {peak / plan.mesh.world / 1e12:.3g} "

@@ -108,7 +108,7 @@ def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
             run_folder.create(run, args, plan, start, facts)
-    metrics = open_metrics(args, plan, spec, engine.device, start.step, held, _log)
+    metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start.step, held, _log)
     export = ModelExport(plan, builder, engine)
     saver = Saver(_contents(args, export, run), args.background_executor, control) if run else None
     code = Trainer(args, plan, start, builder, engine, export, metrics, saver).train()

@@ -100,7 +100,7 @@ def test_tensorboard_shows_the_metrics_file(first):
 def test_speed_is_measured_against_the_devices(first):
     lines = [json.loads(line) for line in (first[0] / "run" / "metrics.jsonl").read_text().splitlines()]
     start = next(line for line in lines if "matrix_flops_per_second" in line)
-    assert start["pipeline_bubble"] == pytest.approx(1 / 5)  # two stages, four micro-batches
+    assert 1 / 5 < start["pipeline_bubble"] < 1 / 2  # two stages, four micro-batches: 1 / 5 were the stages equal
     reported = [line for line in lines if "mfu" in line]
     assert [line["step"] for line in reported] == [2, 4, 6]
     for line in reported:

@@ -17,9 +17,9 @@ from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.activations import Alive, add_to_sum, layer_activations
-from fft.planning.costs import layer_costs
+from fft.planning.costs import layer_costs, multiply_adds
 from fft.planning.dry_run import check_fits, dry_run
-from fft.planning.layout import describe, plan_layout
+from fft.planning.layout import bubble_of, describe, plan_layout
 from fft.planning.memory import Circumstances, LayerMemory, loss_memory, stage_memory
 from fft.planning.preflight import lay_out
 
@@ -54,7 +54,8 @@ def test_settings_fit_their_devices(file, monkeypatch):
     assert sum(cost.parameters for cost in layout.costs) / 1e9 == pytest.approx(size, rel=0.1)
     text = describe(args, name, layout)
     tokens = layout.mesh.data * args.gradient_accumulation_steps * args.seq_len
-    bubble = (layout.mesh.pipe - 1) / (args.gradient_accumulation_steps + layout.mesh.pipe - 1)
+    bubble = bubble_of(args, layout)
+    assert bubble > (layout.mesh.pipe - 1) / (args.gradient_accumulation_steps + layout.mesh.pipe - 1)
     assert f"{tokens:,} tokens" in text
     assert f"bubble {bubble:.1%}" in text
     assert f"{tokens:,} tokens a step; bubble {bubble:.1%}" in file.read_text()  # what its comment says
@@ -152,6 +153,50 @@ def test_equal_memory_gives_early_stages_fewer_layers():
         sizes = [b - a for a, b in itertools.pairwise(layout.bounds)]
     assert most["mem"] < 0.9 * most["fast"]
     assert sizes[0] < sizes[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "smaller", "said"),
+    [
+        (("--lora_dim", "16"), ("weights", "optimizer"), "adapters trained"),
+        (("--freeze", "embed_tokens,lm_head,layers"), ("weights", "optimizer"), "all but embed_tokens,lm_head,layers"),
+        (("--offload_optimizer",), ("optimizer",), "all parameters trained, the optimizer's in the machine's memory"),
+    ],
+)
+def test_the_table_is_of_what_is_trained(flags, smaller, said):
+    base = ("--model", str(CONF / "models/qwen2.5-14b.json"), "--ranks", "2", "--seq_len", "2048")
+    (_, _, every), (args, name, some) = dry(*base), dry(*base, *flags)
+    for part in smaller:
+        assert getattr(some.memory[0], part) < 0.5 * getattr(every.memory[0], part) + 1
+    assert some.memory[0].activations <= every.memory[0].activations
+    assert said in describe(args, name, some)
+
+
+def test_adapters_of_a_model_fit_where_the_model_does_not():
+    """29.5 GB of weights and little else, which the gradients and masters of all of them made 240."""
+    flags = ("--model", str(CONF / "models/qwen2.5-14b.json"), "--ranks", "1", "--checkpoint_grad_interval", "1")
+    with pytest.raises(UserError, match=r"needs 2\d\d.* GB a rank"):
+        check_fits(dry(*flags)[2], 80)
+    layout = dry(*flags, "--lora_dim", "16")[2]
+    check_fits(layout, 80)
+    parameters = 16 * 48 * (2 * (5120 + 5120) + 2 * (5120 + 1024) + 3 * (5120 + 13824))
+    assert sum(cost.trained for cost in layout.costs) == parameters
+    assert layout.memory[0].optimizer == 12 * parameters
+    assert layout.memory[0].weights == 2 * sum(cost.held for cost in layout.costs) + 4 * parameters
+
+
+def test_below_the_first_trained_layer_nothing_is_kept():
+    """A stage that receives keeps all: it goes back to what it received."""
+    flags = ("--model", str(CONF / "models/qwen2.5-7b.json"), "--ranks", "2", "--pipe_parallel_size", "2")
+    layers = "|".join(map(str, range(24)))
+    _, _, layout = dry(*flags, "--freeze", f"embed_tokens,layers\\.({layers})\\.", "--partition_method", "14,17")
+    _, _, every = dry(*flags, "--partition_method", "14,17")
+    assert layout.memory[0].activations < 0.1 * every.memory[0].activations
+    assert 0.7 < layout.memory[1].activations / every.memory[1].activations < 1
+    assert layout.memory[0].optimizer == 0
+    forward, backward = multiply_adds(layout.costs)
+    assert [b > 0 for b in backward] == [layer >= 25 for layer in range(31)]
+    assert forward == multiply_adds(every.costs)[0]
 
 
 def test_picture_shows_neighbours():

@@ -9,8 +9,9 @@ from conftest import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fft.models.lora import Lora, adapt
 from fft.models.spec import ModelSpec
-from fft.planning.costs import layer_costs
+from fft.planning.costs import layer_costs, multiply_adds
 from fft.planning.partition import pipeline_bubble
 from fft.training.environment import commit_of
 from fft.training.metrics import Stopwatch, flops_per_token, matrix_rate, peak_memory
@@ -30,9 +31,40 @@ def test_flops_are_those_torch_counts(tied):
     assert ours + hidden == pytest.approx(counter.get_total_flops() / tokens, rel=0.01)
 
 
+def test_flops_of_adapters_are_those_torch_counts():
+    """Weights that are frozen have no gradient, what went into them has one."""
+    tokens, lora = 128, Lora(8, 16, ("q_proj", "v_proj", "down_proj"))
+    config = AutoConfig.for_model(**{**SMALL, "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 8})
+    made = ModelSpec(config, torch.float32, lora=lora)
+    ours = flops_per_token(*multiply_adds(layer_costs(made, tokens)))
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config)
+    adapt(model, "model.layers", lora)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens)[None] % config.vocab_size).logits.sum().backward()
+    hidden = 6.0 * config.num_hidden_layers * config.hidden_size * tokens
+    # Of the first layer's projections torch does not go back to the embedding, which is frozen.
+    assert ours + hidden == pytest.approx(counter.get_total_flops() / tokens, rel=0.03)
+    every = flops_per_token([cost.flops for cost in layer_costs(ModelSpec(config, torch.float32), tokens)])
+    assert ours < 0.8 * every
+
+
 def test_bubble():
     assert pipeline_bubble(1, 8) == 0
     assert pipeline_bubble(4, 9) == pytest.approx(3 / 12)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 1), (4, 9), (8, 3), (8, 64)])
+def test_bubble_of_stages_that_are_not_equal(stages, micro_batches):
+    """All wait for the slowest, which waits for the pipeline to fill and to drain."""
+    equal = pipeline_bubble(stages, micro_batches, [1.0] * stages, [2.0] * stages)
+    assert equal == pytest.approx(pipeline_bubble(stages, micro_batches))
+    forward = [1.0 + stage % 3 for stage in range(stages)]
+    whole = (sum(forward) + (micro_batches - 1) * max(forward)) * 3
+    expected = 1 - 3 * micro_batches * sum(forward) / (stages * whole)
+    given = pipeline_bubble(stages, micro_batches, forward, [2 * time for time in forward])
+    assert given == pytest.approx(expected, abs=0.03)
+    assert given >= equal - 1e-9
 
 
 def test_matrix_rate_leaves_the_random_state_alone():
