@@ -91,11 +91,19 @@ def owned(path: Path, what: str, wait: bool = False) -> Iterator[Owner]:
         except Occupied:
             if not wait:
                 raise
-            time.sleep(_LOOKED_EVERY)
+            _wait(path, what)
     try:
         yield owner
     finally:
         owner.release()
+
+
+def _wait(path: Path, what: str) -> None:
+    """Return when nobody holds the mark, looking at it from time to time."""
+    while True:
+        time.sleep(_LOOKED_EVERY)
+        with contextlib.suppress(Occupied):
+            return check_unowned(path, what)
 
 
 def check_unowned(path: Path, what: str) -> None:
@@ -162,11 +170,14 @@ def _check_dead(mark: int, path: Path, what: str) -> bool:
     if not os.path.samestat(here, there):
         return False
     facts = _read(path)
-    idle = max(0.0, _now(path) - there.st_mtime)
-    if free and facts.get("machine") == _machine():
+    idle = max(0.0, time.time() - there.st_mtime)
+    if not free:
+        lives = True
+    elif facts.get("machine") == _machine():
         lives = _started(facts["process"]) == facts["started"]
     else:
-        lives = not free or idle < DEAD_AFTER
+        idle = max(0.0, _now(path) - there.st_mtime)
+        lives = idle < DEAD_AFTER
     if not lives:
         return True
     raise Occupied(
