@@ -61,6 +61,27 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     return Plan(config, weights, tokenizer, mesh, *data, total_samples, total_steps)
 
 
+def doubts(args: TrainArguments, plan: Plan) -> list[str]:
+    """What may be meant, but is likely a mistake; a sentence each."""
+    found, positions = [], getattr(plan.config, "max_position_embeddings", None)
+    if positions and args.seq_len > positions:
+        found.append(
+            f"--seq_len {args.seq_len} is more than the {positions} positions of the model (max_position_embeddings): "
+            "documents that are longer have positions that it was not made for"
+        )
+    if args.min_learning_rate > args.learning_rate:
+        found.append(
+            f"--min_learning_rate {args.min_learning_rate:g} is more than --learning_rate {args.learning_rate:g}: the "
+            "rate grows until the end"
+        )
+    if plan.total_steps and args.warmup_steps >= plan.total_steps:
+        found.append(
+            f"--warmup_steps {args.warmup_steps} is no less than the run's {plan.total_steps} steps: the rate never "
+            "falls"
+        )
+    return found
+
+
 def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:
     """The model's config and the sizes of ``world`` ranks, which suit each other. Raises :class:`UserError`."""
     mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)

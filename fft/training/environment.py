@@ -1,5 +1,6 @@
-"""What a run ran on: written into its folder, for whoever wants to repeat it."""
+"""What a run runs on: what its launcher says, and what is written into its folder for whoever wants to repeat it."""
 
+import os
 import platform
 import shlex
 import socket
@@ -12,6 +13,33 @@ import torch
 import torch.distributed as dist
 
 import fft
+from fft.errors import UserError
+
+#: What launchers tell every rank.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: What launchers that do not tell it would leave of theirs: each process would take itself for the whole run.
+_OTHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def world_size() -> int:
+    """How many ranks a launcher started; 1 without one. Raises :class:`UserError` where its variables do not fit."""
+    given = {name: os.environ[name] for name in _LAUNCHED if name in os.environ}
+    if "RANK" not in given:
+        for name in _OTHERS:
+            if os.environ.get(name, "1") != "1":
+                raise UserError(
+                    f"{name} is {os.environ[name]} but RANK is not set: start ranks with torchrun or deepspeed, or "
+                    f"unset {name} to train in one process."
+                )
+        return 1
+    missing = [name for name in _LAUNCHED if name not in given]
+    if missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: start ranks with torchrun or deepspeed.")
+    numbers = [given[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    if not all(number.isdecimal() for number in numbers) or not int(numbers[0]) < int(numbers[2]):
+        told = ", ".join(f"{name}={given[name]}" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        raise UserError(f"{told} in the environment is no rank of a run: start ranks with torchrun or deepspeed.")
+    return int(given["WORLD_SIZE"])
 
 
 def environment(group: dist.ProcessGroup, device: torch.device) -> dict:

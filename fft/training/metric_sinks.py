@@ -7,11 +7,16 @@ import importlib.util
 import json
 import os
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from fft.errors import UserError, one_line
+
+#: Seconds that a server has to answer before a run begins.
+_PATIENCE = 10
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -71,6 +76,7 @@ class MLflow:
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         import mlflow
 
+        _reach(os.environ.get("MLFLOW_TRACKING_URI", ""))
         self._mlflow, self._own = mlflow, mlflow.active_run() is None
         run = mlflow.start_run() if self._own else mlflow.active_run()
         if not run.data.params:  # of a run gone on with they cannot be changed
@@ -95,6 +101,18 @@ class MLflow:
         return any(name in os.environ for name in variables) or (
             "mlflow" in sys.modules and sys.modules["mlflow"].active_run() is not None
         )
+
+
+def _reach(server: str) -> None:
+    """Raise :class:`OSError` where no server answers at the address, any answer being one.
+
+    MLflow's client would try again for minutes, and the run would wait for it.
+    """
+    if server.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{server.rstrip('/')}/health", timeout=_PATIENCE).close()
+        except urllib.error.HTTPError:
+            return
 
 
 class Sinks:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import trained
 from fft.models.spec import ModelSpec
 from fft.planning.layout import Layout, describe, plan_layout
-from fft.planning.preflight import Plan, batch_plan, plan_run
+from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
 from fft.training import run_folder
 from fft.training.early_stop import EarlyStop
 from fft.training.engine import (
@@ -36,7 +35,7 @@ from fft.training.engine import (
     model_spec,
     on_host,
 )
-from fft.training.environment import environment
+from fft.training.environment import environment, world_size
 from fft.training.evaluation import evaluate
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
@@ -59,7 +58,7 @@ def train(args: TrainArguments) -> int:
     Raises :class:`UserError` for what the user can mend.
     """
     check_device(args)
-    plan = plan_run(args, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_run(args, world_size())
     spec = model_spec(args, plan.config)
     layout = plan_layout(args, spec, plan.mesh, on_host())
     init_distributed()
@@ -88,6 +87,7 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
             lines.append(f"{table.source}: {table.rows:,} rows, {table.tokens:,} tokens")
             lines += table.unread.notes(table.source)
         tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
+        lines += [f"warning: {doubt}" for doubt in doubts(args, plan)]
         lines.append(f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens")
     _log("\n".join(lines))
     _log(f"kernels: {check_kernels(spec)}")

@@ -1,8 +1,11 @@
 """Where metrics go: all sinks get all numbers, a broken one is left out and told of once, MLflow is called as it is."""
 
+import http.server
 import importlib.machinery
 import json
+import socket
 import sys
+import threading
 import types
 
 import pytest
@@ -130,3 +133,32 @@ def test_mlflow_run_of_somebody_else_is_not_ended(mlflow):
     with open_sinks(None, 0, {"seq_len": 64}, print) as sinks:
         sinks.write(3, {"loss": 1.0})
     assert mlflow.calls == [("log_metrics", {"loss": 1.0}, 3, False), ("flush",)]
+
+
+def test_a_dead_server_is_left_out_at_once(mlflow, monkeypatch):
+    """MLflow's own client tries for minutes, before the first step."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        said: list[str] = []
+        with open_sinks(None, 0, {}, said.append) as sinks:
+            sinks.write(1, {"loss": 1.0})
+    assert mlflow.calls == []
+    assert len(said) == 1
+    assert said[0].startswith("warning: MLflow failed (")
+
+
+def test_a_server_that_answers_anything_is_one(mlflow, monkeypatch):
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with open_sinks(None, 0, {}, print) as sinks:
+            sinks.write(3, {"loss": 1.0})
+    assert ("log_metrics", {"loss": 1.0}, 3, False) in mlflow.calls
