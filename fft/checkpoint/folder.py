@@ -100,7 +100,7 @@ def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     if len(lines) < len(text.splitlines()) or not text.endswith("\n"):
         return f"{checkpoint / SUMS} is no list of checksums"
     sums = {line[2]: line[1] for line in lines}
-    written = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*.safetensors")]
+    written = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*.safetensors*")]
     config = "adapter_config.json" if "adapter_model.safetensors" in sums else "config.json"
     unlisted = sorted({*written, config, STATE} - set(sums))
     if unlisted:

@@ -281,6 +281,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, go_on, 
     assert checkpoint_steps(tmp_path / "run") == [4, 6, 8]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "training/state.json"])
+def test_ranks_agree_about_a_damaged_checkpoint(name, half, model, ragged_table, tmp_path):
+    """Each reads a part of the files: what one finds is everybody's."""
+    shutil.copytree(half / "run", tmp_path / "run")
+    os.truncate(tmp_path / "run" / "step-6" / name, 10)
+    done = run_ranks(2, *flags(model, ragged_table, tmp_path, 8, 4), "--resume", "auto", timeout=60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from {tmp_path / 'run' / 'step-4'}" in done.stderr
+    assert [line for line, *_ in outcome(tmp_path)[0]] == list(range(1, 9))
+
+
 def test_when_none_is_whole_the_run_does_not_start_over(go_on, tmp_path):
     def harm(run):
         for file in run.glob("step-*/model.safetensors"):

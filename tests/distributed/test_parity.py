@@ -203,7 +203,8 @@ def flags(model, table, output, held_out=None) -> list[str]:
     """AdamW's epsilon is such that the rounding of a gradient near zero is not blown up to a step."""
     return (
         f"--model {model} --train_data {table} --eval_data {held_out or table} --seq_len {SEQ_LEN} --max_steps {STEPS} "
-        f"--learning_rate {LR} --warmup_steps 2 --max_grad_norm {CLIP} --adam_epsilon 1e-5 --dtype fp32 --seed 3 "
+        f"--learning_rate {LR} --min_learning_rate {LR / 2} --warmup_steps 2 --max_grad_norm {CLIP} "
+        f"--adam_epsilon 1e-5 --dtype fp32 --seed 3 "
         f"--output_dir {output}/model --checkpoint {output}/run"
     ).split()
 
@@ -215,7 +216,14 @@ def read_metrics(run) -> tuple[list[dict], list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "layout"), [("llama", "pipe2"), ("qwen2-tied", "pipe2"), ("qwen2-tied", "pipe2-data2-offload")]
+    ("family", "layout"),
+    [
+        ("llama", "pipe2"),
+        ("qwen2-tied", "pipe2"),
+        ("qwen2-tied", "pipe2-data2-offload"),
+        ("llama", "sequence2"),
+        ("qwen2-tied", "tensor2"),
+    ],
 )
 def test_bf16_follows_fp32(family, layout, model_dir, ragged_table, held_out, reference, tmp_path):
     """bf16 keeps 8 bits: a loss may differ by some 2^-9 and a matrix must move as in fp32, but for its rounding."""

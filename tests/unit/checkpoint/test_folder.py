@@ -75,6 +75,16 @@ def test_sums_that_are_none_are_named(tmp_path, text):
     assert "SHA256SUMS cannot be read" in folder.fault(checkpoint)
 
 
+@pytest.mark.parametrize("name", [*FILES, "model-00002-of-00002.safetensors"])
+def test_files_that_are_missing_from_the_sums_are_named(tmp_path, name):
+    """Whoever changed a file and took it off the list would have it accepted."""
+    checkpoint = make(tmp_path, 3)
+    lines = (checkpoint / folder.SUMS).read_text().splitlines(keepends=True)
+    (checkpoint / folder.SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+    (checkpoint / "notes.txt").write_text("somebody's own")  # is no fault
+    assert folder.fault(checkpoint) == f"{checkpoint / name} is missing from SHA256SUMS"
+
+
 losses = st.one_of(st.none(), st.floats(0, 10), st.just(float("nan")))
 
 
@@ -88,6 +98,32 @@ def test_what_is_kept(losses, newest, best):
     assert len(kept) <= len(recent) + best
     if best and evaluated:
         assert any(losses[step] == min(evaluated.values()) for step in kept)
+
+
+def test_the_best_has_a_name(tmp_path):
+    """Of those that are kept; it goes when none was evaluated."""
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None)):
+        make(tmp_path, step, eval_loss=loss)
+    folder.prune(tmp_path, newest=2, best=1)
+    assert (tmp_path / "best").read_text() == "step-2\n"
+    assert folder.tag_of(tmp_path, "best") == "step-2"
+    assert folder.tag_of(tmp_path, "latest") == "step-4"
+    assert folder.tag_of(tmp_path, "step-9") == "step-9"
+    folder.prune(tmp_path, newest=1, best=0)
+    assert folder.checkpoint_steps(tmp_path) == [4]
+    with pytest.raises(UserError, match="has no 'best' checkpoint"):
+        folder.tag_of(tmp_path, "best")
+
+
+def test_a_model_of_a_checkpoint(tmp_path):
+    """Without what a run goes on from."""
+    checkpoint, output = make(tmp_path / "run", 3), tmp_path / "model"
+    (checkpoint / "templates" / folder.TRAINING).mkdir(parents=True)
+    (checkpoint / "templates" / folder.TRAINING / "a.jinja").touch()
+    folder.copy_model(checkpoint, str(output))
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    shards = {hf.shard_name(shard, 2) for shard in range(2)}
+    assert found == {"config.json", "model.safetensors.index.json", "templates/training/a.jinja", *shards}
 
 
 def test_pruning_leaves_other_folders_alone(tmp_path):

@@ -1,8 +1,10 @@
 """A rank's device and its process group, with an accelerator and a DeepSpeed that only note what they are asked."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.runtime.fp16 import loss_scaler
 
 from fft.models.experts import LoadBalance
 from fft.training import engine
@@ -36,3 +38,32 @@ def test_the_experts_balance_loss_is_scaled_as_the_loss_is(fp16, scale):
     stage.deepspeed, stage._balance, stage.role = deepspeed, balance, SimpleNamespace(last=False)
     stage.step([])
     assert weights == [0.5 * scale / (8 * 3)]
+
+
+def half_engine() -> engine.StageEngine:
+    """An engine in fp16 of which there is nothing but the loss scale."""
+    scaler = loss_scaler.DynamicLossScaler(2.0**16, 4, 1.0, 2, False)
+    optimizer = SimpleNamespace(loss_scaler=scaler)
+    made = object.__new__(engine.StageEngine)
+    made.deepspeed = SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer, skipped_steps=0, global_steps=0)
+    made.optimizer, made.parameters = None, {}
+    return made
+
+
+def test_the_whole_loss_scale_is_saved(monkeypatch):
+    """Whatever of it changes in a run; the next one then scales as this one would have."""
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(engine.optimizer_state, "restore", lambda *_: None)
+    before, after = half_engine(), half_engine()
+    scaler = before.deepspeed.optimizer.loss_scaler
+    for overflow in (True, True, True, *[False] * 6, True, False):
+        scaler.update_scale(overflow)
+    before.deepspeed.skipped_steps = 4
+    fresh = vars(half_engine().deepspeed.optimizer.loss_scaler)
+    assert {name for name, value in vars(scaler).items() if value != fresh[name]} <= before.scaler_state().keys()
+    after.restore(Path("training"), {}, 11, before.scaler_state())
+    assert after.skipped == 4
+    for overflow in (False, False, False, False, True, *[False] * 9):
+        for made in (before, after):
+            made.deepspeed.optimizer.loss_scaler.update_scale(overflow)
+        assert vars(after.deepspeed.optimizer.loss_scaler) == vars(scaler)

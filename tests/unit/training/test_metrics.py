@@ -1,20 +1,35 @@
 """What is reported of a run: FLOPs against torch's own count, times against a clock that is told what to say."""
 
+import contextlib
 import math
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.models.lora import Lora, adapt
 from fft.models.spec import ModelSpec
-from fft.planning.costs import layer_costs, multiply_adds
+from fft.parallel.mesh import MeshSizes
+from fft.planning.costs import LayerCost, layer_costs, multiply_adds
+from fft.planning.layout import Layout
 from fft.planning.partition import pipeline_bubble
+from fft.training import metrics
 from fft.training.environment import commit_of
-from fft.training.metrics import Stopwatch, flops_per_token, matrix_rate, peak_memory
+from fft.training.metrics import (
+    Lap,
+    Stopwatch,
+    flops_per_token,
+    matrix_rate,
+    mean_balance,
+    open_metrics,
+    peak_memory,
+)
+from fft.training.schedule import lr_multiplier
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -113,3 +128,52 @@ def test_commit_of_a_checkout(tmp_path):
     assert commit_of(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("two")
     assert commit_of(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
+
+@pytest.fixture
+def four_ranks(monkeypatch):
+    """A process that takes itself for one of four that all have the same numbers; two of them share each row."""
+    both = {dist.ReduceOp.SUM: lambda x: x.mul_(4), dist.ReduceOp.MAX: lambda x: x}
+    reduce = lambda x, operation=dist.ReduceOp.SUM, group=None: both[operation](x)  # noqa: E731
+    monkeypatch.setattr(metrics.dist, "all_reduce", reduce)
+    monkeypatch.setattr(metrics.dist, "get_world_size", lambda group=None: 4 if group is None else 2)
+    monkeypatch.setattr(metrics.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(metrics, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(metrics, "peak_memory", lambda _: 3 << 30)
+
+
+def test_numbers_are_of_all_ranks(four_ranks):
+    """Tokens a second and what devices can do add up, memory is that of the fullest, utilisation is of all devices."""
+    said, written = [], {}
+    args = SimpleNamespace(checkpoint=None, gradient_accumulation_steps=1, checkpoint_grad_interval=0, dtype="fp32")
+    mesh = MeshSizes(4, 1)
+    layout = Layout(mesh, [0, 1], [LayerCost(1000.0, 2000.0, 1000, 1000, 1000, 1000)], [])
+    plan = SimpleNamespace(total_steps=9, mesh=mesh)
+    with contextlib.ExitStack() as held:
+        shown = open_metrics(args, plan, layout, torch.float32, torch.device("cpu"), 0, held, said.append)
+    assert "reach 0.001 TFLOP/s a device" in said[0]
+    shown.sinks.add("all", lambda: SimpleNamespace(write=lambda _, values: written.update(values)))
+    values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "skipped_steps": 0}
+    shown.show(1, values, Lap(rate=10_000.0, data_wait=0.0, elapsed=1.0, left=1.0))
+    assert (written["tokens_per_second"], written["tokens_per_second_per_device"]) == (40_000, 10_000)
+    assert written["mfu"] == pytest.approx(40_000 * 6000 / 4e9)
+    assert written["memory"] == 3 << 30
+    assert "40,000 tokens/s  MFU 6.0%" in said[-1]
+    assert "3.00 GiB" in said[-1]
+
+
+def test_the_balance_of_experts_is_the_mean_over_rows(four_ranks):
+    """Ranks of a row have shares of its losses: two layers' losses of 1.5 are 0.75 each, twice."""
+    balance = SimpleNamespace(total=2 * 0.75, count=2, sequence=object())
+    assert mean_balance(balance, torch.device("cpu")) == {"aux_loss": pytest.approx(1.5)}
+    balance = SimpleNamespace(total=2 * 1.5, count=2, sequence=None)
+    assert mean_balance(balance, torch.device("cpu")) == {"aux_loss": pytest.approx(1.5)}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_schedules_end_where_they_should(kind):
+    rates = [lr_multiplier(kind, 4, 20, 0.25)(step) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[20] == pytest.approx(1.0 if kind == "constant" else 0.25)
+    assert min(rates[4:]) >= 0.25 - 1e-12
+    assert (rates[19] > rates[20]) == (kind != "constant")
