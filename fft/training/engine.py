@@ -37,6 +37,7 @@ from fft.parallel.mesh import MeshSizes
 from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
+from fft.training.compiling import compile_alone
 from fft.training.optimizer import Holders, make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
 
@@ -110,9 +111,18 @@ def init_distributed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's engine would, but kernels are compared and groups joined before there is one: all on the first device.
     deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if on_host():
+        _compile_operator()
     deepspeed.init_distributed(verbose=False)
     dist.barrier()  # every rank has its neighbours' buffers open
     _unlink_shared_buffer()
+
+
+def _compile_operator() -> None:
+    """Have what DeepSpeed would compile for its all-reduce on CPUs as it joins the group, where it would."""
+    builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        compile_alone(builder.name, builder.load)
 
 
 def host_group() -> dist.ProcessGroup:

@@ -1,0 +1,31 @@
+"""Operators that are compiled on first use, in a folder that runs share."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+
+def compile_alone(name: str, load: Callable[[], object]) -> None:
+    """Have ``load`` compile the operator ``name``, while no other run of ours compiles it in the same folder.
+
+    torch marks a folder in which it compiles by a file, for which others wait as long as it is there. A process that was
+    killed leaves it, and then they wait for ever. Our lock goes with its process, so what is found under it is left.
+    """
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    lock = os.open(folder / "fft.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which compiles {name} in {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{name}.so").exists():
+            print(f"compiling {name} in {folder}, once, for some minutes at most", file=sys.stderr, flush=True)
+        load()
+    finally:
+        os.close(lock)
