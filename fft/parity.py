@@ -76,6 +76,11 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
         if getattr(config, name, None):
             setattr(small, name, min(getattr(config, name), max(4, args.model_parallel_size)))
             small.num_experts_per_tok = min(config.num_experts_per_tok, 2)
+    rotary = getattr(small, "rope_parameters", None) or {}
+    for name in ("short_factor", "long_factor"):  # one for each of the frequencies, of which there are fewer
+        if isinstance(factors := rotary.get(name), list):
+            turned = int(small.hidden_size // small.num_attention_heads * rotary.get("partial_rotary_factor", 1.0))
+            rotary[name] = factors[: turned // 2]
     small.initializer_range = 0.2  # of this size, gradients tell one layer's mistake from another's rounding
     small.dtype = torch.float32
     return small

@@ -16,8 +16,10 @@ from transformers import PretrainedConfig
 
 from fft.errors import UserError
 
-#: A gated MLP beside the experts, which the published plans leave out, is cut like any other.
-_SHARED_EXPERT = {
+#: What published plans leave out: a gated MLP beside the experts is cut like any other; what an activation function
+#: learns (xIELU, in apertus) is learned on every rank from its part of the MLP.
+_UNPUBLISHED = {
+    "layers.*.mlp.act_fn": "replicated_with_grad_allreduce",
     "layers.*.mlp.shared_expert.gate_proj": "colwise",
     "layers.*.mlp.shared_expert.up_proj": "colwise",
     "layers.*.mlp.shared_expert.down_proj": "rowwise",
@@ -84,7 +86,7 @@ class Shard:
 
 def plan_of(config: PretrainedConfig) -> dict[str, str]:
     """Style by module or parameter name, relative to the decoder, layer numbers as ``*``."""
-    return {**_SHARED_EXPERT, **(config.base_model_tp_plan or {})}
+    return {**_UNPUBLISHED, **(config.base_model_tp_plan or {})}
 
 
 def style_of(name: str, plan: Mapping[str, str]) -> str | None:

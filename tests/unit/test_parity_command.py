@@ -1,6 +1,7 @@
 """The parity command: shrunken models are of the same kind, and a difference is seen, wherever it is."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoConfig
 from fft import parity
 from fft.arguments import resolve
 from fft.errors import UserError
+from fft.models.spec import ModelSpec
+from fft.models.supported import FAMILIES
 from fft.parity import Outcome, faults, shrunken
 
 LLAMA3_70B = {
@@ -65,6 +68,23 @@ def test_heads_and_experts_of_other_models():
     assert small(LLAMA3_70B).head_dim * 4 == small(LLAMA3_70B).hidden_size
     experts = small(QWEN3_MOE)
     assert (experts.num_experts, experts.num_experts_per_tok, experts.moe_intermediate_size) == (4, 2, 128)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+SIZES = {**LLAMA3_70B, "pad_token_id": 0, "head_dim": 128, "attention_dropout": 0.0, "residual_dropout": 0.0}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi3-longrope"])
+def test_shrunken_models_of_every_family_can_be_run(family):
+    changes = {"rope_scaling": LONGROPE, "hidden_size": 6144} if family == "phi3-longrope" else {}
+    ModelSpec(small(SIZES | changes | {"model_type": family.removesuffix("-longrope")}), torch.float32)
+
+
+def test_what_the_trainer_refuses_is_refused_by_the_same_sentence(tmp_path):
+    for kind, said in (("bloom", "publishes no pipeline plan"), ("olmo3", "does between its layers")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UserError, match=f"model type '{kind}' {said}"):
+            parity.main(["--init", "--model", str(tmp_path / "config.json"), "--train_data", str(tmp_path)])
 
 
 def outcome(seed: int = 0) -> Outcome:
