@@ -79,8 +79,8 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     rotary = getattr(small, "rope_parameters", None) or {}
     for name in ("short_factor", "long_factor"):  # one for each of the frequencies, of which there are fewer
         if isinstance(factors := rotary.get(name), list):
-            turned = int(small.hidden_size // small.num_attention_heads * rotary.get("partial_rotary_factor", 1.0))
-            rotary[name] = factors[: turned // 2]
+            width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
+            rotary[name] = factors[: int(width * rotary.get("partial_rotary_factor", 1.0)) // 2]
     small.initializer_range = 0.2  # of this size, gradients tell one layer's mistake from another's rounding
     small.dtype = torch.float32
     return small
