@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env quickstart test lint format docs dist bundle clean
+.PHONY: help prerequisites env quickstart test mutants lint format docs dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -57,6 +57,11 @@ test: env lint  ## lint, then the unit, Spark and distributed tests; the bundle'
 	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
 	  exit $$failed
 
+mutants: env  ## plant faults in the modules that are arithmetic alone (mutmut): which of them no test notices
+	@$(PIP) install "mutmut>=3.8,<4" -c constraints.txt
+	@OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run $(MUTANTS) || true
+	@$(VENV)/bin/mutmut results
+
 lint: env  ## style (ruff), spelling (codespell), imports (import-linter), types (pyrefly), limits (test_house.py)
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
@@ -91,7 +96,7 @@ bundle: env  ## dist/bundle/: what a machine with torch and no network installs 
 	@$(VENV)/bin/python bundle/build.py --python_version $(PYTHON_VERSION) --platform $(PLATFORM) --extras $(EXTRAS) --system $(SYSTEM)
 
 clean:  ## remove what was built and cached; keeps .venv and runs
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage spark-warehouse metastore_db derby.log
+	@rm -rf build dist mutants *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage spark-warehouse metastore_db derby.log
 	@find fft spark_jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include bundle/device.mk

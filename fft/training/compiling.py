@@ -12,8 +12,8 @@ from torch.utils import cpp_extension
 def compile_alone(name: str, load: Callable[[], object]) -> None:
     """Have ``load`` compile the operator ``name``, while no other run of ours compiles it in the same folder.
 
-    torch marks a folder in which it compiles by a file, for which others wait as long as it is there. A process that was
-    killed leaves it, and then they wait for ever. Our lock goes with its process, so what is found under it is left.
+    torch marks a folder in which it compiles by a file, and others wait as long as that is there: for ever, where a
+    process left it that was killed. Our lock goes with its process, so a mark that is found under it is such a one.
     """
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     lock = os.open(folder / "fft.lock", os.O_RDWR | os.O_CREAT, 0o666)
