@@ -21,13 +21,13 @@ _TOKENS = 2
 @torch.no_grad()
 def try_out(model: PreTrainedModel) -> None:
     """Raise :class:`UserError` where ``model``, on the meta device, cannot be run."""
-    base = model.base_model
-    embedding, rotary, norm = (base.get_submodule(name) for name in ("embed_tokens", "rotary_emb", "norm"))
-    layers = list(base.get_submodule("layers").children())
-    tried = {tuple((name, *p.shape) for name, p in layer.named_parameters()): layer for layer in layers}
-    positions, row = torch.arange(_TOKENS)[None], Documents.of((0, _TOKENS), "meta")
-    documents = ShardedDocuments(row, plan_shards(row.bounds, 1), _Shapes())
     try:
+        base = model.base_model
+        embedding, rotary, norm = (base.get_submodule(name) for name in ("embed_tokens", "rotary_emb", "norm"))
+        layers = base.get_submodule("layers").children()
+        tried = {tuple((name, *p.shape) for name, p in layer.named_parameters()): layer for layer in layers}
+        positions, row = torch.arange(_TOKENS)[None], Documents.of((0, _TOKENS), "meta")
+        documents = ShardedDocuments(row, plan_shards(row.bounds, 1), _Shapes())
         hidden = embedding(torch.zeros(1, _TOKENS, dtype=torch.int32, device="meta"))
         turns = type(rotary)(config=model.config)(torch.empty(0), position_ids=positions)
         for layer in tried.values():

@@ -182,14 +182,16 @@ def write_metadata(
 ) -> list[str]:
     """Add index, config and tokenizer to the written shards; returns the names of these files.
 
-    The generation config is that of the ``model`` directory trained from.
+    The generation config is that of the ``model`` directory trained from, and so is what it has of a tokenizer where
+    no other is named.
     """
     before = _files(staging)
     config.save_pretrained(staging)
     if model is not None:
         _copy(model, staging, (_GENERATION, *_code(model / CONFIG)))
-    if tokenizer is not None:
-        _copy(Path(tokenizer), staging, (*_TOKENIZER_FILES, *_code(Path(tokenizer, "tokenizer_config.json"))))
+    source = model if tokenizer is None else Path(tokenizer)
+    if source is not None:
+        _copy(source, staging, (*_TOKENIZER_FILES, *_code(source / "tokenizer_config.json")))
     if shards > 1:
         weight_map, size = {}, 0
         for shard in range(shards):

@@ -191,3 +191,12 @@ def test_code_is_kept_where_a_config_names_it(tmp_path):
     (source / "helpers.py").write_text("import more")
     staging.mkdir()
     assert "helpers.py" in hf.write_metadata(staging, LlamaConfig(), str(source), 1)
+
+
+def test_a_tokenizer_that_is_not_whole_is_kept_too(tmp_path):
+    """Of a model directory with no tokenizer_config.json: the trainer needs none, whoever takes the model may."""
+    source, staging = tmp_path / "source", tmp_path / "staging"
+    source.mkdir()
+    (source / "tokenizer.model").write_text("pieces")
+    staging.mkdir()
+    assert hf.write_metadata(staging, LlamaConfig(), None, 1, source) == ["config.json", "tokenizer.model"]
