@@ -111,6 +111,8 @@ class StageBuilder:
             shard = self.shards.get(f"{path}.{key}")
             shape = tuple(tensor.shape) if shard is None else shard.shape
             tensor.copy_(weights.read(f"{path}.{key}", shape, shard))
+            if tensor.dtype == torch.float16 and not tensor.isfinite().all():  # it was when it was read
+                raise UserError(f"{path}.{key} has values that fp16 cannot hold: use --dtype bf16 or fp32.")
 
     def _compute_buffers(self, module: nn.Module) -> None:
         """Give the own buffers of ``module`` the values that transformers computes when it loads a model."""

@@ -80,6 +80,16 @@ def test_weights_that_are_no_numbers_are_named(value, folder):
         read(folder)
 
 
+def test_values_beyond_fp16_are_no_infinities(folder):
+    own = tensors(folder)
+    own["model.norm.weight"][3] = 7e4
+    hf.write_shard(folder, own, 0, 1)
+    config = load_config(str(folder), init=False)
+    build(StageBuilder(ModelSpec(config, torch.bfloat16), weights=hf.WeightReader(folder)))
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values that fp16 cannot hold: use --dtype bf16"):
+        build(StageBuilder(ModelSpec(config, torch.float16), weights=hf.WeightReader(folder)))
+
+
 def test_integers_where_numbers_belong_are_named(folder):
     own = tensors(folder)
     own["model.norm.weight"] = torch.ones(32, dtype=torch.int64)
