@@ -9,246 +9,11 @@ python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   
 
 import argparse
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from fft.checkpoint import adapter as adapters
-from fft.checkpoint import folder
-from fft.checkpoint.fragments import MASTER, SavedFragments
-from fft.console import live, say
-from fft.errors import Parser, UserError, one_line, run_cli
-from fft.files import replace_folder, start_folder
-from fft.models.directory import Weights, check_whole, has_own_head, load_config
-from fft.weights import hf
-from fft.weights.experts import parameter_of
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_LAYER_FILES = "layer_*-model_states.pt"
-
-
-class LayerFiles:
-    """Weights in the files that DeepSpeed's own checkpoints have of a pipeline's layers, by Hugging Face name.
-
-    Layers are numbered as :func:`fft.models.layers.pipeline_layers` lists them: embedding, decoder layers, whole or
-    in halves, norm, head. Raises :class:`UserError` when the files are not those of such a model.
-    """
-
-    def __init__(self, directory: Path, layers: int, tied: bool) -> None:
-        self.dtype: torch.dtype | None = None
-        self._open: tuple[Path, dict[str, Tensor]] | None = None
-        files: dict[int, Path] = {}
-        for path in sorted(directory.glob(_LAYER_FILES)):
-            found = _LAYER_FILE.fullmatch(path.name)
-            if found is None:
-                raise UserError(f"{path} is no layer file of DeepSpeed's: move it elsewhere.")
-            if int(found[2] or 0):
-                raise UserError(f"{path}: tensor-parallel layer files are not read; merge them with DeepSpeed first.")
-            files[int(found[1])] = path
-        halves = 2 if 1 in files and not any("mlp." in key for key in self._read(files[1])) else 1
-        wanted = range(halves * layers + (2 if tied else 3))
-        if set(files) != set(wanted):
-            raise UserError(
-                f"{directory} has files of layers {', '.join(map(str, files))}; a model of {layers} decoder layers has "
-                f"0 to {wanted[-1]}: restore them or give its --model."
-            )
-        decoder = [f"model.layers.{index}" for index in range(layers) for _ in range(halves)]
-        paths = ["model.embed_tokens", *decoder, "model.norm", "lm_head"]
-        self._stored: dict[str, tuple[Path, str]] = {}
-        for layer, file in sorted(files.items()):
-            for key in self._read(file):
-                self._stored[f"{paths[layer]}.{key.removeprefix('module.')}"] = file, key
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._stored)
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them."""
-        file, key = self._stored[name]
-        return self._read(file)[key]
-
-    def _read(self, file: Path) -> dict[str, Tensor]:
-        if self._open is None or self._open[0] != file:
-            try:
-                self._open = file, torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            except (RuntimeError, ValueError, EOFError, OSError) as error:
-                raise UserError(f"{file} cannot be read ({one_line(error)[:120]}): restore it.") from error
-        return self._open[1]
-
-
-class Masters:
-    """A checkpoint's weights in the fp32 that its optimizer steps."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.dtype: torch.dtype | None = None
-        self._weights, self._fragments = hf.WeightReader(checkpoint), SavedFragments(checkpoint / folder.TRAINING)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return self._weights.names
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them."""
-        stored = self._weights.tensor(name)
-        parameter, start = parameter_of(name, stored.shape)
-        if stored.dtype == torch.float32 or parameter not in self._fragments:
-            return stored
-        flat = torch.empty(stored.numel())
-        self._fragments.fill(flat, parameter, MASTER, start)
-        return flat.view(stored.shape)
-
-
-class Merged:
-    """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32.
-
-    Raises :class:`UserError` for adapters of another kind, and for tensors that belong to no weight of the model.
-    """
-
-    def __init__(self, weights: Weights, adapter: Path) -> None:
-        self._weights, self._where = weights, f"--lora {adapter}"
-        config = adapters.read_config(adapter)
-        self._scale = adapters.scale_of(config, self._where)
-        self._transposed = bool(config.get("fan_in_fan_out"))
-        try:
-            self._adapter = load_file(adapter / adapters.WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{adapter / adapters.WEIGHTS} cannot be read ({one_line(error)}): save it again."
-            ) from error
-        keys = [{self._key(name, matrix) for matrix in "AB"} for name in weights.names]
-        unused = sorted(set(self._adapter).difference(*keys))
-        if unused:
-            raise UserError(f"{self._where}: {unused[0]} {self._why_unused(unused[0])}.")
-        if halves := [pair for pair in keys if len(pair & set(self._adapter)) == 1]:
-            raise UserError(f"{self._where} lacks {min(halves[0] - set(self._adapter))}: save it again.")
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return self._weights.names
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The type to write tensors in unless another is asked for; None: as they are."""
-        return self._weights.dtype
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them. Raises :class:`UserError` where the adapter does not fit it."""
-        weight = self._weights.tensor(name)
-        if self._key(name, "A") not in self._adapter:
-            return weight
-        down, up = (self._adapter[self._key(name, matrix)].float() for matrix in "AB")
-        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
-            raise UserError(f"{self._where}: the matrices of {name}, {down.shape} and {up.shape}, are no product.")
-        delta = self._scale * (up @ down)
-        delta = delta.T if self._transposed else delta
-        if delta.shape != weight.shape:
-            raise UserError(
-                f"{self._where} has {tuple(delta.shape)} for {name} of {tuple(weight.shape)}: wrong adapter or model."
-            )
-        return (weight.float() + delta).to(weight.dtype)
-
-    @staticmethod
-    def _why_unused(key: str) -> str:
-        if key.startswith(f"{adapters.PREFIX}lm_head."):
-            return "adapts the output head, which in this model is the embedding: merge it with PEFT"
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            return "is no matrix of plain LoRA: merge it with PEFT"
-        return "belongs to no weight of the model: wrong adapter or model"
-
-    @staticmethod
-    def _key(name: str, matrix: str) -> str:
-        return f"{adapters.PREFIX}{name.removesuffix('.weight')}.lora_{matrix}.weight"
-
-
-def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in groups of at most ``limit`` bytes, or of one tensor; floating ones as ``dtype``, or as they are."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name in weights.names:
-        tensor = weights.tensor(name)
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        if group and size + tensor.nbytes > limit:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
-    yield group
-
-
-def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int) -> int:
-    """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors.
-
-    Raises :class:`UserError` when the config cannot be read or is another model's, and where nothing can be written.
-    """
-    config = load_config(str(model), init=False, weights=False)
-    if config.tie_word_embeddings and has_own_head(source):
-        config.tie_word_embeddings = False
-    check_whole(config, source.names, model)
-    kind = DTYPES[dtype] if dtype else source.dtype
-    written = number = 0
-    try:
-        staging = start_folder(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
-
-    def line(seconds: float) -> str:
-        return f"{number:,} shards, {written / 1e6:,.0f} MB, {written / 1e6 / seconds:,.0f} MB/s"
-
-    with live(line, last=True):
-        for group in shards(source, kind, limit):
-            hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
-            config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
-            number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
-    for shard in range(number):
-        (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
-    hf.write_metadata(staging, config, str(model), number, model)
-    replace_folder(output)
-    return len(source.names)
-
-
-def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
-    """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is.
-
-    Raises :class:`UserError` when there are none, when the checkpoint is damaged, and when no config is beside them.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory: give a run folder, a checkpoint or a model directory.")
-    steps = folder.checkpoint_steps(path)
-    if tag or steps:
-        tag = tag or folder.checkpoint_tag(steps[-1])
-        if not (path / tag).is_dir():
-            have = ", ".join(map(folder.checkpoint_tag, steps)) or "none"
-            raise UserError(f"--tag {tag}: {path / tag} is no checkpoint; {path} holds: {have}.")
-        path = path / tag
-    if (path / folder.SUMS).is_file():
-        found = folder.fault(path)
-        if found is not None:
-            raise UserError(f"{found}: choose another checkpoint with --tag.")
-    if (path / adapters.CONFIG).is_file() and not (path / hf.CONFIG).is_file():
-        base = adapters.read_config(path).get("base_model_name_or_path")
-        if model is None and not isinstance(base, str):
-            raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
-        model = model or Path(str(base))
-        return Merged(hf.WeightReader(model), path), model
-    if any(path.glob(_LAYER_FILES)):
-        where = model or path
-        if not (where / hf.CONFIG).is_file():
-            raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
-        config = load_config(str(where), init=False, weights=False)
-        return LayerFiles(path, config.num_hidden_layers, config.tie_word_embeddings), where
-    wants_masters = dtype == "fp32" and any((path / folder.TRAINING).glob("rank-*.safetensors"))
-    return Masters(path) if wants_masters else hf.WeightReader(path), model or path
+from fft.console import say
+from fft.errors import Parser, UserError, run_cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -261,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("output", metavar="OUT", help="model directory to write")
     parser.add_argument("--tag", help="which checkpoint of a run folder (default: the newest)")
     parser.add_argument("--model", metavar="DIR", help="where config and tokenizer are (default: with the weights)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="type to write (default: as stored)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="type to write (default: as stored)")
     parser.add_argument("--lora", metavar="DIR", help="adapter to merge, as PEFT saves them")
     parser.add_argument("--max_shard_size", type=float, default=5.0, metavar="GB", help="of a file (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
@@ -281,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (args.source, args.model, args.lora)):
         if Path(path).resolve().is_relative_to(output.resolve()):
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
+    # Not before: --help need not wait for torch.
+    from fft.checkpoint.conversion import Merged, convert, open_source
+
     source, model = open_source(Path(args.source), args.tag, args.model and Path(args.model), args.dtype)
     if args.lora:
         source = Merged(source, Path(args.lora))

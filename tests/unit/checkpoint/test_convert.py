@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.checkpoint.adapter import scale_of
-from fft.checkpoint.convert import Merged, main
+from fft.checkpoint.conversion import Merged
+from fft.checkpoint.convert import main
 from fft.errors import UserError
 from fft.weights.hf import WeightReader
 
@@ -279,3 +280,12 @@ def test_an_output_that_cannot_be_made(directory, tmp_path):
         main([str(directory), str(tmp_path / "file")])
     with pytest.raises(UserError, match=r"cannot be made .Not a directory.: choose another folder"):
         main([str(directory), str(tmp_path / "file" / "below")])
+
+
+def test_help_does_not_wait_for_torch(launch):
+    """Nor does a flag that is wrong."""
+    said = (
+        "import sys; from fft.checkpoint import convert\n"
+        "convert.build_parser().format_help(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    assert launch("python", "-c", said).stdout.split() == ["False", "False"]
