@@ -116,6 +116,9 @@ def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(
             f"rope_type {kind!r} in the model's config.json is none of {', '.join(_ROTARY)}, which are known here."
         )
+    theta = rotary.get("rope_theta")
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"rope_theta {theta!r} in the model's config.json must be more than 0.")
     limits = {"dynamic": config.max_position_embeddings, "longrope": rotary.get("original_max_position_embeddings")}
     limit = limits.get(kind)
     if kind not in limits:
