@@ -55,7 +55,7 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(f"hidden_act {activation!r} in the model's config.json is none that transformers knows.")
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in kinds if kinds else bool(window)
+    windowed = "sliding_attention" in kinds if kinds else window is not None  # 0 is one, too
     if windowed and (window or 0) < seq_len:
         raise UserError(
             f"model type {name!r} attends within a sliding window of {window} tokens: use --seq_len {window} or less."

@@ -157,6 +157,7 @@ def test_a_config_without_architectures_gets_the_one_it_is_read_as(tmp_path):
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type 'spiral' .* is none of default"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": -1.0}}, "rope_theta -1.0"),
+        ({"model_type": "mistral", "sliding_window": 0}, "attends within a sliding window of 0 tokens"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
         ({"is_causal": False}, "attends to what follows"),
         ({"model_type": "starcoder2", "residual_dropout": 0.1}, "residual_dropout is not supported"),
