@@ -217,7 +217,7 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         raise UserError(f"{path} is no directory: give a run folder, a checkpoint or a model directory.")
     steps = folder.checkpoint_steps(path)
     if tag or steps:
-        tag = tag or folder.checkpoint_tag(steps[-1])
+        tag = folder.tag_of(path, tag) if tag else folder.checkpoint_tag(steps[-1])
         if not (path / tag).is_dir():
             have = ", ".join(map(folder.checkpoint_tag, steps)) or "none"
             raise UserError(f"--tag {tag}: {path / tag} is no checkpoint; {path} holds: {have}.")

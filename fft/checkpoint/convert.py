@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from fft.checkpoint import folder
 from fft.console import say
 from fft.errors import Parser, UserError, run_cli
 
@@ -24,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         "source", metavar="DIR", help="run folder, checkpoint, model directory, or DeepSpeed checkpoint"
     )
     parser.add_argument("output", metavar="OUT", help="model directory to write")
-    parser.add_argument("--tag", help="which checkpoint of a run folder (default: the newest)")
+    parser.add_argument("--tag", help="which checkpoint of a run folder, or best (default: the newest)")
     parser.add_argument("--model", metavar="DIR", help="where config and tokenizer are (default: with the weights)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="type to write (default: as stored)")
     parser.add_argument("--lora", metavar="DIR", help="adapter to merge, as PEFT saves them")
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output} is a file: name a folder.")
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
+    inside = folder.checkpoint_of(output)
+    if inside is not None:
+        raise UserError(f"{output} would replace or change the checkpoint {inside}: choose another folder.")
     if not 0 < args.max_shard_size < math.inf:
         raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
     for path in filter(None, (args.source, args.model, args.lora)):

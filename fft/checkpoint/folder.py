@@ -44,9 +44,10 @@ def checkpoint_steps(run: str | os.PathLike) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a run's checkpoint, whole or damaged."""
-    return (folder / SUMS).is_file() or (folder / STATE).is_file()
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint, whole or damaged, that a path is or lies in; None where there is none."""
+    places = (path.resolve(), *path.resolve().parents)
+    return next((place for place in places if (place / SUMS).is_file() or (place / STATE).is_file()), None)
 
 
 def is_own_name(name: str) -> bool:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fft.arguments import TrainArguments
-from fft.checkpoint.folder import LOCK, checkpoint_steps, checkpoint_tag, is_checkpoint, is_own_name
+from fft.checkpoint.folder import LOCK, checkpoint_of, checkpoint_steps, checkpoint_tag, is_own_name
 from fft.data.blend import parse_tables
 from fft.data.delta import split_version
 from fft.errors import UserError
@@ -52,7 +52,7 @@ def _check_place(flag: str, path: Path) -> None:
         )
     if flag == "--output_dir" and path.is_mount():
         raise UserError(f"{flag} {path} is where a disk is mounted, which cannot be replaced: name a folder in it.")
-    inside = next((above for above in (path.resolve(), *path.resolve().parents) if is_checkpoint(above)), None)
+    inside = checkpoint_of(path)
     if inside is not None:
         raise UserError(f"{flag} {path} would replace or change the checkpoint {inside}: choose another folder.")
     # A run's folder is written into, an output is made beside its place and replaces what stands there.
