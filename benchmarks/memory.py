@@ -1,6 +1,6 @@
 """A rank's memory as the dry run predicts it, against what the rank of a real launch held at most.
 
-python -m benchmarks.memory           # five configurations on this machine's device, some three minutes on two cores
+python -m benchmarks.memory           # eleven configurations on this machine's device, some six minutes on two cores
 
 Measured is, on an accelerator, its allocator's peak; on a CPU the largest resident size less that before the model was
 built and what libraries were read in meanwhile, with malloc told to give freed memory back.
@@ -23,13 +23,19 @@ from fft.training.engine import StageEngine
 #: Sizes by which weights and activations both matter; micro-batches of 1,024 tokens.
 _SIZES = {"tokens": 1024, "hidden": 512, "layers": 8, "vocabulary": 16384, "micro_batches": 2}
 _PARTS = ("weights", "optimizer", "activations", "loss", "step", "total", "peak")
-#: Stages, type, every how many layers to recompute.
+#: Stages, type, every how many layers to recompute, and what is trained, where.
 _CONFIGURATIONS = (
-    (1, "fp32", 0),
-    (1, "bf16", 0),
-    (2, "fp32", 0),
-    (2, "fp32", 1),
-    (2, "bf16", 2),
+    (1, "fp32", 0, ""),
+    (1, "bf16", 0, ""),
+    (2, "fp32", 0, ""),
+    (2, "fp32", 1, ""),
+    (2, "bf16", 2, ""),
+    (1, "fp32", 0, "--lora_dim=16"),
+    (2, "bf16", 0, "--lora_dim=16"),
+    (2, "fp32", 0, r"--freeze=embed_tokens,layers\.[0-3]\."),
+    (1, "fp32", 0, "--freeze=lm_head,embed_tokens"),
+    (1, "bf16", 0, "--offload_optimizer"),
+    (2, "fp32", 0, "--partition_method=3,8"),
 )
 
 
@@ -45,14 +51,26 @@ def main() -> int:
         return 0
     rows = []
     for configuration in _CONFIGURATIONS:
-        say(f"pipe {configuration[0]}, {configuration[1]}, recomputing every {configuration[2]} ...")
+        pipe, dtype, interval, more = configuration
+        say(f"pipe {pipe}, {dtype}, recomputing every {interval} {more} ...")
         for stage, told in enumerate(_launch(configuration)):
             parts = [
                 told[name] / 1e6 for name in ("weights", "optimizer", "activations", "loss", "step", "total", "peak")
             ]
             rows.append([*configuration, stage, *parts, told["total"] / told["peak"]])
     print(", ".join(f"{name} {size}" for name, size in _SIZES.items()))
-    heads = ("pipe", "dtype", "recompute", "stage", "weights+grads", "optimizer", "activations", "loss", "step")
+    heads = (
+        "pipe",
+        "dtype",
+        "recompute",
+        "flags",
+        "stage",
+        "weights+grads",
+        "optimizer",
+        "activations",
+        "loss",
+        "step",
+    )
     print(format_table((*heads, "predicted MB", "measured MB", "ratio"), rows))
     return 0
 
@@ -83,13 +101,14 @@ def measure(workload: Workload) -> dict:
     return {**vars(memory), "total": memory.total, "peak": most}
 
 
-def _workload(pipe: int, dtype: str, interval: int) -> Workload:
-    flags = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
+def _workload(pipe: int, dtype: str, interval: int, more: str) -> Workload:
+    sizes = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
+    flags = (*sizes, *more.split())
     config = llama(_SIZES["hidden"], _SIZES["layers"], _SIZES["vocabulary"])
     return Workload(config, _SIZES["tokens"], _SIZES["micro_batches"], flags=flags)
 
 
-def _launch(configuration: tuple[int, str, int]) -> list[dict]:
+def _launch(configuration: tuple[int, str, int, str]) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={configuration[0]}")
         flags = ("--rank_of", json.dumps(configuration), "--into", folder)

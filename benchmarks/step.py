@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,16 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that a decoder layer's forward takes where it sleeps; its backward takes twice that.
 _SLEEP = 0.05
 _SLEEPERS = 8
+#: Schedules and how many of the layers that sleep each stage has. Not DualPipeV over four: over gloo its ranks wait for
+#: each other for ever (DeepSpeed 0.19.8).
+_PIPELINES = (
+    ("1F1B", (4, 4)),
+    ("DualPipeV", (4, 4)),
+    ("1F1B", (2, 2, 2, 2)),
+    ("1F1B", (2, 6)),
+    ("1F1B", (1, 2, 2, 3)),
+    ("1F1B", (3, 2, 2, 1)),
+)
 #: What is compared: the trainer with these flags, or a plain loop, its AdamW fused (True) or as it comes; and the peer.
 WAYS = {
     "step": (
@@ -136,19 +146,20 @@ def loss_peak(args: argparse.Namespace) -> dict:
 
 
 def compare_bubbles(args: argparse.Namespace) -> None:
-    """Print the share of a step that stages wait, measured and by the formula of 1F1B."""
+    """Print the share of a step that stages wait, measured and as 1F1B played through has it."""
     rows = []
-    # Not DualPipeV over four: over gloo its ranks wait for each other for ever (DeepSpeed 0.19.8).
-    for (way, stages), micro_batches in itertools.product((("1F1B", 2), ("DualPipeV", 2), ("1F1B", 4)), (4, 8, 16)):
-        say(f"{way}, {stages} stages, {micro_batches} micro-batches ...")
+    for (way, sizes), micro_batches in itertools.product(_PIPELINES, (4, 8, 16)):
+        say(f"{way}, stages of {sizes} layers, {micro_batches} micro-batches ...")
         port = str(random.SystemRandom().randint(20000, 50000))
+        stages, text = len(sizes), ",".join(map(str, sizes))
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(stages), "--master_port", port)
-        flags = ("--role", "bubble", "--way", way, "--micro_batches", str(micro_batches))
+        flags = ("--role", "bubble", "--way", way, "--stages", text, "--micro_batches", str(micro_batches))
         told = _in_own_process(*flags, launcher=launcher)
         ideal = micro_batches * 3 * _SLEEP * _SLEEPERS / stages
         measured = 1 - ideal / told["seconds"]
-        rows.append([way, stages, micro_batches, told["seconds"], measured, pipeline_bubble(stages, micro_batches)])
-    print(format_table(("", "stages", "micro-batches", "s/step", "bubble measured", "1F1B by formula"), rows))
+        expected = pipeline_bubble(stages, micro_batches, sizes, [2 * layers for layers in sizes])
+        rows.append([way, text, micro_batches, told["seconds"], measured, expected])
+    print(format_table(("", "layers", "micro-batches", "s/step", "bubble measured", "1F1B predicted"), rows))
 
 
 def bubble_of(args: argparse.Namespace) -> dict:
@@ -159,12 +170,12 @@ def bubble_of(args: argparse.Namespace) -> dict:
     import fft.training.engine
 
     fft.training.engine.init_distributed()
-    stages = dist.get_world_size()
+    sizes = [int(layers) for layers in args.stages.split(",")]
     args.layers, args.hidden, args.vocabulary, args.tokens = _SLEEPERS, 32, 64, 32
-    bounds = ",".join(map(str, _layers_of(stages)))
+    bounds = ",".join(map(str, _with_ends(sizes)))
     if args.way == "DualPipeV":
-        fft.training.engine.StagedModel = _dual_pipe(_layers_of(2 * stages))
-    step, engine = _workload(args, "--pipe_parallel_size", str(stages), "--partition_method", bounds).build()
+        fft.training.engine.StagedModel = _dual_pipe(_with_ends([_SLEEPERS // (2 * len(sizes))] * (2 * len(sizes))))
+    step, engine = _workload(args, "--pipe_parallel_size", str(len(sizes)), "--partition_method", bounds).build()
     for layer in engine.deepspeed.module.modules():
         if type(layer).__name__ == "DecoderLayer":
             layer.register_forward_pre_hook(lambda *_: time.sleep(_SLEEP))
@@ -180,10 +191,9 @@ def bubble_of(args: argparse.Namespace) -> dict:
     return {"seconds": statistics.median(seconds[1:])}
 
 
-def _layers_of(stages: int) -> list[int]:
+def _with_ends(sizes: Sequence[int]) -> list[int]:
     """Layers of each stage, with the embedding in the first and norm and head in the last."""
-    each = _SLEEPERS // stages
-    return [each + 1, *[each] * (stages - 2), each + 2]
+    return [sizes[0] + 1, *sizes[1:-1], sizes[-1] + 2]
 
 
 def _dual_pipe(sizes: list[int]) -> type:
@@ -283,6 +293,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32_000, help="tokens of the vocabulary")
     parser.add_argument("--steps", type=int, default=8, help="steps counted, after two that are not")
     parser.add_argument("--role", choices=("step-memory", "loss", "bubble"), help=argparse.SUPPRESS)
+    parser.add_argument("--stages", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     return parser.parse_args()
 
