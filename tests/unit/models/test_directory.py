@@ -61,6 +61,21 @@ def test_a_head_that_repeats_the_embedding_is_tied(folder):
     torch.testing.assert_close(loss_by_layers(run), loss_by_transformers(loaded(folder)), rtol=2e-6, atol=0)
 
 
+def test_a_head_that_differs_in_its_last_row_is_its_own(folder, monkeypatch):
+    monkeypatch.setattr("fft.models.directory._ROWS", 10)
+    change_config(folder, tie_word_embeddings=True)
+    own = tensors(folder)
+    own["lm_head.weight"] = own["model.embed_tokens.weight"].clone()
+    own["lm_head.weight"][-1, -1] += 1
+    hf.write_shard(folder, own, 0, 1)
+    assert not load_config(str(folder), init=False).tie_word_embeddings
+
+
+def test_dropout_of_heads_that_are_not_there_does_no_harm(folder):
+    change_config(folder, classifier_dropout=0.1, summary_first_dropout=0.1)
+    read(folder)
+
+
 def test_tensors_that_the_model_has_no_place_for_are_named(folder):
     own = tensors(folder)
     hf.write_shard(folder, own | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, 0, 1)

@@ -220,14 +220,16 @@ def test_tokens_are_drawn_with_their_probabilities():
     """Of 200 tokens all alike, more than 50 are drawn; of two, each as often as it is likely."""
     from fft.serve.engines import _drawing
 
-    def draws(scores, **given):
+    def draws(scores, temperature=1.0, **given):
         seeds = [row_seed(1, row) for row in range(4000)]
-        drawing = _drawing(Sampling(temperature=1.0, **given), seeds, torch.device("cpu"))
+        drawing = _drawing(Sampling(temperature=temperature, **given), seeds, torch.device("cpu"))
         return drawing(torch.zeros(4000, 1, dtype=torch.long), scores.expand(4000, -1)).argmax(-1)
 
     assert len(draws(torch.zeros(1, 200)).unique()) == 200
     share = (draws(torch.tensor([[0.7, 0.3]]).log()) == 0).float().mean()
     assert abs(share - 0.7) < 0.03
+    sharper = (draws(torch.tensor([[0.7, 0.3]]).log(), temperature=0.5) == 0).float().mean()
+    assert abs(sharper - 0.49 / 0.58) < 0.03
     assert set(draws(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6).tolist()) == {0, 1}
 
 

@@ -17,18 +17,18 @@ from fft.parity import write_random_model
 from fft.weights import hf
 from fft.weights.quantized import BlockScales
 
-BLOCK = 16
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+ROWS, COLUMNS = 16, 8
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [ROWS, COLUMNS]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As DeepSeek publishes it: a scale for every block, the last of which may be cut."""
-    rows, columns = (-(-size // BLOCK) for size in weight.shape)
+    rows, columns = -(-weight.shape[0] // ROWS), -(-weight.shape[1] // COLUMNS)
     scales, codes = torch.empty(rows, columns), torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     for i in range(rows):
         for j in range(columns):
-            at = slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK)
+            at = slice(i * ROWS, (i + 1) * ROWS), slice(j * COLUMNS, (j + 1) * COLUMNS)
             scales[i, j] = weight[at].abs().max() / 448
             codes[at] = (weight[at] / scales[i, j]).to(torch.float8_e4m3fn)
     return codes, scales
@@ -65,12 +65,12 @@ def test_fp8_computes_what_transformers_computes(model_type, changes, tmp_path):
 def test_a_cut_block_and_a_part_of_a_tensor():
     weight = torch.randn(40, 35)
     codes, scales = quantize(weight)
-    whole = BlockScales(BLOCK, BLOCK).multiplied(codes, scales, (40, 35), None)
+    whole = BlockScales(ROWS, COLUMNS).multiplied(codes, scales, (40, 35), None)
     torch.testing.assert_close(whole, weight, rtol=0.07, atol=0.01)
     for dim, spans in ((0, ((5, 21), (33, 40))), (1, ((15, 17),))):
         shard = Shard((40, 35), dim, spans)
         at = torch.cat([torch.arange(a, b) for a, b in spans])
-        part = BlockScales(BLOCK, BLOCK).multiplied(codes.index_select(dim, at), scales, (40, 35), shard)
+        part = BlockScales(ROWS, COLUMNS).multiplied(codes.index_select(dim, at), scales, (40, 35), shard)
         assert torch.equal(part, whole.index_select(dim, at))
 
 
@@ -107,6 +107,6 @@ def test_codes_without_a_word_in_the_config_are_refused(tmp_path):
 
 def test_scales_of_another_grid_are_named(tmp_path):
     published(tmp_path)
-    set_config(tmp_path, quantization_config=FP8 | {"weight_block_size": [8, 8]})
-    with pytest.raises(UserError, match=r"q_proj\.weight has scales \(2, 2\) of torch.float32 where blocks of 8 x 8"):
+    set_config(tmp_path, quantization_config=FP8 | {"weight_block_size": [8, 4]})
+    with pytest.raises(UserError, match=r"q_proj\.weight has scales \(2, 4\) of torch.float32 where blocks of 8 x 4"):
         hf.WeightReader(tmp_path).read("model.layers.0.self_attn.q_proj.weight", (32, 32))
