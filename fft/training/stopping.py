@@ -6,6 +6,7 @@ ancestors those up to the outermost launcher are watched: a shell above that may
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import PurePath
 
 import psutil
@@ -16,11 +17,14 @@ _LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch"}
 
 
 class StopRequest:
-    """What has asked this process to end, from now on; with ``signals``, SIGTERM and its like do not end it at once."""
+    """What has asked this process to end, from now on; with ``signals``, SIGTERM and its like do not end it at once.
 
-    def __init__(self, signals: bool) -> None:
+    ``above`` are the processes that have to live, see :func:`launchers`.
+    """
+
+    def __init__(self, signals: bool, above: Sequence[psutil.Process]) -> None:
         self._received: list[int] = []
-        self._above = _launchers()
+        self._above = above
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signals else ():
             # Who starts a run with nohup has it ignore the terminal's end.
             if number != signal.SIGHUP or signal.getsignal(number) == signal.SIG_DFL:
@@ -34,8 +38,11 @@ class StopRequest:
         return None if all(map(_lives, self._above)) else "because the launcher is gone"
 
 
-def _launchers() -> list[psutil.Process]:
-    """The processes above this one, up to the outermost launcher; none where nothing launched it."""
+def launchers() -> list[psutil.Process]:
+    """The processes above this one, up to the outermost launcher; none where nothing launched it.
+
+    To be asked for early: one that is gone by then is not known.
+    """
     above = psutil.Process().parents() if "RANK" in os.environ else []
     found = [index for index, process in enumerate(above) if _launches(process)]
     return above[: found[-1] + 1] if found else []

@@ -6,9 +6,11 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import torch.distributed as dist
 
 from fft.arguments import TrainArguments
@@ -42,7 +44,7 @@ from fft.training.feed import Feed
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
-from fft.training.stopping import StopRequest
+from fft.training.stopping import StopRequest, launchers
 from fft.weights.hf import WeightReader
 
 #: What gloo says when another process is gone.
@@ -57,6 +59,7 @@ def train(args: TrainArguments) -> int:
 
     Raises :class:`UserError` for what the user can mend.
     """
+    above = launchers()
     check_device(args)
     plan = plan_run(args, world_size())
     spec = model_spec(args, plan.config)
@@ -65,7 +68,7 @@ def train(args: TrainArguments) -> int:
     try:
         _announce(args, plan, spec, layout)
         with contextlib.ExitStack() as held:
-            code = _run(args, plan, spec, layout, held)
+            code = _run(args, plan, spec, layout, above, held)
         dist.barrier()
     except RuntimeError as error:
         if not any(text in str(error) for text in _LOST_PEER):
@@ -95,7 +98,14 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
         _log(f"{trained(spec.skeleton.parameters()):,} parameters are trained, the others are frozen")
 
 
-def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held: contextlib.ExitStack) -> int:
+def _run(
+    args: TrainArguments,
+    plan: Plan,
+    spec: ModelSpec,
+    layout: Layout,
+    above: Sequence[psutil.Process],
+    held: contextlib.ExitStack,
+) -> int:
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
     control, run = host_group(), Path(args.checkpoint) if args.checkpoint else None
     check_same_run(args, plan.identity, control)
@@ -111,7 +121,7 @@ def _run(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout, held
     metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start.step, held, _log)
     export = ModelExport(plan, builder, engine)
     saver = Saver(_contents(args, export, run), args.background_executor, control) if run else None
-    code = Trainer(args, plan, start, builder, engine, export, metrics, saver).train()
+    code = Trainer(args, plan, start, builder, engine, export, metrics, saver).train(above)
     if code == 0 and args.output_dir:
         _write_output(args, args.output_dir, export)
     return code
@@ -188,8 +198,8 @@ class Trainer:
         batches = batch_plan(args, plan.mesh, engine.role.replica)
         self.feed = Feed(plan, batches, engine.role, builder.ranks.sequence, start)
 
-    def train(self) -> int:
-        """Take every step of the plan; returns the exit code.
+    def train(self, above: Sequence[psutil.Process] = ()) -> int:
+        """Take every step of the plan, as long as the launchers ``above`` live; returns the exit code.
 
         Raises :class:`UserError` where the run cannot go on: no finite loss, or no launcher and nothing to save to.
         """
@@ -197,7 +207,7 @@ class Trainer:
         if self.start.state.get("eval_loss") is None and (not first or self._evaluates(first)):
             self._evaluate_and_keep(first)
         resumable = self.saver is not None and not self.args.only_ckpt_model
-        asked = StopRequest(signals=resumable)
+        asked = StopRequest(resumable, above)
         watch, step = Stopwatch(first), first
         steps = () if self.early_stop.over else self.feed.steps()
         for step, (batches, waited) in enumerate(steps, start=first + 1):
