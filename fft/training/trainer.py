@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,10 +15,9 @@ import torch.distributed as dist
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder, optimizer_state
 from fft.checkpoint.adapter import AdapterReader
-from fft.checkpoint.saver import Contents, RankShare, Saver
+from fft.checkpoint.saver import RankShare, Saver
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
-from fft.files import hidden
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import trained
 from fft.models.spec import ModelSpec
@@ -42,6 +40,7 @@ from fft.training.evaluation import evaluate
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
+from fft.training.output import contents_of, keep_aside, write_output
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
 from fft.training.stopping import StopRequest, launchers
@@ -120,44 +119,12 @@ def _run(
             run_folder.create(run, args, plan, start, facts)
     metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start.step, held, _log)
     export = ModelExport(plan, builder, engine)
-    saver = Saver(_contents(args, export, run), args.background_executor, control) if run else None
-    code = Trainer(args, plan, start, builder, engine, export, metrics, saver).train(above)
+    saver = Saver(contents_of(args, export, run), args.background_executor, control) if run else None
+    trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
+    code = trainer.train(above)
     if code == 0 and args.output_dir:
-        _write_output(args, args.output_dir, export)
+        write_output(args, export, trainer.early_stop.best, control, _log)
     return code
-
-
-def _contents(args: TrainArguments, export: ModelExport, run: Path) -> Contents:
-    """What goes into checkpoints, and how many are kept: a run that may end early needs its best one."""
-    contents = export.contents(args, run)
-    if not args.early_stop_patience:
-        return contents
-    newest = contents.newest if args.save_steps else 1
-    return dataclasses.replace(contents, newest=newest, best=max(1, contents.best))
-
-
-def _best_aside(output: str) -> Path:
-    """Where a run without checkpoints keeps its best model until it ends."""
-    return hidden(Path(output).resolve(), "best")
-
-
-def _write_output(args: TrainArguments, output: str, export: ModelExport) -> None:
-    """Write the model or adapter that was trained; with --early_stop_patience, as it was at its best. Collective."""
-    kind, which = "adapter" if args.lora_dim else "model", ""
-    run, best = Path(args.checkpoint) if args.checkpoint else None, None
-    if args.early_stop_patience and run is not None and (run / folder.BEST).is_file():
-        best = run / folder.tag_of(run, folder.BEST)
-        which = f" of {best.name}, which had the lowest validation loss,"
-    elif args.early_stop_patience and run is None:
-        best, which = _best_aside(output), ", as it was at the lowest validation loss,"
-    if best is None:
-        export.save_model(output)
-    elif dist.get_rank() == 0:
-        folder.copy_model(best, output)
-        if run is None:
-            shutil.rmtree(best)
-    dist.barrier()
-    _log(f"{kind}{which} written to {output}")
 
 
 def _readers(plan: Plan, spec: ModelSpec, start: Start) -> tuple[WeightReader | None, WeightReader | None]:
@@ -295,7 +262,7 @@ class Trainer:
         if self.saver is not None and (saves or best):
             self.save_checkpoint(self.saver, step, eval_loss)
         elif best and self.args.output_dir:
-            self.export.save_model(str(_best_aside(self.args.output_dir)))
+            keep_aside(self.args.output_dir, self.export)
 
     def _evaluates(self, step: int) -> bool:
         every = self.args.eval_steps

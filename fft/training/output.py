@@ -1,0 +1,78 @@
+"""The model that a run leaves: as it is at the end, or, where a run may end early, as it was at its best."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fft.arguments import TrainArguments
+from fft.checkpoint import folder
+from fft.checkpoint.saver import Contents
+from fft.errors import UserError
+from fft.files import hidden
+from fft.training.export import ModelExport
+
+
+def contents_of(args: TrainArguments, export: ModelExport, run: Path) -> Contents:
+    """What goes into checkpoints, and how many are kept: a run that may end early needs its best one."""
+    contents = export.contents(args, run)
+    if not args.early_stop_patience:
+        return contents
+    newest = contents.newest if args.save_steps else 1
+    return dataclasses.replace(contents, newest=newest, best=max(1, contents.best))
+
+
+def keep_aside(output: str, export: ModelExport) -> None:
+    """Write the model beside ``output``, for a run that has no checkpoints and is at its best. Collective."""
+    export.save_model(str(_aside(output)))
+
+
+def write_output(
+    args: TrainArguments,
+    export: ModelExport,
+    lowest: float,
+    control: dist.ProcessGroup,
+    log: Callable[[str], None],
+) -> None:
+    """Write the model or adapter that was trained; with --early_stop_patience, as it was at the ``lowest`` loss.
+
+    Collective. Raises :class:`UserError` where it cannot be written.
+    """
+    output, kind = str(args.output_dir), "adapter" if args.lora_dim else "model"
+    found = [_best(args, output, lowest, log) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0, group=control)  # others may not see yet what rank 0 wrote
+    if found[0] is None:
+        export.save_model(output)
+        log(f"{kind} written to {output}")
+        return
+    best, which = found[0]
+    if dist.get_rank() == 0:
+        try:
+            folder.copy_model(best, output)
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror or error}): copy {best} there.") from error
+        shutil.rmtree(_aside(output), ignore_errors=True)
+    dist.barrier()
+    log(f"{kind} {which}, written to {output}")
+
+
+def _best(args: TrainArguments, output: str, lowest: float, log: Callable[[str], None]) -> tuple[Path, str] | None:
+    """The model at its best, where it is not to be the last, and how a sentence names it."""
+    if not args.early_stop_patience:
+        return None
+    if not args.checkpoint:
+        return _aside(output), "as it was at the lowest validation loss"
+    run = Path(args.checkpoint)
+    if not (run / folder.BEST).is_file():
+        return None
+    checkpoint = run / folder.tag_of(run, folder.BEST)
+    loss = folder.read_state(checkpoint)["eval_loss"]
+    if loss > lowest:
+        log(f"warning: the checkpoint of the lowest validation loss, {lowest:.4f}, is gone; the best has {loss:.4f}")
+    return checkpoint, f"of {checkpoint.name}, which had the lowest validation loss"
+
+
+def _aside(output: str) -> Path:
+    return hidden(Path(output).resolve(), "best")
