@@ -62,13 +62,17 @@ def partition_lowest(
         return low
 
     def fits(limit: float) -> bool:
-        start = 0
+        # Not by taking as much as a stage can: the next must not be empty, and its first layer may be too large for it.
+        starts = {0}
         for stage in range(stages):
-            stop = min(reach(stage, start, limit), n - (stages - 1 - stage))
-            if stop <= start:
-                return False
-            start = stop
-        return start == n
+            stops: set[int] = set()
+            furthest = 0
+            for start in sorted(starts):
+                last = reach(stage, start, limit)  # never less for a later start
+                stops.update(range(max(start, furthest) + 1, last + 1))
+                furthest = last
+            starts = stops
+        return n in starts
 
     high = max(memory(stage, 0, n) for stage in range(stages))
     low = 0.0

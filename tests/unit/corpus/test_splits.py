@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fft.corpus.readers import read_documents, read_lines
-from fft.corpus.splits import FEWEST_PARTS, PART_BYTES, Span, chunk_size, cut_text, deal
+from fft.corpus.splits import FEWEST_PARTS, PART_BYTES, Span, Split, chunk_size, cut_text, deal
 from fft.data.part_files import ROW_GROUP_ROWS, PartFile, PartFolder
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
@@ -126,6 +126,17 @@ def test_parts_are_numbered_without_gaps_in_the_order_of_the_input(sizes):
     assert all(b - a in (0, 1) for a, b in itertools.pairwise(numbers))
     loads = [sum(s for s, n in zip(sizes, numbers, strict=True) if n == part) for part in range(numbers[-1] + 1)]
     assert max(loads) <= chunk_size(sum(sizes)) + max(sizes)
+
+
+def test_a_span_goes_to_the_part_in_which_its_middle_lies():
+    """Parts of 100 bytes; all that a span says goes along, and a part that nothing falls into has no number."""
+    sizes = [40, 59, 2, 300, 99, 300]
+    spans = [Span(f"d{i}", "text", f"p{i}", 10 * i, 10 * i + 5, size, f"id{i}") for i, size in enumerate(sizes)]
+    assert chunk_size(sum(sizes)) == 100
+    splits = deal(spans)
+    assert [split.part for split in splits] == [0, 0, 1, 2, 3, 4]
+    for split, span in zip(splits, spans, strict=True):
+        assert split == Split(split.part, span.dataset, span.kind, span.path, span.start, span.stop, span.doc_id)
 
 
 def test_little_input_still_occupies_a_few_cores():

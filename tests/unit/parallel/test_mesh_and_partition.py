@@ -18,7 +18,7 @@ from fft.models.supported import check_supported
 from fft.parallel.mesh import mesh_sizes
 from fft.parallel.role import StageRole
 from fft.planning.costs import layer_costs
-from fft.planning.partition import partition_balanced, stage_bounds
+from fft.planning.partition import partition_balanced, partition_lowest, stage_bounds
 from fft.training.schedule import lr_multiplier
 
 
@@ -35,6 +35,26 @@ def test_balanced_partition_is_the_best(costs, data):
     assert all(a < b for a, b in itertools.pairwise(bounds))
     cuts = itertools.combinations(range(1, len(costs)), stages - 1)
     assert dearest(costs, bounds) == min(dearest(costs, [0, *cut, len(costs)]) for cut in cuts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 50)), min_size=1, max_size=8), st.data())
+def test_the_lowest_partition_is_the_least_full_and_then_the_best(layers, data):
+    """Held by all cuts: earlier stages hold more of the same layers, as they have more micro-batches in flight."""
+    stages = data.draw(st.integers(1, len(layers)))
+    costs, bytes_ = zip(*layers, strict=True)
+
+    def held(stage: int, start: int, stop: int) -> float:
+        return sum(bytes_[start:stop]) * (stages - stage)
+
+    def fullest(bounds) -> float:
+        return max(held(stage, *ends) for stage, ends in enumerate(itertools.pairwise(bounds)))
+
+    cuts = [[0, *cut, len(costs)] for cut in itertools.combinations(range(1, len(costs)), stages - 1)]
+    bounds = partition_lowest(costs, stages, held)
+    least = min(map(fullest, cuts))
+    assert least <= fullest(bounds) <= least * 1.001
+    assert dearest(costs, bounds) == min(dearest(costs, cut) for cut in cuts if fullest(cut) <= fullest(bounds))
 
 
 def test_partition_methods():

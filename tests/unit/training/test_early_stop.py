@@ -35,6 +35,14 @@ def test_state_survives_json(interrupted):
     assert stops_after(after, LOSSES[interrupted:]) == 7 - interrupted
 
 
+def test_what_had_no_number_yet_still_counts_after_an_interruption():
+    before = EarlyStop(3)
+    assert stops_after(before, [float("nan")] * 2) is None
+    after = EarlyStop.from_state(3, json.loads(json.dumps(before.state(), allow_nan=False)))
+    assert (after.best, after.stalled) == (float("inf"), 2)
+    assert EarlyStop.from_state(3, None) == EarlyStop(3)
+
+
 def test_without_evaluations_it_is_refused():
     with pytest.raises(UserError, match="needs --eval_data and --eval_steps"):
         parse_arguments([*BASE, "--early_stop_patience", "2", "--eval_data", "e"])

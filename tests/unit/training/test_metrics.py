@@ -177,3 +177,19 @@ def test_schedules_end_where_they_should(kind):
     assert rates[20] == pytest.approx(1.0 if kind == "constant" else 0.25)
     assert min(rates[4:]) >= 0.25 - 1e-12
     assert (rates[19] > rates[20]) == (kind != "constant")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("cosine", [1.0, 0.25 + 0.75 * (1 + 0.5**0.5) / 2, 0.625, 0.25 + 0.75 * (1 - 0.5**0.5) / 2, 0.25]),
+        ("linear", [1.0, 0.8125, 0.625, 0.4375, 0.25]),
+        ("wsd", [1.0, 1.0, 1.0, 0.625, 0.25]),
+        ("constant", [1.0] * 5),
+    ],
+)
+def test_schedules_follow_their_formulas(kind, rates):
+    """At the end of the warm-up and every quarter of what follows; the last half decays, where a kind has a decay."""
+    multiplier = lr_multiplier(kind, 4, 20, 0.25, decay_ratio=0.4)
+    assert [multiplier(step) for step in (4, 8, 12, 16, 20)] == pytest.approx(rates)
+    assert multiplier(21) == pytest.approx(rates[-1])
