@@ -236,8 +236,8 @@ def test_an_adapter_of_a_tied_head_is_named(convert, tmp_path):
     assert "lm_head.lora_A.weight adapts the output head, which in this model is the embedding" in said
 
 
-def test_fp8_is_written_multiplied_out_and_says_nothing_of_it(directory, convert, tmp_path):
-    source = tmp_path / "source"
+def fp8_copy(directory, source):
+    """A copy of a model with one matrix in FP8; the name of that, and what it stands for."""
     shutil.copytree(directory, source)
     weights, name = load_file(source / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
     weights[name] = (weights[name] * 100).to(torch.float8_e4m3fn)
@@ -247,9 +247,22 @@ def test_fp8_is_written_multiplied_out_and_says_nothing_of_it(directory, convert
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
     expected = weights[name].float() * weights[f"{name}_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)
-    loaded = convert(source)
+    return name, expected
+
+
+def test_fp8_is_written_multiplied_out_and_says_nothing_of_it(directory, convert, tmp_path):
+    name, expected = fp8_copy(directory, tmp_path / "source")
+    loaded = convert(tmp_path / "source")
     assert torch.equal(loaded.state_dict()[name], expected.to(torch.bfloat16))
     assert not hasattr(loaded.config, "quantization_config")
+
+
+def test_an_adapter_is_added_to_what_fp8_stands_for(directory, tmp_path):
+    name, expected = fp8_copy(directory, tmp_path / "source")
+    source = merged(tmp_path / "source", tmp_path / "adapter", matrices(name.removesuffix(".weight"), 64, 32))
+    assert torch.equal(source.tensor(name), expected + 8 / 4 * 4)  # the product of ones, of rank 4
+    assert source.dtype == torch.bfloat16
+    assert not any(stored.endswith("_scale_inv") for stored in source.names)
 
 
 def test_what_would_be_lost_is_refused(directory, convert, tmp_path):
