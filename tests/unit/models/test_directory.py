@@ -1,6 +1,7 @@
 """What of a model directory is understood: its head, its tensors, its files, and what is beside them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
 from fft.parity import write_random_model
+from fft.training.export import ModelExport
 from fft.weights import hf
 
 
@@ -163,6 +165,14 @@ def test_bin_files_that_hold_more_than_tensors(content, said, tmp_path):
 def test_a_config_without_architectures_gets_the_one_it_is_read_as(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"}))
     assert load_config(str(tmp_path), init=True).architectures == ["LlamaForCausalLM"]
+
+
+def test_an_export_names_the_class_that_was_trained():
+    spec = ModelSpec(AutoConfig.for_model("llama", **SMALL, architectures=["LlamaModel"]), torch.float32)
+    plan = SimpleNamespace(config=spec.config, weights=None)
+    export = ModelExport(plan, StageBuilder(spec), None)
+    assert export._config.architectures == ["LlamaForCausalLM"]
+    assert spec.config.architectures == ["LlamaModel"]
 
 
 @pytest.mark.parametrize(
