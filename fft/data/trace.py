@@ -15,6 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
+from fft.data.document_ids import id_lists, names_of
+from fft.data.known import DOC_IDS
 from fft.data.order import LANES
 from fft.data.reader import SampleReader
 from fft.data.samples import Samples
@@ -40,17 +42,18 @@ class Seen:
 
 def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator[Seen]:
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
-    known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
+    known: dict[tuple[str, int], list[list[str | None]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
         member, index = reader.member(sample)
         (spans,) = member.samples([index])
         for span, rows in spans:
             key = member.table.source, span.group
             names = known[key] = known[key] if key in known else _names(member.table, span.group)
-            for number, (begin, end) in enumerate(_documents(rows, span.row)):
+            documents = _documents(rows, span.row)
+            for number, (begin, end) in enumerate(documents):
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
-                    name = names[span.row][number] if names else ""
+                    name = _name(names[span.row], number, len(documents)) if names else ""
                     where_seen = sample, index // member.samples_per_epoch
                     yield _seen(member.table, where_seen, step, name, start - begin, stop - begin, span.group, span.row)
 
@@ -60,7 +63,7 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
 
     Raises :class:`UserError` when no table has such a column, or such a document.
     """
-    searched = [(number, member) for number, member in enumerate(reader.members) if "doc_ids" in member.table.columns]
+    searched = [(number, member) for number, member in enumerate(reader.members) if DOC_IDS in member.table.columns]
     paths = ", ".join(member.table.path for member in reader.members)
     if not searched:
         raise UserError(f"{paths} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
@@ -83,12 +86,14 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
 def _named(table: Table, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """Row group, row and tokens [begin, end) of the documents of that id."""
     for group in range(len(table.row_groups)):
-        named = [(row, number) for row, names in enumerate(_names(table, group)) for number, name in enumerate(names)
-                 if name == doc_id]  # fmt: skip
+        named = [(row, names) for row, names in enumerate(_names(table, group)) if doc_id in names]
         if named:
             rows = table.read(group)
-            for row, number in named:
-                yield group, row, _documents(rows, row)[number]
+            for row, names in named:
+                documents = _documents(rows, row)
+                for number, where in enumerate(documents):
+                    if _name(names, number, len(documents)) == doc_id:
+                        yield group, row, where
 
 
 def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, int, int, int]) -> Iterator[int]:
@@ -117,12 +122,20 @@ def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _names(table: Table, group: int) -> list[list[str]]:
-    if "doc_ids" not in table.columns:
+def _names(table: Table, group: int) -> list[list[str | None]]:
+    """The ids of each row's documents; none of a row that names none, and of a table without such a column."""
+    if DOC_IDS not in table.columns:
         return []
     where = table.row_groups[group]
     with pq.ParquetFile(where.path, filesystem=table.filesystem) as file:
-        return file.read_row_group(where.index, columns=["doc_ids"]).column("doc_ids").to_pylist()
+        column = file.read_row_group(where.index, columns=[DOC_IDS]).column(DOC_IDS).combine_chunks()
+    return names_of(id_lists(column, where.path))
+
+
+def _name(names: list[str | None], number: int, documents: int) -> str:
+    """The id of a row's document; as repartition reads them, ids that are not one a document name all by the first."""
+    own = names if len(names) == documents else names[:1] * documents
+    return (own[number] if own else None) or ""
 
 
 def _is_parquet(file: Path) -> bool:

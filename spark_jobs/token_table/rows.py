@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fft.data.arrow_lists import INTS, int_lists
+from fft.data.document_ids import id_lists, names_of
 from fft.data.known import DOC_IDS, LISTS, MASK
 from fft.errors import UserError, one_line
 
@@ -59,33 +60,19 @@ def doc_ids(rows: pa.RecordBatch, contents: pa.BinaryArray, where: str) -> pa.Li
 
     Raises :class:`UserError` naming ``where`` for a column that cannot hold ids.
     """
-    named: Sequence[list[str | None] | str | None] = [None] * rows.num_rows
+    named: Sequence[list[str | None]] = [[]] * rows.num_rows
     if DOC_IDS in rows.schema.names:
-        column = rows.column(DOC_IDS)
-        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        kind = column.type.value_type if is_list else column.type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-            raise UserError(
-                f"{where}: column {DOC_IDS} is {column.type}, it must be a list of strings, an id for each document of "
-                "the row: drop or rename it."
-            )
-        column = column.cast(pa.list_(pa.string()) if is_list else pa.string())
-        if is_list and _is_full(column):
+        column = id_lists(rows.column(DOC_IDS), where)
+        if _is_full(column):
             return column
-        try:
-            named = column.to_pylist()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: column {DOC_IDS} holds what is no UTF-8: write the table again.") from error
+        named = names_of(column)
     hashed = (hashlib.blake2b(content.as_buffer(), digest_size=8).hexdigest() for content in contents)
-    return pa.array([_named(own, other) for own, other in zip(named, hashed, strict=True)], pa.list_(pa.string()))
+    filled = [
+        [other if name is None else name for name in own or [None]] for own, other in zip(named, hashed, strict=True)
+    ]
+    return pa.array(filled, pa.list_(pa.string()))
 
 
 def _is_full(lists: pa.ListArray) -> bool:
     shortest = pc.min(lists.value_lengths()).as_py()  # None of no rows
     return not lists.null_count and not lists.flatten().null_count and bool(shortest)
-
-
-def _named(own: list[str | None] | str | None, other: str) -> list[str]:
-    if isinstance(own, str):
-        return [own]
-    return [other if name is None else name for name in own] if own else [other]

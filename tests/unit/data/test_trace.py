@@ -99,6 +99,40 @@ def test_what_cannot_be_found_is_named(reader, tmp_path):
     assert [(s.doc_id, s.start, s.stop) for s in documents_of_step(foreign, 1, 1)] == [("", 0, 2)]
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pa.array(["7", "ab", None]),
+        pa.array([7, 8, None]),
+        pa.array([[7], [8], None], pa.large_list(pa.int64())),
+        pa.array([["7"], ["ab"], []]),
+        pa.array([["7"], ["ab", "c", "d"], [None]]),  # not an id a document: all have the first
+    ],
+    ids=str,
+)
+def test_ids_are_found_in_every_form_that_the_jobs_read(tmp_path, ids):
+    rows, bounds = pa.array([[1, 2], [3, 4], [5, 6]]), pa.array([[0, 2], [0, 1, 2], [0, 2]])
+    pq.write_table(pa.table({"input_ids": rows, "cu_seqlens": bounds, "doc_ids": ids}), tmp_path / "a.parquet")
+    reader = SampleReader(Table.open(tmp_path), 2, 0)
+    seen = list(documents_of_step(reader, 1, 3))
+    second = "8" if "int" in str(ids.type) else "ab"
+    assert sorted((s.row, s.start, s.stop, s.doc_id) for s in seen) == [
+        (0, 0, 2, "7"),
+        (1, 0, 1, second),
+        (1, 0, 1, second),
+        (2, 0, 2, ""),
+    ]
+    for name in ("7", second):
+        found = steps_of_document(reader, name, 3, 1)
+        assert sorted(found, key=repr) == sorted((s for s in seen if s.doc_id == name), key=repr)
+
+
+def test_a_column_that_holds_no_ids_is_named(tmp_path):
+    pq.write_table(pa.table({"input_ids": [[1, 2]], "doc_ids": [b"ab"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: column doc_ids is binary, it must be a list of strings"):
+        list(documents_of_step(SampleReader(Table.open(tmp_path), 2, 0), 1, 1))
+
+
 def test_the_command(reader):
     flags = ["--train_data", reader.table.path, "--seq_len", "16", "--seed", "5", "--global_batch", "4"]
     flags += ["--pack", "best-fit" if reader.pack == "best-fit" else "cut"]

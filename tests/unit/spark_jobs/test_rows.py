@@ -76,4 +76,5 @@ def test_ids_of_documents_are_lists_or_one_of_a_row():
     for column in (pa.array([1.5, 2.5, 3.5]), pa.array([[1.5]] * 3), pa.array([{"id": 1}] * 3)):
         assert "it must be a list of strings" in refusal(names_of, column=column)
     broken = pa.array([b"\xff", b"a", b"b"]).view(pa.string())
-    assert "holds what is no UTF-8" in refusal(names_of, column=broken)
+    for column in (broken, pa.ListArray.from_arrays([0, 1, 2, 3], broken)):
+        assert "holds what is no UTF-8" in refusal(names_of, column=column)
