@@ -142,7 +142,9 @@ class Table:
     @property
     def origin(self) -> dict[str, Any]:
         """What a table or a run that is made of it says of it, and of what it was made of itself."""
-        made_from = self.manifest.lineage.get("made_from", []) if self.manifest else []
+        lineage = self.manifest.lineage if self.manifest else {}
+        # Older tables have the names of their inputs alone.
+        made_from = lineage.get("made_from", [{"input": name} for name in lineage.get("inputs", [])])
         return {"input": self.source, "fingerprint": self.fingerprint, "made_from": made_from}
 
     @cached_property

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
@@ -42,18 +43,17 @@ class Seen:
 
 def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator[Seen]:
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
-    known: dict[tuple[str, int], list[list[str | None]]] = {}  # samples of a step share row groups
+    known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
         member, index = reader.member(sample)
         (spans,) = member.samples([index])
         for span, rows in spans:
             key = member.table.source, span.group
             names = known[key] = known[key] if key in known else _names(member.table, span.group)
-            documents = _documents(rows, span.row)
-            for number, (begin, end) in enumerate(documents):
+            for number, (begin, end) in enumerate(_documents(rows, span.row)):
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
-                    name = _name(names[span.row], number, len(documents)) if names else ""
+                    name = names[span.row][number] if names else ""
                     where_seen = sample, index // member.samples_per_epoch
                     yield _seen(member.table, where_seen, step, name, start - begin, stop - begin, span.group, span.row)
 
@@ -86,13 +86,13 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
 def _named(table: Table, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """Row group, row and tokens [begin, end) of the documents of that id."""
     for group in range(len(table.row_groups)):
-        named = [(row, names) for row, names in enumerate(_names(table, group)) if doc_id in names]
-        if named:
-            rows = table.read(group)
-            for row, names in named:
-                documents = _documents(rows, row)
-                for number, where in enumerate(documents):
-                    if _name(names, number, len(documents)) == doc_id:
+        if not any(doc_id in names for names in _ids(table, group)):
+            continue
+        rows = table.read(group)
+        for row, names in enumerate(_names(table, group)):
+            if doc_id in names:
+                for name, where in zip(names, _documents(rows, row), strict=True):
+                    if name == doc_id:
                         yield group, row, where
 
 
@@ -122,20 +122,33 @@ def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _names(table: Table, group: int) -> list[list[str | None]]:
-    """The ids of each row's documents; none of a row that names none, and of a table without such a column."""
+def _names(table: Table, group: int) -> list[list[str]]:
+    """An id for each of a row's documents that have tokens, "" without one; nothing for a table without such a column.
+
+    As repartition reads them: ids that are not one a document name all of a row by the first.
+    """
+    ids = _ids(table, group)
+    if not ids or "cu_seqlens" not in table.columns:
+        return [[(names[0] if names else None) or ""] for names in ids]
+    found = []
+    for names, bounds in zip(ids, _column(table, group, "cu_seqlens").to_pylist(), strict=True):
+        own = names if len(names) == len(bounds) - 1 else (names[:1] or [None]) * (len(bounds) - 1)
+        found.append([name or "" for name, a, b in zip(own, bounds, bounds[1:], strict=False) if a < b])
+    return found
+
+
+def _ids(table: Table, group: int) -> list[list[str | None]]:
+    """What the column of ids holds; nothing for a table without one."""
     if DOC_IDS not in table.columns:
         return []
+    where = table.row_groups[group].path
+    return names_of(id_lists(_column(table, group, DOC_IDS), where))
+
+
+def _column(table: Table, group: int, name: str) -> pa.Array:
     where = table.row_groups[group]
     with pq.ParquetFile(where.path, filesystem=table.filesystem) as file:
-        column = file.read_row_group(where.index, columns=[DOC_IDS]).column(DOC_IDS).combine_chunks()
-    return names_of(id_lists(column, where.path))
-
-
-def _name(names: list[str | None], number: int, documents: int) -> str:
-    """The id of a row's document; as repartition reads them, ids that are not one a document name all by the first."""
-    own = names if len(names) == documents else names[:1] * documents
-    return (own[number] if own else None) or ""
+        return file.read_row_group(where.index, columns=[name]).column(name).combine_chunks()
 
 
 def _is_parquet(file: Path) -> bool:

@@ -203,7 +203,9 @@ def _remembered(name: str, facts: Sequence[object], find: Callable[[], list[str]
 def _locked(name: str) -> Iterator[Path | None]:
     """The file of a verdict, under its lock; None where there is no folder to remember it in."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fft" / "agreement"
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        cache = cache if cache.is_absolute() else Path("~/.cache").expanduser()  # a relative one counts as none
+        folder = cache / "fft" / "agreement"
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
     except (OSError, RuntimeError):  # no home, or nothing can be written there: it is found again each time

@@ -39,6 +39,14 @@ def test_facts_come_from_the_footers(make, tmp_path):
     np.testing.assert_array_equal(table.read(1).offsets, [0, 7, 9])
 
 
+def test_what_an_older_table_was_made_from_is_kept_by_name(tmp_path):
+    older = Table.open(finished(tmp_path / "older", lineage={"job": "tokenize", "inputs": ["lake@v3", "b.jsonl"]}))
+    assert older.origin["made_from"] == [{"input": "lake@v3"}, {"input": "b.jsonl"}]
+    newer = Table.open(finished(tmp_path / "newer", lineage={"inputs": ["a"], "made_from": [older.origin]}))
+    assert newer.origin["made_from"] == [older.origin]
+    assert Table.open(write_table(tmp_path / "foreign", ROWS)).origin["made_from"] == []
+
+
 @pytest.mark.parametrize(
     "kind", [pa.list_(pa.int32()), pa.list_(pa.int64()), pa.list_(pa.uint32()), pa.large_list(pa.uint16())], ids=str
 )

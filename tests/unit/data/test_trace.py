@@ -127,6 +127,16 @@ def test_ids_are_found_in_every_form_that_the_jobs_read(tmp_path, ids):
         assert sorted(found, key=repr) == sorted((s for s in seen if s.doc_id == name), key=repr)
 
 
+def test_a_document_without_tokens_takes_no_name_from_others(tmp_path):
+    bounds = pa.array([[0, 0, 1, 1, 2, 2]])
+    table = {"input_ids": pa.array([[3, 4]]), "cu_seqlens": bounds, "doc_ids": [["a", "b", "c", "d", "e"]]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    reader = SampleReader(Table.open(tmp_path), 2, 0)
+    seen = list(documents_of_step(reader, 1, 1))
+    assert [(s.start, s.stop, s.doc_id) for s in seen] == [(0, 1, "b"), (0, 1, "d")]
+    assert list(steps_of_document(reader, "d", 1, 1)) == seen[1:]
+
+
 def test_a_column_that_holds_no_ids_is_named(tmp_path):
     pq.write_table(pa.table({"input_ids": [[1, 2]], "doc_ids": [b"ab"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: column doc_ids is binary, it must be a list of strings"):

@@ -150,6 +150,15 @@ def test_without_a_cache_folder_engines_are_compared_each_time(tmp_path, quick, 
     assert agreed(recipe_with(POSSESSIVE)).differing == (SEPARATOR,)
 
 
+def test_a_cache_folder_that_is_no_whole_path_counts_as_none(tmp_path, quick, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    agreed(recipe_with(POSSESSIVE))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert list(tmp_path.glob("home/.cache/fft/agreement/*.json"))
+
+
 def test_a_worker_with_another_fastokens_encodes_exactly(cache, quick, monkeypatch):
     recipe = agreed(recipe_with(POSSESSIVE))
     monkeypatch.setattr(encoder, "fast_version", lambda: "0.0.1")
