@@ -135,11 +135,14 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the samples that were consumed. Raises :class:`UserError` when the order would be another."""
+        before = state.get("table", ())
+        tables = [before] if isinstance(before, str) else before
         for name, value in self._reader.identity.items():
             if state.get(name) != value and name != "table":
                 raise UserError(
                     f"the data's {name} is {value}, that of the run to be resumed {state.get(name)}: give the same "
-                    "tables and weights, --seq_len, --seed, --pack, --shuffle_lanes and --blend_end."
+                    "tables and weights, --seq_len, --seed, --pack, --shuffle_lanes and --blend_end. That run read "
+                    f"{', '.join(tables)}."
                 )
         self._consumed = state["epoch"] * self._reader.samples_per_epoch + state["samples"]
 

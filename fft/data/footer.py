@@ -94,7 +94,8 @@ class Footer:
         _, most = _range(leaf.get("labels"))
         padded = None if MASK in leaf else False
         if MASK in leaf and leaf[MASK].num_values == ids.num_values and None not in _range(leaf[MASK]):
-            padded = _range(leaf[MASK]) != (1, 1)
+            ones = _range(leaf[MASK]) == (1, 1)
+            padded = None if ones and leaf[MASK].statistics.null_count != 0 else not ones
         return RowGroup(
             self.path,
             index,

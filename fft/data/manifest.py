@@ -91,6 +91,8 @@ class Manifest:
             raw["files"] = tuple(FileInfo(**f) for f in raw["files"])
             if raw.get("tokenizer") is not None:
                 raw["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
+            if not isinstance(raw.get("lineage", {}), dict):
+                raise TypeError("lineage is no object")
             return cls(**raw)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

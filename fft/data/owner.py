@@ -174,7 +174,7 @@ def _check_dead(mark: int, path: Path, what: str) -> bool:
     if not free:
         lives = True
     elif facts.get("machine") == _machine():
-        lives = _started(facts["process"]) == facts["started"]
+        lives = _started(facts.get("process")) == facts.get("started")
     else:
         idle = max(0.0, _now(path) - there.st_mtime)
         lives = idle < DEAD_AFTER
@@ -245,7 +245,7 @@ def _machine() -> str:
         return uuid.uuid4().hex
 
 
-def _started(process: int) -> str:
+def _started(process: int | None) -> str:
     """When a process of this machine began, in the system's own terms; "" when it is gone."""
     try:
         state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

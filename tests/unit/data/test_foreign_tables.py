@@ -91,6 +91,12 @@ def test_a_mask_of_another_length_is_refused(statistics, tmp_path):
     assert "attention_mask and input_ids differ in length" in refusal(lambda: table.read(0))
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_mask_with_nulls_is_refused(statistics, tmp_path):
+    table = table_of(tmp_path, statistics, attention_mask=pa.array([[1, None, 1], [1, 1]]))
+    assert "column attention_mask holds nulls" in refusal(lambda: table.read(0))
+
+
 @pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.int64()], ids=str)
 def test_a_mask_that_is_none_is_refused(kind, tmp_path):
     said = refusal(lambda: table_of(tmp_path, attention_mask=pa.nulls(2, kind)))

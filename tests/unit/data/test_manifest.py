@@ -58,6 +58,7 @@ def test_equal_facts_have_equal_bytes():
         '{"format_version": 1, "files": [{"path": "p"}], "rows": 1, "tokens": 1}',
         '{"format_version": 1, "files": [], "rows": 1}',
         '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "unheard": 1}',
+        '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "lineage": []}',
     ],
 )
 def test_what_is_no_manifest_is_named(text, tmp_path):

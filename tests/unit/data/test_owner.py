@@ -107,6 +107,14 @@ def test_a_mark_that_says_nothing_is_judged_by_its_age(tmp_path):
         mine.check()
 
 
+def test_a_mark_of_this_machine_without_a_process_is_a_dead_jobs(tmp_path):
+    with owned(tmp_path / "mark", "it") as mine:
+        facts = json.loads(mine.path.read_text())
+    (tmp_path / "mark").write_text(json.dumps({name: facts[name] for name in ("owner", "machine")}))
+    with owned(tmp_path / "mark", "it") as mine:
+        assert mine.holds()
+
+
 def test_the_mark_is_renewed_while_its_job_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(owner, "RENEWED_EVERY", 0.02)
     with owned(tmp_path / "mark", "it"):
