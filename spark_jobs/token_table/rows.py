@@ -17,12 +17,14 @@ def token_lists(rows: pa.RecordBatch, where: str) -> dict[str, pa.ListArray]:
     """The lists of :data:`LISTS` that rows have. A null list is an empty one; what a mask calls padding is left out.
 
     Raises :class:`UserError` naming ``where`` for numbers beyond 32 bits, nulls, labels of another length than the ids,
-    and a mask that is none.
+    boundaries that are none, and a mask that is none.
     """
     lists = {name: _ints(rows.column(name), name, where) for name in LISTS if name in rows.schema.names}
     lengths = lists["input_ids"].value_lengths()
     if "labels" in lists and not lists["labels"].value_lengths().equals(lengths):
         raise UserError(f"{where}: labels and input_ids differ in length: write the table again.")
+    if "cu_seqlens" in lists:
+        _check_bounds(lists["cu_seqlens"], lengths.to_numpy(), where)
     if MASK not in rows.schema.names:
         return lists
     mask = _ints(rows.column(MASK), MASK, where)
@@ -41,6 +43,20 @@ def token_lists(rows: pa.RecordBatch, where: str) -> dict[str, pa.ListArray]:
     ends = np.concatenate(([0], np.cumsum(lengths.to_numpy())))
     offsets = np.concatenate(([0], np.cumsum(kept)))[ends]
     return {name: int_lists(column.flatten().to_numpy()[kept == 1], offsets) for name, column in lists.items()}
+
+
+def _check_bounds(bounds: pa.ListArray, lengths: np.ndarray, where: str) -> None:
+    """Rows without tokens need no boundaries, as they are left out."""
+    values, counts = bounds.flatten().to_numpy(), bounds.value_lengths().to_numpy()
+    ends = np.cumsum(counts)
+    rises = np.append(True, np.diff(values) >= 0)[: len(values)]
+    rises[(ends - counts)[counts > 0]] = True  # the first of a row
+    wrong = counts < 2
+    held = ~wrong
+    wrong[held] = (values[(ends - counts)[held]] != 0) | (values[ends[held] - 1] != lengths[held])
+    wrong[np.repeat(np.arange(len(counts)), counts)[~rises]] = True
+    if (wrong & (lengths > 0)).any():
+        raise UserError(f"{where}: cu_seqlens must rise from 0 to the row's length: write the table again.")
 
 
 def _ints(column: pa.Array, name: str, where: str) -> pa.ListArray:

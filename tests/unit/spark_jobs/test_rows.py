@@ -54,6 +54,9 @@ def test_what_cannot_be_meant_is_refused():
     assert "differ in length" in refusal(lists_of, attention_mask=column([[1, 1], [], [1, 1], []]))
     assert "differ in length" in refusal(lists_of, labels=column([[1, 1], [], [1, 1], []]))
     bounds = column([[0, 3], [0], [0, 2], [0]])
+    for wrong in ([0, 2], [1, 3], [0, 2, 1, 3], [3], [0], [], None):
+        assert "cu_seqlens must rise" in refusal(lists_of, cu_seqlens=column([wrong, [0], [0, 1, 2], None]))
+    assert lists_of(cu_seqlens=column([[0, 1, 1, 3], [0], [0, 2], None]))["cu_seqlens"][0] == [0, 1, 1, 3]
     assert "packed rows have padding" in refusal(lists_of, attention_mask=column(mask), cu_seqlens=bounds)
     assert "no list of 32-bit integers" in refusal(lists_of, input_ids=column([[1 << 40], [], [], []]))
     assert "holds nulls inside of lists" in refusal(lists_of, labels=column([[1, None, 2], [], [1, 2], []]))
