@@ -14,7 +14,8 @@ def id_lists(column: pa.Array, where: str) -> pa.ListArray:
     """
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     kind = column.type.value_type if is_list else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    known = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_null)
+    if not any(is_kind(kind) for is_kind in known):
         raise UserError(
             f"{where}: column {DOC_IDS} is {column.type}, it must be a list of strings, an id for each document of "
             "the row: drop or rename it."

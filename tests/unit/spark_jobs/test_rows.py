@@ -75,6 +75,7 @@ def test_ids_of_documents_are_lists_or_one_of_a_row():
     assert names_of(pa.array([[1], [2], [3]], pa.large_list(pa.int64()))) == [["1"], ["2"], ["3"]]
     assert names_of(pa.array(["a", None, "c"])) == [["a"], hashed[1], ["c"]]
     assert names_of(pa.array([7, 8, None], pa.int16())) == [["7"], ["8"], hashed[2]]
+    assert names_of(pa.nulls(3)) == names_of(pa.nulls(3, pa.list_(pa.null()))) == hashed
     assert names_of(pa.array([["a"], [], ["b", None]])) == [["a"], hashed[1], ["b", *hashed[2]]]
     for column in (pa.array([1.5, 2.5, 3.5]), pa.array([[1.5]] * 3), pa.array([{"id": 1}] * 3)):
         assert "it must be a list of strings" in refusal(names_of, column=column)
