@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
 from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.console import live
+from fft.data.owner import atomic_folder
 from fft.errors import UserError, one_line
-from fft.files import replace_folder, start_folder
 from fft.models.directory import Weights, check_whole, has_own_head, load_config
 from fft.weights import hf
 from fft.weights.experts import parameter_of
@@ -180,7 +181,8 @@ def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[
 def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int) -> int:
     """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors.
 
-    Raises :class:`UserError` when the config cannot be read or is another model's, and where nothing can be written.
+    Raises :class:`UserError` when the config cannot be read or is another model's, where nothing can be written, and
+    while another process writes there.
     """
     config = load_config(str(model), init=False, weights=False)
     if config.tie_word_embeddings and has_own_head(source):
@@ -188,23 +190,23 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     check_whole(config, source.names, model)
     kind = DTYPES[dtype] if dtype else source.dtype
     written = number = 0
-    try:
-        staging = start_folder(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
 
     def line(seconds: float) -> str:
         return f"{number:,} shards, {written / 1e6:,.0f} MB, {written / 1e6 / seconds:,.0f} MB/s"
 
-    with live(line, last=True):
-        for group in shards(source, kind, limit):
-            hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
-            config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
-            number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
-    for shard in range(number):
-        (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
-    hf.write_metadata(staging, config, str(model), number, model)
-    replace_folder(output)
+    with ExitStack() as held:
+        try:
+            staging = held.enter_context(atomic_folder(output))
+        except OSError as error:
+            raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
+        with live(line, last=True):
+            for group in shards(source, kind, limit):
+                hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
+                config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
+                number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
+        for shard in range(number):
+            (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
+        hf.write_metadata(staging, config, str(model), number, model)
     return len(source.names)
 
 

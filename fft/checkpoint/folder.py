@@ -18,8 +18,9 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from fft.data.owner import atomic_folder
 from fft.errors import UserError
-from fft.files import hidden, recover_folder, replace_folder, staging_folder, start_folder, write_atomically
+from fft.files import hidden, recover_folder, replace_folder, staging_folder, write_atomically
 
 SUMS = "SHA256SUMS"
 LATEST, BEST = "latest", "best"
@@ -187,9 +188,8 @@ def tag_of(run: str | os.PathLike, name: str) -> str:
 
 def copy_model(checkpoint: Path, output: str) -> None:
     """Make the model or adapter directory ``output`` of a checkpoint's; replaces what stands there."""
-    staging = start_folder(output)
-    shutil.copytree(checkpoint, staging, dirs_exist_ok=True, ignore=lambda at, _: _not_the_models(checkpoint, at))
-    replace_folder(output)
+    with atomic_folder(output, wait=True) as staging:
+        shutil.copytree(checkpoint, staging, dirs_exist_ok=True, ignore=lambda at, _: _not_the_models(checkpoint, at))
 
 
 def _not_the_models(checkpoint: Path, folder: str) -> list[str]:

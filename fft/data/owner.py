@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fft.errors import UserError
-from fft.files import hidden
+from fft.files import hidden, replace_folder, start_folder, try_folder
 
 #: The mark of who writes to a folder, in that folder. Readers, Spark's too, pass over names like this.
 OWNER_NAME = "_fft_owner.json"
@@ -96,6 +97,27 @@ def owned(path: Path, what: str, wait: bool = False) -> Iterator[Owner]:
         yield owner
     finally:
         owner.release()
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], wait: bool = False) -> Iterator[Path]:
+    """Yield where to write what shall be the folder ``path``: it gets that name at the end of the ``with`` block.
+
+    A folder that is there is replaced, or stays as it is when the block raises. Raises :class:`Occupied` while another
+    process writes the same folder; with ``wait``, waits for its end instead. Raises :class:`OSError` where it cannot
+    be made.
+    """
+    try_folder(path)
+    with owned(hidden(Path(path).resolve(), "owner"), str(path), wait) as owner:
+        staging = start_folder(path)
+        try:
+            yield staging
+        except BaseException:
+            if owner.holds():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        owner.check()
+        replace_folder(path)
 
 
 def _wait(path: Path, what: str) -> None:

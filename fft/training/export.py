@@ -1,6 +1,7 @@
 """What a run writes of its model: each stage its own shards, and what makes a Hugging Face directory of them."""
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,7 +11,8 @@ from fft.arguments import TrainArguments
 from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.gather_weights import whole_tensors
 from fft.checkpoint.saver import Contents
-from fft.files import replace_folder, staging_folder, start_folder
+from fft.data.owner import atomic_folder
+from fft.files import staging_folder
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
 from fft.planning.preflight import Plan
@@ -68,19 +70,18 @@ class ModelExport:
     def save_model(self, output: str) -> None:
         """Write a model or adapter directory: every stage its own shards, in parallel; replaces what stands there.
 
-        Collective. Raises :class:`UserError` where it cannot be written.
+        Waits while another process writes there. Collective. Raises :class:`UserError` where it cannot be written.
         """
         staging, shards, first = staging_folder(output), self._engine.role.shards, dist.get_rank() == 0
-        if first:
-            start_folder(output)
-        dist.barrier()
-        if (weights := self.weights()) is not None:
-            hf.write_shard(staging, *weights, shards)
-        dist.barrier()
-        if first:
-            if self._adapter is not None:
+        with ExitStack() as held:
+            if first:
+                held.enter_context(atomic_folder(output, wait=True))
+            dist.barrier()
+            if (weights := self.weights()) is not None:
+                hf.write_shard(staging, *weights, shards)
+            dist.barrier()
+            if first and self._adapter is not None:
                 write_adapter(staging, shards, self._adapter)
-            else:
+            elif first:
                 hf.write_metadata(staging, self._config, self._plan.tokenizer, shards, self._base)
-            replace_folder(output)
         dist.barrier()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.checkpoint.adapter import scale_of
 from fft.checkpoint.conversion import Merged
 from fft.checkpoint.convert import main
+from fft.data.owner import owned
 from fft.errors import UserError
 from fft.weights.hf import WeightReader
 
@@ -302,3 +303,9 @@ def test_help_does_not_wait_for_torch(launch):
         "convert.build_parser().format_help(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     assert launch("python", "-c", said).stdout.split() == ["False", "False"]
+
+
+def test_an_output_that_another_writes_is_refused(directory, convert, tmp_path):
+    with owned(tmp_path / ".out.owner", "out"):
+        assert "out is being written by another job" in convert(directory, refused=True)
+    convert(directory)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fft.data import owner
-from fft.data.owner import DEAD_AFTER, Occupied, check_unowned, owned
+from fft.data.owner import DEAD_AFTER, Occupied, atomic_folder, check_unowned, owned
 from fft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -173,3 +173,16 @@ def test_a_file_system_without_hard_links_or_locks_will_do(lacks, holder, tmp_pa
     holder.wait()
     with owned(tmp_path / "mark", "it") as mine:
         mine.check()
+
+
+def test_two_that_write_one_folder_do_not_disturb_each_other(tmp_path):
+    with atomic_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text("first")
+        with pytest.raises(Occupied, match="out is being written by another job"), atomic_folder(tmp_path / "out"):
+            pass
+        assert (staging / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text(f"{1 / 0}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "first"
