@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output} is a file: name a folder.")
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
-    inside = folder.checkpoint_of(output)
-    if inside is not None:
-        raise UserError(f"{output} would replace or change the checkpoint {inside}: choose another folder.")
+    lost = folder.checkpoint_replaced(output)
+    if lost is not None:
+        raise UserError(f"{output} would replace or change the checkpoint {lost}: choose another folder.")
     if not 0 < args.max_shard_size < math.inf:
         raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
     for path in filter(None, (args.source, args.model, args.lora)):

@@ -51,6 +51,12 @@ def checkpoint_of(path: Path) -> Path | None:
     return next((place for place in places if (place / SUMS).is_file() or (place / STATE).is_file()), None)
 
 
+def checkpoint_replaced(path: Path) -> Path | None:
+    """The checkpoint that would be lost if a folder took the place of ``path``: around or below it; None for none."""
+    below = (state.parent.parent for state in path.glob(f"**/{STATE}"))
+    return checkpoint_of(path) or next(below, None)
+
+
 def is_own_name(name: str) -> bool:
     """Whether a run's folder has, or may get, something of this name."""
     return name.removeprefix(".").startswith("step-") or name in _OWN

@@ -4,7 +4,14 @@ import os
 from pathlib import Path
 
 from fft.arguments import TrainArguments
-from fft.checkpoint.folder import LOCK, checkpoint_of, checkpoint_steps, checkpoint_tag, is_own_name
+from fft.checkpoint.folder import (
+    LOCK,
+    checkpoint_of,
+    checkpoint_replaced,
+    checkpoint_steps,
+    checkpoint_tag,
+    is_own_name,
+)
 from fft.data.blend import parse_tables
 from fft.data.delta import split_version
 from fft.errors import UserError
@@ -52,9 +59,9 @@ def _check_place(flag: str, path: Path) -> None:
         )
     if flag == "--output_dir" and path.is_mount():
         raise UserError(f"{flag} {path} is where a disk is mounted, which cannot be replaced: name a folder in it.")
-    inside = checkpoint_of(path)
-    if inside is not None:
-        raise UserError(f"{flag} {path} would replace or change the checkpoint {inside}: choose another folder.")
+    lost = checkpoint_replaced(path) if flag == "--output_dir" else checkpoint_of(path)
+    if lost is not None:
+        raise UserError(f"{flag} {path} would replace or change the checkpoint {lost}: choose another folder.")
     # A run's folder is written into, an output is made beside its place and replaces what stands there.
     try_folder(path / checkpoint_tag(0) if flag == "--checkpoint" else path)
 

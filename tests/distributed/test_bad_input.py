@@ -281,6 +281,16 @@ def test_a_checkpoint_is_not_replaced(good, tmp_path, flag, below):
     assert f"would replace or change the checkpoint {checkpoint}: choose another folder" in said
 
 
+def test_a_folder_with_checkpoints_is_no_output(good, tmp_path):
+    """Another run's folder is not replaced by a model, --overwrite or not."""
+    state = tmp_path / "runs" / "run" / "step-2" / "training" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    for output in (tmp_path / "runs", tmp_path / "runs" / "run"):
+        said = refusal([*flags(good, tmp_path, output_dir=output), "--overwrite"])
+        assert f"would replace or change the checkpoint {state.parent.parent}: choose another folder" in said
+
+
 @pytest.mark.parametrize("name", ["step-2", "tokens", "tensorboard/model", "latest", ".step-2.old"])
 def test_the_model_is_not_written_over_what_the_run_keeps(good, tmp_path, name):
     argv = flags(good, tmp_path, checkpoint=tmp_path / "run", output_dir=tmp_path / "run" / name)

@@ -305,6 +305,14 @@ def test_help_does_not_wait_for_torch(launch):
     assert launch("python", "-c", said).stdout.split() == ["False", "False"]
 
 
+def test_a_folder_with_checkpoints_is_no_output(directory, tmp_path):
+    state = tmp_path / "run" / "step-2" / "training" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    with pytest.raises(UserError, match=r"run would replace or change the checkpoint .*step-2: choose another folder"):
+        main([str(directory), str(tmp_path / "run"), "--overwrite"])
+
+
 def test_an_output_that_another_writes_is_refused(directory, convert, tmp_path):
     with owned(tmp_path / ".out.owner", "out"):
         assert "out is being written by another job" in convert(directory, refused=True)
