@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from fft.arguments import TrainArguments, parse_arguments
 from fft.data.batches import MicroBatch
 from fft.models.causal_lm import StageBuilder
+from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.layout import Layout, plan_layout
@@ -131,8 +132,8 @@ class Noise:
     directory = "random numbers"
 
     def __init__(self, spec: ModelSpec) -> None:
-        #: Of all tensors, as files of the model would have them.
-        self.names = list(spec.skeleton.state_dict())
+        #: Of all tensors, as files of the model would have them: without adapters.
+        self.names = [name for name in spec.skeleton.state_dict() if not is_adapter(name.removesuffix(".weight"))]
         self._numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
     def read(self, _: str, shape: tuple[int, ...], __: object = None) -> torch.Tensor:
