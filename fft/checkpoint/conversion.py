@@ -102,11 +102,12 @@ class Masters:
 class Merged:
     """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32.
 
+    The sum is given as ``dtype``, or else in the type of ``W``.
     Raises :class:`UserError` for adapters of another kind, and for tensors that belong to no weight of the model.
     """
 
-    def __init__(self, weights: Weights, adapter: Path) -> None:
-        self._weights, self._where = weights, f"--lora {adapter}"
+    def __init__(self, weights: Weights, adapter: Path, dtype: torch.dtype | None = None) -> None:
+        self._weights, self._where, self._sums = weights, f"--lora {adapter}", dtype
         config = adapters.read_config(adapter)
         self._scale = adapters.scale_of(config, self._where)
         self._transposed = bool(config.get("fan_in_fan_out"))
@@ -147,7 +148,7 @@ class Merged:
             raise UserError(
                 f"{self._where} has {tuple(delta.shape)} for {name} of {tuple(weight.shape)}: wrong adapter or model."
             )
-        return (weight.float() + delta).to(weight.dtype)
+        return (weight.float() + delta).to(self._sums or weight.dtype)
 
     @staticmethod
     def _why_unused(key: str) -> str:
@@ -233,7 +234,7 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         if model is None and not isinstance(base, str):
             raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
         model = model or Path(str(base))
-        return Merged(hf.WeightReader(model), path), model
+        return Merged(hf.WeightReader(model), path, DTYPES[dtype] if dtype else None), model
     if any(path.glob(_LAYER_FILES)):
         where = model or path
         if not (where / hf.CONFIG).is_file():

@@ -134,6 +134,19 @@ def test_a_merged_adapter_computes_what_both_compute(rslora, scale, model, direc
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_sum_that_is_written_in_fp32_was_not_rounded_before(model, tmp_path, convert):
+    """The model is stored in bf16; the sum of it and its adapter has more digits."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    folder, tensors = adapter(tmp_path, TARGETS)
+    merged = convert(tmp_path / "half", "--lora", folder, "--dtype", "fp32").state_dict()
+    for name in TARGETS:
+        down, up = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        exact = half.get_submodule(name).weight.float() + 2 * up @ down
+        assert merged[f"{name}.weight"].dtype == torch.float32
+        torch.testing.assert_close(merged[f"{name}.weight"], exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "said"),
     [
