@@ -64,12 +64,10 @@ def measure(method: str, work: Path, layers: int) -> int:
     import torch.distributed as dist
 
     from fft.checkpoint import optimizer_state
-    from fft.training.engine import init_distributed
 
     folder = work / method
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    init_distributed()
     engine, config = _trained_engine(layers)
     parameters = engine.parameters
     if method in ("none", "thread", "process"):
@@ -111,28 +109,13 @@ def _resident() -> int:
 
 
 def _trained_engine(layers: int) -> tuple:
-    """An engine after one step, so that the optimizer has a state."""
-    import numpy as np
-    import torch
-    from transformers import AutoConfig
+    """An engine after one step, so that the optimizer has a state, and its model's config."""
+    from benchmarks.engines import Workload, llama
 
-    from fft.arguments import parse_arguments
-    from fft.models.causal_lm import StageBuilder
-    from fft.models.spec import DTYPES, ModelSpec
-    from fft.parallel.mesh import mesh_sizes
-    from fft.planning.layout import plan_layout
-    from fft.training.engine import build_engine, on_host
-
-    args = parse_arguments(["--init", "--model=.", "--num_train_epochs=0", "--seq_len=64", "--output_dir=unwritten"])
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
-    config = AutoConfig.for_model("llama", vocab_size=16_000, num_hidden_layers=layers, **sizes)
-    spec, mesh = ModelSpec(config, DTYPES[args.dtype]), mesh_sizes(1, 1, 1, 1)
-    engine = build_engine(args, StageBuilder(spec), mesh, plan_layout(args, spec, mesh, on_host()).bounds, 1)
-    ids = np.random.default_rng(0).integers(0, 16_000, 64)
-    bounds = torch.tensor([0] + [64] * 64, dtype=torch.int32)
-    inputs = torch.from_numpy(ids[None].astype(np.int32)), bounds
-    engine.deepspeed.train_batch(iter([(inputs, torch.from_numpy(np.roll(ids, -1)))]))
-    return engine, config
+    workload = Workload(llama(512, layers, 16_000), 64, 1, flags=("--dtype=bf16",))
+    step, engine = workload.build()
+    step()
+    return engine, workload.config
 
 
 def _ours(method: str, folder: Path, engine: object, parameters: dict, config: object) -> tuple[Callable, ...]:

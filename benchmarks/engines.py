@@ -1,7 +1,6 @@
 """The product's own engine on random tokens, built as a run builds it: what benchmarks of a step share."""
 
 import contextlib
-import gc
 import io
 import math
 import os
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
 
+from benchmarks.device.frame import release
 from fft.arguments import TrainArguments, parse_arguments
 from fft.data.batches import MicroBatch
 from fft.models.causal_lm import StageBuilder
@@ -117,13 +117,6 @@ def with_engine(workload: Workload, use: Callable[[Callable[[], float], StageEng
         vars(engine.deepspeed).clear()
         del step, engine
         release(device)
-
-
-def release(device: torch.device) -> None:
-    """Give back to the device what nobody refers to."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
 
 
 class Noise:

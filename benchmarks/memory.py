@@ -54,23 +54,10 @@ def main() -> int:
         pipe, dtype, interval, more = configuration
         say(f"pipe {pipe}, {dtype}, recomputing every {interval} {more} ...")
         for stage, told in enumerate(_launch(configuration)):
-            parts = [
-                told[name] / 1e6 for name in ("weights", "optimizer", "activations", "loss", "step", "total", "peak")
-            ]
+            parts = [told[name] / 1e6 for name in _PARTS]
             rows.append([*configuration, stage, *parts, told["total"] / told["peak"]])
     print(", ".join(f"{name} {size}" for name, size in _SIZES.items()))
-    heads = (
-        "pipe",
-        "dtype",
-        "recompute",
-        "flags",
-        "stage",
-        "weights+grads",
-        "optimizer",
-        "activations",
-        "loss",
-        "step",
-    )
+    heads = ("pipe", "dtype", "recompute", "flags", "stage", "weights+grads", *_PARTS[1:5])
     print(format_table((*heads, "predicted MB", "measured MB", "ratio"), rows))
     return 0
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.device.machine import unlaunched
 from fft.console import format_table, say
 from fft.planning.partition import pipeline_bubble
 
@@ -59,8 +60,6 @@ WAYS = {
         "all kept",
     ),
 }
-#: What tells a process that it has a launcher.
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main() -> int:
@@ -276,8 +275,7 @@ def _sizes(args: argparse.Namespace) -> list[str]:
 
 def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> dict:
     command = [sys.executable, *launcher, "-m", "benchmarks.step", "-", *flags]
-    ours = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}  # this process's own group
-    done = subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=unlaunched(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

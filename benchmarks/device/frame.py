@@ -51,13 +51,18 @@ def _clocked(work: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - begun)
 
 
-def free(device: torch.device) -> None:
-    """Give back what nothing refers to any more, and count the memory's maximum from now on."""
+def release(device: torch.device) -> None:
+    """Give back to the device what nobody refers to any more."""
     gc.collect()
     if device.type != "cpu":
-        module = torch.get_device_module(device)
-        module.empty_cache()
-        module.reset_peak_memory_stats()
+        torch.get_device_module(device).empty_cache()
+
+
+def free(device: torch.device) -> None:
+    """:func:`release`, and count the memory's maximum from now on."""
+    release(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats()
 
 
 def peak_bytes(device: torch.device) -> int:

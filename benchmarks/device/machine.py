@@ -1,6 +1,7 @@
 """Which device there is, and with which versions: what every report of it says first."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,6 +21,8 @@ PACKAGES = (
     "flash-attn-3",
     "flash-attn-4",
 )
+#: What tells a process that a launcher started it.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Asked of a process of its own: whoever opens a device holds some of its memory.
 _ASK = """
 import json, sys, torch
@@ -47,6 +50,11 @@ def look(device: str) -> dict | None:
     versions = {package: v for package in PACKAGES if (v := _version(package))}
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return {**found, "when": when, "python": platform.python_version(), "versions": versions}
+
+
+def unlaunched() -> dict[str, str]:
+    """The environment for a process that is to be no rank of this one's group."""
+    return {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
 
 
 def _version(package: str) -> str | None:

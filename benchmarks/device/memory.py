@@ -26,8 +26,6 @@ SMALLEST = (
     ("1B", 2, 128, (*RECOMPUTE["selective"], "--dtype=fp32")),
     ("8B", 2, 128, ("--lora_dim=4",)),
 )
-#: What the table leaves out: it is that of training all parameters, with transformers' own operators, on the device.
-_LEFT_OUT = {"--offload_optimizer": "plan counts the optimizer", "--lora_dim": "plan trains all parameters"}
 
 
 def cases(setting: Setting) -> Cases:
@@ -46,5 +44,4 @@ def measure(shape: str, work: Workload, flags: tuple[str, ...]) -> list[Row]:
     row |= {f"{part} GB": told[part] / 1e9 for part in ("weights", "optimizer", "activations", "loss", "step")}
     row |= {"predicted GB": told["total"] / 1e9, "measured GB": told["peak"] / 1e9}
     row |= {"predicted of measured %": 100 * told["total"] / max(1, told["peak"])}
-    row["note"] = ", ".join(note for flag, note in _LEFT_OUT.items() if any(given.startswith(flag) for given in flags))
     return [row]

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.device.machine import look  # noqa: E402 - found after the line above
+from benchmarks.device.machine import look, unlaunched  # noqa: E402 - found after the line above
 
 #: How much longer a group may take in a rehearsal, on cores that others may use.
 PATIENCE = 5
@@ -39,20 +39,8 @@ LIMITS = {
     "memory": 240,
     "triton": 90,
 }
-#: What tells a process that a launcher started it.
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: NVIDIA's images set it, and products of float32 are of TF32 then, which has 11 bits: too few for what is compared.
 TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
-PACKAGES = (
-    "torch",
-    "triton",
-    "deepspeed",
-    "transformers",
-    "liger-kernel",
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-)
 
 
 @dataclass
@@ -89,17 +77,9 @@ def main() -> int:
 
 def run(name: str, device: str, limit: int) -> Group:
     """Run a group; what its tests told by then is kept where it is stopped."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        f"--rootdir={HERE}",
-        f"--confcutdir={HERE}",
-        "-c",
-        HERE / "pytest.ini",
-    ]
-    environment = {key: value for key, value in os.environ.items() if key not in (*LAUNCHED, TF32)}
+    command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={HERE}", f"--confcutdir={HERE}"]
+    environment = unlaunched()
+    environment.pop(TF32, None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

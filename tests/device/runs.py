@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig
 
-HERE = Path(__file__).resolve().parent
-#: What tells a process that it has a launcher.
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from benchmarks.device.machine import unlaunched
 
+HERE = Path(__file__).resolve().parent
 #: No longer than a tile of an attention kernel. Of longer documents several tiles add to a query's gradient, in any
 #: order: PyTorch's and flash-attn's kernels give other last bits each time.
 ONE_TILE = 64
@@ -32,7 +31,7 @@ def config_of(small: bool, **changes) -> PretrainedConfig:
 
 def train(device: torch.device, *flags: object, program: tuple[object, ...] = ("-m", "fft.train"), code: int = 0):
     """``python -m fft.train`` with ``flags`` on a type of device; fails where it does not end with ``code``."""
-    variables = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+    variables = unlaunched()
     # Drivers beside this file find fft where these tests found it.
     found = [str(HERE), os.getcwd(), variables.get("PYTHONPATH", "")]
     variables |= {"DS_ACCELERATOR": device.type, "PYTHONPATH": os.pathsep.join(filter(None, found))}
