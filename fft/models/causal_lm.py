@@ -20,7 +20,7 @@ from fft.ops.sequence_parallel import SequenceParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.parallel.tensor_plan import Shard
-from fft.weights.hf import WeightReader
+from fft.weights.hf import WeightReader, is_finite
 
 #: So marked, transformers leaves a parameter alone when it initialises a module.
 _LOADED = "_is_hf_initialized"
@@ -111,7 +111,7 @@ class StageBuilder:
             shard = self.shards.get(f"{path}.{key}")
             shape = tuple(tensor.shape) if shard is None else shard.shape
             tensor.copy_(weights.read(f"{path}.{key}", shape, shard))
-            if tensor.dtype == torch.float16 and not tensor.isfinite().all():  # it was when it was read
+            if tensor.dtype == torch.float16 and not is_finite(tensor):  # it was when it was read
                 raise UserError(f"{path}.{key} has values that fp16 cannot hold: use --dtype bf16 or fp32.")
 
     def _compute_buffers(self, module: nn.Module) -> None:

@@ -159,8 +159,9 @@ class TransformersEngine:
 
 def _load_model(weights: "WeightReader", config: "PretrainedConfig", dtype: "torch.dtype | str") -> Any:
     """The model, of whole and finite weights; what types say of its ``to`` and ``generate`` is not so."""
-    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from fft.weights.hf import is_finite
 
     directory, source = weights.directory, {"pretrained_model_name_or_path": weights.directory}
     if weights.dtype is not None:  # quantized: read here, multiplied out
@@ -177,7 +178,7 @@ def _load_model(weights: "WeightReader", config: "PretrainedConfig", dtype: "tor
                 "config.json and weights do not belong together."
             )
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not all(map(torch.isfinite, parameter.detach().aminmax())):
+        if not is_finite(parameter.detach()):
             raise UserError(f"--model {directory}: {name} holds values that are NaN or infinite: fetch it again.")
     return model
 

@@ -118,12 +118,17 @@ class WeightReader:
         value = self.tensor(name, shape, shard)
         if not value.is_floating_point():
             raise UserError(f"{self._files[name]}: tensor {name} is of {value.dtype}, not of floating-point numbers.")
-        if value.numel() and not all(map(torch.isfinite, value.aminmax())):  # a NaN is both
+        if not is_finite(value):
             raise UserError(
                 f"{self._files[name]}: tensor {name} holds values that are NaN or infinite: fetch the model again, or "
                 "take an older checkpoint."
             )
         return value
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value of a tensor is NaN or infinite; in one pass, which keeps nothing."""
+    return not tensor.numel() or all(map(torch.isfinite, tensor.aminmax()))  # a NaN is both
 
 
 def _stored(
