@@ -1,4 +1,4 @@
-"""How long documents are: a histogram that tasks count and the manifest keeps."""
+"""Where documents end, and how long they are: a histogram that tasks count and the manifest keeps."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +19,25 @@ def document_lengths(rows: pa.Table) -> np.ndarray:
     values = bounds.flatten().to_numpy()
     last = np.cumsum(bounds.value_lengths().to_numpy()) - 1
     return np.delete(np.diff(values), last[:-1])  # differences across two rows are no documents
+
+
+def bound_steps(bounds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The step to each of the rows' ``cu_seqlens`` from the one before, and which rows' are none.
+
+    ``bounds`` are those of all rows, row i's from ``offsets[i]`` to ``offsets[i + 1]``; ``lengths`` are the rows'
+    tokens, to which they must rise from 0. The step to a row's first is 0.
+    """
+    bounds = bounds.astype(np.int64)  # differences of unsigned numbers would never be negative
+    counts = np.diff(offsets)
+    steps = np.diff(bounds, prepend=0)
+    first = offsets[:-1][counts > 0]
+    steps[first] = 0
+    wrong = counts < 2
+    if len(bounds):
+        filled = counts > 0
+        wrong[filled] |= (bounds[first] != 0) | (bounds[offsets[1:][filled] - 1] != lengths[filled])
+        wrong[np.repeat(np.arange(len(lengths)), counts)[steps < 0]] = True
+    return steps, wrong
 
 
 def tally_lengths(lengths: np.ndarray) -> Counter[str]:

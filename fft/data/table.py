@@ -16,6 +16,7 @@ from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
 from fft.data.known import LISTS, MASK, LeftOut, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
+from fft.data.lengths import bound_steps
 from fft.data.manifest import Manifest, is_hidden
 from fft.data.storage import Listing, Storage, check_names_utf8, printable
 from fft.data.table_files import parquet_files, untagged
@@ -285,21 +286,12 @@ def _document_ends(
     bounds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """``cu_seqlens`` without the 0 that begins each row and without empty documents: (ends, their offsets)."""
-    bounds = bounds.astype(np.int64)  # differences of unsigned numbers would never be negative
-    rows = np.repeat(np.arange(len(lengths)), np.diff(offsets))
-    steps = np.diff(bounds, prepend=0)
-    first = offsets[:-1][np.diff(offsets) > 0]
-    steps[first] = 0
-    wrong = np.diff(offsets) < 2
-    if len(bounds):
-        filled = np.diff(offsets) > 0
-        wrong[filled] |= (bounds[first] != 0) | (bounds[offsets[1:][filled] - 1] != lengths[filled])
-        wrong[rows[steps < 0]] = True
+    steps, wrong = bound_steps(bounds, offsets, lengths)
     if wrong.any():
         raise UserError(
             f"{name}, row {wrong.argmax()}: cu_seqlens must rise from 0 to the row's length: write the table again."
         )
-    kept = steps > 0
+    kept, rows = steps > 0, np.repeat(np.arange(len(lengths)), np.diff(offsets))
     return bounds[kept], np.concatenate(([0], np.cumsum(np.bincount(rows[kept], minlength=len(lengths)))))
 
 

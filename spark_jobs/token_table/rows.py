@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from fft.data.arrow_lists import INTS, int_lists
 from fft.data.document_ids import id_lists, names_of
 from fft.data.known import DOC_IDS, LISTS, MASK
+from fft.data.lengths import bound_steps
 from fft.errors import UserError, one_line
 
 
@@ -47,14 +48,8 @@ def token_lists(rows: pa.RecordBatch, where: str) -> dict[str, pa.ListArray]:
 
 def _check_bounds(bounds: pa.ListArray, lengths: np.ndarray, where: str) -> None:
     """Rows without tokens need no boundaries, as they are left out."""
-    values, counts = bounds.flatten().to_numpy(), bounds.value_lengths().to_numpy()
-    ends = np.cumsum(counts)
-    rises = np.append(True, np.diff(values) >= 0)[: len(values)]
-    rises[(ends - counts)[counts > 0]] = True  # the first of a row
-    wrong = counts < 2
-    held = ~wrong
-    wrong[held] = (values[(ends - counts)[held]] != 0) | (values[ends[held] - 1] != lengths[held])
-    wrong[np.repeat(np.arange(len(counts)), counts)[~rises]] = True
+    offsets = np.concatenate(([0], np.cumsum(bounds.value_lengths().to_numpy())))
+    _, wrong = bound_steps(bounds.flatten().to_numpy(), offsets, lengths)
     if (wrong & (lengths > 0)).any():
         raise UserError(f"{where}: cu_seqlens must rise from 0 to the row's length: write the table again.")
 
