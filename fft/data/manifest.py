@@ -15,7 +15,7 @@ Depends on no other package, so that Spark jobs and the trainer share it.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
@@ -117,8 +117,7 @@ def read_manifest(table: str | os.PathLike) -> Manifest | None:
     folder = Path(table)
     paths = (folder / MANIFEST_NAME, folder / WRITING_NAME)
     content, mark = (path.read_bytes() if path.is_file() else None for path in paths)
-    marks = UNFINISHED if replacing(mark) is None else UNFINISHED - {WRITING_NAME}
-    return manifest_of(str(folder), content, any((folder / name).exists() for name in marks))
+    return manifest_of(str(folder), content, mark, [name for name in UNFINISHED if (folder / name).exists()])
 
 
 def replacing(mark: bytes | None) -> str | None:
@@ -130,15 +129,16 @@ def replacing(mark: bytes | None) -> str | None:
     return facts.get(_REPLACING) if isinstance(facts, dict) else None
 
 
-def manifest_of(table: str, content: bytes | None, unfinished: bool) -> Manifest | None:
-    """As :func:`read_manifest`, of what was found: the bytes of the manifest, if any, and whether a mark lies there.
+def manifest_of(table: str, content: bytes | None, mark: bytes | None, found: Collection[str]) -> Manifest | None:
+    """As :func:`read_manifest`, of what lies there: the bytes of the manifest and of the mark, if any, and which of
+    :data:`UNFINISHED` were ``found``. A mark that says that an older table stays for now is none of an unfinished one.
 
     Raises :class:`UserError` for a table that is unfinished, and for a manifest that is none.
     """
     if content is not None:
         # Bytes that are no text must not stop here: from_json says where they are.
         return Manifest.from_json(content.decode("utf-8", "replace"), f"{table}/{MANIFEST_NAME}")
-    if unfinished:
+    if set(found) - ({WRITING_NAME} if replacing(mark) is not None else set()):
         raise UserError(f"{table} is unfinished: the job that wrote it was interrupted; run that job again.")
     return None
 

@@ -33,13 +33,11 @@ def parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manife
         return [""], None
     content, mark = (storage.read(name) if name in listing.sizes else None for name in (MANIFEST_NAME, WRITING_NAME))
     ending = replacing(mark)
-    marks = UNFINISHED if ending is None else UNFINISHED - {WRITING_NAME}
-    unfinished = any(name in listing.sizes or name in listing.folders for name in marks)
-    manifest = manifest_of(storage.name, content, unfinished)
+    there = listing.sizes.keys() | listing.folders
+    manifest = manifest_of(storage.name, content, mark, UNFINISHED & there)
     found = [name for name in listing.sizes if name.endswith(".parquet") and not is_hidden(PurePosixPath(name))]
     names = sorted(found, key=in_order)
     folders = sorted({posixpath.dirname(name) for name in names} - {""}, key=in_order)
-    there = listing.sizes.keys() | listing.folders
     tables = [folder for folder in folders if any(f"{folder}/{name}" in there for name in _MARKS)]
     if manifest is not None:
         known = {info.path for info in manifest.files}
