@@ -22,8 +22,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fft.data.owner import atomic_folder
 from fft.errors import Parser, UserError, run_cli
-from fft.files import replace_folder, start_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "flash-fine-tuning"
@@ -202,8 +202,7 @@ def pip(*arguments: object, **variables: str) -> None:
 
 def write_bundle(output: Path, python: str, platform: str, extras: Sequence[str], system: Sequence[str]) -> None:
     """Write the folder ``output``, whole or not at all. Raises :class:`UserError` for what cannot be had."""
-    staging = start_folder(output)
-    try:
+    with atomic_folder(output) as staging:
         wheels = staging / "wheels"
         wheels.mkdir()
         ours = read_metadata(build_ours(wheels))
@@ -219,9 +218,6 @@ def write_bundle(output: Path, python: str, platform: str, extras: Sequence[str]
         for source, name in CARRIED.items():
             copy(ROOT / source, staging / name)
         (staging / "SHA256SUMS").write_text(sums(staging), encoding="utf-8")
-        replace_folder(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def copy(source: Path, target: Path) -> None:

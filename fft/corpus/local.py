@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import stat
 import tempfile
@@ -35,11 +34,11 @@ from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
 from fft.corpus.tokenize_parts import name_malformed, tokenize_part
 from fft.data.manifest import Manifest, TokenizerInfo, commit, read_manifest
-from fft.data.owner import Owner, owned
+from fft.data.owner import Owner, owned, staged_folder
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
-from fft.files import replace_folder, start_folder, write_atomically
+from fft.files import write_atomically
 from fft.text.chat import load_chat
 from fft.text.messages import TURN_KEYS
 from fft.text.pretrain import load_pretrain
@@ -196,18 +195,12 @@ def _seen(path: Path) -> list[str | int]:
 
 
 def _make(text: TextInput, seen: list[str | int], folder: Path, owner: Owner) -> None:
-    staging = start_folder(folder)  # by the owner, so nobody else is writing it
-    try:
+    with staged_folder(folder, owner) as staging:
         manifest = _tokenize(text, staging)
-        owner.check()
+        owner.check()  # before the manifest, which would appear in what another has begun
         if _seen(text.path) != seen:  # it would be found again under the hash of what the file held before
             raise UserError(f"{text.path} was changed while it was tokenized: run again when it is whole.")
         commit(staging, manifest)
-        replace_folder(folder)
-    except BaseException:
-        if owner.holds():
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _tokenize(text: TextInput, folder: Path) -> Manifest:

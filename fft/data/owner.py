@@ -108,16 +108,22 @@ def atomic_folder(path: str | os.PathLike[str], wait: bool = False) -> Iterator[
     be made.
     """
     try_folder(path)
-    with owned(hidden(Path(path).resolve(), "owner"), str(path), wait) as owner:
-        staging = start_folder(path)
-        try:
-            yield staging
-        except BaseException:
-            if owner.holds():
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
+    with owned(hidden(Path(path).resolve(), "owner"), str(path), wait) as owner, staged_folder(path, owner) as staging:
+        yield staging
+
+
+@contextmanager
+def staged_folder(path: str | os.PathLike[str], owner: Owner) -> Iterator[Path]:
+    """:func:`atomic_folder` of the one ``owner`` who may write there, and checks at the end that he still is."""
+    staging = start_folder(path)
+    try:
+        yield staging
         owner.check()
         replace_folder(path)
+    except BaseException:
+        if owner.holds():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _wait(path: Path, what: str) -> None:

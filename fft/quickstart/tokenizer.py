@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fft.files import replace_folder, start_folder
+from fft.data.owner import atomic_folder
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,5 +33,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write the tokenizer's folder, whole or not at all; one that stood there is replaced."""
-    tokenizer.save_pretrained(str(start_folder(output)))
-    replace_folder(output)
+    with atomic_folder(output) as staging:
+        tokenizer.save_pretrained(str(staging))
