@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fft.models.causal_lm import StageBuilder
-from fft.models.layers import pipeline_layers
+from fft.models.layers import canonical_parameters, pipeline_layers
 from fft.ops.cross_entropy import linear_cross_entropy
 
 #: Documents end here; the last token of each predicts nothing.
@@ -65,3 +65,11 @@ def loss_by_transformers(model: PreTrainedModel, vocabulary: int = VOCAB) -> Ten
 def loaded(directory: Path) -> PreTrainedModel:
     """What transformers makes of a directory, in fp32."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def check_gradients(modules: nn.ModuleList, model: PreTrainedModel) -> None:
+    """Every parameter of the pipeline's layers has the gradient that it has in transformers' model; none is left out."""
+    ours, theirs = canonical_parameters(modules), dict(model.named_parameters())
+    assert set(ours) == set(theirs)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-4, msg=name)
