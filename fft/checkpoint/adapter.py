@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fft.errors import UserError
+from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
 from fft.parallel.tensor_plan import Shard
 from fft.weights import hf
@@ -20,7 +21,7 @@ from fft.weights.files import opened
 _T = TypeVar("_T", bound=Tensor)
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 #: Settings of a plain adapter: they say where its matrices belong and how to multiply them, or only how they were
 #: trained. All others change what is computed, or may.
 _PLAIN = frozenset(

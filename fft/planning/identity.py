@@ -14,8 +14,11 @@ from transformers import PretrainedConfig
 from fft.data.manifest import tokenizer_sha256
 from fft.data.samples import Samples
 from fft.data.table import Table
-from fft.weights.hf import WeightReader, opened
+from fft.weights.files import opened
+from fft.weights.hf import WeightReader
 
+#: What an identity consists of.
+IDENTITY = ("config", "weights", "tokenizer", "train_data", "eval_data")
 #: Entries of a config that say where it comes from, or in which type its weights were written.
 _ORIGIN = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 #: At most so many tensors of a model and files of a table, evenly spaced, are looked into.
@@ -47,7 +50,7 @@ def identity_of(
 
 def differences(before: Mapping, now: Mapping) -> Iterator[tuple[str, object, object]]:
     """What differs between two identities: its name, ``config.KEY`` for an entry of the config, and both values."""
-    for name in ("config", "weights", "tokenizer", "train_data", "eval_data"):
+    for name in IDENTITY:
         a, b = before.get(name), now.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from ((f"config.{k}", a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k))

@@ -17,7 +17,7 @@ from fft.data.reader import SampleReader
 from fft.data.storage import is_url
 from fft.data.table import Table
 from fft.errors import UserError
-from fft.models.directory import load_config
+from fft.models.directory import ADAPTER_CONFIG, load_config
 from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
@@ -128,7 +128,7 @@ def start_of(args: TrainArguments) -> str:
     if tag not in map(checkpoint_tag, steps):
         have = ", ".join(map(checkpoint_tag, steps)) or "none"
         raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"--from_ckpt: {path} is an adapter (--lora_dim): go on with --resume, or merge it first by "
             f"python -m fft.checkpoint.convert {args.from_ckpt} OUT --tag {tag}."

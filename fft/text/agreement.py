@@ -45,6 +45,7 @@ from fft.text.engines import (
     encode_fast,
     fast_engine,
     fast_version,
+    ids_of_each,
 )
 
 #: To be raised when more is compared: older verdicts are then forgotten.
@@ -136,7 +137,7 @@ def _differ(recipe: Recipe, texts: Iterable[str]) -> list[str]:
     while batch := list(itertools.islice(stream, _BATCH)):
         (fast, starts), (exact, ends) = encode_fast(recipe, batch), encode_exact(recipe, batch)
         if not np.array_equal(starts, ends) or not np.array_equal(fast, exact):
-            rows = zip(np.split(fast, starts[1:-1]), np.split(exact, ends[1:-1]), batch, strict=True)
+            rows = zip(ids_of_each(fast, starts), ids_of_each(exact, ends), batch, strict=True)
             found += [text for a, b, text in rows if not np.array_equal(a, b)]
     return found
 

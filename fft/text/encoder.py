@@ -22,6 +22,7 @@ from fft.text.engines import (
     encode_slow,
     fast_engine,
     fast_version,
+    ids_of_each,
 )
 
 if TYPE_CHECKING:
@@ -167,8 +168,8 @@ class Encoder:
         fast, exact = list(texts), [texts[i] for i in exactly]
         for i in exactly:
             fast[i] = ""
-        rows = _split(*encode_fast(self.recipe, fast))
-        for i, row in zip(exactly, _split(*encode_exact(self.recipe, exact)), strict=True):
+        rows = ids_of_each(*encode_fast(self.recipe, fast))
+        for i, row in zip(exactly, ids_of_each(*encode_exact(self.recipe, exact)), strict=True):
             rows[i] = row
         return np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64)
 
@@ -176,7 +177,7 @@ class Encoder:
         # Short stretches of texts all over the batch: cut alike for both, they are as good as whole documents.
         sample = [text[:_SAMPLE_CHARACTERS] for text in texts[:: max(1, len(texts) // _SAMPLES)]]
         sample = [text for text in sample if not self._differs(text)]
-        fast, exact = _split(*encode_fast(self.recipe, sample)), _split(*encode_exact(self.recipe, sample))
+        fast, exact = ids_of_each(*encode_fast(self.recipe, sample)), ids_of_each(*encode_exact(self.recipe, sample))
         for text, a, b in zip(sample, fast, exact, strict=True):
             if not np.array_equal(a, b):
                 raise UserError(
@@ -184,11 +185,6 @@ class Encoder:
                     f"{text[:40]!r}: uninstall fastokens, and all is encoded by the latter; please report the text."
                 )
         return len(sample)
-
-
-def _split(ids: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
-    """The ids of each text."""
-    return np.split(ids, offsets[1:-1]) if len(offsets) > 1 else []
 
 
 def surround(

@@ -99,6 +99,11 @@ def encode_slow(recipe: Recipe, texts: Sequence[str]) -> tuple[np.ndarray, np.nd
     return np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]), offsets
 
 
+def ids_of_each(ids: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    """The ids of each text, from what encoding gave of all."""
+    return np.split(ids, offsets[1:-1]) if len(offsets) > 1 else []
+
+
 def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others are moved above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

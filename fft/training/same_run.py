@@ -18,7 +18,7 @@ import torch.distributed as dist
 import fft
 from fft.arguments import TrainArguments
 from fft.errors import UserError
-from fft.planning.identity import differences
+from fft.planning.identity import IDENTITY, differences
 
 #: What computes a run; the same numbers need the same of each.
 _VERSIONS = ("torch", "deepspeed", "transformers")
@@ -90,7 +90,7 @@ def _facts(args: TrainArguments, identity: dict) -> dict[str, Any]:
 
 def _unequal(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
     for name in first:
-        if name not in ("config", "weights", "tokenizer", "train_data", "eval_data") and first[name] != other[name]:
+        if name not in IDENTITY and first[name] != other[name]:
             yield name, first[name], other[name]
     yield from differences(first, other)
 
