@@ -83,7 +83,7 @@ def _load_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
     except Exception as error:  # the library behind it raises Exception itself
         raise UserError(
             f"--model {model} has no tokenizer that can be loaded ({one_line(error)[:120]}): copy tokenizer.json and "
