@@ -68,7 +68,7 @@ def loaded(directory: Path) -> PreTrainedModel:
 
 
 def check_gradients(modules: nn.ModuleList, model: PreTrainedModel) -> None:
-    """Every parameter of the pipeline's layers has the gradient that it has in transformers' model; none is left out."""
+    """Every parameter of the pipeline's layers has the gradient that it has in transformers' model; none lacks."""
     ours, theirs = canonical_parameters(modules), dict(model.named_parameters())
     assert set(ours) == set(theirs)
     for name, parameter in ours.items():
