@@ -11,8 +11,9 @@ STAMP := $(VENV)/.installed
 # vLLM pins a torch and a transformers of its own: it has an environment of its own.
 SERVE_VENV := .venv-serve
 SERVE_STAMP := $(SERVE_VENV)/.installed
-# Those that use one core at a time, so that two files of them run side by side; and those that start ranks of their own.
-SINGLE := $(wildcard tests/unit tests/spark tests/test_*.py)
+# Those that use one core at a time, so that two files of them run side by side, in this order: a file of minutes that
+# comes last leaves a core idle. And those that start ranks of their own.
+SINGLE := $(wildcard tests/test_*.py) tests/spark tests/unit
 DISTRIBUTED := tests/distributed
 # Those that run in the environment of vLLM.
 SERVE := tests/serve
@@ -67,7 +68,7 @@ quickstart: env  ## from text to a trained model that talks, in runs/quickstart 
 
 test: env env-serve lint  ## lint, then the unit, Spark, distributed and serving tests
 	@failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(SINGLE) || failed=1; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(SINGLE) || failed=1; \
 	  echo "unit and Spark tests ran $$($(VENV)/bin/coverage report --format=total) % of the lines of fft and spark_jobs" \
 	    "(by file: $(VENV)/bin/coverage report)"; \
 	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
