@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.arguments import parse_arguments
 from fft.checkpoint import adapter
 from fft.data.manifest import FileInfo, Manifest, commit
-from fft.parity import faults, read_outcome, write_random_model
 from fft.parity_reference import one_process
+from fft.parity_run import faults, read_outcome, write_random_model
 from fft.planning.preflight import plan_run
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, LR, CLIP = 5, 8, 64, 1e-3, 0.5

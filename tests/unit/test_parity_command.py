@@ -10,12 +10,12 @@ from conftest import VOCAB
 from forked import run_ranks
 from transformers import AutoConfig
 
-from fft import parity
+from fft import parity, parity_run
 from fft.arguments import resolve
 from fft.errors import UserError
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES
-from fft.parity import Outcome, faults, shrunken
+from fft.parity_run import Outcome, faults, shrunken
 
 LLAMA3_70B = {
     **{"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
@@ -152,7 +152,7 @@ def test_the_command_tells_equal_from_different(decay, code, mine, monkeypatch, 
         done = run_ranks(ranks, "--config", folder / "settings.yaml")
         assert done.returncode == 0, done.stderr[-3000:]
 
-    monkeypatch.setattr(parity, "launch", launch)
+    monkeypatch.setattr(parity_run, "launch", launch)
     assert parity.main(["--config", str(mine), "--steps", "2"]) == code
     said = capsys.readouterr().out
     assert "4 ranks = data 2 x pipe 2 x sequence 1 x tensor 1" in said

@@ -14,7 +14,7 @@ from fft.checkpoint import convert
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.spec import ModelSpec
-from fft.parity import write_random_model
+from fft.parity_run import write_random_model
 from fft.planning.dry_run import dry_run
 from fft.planning.preflight import plan_run
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer

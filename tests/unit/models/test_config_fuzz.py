@@ -17,7 +17,7 @@ from fft.models.causal_lm import StageBuilder
 from fft.models.directory import load_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
-from fft.parity import write_random_model
+from fft.parity_run import write_random_model
 from fft.weights import hf
 
 #: How many directories are tried: `FFT_FUZZ=2000 pytest tests/unit/models/test_config_fuzz.py` for a long look.

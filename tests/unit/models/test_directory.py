@@ -15,7 +15,7 @@ from fft.models.directory import load_config
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
-from fft.parity import write_random_model
+from fft.parity_run import write_random_model
 from fft.training.export import ModelExport
 from fft.weights import hf
 

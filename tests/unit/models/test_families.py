@@ -12,7 +12,7 @@ from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers, canonical_parameters
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
-from fft.parity import write_random_model
+from fft.parity_run import write_random_model
 from fft.weights import hf
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.0}

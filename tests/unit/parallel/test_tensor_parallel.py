@@ -25,7 +25,7 @@ from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
 from fft.ops.fused import plain_ops
 from fft.parallel.tensor import TensorParallel
-from fft.parity import write_random_model
+from fft.parity_run import write_random_model
 from fft.planning.costs import layer_costs
 from fft.weights.hf import WeightReader
 

@@ -13,7 +13,7 @@ from fft.models.causal_lm import StageBuilder
 from fft.models.directory import load_config
 from fft.models.spec import ModelSpec
 from fft.parallel.tensor_plan import Shard
-from fft.parity import write_random_model
+from fft.parity_run import write_random_model
 from fft.weights import hf
 from fft.weights.quantized import BlockScales
 

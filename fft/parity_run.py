@@ -1,0 +1,267 @@
+"""What ``fft.parity`` does: a shrunken copy of a model, a few steps of it by the trainer, and the comparison."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
+
+from fft.arguments import TrainArguments, resolve
+from fft.checkpoint import adapter
+from fft.checkpoint.folder import TRAINING, checkpoint_tag
+from fft.checkpoint.fragments import SavedFragments
+from fft.errors import UserError
+from fft.models.directory import load_config
+from fft.models.supported import check_supported
+from fft.parity_reference import Outcome, one_process
+from fft.planning.preflight import Plan, plan_run, start_of, tokenizer_of
+from fft.training.run_folder import METRICS
+
+#: Largest relative differences in fp32. That of a gradient is of its norm, but for this part of the whole norm.
+LOSS, NORM, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-4, 1e-6
+#: Weights may differ by this, absolute and relative; so much of a tensor's values, whose gradients are near zero, by
+#: more, but never by a tenth of a step.
+WEIGHT, OUTLIERS, OUTLIER_STEPS = 1e-5, 0.005, 0.1
+
+
+# The model: small, but of the same kind
+
+
+def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig:
+    """The same architecture, small: few layers, heads of 16, experts; vocabulary, tying and grouping of heads stay."""
+    small = copy.deepcopy(config)
+    given = "," in args.partition_method  # layers per stage, which must remain that many
+    if not given:
+        small.num_hidden_layers = min(config.num_hidden_layers, max(2, args.pipe_parallel_size))
+    if getattr(config, "layer_types", None):
+        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    ranks = args.model_parallel_size * args.ulysses_degree  # that share heads
+    small.num_key_value_heads = _fewest(config.num_key_value_heads, lambda heads: heads > 1 and heads % ranks == 0)
+    sharing = _fewest(
+        config.num_attention_heads // config.num_key_value_heads,
+        lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0,
+    )
+    small.num_attention_heads = sharing * small.num_key_value_heads
+    small.hidden_size = max(64, 16 * small.num_attention_heads)
+    if getattr(config, "head_dim", None):
+        wider = config.head_dim * config.num_attention_heads != config.hidden_size
+        small.head_dim = (2 if wider else 1) * small.hidden_size // small.num_attention_heads
+    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if getattr(config, name, None):
+            setattr(small, name, 2 * small.hidden_size)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if getattr(config, name, None):
+            setattr(small, name, min(getattr(config, name), max(4, args.model_parallel_size)))
+            small.num_experts_per_tok = min(config.num_experts_per_tok, 2)
+    rotary = getattr(small, "rope_parameters", None) or {}
+    for name in ("short_factor", "long_factor"):  # one for each of the frequencies, of which there are fewer
+        if isinstance(factors := rotary.get(name), list):
+            width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
+            rotary[name] = factors[: int(width * rotary.get("partial_rotary_factor", 1.0)) // 2]
+    small.initializer_range = 0.2  # of this size, gradients tell one layer's mistake from another's rounding
+    small.dtype = torch.float32
+    return small
+
+
+def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:
+    """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(directory)
+
+
+def _fewest(number: int, fits: Callable[[int], bool]) -> int:
+    """The smallest divisor that fits; the number itself if none does."""
+    return next((n for n in range(1, number + 1) if number % n == 0 and fits(n)), number)
+
+
+# The run
+
+
+def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> TrainArguments:
+    """The flags of the run that is compared."""
+    quiet = {
+        "eval_data": None,
+        "eval_steps": 0,
+        "best_of": 0,
+        "early_stop_patience": 0,
+        "resume": None,
+        "from_ckpt": None,
+        "tag": None,
+    }
+    keep = {"checkpoint": str(output), "output_dir": None, "save_steps": steps, "max_num_checkpoints": 0}
+    rate = max(args.learning_rate, 1e-3)
+    return dataclasses.replace(
+        args,
+        **quiet,
+        **keep,
+        only_ckpt_model=False,
+        background_executor="none",
+        model=str(model),
+        init=False,
+        tokenizer=tokenizer_of(args),  # for texts that it trains on
+        max_steps=steps,
+        dtype="fp32",
+        logging_steps=1,
+        learning_rate=rate,
+        min_learning_rate=rate * args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0,
+        warmup_steps=min(args.warmup_steps, steps // 2),
+        adam_epsilon=max(args.adam_epsilon, 1e-5),
+        gradient_accumulation_steps=min(args.gradient_accumulation_steps, 4),
+    )
+
+
+def launch(args: TrainArguments, ranks: int, folder: Path) -> None:
+    """Run the trainer in ``ranks`` processes of this machine. Raises :class:`UserError` with what it said last."""
+    settings = folder / "settings.yaml"
+    settings.write_text(yaml.safe_dump(dataclasses.asdict(args)), encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*torchrun, str(Path(__file__).with_name("train.py")), "--config", str(settings)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+        raise UserError(said[0].removeprefix("error: ") if said else "the run failed: its output stands above.")
+
+
+def read_outcome(run: Path) -> Outcome:
+    """What a run in fp32 left in its folder, with its newest checkpoint's weights and moments."""
+    lines = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    checkpoint = run / checkpoint_tag(steps[-1]["step"])
+    fragments, gradients = SavedFragments(checkpoint / TRAINING), {}
+    if (checkpoint / adapter.CONFIG).is_file():
+        stored = load_file(checkpoint / adapter.WEIGHTS)
+        weights = {name.removeprefix(adapter.PREFIX): value for name, value in stored.items()}
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    for name in filter(fragments.__contains__, weights):
+        gradients[name] = torch.empty(weights[name].shape)
+        fragments.fill(gradients[name].view(-1), name, "exp_avg", 0)
+    losses, norms = ([step[name] for step in steps] for name in ("loss", "grad_norm"))
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return Outcome(losses, norms, weights, gradients, evaluations)
+
+
+# The comparison
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a parameter: its gradient's, relative to its norm; its values' largest, and the share of those far off."""
+
+    name: str
+    gradient: float
+    weight: float
+    outliers: float
+
+
+def relative(ours: float, theirs: float) -> float:
+    """Difference relative to what is expected."""
+    return abs(ours - theirs) / max(abs(theirs), 1e-30)
+
+
+def compare_parameters(run: Outcome, expected: Outcome) -> list[Difference]:
+    """All parameters, those with the largest difference of gradients first."""
+    whole = float(torch.stack([g.norm() for g in expected.gradients.values()]).norm())
+    differences = []
+    for name, theirs in expected.gradients.items():
+        scale = float(theirs.norm()) + whole * FLOOR / GRADIENT
+        off = (run.weights[name] - expected.weights[name]).abs()
+        outliers = float((off > WEIGHT + WEIGHT * expected.weights[name].abs()).float().mean())
+        gradient = float((run.gradients[name] - theirs).norm()) / scale
+        differences.append(Difference(name, gradient, float(off.max()), outliers))
+    return sorted(differences, key=lambda d: -d.gradient)
+
+
+def faults(run: Outcome, expected: Outcome, learning_rate: float) -> list[str]:
+    """What is beyond the tolerances, a sentence each; nothing when the two agree."""
+    found = []
+    if run.weights.keys() != expected.weights.keys():
+        return [f"the models have different tensors: {sorted(run.weights.keys() ^ expected.weights.keys())}."]
+    if run.gradients.keys() != expected.gradients.keys():
+        return [f"other parameters are trained: {sorted(run.gradients.keys() ^ expected.gradients.keys())}."]
+    for what, ours, theirs, tolerance in (
+        ("loss", run.losses, expected.losses, LOSS),
+        ("gradient norm", run.norms, expected.norms, NORM),
+        ("validation loss", run.evaluations, expected.evaluations, LOSS),
+    ):
+        if len(ours) != len(theirs):
+            found.append(f"{len(ours)} times a {what} instead of {len(theirs)}.")
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
+            if not relative(a, b) <= tolerance:
+                found.append(f"{what} {number} is {a:.9g} instead of {b:.9g}: more than {tolerance:g} off.")
+    for d in compare_parameters(run, expected):
+        if not d.gradient <= GRADIENT:
+            found.append(f"the gradient of {d.name} differs by {d.gradient:.1e} of its norm, more than {GRADIENT:g}.")
+        if not (d.outliers <= OUTLIERS and d.weight <= OUTLIER_STEPS * learning_rate):
+            found.append(
+                f"{d.name}: {d.outliers:.2%} of its values are more than {WEIGHT:g} off, one by {d.weight:.1e}."
+            )
+    return found
+
+
+def comparison(run: Outcome, expected: Outcome, parameters: int = 8) -> str:
+    """The table that is printed."""
+    columns = f"{'one process':>12} {'off by':>8}"
+    lines = [f"{'step':>4}  {'loss':>11} {columns}  {'grad norm':>11} {columns}"]
+    for step, (a, b, c, d) in enumerate(zip(run.losses, expected.losses, run.norms, expected.norms, strict=True), 1):
+        row = f"{a:>11.7f} {b:>12.7f} {relative(a, b):>8.1e}  {c:>11.6f} {d:>12.6f} {relative(c, d):>8.1e}"
+        lines.append(f"{step:>4}  {row}")
+    lines += ["", f"{'gradient off by':>15}  {'a weight by':>11}  {'far off':>7}  largest differences, by parameter"]
+    for d in compare_parameters(run, expected)[:parameters]:
+        lines.append(f"{d.gradient:>15.1e}  {d.weight:>11.1e}  {d.outliers:>7.2%}  {d.name}")
+    return "\n".join(lines)
+
+
+def compare(given: Mapping[str, Any], steps: int) -> int:
+    """Take ``steps`` steps as the flags that were ``given`` say, twice, and print what the two did.
+
+    Returns 0 when all is within the tolerances, 1 when not. Raises :class:`UserError` for settings that cannot be run,
+    and when the run fails.
+    """
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="fft-parity-") as folder:
+        model, run = Path(folder, "model"), Path(folder, "run")
+        mine = resolve({"output_dir": str(run), **given})
+        args = flags_of(mine, model, run, steps)
+        shape = args.pipe_parallel_size * args.sequence_parallel_size * args.model_parallel_size
+        ranks = mine.ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
+        config = load_config(start_of(mine), mine.init, weights=not mine.init)
+        check_supported(config, mine.seq_len)
+        small = shrunken(config, mine)
+        write_random_model(small, model, args.seed)
+        plan = plan_run(args, ranks)
+        print(_heading(small, plan, ranks), flush=True)
+        launch(args, ranks, Path(folder))
+        ours, expected = read_outcome(run), one_process(model, args, plan)
+    print(comparison(ours, expected))
+    found = faults(ours, expected, args.learning_rate)
+    verdict = f"{len(found)} differences: {found[0]}" if found else "the run is what one process does."
+    print(f"\n{verdict}  Tolerances: losses {LOSS:g}, gradients and their norm {NORM:g}, weights {WEIGHT:g}.")
+    return 1 if found else 0
+
+
+def _heading(config: PretrainedConfig, plan: Plan, ranks: int) -> str:
+    mesh = plan.mesh
+    sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
+    heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} keys"
+    return (
+        f"{ranks} ranks = {sizes} against one process, in fp32\n{config.model_type}: {config.num_hidden_layers} "
+        f"layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}"
+    )
