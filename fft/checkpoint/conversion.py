@@ -90,19 +90,28 @@ class Masters:
 
     def tensor(self, name: str) -> Tensor:
         """One of them."""
-        stored = self._weights.tensor(name)
-        parameter, start = parameter_of(name, stored.shape)
-        if stored.dtype == torch.float32 or parameter not in self._fragments:
-            return stored
-        flat = torch.empty(stored.numel())
-        self._fragments.fill(flat, parameter, MASTER, start)
-        return flat.view(stored.shape)
+        return master_of(self._weights.tensor(name), name, self._fragments)
+
+
+def has_masters(checkpoint: Path) -> bool:
+    """Whether a folder holds a training state, in which masters are, where the weights are not fp32 themselves."""
+    return any((checkpoint / folder.TRAINING).glob("rank-*.safetensors"))
+
+
+def master_of(stored: Tensor, name: str, fragments: SavedFragments) -> Tensor:
+    """The fp32 value of which ``stored`` is the rounded one; itself where it is fp32, or was not trained."""
+    parameter, start = parameter_of(name, stored.shape)
+    if stored.dtype == torch.float32 or parameter not in fragments:
+        return stored
+    flat = torch.empty(stored.numel())
+    fragments.fill(flat, parameter, MASTER, start)
+    return flat.view(stored.shape)
 
 
 class Merged:
     """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32.
 
-    The sum is given as ``dtype``, or else in the type of ``W``.
+    The sum is given as ``dtype``, or else in the type of ``W``. Of a run's checkpoint, ``B`` and ``A`` are the masters.
     Raises :class:`UserError` for adapters of another kind, and for tensors that belong to no weight of the model.
     """
 
@@ -117,6 +126,10 @@ class Merged:
             raise UserError(
                 f"{adapter / adapters.WEIGHTS} cannot be read ({one_line(error)}): save it again."
             ) from error
+        if has_masters(adapter):
+            fragments = SavedFragments(adapter / folder.TRAINING)
+            for key, value in self._adapter.items():
+                self._adapter[key] = master_of(value, key.removeprefix(adapters.PREFIX), fragments)
         keys = [{self._key(name, matrix) for matrix in "AB"} for name in weights.names]
         unused = sorted(set(self._adapter).difference(*keys))
         if unused:
@@ -241,5 +254,4 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
             raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
         config = load_config(str(where), init=False, weights=False)
         return LayerFiles(path, config.num_hidden_layers, config.tie_word_embeddings), where
-    wants_masters = dtype == "fp32" and any((path / folder.TRAINING).glob("rank-*.safetensors"))
-    return Masters(path) if wants_masters else hf.WeightReader(path), model or path
+    return Masters(path) if dtype == "fp32" and has_masters(path) else hf.WeightReader(path), model or path

@@ -3,7 +3,7 @@
 python -m fft.checkpoint.convert runs/run OUT --tag step-500
 python -m fft.checkpoint.convert runs/run OUT --dtype fp32           # from the optimizer's fp32 masters
 python -m fft.checkpoint.convert Qwen3-8B OUT --lora adapter         # merge an adapter in PEFT's format
-python -m fft.checkpoint.convert runs/lora OUT                       # a run's adapter, merged into the model it adapts
+python -m fft.checkpoint.convert runs/lora OUT                       # a run's adapter (masters), merged into its model
 python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   # DeepSpeed's layer files
 """
 

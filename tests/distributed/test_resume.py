@@ -154,6 +154,33 @@ def test_adapters_alone(train, launch, model_dir, tmp_path):  # noqa: F811
     assert 2 * adapted == len(weights)
 
 
+def test_a_runs_adapter_is_merged_from_its_masters(train, launch, model_dir, tmp_path):  # noqa: F811
+    """W + alpha / rank * B @ A, of the fp32 matrices that were stepped: not of those rounded to bf16."""
+    run = tmp_path / "run"
+    _, _, rounded = train(tmp_path, "llama", "data2", "--dtype", "bf16", "--lora_dim", 3, "--lora_alpha", 12)
+    masters = {}
+    for file in sorted((run / f"step-{STEPS}" / "training").glob("rank-*.safetensors")):
+        for key, value in load_file(file).items():
+            if key.startswith("master/"):
+                masters.setdefault(key.removeprefix("master/"), []).append(value.flatten())
+    base = AutoModelForCausalLM.from_pretrained(model_dir("llama")).state_dict()
+    merged = converted(launch, run, tmp_path / "run-merged", "--dtype", "fp32")
+    given = converted(
+        launch, model_dir("llama"), tmp_path / "merged", "--lora", run / f"step-{STEPS}", "--dtype", "fp32"
+    )
+    for name, weight in base.items():
+        matrices = [f"{name[:-7]}.lora_{part}.weight" for part in "AB"]
+        expected = weight
+        if matrices[0] in masters:
+            down, up = (torch.cat(masters[m]).view(rounded[f"base_model.model.{m}"].shape) for m in matrices)
+            assert torch.equal(up.bfloat16(), rounded[f"base_model.model.{matrices[1]}"])
+            assert not torch.equal(up, rounded[f"base_model.model.{matrices[1]}"].float())
+            expected = weight + 12 / 3 * (up @ down)
+        torch.testing.assert_close(merged[name], expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(given[name], merged[name])
+    assert len(masters) == len(rounded)
+
+
 def converted(launch, source, output, *more):
     done = launch("python", "-m", "fft.checkpoint.convert", source, output, *more)
     assert done.returncode == 0, done.stderr
