@@ -292,6 +292,7 @@ def test_part_of_the_parameters(family, ranks, trained, layout, model_dir, ragge
     given = [*flags(model_dir(family), ragged_table, tmp_path, held_out), *trained, *layout, "--save_steps", STEPS]
     done = run_ranks(ranks, *given)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{'adapter' if trained is LORA else 'model'} written to {tmp_path / 'model'}\n" in done.stderr
     expected = reference(family, *trained)
     assert_is_one_process(tmp_path, expected)
     if trained is not LORA:

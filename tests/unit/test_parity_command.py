@@ -161,6 +161,22 @@ def test_the_command_tells_equal_from_different(decay, code, mine, monkeypatch, 
     assert not [path for path in tmp_path.iterdir() if path.name not in ("config.json", "mine.yaml")]
 
 
+@pytest.mark.parametrize(
+    ("flags", "heading"), [([], "2 ranks = data 1 x pipe 2"), (["--ranks", "6"], "6 ranks = data 3")]
+)
+def test_ranks_of_a_settings_file_are_those_that_are_started(flags, heading, mine, monkeypatch, capsys):
+    """As any flag of a file; the command line wins. Without, this layout would be tried on four."""
+
+    def launch(args, ranks, folder):
+        raise UserError(f"{ranks} would be started.")
+
+    monkeypatch.setattr(parity_run, "launch", launch)
+    mine.write_text(f"{mine.read_text()}ranks: 2\n")
+    with pytest.raises(UserError, match=f"^{heading[0]} would be started"):
+        parity.main(["--config", str(mine), "--steps", "1", *flags])
+    assert heading in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_command_starts_its_ranks(mine, launch):
     done = launch("python", "-m", "fft.parity", "--config", mine, "--steps", "1", "--ranks", "2", "--seq_len", "32")
