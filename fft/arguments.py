@@ -224,7 +224,8 @@ class TrainArguments:
     )
     resume: str | None = flag(
         "go on with the run in --checkpoint, from its newest whole checkpoint (auto; or else from the start) "
-        "or from the one named, for example step-100",
+        "or from the one named, for example step-100, or best: that of the lowest validation loss; newer ones go, with "
+        "--overwrite",
         None,
     )
     from_ckpt: str | None = flag("take the weights from a checkpoint in this run folder instead of --model", None)

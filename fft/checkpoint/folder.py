@@ -155,8 +155,13 @@ def prune(run: Path, newest: int, best: int) -> None:
         remove(run / checkpoint_tag(step))
 
 
-def point_to_best(run: Path) -> None:
-    """Have ``best`` name the checkpoint of the lowest loss, after some were removed."""
+def point_again(run: Path) -> None:
+    """Have ``latest`` name the newest checkpoint and ``best`` that of the lowest loss, after some were removed."""
+    steps = checkpoint_steps(run)
+    if steps:
+        write_atomically(run / LATEST, f"{checkpoint_tag(steps[-1])}\n")
+    else:
+        (run / LATEST).unlink(missing_ok=True)
     _point_to_best(run, evaluation_losses(run))
 
 

@@ -12,13 +12,15 @@ from fft.errors import UserError
 def choose_checkpoint(
     run: Path, resume: str, overwrite: bool, control: dist.ProcessGroup, log: Callable[[str], None]
 ) -> Path | None:
-    """The checkpoint in ``run`` that ``resume``, a tag or ``auto``, means, verified; None where ``auto`` finds none.
+    """The checkpoint in ``run`` that ``resume`` means, a tag, ``best``, ``latest`` or ``auto``, verified.
 
-    Ranks share the reading. Damaged checkpoints are told of and set aside. Raises :class:`UserError` when there are
-    checkpoints but none to go on from, or when newer ones than the one named would be lost.
+    None where ``auto`` finds none. Ranks share the reading. Damaged checkpoints are told of and set aside. Raises
+    :class:`UserError` when there are checkpoints but none to go on from, or when newer ones than the one named would be
+    lost.
     """
     steps = folder.checkpoint_steps(run)
     tags = [folder.checkpoint_tag(step) for step in reversed(steps)]
+    resume = folder.tag_of(run, resume)
     if resume != "auto" and resume not in tags:
         raise UserError(
             f"--resume {resume}: {run / resume} is no checkpoint; {run} holds: {', '.join(tags) or 'none'}."

@@ -85,13 +85,12 @@ def create(run: Path, args: TrainArguments, plan: Plan, start: Start, environmen
     if start.checkpoint is None:
         for step in folder.checkpoint_steps(run):
             folder.remove(run / folder.checkpoint_tag(step))
-        (run / folder.LATEST).unlink(missing_ok=True)
         (run / METRICS).unlink(missing_ok=True)
         shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     elif (run / METRICS).is_file():
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
         write_atomically(run / METRICS, "".join(line for line in lines if _written_by(line, start.step)))
-    folder.point_to_best(run)
+    folder.point_again(run)
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     write_atomically(run / "arguments.yaml", settings)
     write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))

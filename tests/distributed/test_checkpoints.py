@@ -107,8 +107,8 @@ def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_
     )
     first, again = tmp_path / "first", tmp_path / "again"
 
-    def train(folder):
-        done = run_ranks(1, *flags.split(), "--checkpoint", folder, "--output_dir", f"{folder}-model")
+    def train(folder, *more):
+        done = run_ranks(1, *flags.split(), "--checkpoint", folder, "--output_dir", f"{folder}-model", *more)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stderr, read_metrics(folder)[1]
 
@@ -128,6 +128,9 @@ def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_
     said, unchanged = train(first)  # which has ended
     assert unchanged == evaluated
     assert f"stopped early after step {best + 2}/20" in said
+    said, from_best = train(first, "--resume", "best")  # it trains the steps after the best one again, to the same end
+    assert f"going on from {first / f'step-{best}'}\n" in said
+    assert from_best == evaluated
 
 
 def test_a_run_without_checkpoints_writes_its_best_model(run, ragged_table, tmp_path):
