@@ -43,16 +43,30 @@ class PartFolder:
     try: no two jobs and no two tries write the same file. Finished parts are ``part-NNNNN{suffix}.parquet``: without a
     suffix in a folder that holds no other table, so that the same table has the same names everywhere; else with the
     job's tag, since the older table stays until the new one is whole.
+
+    With ``kept``, a folder in this one, finished files wait there under their hidden names; the same work finds them
+    when its job was interrupted, see ``spark_jobs.token_table.kept``.
     """
 
     folder: Path
     notes: WorkerNotes
     suffix: str = ""
+    kept: str = ""
 
     @property
     def tag(self) -> str:
         """See the class."""
         return self.notes.tag
+
+    @property
+    def parts(self) -> Path:
+        """Where parts lie until they are published."""
+        return self.folder / self.kept
+
+    @property
+    def rejects(self) -> Path:
+        """The same of records set aside."""
+        return self.folder / (self.kept or QUARANTINE)
 
     def unfinished(self) -> Iterator[Path]:
         """What this job has under hidden names: parts that are not published, and what failed tries and notes left."""
@@ -96,8 +110,8 @@ class PartFile:
     """
 
     def __init__(self, target: PartFolder, part: int) -> None:
-        self.part, self.name = part, _hidden_name(target, part)
-        self._path, self._meter = target.folder / self.name, target.notes.meter("written")
+        self.part, self.name = part, hidden_name(target, part)
+        self._path, self._meter = target.parts / self.name, target.notes.meter("written")
         self._sink: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
         self._finished = False
@@ -165,7 +179,7 @@ class RejectFile:
     """JSON lines of what could not be used, {file, reason, record}, in :data:`QUARANTINE` under a hidden name."""
 
     def __init__(self, target: PartFolder, part: int) -> None:
-        self._path = target.folder / QUARANTINE / _hidden_name(target, part)
+        self._path = target.rejects / hidden_name(target, part)
 
     def add(self, file: str, reason: str, record: bytes | None) -> None:
         """Set one record aside."""
@@ -191,7 +205,8 @@ class RejectFile:
             self._path.unlink(missing_ok=True)
 
 
-def _hidden_name(target: PartFolder, part: int) -> str:
+def hidden_name(target: PartFolder, part: int) -> str:
+    """A name for a file of a part that no other try has."""
     return f".part-{part:05d}{target.tag}.{uuid.uuid4().hex}{WRITING}"
 
 
@@ -204,11 +219,11 @@ def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], d
     for part in sorted(parts, key=lambda p: p.part):
         name, rejects = f"part-{part.part:05d}{target.suffix}.parquet", f"part-{part.part:05d}{target.suffix}.json"
         if part.name:
-            _check_seen(target.folder / part.name, part.bytes)
-            renames[target.folder / part.name] = target.folder / name
+            _check_seen(target.parts / part.name, part.bytes)
+            renames[target.parts / part.name] = target.folder / name
         if part.rejects:
-            _check_seen(target.folder / QUARANTINE / part.rejects)
-            renames[target.folder / QUARANTINE / part.rejects] = target.folder / QUARANTINE / rejects
+            _check_seen(target.rejects / part.rejects)
+            renames[target.rejects / part.rejects] = target.folder / QUARANTINE / rejects
         named.append(replace(part, name=name if part.name else "", rejects=rejects if part.rejects else ""))
     return named, renames
 
@@ -228,6 +243,8 @@ def _check_seen(file: Path, size: int | None = None) -> None:
 
 def publish_files(target: PartFolder, renames: Mapping[Path, Path]) -> None:
     """Give files their final names, for good once this returns; and drop what failed tries left."""
+    for folder in {final.parent for final in renames.values()}:
+        folder.mkdir(exist_ok=True)
     for source, final in renames.items():
         os.replace(source, final)
     for leftover in target.unfinished():

@@ -17,18 +17,20 @@ from functools import cached_property
 from pathlib import Path
 
 from fft.console import say
-from fft.data.delta import check_version, commit_delta, is_delta, latest_version, read_snapshot, split_version
-from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, begin_replacing, begin_writing, commit_all, read_manifest
+from fft.data.delta import check_version, commit_delta, is_delta, latest_version, split_version
+from fft.data.manifest import WRITING_NAME, begin_replacing, begin_writing, commit_all
 from fft.data.owner import OWNER_NAME, Owner, check_unowned, owned
 from fft.data.part_files import PartFolder, writing_to
-from fft.data.storage import Storage, check_names_utf8
+from fft.data.storage import check_names_utf8
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from fft.files import write_atomically
 from spark_jobs.runtime.session import user_errors
+from spark_jobs.token_table.kept import place_of
 from spark_jobs.token_table.remains import (
     INFO_NAME,
     SPLITS,
+    files_now,
     holds_table,
     remove_older,
     remove_table,
@@ -61,7 +63,8 @@ class Output:
     """Where a job writes its tables ``names``: below ``folder``, which is itself the table "".
 
     ``inputs`` are what must not be touched. ``table_format`` is "parquet" or "delta". ``versions_read`` are those of
-    Delta tables that are read and then replaced, by name.
+    Delta tables that are read and then replaced, by name. ``work`` names what a job does whose finished parts outlive
+    it, see :mod:`spark_jobs.token_table.kept`: a job of one table.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class Output:
     overwrite: bool
     table_format: str
     versions_read: Mapping[str, int] = field(default_factory=dict)
+    work: str = ""
 
     @cached_property
     def folders(self) -> dict[str, Path]:
@@ -164,7 +168,7 @@ class Output:
         try:
             with writing_to(self.folder):
                 for folder in tables_at(self.folder):
-                    settle(folder)
+                    settle(folder, self.work)
                 self._begin(owner, lineage, writers)
             yield writers
             owner.check()
@@ -186,7 +190,8 @@ class Output:
             folder.mkdir(exist_ok=True)
             kept = holds_table(folder)
             suffix = tag if kept or self.table_format == "delta" else ""
-            writers[name] = TableWriter(PartFolder(folder.absolute(), notes, suffix))
+            writers[name] = TableWriter(PartFolder(folder.absolute(), notes, suffix, place_of(self.work)))
+            writers[name].target.parts.mkdir(parents=True, exist_ok=True)
             if not kept:
                 begin_writing(folder, lineage)
             elif not is_delta(folder):
@@ -223,7 +228,7 @@ class Output:
         for name, writer in writers.items():
             folder = self.folders[name]
             try:
-                kept = _files_now(folder)
+                kept = files_now(folder)
             except (OSError, UserError):
                 continue  # who cannot tell what the table is removes nothing of it
             writer.discard(kept, mine)
@@ -235,11 +240,3 @@ class Output:
         if mine and self.folder not in self.folders.values():
             with contextlib.suppress(OSError):
                 (self.folder / WRITING_NAME).unlink(missing_ok=True)
-
-
-def _files_now(folder: Path) -> set[str]:
-    """The names of a table's files according to its manifest or log."""
-    if is_delta(folder):
-        return set(read_snapshot(Storage.at(str(folder))).names)
-    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    return {file.path for file in manifest.files} if manifest else set()

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from fft.data.delta import is_delta
+from fft.data.delta import is_delta, read_snapshot
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, begin_writing, read_manifest, replacing
 from fft.data.owner import OWNER_NAME
 from fft.data.part_files import QUARANTINE
+from fft.data.storage import Storage
 from fft.data.worker_notes import WRITING
+from spark_jobs.token_table.kept import FINISHED, settle_parts
 
 SPLITS = ("train", "validation")
 INFO_NAME = "_data.info"
@@ -22,7 +24,7 @@ _TABLE_FILES = re.compile(
 )
 #: What of it is no sign of a table: what a job has beside its parts, and parts that nobody has published.
 _NO_TABLE = re.compile(
-    rf"\.part-.*{re.escape(WRITING)}|{QUARANTINE}|"
+    rf"\.part-.*{re.escape(WRITING)}|{QUARANTINE}|{FINISHED}|"
     + "|".join(rf"\.?{re.escape(name)}(\.\w+)*" for name in (WRITING_NAME, OWNER_NAME))
 )
 
@@ -37,7 +39,7 @@ def strangers(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if not _TABLE_FILES.fullmatch(path.name) and not (path.name in SPLITS and path.is_dir())
+        if not _TABLE_FILES.fullmatch(path.name) and not (path.name in (*SPLITS, FINISHED) and path.is_dir())
     ]
 
 
@@ -56,11 +58,25 @@ def holds_table(folder: Path) -> bool:
     )
 
 
-def settle(folder: Path) -> None:
+def files_now(folder: Path) -> set[str]:
+    """The names of a table's files according to its manifest or log, if it has one.
+
+    Raises :class:`UserError` for a manifest or a log that is none.
+    """
+    if is_delta(folder):
+        return set(read_snapshot(Storage.at(str(folder))).names)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    return {file.path for file in manifest.files} if manifest else set()
+
+
+def settle(folder: Path, work: str = "") -> None:
     """Remove what interrupted jobs have left: of a table that was never finished, all; else what is no part of it.
 
-    Only for who owns the output: other jobs' files are those of dead ones.
+    Finished parts of the same ``work`` stay, see :mod:`spark_jobs.token_table.kept`. Only for who owns the output:
+    other jobs' files are those of dead ones.
     """
+    if (folder / FINISHED).is_dir():
+        settle_parts(folder, work, files_now(folder))
     mark = folder / WRITING_NAME
     ending = replacing(mark.read_bytes()) if mark.is_file() else None
     if not holds_table(folder):
@@ -80,6 +96,7 @@ def settle(folder: Path) -> None:
 
 def remove_older(folder: Path, own: Collection[Path]) -> None:
     """Remove all of a table that a newer one, with its ``own`` files, has just replaced; of a Delta table, nothing."""
+    shutil.rmtree(folder / FINISHED, ignore_errors=True)
     if not is_delta(folder):
         _remove(folder, ".*", {MANIFEST_NAME, OWNER_NAME, WRITING_NAME, QUARANTINE, *(path.name for path in own)})
     for path in (folder / QUARANTINE).glob("*"):

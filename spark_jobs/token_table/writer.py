@@ -13,6 +13,7 @@ from fft.data.part_files import QUARANTINE, Part, PartFolder, files_of, name_par
 from fft.data.worker_notes import Stoppable, Work
 from spark_jobs.runtime.session import places_rows_by_number, user_errors
 from spark_jobs.runtime.tasks import PART_SCHEMA, SortedFirst
+from spark_jobs.token_table.kept import take_back
 
 
 class TableWriter:
@@ -98,7 +99,9 @@ class TableWriter:
         with contextlib.suppress(OSError):
             for path in self.target.unfinished():
                 path.unlink(missing_ok=True)
-            if self.target.suffix or known_by_name:
+            if self.target.kept and known_by_name:
+                take_back(self.target, self._renames, kept)
+            elif not self.target.kept and (self.target.suffix or known_by_name):
                 for path in self.own_files():
                     if path.name not in kept:
                         path.unlink(missing_ok=True)
