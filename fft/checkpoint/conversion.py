@@ -1,7 +1,7 @@
 """Checkpoints, adapters and DeepSpeed's files as Hugging Face model directories: what the command ``convert`` does."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.console import live
 from fft.data.owner import atomic_folder
 from fft.errors import UserError, one_line
-from fft.models.directory import Weights, check_whole, has_own_head, load_config
+from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
 from fft.weights import hf
-from fft.weights.experts import parameter_of
+from fft.weights.names import StoredNames, Use, put
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
@@ -79,8 +79,9 @@ class LayerFiles:
 class Masters:
     """A checkpoint's weights in the fp32 that its optimizer steps."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, stored: StoredNames) -> None:
         self.dtype: torch.dtype | None = None
+        self._stored = stored
         self._weights, self._fragments = hf.WeightReader(checkpoint), SavedFragments(checkpoint / folder.TRAINING)
 
     @property
@@ -90,7 +91,8 @@ class Masters:
 
     def tensor(self, name: str) -> Tensor:
         """One of them."""
-        return master_of(self._weights.tensor(name), name, self._fragments)
+        stored = self._weights.tensor(name)
+        return master_of(stored, self._stored.uses(name, tuple(stored.shape)), self._fragments)
 
 
 def has_masters(checkpoint: Path) -> bool:
@@ -98,25 +100,34 @@ def has_masters(checkpoint: Path) -> bool:
     return any((checkpoint / folder.TRAINING).glob("rank-*.safetensors"))
 
 
-def master_of(stored: Tensor, name: str, fragments: SavedFragments) -> Tensor:
-    """The fp32 value of which ``stored`` is the rounded one; itself where it is fp32, or was not trained."""
-    parameter, start = parameter_of(name, stored.shape)
-    if stored.dtype == torch.float32 or parameter not in fragments:
+def master_of(stored: Tensor, uses: Sequence[Use], fragments: SavedFragments) -> Tensor:
+    """The fp32 value of which ``stored`` is the rounded one; itself where it is fp32, or was not trained.
+
+    ``uses`` are the parameters that its rows belong to.
+    """
+    if stored.dtype == torch.float32 or any(use.parameter not in fragments for use in uses):
         return stored
-    flat = torch.empty(stored.numel())
-    fragments.fill(flat, parameter, MASTER, start)
-    return flat.view(stored.shape)
+    whole = torch.empty(stored.shape)
+    for use in uses:
+        rows = torch.empty(use.rows.length, *stored.shape[1:])
+        fragments.fill(rows.view(-1), use.parameter, MASTER, use.start * stored[:1].numel())
+        put(whole, use, rows)
+    return whole
 
 
 class Merged:
     """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32.
 
     The sum is given as ``dtype``, or else in the type of ``W``. Of a run's checkpoint, ``B`` and ``A`` are the masters.
+    ``stored`` says how files store what is adapted.
     Raises :class:`UserError` for adapters of another kind, and for tensors that belong to no weight of the model.
     """
 
-    def __init__(self, weights: Weights, adapter: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weights: Weights, adapter: Path, dtype: torch.dtype | None = None, stored: StoredNames | None = None
+    ) -> None:
         self._weights, self._where, self._sums = weights, f"--lora {adapter}", dtype
+        self._stored = stored or StoredNames({})
         config = adapters.read_config(adapter)
         self._scale = adapters.scale_of(config, self._where)
         self._transposed = bool(config.get("fan_in_fan_out"))
@@ -127,10 +138,12 @@ class Merged:
                 f"{adapter / adapters.WEIGHTS} cannot be read ({one_line(error)}): save it again."
             ) from error
         if has_masters(adapter):
-            fragments = SavedFragments(adapter / folder.TRAINING)
+            fragments, plain = SavedFragments(adapter / folder.TRAINING), StoredNames({})
             for key, value in self._adapter.items():
-                self._adapter[key] = master_of(value, key.removeprefix(adapters.PREFIX), fragments)
-        keys = [{self._key(name, matrix) for matrix in "AB"} for name in weights.names]
+                uses = plain.uses(key.removeprefix(adapters.PREFIX), tuple(value.shape))
+                self._adapter[key] = master_of(value, uses, fragments)
+        names = {use.parameter for name in weights.names for use in self._stored.uses(name, ())}
+        keys = [{self._key(name, matrix) for matrix in "AB"} for name in sorted(names)]
         unused = sorted(set(self._adapter).difference(*keys))
         if unused:
             raise UserError(f"{self._where}: {unused[0]} {self._why_unused(unused[0])}.")
@@ -150,18 +163,24 @@ class Merged:
     def tensor(self, name: str) -> Tensor:
         """One of them. Raises :class:`UserError` where the adapter does not fit it."""
         weight = self._weights.tensor(name)
-        if self._key(name, "A") not in self._adapter:
+        uses = self._stored.uses(name, tuple(weight.shape))
+        adapted = [use for use in uses if self._key(use.parameter, "A") in self._adapter]
+        if not adapted:
             return weight
+        delta = torch.zeros(weight.shape)
+        for use in adapted:
+            put(delta, use, self._delta(use.parameter, (use.rows.length, *weight.shape[1:])))
+        return (weight.float() + delta).to(self._sums or weight.dtype)
+
+    def _delta(self, name: str, shape: tuple[int, ...]) -> Tensor:
         down, up = (self._adapter[self._key(name, matrix)].float() for matrix in "AB")
         if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
             raise UserError(f"{self._where}: the matrices of {name}, {down.shape} and {up.shape}, are no product.")
         delta = self._scale * (up @ down)
         delta = delta.T if self._transposed else delta
-        if delta.shape != weight.shape:
-            raise UserError(
-                f"{self._where} has {tuple(delta.shape)} for {name} of {tuple(weight.shape)}: wrong adapter or model."
-            )
-        return (weight.float() + delta).to(self._sums or weight.dtype)
+        if delta.shape != shape:
+            raise UserError(f"{self._where} has {tuple(delta.shape)} for {name} of {shape}: wrong adapter or model.")
+        return delta
 
     @staticmethod
     def _why_unused(key: str) -> str:
@@ -224,6 +243,11 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     return len(source.names)
 
 
+def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path) -> Merged:
+    """``weights`` of the directory ``model``'s kind with an adapter added. Raises :class:`UserError` as both do."""
+    return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model))
+
+
 def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
     """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is.
 
@@ -247,11 +271,12 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         if model is None and not isinstance(base, str):
             raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
         model = model or Path(str(base))
-        return Merged(hf.WeightReader(model), path, DTYPES[dtype] if dtype else None), model
+        return merged(hf.WeightReader(model), path, dtype, model), model
     if any(path.glob(_LAYER_FILES)):
         where = model or path
         if not (where / hf.CONFIG).is_file():
             raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
         config = load_config(str(where), init=False, weights=False)
         return LayerFiles(path, config.num_hidden_layers, config.tie_word_embeddings), where
-    return Masters(path) if dtype == "fp32" and has_masters(path) else hf.WeightReader(path), model or path
+    masters = dtype == "fp32" and has_masters(path)
+    return Masters(path, stored_in(path)) if masters else hf.WeightReader(path), model or path

@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if Path(path).resolve().is_relative_to(output.resolve()):
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
     # Not before: --help need not wait for torch.
-    from fft.checkpoint.conversion import DTYPES, Merged, convert, open_source
+    from fft.checkpoint.conversion import convert, merged, open_source
 
     source, model = open_source(Path(args.source), args.tag, args.model and Path(args.model), args.dtype)
     if args.lora:
-        source = Merged(source, Path(args.lora), DTYPES[args.dtype] if args.dtype else None)
+        source = merged(source, Path(args.lora), args.dtype, model)
     tensors = convert(source, model, args.output, args.dtype, int(args.max_shard_size * 1e9))
     say(f"{tensors} tensors written to {output}")
 

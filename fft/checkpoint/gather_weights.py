@@ -1,6 +1,7 @@
 """Parameters as they are written: whole, under the names of files, shared out over tensor-parallel ranks."""
 
 import heapq
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from fft.models.causal_lm import StageBuilder
 from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import Shard
-from fft.weights.experts import to_stored
 
 
 def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> dict[str, Tensor]:
@@ -20,13 +20,17 @@ def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> di
     Collective over the ranks of a tensor-parallel group: each gets whole tensors, about equal shares of the stage, in
     host memory, so that none holds a stage whole. Without one they are views of the parameters.
     """
-    ranks = builder.ranks.tensor
+    ranks, stored = builder.ranks.tensor, builder.spec.stored
     if ranks is None:
-        return to_stored({name: p.detach() for name, p in parameters.items()})
+        return stored.to_stored({name: p.detach() for name, p in parameters.items()})
     every = [builder.spec.shards(rank, ranks.size) for rank in range(ranks.size)]
     whole = {name: builder.shards[name].shape if name in builder.shards else p.shape for name, p in parameters.items()}
-    owners, own = _owners({name: prod(shape) for name, shape in whole.items()}, ranks.size), {}
-    for name, owner in owners.items():
+    sizes: dict[str, int] = defaultdict(int)
+    for name, shape in whole.items():
+        sizes[stored.together(name)] += prod(shape)
+    owners, own = _owners(sizes, ranks.size), {}
+    for name in sorted(parameters, key=lambda name: (-prod(whole[name]), name)):
+        owner = owners[stored.together(name)]
         local = parameters[name].detach().contiguous()
         if name in builder.shards:
             gathered = _collect(local, [shards[name] for shards in every], owner, ranks)
@@ -34,7 +38,7 @@ def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> di
             gathered = local.cpu() if owner == ranks.rank else None
         if gathered is not None:
             own[name] = gathered
-    return to_stored(own)
+    return stored.to_stored(own)
 
 
 def _collect(local: Tensor, shards: Sequence[Shard], owner: int, ranks: TensorParallel) -> Tensor | None:

@@ -108,9 +108,10 @@ class StageBuilder:
     def _read(self, weights: WeightReader, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Give own tensors of the module at ``path``, by name, the values that files have."""
         for key, tensor in tensors.items():
-            shard = self.shards.get(f"{path}.{key}")
+            name = f"{path}.{key}"
+            shard, pieces = self.shards.get(name), self.spec.stored.pieces(name)
             shape = tuple(tensor.shape) if shard is None else shard.shape
-            tensor.copy_(weights.read(f"{path}.{key}", shape, shard))
+            tensor.copy_(weights.read(name, shape, shard, pieces))
             if tensor.dtype == torch.float16 and not is_finite(tensor):  # it was when it was read
                 raise UserError(f"{path}.{key} has values that fp16 cannot hold: use --dtype bf16 or fp32.")
 

@@ -20,8 +20,8 @@ from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES
 from fft.weights import hf
-from fft.weights.experts import stored_names
 from fft.weights.files import weight_files
+from fft.weights.names import StoredNames
 from fft.weights.quantized import BlockScales
 
 
@@ -114,12 +114,12 @@ def has_own_head(weights: Weights) -> bool:
 def check_tensors(spec: ModelSpec, names: Iterable[str], where: object) -> None:
     """Raise :class:`UserError` where files in ``where``, by ``names``, lack a tensor of the model or have others."""
     have, known = set(names), set()
-    for name, tensor in spec.skeleton.state_dict().items():
+    for name in spec.skeleton.state_dict():
         if is_adapter(name.removesuffix(".weight")):
             continue
-        parts = stored_names(name, tuple(tensor.shape))
+        parts = spec.stored.names(name)
         known |= {name, *parts}
-        lacking = [] if name in have else [part for part in parts or [name] if part not in have]
+        lacking = [] if name in have else [part for part in parts if part not in have]
         if lacking and not (spec.tied and name == _HEAD):
             raise UserError(f"{where} has no tensor {lacking[0]}: its config.json and weights do not belong together.")
     patterns = [*_COMPUTED, *(spec.skeleton._keys_to_ignore_on_load_unexpected or ())]
@@ -130,6 +130,15 @@ def check_tensors(spec: ModelSpec, names: Iterable[str], where: object) -> None:
             f"{where} holds tensor {extra[0]}{more}, for which the model that its config.json describes has no place: "
             "the config is another model's, or lacks a setting."
         )
+
+
+def stored_in(directory: Path) -> StoredNames:
+    """How files of a model directory store its parameters; as they are, where the model's type is not known.
+
+    Raises :class:`UserError` for a config that cannot be read.
+    """
+    config = load_config(str(directory), init=False, weights=False)
+    return ModelSpec(config, torch.float32).stored if config.model_type in FAMILIES else StoredNames({})
 
 
 def check_whole(config: PretrainedConfig, names: Iterable[str], where: object) -> None:

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
 from fft.models.lora import Lora, adapt, freeze
+from fft.models.stored import stored_names
 from fft.models.trial import try_out
 from fft.ops.attention import register_with_transformers
 from fft.ops.fused import FusedOps, fuse
 from fft.parallel.tensor_plan import Shard, plan_of, shard_of
+from fft.weights.names import StoredNames
 
 #: The types that ``--dtype`` names.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -92,6 +94,11 @@ class ModelSpec:
     def plan(self) -> Mapping[str, str]:
         """What tensor parallelism cuts, and how: see :func:`fft.parallel.tensor_plan.plan_of`."""
         return plan_of(self.config)
+
+    @cached_property
+    def stored(self) -> StoredNames:
+        """How files store the model's parameters. Raises :class:`UserError` where that is not known."""
+        return stored_names(self.skeleton)
 
     def within(self, path: str) -> str:
         """A dotted name of the model, relative to the decoder, as plans have it."""

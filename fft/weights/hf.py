@@ -14,8 +14,8 @@ from torch import Tensor
 from fft.errors import UserError, one_line
 from fft.files import sync
 from fft.parallel.tensor_plan import Shard
-from fft.weights.experts import stored_names, stored_shape, stored_shard
 from fft.weights.files import INDEX, SINGLE, opened, weight_files
+from fft.weights.names import StoredRows, slices
 from fft.weights.quantized import BlockScales, is_coded
 
 if TYPE_CHECKING:
@@ -102,17 +102,22 @@ class WeightReader:
             )
         return blocks
 
-    def read(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None, pieces: tuple[StoredRows, ...] = ()
+    ) -> Tensor:
         """Return a parameter of the model of ``shape``, or this rank's part of it; nothing else is read from disk.
 
-        Raises :class:`UserError` as :meth:`tensor` does, and for values that are no finite numbers.
+        ``pieces`` are what files have of it, where they have no tensor of its name. Raises :class:`UserError` as
+        :meth:`tensor` does, and for values that are no finite numbers.
         """
-        names = stored_names(name, shape) if name not in self._files else []
-        if not names:
+        if name in self._files or not pieces:
             return self._numbers(name, shape, shard)
-        each, own = stored_shape(len(names), shape), stored_shard(len(names), shard)
+        values = []
+        for piece in slices(pieces, shape, shard):
+            value = self._numbers(piece.rows.name, piece.rows.shape, piece.shard)
+            values.append(value if piece.within is None else piece.within.of(value))
         local = shape if shard is None else shard.local_shape
-        return torch.cat([self._numbers(stored, each, own) for stored in names]).view(local)
+        return (values[0] if len(values) == 1 else torch.cat(values)).view(local)
 
     def _numbers(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
         value = self.tensor(name, shape, shard)

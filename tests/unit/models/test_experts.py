@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from fft.models.experts import balance_loss
+from fft.models.stored import stored_names
 from fft.parallel.tensor_plan import plan_of, shard_of
-from fft.weights.experts import parameter_of, stored_names, to_stored
 from fft.weights.hf import WeightReader
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
@@ -42,7 +42,7 @@ def test_balance_loss_and_its_gradient_equal_transformers():
 
 def test_files_hold_what_transformers_writes(model, directory):
     written = load_file(directory / "model.safetensors")
-    ours = to_stored({name: p.detach() for name, p in model.named_parameters()})
+    ours = stored_names(model).to_stored({name: p.detach() for name, p in model.named_parameters()})
     assert set(ours) == set(written)
     for name, value in written.items():
         assert torch.equal(ours[name], value), name
@@ -50,22 +50,24 @@ def test_files_hold_what_transformers_writes(model, directory):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_parameters_are_read_from_files_in_parts(model, directory, size):
-    reader, plan = WeightReader(directory), plan_of(model.config)
+    reader, plan, stored = WeightReader(directory), plan_of(model.config), stored_names(model)
     for name, value in model.named_parameters():
         for rank in range(size):
             shape = tuple(value.shape)
             shard = shard_of(name.removeprefix("model."), shape, plan, (4, 2), rank, size)
             expected = value if shard is None else shard.of(value)
-            assert torch.equal(reader.read(name, shape, shard), expected), name
+            assert torch.equal(reader.read(name, shape, shard, stored.pieces(name)), expected), name
 
 
 def test_a_stored_tensor_finds_its_place_in_the_parameter(model):
+    names = stored_names(model)
     for name, value in model.named_parameters():
-        for stored, piece in to_stored({name: value.detach()}).items():
-            parameter, start = parameter_of(stored, tuple(piece.shape))
-            assert parameter == name
+        for stored, piece in names.to_stored({name: value.detach()}).items():
+            (use,) = names.uses(stored, tuple(piece.shape))
+            start = use.start * piece[0].numel()
+            assert use.parameter == name
             assert torch.equal(value.detach().flatten()[start : start + piece.numel()], piece.flatten())
 
 
-def test_other_names_stay():
-    assert stored_names("model.layers.0.mlp.down_proj.weight", (16,)) == []
+def test_other_names_stay(model):
+    assert stored_names(model).pieces("model.layers.0.mlp.down_proj.weight") == ()

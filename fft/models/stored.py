@@ -1,0 +1,79 @@
+"""How files store a model's parameters: what transformers' own conversion of checkpoints says of a model type.
+
+transformers keeps, for every type, renamings and conversions from a checkpoint's tensors to a model's parameters, and
+applies them backwards when it saves. They are read here, not run: what a conversion does is known by its operations, so
+that pieces of parameters can be read, and written, without the rest.
+"""
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+)
+
+from fft.errors import UserError
+from fft.models.lora import is_adapter
+from fft.weights.names import StoredNames, StoredRows
+
+#: Operations of conversions from parameters to what is stored.
+_UNSTACK, _SPLIT, _JOIN = "SplitModulelist(dim=0)", "Chunk(dim=1)", "Concatenate(dim=0)"
+
+
+def stored_names(model: PreTrainedModel) -> StoredNames:
+    """How transformers stores the parameters and buffers of ``model``, which may be on the meta device.
+
+    Raises :class:`UserError` for a conversion that is not known here.
+    """
+    # A prefix that some files have is not written, unless it was read: transformers does not know it of a new model.
+    forth = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    back = [transform.reverse_transform() for transform in reversed(forth)]
+    renamings = [t for t in back if isinstance(t, WeightRenaming)]
+    converters = [t for t in back if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    pieces: dict[str, tuple[StoredRows, ...]] = {}
+    joined: dict[str, list[tuple[int, str, tuple[int, ...]]]] = {}
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if is_adapter(name.removesuffix(".weight")):
+            continue
+        converted, pattern = apply_converters(name, converters)
+        if pattern is None:
+            renamed = apply_renamings(name, renamings)
+            if renamed != name:
+                pieces[name] = (StoredRows(renamed, shape),)
+            continue
+        converter = by_pattern[pattern]
+        kind = [repr(operation) for operation in converter.operations]
+        if kind == [_JOIN]:
+            key = apply_renamings(converted, renamings)
+            joined.setdefault(key, []).append((converter.source_patterns.index(pattern), name, shape))
+            continue
+        first, *others = converter.target_patterns
+        if kind not in ([_UNSTACK], [_SPLIT, _UNSTACK]) or len(shape) < 2 or (others and kind == [_UNSTACK]):
+            raise UserError(
+                f"{name} of model type {model.config.model_type!r} is stored in a form that is not known here ("
+                f"{', '.join(kind)}): use another model."
+            )
+        each = (shape[1] // (1 + len(others)), *shape[2:])
+        names = [converted, *(converted.replace(first, other, 1) for other in others)]
+        pieces[name] = tuple(
+            StoredRows(apply_renamings(stored.replace("*", str(number), 1), renamings), each)
+            for number in range(shape[0])
+            for stored in names
+        )
+    return StoredNames(pieces | _joined(joined))
+
+
+def _joined(found: dict[str, list[tuple[int, str, tuple[int, ...]]]]) -> dict[str, tuple[StoredRows, ...]]:
+    """Parameters of which several make one stored tensor, one after the other."""
+    pieces: dict[str, tuple[StoredRows, ...]] = {}
+    for stored, members in found.items():
+        start, total = 0, sum(shape[0] for _, _, shape in members)
+        for _, name, shape in sorted(members):
+            pieces[name] = (StoredRows(stored, (total, *shape[1:]), ((start, start + shape[0]),)),)
+            start += shape[0]
+    return pieces
