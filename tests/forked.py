@@ -6,6 +6,7 @@ been computed in. Tests of launchers and of crashes start real ones.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -73,6 +74,7 @@ def _wait(processes: list, deadline: float) -> int:
 
 
 def _rank(rank: int, ranks: int, port: int, module: str, argv: list[str], streams: list[Path]) -> None:
+    gc.freeze()  # what was imported is not looked through again: DeepSpeed collects a dozen times as it starts
     for descriptor, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(ROOT)
