@@ -141,11 +141,6 @@ class StageBuilder:
             if (shard := self.shards.get(f"{path}.{key}")) is not None:
                 parameter.copy_(shard.of(whole.get_parameter(key)))
 
-    def rotary(self, device: torch.device) -> nn.Module:
-        """The model's rotary embedding; its buffers are computed, never stored."""
-        rotary = self.spec.skeleton.base_model.get_submodule("rotary_emb")
-        return type(rotary)(config=self.spec.config).to(device)
-
 
 def _persistent(module: nn.Module) -> dict[str, Tensor]:
     """Own buffers of a module that are stored with its parameters."""

@@ -14,6 +14,7 @@ from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.experts import watch_router
 from fft.models.recompute import selective
+from fft.models.rotary import Rotary, Turns
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import ShardedDocuments
@@ -44,27 +45,29 @@ class Positions:
 
     def __init__(self, builder: StageBuilder) -> None:
         self._builder, self.attention = builder, builder.spec.attention
-        self._rotary: nn.Module | None = None
+        self._rotary: Rotary | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
+        self._turns: dict[str | None, Turns] = {}
 
-    def of(
-        self, cu_seqlens: Tensor, hidden: Tensor
-    ) -> tuple[Documents | ShardedDocuments, Tensor, tuple[Tensor, Tensor]]:
-        """Documents, in-document positions [1, tokens] and rotary (cos, sin) for the boundaries given."""
-        if self._seen is not cu_seqlens:
+    def of(self, cu_seqlens: Tensor, hidden: Tensor, layer: int) -> tuple[Documents | ShardedDocuments, Tensor, Turns]:
+        """Documents, in-document positions [1, tokens] and a layer's rotary (cos, sin) for the boundaries given."""
+        if self._rotary is None or self._seen is not cu_seqlens:
             if self._rotary is None:
-                self._rotary = self._builder.rotary(hidden.device)
+                self._rotary = Rotary(self._builder.spec.skeleton, hidden.device)
                 # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
                 # what runs there in forward, and is kept, has to run in a recomputation, too.
                 choose(hidden.device, hidden.dtype, self.attention, self._builder.spec.head_size)
             documents, ranks = Documents.from_padded(cu_seqlens), self._builder.ranks.sequence
             if ranks is not None:
                 documents = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)
-            positions = documents.positions()[None]
-            self._known = documents, positions, self._rotary(hidden.detach(), position_ids=positions)
-            self._seen = cu_seqlens
-        return self._known
+            self._known = documents, documents.positions()[None]
+            self._seen, self._turns = cu_seqlens, {}
+        documents, positions = self._known
+        kind = self._rotary.kind(layer)
+        if kind not in self._turns:
+            self._turns[kind] = self._rotary.turns(hidden.detach(), positions, kind)
+        return documents, positions, self._turns[kind]
 
 
 class Embedding(nn.Module):
@@ -108,13 +111,13 @@ class DecoderLayer(nn.Module):
         self.path = f"{builder.spec.base}.layers.{index}"
         layer = decoder_half(builder.spec.skeleton.get_submodule(self.path), half)
         self.module = builder.build(self.path, layer)
-        self._positions, self._selective = positions, builder.spec.selective
+        self._index, self._positions, self._selective = index, positions, builder.spec.selective
         self._balance, self._routed = builder.balance, watch_router(self.module)
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
         hidden, cu_seqlens = activations
-        positions = self._positions.of(cu_seqlens, hidden)
+        positions = self._positions.of(cu_seqlens, hidden, self._index)
         hidden = selective(self._layer, hidden, *positions) if self._selective else self._layer(hidden, *positions)
         return hidden, cu_seqlens
 

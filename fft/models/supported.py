@@ -25,7 +25,7 @@ _DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout|pdrop|layerd
 FAMILIES = (
     *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "granite", "helium", "hyperclovax"),
     *("internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "phi3"),
-    *("qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *_EXPERTS),
+    *("gemma3_text", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *_EXPERTS),
 )
 
 
@@ -50,9 +50,9 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         )
     _check_sizes(config)
     _check_rotary(config, seq_len)
-    activation = getattr(config, "hidden_act", None)
-    if activation not in ACT2FN:
-        raise UserError(f"hidden_act {activation!r} in the model's config.json is none that transformers knows.")
+    key = "hidden_act" if hasattr(config, "hidden_act") else "hidden_activation"
+    if (activation := getattr(config, key, None)) not in ACT2FN:
+        raise UserError(f"{key} {activation!r} in the model's config.json is none that transformers knows.")
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in kinds if kinds else window is not None  # 0 is one, too
@@ -110,7 +110,15 @@ def _check_scores(config: PretrainedConfig) -> None:
 
 def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
     """Raise :class:`UserError` for unknown frequencies, and where a document's depend on its neighbours' length."""
-    rotary = getattr(config, "rope_parameters", None) or {}
+    settings = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    by_type = kinds and kinds <= settings.keys()
+    for rotary in [settings[kind] for kind in sorted(kinds)] if by_type else [settings]:
+        _check_frequencies(config, rotary, seq_len)
+
+
+def _check_frequencies(config: PretrainedConfig, rotary: dict, seq_len: int) -> None:
+    """:func:`_check_rotary` for all layers, or for those of one type."""
     kind = rotary.get("rope_type")
     if kind not in _ROTARY:
         raise UserError(

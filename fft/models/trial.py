@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fft.errors import UserError, one_line
+from fft.models.rotary import Rotary
 from fft.ops.backends import Backend
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
@@ -23,16 +24,17 @@ def try_out(model: PreTrainedModel) -> None:
     """Raise :class:`UserError` where ``model``, on the meta device, cannot be run."""
     try:
         base = model.base_model
-        embedding, rotary, norm = (base.get_submodule(name) for name in ("embed_tokens", "rotary_emb", "norm"))
-        layers = base.get_submodule("layers").children()
-        tried = {tuple((name, *p.shape) for name, p in layer.named_parameters()): layer for layer in layers}
+        embedding, norm = (base.get_submodule(name) for name in ("embed_tokens", "norm"))
+        rotary, tried = Rotary(model), {}
+        for index, layer in enumerate(base.get_submodule("layers").children()):
+            kind = rotary.kind(index)
+            tried[kind, *((name, *p.shape) for name, p in layer.named_parameters())] = kind, layer
         positions, row = torch.arange(_TOKENS)[None], Documents.of((0, _TOKENS), "meta")
         documents = ShardedDocuments(row, plan_shards(row.bounds, 1), _Shapes())
         hidden = embedding(torch.zeros(1, _TOKENS, dtype=torch.int32, device="meta"))
-        turns = type(rotary)(config=model.config)(torch.empty(0), position_ids=positions)
-        for layer in tried.values():
+        for kind, layer in tried.values():
             layer, inputs = _in_bf16(layer), hidden.bfloat16()
-            cos, sin = (turn.to("meta", torch.bfloat16) for turn in turns)
+            cos, sin = (turn.to("meta", torch.bfloat16) for turn in rotary.turns(torch.empty(0), positions, kind))
             outputs = layer(
                 inputs,
                 attention_mask=None,

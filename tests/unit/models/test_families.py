@@ -16,8 +16,12 @@ from fft.parity_run import write_random_model
 from fft.weights import hf
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.0}
+#: Layers of two types, which in some families have frequencies of their own.
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 #: What a family needs besides sizes; dropout that is on in its default config.
 NEEDS = {
+    "gemma3_text": MIXED,
+    "olmo3": MIXED,
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},
     "qwen3_moe": EXPERTS,
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},

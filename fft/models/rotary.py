@@ -1,0 +1,29 @@
+"""Rotary embeddings: one for all layers of a decoder or, where transformers asks for it, one for each type of layer."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+#: Cosines and sines [1, tokens, width].
+Turns = tuple[Tensor, Tensor]
+
+
+class Rotary:
+    """A model's rotary embedding on ``device``; its buffers are computed, never stored."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | str = "cpu") -> None:
+        self._module = type(model.base_model.get_submodule("rotary_emb"))(config=model.config).to(device)
+        by_type = "layer_type" in inspect.signature(self._module.forward).parameters
+        self._types = model.config.layer_types if by_type else None
+
+    def kind(self, layer: int) -> str | None:
+        """What tells the embedding of a decoder layer from those of others; None where all have the same."""
+        return None if self._types is None else self._types[layer]
+
+    def turns(self, hidden: Tensor, positions: Tensor, kind: str | None) -> Turns:
+        """Cosines and sines for ``positions`` [1, tokens], in the type and on the device of ``hidden``."""
+        if kind is None:
+            return self._module(hidden, position_ids=positions)
+        return self._module(hidden, position_ids=positions, layer_type=kind)
