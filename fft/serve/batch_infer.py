@@ -12,9 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.console import live, say
-from fft.errors import Parser, UserError, positive, run_cli
+from fft.errors import Parser, UserError, run_cli
 from fft.files import atomic_file, hidden
-from fft.serve.engines import ENGINES, Completion, Sampling, load_engine
+from fft.serve.engines import Completion, add_engine_flags, engine_options_of
+from fft.serve.engines.choice import load_engine
+from fft.serve.prompts import CHAT, Renderer, load_model_tokenizer
+from fft.serve.sampling import add_sampling_flags, sampling_of
+from fft.serve.window import Question, answers
+from fft.text.records import Malformed
 
 _EXAMPLES = """examples:
   # one prompt a line, greedy
@@ -93,7 +98,7 @@ class Tally:
         return f"{self.prompts:,}/{self.total:,} prompts  {rates}{left}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Flags of the command."""
     parser = Parser(
         prog="python -m fft.serve.batch_infer",
@@ -103,22 +108,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="prompts: .jsonl, .txt or .parquet")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines to write")
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="auto: vLLM where installed (default)")
-    parser.add_argument("--max_new_tokens", type=positive, default=64, help="default: %(default)s")
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--top_p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    parser.add_argument(
-        "--batch_size", type=positive, default=8, help="prompts at a time; vLLM decides itself (default: %(default)s)"
-    )
     parser.add_argument("--prompt_key", default="prompt", help="key or column of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--chat", choices=CHAT, default="auto", help="a text is a user's turn (auto: where there is a chat template)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system turn of every chat that has none")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    add_sampling_flags(parser)
+    add_engine_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, check, generate, write. Raises :class:`UserError` for inputs that cannot be read and outputs that exist."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    with parser.naming_flags():
+        _run(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    sampling, options = sampling_of(args), engine_options_of(args)
     if not Path(args.model).is_dir():
         raise UserError(f"--model {args.model} is not a folder: give a Hugging Face model directory.")
     if not (Path(args.model) / "config.json").is_file():
@@ -131,13 +140,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--model {args.model} has no config.json: {remedy}.")
     _check_output(args.output, args.overwrite)
     prompts = read_prompts(args.input, args.prompt_key)
-    engine = load_engine(args.engine, args.model, args.batch_size)
-    say(f"{len(prompts):,} prompts, {engine.name}")
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    batches = engine.generate([prompt.text for prompt in prompts], sampling)
-    tally = Tally(len(prompts))
-    with live(tally.line, last=True):
-        write_completions(args.output, prompts, tally.count(batches))
+    engine = load_engine(args.model, options)
+    try:
+        say(f"{len(prompts):,} prompts, {engine.name}")
+        renderer = Renderer.of(load_model_tokenizer(args.model), engine.limit, args.chat, args.system)
+        questions = []
+        for row, (prompt, ids) in enumerate(zip(prompts, renderer.render_many([p.text for p in prompts]), strict=True)):
+            if isinstance(ids, Malformed):
+                raise UserError(f"prompt {row + 1}: {ids}.")
+            questions.append(Question(prompt, row, ids, sampling))
+        tally = Tally(len(prompts))
+        batches = (list(found) for _, found in answers(engine, questions))
+        with live(tally.line, last=True):
+            write_completions(args.output, prompts, tally.count(batches))
+    finally:
+        engine.close()
     say(f"wrote {args.output}")
 
 
@@ -199,20 +216,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
         raise UserError(f"--input {path} is no readable parquet file ({error}): write it again.") from error
     for number, row in enumerate(rows):
         yield row, f"{path}, row {number}"
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class ChatTemplate:
     @property
     def keys(self) -> frozenset[str]:
         """Words of the template: a key of a message that is none of them is not rendered."""
-        return _words(self.source, self.source_with_tools)
+        return words_of(self.source, self.source_with_tools)
 
     def render(self, messages: Sequence[dict], add_generation_prompt: bool = False, tools: Sequence[dict] = ()) -> str:
         """What ``tokenizer.apply_chat_template(messages, tools, tokenize=False)`` gives. Raises :class:`Malformed`."""
@@ -224,7 +224,8 @@ def _frames(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[str, ...] |
 
 
 @lru_cache(maxsize=2)
-def _words(*sources: str) -> frozenset[str]:
+def words_of(*sources: str) -> frozenset[str]:
+    """The words of a template's source: a key of a message that is none of them is not rendered."""
     words = frozenset(word for source in sources for word in re.findall(r"\w+", source))
     # transformers fills each of the keys of reasoning from the others
     return words.union(_REASONING) if words.intersection(_REASONING) else words

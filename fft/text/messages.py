@@ -6,7 +6,7 @@ would change what is rendered or trained on are refused by name, and the rest is
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fft.text.records import Malformed, count_unused, decode_record, dump_json, id_of, load_json
 
@@ -50,17 +50,34 @@ class RawConversation:
 def parse_conversation(
     record: bytes | None, id_key: str, template_keys: Collection[str] = (), unused: Counter[str] | None = None
 ) -> RawConversation:
-    """Read one JSON record; one without turns has no messages.
+    """Read one JSON record to train on; one without turns has no messages.
+
+    See :func:`read_conversation`. Raises :class:`Malformed`, also where no turn is an assistant's.
+    """
+    row = load_json(decode_record(record))
+    raw = read_conversation(row, template_keys, unused, beside=(id_key,))
+    if isinstance(row, dict):
+        raw = replace(raw, doc_id=id_of(row, id_key))
+    if raw.messages and not any(message["role"] == "assistant" for message in raw.messages):
+        raise Malformed("no assistant turn")
+    if b"\\u" in (record or b""):  # only an escape can bring one
+        check_unicode([raw.messages, raw.doc_id, raw.tools])
+    return raw
+
+
+def read_conversation(
+    row: object, template_keys: Collection[str] = (), unused: Counter[str] | None = None, beside: Collection[str] = ()
+) -> RawConversation:
+    """The turns of a record that is read already, whoever speaks last; without an id.
 
     A record is a list of turns, or an object with such a list under ``messages`` or ``conversation``. A turn is
     ``{"user": "text"}`` or ``{"role": "user", "content": "text"}``; further keys of the latter form go to the chat
-    template as they are. Keys that are neither understood nor among ``template_keys`` are counted in ``unused``.
-    Raises :class:`Malformed` with the number of the turn, from 1.
+    template as they are. Keys that are neither understood nor among ``template_keys``, or in the object among those
+    ``beside``, are counted in ``unused``. Raises :class:`Malformed` with the number of the turn, from 1.
     """
-    row, doc_id, tools = load_json(decode_record(record)), None, ()
+    tools: tuple[dict, ...] = ()
     if isinstance(row, dict):
-        doc_id = id_of(row, id_key)
-        count_unused(row, (*TURN_KEYS, TOOLS_KEY, id_key), unused)
+        count_unused(row, (*TURN_KEYS, TOOLS_KEY, *beside), unused)
         tools = _tools_of(row)
         row = _turns_of(row)
     if not isinstance(row, list):
@@ -73,14 +90,15 @@ def parse_conversation(
             untrained.add(number)
         if len(message) > 2:
             count_unused(message, _UNDERSTOOD_IN_A_TURN.union(template_keys), unused, "of a turn")
-    if messages and not any(message["role"] == "assistant" for message in messages):
-        raise Malformed("no assistant turn")
-    if b"\\u" in (record or b""):  # only an escape can bring one
-        try:
-            dump_json([messages, doc_id, tools]).encode()
-        except UnicodeEncodeError as error:
-            raise Malformed("a lone surrogate, which is no Unicode text") from error
-    return RawConversation(messages, doc_id, frozenset(untrained), tools)
+    return RawConversation(messages, None, frozenset(untrained), tools)
+
+
+def check_unicode(value: object) -> None:
+    """Raise :class:`Malformed` for a value of JSON in which a text is none, as an escape of half a character makes."""
+    try:
+        dump_json(value).encode()
+    except UnicodeEncodeError as error:
+        raise Malformed("a lone surrogate, which is no Unicode text") from error
 
 
 def _turns_of(row: Mapping[str, object]) -> object:

@@ -1,4 +1,3 @@
-import itertools
 import json
 import shutil
 import sys
@@ -15,7 +14,12 @@ from fft.errors import UserError
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from fft.serve import batch_infer
 from fft.serve.batch_infer import Prompt, read_prompts, write_completions
-from fft.serve.engines import Completion, Sampling, load_engine, row_seed
+from fft.serve.engines import Completion, EngineOptions, Request
+from fft.serve.engines.choice import load_engine
+from fft.serve.engines.scores import Choice
+from fft.serve.prompts import Renderer, load_model_tokenizer
+from fft.serve.sampling import Sampling, row_seed
+from fft.serve.window import Question, answers
 
 PROMPTS = ["def f(x):", "import", "class A:\n    def g(self, value):\n        return", "x", "for i in range("]
 
@@ -46,12 +50,10 @@ def run(*arguments: object) -> None:
 
 
 def test_batches_equal_prompts_generated_one_by_one(model_dir):
-    engine = load_engine("transformers", str(model_dir), batch_size=4)
-    batches = list(engine.generate(PROMPTS, Sampling(max_new_tokens=12)))
-    assert [len(batch) for batch in batches] == [4, 1]
+    completions = complete(model_dir, batch_size=4)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    for prompt, completion in zip(PROMPTS, itertools.chain.from_iterable(batches), strict=True):
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
         new = ids[inputs["input_ids"].shape[1] :].tolist()
@@ -60,20 +62,11 @@ def test_batches_equal_prompts_generated_one_by_one(model_dir):
 
 
 def test_sampling_repeats_with_its_seed_and_changes_with_another(model_dir):
-    engine = load_engine("transformers", str(model_dir), batch_size=8)
-
     def sample(seed: int) -> list[Completion]:
-        return next(engine.generate(PROMPTS, Sampling(max_new_tokens=8, temperature=1.0, top_p=0.95, seed=seed)))
+        return complete(model_dir, temperature=1.0, top_p=0.95, seed=seed)
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
-
-
-def test_end_of_sequence_ends_the_text(model_dir):
-    engine = load_engine("transformers", str(model_dir), batch_size=8)
-    first = engine._completion([70, 71, 0, 72, 72])
-    assert (first.tokens, first.finish_reason) == (2, "stop")
-    assert engine._completion([70, 71]).finish_reason == "length"
 
 
 def test_command_writes_prompts_texts_and_other_fields(model_dir, tmp_path, capsys):
@@ -128,16 +121,10 @@ def test_bad_paths_are_named(model_dir, tmp_path):
         run("--model", tmp_path, *rest)
 
 
-def test_an_empty_prompt_is_refused_when_it_has_no_tokens(model_dir):
-    engine = load_engine("transformers", str(model_dir), batch_size=8)
-    with pytest.raises(UserError, match="prompt 2 is empty"):
-        next(engine.generate(["a", ""], Sampling()))
-
-
 def test_vllm_asked_for_but_absent(model_dir, monkeypatch):
-    monkeypatch.setattr("fft.serve.engines._has_vllm", lambda: False)
+    monkeypatch.setattr("fft.serve.engines.choice._has_vllm", lambda: False)
     with pytest.raises(UserError, match="--engine vllm: not installed"):
-        load_engine("vllm", str(model_dir), 8)
+        load_engine(str(model_dir), EngineOptions("vllm"))
 
 
 def test_a_failure_leaves_no_output(tmp_path):
@@ -173,8 +160,11 @@ def changed(model_dir, tmp_path):
 
 
 def complete(model, prompts=PROMPTS, batch_size=8, **sampling):
-    engine = load_engine("transformers", str(model), batch_size)
-    return list(itertools.chain.from_iterable(engine.generate(prompts, Sampling(max_new_tokens=12, **sampling))))
+    engine = load_engine(str(model), EngineOptions("transformers", batch_size))
+    renderer = Renderer.of(load_model_tokenizer(str(model)), engine.limit)
+    settings = Sampling(max_new_tokens=12, **sampling)
+    questions = [Question(None, row, renderer.render(prompt), settings) for row, prompt in enumerate(prompts)]
+    return [found for _, (found,) in answers(engine, questions)]
 
 
 #: What models bring along that would change which token is taken.
@@ -218,12 +208,12 @@ def test_top_p_keeps_the_likeliest(model_dir):
 
 def test_tokens_are_drawn_with_their_probabilities():
     """Of 200 tokens all alike, more than 50 are drawn; of two, each as often as it is likely."""
-    from fft.serve.engines import _drawing
 
     def draws(scores, temperature=1.0, **given):
-        seeds = [row_seed(1, row) for row in range(4000)]
-        drawing = _drawing(Sampling(temperature=temperature, **given), seeds, torch.device("cpu"))
-        return drawing(torch.zeros(4000, 1, dtype=torch.long), scores.expand(4000, -1)).argmax(-1)
+        sampling = Sampling(temperature=temperature, **given)
+        requests = [Request(row, [0], sampling, row_seed(1, row), 1) for row in range(4000)]
+        choice = Choice(requests, 1, scores.shape[1], torch.device("cpu"))
+        return choice(torch.zeros(4000, 1, dtype=torch.long), scores.expand(4000, -1)).argmax(-1)
 
     assert len(draws(torch.zeros(1, 200)).unique()) == 200
     share = (draws(torch.tensor([[0.7, 0.3]]).log()) == 0).float().mean()
@@ -240,27 +230,45 @@ def test_seeds_of_rows_do_not_repeat_nor_shift():
 
 
 def test_vllm_is_told_all_of_the_sampling(model_dir, monkeypatch):
-    """With a stand-in for vLLM: every prompt's parameters, across its chunks of a thousand."""
+    """With a stand-in for vLLM: the engine's arguments, and every request's parameters."""
     told = []
 
     class LLM:
-        def __init__(self, model, **given):
+        def __init__(self, **given):
             told.append(given)
+            self.llm_engine = self
 
-        def generate(self, prompts, parameters, use_tqdm):
-            told.extend(parameters)
-            output = SimpleNamespace(text="", token_ids=[1], finish_reason="stop")
-            return [SimpleNamespace(outputs=[output]) for _ in prompts]
+        def add_request(self, name, prompt, parameters, lora_request):
+            told.append((prompt["prompt_token_ids"], parameters))
+            self.waiting = [*getattr(self, "waiting", []), name]
 
-    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given)
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    monkeypatch.setattr("fft.serve.engines._has_vllm", lambda: True)
-    engine = load_engine("auto", str(model_dir), 8)
-    list(engine.generate(["a"] * 2500, Sampling(7, 0.6, 0.8, 4)))
-    untied, *parameters = told
-    assert untied == {"hf_overrides": {"tie_word_embeddings": False}}
-    assert [p["seed"] for p in parameters] == [row_seed(4, row) for row in range(2500)]
-    assert {(p["max_tokens"], p["temperature"], p["top_p"]) for p in parameters} == {(7, 0.6, 0.8)}
+        def step(self):
+            output = SimpleNamespace(text="", token_ids=[70, 0], finish_reason="stop", stop_reason=0)
+            done, self.waiting = self.waiting, []
+            return [SimpleNamespace(request_id=name, outputs=[output], finished=True) for name in done]
+
+    platform = SimpleNamespace(is_cpu=lambda: True)
+    kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY="final"))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
+    monkeypatch.setattr("fft.serve.engines.choice._has_vllm", lambda: True)
+    engine = load_engine(str(model_dir), EngineOptions(max_model_len=99, engine_args={"enforce_eager": True}))
+    sampling = Sampling(7, 0.6, 0.8, top_k=5, n=2, seed=4, stop=("x",), stop_token_ids=(9,))
+    found = list(answers(engine, [Question(row, row, [1, 2], sampling) for row in range(2500)]))
+    engine.close()
+    assert [(q.item, len(a), {c.tokens for c in a}) for q, a in found] == [(row, 2, {1}) for row in range(2500)]
+    given, *requests = told
+    assert given.pop("kv_cache_memory_bytes") <= 4 << 30
+    assert given == {
+        **{"model": str(model_dir), "dtype": "float32", "max_model_len": 99, "tensor_parallel_size": 1},
+        **{"trust_remote_code": False, "enable_prefix_caching": True, "enforce_eager": True},
+        "hf_overrides": {"tie_word_embeddings": False},
+    }
+    assert [p["seed"] for _, p in requests] == [row_seed(4, row, k) for row in range(2500) for k in (0, 1)]
+    plain = {k: v for k, v in requests[0][1].items() if k in ("max_tokens", "temperature", "top_p", "top_k")}
+    assert plain == {"max_tokens": 7, "temperature": 0.6, "top_p": 0.8, "top_k": 5}
+    assert (requests[0][1]["stop"], requests[0][1]["stop_token_ids"]) == (["x"], [0, 9])
 
 
 def test_an_output_that_cannot_be_written_is_named_before_anything_is_made(model_dir, tmp_path, monkeypatch):
@@ -343,4 +351,4 @@ def test_fp8_is_multiplied_out(model_dir, changed):
 def test_a_model_without_tokenizer_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="has no tokenizer that can be loaded"):
-        load_engine("transformers", str(tmp_path), 8)
+        load_engine(str(tmp_path), EngineOptions("transformers"))

@@ -1,0 +1,159 @@
+"""Processes that vLLM starts: what they say while they start, and that none outlives this one, however it ends.
+
+vLLM's processes go on computing, or sleep for good, when the one that started them is killed. A guard, a process of its
+own, waits for this one's end and then ends them.
+"""
+
+import contextlib
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+
+import psutil
+
+from fft.errors import one_line
+
+#: Seconds between two looks of the guard, and that processes have to end by themselves.
+_LOOK, _PATIENCE = 0.5, 10.0
+#: What a traceback ends with.
+_ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+#: What errors say of which another one is the cause.
+_HOLLOW = ("root cause", "stack trace", "initialization failed", "background process")
+_GUARD = "import sys; from fft.serve.engines.children import guard; guard(*map(int, sys.argv[1:]))"
+
+
+class Children:
+    """The processes that start, below this one, until :meth:`settle`: a guard ends them when this one has ended."""
+
+    def __init__(self) -> None:
+        self._before = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._own: list[psutil.Process] | None = None
+        # A session of its own: what ends this process's group, as Ctrl-C does, leaves the guard to its work.
+        self._guard = subprocess.Popen(
+            [sys.executable, "-c", _GUARD, str(os.getpid()), *map(str, self._before)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._before.add(self._guard.pid)
+
+    def settle(self) -> None:
+        """All have started: what starts from now on is none of them."""
+        self._own = _started(os.getpid(), self._before)
+        if self._guard.stdin is not None:
+            with contextlib.suppress(OSError):  # a guard that was killed guards nothing
+                self._guard.stdin.write(" ".join(str(child.pid) for child in self._own).encode() + b"\n")
+                self._guard.stdin.flush()
+
+    def end(self) -> None:
+        """Wait a while for them to end by themselves, then kill; and end the guard."""
+        if self._guard.poll() is None:
+            _end(_started(os.getpid(), self._before) if self._own is None else self._own, _PATIENCE)
+        if self._guard.stdin is not None and not self._guard.stdin.closed:
+            with contextlib.suppress(OSError):
+                self._guard.stdin.close()
+        self._guard.wait()
+
+
+def guard(parent: int, *before: int) -> None:
+    """Wait until the process ``parent``, which started this one, has ended or closed this one's input; then kill what
+    has started below it. A line of process ids on the input says that there will be no others."""
+    found: dict[int, psutil.Process] = {}
+    others, settled = {os.getpid(), *before}, False
+    while os.getppid() == parent:
+        if not settled:
+            found |= {child.pid: child for child in _started(parent, others)}
+        if select.select([0], [], [], _LOOK)[0]:
+            line = os.read(0, 1 << 16)
+            if not line:
+                break
+            settled, pids = True, set(map(int, line.split()))
+            found = {child.pid: child for child in _started(parent, others) if child.pid in pids}
+    _end(found.values(), 0.0)
+
+
+def _started(parent: int, before: set[int]) -> list[psutil.Process]:
+    """Processes below ``parent`` that were not there before, but for Python's tracker of resources, which clears up
+    after all and then ends by itself."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(parent).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.pid not in before and "resource_tracker" not in " ".join(child.cmdline()):
+                    found.append(child)
+    return found
+
+
+def _end(processes: Iterable[psutil.Process], patience: float) -> None:
+    """Kill those that live after so many seconds, and what they have started."""
+    living = list(processes)
+    below = [child for process in living if process.is_running() for child in _below(process)]
+    _, living = psutil.wait_procs(living, patience)
+    for process in {*living, *below}:
+        with contextlib.suppress(psutil.Error):
+            process.kill()  # psutil knows by its time of start that it is the same
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
+
+
+@contextlib.contextmanager
+def captured_output(silent: bool) -> Iterator[list[str]]:
+    """Have what this process and those that it starts write, to stdout or stderr, go to stderr and to a list of lines.
+
+    With ``silent`` it comes to stderr at the end of the block, and not at all if that raises. Processes that live on
+    write to stderr through a thread of this one.
+    """
+    lines: list[str] = []
+    read, write = os.pipe()
+    kept = [os.dup(1), os.dup(2)]
+    told = threading.Event()
+    if not silent:
+        told.set()
+
+    def pump() -> None:
+        with os.fdopen(read, "rb") as stream, os.fdopen(kept[1], "wb", buffering=0) as stderr:
+            waiting: list[bytes] = []
+            for line in stream:
+                if len(lines) < 10_000:
+                    lines.append(line.decode(errors="replace").rstrip())
+                waiting.append(line)
+                if told.is_set():
+                    stderr.write(b"".join(waiting))
+                    waiting.clear()
+
+    thread = threading.Thread(target=pump, daemon=True)
+    thread.start()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(write, 1)
+    os.dup2(write, 2)
+    os.close(write)
+    try:
+        yield lines
+        told.set()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        os.close(kept[0])
+
+
+def true_cause(error: Exception, lines: Iterable[str]) -> str:
+    """What went wrong in the first place: the error itself, or where that only points to another one, what another
+    process said."""
+    if not any(word in str(error) for word in _HOLLOW):
+        return f"{type(error).__name__}: {one_line(error)}"[:400]
+    for line in lines:
+        found = _ERROR.search(line)
+        if found and not any(word in found[1] for word in _HOLLOW):
+            return found[1][:400].rstrip(" .")
+    return one_line(error)[:400]

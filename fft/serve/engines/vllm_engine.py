@@ -1,0 +1,202 @@
+"""vLLM's own engine, offline: requests go in as ids, and come back when they are finished.
+
+Answers are made of their ids here, so vLLM turns none into text, but where texts end an answer. Tokens that end one are
+told with each request, so that they are those of the other engine, whatever vLLM reads from the model's files.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fft.errors import UserError, one_line
+from fft.serve.engines import Completion, EngineOptions, Request
+from fft.serve.engines.children import Children, captured_output, true_cause
+from fft.serve.engines.texts import decode_answer, first_stop, told_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+#: Of a CPU's free memory, what the cache of keys and values takes, and at most so many bytes.
+_CACHE_SHARE, _CACHE_BYTES = 1 / 8, 4 << 30
+#: Seconds that its processes have to end; on a CPU they take five.
+_PATIENCE = 20.0
+#: Ranks of adapters that vLLM makes room for.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: What vLLM is told by the environment unless the user says otherwise: warnings alone, on stderr, nothing sent home.
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+#: What helps, by a word of what vLLM says.
+_REMEDIES = (
+    ("KV cache", "lower --max_model_len, or give it more memory (--gpu_memory_utilization, --engine_args)"),
+    ("memory", "free memory, or take less of it with --gpu_memory_utilization or --tensor_parallel_size"),
+    ("max_model_len", "lower --max_model_len"),
+    ("world size", "lower --tensor_parallel_size to the number of GPUs"),
+)
+
+
+class VllmEngine:
+    """See the module. Raises :class:`UserError` when vLLM cannot start, with its cause, and when it dies."""
+
+    name = "vllm"
+    #: More than it runs at once, so that its scheduler has a choice.
+    window = 1024
+
+    def __init__(
+        self,
+        model: str,
+        config: "PretrainedConfig",
+        tokenizer: "PreTrainedTokenizerBase",
+        ends: frozenset[int],
+        options: EngineOptions,
+        limit: int,
+    ) -> None:
+        self.limit, self._tokenizer, self._ends = limit, tokenizer, ends
+        self._requests: dict[str, Request] = {}
+        silent = "VLLM_LOGGING_LEVEL" not in os.environ
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._children = Children()
+        self._engine: Any = None
+        said: list[str] = []
+        try:
+            with captured_output(silent) as said:
+                self._engine = _start(model, config, options, limit)
+                self._adapter = self._load_adapter(options.lora)
+            self._children.settle()
+        except UserError:
+            self.close()
+            raise
+        except Exception as error:  # vLLM raises what it, torch, or a process of it stumbles over
+            self.close()
+            cause = true_cause(error, said)
+            remedy = next(
+                (text for word, text in _REMEDIES if word in cause), "mend that, or use --engine transformers"
+            )
+            raise UserError(f"vLLM cannot start: {cause}: {remedy}.") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _load_adapter(self, lora: str | None) -> Any:
+        if lora is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest("adapter", 1, str(Path(lora).resolve()))
+        self._engine.add_lora(request)
+        return request
+
+    def add(self, request: Request) -> None:
+        """See :class:`fft.serve.engines.Engine`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._ends)
+        parameters = SamplingParams(
+            max_tokens=request.room,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=request.seed if sampling.temperature > 0 else None,
+            stop=list(sampling.stop),
+            stop_token_ids=sorted(ends),
+            ignore_eos=True,  # it is among the tokens that end an answer
+            logprobs=sampling.logprobs,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        name = str(request.number)
+        self._requests[name] = request
+        prompt = {"type": "token", "prompt_token_ids": list(request.ids)}
+        self._engine.add_request(name, prompt, parameters, lora_request=self._adapter)
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """See :class:`fft.serve.engines.Engine`. Raises :class:`UserError` when a process of vLLM has ended."""
+        if not self._requests:
+            return []
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            if type(error).__name__ != "EngineDeadError":
+                raise
+            raise UserError(
+                f"vLLM has ended while it generated ({one_line(error)}; its log above says why): what is finished is "
+                "kept, run again to go on."
+            ) from error
+        return [self._answer(output) for output in outputs if output.finished]
+
+    def _answer(self, output: Any) -> tuple[int, Completion]:
+        request = self._requests.pop(output.request_id)
+        (one,) = output.outputs
+        if one.finish_reason not in ("stop", "length"):
+            raise UserError(f"vLLM did not finish a request ({one.finish_reason}): run again to go on.")
+        ids, sampling = list(one.token_ids), request.sampling
+        by_token = one.finish_reason == "stop" and not isinstance(one.stop_reason, str)
+        kept = ids[:-1] if by_token else ids
+        text = decode_answer(self._tokenizer, request.ids, kept)
+        at = first_stop(text, sampling.stop)
+        told = None
+        if sampling.logprobs is not None:
+            steps = [[(token, known.logprob) for token, known in step.items()] for step in one.logprobs[: len(kept)]]
+            told = told_logprobs(self._tokenizer, kept, steps, sampling.logprobs)
+        return request.number, Completion(text if at is None else text[:at], len(kept), one.finish_reason, told)
+
+    def close(self) -> None:
+        """Have vLLM end its processes, and end those that it leaves."""
+        engine, self._engine = self._engine, None
+        self._requests.clear()
+        if engine is not None:
+            with contextlib.suppress(Exception):  # of an engine that is dead already
+                engine.engine_core.shutdown(timeout=_PATIENCE)
+        self._children.end()
+
+
+def _start(model: str, config: "PretrainedConfig", options: EngineOptions, limit: int) -> Any:
+    """vLLM's engine of a model directory. Raises :class:`UserError` for arguments that it does not know."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    given: dict[str, Any] = {
+        "model": model,
+        "dtype": options.dtype,
+        "max_model_len": limit,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "trust_remote_code": False,
+        "enable_prefix_caching": True,
+    }
+    if options.gpu_memory_utilization is not None:
+        given["gpu_memory_utilization"] = options.gpu_memory_utilization
+    if current_platform.is_cpu():
+        given["dtype"] = "float32" if options.dtype == "auto" else options.dtype
+        if options.gpu_memory_utilization is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            given["kv_cache_memory_bytes"] = _cache_bytes()
+    if not config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
+        given["hf_overrides"] = {"tie_word_embeddings": False}
+    if options.lora is not None:
+        given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_of(options.lora)}
+    return LLM(**given | dict(options.engine_args)).llm_engine
+
+
+def _cache_bytes() -> int:
+    import psutil
+
+    return int(min(psutil.virtual_memory().available * _CACHE_SHARE, _CACHE_BYTES))
+
+
+def _rank_of(lora: str) -> int:
+    """The room that an adapter needs. Raises :class:`UserError` for one that is not plain LoRA, as merging does."""
+    from fft.checkpoint import adapter
+
+    config = adapter.read_config(Path(lora))
+    adapter.scale_of(config, f"--lora {lora}")
+    return next((rank for rank in _RANKS if rank >= config["r"]), config["r"])

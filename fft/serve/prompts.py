@@ -1,0 +1,157 @@
+"""From what a record asks to token ids: texts, and conversations by the tokenizer's own template.
+
+One renderer for the command line, Spark's workers and whoever else generates. Turns are read by
+:mod:`fft.text.messages`, as those to train on are: what is refused there by name is refused here, too. Lengths are
+checked here, before any engine, so that every engine takes and refuses the same.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from fft.errors import UserError, one_line
+from fft.text.chat_template import words_of
+from fft.text.messages import check_unicode, read_conversation
+from fft.text.records import Malformed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Whether a text is a user's turn, as ``--chat`` says; "auto": where the model has a chat template.
+CHAT = ("auto", "yes", "no")
+
+
+@dataclass
+class Renderer:
+    """Renders prompts for one model: a text (a string), a list of turns, or an object with turns and tools.
+
+    ``limit`` are tokens of a prompt and its answer. With ``chat``, a text is one user's turn; ``system`` is put before
+    turns that do not begin with one of their own. Keys of turns that the template does not read are counted in
+    ``unused``; what else stands in an object is its owner's.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    limit: int
+    chat: bool
+    system: str | None = None
+    unused: Counter[str] = field(default_factory=Counter)
+    _keys: frozenset[str] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.chat_template:
+            sources = [self.tokenizer.get_chat_template(), self.tokenizer.get_chat_template(tools=[{}])]
+            self._keys = words_of(*sources)
+
+    @classmethod
+    def of(
+        cls, tokenizer: "PreTrainedTokenizerBase", limit: int, chat: str = "auto", system: str | None = None
+    ) -> "Renderer":
+        """One for a tokenizer of :func:`load_model_tokenizer`. Raises :class:`UserError` for chats without template."""
+        if chat not in CHAT:
+            raise UserError(f"`chat` {chat} must be one of {', '.join(CHAT)}.")
+        has_template = bool(tokenizer.chat_template)
+        if not has_template and (chat == "yes" or system is not None):
+            asked = '`chat="yes"`' if chat == "yes" else "`system`"
+            raise UserError(
+                f"{asked}: {tokenizer.name_or_path} has no chat template: put chat_template.jinja of the chat model "
+                "into the folder."
+            )
+        if chat == "no" and system is not None:
+            raise UserError('`system` is a turn of a chat: leave it out, or give `chat="yes"`.')
+        return cls(tokenizer, limit, has_template and chat != "no", system)
+
+    def render(self, prompt: object) -> list[int]:
+        """The ids of one prompt. Raises :class:`Malformed`: no prompt, or one that is empty or too long."""
+        (found,) = self.render_many([prompt])
+        if isinstance(found, Malformed):
+            raise found
+        return found
+
+    def render_many(self, prompts: Sequence[object]) -> list[list[int] | Malformed]:
+        """The ids of each prompt, or why it has none; many at a time are tokenized faster."""
+        texts: list[tuple[str, bool] | Malformed] = []
+        for prompt in prompts:
+            try:
+                texts.append(self._text(prompt))
+            except Malformed as error:
+                texts.append(error)
+        ids: dict[int, list[int]] = {}
+        for special in (True, False):
+            mine = [at for at, text in enumerate(texts) if not isinstance(text, Malformed) and text[1] is special]
+            if mine:
+                written = [cast("tuple[str, bool]", texts[at])[0] for at in mine]
+                ids |= zip(
+                    mine, self.tokenizer(written, add_special_tokens=special, verbose=False).input_ids, strict=True
+                )
+        return [text if isinstance(text, Malformed) else self._checked(ids[at]) for at, text in enumerate(texts)]
+
+    def _text(self, prompt: object) -> tuple[str, bool]:
+        """What to tokenize, and whether special tokens are put around it, as a template does itself."""
+        if isinstance(prompt, str):
+            check_unicode(prompt)
+            if not self.chat:
+                return prompt, True
+            if not prompt:
+                raise Malformed("the prompt is empty")
+            prompt = [{"role": "user", "content": prompt}]
+        elif not isinstance(prompt, (list, dict)):
+            raise Malformed(f"the prompt is {type(prompt).__name__}, it must be a text or a list of turns")
+        if self._keys is None:
+            raise Malformed("the prompt is a conversation, for which the model has no chat template")
+        return self._conversation(prompt), False
+
+    def _conversation(self, prompt: list | dict) -> str:
+        raw = read_conversation(prompt, self._keys or (), self.unused, beside=prompt)
+        if not raw.messages:
+            raise Malformed("the conversation has no turns")
+        check_unicode([raw.messages, raw.tools])
+        messages = list(raw.messages)
+        if self.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        text = self._apply(messages, raw.tools)
+        if raw.tools and text == self._apply(messages, ()):
+            raise Malformed("it has tools, which the chat template does not render")
+        return text
+
+    def _apply(self, messages: list[dict], tools: Sequence[dict]) -> str:
+        """The template's text, with what it writes for the model to answer; an assistant's last turn goes on."""
+        goes_on = messages[-1]["role"] == "assistant"
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                messages,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+            )
+        except Exception as error:  # templates are programs, and raise what they like
+            raise Malformed(f"the chat template refuses it: {one_line(error)}") from error
+        return str(text)
+
+    def _checked(self, ids: list[int]) -> list[int] | Malformed:
+        if not ids:
+            return Malformed("the prompt is empty: it has no tokens")
+        if len(ids) >= self.limit:
+            return Malformed(
+                f"the prompt has {len(ids):,} tokens, but may have {self.limit - 1:,}: the model takes {self.limit:,}, "
+                "one of them for the answer"
+            )
+        return ids
+
+
+def load_model_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a model directory. Raises :class:`UserError` when there is none that can be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        if not Path(model).is_dir():
+            raise OSError("no such folder")
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
+    except Exception as error:  # the library behind it raises Exception itself
+        raise UserError(
+            f"--model {model} has no tokenizer that can be loaded ({one_line(error)[:120]}): copy tokenizer.json and "
+            "tokenizer_config.json there."
+        ) from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
