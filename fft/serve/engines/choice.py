@@ -1,123 +1,19 @@
-"""Load a model directory into the engine that is asked for; what can be wrong with it is found first."""
+"""Load a model directory into the engine that is asked for."""
 
-import importlib.util
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from fft.errors import UserError
 from fft.serve.engines import Engine, EngineOptions
+from fft.serve.engines.checked import CheckedModel, check_model
 from fft.serve.engines.transformers_engine import TransformersEngine
 from fft.serve.engines.vllm_engine import VllmEngine
-from fft.serve.prompts import load_model_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from fft.models.directory import Weights
+def start_engine(model: CheckedModel, limit: int | None = None) -> Engine:
+    """Load the weights; prompt and answer will have at most ``limit`` tokens, by default what the model can take.
 
-#: Names under which configs say how many positions a model has.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
-#: Kinds of rotary positions whose factor is in the number of positions already.
-_SCALED = ("default", "llama3", "yarn", "longrope", "su")
-#: Where neither config nor tokenizer says how many.
-_ASSUMED = 2048
+    Raises :class:`UserError` for weights that cannot be loaded, and when vLLM cannot start.
+    """
+    return (VllmEngine if model.engine == "vllm" else TransformersEngine)(model, limit or model.limit)
 
 
 def load_engine(model: str, options: EngineOptions | None = None) -> Engine:
-    """Load the model directory ``model``, with the adapter that the options name.
-
-    Raises :class:`UserError` when vLLM is asked for and not installed or cannot start, and for what is not understood
-    of the directory or the adapter, or does not belong together.
-    """
-    options = options or EngineOptions()
-    name = engine_name(options)
-    from fft.models.directory import check_whole
-    from fft.weights.hf import WeightReader
-
-    config, tokenizer = load_parts(model)
-    weights = WeightReader(model)
-    check_whole(config, weights.names, model)
-    weights.check_types()
-    limit = token_limit(config, tokenizer, options.max_model_len)
-    ends = end_tokens(model, tokenizer)
-    if name == "vllm":
-        return VllmEngine(model, config, tokenizer, ends, options, limit)
-    read: Weights | None = weights if weights.dtype is not None else None  # FP8 is multiplied out
-    if options.lora is not None:
-        import torch
-
-        from fft.checkpoint.conversion import Merged
-
-        read = Merged(weights, Path(options.lora), torch.float32)
-    return TransformersEngine((model, read), config, tokenizer, ends, (options.dtype, options.batch_size, limit))
-
-
-def engine_name(options: EngineOptions) -> str:
-    """Which engine it will be: "vllm" or "transformers". Raises :class:`UserError` for options that it has not."""
-    if options.name == "vllm" and not _has_vllm():
-        raise UserError(
-            "--engine vllm: not installed: pip install 'flash-fine-tuning[serve]', or use --engine transformers."
-        )
-    if options.name == "vllm" or (options.name == "auto" and _has_vllm()):
-        return "vllm"
-    for name, given in (
-        ("tensor_parallel_size", options.tensor_parallel_size > 1),
-        ("gpu_memory_utilization", options.gpu_memory_utilization is not None),
-        ("engine_args", bool(options.engine_args)),
-    ):
-        if given:
-            raise UserError(
-                f"`{name}` is vLLM's, and transformers generates here: pip install 'flash-fine-tuning[serve]', or "
-                "leave it out."
-            )
-    return "transformers"
-
-
-def load_parts(model: str) -> "tuple[PretrainedConfig, PreTrainedTokenizerBase]":
-    """Config and tokenizer of a model directory. Raises :class:`UserError` where they do not belong together."""
-    from fft.models.directory import load_config
-
-    config, tokenizer = load_config(model, init=False), load_model_tokenizer(model)
-    known, places = max(tokenizer.get_vocab().values(), default=-1) + 1, config.get_text_config().vocab_size
-    if known > places:
-        raise UserError(
-            f"--model {model} has a tokenizer of {known} tokens, and its config.json a vocab_size of {places}."
-        )
-    return config, tokenizer
-
-
-def token_limit(
-    config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase", max_model_len: int | None = None
-) -> int:
-    """Tokens of a prompt and its answer: what the model has positions for, or ``max_model_len``.
-
-    Raises :class:`UserError` for more than the model has.
-    """
-    text = config.get_text_config()
-    told = [value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int)]
-    longest = min([*told, int(min(tokenizer.model_max_length, 1 << 31))])
-    rope = getattr(text, "rope_parameters", None) or {}
-    if isinstance(rope, dict) and rope.get("rope_type", "default") not in _SCALED and told:
-        longest = int(longest * float(rope.get("factor") or 1))
-    if longest == 1 << 31:
-        longest = max_model_len or _ASSUMED
-    if max_model_len is not None and max_model_len > longest:
-        raise UserError(f"`max_model_len` {max_model_len} is more than the model has positions for ({longest}).")
-    return max_model_len or longest
-
-
-def end_tokens(model: str, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's, and those that ``generation_config.json``, or else the config, names."""
-    from fft.weights.hf import read_json
-
-    ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        file = Path(model) / name
-        named = read_json(file).get("eos_token_id") if file.is_file() else None
-        if named is not None:
-            return frozenset(ends.union(named if isinstance(named, list) else [named]))
-    return frozenset(ends)
-
-
-def _has_vllm() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+    """:func:`start_engine` of :func:`check_model`; raises :class:`UserError` as these do."""
+    return start_engine(check_model(model, options))

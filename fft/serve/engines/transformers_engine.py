@@ -10,39 +10,31 @@ from fft.serve.engines.texts import decode_answer, first_stop, told_logprobs
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from fft.models.directory import Weights
+    from fft.serve.engines.checked import CheckedModel
 
 
 class TransformersEngine:
     """Batches of requests with the same sampling, padded on the left; each is finished as a whole.
 
-    Nothing of ``generation_config.json`` counts: ``ends`` are the tokens that end a text. Raises :class:`UserError`
-    for weights that transformers cannot load, or that are NaN.
+    Nothing of ``generation_config.json`` counts but the tokens that end a text. Raises :class:`UserError` for weights
+    that transformers cannot load, or that are NaN.
     """
 
     name = "transformers"
 
-    def __init__(
-        self,
-        source: "tuple[str, Weights | None]",
-        config: "PretrainedConfig",
-        tokenizer: "PreTrainedTokenizerBase",
-        ends: frozenset[int],
-        options: "tuple[str, int, int]",
-    ) -> None:
+    def __init__(self, model: "CheckedModel", limit: int) -> None:
         import torch
         from transformers import GenerationConfig
 
-        dtype, self._batch_size, self.limit = options
-        self.window, self._tokenizer, self._ends = self._batch_size, tokenizer, ends
+        self.limit, self._tokenizer, self._ends = limit, model.tokenizer, model.ends
+        self.window = self._batch_size = model.options.batch_size
         self._waiting: list[Request] = []
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         # Few CPUs compute bf16 faster than fp32, and rounding would make a batch differ from its prompts alone.
         auto = torch.float32 if device.type == "cpu" else "auto"
-        kind = auto if dtype == "auto" else getattr(torch, dtype)
-        self._model = _load_model(source, config, kind).to(device).eval()
+        kind = auto if model.options.dtype == "auto" else getattr(torch, model.options.dtype)
+        self._model = _load_model(model, kind).to(device).eval()
         self._model.generation_config = GenerationConfig()  # the model's habits would count where nothing is said
 
     def add(self, request: Request) -> None:
@@ -100,13 +92,13 @@ class TransformersEngine:
         return Completion(text if at is None else text[:at], length, reason, told)
 
 
-def _load_model(source: "tuple[str, Weights | None]", config: "PretrainedConfig", dtype: "torch.dtype | str") -> Any:
+def _load_model(checked: "CheckedModel", dtype: "torch.dtype | str") -> Any:
     """The model, of whole and finite weights; what types say of its ``to`` and ``generate`` is not so."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from fft.weights.hf import is_finite
 
-    directory, weights = source
+    directory, weights = checked.directory, checked.read
     given: dict[str, Any] = {"pretrained_model_name_or_path": directory}
     if weights is not None:  # read here: multiplied out, or with an adapter added
         given = {
@@ -114,8 +106,8 @@ def _load_model(source: "tuple[str, Weights | None]", config: "PretrainedConfig"
             "state_dict": {name: weights.tensor(name) for name in weights.names},
         }
     try:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, info = kind.from_pretrained(**given, config=config, dtype=dtype, output_loading_info=True)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checked.config)]
+        model, info = kind.from_pretrained(**given, config=checked.config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # files that are cut, shapes that differ, packages that a model needs
         raise UserError(f"--model {directory} cannot be loaded ({one_line(error)[:300]}).") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):

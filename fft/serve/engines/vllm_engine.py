@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fft.errors import UserError, one_line
-from fft.serve.engines import Completion, EngineOptions, Request
+from fft.serve.engines import Completion, Request
 from fft.serve.engines.children import Children, captured_output, true_cause
 from fft.serve.engines.texts import decode_answer, first_stop, told_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from fft.serve.engines.checked import CheckedModel
 
 #: Of a CPU's free memory, what the cache of keys and values takes, and at most so many bytes.
 _CACHE_SHARE, _CACHE_BYTES = 1 / 8, 4 << 30
@@ -45,16 +45,8 @@ class VllmEngine:
     #: More than it runs at once, so that its scheduler has a choice.
     window = 1024
 
-    def __init__(
-        self,
-        model: str,
-        config: "PretrainedConfig",
-        tokenizer: "PreTrainedTokenizerBase",
-        ends: frozenset[int],
-        options: EngineOptions,
-        limit: int,
-    ) -> None:
-        self.limit, self._tokenizer, self._ends = limit, tokenizer, ends
+    def __init__(self, model: "CheckedModel", limit: int) -> None:
+        self.limit, self._tokenizer, self._ends = limit, model.tokenizer, model.ends
         self._requests: dict[str, Request] = {}
         silent = "VLLM_LOGGING_LEVEL" not in os.environ
         for name, value in _ENVIRONMENT.items():
@@ -64,8 +56,8 @@ class VllmEngine:
         said: list[str] = []
         try:
             with captured_output(silent) as said:
-                self._engine = _start(model, config, options, limit)
-                self._adapter = self._load_adapter(options.lora)
+                self._engine = _start(model, limit)
+                self._adapter = self._load_adapter(model.options.lora)
             self._children.settle()
         except UserError:
             self.close()
@@ -161,13 +153,14 @@ class VllmEngine:
         self._children.end()
 
 
-def _start(model: str, config: "PretrainedConfig", options: EngineOptions, limit: int) -> Any:
-    """vLLM's engine of a model directory. Raises :class:`UserError` for arguments that it does not know."""
+def _start(model: "CheckedModel", limit: int) -> Any:
+    """vLLM's engine of a model directory."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    options = model.options
     given: dict[str, Any] = {
-        "model": model,
+        "model": model.directory,
         "dtype": options.dtype,
         "max_model_len": limit,
         "tensor_parallel_size": options.tensor_parallel_size,
@@ -180,7 +173,7 @@ def _start(model: str, config: "PretrainedConfig", options: EngineOptions, limit
         given["dtype"] = "float32" if options.dtype == "auto" else options.dtype
         if options.gpu_memory_utilization is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             given["kv_cache_memory_bytes"] = _cache_bytes()
-    if not config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
+    if not model.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
         given["hf_overrides"] = {"tie_word_embeddings": False}
     if options.lora is not None:
         given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_of(options.lora)}
@@ -194,9 +187,8 @@ def _cache_bytes() -> int:
 
 
 def _rank_of(lora: str) -> int:
-    """The room that an adapter needs. Raises :class:`UserError` for one that is not plain LoRA, as merging does."""
+    """The room that an adapter, which is plain LoRA, needs."""
     from fft.checkpoint import adapter
 
-    config = adapter.read_config(Path(lora))
-    adapter.scale_of(config, f"--lora {lora}")
-    return next((rank for rank in _RANKS if rank >= config["r"]), config["r"])
+    rank = adapter.read_config(Path(lora))["r"]
+    return next((room for room in _RANKS if room >= rank), rank)

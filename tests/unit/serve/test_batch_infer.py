@@ -122,7 +122,7 @@ def test_bad_paths_are_named(model_dir, tmp_path):
 
 
 def test_vllm_asked_for_but_absent(model_dir, monkeypatch):
-    monkeypatch.setattr("fft.serve.engines.choice._has_vllm", lambda: False)
+    monkeypatch.setattr("fft.serve.engines.checked._has_vllm", lambda: False)
     with pytest.raises(UserError, match="--engine vllm: not installed"):
         load_engine(str(model_dir), EngineOptions("vllm"))
 
@@ -252,7 +252,7 @@ def test_vllm_is_told_all_of_the_sampling(model_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given))
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
-    monkeypatch.setattr("fft.serve.engines.choice._has_vllm", lambda: True)
+    monkeypatch.setattr("fft.serve.engines.checked._has_vllm", lambda: True)
     engine = load_engine(str(model_dir), EngineOptions(max_model_len=99, engine_args={"enforce_eager": True}))
     sampling = Sampling(7, 0.6, 0.8, top_k=5, n=2, seed=4, stop=("x",), stop_token_ids=(9,))
     found = list(answers(engine, [Question(row, row, [1, 2], sampling) for row in range(2500)]))
