@@ -11,6 +11,7 @@ from fft.data import trace
 from fft.parallel import ring_plan
 from fft.quickstart import __main__ as quickstart
 from fft.serve import batch_infer
+from fft.text import convert_tokenizer
 from spark_jobs import cli
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -30,6 +31,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     parity.build_parser,
     trace.build_parser,
     convert.build_parser,
+    convert_tokenizer.build_parser,
     batch_infer.build_parser,
     ring_plan.build_parser,
     quickstart.build_parser,
