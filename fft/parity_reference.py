@@ -5,16 +5,17 @@ an engine or a kernel could get wrong.
 """
 
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import adapter
@@ -41,19 +42,20 @@ class Outcome:
 def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss."""
     total, routed = torch.zeros(()), defaultdict(list)
-    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-    hooks = [r.register_forward_hook(lambda r, _, output: routed[r].append(output[0])) for r in routers]
+    balanced = getattr(model, "router_aux_loss_coef", None) is not None
     input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
     for a, b in itertools.pairwise(bounds):
         labels = torch.from_numpy(batch.labels[a:b])
-        if routers or (labels != IGNORE).any():
-            logits = model(input_ids[a:b][None]).logits[0]
-            total = total + nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-    for hook in hooks:
-        hook.remove()
-    config = model.config
+        if balanced or (labels != IGNORE).any():
+            outputs = model(input_ids[a:b][None], **{"output_router_logits": True} if balanced else {})
+            total = total + nn.functional.cross_entropy(outputs.logits[0], labels, reduction="sum", ignore_index=IGNORE)
+            for layer, logits in enumerate(outputs.router_logits if balanced else ()):
+                routed[layer].append(logits)
+    made: Any = model  # of a class that says how many experts there are, beside the function that it uses
     balance = [
-        load_balancing_loss_func((torch.cat(logits),), config.num_experts, config.num_experts_per_tok)
+        sys.modules[type(model).__module__].load_balancing_loss_func(
+            (torch.cat(logits),), made.num_experts, made.num_experts_per_tok
+        )
         for logits in routed.values()
     ]
     return total, torch.stack([torch.as_tensor(b) for b in balance]).mean() if balance else torch.zeros(())
@@ -112,7 +114,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
 def _backward(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> float:
     """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
     trained, total = sum(b.trained for b in batches), 0.0
-    weight = getattr(model.config, "router_aux_loss_coef", 0.0) / len(batches)
+    weight = getattr(model, "router_aux_loss_coef", 0.0) / len(batches)
     for batch in batches:
         loss, balance = document_losses(model, batch)
         if (objective := loss / trained + weight * balance).requires_grad:

@@ -65,8 +65,8 @@ class StageBuilder:
         self.shards: Mapping[str, Shard] = spec.shards(tensor.rank, tensor.size) if tensor is not None else {}
         #: Of a mixture of experts: the balance losses of the layers that are built.
         self.balance: LoadBalance | None = None
-        if spec.routed:
-            self.balance = LoadBalance(spec.config, spec.routed, None if sequence is None else sequence.group)
+        if spec.routing is not None:
+            self.balance = LoadBalance(spec.routing, None if sequence is None else sequence.group)
 
     def build(self, path: str, module: nn.Module | None = None) -> nn.Module:
         """Materialise the module at ``path`` (a dotted name within the model), this rank's part of it, on the CPU.

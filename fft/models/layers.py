@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
-from fft.models.experts import watch_router
 from fft.models.recompute import selective
 from fft.models.rotary import Rotary, Turns
 from fft.ops.backends.choice import choose
@@ -112,7 +111,8 @@ class DecoderLayer(nn.Module):
         layer = decoder_half(builder.spec.skeleton.get_submodule(self.path), half)
         self.module = builder.build(self.path, layer)
         self._index, self._positions, self._selective = index, positions, builder.spec.selective
-        self._balance, self._routed = builder.balance, watch_router(self.module)
+        self._balance, routing = builder.balance, builder.spec.routing
+        self._logits = None if routing is None else routing.watch(self.module)
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
@@ -136,9 +136,9 @@ class DecoderLayer(nn.Module):
             documents=documents,
             attention=self._positions.attention,
         )
-        if self._routed is None or self._balance is None:
+        if self._logits is None or self._balance is None:
             return hidden
-        return self._balance.attach(hidden, *self._routed(), documents.real)
+        return self._balance.attach(hidden, self._logits(), documents.real)
 
 
 class FinalNorm(nn.Module):

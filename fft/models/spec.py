@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
+from fft.models.experts import Routing
 from fft.models.lora import Lora, adapt, freeze
 from fft.models.stored import stored_names
 from fft.models.trial import try_out
@@ -55,6 +56,7 @@ class ModelSpec:
                 f"transformers cannot build a {config.model_type} of the model's config.json "
                 f"({type(error).__name__}: {one_line(error)[:200]}): correct it."
             ) from error
+        _keep_fp32(model)
         try_out(model)
         if self.lora is not None:
             adapt(model, f"{model.base_model_prefix}.layers", self.lora)
@@ -86,9 +88,15 @@ class ModelSpec:
         return f"{self.base}.embed_tokens.weight" if self.tied else "lm_head.weight"
 
     @cached_property
-    def routed(self) -> int:
-        """Layers whose tokens are sent to experts."""
-        return sum(name.endswith("mlp.gate") for name, _ in self.skeleton.named_modules())
+    def routing(self) -> Routing | None:
+        """The routers whose experts a loss keeps in balance; None without such."""
+        return Routing.of(self.skeleton)
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts a token goes through; 1 without any."""
+        names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+        return next((found for name in names if (found := getattr(self.config, name, None))), 1)
 
     @cached_property
     def plan(self) -> Mapping[str, str]:
@@ -112,6 +120,15 @@ class ModelSpec:
             if shard is not None:
                 found[name] = shard
         return found
+
+
+def _keep_fp32(model: PreTrainedModel) -> None:
+    """Hold the stored buffers in fp32 of which transformers says so, such as the biases that balance experts."""
+    patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and any(p in f"{path}.{name}" for p in patterns):
+                module._buffers[name] = buffer.float()
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ from fft.errors import UserError
 _PLAN = {"embed_tokens", "layers", "norm"}
 
 
-#: Mixtures of experts whose routers and stored weights we know.
-_EXPERTS = ("qwen2_moe", "qwen3_moe")
+#: Mixtures of experts among them.
+EXPERTS = ("qwen2_moe", "qwen3_moe")
 
 #: Rotary embeddings, scaled or not, as ``rope_type`` names them.
 _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -25,7 +25,7 @@ _DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout|pdrop|layerd
 FAMILIES = (
     *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "granite", "helium", "hyperclovax"),
     *("internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "phi3"),
-    *("gemma3_text", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *_EXPERTS),
+    *("gemma3_text", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *EXPERTS),
 )
 
 
@@ -36,11 +36,6 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(
             f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: "
             "use a Llama, Qwen2, Qwen3 or Mistral class model, or a Qwen mixture of experts."
-        )
-    if name not in _EXPERTS and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
-        raise UserError(
-            f"model type {name!r} is a mixture of experts of another kind than {' and '.join(_EXPERTS)}, which this "
-            "release does not train."
         )
     _check_scores(config)
     if name not in FAMILIES:

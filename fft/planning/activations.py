@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fft.models.experts import balance_loss, watch_router
+from fft.models.experts import balance_loss
 from fft.models.recompute import selective
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
@@ -89,8 +89,9 @@ class Alive(TorchDispatchMode):
 
 def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int) -> LayerActivations:
     module, dtype = copy_of(module), spec.dtype
-    routed = watch_router(module)
-    if routed is not None:
+    routing = spec.routing
+    logits = None if routing is None else routing.watch(module)
+    if any(parameter.ndim == 3 for parameter in module.parameters()):
         # On the meta device torch's grouped product of experts knows bf16 alone: the bytes of fp32 are twice as many.
         dtype = torch.bfloat16
         module.to(dtype)
@@ -121,8 +122,9 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
         elif path.endswith(".norm"):
             outputs = module(hidden.clone()), None
         else:
+            loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
             layer = partial(
-                _layer, module, routed, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
+                _layer, module, loss, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
             )
             outputs = selective(layer, hidden.clone()) if spec.selective else layer(hidden.clone())
         end = _End.apply(*outputs)
@@ -143,11 +145,11 @@ def add_to_sum(parameter: nn.Parameter) -> None:
 
 
 def _layer(
-    module: nn.Module, routed: Callable[[], tuple[Tensor, Tensor]] | None, hidden: Tensor, **options: object
+    module: nn.Module, loss: Callable[[], Tensor] | None, hidden: Tensor, **options: object
 ) -> tuple[Tensor, Tensor | None]:
     """A decoder layer's output, and the balance loss of its experts, if it has some."""
     output = module(hidden, attention_mask=None, **options)
-    return output, None if routed is None else balance_loss(*routed(), hidden.shape[1])
+    return output, None if loss is None else loss()
 
 
 class _End(torch.autograd.Function):

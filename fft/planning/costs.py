@@ -69,11 +69,12 @@ def multiply_adds(costs: Sequence[LayerCost]) -> tuple[list[float], list[float]]
 
 def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: Mapping[str, Shard]) -> LayerCost:
     flops, backward, parameters, held, trained, matrices = 0.0, 0.0, 0, 0, 0, 0
+    share_used = _share_used(spec, module)
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
         shard = shards.get(f"{path}.{name}")
         share = prod(shape if shard is None else shard.local_shape)
-        used = prod(shape) * _share_used(spec, shape)
+        used = prod(shape) * (share_used if ".experts." in f".{name}" else 1.0)
         flops += used
         backward += used * (2 if parameter.requires_grad else 1)  # of what went in, and of the weight
         parameters += prod(shape)
@@ -88,6 +89,7 @@ def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: M
     return LayerCost(flops, backward, parameters, held, trained, matrices)
 
 
-def _share_used(spec: ModelSpec, shape: tuple[int, ...]) -> float:
-    """Experts are stored as [experts, .., ..]; a token goes through some of them."""
-    return spec.config.num_experts_per_tok / shape[0] if len(shape) == 3 else 1.0
+def _share_used(spec: ModelSpec, module: nn.Module) -> float:
+    """Parameters of experts are [experts, ...]; a token goes through some of them."""
+    experts = [p.shape[0] for name, p in module.named_parameters() if ".experts." in f".{name}"]
+    return spec.experts_per_token / experts[0] if experts else 1.0

@@ -4,9 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from deepspeed.runtime.fp16 import loss_scaler
 
-from fft.models.experts import LoadBalance
+from fft.models.experts import LoadBalance, Routing
 from fft.training import engine
 
 
@@ -26,8 +27,7 @@ def test_a_rank_takes_its_device_before_it_communicates(monkeypatch):
 @pytest.mark.parametrize(("fp16", "scale"), [(True, 1024.0), (False, 1.0)])
 def test_the_experts_balance_loss_is_scaled_as_the_loss_is(fp16, scale):
     """By fp16's loss scale as it stands before the step: its gradients are divided by it with all others."""
-    experts = SimpleNamespace(num_experts=4, router_aux_loss_coef=0.5)
-    balance, weights = LoadBalance(experts, layers=3), []
+    balance, weights = LoadBalance(Routing(torch.nn.Linear, 0, 4, 2, coefficient=0.5, layers=3)), []
     deepspeed = SimpleNamespace(
         micro_batches=8,
         optimizer=SimpleNamespace(loss_scale=1024),
