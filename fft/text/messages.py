@@ -33,6 +33,7 @@ _REFUSED_IN_A_TURN = {
     "training_detail": "a choice of characters to train on",
     **dict.fromkeys(("images", "image", "videos", "video", "audio"), "an image, a sound or a film"),
 }
+_TRAIN_KEYS = frozenset(TRAIN_KEYS)
 _UNDERSTOOD_IN_A_TURN = frozenset(("role", "content", *TRAIN_KEYS, *_REFUSED_IN_A_TURN))
 
 
@@ -125,19 +126,31 @@ def _tools_of(row: Mapping[str, object]) -> tuple[dict, ...]:
     return tuple(tools)
 
 
-def _message(turn: object, number: int) -> tuple[dict, bool]:
-    """The message of a turn, and whether it says that it may be trained on."""
+def message_of(turn: object, number: int) -> dict:
+    """A turn, ``{"user": "text"}`` or ``{"role": "user", "content": "text"}``, as a message in the latter form.
+
+    What is null is left out, as transformers does; further keys of the latter form stay. Raises :class:`Malformed`.
+    """
     if not isinstance(turn, dict):
         raise Malformed(f"turn {number} is {type(turn).__name__}, not an object")
-    turn = {key: value for key, value in turn.items() if value is not None}  # as transformers does
-    flags = {key: turn.pop(key) for key in TRAIN_KEYS if key in turn} if len(turn) > 1 else {}
-    if "role" not in turn:
-        if len(turn) != 1:
-            raise Malformed(f"turn {number} must have one role as its key, it has {', '.join(turn) or 'none'}")
-        ((role, content),) = turn.items()
-        turn = {"role": role, "content": content}
-    if turn["role"] not in ROLES:
-        raise Malformed(f"turn {number} has the unknown role {turn['role']!r}")
+    message = {key: value for key, value in turn.items() if value is not None}
+    if "role" not in message:
+        if len(message) != 1:
+            raise Malformed(f"turn {number} must have one role as its key, it has {', '.join(message) or 'none'}")
+        ((role, content),) = message.items()
+        message = {"role": role, "content": content}
+    if message["role"] not in ROLES:
+        raise Malformed(f"turn {number} has the unknown role {message['role']!r}")
+    return message
+
+
+def _message(turn: object, number: int) -> tuple[dict, bool]:
+    """The message of a turn, and whether it says that it may be trained on."""
+    flags = {}
+    if isinstance(turn, dict) and not _TRAIN_KEYS.isdisjoint(turn):
+        turn = {key: value for key, value in turn.items() if value is not None}
+        flags = {key: turn.pop(key) for key in TRAIN_KEYS if key in turn} if len(turn) > 1 else {}
+    turn = message_of(turn, number)
     if len(turn) > 2 or "content" not in turn:
         for key, what in _REFUSED_IN_A_TURN.items():
             if turn.get(key):
