@@ -10,8 +10,8 @@ from fft.checkpoint import convert
 from fft.data import trace
 from fft.parallel import ring_plan
 from fft.quickstart import __main__ as quickstart
-from fft.serve import batch_infer
 from fft.text import convert_tokenizer
+from fft.serve import batch_infer, server
 from spark_jobs import cli
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -33,6 +33,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     convert.build_parser,
     convert_tokenizer.build_parser,
     batch_infer.build_parser,
+    server.build_parser,
     ring_plan.build_parser,
     quickstart.build_parser,
 )

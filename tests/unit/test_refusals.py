@@ -18,7 +18,7 @@ from fft.parity_run import write_random_model
 from fft.planning.dry_run import dry_run
 from fft.planning.preflight import plan_run
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
-from fft.serve import batch_infer
+from fft.serve import batch_infer, server
 
 
 def trainer(folder, table, out):
@@ -47,7 +47,11 @@ def generator(folder, table, out):
     batch_infer.main(["--model", folder, "--input", prompts, "--output", f"{out}.jsonl", "--engine", "transformers"])
 
 
-COMMANDS = {c.__name__: c for c in (trainer, planner, comparison, converter, generator)}
+def serving(folder, table, out):
+    server.model_settings(str(folder), frozenset())
+
+
+COMMANDS = {c.__name__: c for c in (trainer, planner, comparison, converter, generator, serving)}
 
 
 @pytest.fixture
@@ -76,6 +80,7 @@ def weight(name, change):
     return harm
 
 
+#: The first is not for the server: vLLM reads more quantized models than we do.
 EVERYWHERE = [
     (setting(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized .quant_method 'gptq'"),
     (setting(model_type="nonsense"), "config.json is not a model configuration .model_type is 'nonsense'"),
@@ -99,8 +104,8 @@ MATHEMATICS = [
 @pytest.mark.parametrize(
     ("command", "harm", "said"),
     [
-        *((command, *case) for command in COMMANDS for case in EVERYWHERE),
-        *((command, *case) for command in ("converter", "generator") for case in WEIGHTS),
+        *((command, *case) for command in COMMANDS for case in EVERYWHERE[command == "serving" :]),
+        *((command, *case) for command in ("converter", "generator", "serving") for case in WEIGHTS),
         *(("trainer", *case) for case in WEIGHTS[:2]),
         *((command, *case) for command in ("trainer", "planner", "comparison") for case in MATHEMATICS),
     ],
