@@ -10,8 +10,8 @@ from fft.checkpoint import convert
 from fft.data import trace
 from fft.parallel import ring_plan
 from fft.quickstart import __main__ as quickstart
-from fft.text import convert_tokenizer
 from fft.serve import batch_infer, server
+from fft.text import convert_tokenizer
 from spark_jobs import cli
 
 PAGE = Path(__file__).with_suffix(".md")
