@@ -27,6 +27,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     cli.tokenize_parser,
     cli.shuffle_parser,
     cli.repartition_parser,
+    cli.generate_parser,
     arguments.build_parser,
     parity.build_parser,
     trace.build_parser,

@@ -1,14 +1,16 @@
 """Spark jobs that turn raw corpora into token tables. The command lines call these functions; so may a notebook.
 
->>> from spark_jobs import tokenize_table, shuffle_tables, repartition_table  # doctest: +SKIP
+>>> from spark_jobs import tokenize_table, shuffle_tables, repartition_table, generate_table  # doctest: +SKIP
 
 Each takes inputs, an output folder and keyword parameters, and returns the manifest(s) it wrote. They run on the active
-Spark session, or on ``spark=``.
+Spark session, or on ``spark=``. ``generate(df, model=...)`` is the DataFrame of what ``generate_table`` writes.
 """
 
 from importlib import import_module
 
 _HOMES = {
+    "generate": "generate_job",
+    "generate_table": "generate_job",
     "get_session": "runtime.session",
     "repartition_table": "repartition_job",
     "shuffle_tables": "shuffle_job",
@@ -16,7 +18,15 @@ _HOMES = {
     "write_report": "token_table.picture",
 }
 
-__all__ = ["get_session", "repartition_table", "shuffle_tables", "tokenize_table", "write_report"]
+__all__ = [
+    "generate",
+    "generate_table",
+    "get_session",
+    "repartition_table",
+    "shuffle_tables",
+    "tokenize_table",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> object:

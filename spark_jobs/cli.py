@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import spark_jobs
 from fft.console import say
 from fft.errors import Parser, UserError, positive
+from fft.serve.engines import add_engine_flags
+from fft.serve.sampling import add_sampling_flags
 from spark_jobs.parameters import CHOICES
 from spark_jobs.token_table.picture import check_report, write_report
 
@@ -160,8 +162,78 @@ def repartition(argv: Sequence[str] | None = None) -> None:
     _run(repartition_parser(), argv, "repartition_table")
 
 
+def generate_parser() -> Parser:
+    """Flags of ``spark_jobs/generate.py``."""
+    parser = _parser(
+        "generate",
+        "Answer the prompts of a table: rows of the prompts' columns, the answers, and the conversations that they "
+        "make, which tokenize.py --task chat takes. One engine a worker; a job that was interrupted goes on when its "
+        "command is given again.",
+        """
+  # JSON lines with the key prompt, or with conversations under messages
+  spark-submit spark_jobs/generate.py -i prompts.jsonl -o runs/answers --model Qwen3-8B --max_new_tokens 512
+
+  # eight samples of each question of a Delta table; workers have a Python of their own, with vLLM
+  PYSPARK_DRIVER_PYTHON=.venv/bin/python PYSPARK_PYTHON=.venv-serve/bin/python \\
+  spark-submit spark_jobs/generate.py -i lake/questions -o lake/samples --model Qwen3-8B --prompt_key question \\
+      --n 8 --temperature 0.8 --on_error quarantine --format delta
+""",
+        "file(s) or folder(s) of prompts: JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a prompt "
+        "a line; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
+        short=("-i",),
+        report=False,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
+    parser.add_argument(
+        "--prompt_key",
+        default="prompt",
+        metavar="KEY",
+        help="key or column of the prompts, texts or lists of turns (default: %(default)s); conversations may also "
+        "stand under messages or conversation",
+    )
+    parser.add_argument(
+        "--id_key",
+        default="id",
+        metavar="KEY",
+        help="key or column of the id, on which a row's samples depend (default: %(default)s); else it is its place",
+    )
+    parser.add_argument(
+        "--chat",
+        choices=CHOICES["chat"],
+        default="auto",
+        help="whether a text is one user's turn; auto: where the model has a chat template (default)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system turn of conversations that have none")
+    parser.add_argument(
+        "--num_engine",
+        type=positive,
+        metavar="N",
+        help="engines that work at a time (default: one on a local Spark; on a cluster, one for each task at once)",
+    )
+    parser.add_argument(
+        "--on_error",
+        choices=CHOICES["on_error"],
+        default="fail",
+        help="malformed rows end the job (default), or go to OUTPUT/_quarantine and are counted",
+    )
+    add_sampling_flags(parser)
+    add_engine_flags(parser)
+    return parser
+
+
+def run_generate(argv: Sequence[str] | None = None) -> None:
+    """``spark_jobs/generate.py``."""
+    _run(generate_parser(), argv, "generate_table")
+
+
 def _parser(
-    name: str, what: str, examples: str, inputs: str, several: bool = True, short: tuple[str, ...] = ("-i", "-d")
+    name: str,
+    what: str,
+    examples: str,
+    inputs: str,
+    several: bool = True,
+    short: tuple[str, ...] = ("-i", "-d"),
+    report: bool = True,
 ) -> Parser:
     """What the jobs have in common. ``-d`` is how ``jllm`` calls the tables that it shuffles and repartitions."""
     parser = Parser(
@@ -195,17 +267,18 @@ def _parser(
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a table that is there; a Delta table gets a new version"
     )
-    parser.add_argument(
-        "--report",
-        metavar="FILE",
-        help="also draw lengths, mixture and packing of the new table, as an .html page or a .png picture",
-    )
+    if report:
+        parser.add_argument(
+            "--report",
+            metavar="FILE",
+            help="also draw lengths, mixture and packing of the new table, as an .html page or a .png picture",
+        )
     return parser
 
 
 def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
     values = vars(parser.parse_args(argv))
-    picture = values.pop("report")
+    picture = values.pop("report", None)
     if values.pop("image_path", None) is not None:
         raise UserError(
             "--image_path: this release reads no images, and its trainer has no vision encoders; leave it out."

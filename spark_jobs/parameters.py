@@ -13,9 +13,10 @@ CHOICES = {
     "on_error": ("fail", "quarantine"),
     "table_format": ("parquet", "delta"),
     "pack": ("best-fit", "concat", "none"),
+    "chat": ("auto", "yes", "no"),
 }
 #: Parameters that count something, if they are given.
-_COUNTS = ("max_len", "num_block", "num_partition")
+_COUNTS = ("max_len", "num_block", "num_partition", "num_engine")
 #: Parameters that are on or off.
 _SWITCHES = ("parse_special_tokens", "overwrite", "dedup")
 

@@ -56,10 +56,10 @@ def chunk_size(total: int) -> int:
     return max(1, min(PART_BYTES, -(-total // FEWEST_PARTS)))
 
 
-def deal(spans: Sequence[Span]) -> list[Split]:
-    """Spans to parts, in order, neighbours together; parts are numbered from 0 without gaps."""
-    total = sum(span.size for span in spans)
-    target, splits, before, last, part = chunk_size(total), [], 0, None, -1
+def deal(spans: Sequence[Span], target: int | None = None) -> list[Split]:
+    """Spans to parts of about ``target`` bytes, in order, neighbours together; numbered from 0 without gaps."""
+    target = target or chunk_size(sum(span.size for span in spans))
+    splits, before, last, part = [], 0, None, -1
     for span in spans:
         bin_ = (before + span.size // 2) // target
         if bin_ != last:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -107,6 +108,7 @@ class PartFile:
     """A parquet file that appears in the ``target`` under a hidden temporary name; see :func:`name_parts`.
 
     Row groups are filled up to :data:`ROW_GROUP_ROWS` rows or :data:`ROW_GROUP_TOKENS` tokens whatever the batches are.
+    The rows are token rows; other kinds say in a class of their own what their tokens are, and what is counted of them.
     """
 
     def __init__(self, target: PartFolder, part: int) -> None:
@@ -116,12 +118,19 @@ class PartFile:
         self._waiting: list[pa.RecordBatch] = []
         self._finished = False
         self._rows = self._tokens = self._waiting_rows = self._waiting_tokens = 0
-        self._lengths: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    def tokens_of(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Tokens of each row."""
+        return batch.column("input_ids").value_lengths().to_numpy(zero_copy_only=False)
+
+    def tally(self, rows: pa.Table) -> Counter[str]:
+        """What is counted of a row group, see :mod:`fft.data.lengths`."""
+        return tally_lengths(document_lengths(rows))
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Add rows; ``input_ids`` must be one of the columns."""
-        lengths = batch.column("input_ids").value_lengths().to_numpy(zero_copy_only=False)
-        first = 0
+        """Add rows."""
+        lengths, first = self.tokens_of(batch), 0
         while first < batch.num_rows:
             ends = lengths[first : first + ROW_GROUP_ROWS - self._waiting_rows].cumsum() + self._waiting_tokens
             fitting = int((ends <= ROW_GROUP_TOKENS).sum())
@@ -138,7 +147,7 @@ class PartFile:
     def finish(self, tallies: Mapping[str, int], rejects: str = "") -> Part:
         """Close the file; without rows there is none. ``rejects`` names the part's :class:`RejectFile`, if any.
 
-        How long its documents are is added to the tallies; see :mod:`fft.data.lengths`.
+        What :meth:`tally` has counted is added to the tallies.
         """
         self._flush()
         self._meter.add(parts=1)
@@ -149,7 +158,7 @@ class PartFile:
             sync(self._path)
             size = self._path.stat().st_size
         self._finished = True
-        return Part(self.part, self.name, self._rows, self._tokens, size, {**tallies, **self._lengths}, rejects)
+        return Part(self.part, self.name, self._rows, self._tokens, size, {**tallies, **self._counts}, rejects)
 
     def __enter__(self) -> "PartFile":
         return self
@@ -164,7 +173,7 @@ class PartFile:
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
-        self._lengths += tally_lengths(document_lengths(table))
+        self._counts += self.tally(table)
         with writing_to(self._path.parent):
             if self._sink is None:
                 # Without Arrow's own schema: engines name the items of lists differently.

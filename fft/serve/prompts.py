@@ -7,13 +7,13 @@ checked here, before any engine, so that every engine takes and refuses the same
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fft.errors import UserError, one_line
 from fft.text.chat_template import words_of
-from fft.text.messages import check_unicode, read_conversation
+from fft.text.messages import RawConversation, check_unicode, read_conversation
 from fft.text.records import Malformed
 
 if TYPE_CHECKING:
@@ -102,16 +102,26 @@ class Renderer:
             raise Malformed("the prompt is a conversation, for which the model has no chat template")
         return self._conversation(prompt), False
 
+    def conversation(self, prompt: str | list | dict, unused: Counter[str] | None = None) -> RawConversation:
+        """The turns that a prompt stands for: a text is a user's. Keys that are not read are counted in ``unused``.
+
+        Raises :class:`Malformed`.
+        """
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        raw = read_conversation(prompt, self._keys or (), unused, beside=prompt)
+        if self.system is None or not raw.messages or raw.messages[0]["role"] == "system":
+            return raw
+        messages = [{"role": "system", "content": self.system}, *raw.messages]
+        return replace(raw, messages=messages, untrained=frozenset(number + 1 for number in raw.untrained))
+
     def _conversation(self, prompt: list | dict) -> str:
-        raw = read_conversation(prompt, self._keys or (), self.unused, beside=prompt)
+        raw = self.conversation(prompt, self.unused)
         if not raw.messages:
             raise Malformed("the conversation has no turns")
         check_unicode([raw.messages, raw.tools])
-        messages = list(raw.messages)
-        if self.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        text = self._apply(messages, raw.tools)
-        if raw.tools and text == self._apply(messages, ()):
+        text = self._apply(raw.messages, raw.tools)
+        if raw.tools and text == self._apply(raw.messages, ()):
             raise Malformed("it has tools, which the chat template does not render")
         return text
 

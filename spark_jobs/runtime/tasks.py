@@ -61,11 +61,11 @@ def part_to_row(part: Part) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
 
 
-def to_tasks(df: DataFrame, parts: int) -> DataFrame:
-    """Bring all rows of a ``part`` (0 to ``parts`` - 1) to one task, as evenly as the engine can."""
+def to_tasks(df: DataFrame, tasks: int) -> DataFrame:
+    """Bring all rows of a ``part`` to one of so many tasks: by its number modulo theirs, or as the engine can."""
     if places_rows_by_number(df.sparkSession):
-        return df.repartitionById(parts, F.col("part"))
-    return df.repartition(parts, F.col("part"))
+        return df.repartitionById(tasks, F.col("part"))
+    return df.repartition(tasks, F.col("part"))
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ class SortedFirst:
             yield from self.work(iter(rows.take(order).to_batches(max_chunksize=_SORTED_BATCH)))
 
 
-def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, parts: int) -> DataFrame:
-    """A small DataFrame of what each part has to do (its first column is ``part``), a task for each part."""
-    return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), parts)
+def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, tasks: int) -> DataFrame:
+    """A small DataFrame of what each part has to do (its first column is ``part``), for so many tasks."""
+    return to_tasks(spark.createDataFrame(list(rows), f"part int, {schema}"), tasks)

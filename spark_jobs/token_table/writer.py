@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 
 from fft.console import progress
@@ -30,15 +31,23 @@ class TableWriter:
         self._renames: dict[Path, Path] = {}
 
     def write(
-        self, df: DataFrame, work: Work, order: Sequence[str], parts: int, title: str, tokens: int | None = None
+        self,
+        df: DataFrame,
+        work: Work,
+        order: Sequence[str],
+        parts: int,
+        title: str,
+        tokens: int | None = None,
+        profile: ResourceProfile | None = None,
     ) -> None:
         """Run ``work`` on the tasks of ``df``, each in the order of some columns: it writes files into the target,
         and yields a row of :data:`PART_SCHEMA` for each. They get their names with the manifest.
 
         How many ``parts`` there are, and how many ``tokens`` if that is known, is for the progress line, which begins
-        with the ``title``. A task that failed and ran again, or ran twice, leaves files of which nobody knows: they are
-        removed then, too. (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
-        Raises the :class:`UserError` of a task, and one when the driver does not see a file.
+        with the ``title``; a ``profile`` says what each task takes of a machine. A task that failed and ran again, or
+        ran twice, leaves files of which nobody knows: they are removed then, too. (Sail drops a sort whose result goes
+        to a Python function, so there the function sorts.) Raises the :class:`UserError` of a task, and one when the
+        driver does not see a file.
         """
         notes = self.target.notes
         with user_errors(), progress(title, notes, parts, tokens):
@@ -47,7 +56,7 @@ class TableWriter:
                 df = df.sortWithinPartitions(*order)
             else:
                 work = SortedFirst(tuple(order), work)
-            rows = df.mapInArrow(work, PART_SCHEMA).collect()
+            rows = df.mapInArrow(work, PART_SCHEMA, profile=profile).collect()
         notes.check()
         self.add([Part(**row.asDict()) for row in rows])
 

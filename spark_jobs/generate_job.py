@@ -1,0 +1,203 @@
+"""The generate job: prompts of a table to a table of answers, one engine a worker."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+
+from fft.console import format_table, say
+from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
+from fft.corpus.files import find_sources
+from fft.data.known import LeftOut
+from fft.data.manifest import Manifest
+from fft.errors import UserError
+from fft.serve.engines import EngineOptions
+from fft.serve.sampling import Sampling, sampling_of
+from spark_jobs.dataframes import is_frame, open_frames
+from spark_jobs.generation.answers import Asking
+from spark_jobs.generation.engine import Wanted
+from spark_jobs.generation.fields import ERROR, fields_of, turns_in
+from spark_jobs.generation.frames import GenerateRows, frame_schema, spark_schema
+from spark_jobs.generation.inputs import Prompts
+from spark_jobs.generation.prompts import PromptKeys
+from spark_jobs.parameters import check_parameters
+from spark_jobs.runtime.placement import place_engines
+from spark_jobs.runtime.session import get_session, job_settings
+from spark_jobs.token_table.kept import waiting
+from spark_jobs.token_table.output import Output, local_path, local_paths
+from spark_jobs.token_table.writer import TableWriter
+
+_SAMPLING = frozenset(field.name for field in fields(Sampling))
+_ENGINE = frozenset(field.name for field in fields(EngineOptions)) - {"name"} | {"engine"}
+#: What is counted of every part.
+_COUNTED = ("prompts_in", "prompts_out", "quarantined", "prompt_tokens", "finished stop", "finished length")
+
+
+def generate_table(
+    inputs: str | Path | DataFrame | Sequence[str | Path | DataFrame],
+    output: str | Path,
+    model: str | Path,
+    *,
+    prompt_key: str = "prompt",
+    id_key: str = "id",
+    chat: str = "auto",
+    system: str | None = None,
+    num_engine: int | None = None,
+    on_error: str = "fail",
+    table_format: str = "parquet",
+    overwrite: bool = False,
+    spark: SparkSession | None = None,
+    **settings: Any,
+) -> Manifest:
+    """Answer the prompts of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
+
+    One row an answer: the columns of the prompt's row, and ``messages`` (the conversation, its last turn the answer),
+    ``text``, ``finish_reason``, ``tokens`` and ``sample`` (0 to ``n`` - 1). Prompts are texts under ``prompt_key``, or
+    conversations under ``messages`` or ``conversation``; ``chat`` and ``system`` are as in :mod:`fft.serve.prompts`.
+    ``settings`` are those of :class:`fft.serve.sampling.Sampling` and :class:`fft.serve.engines.EngineOptions`.
+
+    The samples of a row depend on the seed and its id, without one on its place in the input: on no partitioning. Of an
+    interrupted job, finished parts stay, and the same call goes on from them. ``num_engine`` engines work at a time: by
+    default one on a local Spark, on a cluster one for each task that runs at once. Malformed rows end the job
+    (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError` for inputs and models that are
+    none, and when nothing could be answered. ``spark`` is by default the active session.
+    """
+    check_parameters(locals())
+    folder, wanted = local_path(output, "output"), Wanted(_model_path(model), _engine(settings))
+    sampling = sampling_of(settings)
+    given = [inputs] if isinstance(inputs, str | Path | DataFrame) else inputs
+    unread = [path for path in given if is_frame(path)]
+    paths = local_paths([path for path in given if not isinstance(path, DataFrame) and not is_frame(path)], "inputs")
+    left_out, keys = LeftOut(), PromptKeys(prompt_key, id_key)
+    sources = find_sources(paths, id_key, left_out)
+    table = Output(folder, [""], paths, overwrite, table_format)
+    table.check()
+    start = time.monotonic()
+    spark = spark or get_session("generate")
+    prompts = Prompts.find(spark, sources, open_frames(spark, unread, id_key, left_out), keys)
+    placement = place_engines(spark, prompts.parts, wanted.options.tensor_parallel_size, num_engine)
+    asking = Asking(replace(wanted, threads=placement.threads), sampling, keys, chat, system)
+    lineage = lineage_of("generate", prompts.origins, _parameters(asking, on_error))
+    table = replace(table, work=_work(lineage, prompts, wanted))
+    _tell_waiting(table, prompts.parts)
+    with table.claim(lineage) as writers, job_settings(spark):
+        prompts.answer(spark, writers[""], asking, placement, on_error == "fail")
+        manifest = _finished(writers[""], prompts.parts, lineage | left_out.facts(), start)
+        writers[""].finish(manifest)
+    _say_results(manifest, folder, [*left_out.notes(), *prompts.fields.notes])
+    return manifest
+
+
+def generate(
+    df: DataFrame,
+    *,
+    model: str | Path,
+    prompt_key: str = "prompt",
+    id_key: str = "id",
+    chat: str = "auto",
+    system: str | None = None,
+    on_error: str = "fail",
+    **settings: Any,
+) -> DataFrame:
+    """The rows of ``df`` with answers to their prompts, as a DataFrame: columns and parameters as in
+    :func:`generate_table`.
+
+    Nothing is computed before the result is used, and all of it again whenever it is used again: write it, or let
+    :func:`generate_table` do so, which goes on where it was interrupted. A row's samples depend on the seed and its id,
+    without one on its prompt, so equal rows without ids get equal samples. With ``on_error="quarantine"``, malformed
+    rows stay, and a column ``error`` says why. Raises :class:`UserError` for parameters and columns that are none.
+    """
+    check_parameters(locals())
+    wanted, sampling = Wanted(_model_path(model), _engine(settings)), sampling_of(settings)
+    keys, fail = PromptKeys(prompt_key, id_key), on_error == "fail"
+    schema = frame_schema(df, "DataFrame")
+    rows = fields_of([schema], [turns_in(schema, keys.turns)], prompt_key, ERROR)
+    work = GenerateRows(Asking(wanted, sampling, keys, chat, system), rows, schema.names, fail)
+    out = spark_schema(rows.rows(sampling.logprobs is not None, not fail))
+    profile = place_engines(df.sparkSession, 1, wanted.options.tensor_parallel_size).profile
+    return df.toDF(*[f"_{i}" for i in range(len(schema.names))]).mapInArrow(work, out, profile=profile)
+
+
+def _engine(settings: Mapping[str, Any]) -> EngineOptions:
+    """The settings of the engine. Raises :class:`UserError` for one that is neither of the engine nor of sampling."""
+    known = sorted(_ENGINE | _SAMPLING)
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise UserError(f"`{unknown[0]}` is no setting of generation, which are {', '.join(known)}.")
+    given = {"name" if name == "engine" else name: value for name, value in settings.items() if name in _ENGINE}
+    if given.get("lora") is not None:
+        given["lora"] = str(local_path(given["lora"], "lora").absolute())
+    return EngineOptions(**given)
+
+
+def _model_path(model: str | Path) -> str:
+    path = local_path(model, "model").absolute()
+    if not (path / "config.json").is_file():
+        raise UserError(f"`model` {model} has no config.json: give a Hugging Face model directory.")
+    return str(path)
+
+
+def _parameters(asking: Asking, on_error: str) -> dict[str, Any]:
+    """What a manifest says of how answers were made."""
+    engine = {f"engine_{name}": value for name, value in asdict(asking.wanted.options).items() if name != "name"}
+    keys = {"prompt_key": asking.keys.prompt, "id_key": asking.keys.id, "chat": asking.chat, "system": asking.system}
+    model = {"model": asking.wanted.model, "engine": asking.wanted.options.name}
+    return model | keys | {"on_error": on_error} | asdict(asking.sampling) | engine
+
+
+def _work(lineage: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> str:
+    """A name for all that decides what is in the parts."""
+    folders = [wanted.model] + ([wanted.options.lora] if wanted.options.lora else [])
+    files = [path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    columns = [str(prompts.fields.carried), str(prompts.fields.turns)]
+    told = json.dumps([lineage, facts, columns, prompts.parts], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _tell_waiting(table: Output, parts: int) -> None:
+    """Say what is finished already. Raises :class:`UserError` where finished parts of other work would be lost."""
+    found = waiting(table.folder)
+    mine = found.pop(table.work, 0)
+    if any(found.values()) and not table.overwrite:
+        raise UserError(
+            f"`output` {table.folder} holds {sum(found.values())} finished parts of another generation, which had "
+            "another model, other prompts or settings: repeat that command, give `overwrite=True` to drop them, or "
+            "another folder."
+        )
+    if mine:
+        say(f"going on: {mine} of {parts} parts are finished already")
+
+
+def _finished(writer: TableWriter, parts: int, lineage: Mapping[str, Any], start: float) -> Manifest:
+    """The manifest. Raises :class:`UserError` when the accounts do not balance, and when there is no answer."""
+    tallies = writer.tallies
+    counts = {name.replace(" ", "_"): tallies[name] for name in (*_COUNTED, "engine_starts")}
+    there = [part.part for part in writer.parts]
+    if there != list(range(parts)) or counts["prompts_in"] != counts["prompts_out"] + counts["quarantined"]:
+        raise UserError(
+            f"the accounts do not balance ({counts}, {len(there)} of {parts} parts): this is a fault of the job; "
+            "please report it."
+        )
+    if not counts["prompts_out"]:
+        raise UserError(f"{', '.join(lineage['inputs'])} holds no prompts: {counts['quarantined']} rows are malformed.")
+    engines = sorted(name.removeprefix("engine ") for name in tallies if name.startswith("engine "))
+    lineage = {**lineage, "engine": ", ".join(engines)}
+    return finished_manifest(writer.parts, lineage, counts, timing_of(start, writer.tokens), None, None)
+
+
+def _say_results(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
+    counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
+    for note in notes:
+        say(note)
+    if counts["finished_length"]:
+        say(f"note: {counts['finished_length']} of {manifest.rows} answers were cut at the limit of tokens.")
+    header = ("prompts in", "out", "quarantined", "rows", "prompt tokens", "tokens", "seconds", "tokens/s")
+    names = ("prompts_in", "prompts_out", "quarantined", "rows", "prompt_tokens", "tokens")
+    say(format_table(header, [[*(counts[name] for name in names), timing["seconds"], timing["tokens_per_second"]]]))
+    say(f"wrote {folder} ({manifest.lineage['engine']}, {counts['engine_starts']} engines started)")

@@ -1,0 +1,81 @@
+"""All prompts of a job, from files and from what the engine reads: what is known of them, and the tasks that answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from fft.corpus.files import Source
+from fft.corpus.splits import SPLIT, Split
+from spark_jobs.dataframes import ORDER as FRAME_ORDER
+from spark_jobs.dataframes import Frame, count_parts
+from spark_jobs.generation.answers import Asking
+from spark_jobs.generation.fields import Fields, fields_of, turns_in
+from spark_jobs.generation.frames import GenerateFrameParts, frame_schema, numbered
+from spark_jobs.generation.parts import GenerateParts
+from spark_jobs.generation.prompts import PromptKeys, prompt_splits, schemas_of
+from spark_jobs.runtime.placement import Placement
+from spark_jobs.runtime.tasks import create_tasks, to_tasks
+from spark_jobs.token_table.writer import TableWriter
+
+#: A task does its parts in their order, a part's splits in theirs.
+_ORDER = ("part", "path", "start")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """``splits`` of files; ``frames``, each with the number of its parts; the ``fields`` of all their rows; and what a
+    manifest says of where they come from."""
+
+    splits: Sequence[Split]
+    frames: Sequence[tuple[Frame, int]]
+    fields: Fields
+    origins: Sequence[dict[str, Any]]
+
+    @classmethod
+    def find(
+        cls, spark: SparkSession, sources: Sequence[Source], frames: Sequence[Frame], keys: PromptKeys
+    ) -> "Prompts":
+        """Look through the inputs. Raises :class:`UserError` where they have no prompts, or cannot be read."""
+        splits = prompt_splits(sources)
+        rows, turns = schemas_of(spark, sources, splits, keys)
+        origins = [source.origin | {"changed": _changed(source)} for source in sources]
+        counted = []
+        for frame in frames:
+            schema = frame_schema(frame.rows, frame.name)
+            rows.append(schema)
+            turns.append(turns_in(schema, keys.turns))
+            placed = numbered(frame, 1, 0)
+            facts = placed.select(F.count("*"), F.sum(F.col("sort_key").cast("decimal(38,0)"))).collect()[0]
+            origins.append({"input": frame.name, "rows": facts[0], "fingerprint": str(facts[1])})
+            counted.append((frame, count_parts(frame.rows)))
+        return cls(splits, counted, fields_of(rows, turns, keys.prompt), origins)
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return self._file_parts + sum(parts for _, parts in self.frames)
+
+    @property
+    def _file_parts(self) -> int:
+        return self.splits[-1].part + 1 if self.splits else 0
+
+    def answer(self, spark: SparkSession, writer: TableWriter, asking: Asking, place: Placement, fail: bool) -> None:
+        """Have tasks answer all of them. Raises :class:`UserError` as tasks do."""
+        first, target = self._file_parts, writer.target
+        if self.splits:
+            tasks = create_tasks(spark, [split.row() for split in self.splits], SPLIT, min(place.tasks, first))
+            work = GenerateParts(asking, self.fields, target, fail)
+            writer.write(tasks, work, _ORDER, first, "generate", profile=place.profile)
+        for frame, parts in self.frames:
+            rows = to_tasks(numbered(frame, parts, first), min(place.tasks, parts))
+            work = GenerateFrameParts(asking, self.fields, target, fail, frame.name, frame.schema.names)
+            writer.write(rows, work, FRAME_ORDER, parts, f"generate {frame.name}", profile=place.profile)
+            first += parts
+
+
+def _changed(source: Source) -> int:
+    """When its files were changed last, in nanoseconds: parts of other prompts must not be taken for these."""
+    return max(file.stat().st_mtime_ns for file in source.files)
