@@ -115,6 +115,8 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     without = _passes(own[:-1], stage, last, at) if last else peak
     if at.offload and not at.host:
         return StageMemory(weights, 0, without, peak - without, _step_offload(counted, at))
+    if at.offload:  # to where the weights are, too
+        optimizer += _offloaded(counted, trained, at)
     step = _step_zero_fp32(trained, matrices, at) if at.zero and at.itemsize == 4 else _step(trained, matrices, at)
     return StageMemory(weights, optimizer, without, peak - without, step)
 
@@ -123,6 +125,14 @@ def _step_offload(layers: Sequence[LayerMemory], at: Circumstances) -> int:
     """A bucket, through which gradients leave for the machine's memory, and a copy of the largest parameter at most."""
     largest = max(layer.matrices for layer in layers)
     return _FP32 * _BUCKET + largest * at.itemsize
+
+
+def _offloaded(layers: Sequence[LayerMemory], trained: int, at: Circumstances) -> int:
+    """Host memory besides masters and moments: gradients for the step, the stepped weights in their own type, and two
+    buffers, through which the largest parameter's gradient goes.
+    """
+    largest = max(layer.matrices for layer in layers)
+    return trained * (_FP32 + at.itemsize) // at.replicas + 2 * largest * at.itemsize
 
 
 def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstances) -> int:

@@ -155,6 +155,18 @@ def test_equal_memory_gives_early_stages_fewer_layers():
     assert sizes[0] < sizes[-1]
 
 
+@pytest.mark.parametrize(("itemsize", "replicas"), [(2, 1), (4, 1), (2, 2)])
+def test_an_offloaded_optimizer_lies_where_the_weights_do_on_a_host(itemsize, replicas):
+    """Counted in a run on a CPU: another 4 bytes a parameter and its own size, and twice the largest gradient."""
+    layers = [LayerMemory(held, held, 1, 0, 0) for held in (100, 40, 60)]
+    on = {"tokens": 1, "row": 1, "hidden_size": 1, "head_size": 2, "itemsize": itemsize, "host": True}
+    plain, offloaded = (
+        stage_memory(layers, 0, 3, 0, Circumstances(1, 1, replicas, **on, offload=offload)) for offload in (False, True)
+    )
+    assert offloaded.optimizer - plain.optimizer == 200 * (4 + itemsize) // replicas + 2 * 100 * itemsize
+    assert offloaded.weights == plain.weights
+
+
 @pytest.mark.parametrize(
     ("flags", "smaller", "said"),
     [
