@@ -11,10 +11,11 @@ Depends on nothing but the standard library.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,29 @@ _WRITING, _OLD = "writing", "old"
 
 #: What file systems say that cannot bring a folder's names to the disk by themselves, as some mounted stores.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+#: What file systems say that have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextmanager
+def alone(lock: Path, mode: int = 0o666, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold the file ``lock``, made with ``mode``, as at most one process does at a time, which ends with its process.
+
+    ``wait`` is called before another one's end is waited for. Where a file system has no locks, nobody waits.
+    """
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, mode)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def hidden(path: Path, mark: str) -> Path:

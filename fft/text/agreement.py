@@ -15,7 +15,6 @@ user's cache folder under a hash of all that it depends on.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from fft.console import say
-from fft.files import write_atomically
+from fft.files import alone, write_atomically
 from fft.text.engines import (
     DIFFERENT,
     EXACT,
@@ -203,21 +202,16 @@ def _remembered(name: str, facts: Sequence[object], find: Callable[[], list[str]
 @contextlib.contextmanager
 def _locked(name: str) -> Iterator[Path | None]:
     """The file of a verdict, under its lock; None where there is no folder to remember it in."""
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        cache = cache if cache.is_absolute() else Path("~/.cache").expanduser()  # a relative one counts as none
-        folder = cache / "fft" / "agreement"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-    except (OSError, RuntimeError):  # no home, or nothing can be written there: it is found again each time
-        yield None
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: two may compare at once
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder / f"{name}.json"
-    finally:
-        os.close(lock)
+    with contextlib.ExitStack() as held:
+        file = None
+        with contextlib.suppress(OSError, RuntimeError):  # no home, or it is read-only: it is found again each time
+            cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            cache = cache if cache.is_absolute() else Path("~/.cache").expanduser()  # a relative one counts as none
+            folder = cache / "fft" / "agreement"
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(folder / f"{name}.lock", 0o600))
+            file = folder / f"{name}.json"
+        yield file
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:

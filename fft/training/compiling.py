@@ -1,12 +1,12 @@
 """Operators that are compiled on first use, in a folder that runs share."""
 
-import fcntl
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils import cpp_extension
+
+from fft.files import alone
 
 
 def compile_alone(name: str, load: Callable[[], object]) -> None:
@@ -16,16 +16,12 @@ def compile_alone(name: str, load: Callable[[], object]) -> None:
     process left it that was killed. Our lock goes with its process, so a mark that is found under it is such a one.
     """
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    lock = os.open(folder / "fft.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which compiles {name} in {folder}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def wait() -> None:
+        print(f"waiting for another process, which compiles {name} in {folder}", file=sys.stderr, flush=True)
+
+    with alone(folder / "fft.lock", wait=wait):
         (folder / "lock").unlink(missing_ok=True)
         if not (folder / f"{name}.so").exists():
             print(f"compiling {name} in {folder}, once, for some minutes at most", file=sys.stderr, flush=True)
         load()
-    finally:
-        os.close(lock)
