@@ -293,6 +293,12 @@ def _dtype_to_keep(args: TrainArguments) -> str | None:
 
 def _check_training(args: TrainArguments) -> None:
     """Steps, precision and memory."""
+    tokens = args.seq_len * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if tokens >= 1 << 31:
+        raise UserError(
+            f"--seq_len x --per_device_train_batch_size x --gradient_accumulation_steps is {tokens:,}, the tokens of a "
+            "rank's step, and must be less than 2,147,483,648: lower one of them."
+        )
     if args.early_stop_patience and not (args.eval_data and args.eval_steps):
         raise UserError("--early_stop_patience counts evaluations: it needs --eval_data and --eval_steps.")
     if args.checkpoint_grad_selective and args.checkpoint_grad_interval:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import re
@@ -18,6 +19,9 @@ EXIT_BAD_INPUT = 2
 _PATIENCE = 10
 
 
+#: What the system says of a path, not of a program that is wrong; whoever looks at a path may meet it.
+_OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
 #: A parameter as a message names it: `output`, `overwrite=True`, `task="chat"`.
 _PARAMETER = re.compile(r'`(\w+)(?:=True|="([^"`]*)")?`')
 
@@ -33,7 +37,10 @@ class UserError(Exception):
 
 def one_line(error: Exception) -> str:
     """What another program's error says, fit to stand inside a sentence."""
-    return " ".join(str(error).split()).rstrip(".")
+    letters = (
+        letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1] for letter in str(error)
+    )
+    return " ".join("".join(letters).split()).rstrip(".")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +84,7 @@ def positive(text: str) -> int:
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and exit with its code; a :class:`UserError` becomes one line on stderr and exit code 2
-    (its own, if it has one).
+    (its own, if it has one), and so does what the system says of a path that cannot be used.
 
     Ranks of a distributed job meet the same bad input, so rank 0 speaks for all: the others wait for their launcher to
     stop them. One that is still there after :data:`_PATIENCE` seconds has met something of its own, and says so.
@@ -85,14 +92,22 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(_PATIENCE)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(str(error))
-        code = error.exit_code
+        code = _refuse(error)
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        if error.errno not in _OF_PATHS or error.filename is None:
+            raise
+        code = _refuse(UserError(f"{error.filename} cannot be used ({error.strerror}): name another path, or mend it."))
     sys.exit(code)
+
+
+def _refuse(error: UserError) -> int:
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(_PATIENCE)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    _tell_torchrun(str(error))
+    return error.exit_code
 
 
 def _tell_torchrun(sentence: str) -> None:

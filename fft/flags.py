@@ -7,22 +7,23 @@ knows which flags there are.
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from fft.errors import UserError
+from fft.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number must be: the sentence's end for a user, and the test."""
+    """What a number or a text must be: the sentence's end for a user, and the test."""
 
     sentence: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 AT_LEAST_1 = Bound("must be at least 1", lambda value: value >= 1)
@@ -30,6 +31,21 @@ NOT_NEGATIVE = Bound("must not be negative", lambda value: value >= 0)
 BELOW_1 = Bound("must be at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE_OF_STEPS = Bound("must be a share of all steps, from 0 to 1", lambda value: 0 <= value <= 1)
 _FINITE = Bound("must be a finite number", math.isfinite)
+#: What is counted, or shared out, is counted in 32 bits by somebody.
+_COUNTS = Bound("must be less than 2,147,483,648", lambda value: value < 1 << 31)
+_LINE = Bound(
+    "must be a line of text: give one, or leave the flag out",  # Cc: line ends and the like, Cs: bytes of no UTF-8
+    lambda text: bool(text.strip()) and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text),
+)
+
+#: What all flags of a type must be.
+_OF_TYPE = {float: _FINITE, int: _COUNTS, str: _LINE}
+
+#: What stands before the names of YAML's own types; those of scalars that a person writes without naming the type.
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = frozenset({"str", "int", "float", "bool", "null", "timestamp", "merge", "value"})
+#: Characters of a setting that a sentence repeats.
+_LONGEST = 60
 
 
 def flag(
@@ -68,52 +84,78 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
 def read_settings(path: str, kind: type) -> dict[str, Any]:
     """The flags of the dataclass ``kind`` that a YAML file (``--config``) sets, each of its field's type.
 
-    Raises :class:`UserError` for a file that is none, and for what is no flag, of another type or no choice of it.
+    A value means what its text means on the command line: ``007`` is a name of three digits, and ten is not ``0xA``.
+    Raises :class:`UserError` for a file that is none, and for what is no flag, set twice, of another type or no choice.
     """
-    if not Path(path).is_file():
-        raise UserError(f"--config {path} does not exist.")
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(raw, dict):
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): name a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"--config {path} is not YAML: {one_line(error)}.") from error
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path} must map flag names to values.")
     known = {spec.name: spec for spec in fields(kind)}
-    return {name: _typed(path, known, name, value) for name, value in raw.items()}
+    found: dict[str, Any] = {}
+    for key, value in root.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else _written(key, text)
+        where = f"--config {path}, line {key.start_mark.line + 1}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"{where}: unknown setting {_short(name)!r}{f' (did you mean {near[0]!r}?)' if near else ''}."
+            )
+        if name in found:
+            raise UserError(f"{where}: {name} is set a second time: keep one of the two.")
+        found[name] = _typed(where, known[name], value, text)
+    return found
 
 
 def check_bounds(arguments: Any) -> None:
-    """Raise :class:`UserError` for the first flag of the dataclass ``arguments`` that is infinite or out of bounds."""
+    """Raise :class:`UserError` for the first flag that is infinite, out of bounds, or a text of no or several lines."""
     for spec in fields(arguments):
         value, bound = getattr(arguments, spec.name), spec.metadata["bound"]
-        for wanted in (_FINITE if spec.type is float else None, bound):
+        for wanted in (_OF_TYPE.get(type(value)), bound):
             if wanted is not None and not wanted.holds(value):
-                raise UserError(f"--{spec.name} {value} {wanted.sentence}.")
+                shown = repr(value) if isinstance(value, str) else value
+                raise UserError(f"--{spec.name} {shown} {wanted.sentence}.")
 
 
-def _typed(path: str, known: Mapping[str, Field], name: str, value: object) -> object:
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        raise UserError(f"--config {path}: unknown setting {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}.")
-    spec = known[name]
+def _typed(where: str, spec: Field, value: yaml.Node, text: str) -> object:
     kind, choices = _plain_type(spec), spec.metadata["choices"]
     try:
-        converted = None if value is None and spec.default is None else _converted(value, kind)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"--config {path}: {name} must be of type {kind.__name__}, not {value!r}.") from None
+        converted = None if value.tag == f"{_TAG}null" and spec.default is None else _converted(value, kind)
+    except ValueError:
+        raise UserError(f"{where}: {spec.name} must be of type {kind.__name__}, not {_written(value, text)}.") from None
     if choices and converted not in choices:
-        raise UserError(f"--config {path}: {name} must be one of {', '.join(choices)}, not {value!r}.")
+        raise UserError(f"{where}: {spec.name} must be one of {', '.join(choices)}, not {_written(value, text)}.")
     return converted
 
 
-def _converted(value: Any, kind: type) -> object:
-    """A YAML scalar as the type of its flag; YAML 1.1 reads 1e-4 as a string. Raises where the two do not fit."""
-    if value is None or isinstance(value, (list, dict)) or isinstance(value, bool) != (kind is bool):
+def _converted(value: yaml.Node, kind: type) -> object:
+    """A scalar as the type of its flag, made of its text. Raises :class:`ValueError` where the two do not fit."""
+    known = isinstance(value, yaml.ScalarNode) and value.tag.removeprefix(_TAG) in _SCALARS
+    if not known or (value.tag == f"{_TAG}bool") != (kind is bool):
         raise ValueError
-    converted = kind(value)
-    if kind is int and float(value) != converted:
+    if kind is not bool:
+        return kind(value.value)
+    if value.value.lower() not in yaml.SafeLoader.bool_values:
         raise ValueError
-    return converted
+    return yaml.SafeLoader.bool_values[value.value.lower()]
+
+
+def _written(node: yaml.Node, text: str) -> str:
+    """A node as it stands in the file, fit for a sentence; a text in quotes."""
+    if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}str":
+        return repr(_short(node.value))
+    return _short(" ".join(text[node.start_mark.index : node.end_mark.index].split())) or "nothing"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def _plain_type(spec: Field) -> type:

@@ -44,7 +44,11 @@ class Storage:
 
     @classmethod
     def at(cls, name: str | os.PathLike[str]) -> "Storage":
-        """The storage that a path or URL names. Raises :class:`UserError` for a URL of no known file system."""
+        """The storage that a path or URL names.
+
+        Raises :class:`UserError` for a URL of no known file system, and for a name that is no UTF-8.
+        """
+        check_names_utf8([str(name)])
         if not is_url(name):
             return cls(str(Path(name)), str(Path(name).absolute()), fs.LocalFileSystem())
         url = str(name).rstrip("/")

@@ -22,6 +22,29 @@ def test_command_line_over_file_over_default(tmp_path):
     assert (args.seq_len, args.learning_rate, args.split_dlayer, args.warmup_steps) == (64, 1e-3, True, 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("seed: 010", "seed", 10),
+        ("seed: '5'", "seed", 5),
+        ("seed: &s 4\nmax_skipped_steps: *s", "max_skipped_steps", 4),
+        ("output_dir: 007", "output_dir", "007"),
+        ("output_dir: 1.10", "output_dir", "1.10"),
+        ("output_dir: 12:30:45", "output_dir", "12:30:45"),
+        ("output_dir: 2020-01-02 03:04", "output_dir", "2020-01-02 03:04"),
+        ("zero_stage: 1", "zero_stage", "1"),
+        ("tokenizer: ~", "tokenizer", None),
+        ("ragged: on", "ragged", True),
+        ("{seed: 4, learning_rate: 1e-5}", "learning_rate", 1e-5),
+    ],
+)
+def test_a_value_of_a_file_is_what_its_text_means_on_the_command_line(text, name, value, tmp_path):
+    """Not what YAML 1.1 makes of it: octal numbers, clocks, dates."""
+    (tmp_path / "settings.yaml").write_text(text)
+    given = [*(BASE[:-2] if name == "output_dir" else BASE), "--config", str(tmp_path / "settings.yaml")]
+    assert getattr(parse_arguments(given), name) == value
+
+
 def test_a_default_given_on_the_command_line_still_wins(tmp_path):
     default = parse_arguments(BASE).seq_len
     assert from_file(tmp_path, "seq_len: 128\n", "--seq_len", str(default)).seq_len == default
@@ -65,13 +88,27 @@ def test_help_needs_no_torch(module, said, launch):
         ("seq_len: long\n", "seq_len must be of type int, not 'long'"),
         ("seq_len: 12.5\n", "seq_len must be of type int, not 12.5"),
         ("split_dlayer: 1\n", "split_dlayer must be of type bool, not 1"),
-        ("seq_len: true\n", "seq_len must be of type int, not True"),
-        ("seq_len: .inf\n", "seq_len must be of type int, not inf"),
-        ("learning_rate:\n", "learning_rate must be of type float, not None"),
-        ("tokenizer: [a, b]\n", "tokenizer must be of type str, not ['a', 'b']"),
+        ("seq_len: true\n", "seq_len must be of type int, not true"),
+        ("seq_len: .inf\n", "seq_len must be of type int, not .inf"),
+        ("learning_rate:\n", "learning_rate must be of type float, not nothing"),
+        ("tokenizer: [a, b]\n", "tokenizer must be of type str, not [a, b]"),
         ("dtype: fp8\n", "dtype must be one of bf16, fp16, fp32, not 'fp8'"),
         ("- seq_len\n", "must map flag names to values"),
         ("seq_len: [1\n", "is not YAML"),
+        ("seq_len: " + "[" * 3000, "is not YAML"),
+        ("seed: 1\nseq_len: 16\nseed: 2\n", "line 3: seed is set a second time: keep one of the two."),
+        ("a: {seed: 1}\n", "line 1: unknown setting 'a'."),
+        ("? [a, b]\n: 1\n", "unknown setting '[a, b]'."),
+        ("2020-01-01: 1\n", "unknown setting '2020-01-01'."),
+        ("<<: {seed: 1}\n", "unknown setting '<<'."),
+        ("seed: 2020-13-45\n", "seed must be of type int, not 2020-13-45."),
+        ("seed: 1:30\n", "seed must be of type int, not 1:30."),
+        ("seed: !!timestamp x\n", "seed must be of type int, not !!timestamp x."),
+        ("seed: !!python/name:os.getcwd\n", "seed must be of type int, not !!python/name:os.getcwd."),
+        ("tokenizer: !!binary aGk=\n", "tokenizer must be of type str, not !!binary aGk=."),
+        ("tokenizer: no\n", "tokenizer must be of type str, not no."),
+        ("ragged: !!bool x\n", "ragged must be of type bool, not !!bool x."),
+        ("seed: " + "9" * 5000, f"seed must be of type int, not {'9' * 60} ...."),
     ],
 )
 def test_bad_files_are_explained(tmp_path, text, sentence):
@@ -106,6 +143,12 @@ def test_what_launchers_add_is_accepted():
         (["--learning_rate", "nan"], "--learning_rate nan must be a finite number"),
         (["--num_train_epochs", "inf"], "--num_train_epochs inf must be a finite number"),
         (["--adam_beta2", "1"], "--adam_beta2 1.0 must be at least 0 and less than 1"),
+        (["--tokenizer", ""], "--tokenizer '' must be a line of text"),
+        (["--eval_data", " "], "--eval_data ' ' must be a line of text"),
+        (["--checkpoint", "a\udcff"], "--checkpoint 'a\\udcff' must be a line of text"),
+        (["--max_steps", "2147483648"], "--max_steps 2147483648 must be less than 2,147,483,648"),
+        (["--seq_len", "65536", "--gradient_accumulation_steps", "32768"], "is 2,147,483,648, the tokens of a rank's"),
+        (["--freeze", "a\nb"], "--freeze 'a\\nb' must be a line of text"),
         (["--decay_ratio", "1.5"], "--decay_ratio 1.5 must be a share of all steps, from 0 to 1"),
         (["--early_stop_patience", "2"], "--early_stop_patience counts evaluations"),
         (["--encoder_pipe_parallel_size", "1"], "trains no vision encoders"),
