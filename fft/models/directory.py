@@ -16,12 +16,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fft.errors import UserError, one_line
+from fft.models.baichuan import BaichuanConfig, BaichuanForCausalLM
 from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES
 from fft.weights import hf
 from fft.weights.files import weight_files
 from fft.weights.names import StoredNames
+from fft.weights.originals import original_of
 from fft.weights.quantized import BlockScales
 
 
@@ -81,6 +83,8 @@ def _read_config(file: Path) -> PretrainedConfig:
     """Raises :class:`UserError` for a config that transformers cannot read, or of weights that we cannot."""
     try:
         raw = dict(json.loads(file.read_text(encoding="utf-8")))
+        if (original := original_of(raw)) is not None:
+            raw = original.config(raw)
         kind = raw.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"model_type is {kind!r}, which transformers does not know")
@@ -94,8 +98,9 @@ def _read_config(file: Path) -> PretrainedConfig:
         raise UserError(
             f"{file} is not a model configuration ({one_line(error)}): give one that transformers can read."
         ) from error
-    if not config.architectures and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    names = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, BaichuanConfig.model_type: BaichuanForCausalLM.__name__}
+    if not config.architectures and kind in names:
+        config.architectures = [names[kind]]
     return config
 
 

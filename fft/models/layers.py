@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fft.errors import UserError
+from fft.models.baichuan import NormalizedHead
 from fft.models.causal_lm import StageBuilder
 from fft.models.recompute import selective
 from fft.models.rotary import Rotary, Turns
@@ -44,6 +45,8 @@ class Positions:
 
     def __init__(self, builder: StageBuilder) -> None:
         self._builder, self.attention = builder, builder.spec.attention
+        ranks = builder.ranks.tensor
+        self.slopes = builder.spec.slopes() if ranks is None else builder.spec.slopes(ranks.rank, ranks.size)
         self._rotary: Rotary | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
@@ -56,7 +59,7 @@ class Positions:
                 self._rotary = Rotary(self._builder.spec.skeleton, hidden.device)
                 # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
                 # what runs there in forward, and is kept, has to run in a recomputation, too.
-                choose(hidden.device, hidden.dtype, self.attention, self._builder.spec.head_size)
+                choose(hidden.device, hidden.dtype, self.attention, self._builder.spec.attended_size)
             documents, ranks = Documents.from_padded(cu_seqlens), self._builder.ranks.sequence
             if ranks is not None:
                 documents = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)
@@ -135,6 +138,7 @@ class DecoderLayer(nn.Module):
             position_embeddings=position_embeddings,
             documents=documents,
             attention=self._positions.attention,
+            alibi=self._positions.slopes,
         )
         if self._logits is None or self._balance is None:
             return hidden
@@ -164,6 +168,8 @@ class Head(nn.Module):
 
     def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
         """See the class."""
+        if isinstance(self.module, NormalizedHead):
+            return activations[0][0], self.module.rows()
         return activations[0][0], _view(self.module.weight)
 
 

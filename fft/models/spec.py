@@ -14,6 +14,7 @@ from fft.models.experts import Routing
 from fft.models.lora import Lora, adapt, freeze
 from fft.models.stored import stored_names
 from fft.models.trial import try_out
+from fft.ops.alibi import COLUMNS, alibi_slopes
 from fft.ops.attention import register_with_transformers
 from fft.ops.fused import FusedOps, fuse
 from fft.parallel.tensor_plan import Shard, plan_of, shard_of
@@ -76,6 +77,18 @@ class ModelSpec:
         """Width of an attention head."""
         config = self.config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def attended_size(self) -> int:
+        """Width of a head as attention kernels see it."""
+        return self.head_size + (COLUMNS if getattr(self.config, "alibi", False) else 0)
+
+    def slopes(self, rank: int = 0, size: int = 1) -> tuple[float, ...] | None:
+        """ALiBi's slopes of the heads that a tensor-parallel rank of ``size`` has; None for other positions."""
+        if not getattr(self.config, "alibi", False):
+            return None
+        heads = self.config.num_attention_heads
+        return alibi_slopes(heads)[heads * rank // size : heads * (rank + 1) // size]
 
     @property
     def tied(self) -> bool:

@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from fft.errors import UserError
+from fft.ops.alibi import LONGEST
 
 #: Modules that ``base_model_pp_plan`` must name for a model to be cut the way we cut it.
 _PLAN = {"embed_tokens", "layers", "norm"}
@@ -18,12 +19,25 @@ EXPERTS = ("qwen2_moe", "qwen3_moe")
 _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 #: Settings of chances with which values are dropped, but for those of heads that a language model has not.
-_DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout|pdrop|layerdrop)$")
+_DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdrop|layerdrop)$")
 
 #: Model types that are trained: all that transformers does between their layers is known here, and the tests compare
 #: each with transformers.
 FAMILIES = (
-    *("apertus", "arcee", "cwm", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "granite", "helium", "hyperclovax"),
+    *(
+        "apertus",
+        "arcee",
+        "baichuan",
+        "cwm",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "glm",
+        "glm4",
+        "granite",
+        "helium",
+        "hyperclovax",
+    ),
     *("internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "phi3"),
     *("gemma3_text", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *EXPERTS),
 )
@@ -95,6 +109,8 @@ def _check_scores(config: PretrainedConfig) -> None:
                 f"model type {config.model_type!r} caps scores ({key} {getattr(config, key)} in its config.json), "
                 "which this release does not: use another model."
             )
+    if getattr(config, "z_loss_weight", None):
+        raise UserError(f"z_loss_weight {config.z_loss_weight} is not trained with: set it to 0 in config.json.")
     for key in ("embedding_multiplier", "logits_scaling", "logit_scale"):
         if getattr(config, key, None) not in (None, 1):
             raise UserError(
@@ -105,6 +121,10 @@ def _check_scores(config: PretrainedConfig) -> None:
 
 def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
     """Raise :class:`UserError` for unknown frequencies, and where a document's depend on its neighbours' length."""
+    if getattr(config, "alibi", False):  # and nothing is turned
+        if seq_len > LONGEST:
+            raise UserError(f"ALiBi counts up to {LONGEST} tokens exactly: use --seq_len {LONGEST} or less.")
+        return
     settings = getattr(config, "rope_parameters", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ())
     by_type = kinds and kinds <= settings.keys()

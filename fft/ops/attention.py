@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from fft.ops.alibi import widened
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, Segments
@@ -57,14 +58,17 @@ def hf_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    alibi: tuple[float, ...] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """:func:`packed_attention` in the calling convention of transformers.
 
     Takes [1, heads, tokens, head size] and returns [1, tokens, heads, head size] and None for the weights. Collective
-    where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`.
-    Raises ValueError for what a model may ask for and would silently not get: a mask, dropout, capped scores, attention
-    sinks (``s_aux``), or a window shorter than a document.
+    where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`. With
+    ``alibi``, slopes of this rank's heads, ``position_ids`` are the tokens' in their documents [1, tokens]. Raises
+    ValueError for what a model may ask for and would silently not get: a mask, dropout, capped scores, attention sinks
+    (``s_aux``), or a window shorter than a document.
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes documents, no mask and no dropout")
@@ -73,10 +77,17 @@ def hf_attention(
     if sliding_window and documents.max_length > sliding_window:
         raise ValueError(f"packed attention has no window: {documents.max_length} tokens exceed {sliding_window}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    size = v.shape[-1]
+    if alibi is not None:
+        if position_ids is None:
+            raise ValueError("ALiBi needs the positions of tokens in their documents")
+        q, k, v = widened(q, k, v, position_ids[0], alibi, scaling)
     backend = choose(q.device, q.dtype, attention, q.shape[-1])
     if isinstance(documents, ShardedDocuments):
-        return documents.parallel.attention(q, k, v, documents.shards, scaling, backend)[None], None
-    return packed_attention(q, k, v, documents, scaling, backend)[None], None
+        out = documents.parallel.attention(q, k, v, documents.shards, scaling, backend)
+    else:
+        out = packed_attention(q, k, v, documents, scaling, backend)
+    return out[None, ..., :size], None
 
 
 @lru_cache(maxsize=1)

@@ -123,9 +123,8 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
             outputs = module(hidden.clone()), None
         else:
             loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
-            layer = partial(
-                _layer, module, loss, position_ids=positions, position_embeddings=tuple(rotary), documents=documents
-            )
+            options = {"position_ids": positions, "position_embeddings": tuple(rotary), "documents": documents}
+            layer = partial(_layer, module, loss, **options, alibi=spec.slopes(0, tensor))
             outputs = selective(layer, hidden.clone()) if spec.selective else layer(hidden.clone())
         end = _End.apply(*outputs)
         forward = alive.most

@@ -16,6 +16,7 @@ from fft.files import sync
 from fft.parallel.tensor_plan import Shard
 from fft.weights.files import INDEX, SINGLE, opened, weight_files
 from fft.weights.names import StoredRows, slices
+from fft.weights.originals import original_of, translate
 from fft.weights.quantized import BlockScales, is_coded
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ _TOKENIZER_FILES = (
 class WeightReader:
     """Tensors of a directory of (sharded) safetensors or ``.bin`` files by name, each read from disk when asked for.
 
-    FP8 weights with block scales are given multiplied out, as float32. Raises :class:`UserError` when there are none,
+    FP8 weights with block scales are given multiplied out, as float32; those of :mod:`fft.weights.originals` as the
+    architecture has them. Raises :class:`UserError` when there are none,
     when one that the index names is missing, and when they are quantized in another way.
     """
 
@@ -47,15 +49,18 @@ class WeightReader:
                 f"{root} holds no {SINGLE} (nor {INDEX}): give a Hugging Face model directory with weights, "
                 "or start from scratch with --init."
             )
-        self._blocks = BlockScales.of(read_json(root / CONFIG) if (root / CONFIG).is_file() else {}, str(root))
+        config = read_json(root / CONFIG) if (root / CONFIG).is_file() else {}
+        self._blocks = BlockScales.of(config, str(root))
+        scales = set() if self._blocks is None else {self._blocks.scales_of(name) for name in self._files}
+        #: Of a model whose own code transformers does not have, tensors by the names of the architecture that it is.
+        self._tensors = translate(config, [name for name in self._files if name not in scales])
+        #: Whether files have the very tensors that are given.
+        self.as_stored = self._blocks is None and original_of(config) is None
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        if self._blocks is None:
-            return list(self._files)
-        scales = {self._blocks.scales_of(name) for name in self._files}
-        return [name for name in self._files if name not in scales]
+        return list(self._tensors)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -68,6 +73,18 @@ class WeightReader:
         Raises :class:`UserError` when it is absent, of another ``shape`` than the config implies, or of codes without
         their scales.
         """
+        place = self._tensors.get(name, name)
+        if isinstance(place, str):
+            return self._stored_tensor(place, shape, shard)
+        whole = (place.length, *place.shape[1:])
+        if shape is not None and shape != whole:
+            raise UserError(f"{self.directory}: {name} has shape {whole}, and the model needs {tuple(shape)}.")
+        (part,) = slices((place,), whole, shard)
+        value = self._stored_tensor(place.name, place.shape, part.shard)
+        return value if part.within is None else part.within.of(value)
+
+    def _stored_tensor(self, name: str, shape: tuple[int, ...] | None, shard: Shard | None) -> Tensor:
+        """A tensor of the files, or a part of it, see :meth:`tensor`."""
         if name not in self._files:
             raise UserError(
                 f"the model directory has no tensor {name}: its config.json and weights do not belong together."
@@ -110,7 +127,7 @@ class WeightReader:
         ``pieces`` are what files have of it, where they have no tensor of its name. Raises :class:`UserError` as
         :meth:`tensor` does, and for values that are no finite numbers.
         """
-        if name in self._files or not pieces:
+        if name in self._tensors or not pieces:
             return self._numbers(name, shape, shard)
         values = []
         for piece in slices(pieces, shape, shard):
@@ -122,13 +139,18 @@ class WeightReader:
     def _numbers(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
         value = self.tensor(name, shape, shard)
         if not value.is_floating_point():
-            raise UserError(f"{self._files[name]}: tensor {name} is of {value.dtype}, not of floating-point numbers.")
+            raise UserError(f"{self._where(name)}: tensor {name} is of {value.dtype}, not of floating-point numbers.")
         if not is_finite(value):
             raise UserError(
-                f"{self._files[name]}: tensor {name} holds values that are NaN or infinite: fetch the model again, or "
+                f"{self._where(name)}: tensor {name} holds values that are NaN or infinite: fetch the model again, or "
                 "take an older checkpoint."
             )
         return value
+
+    def _where(self, name: str) -> Path:
+        """The file of a tensor."""
+        place = self._tensors[name]
+        return self._files[place if isinstance(place, str) else place.name]
 
 
 def is_finite(tensor: Tensor) -> bool:

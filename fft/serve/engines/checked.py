@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from fft.models.directory import Weights
 
 #: Names under which configs say how many positions a model has.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+_POSITIONS = (
+    *("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len", "seq_length"),
+    "max_sequence_length",
+)
 #: Kinds of rotary positions whose factor is in the number of positions already.
 _SCALED = ("default", "llama3", "yarn", "longrope", "su")
 #: Where neither config nor tokenizer says how many.
@@ -83,7 +86,7 @@ def check_model(model: str, options: EngineOptions | None = None) -> CheckedMode
     check_whole(config, weights.names, model)
     weights.check_types()
     limit = token_limit(config, tokenizer, options.max_model_len)
-    read: Weights | None = weights if weights.dtype is not None else None  # FP8 is multiplied out
+    read: Weights | None = None if weights.as_stored else weights  # FP8 is multiplied out
     if options.lora is not None:
         import torch
 

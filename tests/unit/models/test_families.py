@@ -20,6 +20,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 #: What a family needs besides sizes; dropout that is on in its default config.
 NEEDS = {
+    "baichuan": {"num_key_value_heads": 4, "max_position_embeddings": None, "z_loss_weight": 0},
     "gemma3_text": MIXED,
     "olmo3": MIXED,
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},

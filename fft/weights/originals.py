@@ -1,0 +1,204 @@
+"""Checkpoints in the form of code that transformers does not have, as the models that they are.
+
+Qwen (1) is a Qwen2, InternLM2 and Baichuan-7B are Llamas: under other names, and with some projections in one tensor.
+Here is how their configs and tensors read as those of the architecture; what is then written is of that architecture.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fft.errors import UserError
+from fft.weights.names import StoredRows
+
+#: Settings of code that comes with a model, and of how it was once run.
+_OWN_CODE = (
+    "auto_map",
+    "architectures",
+    "tokenizer_class",
+    "attn_implementation",
+    "_name_or_path",
+    "_from_model_config",
+)
+_QWEN_SETTINGS = {
+    "layer_norm_epsilon": "rms_norm_eps",
+    "rotary_emb_base": "rope_theta",
+    "seq_length": "max_position_embeddings",
+}
+_QWEN_UNUSED = (
+    *("bf16", "fp16", "fp32", "kv_channels", "no_bias", "rotary_pct", "scale_attn_weights", "softmax_in_fp32"),
+    *("use_dynamic_ntk", "use_logn_attn", "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "onnx_safe"),
+)
+_QWEN_FIXED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A family: what its config and tensors are in an architecture of transformers.
+
+    ``config`` maps a ``config.json``. ``names`` are patterns of tensors and what they are called there; ``ignored`` are
+    tensors that are computed. ``parts`` gives, for a matrix that is kept together with others, its rows: by the config.
+    """
+
+    architecture: str
+    config: Callable[[dict], dict]
+    names: tuple[tuple[str, str], ...]
+    joined: str
+    parts: Callable[[dict], dict[str, tuple[tuple[int, int], ...]]]
+    ignored: str = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
+
+
+def original_of(raw: dict) -> Original | None:
+    """The family of a ``config.json``; None for those that transformers knows, or nobody does."""
+    kind = raw.get("model_type")
+    if kind != "baichuan":
+        return _ORIGINALS.get(str(kind))
+    return None if is_second(raw) or has_alibi(raw) else _ORIGINALS["baichuan"]
+
+
+def is_second(raw: dict) -> bool:
+    """Whether a config of Baichuan's is of the second generation, whose output head is normalized."""
+    return raw.get("z_loss_weight") is not None or raw.get("vocab_size") == SECOND_VOCABULARY
+
+
+def has_alibi(raw: dict) -> bool:
+    """Whether a config of Baichuan's is that of a model with ALiBi: the class of the 7B is written with a capital C."""
+    return raw.get("max_position_embeddings") is None and "BaiChuanForCausalLM" not in (raw.get("architectures") or ())
+
+
+#: By this, too, Baichuan 2 is known.
+SECOND_VOCABULARY = 125696
+
+
+def translate(raw: dict, names: Iterable[str]) -> dict[str, str | StoredRows]:
+    """Tensors of a checkpoint by the names that the architecture has for them: stored names, or rows of those.
+
+    What is not known keeps its name. ``raw`` is the checkpoint's ``config.json``, of a family that is an
+    :class:`Original`.
+    """
+    family = original_of(raw)
+    if family is None:
+        return {name: name for name in names}
+    found: dict[str, str | StoredRows] = {}
+    parts = family.parts(raw)
+    for name in names:
+        if re.search(family.ignored, name):
+            continue
+        layer, projection, kind = _split(name, family.joined)
+        if projection:
+            total = sum(b - a for spans in parts.values() for a, b in spans)
+            shape = (total, raw["hidden_size"]) if kind == "weight" else (total,)
+            prefix = _renamed(layer, family.names)
+            found |= {f"{prefix}{part}.{kind}": StoredRows(name, shape, spans) for part, spans in parts.items()}
+        else:
+            found[_renamed(name, family.names)] = name
+    return found
+
+
+def _split(name: str, joined: str) -> tuple[str, str, str]:
+    layer, projection, kind = name.rpartition(f".{joined}.")
+    return (f"{layer}.", joined, kind) if projection else (name, "", "")
+
+
+def _renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _thirds(raw: dict) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Queries, keys and values, one after the other."""
+    size = raw["hidden_size"]
+    return {f"self_attn.{part}_proj": ((i * size, (i + 1) * size),) for i, part in enumerate("qkv")}
+
+
+def _groups(raw: dict) -> dict[str, tuple[tuple[int, int], ...]]:
+    """For each key/value head: the query heads that share it, its key, its value."""
+    heads = raw["num_attention_heads"]
+    groups = raw.get("num_key_value_heads") or heads
+    size = raw["hidden_size"] // heads
+    queries = heads // groups
+    step = (queries + 2) * size
+    ends = {"q": (0, queries * size), "k": (queries * size, step - size), "v": (step - size, step)}
+    return {
+        f"self_attn.{part}_proj": tuple((group * step + a, group * step + b) for group in range(groups))
+        for part, (a, b) in ends.items()
+    }
+
+
+def _without_code(raw: dict, architecture: str) -> dict:
+    return {**{key: value for key, value in raw.items() if key not in _OWN_CODE}, "model_type": architecture}
+
+
+def _qwen_config(raw: dict) -> dict:
+    """Dynamic NTK and logn attention act in inference alone, and on texts beyond ``seq_length``."""
+    heads, size = raw["num_attention_heads"], raw["hidden_size"]
+    for key, value in {**_QWEN_FIXED, "kv_channels": size // heads}.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"{key} is {raw[key]} in the config.json of a qwen: only {value} is known.")
+    kept = {
+        _QWEN_SETTINGS.get(key, key): v
+        for key, v in raw.items()
+        if key not in (*_QWEN_UNUSED, "max_position_embeddings")
+    }
+    if "seq_length" not in raw:
+        kept["max_position_embeddings"] = raw.get("max_position_embeddings", 8192)
+    dropout = {key: kept.pop(key) for key in ("emb_dropout_prob", "attn_dropout_prob") if key in kept}
+    return _without_code(
+        {
+            **kept,
+            **{key: value for key, value in dropout.items() if value},
+            "hidden_act": "silu",
+            "intermediate_size": raw["intermediate_size"] // 2,
+            "num_key_value_heads": heads,
+            "use_sliding_window": False,
+        },
+        "qwen2",
+    )
+
+
+def _internlm2_config(raw: dict) -> dict:
+    kept = {key: value for key, value in raw.items() if key != "bias"}
+    return _without_code({**kept, "attention_bias": bool(raw.get("bias", True))}, "llama")
+
+
+def _baichuan_config(raw: dict) -> dict:
+    return _without_code({**raw, "max_position_embeddings": raw.get("max_position_embeddings") or 4096}, "llama")
+
+
+_ORIGINALS = {
+    "qwen": Original(
+        "qwen2",
+        _qwen_config,
+        (
+            (r"^transformer\.wte\.", "model.embed_tokens."),
+            (r"^transformer\.ln_f\.", "model.norm."),
+            (r"^transformer\.h\.", "model.layers."),
+            (r"\.ln_1\.", ".input_layernorm."),
+            (r"\.ln_2\.", ".post_attention_layernorm."),
+            (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+            (r"\.mlp\.w2\.", ".mlp.gate_proj."),
+            (r"\.mlp\.w1\.", ".mlp.up_proj."),
+            (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+        ),
+        "attn.c_attn",
+        _thirds,
+    ),
+    "internlm2": Original(
+        "llama",
+        _internlm2_config,
+        (
+            (r"^model\.tok_embeddings\.", "model.embed_tokens."),
+            (r"^output\.", "lm_head."),
+            (r"\.attention_norm\.", ".input_layernorm."),
+            (r"\.ffn_norm\.", ".post_attention_layernorm."),
+            (r"\.attention\.wo\.", ".self_attn.o_proj."),
+            (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+            (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+            (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+        ),
+        "attention.wqkv",
+        _groups,
+    ),
+    "baichuan": Original("llama", _baichuan_config, (), "self_attn.W_pack", _thirds),
+}
