@@ -104,7 +104,8 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
         schedule.step()
     if plan.evaluation:
         evaluations.append(mean_loss(model, plan.evaluation))
-    gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
+    # Biases that balance experts are parameters here that get no gradient.
+    gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items() if p in optimizer.state}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if lora is not None:
         weights = adapter.adapter_parameters(weights)

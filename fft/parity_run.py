@@ -24,6 +24,7 @@ from fft.checkpoint.fragments import SavedFragments
 from fft.errors import UserError
 from fft.models.directory import load_config
 from fft.models.supported import check_supported
+from fft.parallel.tensor_plan import heads_of
 from fft.parity_reference import Outcome, one_process
 from fft.planning.preflight import Plan, plan_run, start_of, tokenizer_of
 from fft.training.run_folder import METRICS
@@ -44,14 +45,13 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     given = "," in args.partition_method  # layers per stage, which must remain that many
     if not given:
         small.num_hidden_layers = min(config.num_hidden_layers, max(2, args.pipe_parallel_size))
-    if getattr(config, "layer_types", None):
-        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    for name, values in vars(config).items():
+        if isinstance(values, list) and len(values) == config.num_hidden_layers:  # of each layer
+            setattr(small, name, values[: small.num_hidden_layers])
     ranks = args.model_parallel_size * args.ulysses_degree  # that share heads
-    small.num_key_value_heads = _fewest(config.num_key_value_heads, lambda heads: heads > 1 and heads % ranks == 0)
-    sharing = _fewest(
-        config.num_attention_heads // config.num_key_value_heads,
-        lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0,
-    )
+    heads, kv_heads = heads_of(config)
+    small.num_key_value_heads = _fewest(kv_heads, lambda heads: heads > 1 and heads % ranks == 0)
+    sharing = _fewest(heads // kv_heads, lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0)
     small.num_attention_heads = sharing * small.num_key_value_heads
     small.hidden_size = max(64, 16 * small.num_attention_heads)
     if getattr(config, "head_dim", None):
@@ -60,10 +60,7 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
         if getattr(config, name, None):
             setattr(small, name, 2 * small.hidden_size)
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if getattr(config, name, None):
-            setattr(small, name, min(getattr(config, name), max(4, args.model_parallel_size)))
-            small.num_experts_per_tok = min(config.num_experts_per_tok, 2)
+    _shrink_experts(small, max(4, args.model_parallel_size))
     rotary = getattr(small, "rope_parameters", None) or {}
     for name in ("short_factor", "long_factor"):  # one for each of the frequencies, of which there are fewer
         if isinstance(factors := rotary.get(name), list):
@@ -74,14 +71,32 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     return small
 
 
+#: At most so many experts a token, groups of experts, and layers before the first that has experts.
+_EXPERTS = {
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "n_group"), 2),
+    **dict.fromkeys(("topk_group", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+}
+
+
+def _shrink_experts(config: PretrainedConfig, experts: int) -> None:
+    """At most so many ``experts``, two of them a token's; the second layer has some."""
+    limits = _EXPERTS | dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), experts
+    )
+    limits["moe_layer_end_index"] = config.num_hidden_layers - 1
+    for name, limit in limits.items():
+        if getattr(config, name, None):
+            setattr(config, name, min(getattr(config, name), limit))
+
+
 def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:
     """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim < 2:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for tensor in model.state_dict().values():
+            if tensor.ndim < 2:
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
     model.save_pretrained(directory)
 
 

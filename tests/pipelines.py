@@ -1,6 +1,7 @@
 """A model directory in one process, by our pipeline layers and by transformers: their losses of the same documents."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def build(made: StageBuilder, split=False):
             activations = call(activations)
         return activations
 
+    run.vocabulary = made.vocabulary
     return modules, run
 
 
@@ -49,7 +51,8 @@ def documents(vocabulary: int = VOCAB) -> tuple[Tensor, Tensor]:
 def loss_by_layers(run, vocabulary: int = VOCAB) -> Tensor:
     """Sum of the token losses of :func:`documents`, packed into a row; ``run`` is :func:`build`'s."""
     ids, labels = documents(vocabulary)
-    return linear_cross_entropy(*run(ids, BOUNDS), labels)
+    hidden, weight, *bias = run(ids, BOUNDS)
+    return linear_cross_entropy(hidden, weight, labels, run.vocabulary, *bias)
 
 
 def loss_by_transformers(model: PreTrainedModel, vocabulary: int = VOCAB) -> Tensor:
@@ -62,6 +65,16 @@ def loss_by_transformers(model: PreTrainedModel, vocabulary: int = VOCAB) -> Ten
     return torch.stack(losses).sum()
 
 
+@torch.no_grad()
+def balance_by_transformers(model: PreTrainedModel) -> Tensor:
+    """The experts' balance loss of the same: that of a layer's tokens together, the mean over layers."""
+    ids, _ = documents()
+    seen = [model(ids[:, a:b], output_router_logits=True).router_logits for a, b in itertools.pairwise(BOUNDS)]
+    measure = sys.modules[type(model).__module__].load_balancing_loss_func
+    layers = [(torch.cat(logits),) for logits in zip(*seen, strict=True)]
+    return torch.stack([measure(logits, model.num_experts, model.num_experts_per_tok) for logits in layers]).mean()
+
+
 def loaded(directory: Path) -> PreTrainedModel:
     """What transformers makes of a directory, in fp32."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
@@ -69,7 +82,8 @@ def loaded(directory: Path) -> PreTrainedModel:
 
 def check_gradients(modules: nn.ModuleList, model: PreTrainedModel) -> None:
     """Every parameter of the pipeline's layers has the gradient that it has in transformers' model; none lacks."""
-    ours, theirs = canonical_parameters(modules), dict(model.named_parameters())
+    ours = canonical_parameters(modules)
+    theirs = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert set(ours) == set(theirs)
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-4, msg=name)

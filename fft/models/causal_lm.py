@@ -16,10 +16,11 @@ from fft.models.directory import check_tensors
 from fft.models.experts import LoadBalance
 from fft.models.lora import is_adapter, reset_adapter, seed_of
 from fft.models.spec import ModelSpec, copy_of, cut
+from fft.ops.cross_entropy import Vocabulary
 from fft.ops.sequence_parallel import SequenceParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel, parallelise
-from fft.parallel.tensor_plan import Shard
+from fft.parallel.tensor_plan import Shard, heads_of
 from fft.weights.hf import WeightReader, is_finite
 
 #: So marked, transformers leaves a parameter alone when it initialises a module.
@@ -36,7 +37,7 @@ class Ranks:
     @classmethod
     def join(cls, spec: ModelSpec, mesh: MeshSizes, ulysses_degree: int = 1) -> "Ranks":
         """This rank's place in ``mesh``. Collective: every rank of the default group calls it."""
-        tensor = TensorParallel(mesh, spec.config.num_key_value_heads) if mesh.tensor > 1 else None
+        tensor = TensorParallel(mesh, heads_of(spec.config)[1]) if mesh.tensor > 1 else None
         sequence = SequenceParallel(mesh.sequence_groups(), ulysses_degree) if mesh.sequence > 1 else None
         return cls(tensor, sequence)
 
@@ -67,6 +68,11 @@ class StageBuilder:
         self.balance: LoadBalance | None = None
         if spec.routing is not None:
             self.balance = LoadBalance(spec.routing, None if sequence is None else sequence.group)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the loss: how logits are made, and which of them are this rank's."""
+        return Vocabulary(self.shards.get(self.spec.head), self.ranks.tensor, self.spec.outside.cap)
 
     def build(self, path: str, module: nn.Module | None = None) -> nn.Module:
         """Materialise the module at ``path`` (a dotted name within the model), this rank's part of it, on the CPU.

@@ -44,7 +44,7 @@ class Weights(Protocol):
 
 #: What makes a directory an adapter's, in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
-_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight")
 #: Tensors of older files that are computed today.
 _COMPUTED = (r"rotary_emb\.inv_freq$",)
 #: Rows of a matrix that are compared at once.
@@ -106,10 +106,11 @@ def _read_config(file: Path) -> PretrainedConfig:
 
 def has_own_head(weights: Weights) -> bool:
     """Whether there is an output head with other values than the embedding's."""
-    embeddings = [name for name in weights.names if name.endswith(_EMBEDDING)]
-    if _HEAD not in weights.names or len(embeddings) != 1:
+    embeddings = [name for name in weights.names if name.endswith(_EMBEDDINGS)]
+    heads = [name for name in weights.names if name in _HEADS]
+    if len(heads) != 1 or len(embeddings) != 1:
         return False
-    head, embedding = weights.tensor(_HEAD), weights.tensor(embeddings[0])
+    head, embedding = weights.tensor(heads[0]), weights.tensor(embeddings[0])
     if head.shape != embedding.shape:
         return True
     pairs = zip(head.split(_ROWS), embedding.split(_ROWS), strict=True)
@@ -125,7 +126,7 @@ def check_tensors(spec: ModelSpec, names: Iterable[str], where: object) -> None:
         parts = spec.stored.names(name)
         known |= {name, *parts}
         lacking = [] if name in have else [part for part in parts if part not in have]
-        if lacking and not (spec.tied and name == _HEAD):
+        if lacking and not (spec.tied and name == f"{spec.output}.weight"):
             raise UserError(f"{where} has no tensor {lacking[0]}: its config.json and weights do not belong together.")
     patterns = [*_COMPUTED, *(spec.skeleton._keys_to_ignore_on_load_unexpected or ())]
     extra = sorted(name for name in have - known if not any(re.search(pattern, name) for pattern in patterns))

@@ -77,8 +77,9 @@ class Embedding(nn.Module):
 
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
-        self.path = f"{builder.spec.base}.embed_tokens"
+        self.path = builder.spec.embedding
         self.module = cast(nn.Embedding, builder.build(self.path))
+        self._scale = builder.spec.outside.embedding
         self._ranks, self._rows = builder.ranks.tensor, builder.shards.get(f"{self.path}.weight")
         if self._rows is not None and self.module.padding_idx is not None:
             (start, stop), pad = self._rows.spans[0], self.module.padding_idx
@@ -93,12 +94,15 @@ class Embedding(nn.Module):
         """``inputs`` are int32 [1, tokens] and the boundaries."""
         input_ids, cu_seqlens = inputs
         if self._ranks is None or self._rows is None:
-            return self.module(input_ids), cu_seqlens
+            return self._scaled(self.module(input_ids)), cu_seqlens
         ((start, stop),) = self._rows.spans
         elsewhere = (input_ids < start) | (input_ids >= stop)
         # Any row will do for what is elsewhere: it is masked, and so is its gradient.
         own = self.module(input_ids.sub(start).clamp(0, stop - start - 1))
-        return self._ranks.leave(own.masked_fill(elsewhere[..., None], 0)), cu_seqlens
+        return self._scaled(self._ranks.leave(own.masked_fill(elsewhere[..., None], 0))), cu_seqlens
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self._scale == 1 else hidden * self._scale
 
 
 class DecoderLayer(nn.Module):
@@ -150,27 +154,32 @@ class FinalNorm(nn.Module):
 
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
-        self.path = f"{builder.spec.base}.norm"
+        self.path = builder.spec.norm
         self.module = builder.build(self.path)
+        self._scale = builder.spec.outside.logits
 
     def forward(self, activations: Activations) -> Activations:
-        """Normalise the hidden states."""
-        return self.module(activations[0]), activations[1]
+        """Normalise the hidden states. A factor of the logits is one of theirs."""
+        hidden = self.module(activations[0])
+        return hidden if self._scale == 1 else hidden * self._scale, activations[1]
 
 
 class Head(nn.Module):
-    """The output head. Returns (hidden states [tokens, hidden size], weight): logits are the loss's business."""
+    """The output head. Returns (hidden states [tokens, hidden size], weight, and its bias, if it has one): logits are
+    the loss's business.
+    """
 
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
-        self.path = "lm_head"
+        self.path = builder.spec.output
         self.module = cast(nn.Linear, builder.build(self.path))
 
-    def forward(self, activations: Activations) -> tuple[Tensor, Tensor]:
+    def forward(self, activations: Activations) -> tuple[Tensor, ...]:
         """See the class."""
         if isinstance(self.module, NormalizedHead):
             return activations[0][0], self.module.rows()
-        return activations[0][0], _view(self.module.weight)
+        bias = self.module.bias
+        return activations[0][0], _view(self.module.weight), *([] if bias is None else [_view(bias)])
 
 
 def _tied_head(embedding: Embedding, activations: Activations) -> tuple[Tensor, Tensor]:

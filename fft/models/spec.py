@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from fft.errors import UserError, one_line
 from fft.models.experts import Routing
 from fft.models.lora import Lora, adapt, freeze
+from fft.models.outside import Outside
 from fft.models.stored import stored_names
-from fft.models.trial import try_out
+from fft.models.trial import embedding_and_norm, try_out
 from fft.ops.alibi import COLUMNS, alibi_slopes
 from fft.ops.attention import register_with_transformers
 from fft.ops.fused import FusedOps, fuse
-from fft.parallel.tensor_plan import Shard, plan_of, shard_of
+from fft.parallel.tensor_plan import Shard, heads_of, plan_of, shard_of
 from fft.weights.names import StoredNames
 
 #: The types that ``--dtype`` names.
@@ -98,7 +99,28 @@ class ModelSpec:
     @property
     def head(self) -> str:
         """Name of the output head's weight."""
-        return f"{self.base}.embed_tokens.weight" if self.tied else "lm_head.weight"
+        return f"{self.embedding if self.tied else self.output}.weight"
+
+    @cached_property
+    def embedding(self) -> str:
+        """Name of the embedding's module."""
+        return f"{self.base}.{embedding_and_norm(self.config)[0]}"
+
+    @cached_property
+    def norm(self) -> str:
+        """Name of the module that normalises what the last layer gives."""
+        return f"{self.base}.{embedding_and_norm(self.config)[1]}"
+
+    @cached_property
+    def output(self) -> str:
+        """Name of the output head's module, which a tied model has, too."""
+        head = self.skeleton.get_output_embeddings()
+        return next(name for name, module in self.skeleton.named_modules() if module is head)
+
+    @cached_property
+    def outside(self) -> Outside:
+        """What is done between embedding, layers and head. Raises :class:`UserError` for nonsense in the config."""
+        return Outside.of(self.config)
 
     @cached_property
     def routing(self) -> Routing | None:
@@ -127,7 +149,7 @@ class ModelSpec:
 
     def shards(self, rank: int, size: int) -> dict[str, Shard]:
         """By name, the parts of all parameters of which a tensor-parallel rank of ``size`` holds a part only."""
-        heads, found = (self.config.num_attention_heads, self.config.num_key_value_heads), {}
+        heads, found = heads_of(self.config), {}
         for name, parameter in self.skeleton.named_parameters() if size > 1 else ():
             shard = shard_of(self.within(name), tuple(parameter.shape), self.plan, heads, rank, size)
             if shard is not None:
@@ -136,9 +158,16 @@ class ModelSpec:
 
 
 def _keep_fp32(model: PreTrainedModel) -> None:
-    """Hold the stored buffers in fp32 of which transformers says so, such as the biases that balance experts."""
+    """Hold the stored buffers in fp32 of which transformers says so, such as the biases that balance experts.
+
+    What transformers makes a parameter and never trains is a buffer here, which optimizers and casts leave alone.
+    """
     patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     for path, module in model.named_modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach().float())
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and any(p in f"{path}.{name}" for p in patterns):
                 module._buffers[name] = buffer.float()

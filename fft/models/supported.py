@@ -6,47 +6,45 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from fft.errors import UserError
+from fft.models.outside import check_outside
 from fft.ops.alibi import LONGEST
+from fft.parallel.tensor_plan import heads_of
 
-#: Modules that ``base_model_pp_plan`` must name for a model to be cut the way we cut it.
-_PLAN = {"embed_tokens", "layers", "norm"}
+#: What ``base_model_pp_plan`` must name for a model to be cut the way we cut it: embedding, layers and norm; there is
+#: no dropout, so that one after the embedding does nothing.
+_PLANS = (
+    {"embed_tokens", "layers", "norm"},
+    {"embed_tokens", "embed_dropout", "layers", "final_layernorm"},
+    {"embed_in", "emb_dropout", "layers", "final_layer_norm"},
+)
 
 
 #: Mixtures of experts among them.
-EXPERTS = ("qwen2_moe", "qwen3_moe")
+EXPERTS = (
+    *("afmoe", "aria_text", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "hy_v3"),
+    *("kolibri1", "laguna", "mellum", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe", "solar_open"),
+)
 
 #: Rotary embeddings, scaled or not, as ``rope_type`` names them.
 _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 #: Settings of chances with which values are dropped, but for those of heads that a language model has not.
-_DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdrop|layerdrop)$")
+_DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdrop|layerdrop|jitter_noise)$")
 
 #: Model types that are trained: all that transformers does between their layers is known here, and the tests compare
 #: each with transformers.
 FAMILIES = (
-    *(
-        "apertus",
-        "arcee",
-        "baichuan",
-        "cwm",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "glm",
-        "glm4",
-        "granite",
-        "helium",
-        "hyperclovax",
-    ),
-    *("internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "olmo", "olmo2", "phi3"),
-    *("gemma3_text", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", *EXPERTS),
+    *("apertus", "arcee", "baichuan", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text"),
+    *("glm", "glm4", "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama"),
+    *("ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
+    *("smollm3", "starcoder2", *EXPERTS),
 )
 
 
 def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     """Refuse by name models whose layers we would get wrong. Raises :class:`UserError`."""
     name = config.model_type
-    if set(getattr(config, "base_model_pp_plan", None) or ()) != _PLAN:
+    if set(getattr(config, "base_model_pp_plan", None) or ()) not in _PLANS:
         raise UserError(
             f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: "
             "use a Llama, Qwen2, Qwen3 or Mistral class model, or a Qwen mixture of experts."
@@ -64,6 +62,8 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         raise UserError(f"{key} {activation!r} in the model's config.json is none that transformers knows.")
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
+    if window is not None and not isinstance(window, int):
+        raise UserError(f"sliding_window {window!r} in the model's config.json must be a number of tokens, or null.")
     windowed = "sliding_attention" in kinds if kinds else window is not None  # 0 is one, too
     if windowed and (window or 0) < seq_len:
         raise UserError(
@@ -86,12 +86,14 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
 def _check_sizes(config: PretrainedConfig) -> None:
     """Raise :class:`UserError` for sizes of which no model can be made."""
     for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size"):
+        if key == "num_key_value_heads" and not hasattr(config, key):
+            continue  # as many as attention heads
         if not isinstance(size := getattr(config, key, None), int) or size < 1:
             raise UserError(f"{key} is {size} in the model's config.json: it must be 1 or more.")
-    if config.num_attention_heads % config.num_key_value_heads:
+    heads, kv_heads = heads_of(config)
+    if heads % kv_heads:
         raise UserError(
-            f"num_key_value_heads {config.num_key_value_heads} does not divide num_attention_heads "
-            f"{config.num_attention_heads} in the model's config.json."
+            f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads} in the model's config.json."
         )
     pad = config.pad_token_id
     if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
@@ -103,20 +105,14 @@ def _check_sizes(config: PretrainedConfig) -> None:
 
 def _check_scores(config: PretrainedConfig) -> None:
     """Raise :class:`UserError` for what a model does to scores, embeddings or logits, and we would leave out."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, key, None):
-            raise UserError(
-                f"model type {config.model_type!r} caps scores ({key} {getattr(config, key)} in its config.json), "
-                "which this release does not: use another model."
-            )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UserError(
+            f"model type {config.model_type!r} caps scores (attn_logit_softcapping {config.attn_logit_softcapping} in "
+            "its config.json), which this release does not: use another model."
+        )
     if getattr(config, "z_loss_weight", None):
         raise UserError(f"z_loss_weight {config.z_loss_weight} is not trained with: set it to 0 in config.json.")
-    for key in ("embedding_multiplier", "logits_scaling", "logit_scale"):
-        if getattr(config, key, None) not in (None, 1):
-            raise UserError(
-                f"model type {config.model_type!r} scales outside its layers ({key} {getattr(config, key)} in its "
-                "config.json), which this release does not: use another model."
-            )
+    check_outside(config)
 
 
 def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:

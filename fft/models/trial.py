@@ -7,7 +7,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
 from fft.models.rotary import Rotary
@@ -19,12 +19,21 @@ from fft.parallel.ring_plan import TokenShards, plan_shards
 _TOKENS = 2
 
 
+def embedding_and_norm(config: PretrainedConfig) -> tuple[str, str]:
+    """What the modules before the first decoder layer and after the last are called within the decoder.
+
+    They begin and end the plan that the config publishes for pipelines; without one they are called as Llama's.
+    """
+    first, *_, last = config.base_model_pp_plan or ("embed_tokens", "norm")
+    return first, last
+
+
 @torch.no_grad()
 def try_out(model: PreTrainedModel) -> None:
     """Raise :class:`UserError` where ``model``, on the meta device, cannot be run."""
     try:
         base = model.base_model
-        embedding, norm = (base.get_submodule(name) for name in ("embed_tokens", "norm"))
+        embedding, norm = map(base.get_submodule, embedding_and_norm(model.config))
         rotary, tried = Rotary(model), {}
         for index, layer in enumerate(base.get_submodule("layers").children()):
             kind = rotary.kind(index)

@@ -8,6 +8,7 @@ Where the vocabulary is shared out over tensor-parallel ranks (Megatron-LM, arXi
 its own rows, and three numbers a token are reduced: two for the log-sum-exp, and the target's logit.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,17 +28,30 @@ MAX_LOGITS = 1 << 26
 _CHUNK = 1 << 22
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """How logits are made of scores, and by whom: with a ``cap`` c they are c * tanh(scores / c). With ``ranks``, each
+    has the scores of its ``shard`` of the vocabulary's rows.
+    """
+
+    shard: Shard | None = None
+    ranks: TensorParallel | None = None
+    cap: float | None = None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, ranks: TensorParallel | None
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: Vocabulary
     ) -> Tensor:
+        shard, ranks, cap = vocabulary.shard, vocabulary.ranks, vocabulary.cap
         trained = (labels != IGNORE).nonzero().squeeze(-1)
         states, targets = hidden[trained], labels[trained]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=_accumulator(hidden), device=hidden.device)
         dhidden = torch.zeros_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
+        dbias = None if bias is None or not need_bias else torch.zeros_like(bias, dtype=total.dtype)
         # The same on all ranks, whose parts may differ by a row: they reduce chunk by chunk.
         first, columns = 0, weight.shape[0]
         if shard is not None and ranks is not None:
@@ -46,6 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(trained), rows):
             chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
             logits = (chunk @ weight.t()).to(total.dtype)
+            if bias is not None:
+                logits += bias
+            if cap is not None:
+                logits.div_(cap).tanh_().mul_(cap)
             own = target.clamp(0, logits.shape[1] - 1)
             hit = (own == target).to(logits.dtype)
             score = logits.gather(1, own) * hit
@@ -54,10 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ranks is not None:
                 lse, score = _of_all(lse, score, grad, ranks)
             total += (lse - score).sum()
-            del logits  # the memory of two chunks is all that is held
-            if dhidden is None and dweight is None:
+            if dhidden is None and dweight is None and dbias is None:
                 continue
             grad.scatter_add_(1, own, -hit)
+            if cap is not None:
+                grad *= logits.div_(cap).square_().neg_().add_(1)
+            del logits  # the memory of two chunks is all that is held
+            if dbias is not None:
+                dbias += grad.sum(0)
             grad = grad.to(weight.dtype)
             if dhidden is not None:
                 dhidden[trained[start : start + rows]] = grad @ weight
@@ -66,7 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del grad
         if dhidden is not None and ranks is not None:
             ranks.all_reduce(dhidden)
-        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
+        sums = [None if x is None else x.to(weight.dtype) for x in (dweight, dbias)]
+        ctx.save_for_backward(dhidden, *sums)
         return total
 
     @staticmethod
@@ -75,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 _scale(grad, grad_output)
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
@@ -97,18 +120,23 @@ def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None = None, ranks: TensorParallel | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocabulary: Vocabulary | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over trained tokens of the cross-entropy of ``hidden @ weight.T`` against ``labels``.
+    """Sum over trained tokens of the cross-entropy of ``hidden @ weight.T + bias`` against ``labels``.
 
-    ``hidden`` is [tokens, hidden size], ``weight`` [vocabulary, hidden size], ``labels`` int64 [tokens] already aligned
-    with the position that predicts them, :data:`IGNORE` where nothing is predicted. Returns a float32 scalar (float64
-    for float64 inputs), in nats.
+    ``hidden`` is [tokens, hidden size], ``weight`` [vocabulary, hidden size], ``bias`` [vocabulary], ``labels`` int64
+    [tokens] already aligned with the position that predicts them, :data:`IGNORE` where nothing is predicted. Returns a
+    float32 scalar (float64 for float64 inputs), in nats.
 
-    With ``ranks``, ``weight`` is this rank's ``shard`` of the vocabulary's rows; ``hidden`` and ``labels``, and the
-    result, are the same on all of them. Collective then: all ranks call it, and its backward does not communicate.
+    With ranks that share the ``vocabulary``, ``weight`` and ``bias`` are this rank's part of it; ``hidden`` and
+    ``labels``, and the result, are the same on all of them. Collective then: all ranks call it, and its backward does
+    not communicate.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, shard, ranks)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary or Vocabulary())
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 Host arithmetic, a pure function of names and shapes. The plan (``config.base_model_tp_plan`` of transformers) says of a
 module, or of a parameter, ``colwise``: cut along its outputs; ``rowwise``: along its inputs; ``packed_colwise``: along
-its outputs, of which there are two kinds, one after the other. What it does not name is held whole by every rank.
+its outputs, of which there are two kinds, one after the other; ``packed_rowwise``: where those are the last dimension.
+What it does not name is held whole by every rank.
 """
 
 import re
@@ -24,7 +25,9 @@ _UNPUBLISHED = {
     "layers.*.mlp.shared_expert.up_proj": "colwise",
     "layers.*.mlp.shared_expert.down_proj": "rowwise",
 }
-_KEYS_AND_VALUES = ("k_proj", "v_proj")
+#: Modules that are cut by rows of the vocabulary, whatever a plan says.
+_VOCABULARY = ("embed_tokens", "embed_in", "lm_head", "embed_out")
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 #: torch's grouped products of experts take rows of whole 16 bytes: 8 values of bf16.
 _ALIGNED = 8
 #: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
@@ -84,9 +87,18 @@ class Shard:
         return None
 
 
+def heads_of(config: PretrainedConfig) -> tuple[int, int]:
+    """A model's attention heads, and those of its keys and values, of which a config may not speak."""
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", heads)
+
+
 def plan_of(config: PretrainedConfig) -> dict[str, str]:
     """Style by module or parameter name, relative to the decoder, layer numbers as ``*``."""
-    return {**_UNPUBLISHED, **(config.base_model_tp_plan or {})}
+    plan = {**_UNPUBLISHED, **(config.base_model_tp_plan or {})}
+    if config.model_type == "cohere":  # a norm of its own for every head
+        plan |= {"layers.*.self_attn.q_norm": "colwise", "layers.*.self_attn.k_norm": "colwise"}
+    return plan
 
 
 def style_of(name: str, plan: Mapping[str, str]) -> str | None:
@@ -108,22 +120,24 @@ def shard_of(
     """
     if size == 1:
         return None
-    if name in ("embed_tokens.weight", "lm_head.weight"):
+    if name.rpartition(".")[0] in _VOCABULARY:
         return Shard(shape, 0, (_share(shape[0], rank, size),))
     module, _, kind = name.rpartition(".")
     if module.endswith((".lora_A", ".lora_B")) and style_of(module, plan) is None:
         module = module.rpartition(".")[0]  # it is cut as its layer is
     style = style_of(name, plan) or style_of(module, plan)
-    if style == "packed_colwise":
-        half = shape[-2] // 2
+    outputs = max(0, len(shape) - 2)
+    if style in ("packed_colwise", "packed_rowwise"):
+        dim = outputs if style == "packed_colwise" else len(shape) - 1
+        half = shape[dim] // 2
         a, b = _share(half, rank, size)
-        return Shard(shape, len(shape) - 2, ((a, b), (half + a, half + b)))
+        return Shard(shape, dim, ((a, b), (half + a, half + b)))
     if style == "colwise":
         if module.endswith(_KEYS_AND_VALUES) and heads[1] < size:
             copies = size // heads[1]  # several ranks have the same head
             span = _share(shape[0], rank // copies, heads[1])
             return Shard(shape, 0, (span,), copies, rank % copies)
-        return Shard(shape, 0, (_share(shape[0], rank, size),))
+        return Shard(shape, outputs, (_share(shape[outputs], rank, size),))
     if style == "rowwise":
         if kind == "bias":
             raise UserError(
@@ -143,7 +157,7 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
             f"--model_parallel_size {size}: model type {config.model_type!r} publishes no tensor-parallel plan; "
             "set it to 1 and raise --pipe_parallel_size instead."
         )
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = heads_of(config)
     fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if size not in fitting:
         raise UserError(

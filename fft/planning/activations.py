@@ -119,7 +119,7 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
     with Alive(existing) as alive:
         if isinstance(module, nn.Embedding):
             outputs = module(ids), None
-        elif path.endswith(".norm"):
+        elif path == spec.norm:
             outputs = module(hidden.clone()), None
         else:
             loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)

@@ -32,8 +32,7 @@ def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str
     """Path and module, on the meta device, of each layer of :func:`fft.models.layers.pipeline_layers`."""
     halves = ("attention", "mlp") if split_dlayer else (None,)
     decoder = [(f"{spec.base}.layers.{i}", half) for i in range(spec.config.num_hidden_layers) for half in halves]
-    embedding = f"{spec.base}.embed_tokens"
-    paths = [embedding, *decoder, f"{spec.base}.norm", embedding if spec.tied else "lm_head"]
+    paths = [spec.embedding, *decoder, spec.norm, spec.embedding if spec.tied else spec.output]
     modules = []
     for path in paths:
         path, half = path if isinstance(path, tuple) else (path, None)

@@ -21,7 +21,7 @@ from fft.models.directory import ADAPTER_CONFIG, load_config
 from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
-from fft.parallel.tensor_plan import check_tensor_parallel
+from fft.parallel.tensor_plan import check_tensor_parallel, heads_of
 from fft.planning.identity import identity_of
 from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
@@ -104,7 +104,7 @@ def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> 
         )
     if degree < 1 or size % degree:
         raise UserError(f"--ulysses_degree {degree} must divide --sequence_parallel_size {size}.")
-    kv_heads = max(1, config.num_key_value_heads // args.model_parallel_size)
+    kv_heads = max(1, heads_of(config)[1] // args.model_parallel_size)
     if kv_heads % degree:
         raise UserError(f"--ulysses_degree {degree} must divide the {kv_heads} key/value heads of a rank.")
 

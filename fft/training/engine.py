@@ -49,16 +49,16 @@ class TokenMeanLoss:
     """Loss function of the last stage: a sum over tokens times ``scale``.
 
     With ``scale = data axis * micro_batches / trained tokens of the global batch``, set before every step, DeepSpeed's
-    own division by its data axis (replicas x sequence) and micro-batches leaves the exact mean over the global batch's
-    trained tokens.
+    division by its data axis (replicas x sequence) and micro-batches leaves the exact mean over all trained tokens.
     """
 
     def __init__(self, builder: StageBuilder) -> None:
-        self._shard, self._ranks, self.scale = builder.shards.get(builder.spec.head), builder.ranks.tensor, 1.0
+        self._vocabulary, self.scale = builder.vocabulary, 1.0
 
-    def __call__(self, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """``outputs`` are hidden states [tokens, hidden size] and the head's weight, or this rank's part of it."""
-        return linear_cross_entropy(*outputs, labels, self._shard, self._ranks) * self.scale
+    def __call__(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """``outputs`` are hidden states [tokens, hidden size], the head's weight, or this rank's part, and its bias."""
+        hidden, weight, *bias = outputs
+        return linear_cross_entropy(hidden, weight, labels, self._vocabulary, *bias) * self.scale
 
 
 class StagedModel(PipelineModule):

@@ -40,7 +40,7 @@ class ModelExport:
         if self._adapter is not None:
             return adapter_parameters(self._engine.parameters)
         if self._builder.spec.tied and not self._engine.role.first:
-            return {name: p for name, p in self._engine.parameters.items() if "embed_tokens" not in name}
+            return {name: p for name, p in self._engine.parameters.items() if name != self._builder.spec.head}
         return self._engine.parameters
 
     def weights(self) -> tuple[dict[str, Tensor], int] | None:

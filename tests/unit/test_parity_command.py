@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import families
 import pytest
 import torch
 import yaml
@@ -77,11 +78,12 @@ SIZES = {**LLAMA3_70B, "pad_token_id": 0, "head_dim": 128, "attention_dropout": 
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3-longrope"])
 def test_shrunken_models_of_every_family_can_be_run(family):
     changes = {"rope_scaling": LONGROPE, "hidden_size": 6144} if family == "phi3-longrope" else {}
+    changes |= families.ROUTED if family == "dots1" else {}
     ModelSpec(small(SIZES | changes | {"model_type": family.removesuffix("-longrope")}), torch.float32)
 
 
 def test_what_the_trainer_refuses_is_refused_by_the_same_sentence(tmp_path):
-    for kind, said in (("bloom", "publishes no pipeline plan"), ("olmo3", "does between its layers")):
+    for kind, said in (("bloom", "publishes no pipeline plan"), ("doge", "does between its layers")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(UserError, match=f"model type '{kind}' {said}"):
             parity.main(["--init", "--model", str(tmp_path / "config.json"), "--train_data", str(tmp_path)])

@@ -156,14 +156,13 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
     ("changes", "sentence"),
     [
         ({"model_type": "gpt2"}, "publishes no pipeline plan"),
-        ({"model_type": "mixtral"}, "is a mixture of experts"),
         ({"model_type": "mistral", "sliding_window": 32}, "a sliding window of 32 tokens: use --seq_len 32 or less"),
         ({"model_type": "gemma2"}, r"'gemma2' caps scores \(attn_logit_softcapping 50.0 in its config.json\)"),
-        ({"model_type": "gemma2", "attn_logit_softcapping": None}, "final_logit_softcapping 30.0"),
-        ({"model_type": "gemma3_text"}, "'gemma3_text' does between its layers, or within them, what is not known"),
-        ({"model_type": "cohere"}, "'cohere' scales outside its layers .logit_scale 0.0625"),
-        ({"model_type": "granite", "embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": -1.0}, "final_logit_softcapping -1.0 .* more than 0"),
+        ({"model_type": "llama", "final_logit_softcapping": 30.0}, "caps outside its layers .final_logit_softcapping"),
+        ({"model_type": "llama", "logit_scale": 0.5}, "'llama' scales or caps outside its layers .logit_scale 0.5"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling 0 .* must be numbers other than 0"),
+        ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise is not supported"),
         (
             {
                 "model_type": "llama",

@@ -6,10 +6,10 @@ import re
 
 import torch
 from conftest import SMALL
+from families import NEEDS, TOKENS, small_config
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from pipelines import build, loaded, loss_by_layers, loss_by_transformers
-from test_families import NEEDS, TOKENS, config_of
 from transformers import AutoConfig
 
 from fft.errors import UserError
@@ -72,13 +72,13 @@ ENTRIES = {
     "embd_pdrop": [0.0, 0.1],
     "hidden_dropout": [0.1],
     "classifier_dropout": [0.1],
-    "embedding_multiplier": [1, 1.0, 2.0, 0],
-    "logits_scaling": [1, 1.0, 8.0],
-    "logit_scale": [1.0, 0.5],
+    "embedding_multiplier": [1, 1.0, 2.0, 0, None, "2"],
+    "logits_scaling": [1, 1.0, 8.0, 0, None],
+    "logit_scale": [1.0, 0.5, None],
     "residual_multiplier": [1.0, 0.5],
     "attention_multiplier": [1.0, 0.25],
     "attn_logit_softcapping": [None, 50.0],
-    "final_logit_softcapping": [None, 30.0],
+    "final_logit_softcapping": [None, 30.0, 0, "x"],
     "query_pre_attn_scalar": [64],
     "use_post_norm": [True, False],
     "clip_qkv": [None, 0.1, 8.0],
@@ -139,7 +139,7 @@ def directory(folder, family, changes):
         made = AutoConfig.for_model(**{k: v for k, v in whole.items() if k != "quantization_config"})
         write_random_model(made, folder, 0)
     except Exception:  # no such model: with any weights, the config is to be refused
-        write_random_model(config_of(family), folder, 0)
+        write_random_model(small_config(family), folder, 0)
     (folder / "config.json").write_text(json.dumps(whole))
 
 

@@ -187,9 +187,9 @@ def test_an_export_names_the_class_that_was_trained():
         ({"is_causal": False}, "attends to what follows"),
         ({"model_type": "starcoder2", "residual_dropout": 0.1}, "residual_dropout is not supported"),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "attends to what follows"),
-        ({"model_type": "olmo3"}, "'olmo3' does between its layers, or within them, what is not known"),
+        ({"model_type": "doge"}, "'doge' does between its layers, or within them, what is not known"),
         ({"model_type": "granite_swa"}, "'granite_swa' does between"),
-        ({"model_type": "aria_text"}, "'aria_text' does between"),
+        ({"model_type": "gemma4_text"}, "'gemma4_text' does between"),
         ({"model_type": "hrm_text"}, "'hrm_text' "),
     ],
 )

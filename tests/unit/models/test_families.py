@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import SMALL
-from pipelines import build, check_gradients, loaded, loss_by_layers, loss_by_transformers
-from transformers import AutoConfig
+from conftest import ROOT
+from families import small_config
+from pipelines import balance_by_transformers, build, check_gradients, loaded, loss_by_layers, loss_by_transformers
 
 from fft.checkpoint.gather_weights import whole_tensors
 from fft.errors import UserError
@@ -15,28 +15,10 @@ from fft.models.supported import FAMILIES, check_supported
 from fft.parity_run import write_random_model
 from fft.weights import hf
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.0}
-#: Layers of two types, which in some families have frequencies of their own.
-MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-#: What a family needs besides sizes; dropout that is on in its default config.
-NEEDS = {
-    "baichuan": {"num_key_value_heads": 4, "max_position_embeddings": None, "z_loss_weight": 0},
-    "gemma3_text": MIXED,
-    "olmo3": MIXED,
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},
-    "qwen3_moe": EXPERTS,
-    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
-}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def config_of(family: str, **changes):
-    return AutoConfig.for_model(family, **(SMALL | TOKENS | {"head_dim": 8} | NEEDS.get(family, {}) | changes))
-
 
 def written(family: str, folder, **changes):
     """A directory of random weights."""
-    config = config_of(family, **changes)
+    config = small_config(family, **changes)
     write_random_model(config, folder, 0)
     return config
 
@@ -45,13 +27,25 @@ def written(family: str, folder, **changes):
 def test_a_directory_s_loss_and_gradients_are_those_of_transformers(family, tmp_path):
     config = written(family, tmp_path)
     check_supported(config, 32)
-    modules, run = build(StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path)))
+    made = StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path))
+    modules, run = build(made)
     model = loaded(tmp_path)
+    if made.balance is not None:
+        made.balance.weight = 0.0
     loss, expected = loss_by_layers(run), loss_by_transformers(model)
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
     loss.backward()
     expected.backward()
     check_gradients(modules, model)
+    if made.balance is not None:
+        torch.testing.assert_close(
+            made.balance.total / made.balance.count, balance_by_transformers(model), rtol=1e-5, atol=0
+        )
+    # What is written has the names and the values that were read.
+    files = hf.WeightReader(tmp_path)
+    written_back = whole_tensors({**canonical_parameters(modules), **canonical_buffers(modules)}, made)
+    assert set(written_back) == set(files.names)
+    assert all(torch.equal(written_back[name], files.tensor(name)) for name in files.names)
 
 
 def test_stored_buffers_are_read_and_written_back(tmp_path):
@@ -77,13 +71,13 @@ def test_halves_of_layers_have_the_buffers_of_their_modules(tmp_path):
 
 
 def test_computed_buffers_are_there_from_a_seed_too():
-    modules, _ = build(StageBuilder(ModelSpec(config_of("gemma", hidden_size=64), torch.float32)))
+    modules, _ = build(StageBuilder(ModelSpec(small_config("gemma", hidden_size=64), torch.float32)))
     assert modules[0].module.embed_scale == 8
 
 
 def test_a_buffer_that_nothing_fills_is_named():
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.act_fn\.beta is a buffer .* start from weights"):
-        build(StageBuilder(ModelSpec(config_of("apertus"), torch.float32)))
+        build(StageBuilder(ModelSpec(small_config("apertus"), torch.float32)))
 
 
 def test_building_from_files_leaves_the_caller_s_random_state_alone(tmp_path):
@@ -93,3 +87,9 @@ def test_building_from_files_leaves_the_caller_s_random_state_alone(tmp_path):
     torch.manual_seed(0)
     build(StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path)))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_page_on_inputs_lists_all_families():
+    page = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+    listed = page.partition("**Configs** of these types")[2].partition("Refused of them")[0].rpartition(":")[2]
+    assert listed.strip(" .\n").split() == sorted(FAMILIES)

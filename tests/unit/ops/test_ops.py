@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.ops.attention import packed_attention, register_with_transformers
 from fft.ops.backends import cpu, cuda, reference
-from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+from fft.ops.cross_entropy import IGNORE, Vocabulary, linear_cross_entropy
 from fft.ops.documents import Documents, Segments
 
 
@@ -133,6 +133,28 @@ def test_linear_cross_entropy_equals_torch(chunk, dtype, tolerance, monkeypatch)
         results.append((value.detach(), *(leaf.grad for leaf in leaves)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_a_bias_and_capped_logits_equal_torch(cap, monkeypatch):
+    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", 70)
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((23, 8), (31, 8), (31,))]
+    labels = torch.randint(31, (23,)).masked_fill(torch.rand(23) < 0.3, IGNORE)
+
+    def plain(hidden, weight, bias):
+        logits = hidden @ weight.t() + bias
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+
+    results = []
+    for loss in (lambda h, w, b: linear_cross_entropy(h, w, labels, Vocabulary(cap=cap), b), plain):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        value = loss(*leaves)
+        (value * 0.7).backward()
+        results.append((value.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_trained_costs_nothing():

@@ -1,0 +1,56 @@
+"""Small configs of the model types that are trained, each with what makes it what it is."""
+
+from conftest import SMALL
+from transformers import AutoConfig, PretrainedConfig
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+#: As DeepSeek calls them; the first layer has none.
+ROUTED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True},
+}
+#: The first layer has no experts.
+SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+#: Layers of two types, which in some families have frequencies of their own.
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+#: What a family needs besides sizes; dropout that is on in its default config.
+NEEDS = {
+    "afmoe": EXPERTS | MIXED | {"num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
+    "baichuan": {"num_key_value_heads": 4, "max_position_embeddings": None, "z_loss_weight": 0},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {"logit_scale": 0.25, **MIXED},
+    "cohere2_moe": EXPERTS | SPARSE | MIXED | {"num_shared_experts": 1, "logit_scale": 0.25},
+    "dots1": ROUTED | MIXED,
+    "ernie4_5_moe": {
+        **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1},
+        **{"moe_layer_end_index": 2, "router_aux_loss_coef": 0.5},
+    },
+    "exaone_moe": EXPERTS | SPARSE | MIXED | {"n_group": 2, "topk_group": 1},
+    "flex_olmo": EXPERTS | {"router_aux_loss_coef": 0.5},
+    "gemma3_text": MIXED | {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "glm4_moe": ROUTED,
+    "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.5, "hidden_act": "gelu"},
+    "granite": {
+        **{"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.5},
+        **{"attention_multiplier": 0.2},
+    },
+    "hy_v3": EXPERTS | SPARSE,
+    "hyperclovax": {"embedding_multiplier": 6.0, "logits_scaling": 0.25, "residual_multiplier": 0.5},
+    "kolibri1": {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, **MIXED},
+    "laguna": EXPERTS | SPARSE | MIXED | {"router_aux_loss_coef": 0.5, "shared_expert_intermediate_size": 40},
+    "mellum": EXPERTS | SPARSE | MIXED | {"num_local_experts": 4, "router_aux_loss_coef": 0.5},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
+    "olmo3": MIXED,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40, "router_aux_loss_coef": 0.5},
+    "qwen3_moe": EXPERTS | {"router_aux_loss_coef": 0.5},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "solar_open": ROUTED,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def small_config(family: str, **changes: object) -> PretrainedConfig:
+    """Three layers of 32, four heads of 8 on two keys, 101 tokens; ``changes`` are entries of a config.json."""
+    return AutoConfig.for_model(family, **(SMALL | TOKENS | {"head_dim": 8} | NEEDS.get(family, {}) | changes))
