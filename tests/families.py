@@ -13,8 +13,23 @@ ROUTED = {
 SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 #: Layers of two types, which in some families have frequencies of their own.
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+#: Latent attention: heads of 12 for keys, of which 4 turn, and of 6 for values.
+LATENT = {
+    **{"num_key_value_heads": 4, "head_dim": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
+    **{"kv_lora_rank": 16, "q_lora_rank": 16},
+}
 #: What a family needs besides sizes; dropout that is on in its default config.
 NEEDS = {
+    "axk1": ROUTED | SPARSE | LATENT,
+    "deepseek_v2": ROUTED | LATENT | {"topk_method": "group_limited_greedy"},
+    "deepseek_v3": ROUTED | LATENT,
+    "flint": EXPERTS | {"shared_expert_intermediate_size": 40, "router_aux_loss_coef": 0.5, **MIXED},
+    "glm4_moe_lite": ROUTED | SPARSE | LATENT,
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5, **MIXED},
+    "granite_swa": {"embedding_multiplier": 6.0, "logits_scaling": 4.0, **MIXED},
+    "mimo_v2_flash": ROUTED | SPARSE | MIXED | {"head_dim": 12, "v_head_dim": 8},
+    "minicpm3": LATENT | {"scale_emb": 3.0, "dim_model_base": 8},
+    "youtu": LATENT,
     "afmoe": EXPERTS | MIXED | {"num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
     "baichuan": {"num_key_value_heads": 4, "max_position_embeddings": None, "z_loss_weight": 0},

@@ -133,7 +133,7 @@ class DecoderLayer(nn.Module):
         hidden: Tensor,
         documents: Documents | ShardedDocuments,
         position_ids: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Turns,
     ) -> Tensor:
         hidden = self.module(
             hidden,

@@ -1,13 +1,19 @@
 """Rotary embeddings: one for all layers of a decoder or, where transformers asks for it, one for each type of layer."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-#: Cosines and sines [1, tokens, width].
-Turns = tuple[Tensor, Tensor]
+#: Cosines and sines [1, tokens, width]; or both as complex numbers (DeepSeek-V2).
+Turns = tuple[Tensor, Tensor] | Tensor
+
+
+def map_turns(turns: Turns, function: Callable[[Tensor], Tensor]) -> Turns:
+    """The same of ``function`` of each tensor."""
+    return function(turns) if isinstance(turns, Tensor) else (function(turns[0]), function(turns[1]))
 
 
 class Rotary:

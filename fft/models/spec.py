@@ -75,9 +75,17 @@ class ModelSpec:
 
     @property
     def head_size(self) -> int:
-        """Width of an attention head."""
+        """Width of an attention head, that of keys or that of values if it is more."""
         config = self.config
+        if getattr(config, "kv_lora_rank", None):
+            return max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of a decoder layer sees at most; None: all before it."""
+        kinds = getattr(self.config, "layer_types", None)
+        slides = kinds[layer] == "sliding_attention" if kinds else True
+        return getattr(self.config, "sliding_window", None) if slides else None
 
     @property
     def attended_size(self) -> int:

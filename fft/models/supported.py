@@ -22,7 +22,8 @@ _PLANS = (
 #: Mixtures of experts among them.
 EXPERTS = (
     *("afmoe", "aria_text", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "hy_v3"),
-    *("kolibri1", "laguna", "mellum", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe", "solar_open"),
+    *("axk1", "deepseek_v2", "deepseek_v3", "flint", "glm4_moe_lite", "gpt_oss", "kolibri1", "laguna", "mellum"),
+    *("mimo_v2_flash", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe", "solar_open"),
 )
 
 #: Rotary embeddings, scaled or not, as ``rope_type`` names them.
@@ -35,9 +36,9 @@ _DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdro
 #: each with transformers.
 FAMILIES = (
     *("apertus", "arcee", "baichuan", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text"),
-    *("glm", "glm4", "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama"),
-    *("ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
-    *("smollm3", "starcoder2", *EXPERTS),
+    *("glm", "glm4", "gpt_neox", "granite", "granite_swa", "helium", "hyperclovax", "internlm3", "iquestcoder"),
+    *("jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3"),
+    *("qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", "youtu", *EXPERTS),
 )
 
 
@@ -65,9 +66,10 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     if window is not None and not isinstance(window, int):
         raise UserError(f"sliding_window {window!r} in the model's config.json must be a number of tokens, or null.")
     windowed = "sliding_attention" in kinds if kinds else window is not None  # 0 is one, too
-    if windowed and (window or 0) < seq_len:
+    if windowed and (type(window) is not int or window < 1):
         raise UserError(
-            f"model type {name!r} attends within a sliding window of {window} tokens: use --seq_len {window} or less."
+            f"model type {name!r} attends within a sliding window (sliding_window {window} in its config.json), which "
+            "must be of 1 token or more."
         )
     if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise UserError(

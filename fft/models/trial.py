@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
-from fft.models.rotary import Rotary
+from fft.models.rotary import Rotary, map_turns
 from fft.ops.backends import Backend
-from fft.ops.documents import Documents
-from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
+from fft.ops.documents import Documents, Softmax
+from fft.ops.sequence_parallel import PLAIN, SequenceParallel, ShardedDocuments
 from fft.parallel.ring_plan import TokenShards, plan_shards
 
 _TOKENS = 2
@@ -43,12 +43,12 @@ def try_out(model: PreTrainedModel) -> None:
         hidden = embedding(torch.zeros(1, _TOKENS, dtype=torch.int32, device="meta"))
         for kind, layer in tried.values():
             layer, inputs = _in_bf16(layer), hidden.bfloat16()
-            cos, sin = (turn.to("meta", torch.bfloat16) for turn in rotary.turns(torch.empty(0), positions, kind))
+            turns = rotary.turns(torch.empty(0, dtype=torch.bfloat16), positions, kind)
             outputs = layer(
                 inputs,
                 attention_mask=None,
                 position_ids=positions.to("meta"),
-                position_embeddings=(cos, sin),
+                position_embeddings=map_turns(turns, lambda x: x.to("meta")),
                 documents=documents,
             )
             if outputs.shape != inputs.shape:
@@ -76,7 +76,14 @@ class _Shapes(SequenceParallel):
         pass
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shards: TokenShards,
+        scale: float,
+        backend: Backend | None = None,
+        softmax: Softmax = PLAIN,
     ) -> Tensor:
         """Raises ValueError for what attention kernels do not take."""
         if not q.shape[-1] == k.shape[-1] == v.shape[-1] or k.shape != v.shape or q.shape[1] % k.shape[1]:

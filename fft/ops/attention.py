@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fft.ops.alibi import widened
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents, Segments
-from fft.ops.sequence_parallel import ShardedDocuments
+from fft.ops.documents import Documents, Segments, Softmax
+from fft.ops.ring import NOBODY, Ring, gradient_of_sinks, ring_attention, with_sinks
+from fft.ops.sequence_parallel import PLAIN, ShardedDocuments
+from fft.parallel.ring_plan import plan_shards
+from fft.parallel.window_plan import plan_attention
 
 #: The name under which :func:`hf_attention` is registered with transformers.
 HF_NAME = "fft_packed"
@@ -22,27 +26,39 @@ HF_NAME = "fft_packed"
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend) -> Tensor:
-        out, lse = backend.forward(q, k, v, segments)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Segments, backend: Backend
+    ) -> Tensor:
+        out, lse = with_sinks(*backend.forward(q, k, v, segments), sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.segments, ctx.backend = segments, backend
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,) = grads
-        return *ctx.backend.backward(dout.contiguous(), *ctx.saved_tensors, ctx.segments), None, None
+        (dout,), (q, k, v, out, lse, sinks) = grads, ctx.saved_tensors
+        gradients = ctx.backend.backward(dout.contiguous(), q, k, v, out, lse, ctx.segments)
+        return *gradients, gradient_of_sinks(dout, out, lse, sinks), None, None
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, backend: Backend | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float,
+    backend: Backend | None = None,
+    softmax: Softmax = PLAIN,
 ) -> Tensor:
     """Causal attention inside each document of a packed row.
 
     ``q`` is [tokens, heads, head size], ``k`` and ``v`` [tokens, key/value heads, head size]; returns q's shape.
     """
     backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
-    return _PackedAttention.apply(q, k, v, Segments.within(documents, scale), backend)
+    if softmax.window is not None and softmax.window < documents.max_length:
+        plan = plan_attention(plan_shards(documents.bounds, 1), 0, softmax.window)
+        return ring_attention(q, k, v, Ring(plan, NOBODY, backend, scale), softmax.sinks)
+    return _PackedAttention.apply(q, k, v, softmax.sinks, Segments.within(documents, scale), backend)
 
 
 def hf_attention(
@@ -66,27 +82,29 @@ def hf_attention(
 
     Takes [1, heads, tokens, head size] and returns [1, tokens, heads, head size] and None for the weights. Collective
     where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`. With
-    ``alibi``, slopes of this rank's heads, ``position_ids`` are the tokens' in their documents [1, tokens]. Raises
-    ValueError for what a model may ask for and would silently not get: a mask, dropout, capped scores, attention sinks
-    (``s_aux``), or a window shorter than a document.
+    ``alibi``, slopes of this rank's heads, ``position_ids`` are the tokens' in their documents [1, tokens].
+    ``sliding_window`` and attention sinks (``s_aux``) are those of :class:`~fft.ops.documents.Softmax`; heads of keys
+    and values may differ in size. Raises ValueError for what a model may ask for and would silently not get: a mask,
+    dropout, or capped scores.
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes documents, no mask and no dropout")
-    if softcap is not None or s_aux is not None:
-        raise ValueError("packed attention caps no scores and has no attention sinks")
-    if sliding_window and documents.max_length > sliding_window:
-        raise ValueError(f"packed attention has no window: {documents.max_length} tokens exceed {sliding_window}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    size = v.shape[-1]
+    if softcap is not None:
+        raise ValueError("packed attention caps no scores")
+    size = value.shape[-1]
+    widest = max(size, query.shape[-1])
+    # Zeros beyond their ends change neither scores nor what is summed; kernels want heads of one size.
+    padded = (x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in padded)
     if alibi is not None:
         if position_ids is None:
             raise ValueError("ALiBi needs the positions of tokens in their documents")
         q, k, v = widened(q, k, v, position_ids[0], alibi, scaling)
-    backend = choose(q.device, q.dtype, attention, q.shape[-1])
+    backend, softmax = choose(q.device, q.dtype, attention, q.shape[-1]), Softmax(sliding_window or None, s_aux)
     if isinstance(documents, ShardedDocuments):
-        out = documents.parallel.attention(q, k, v, documents.shards, scaling, backend)
+        out = documents.parallel.attention(q, k, v, documents.shards, scaling, backend, softmax)
     else:
-        out = packed_attention(q, k, v, documents, scaling, backend)
+        out = packed_attention(q, k, v, documents, scaling, backend, softmax)
     return out[None, ..., :size], None
 
 

@@ -98,6 +98,16 @@ class Segments:
         return spans
 
 
+@dataclass(frozen=True)
+class Softmax:
+    """What of a softmax is not plain: a query sees ``window`` tokens, itself the last (None: all before it); and in
+    the sum of each head's weights ``sinks`` [heads] are scores of nothing, as gpt-oss has them.
+    """
+
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
 def lse_dtype(q: Tensor) -> torch.dtype:
     """Scores, their log-sum-exp and sums of partial results are float32, float64 for float64 inputs."""
     return torch.promote_types(q.dtype, torch.float32)

@@ -6,7 +6,7 @@ Partial results are merged, and all gradients summed, in float32 and in the orde
 depend on timing. Queries never travel, and nothing waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fft.ops.backends import Backend
 from fft.ops.documents import Documents, Segments, lse_dtype
-from fft.parallel.ring_plan import RankPlan, Span
+from fft.parallel.ring_calls import Band, Call, RankPlan, Span
 
 
 class Exchange(Protocol):
@@ -57,6 +57,19 @@ class GroupExchange:
         return wait
 
 
+class _Nobody:
+    """The :class:`Exchange` of a ring of one rank."""
+
+    rank = 0
+
+    def start(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> Callable[[], None]:
+        """There is nobody to wait for."""
+        return lambda: None
+
+
+NOBODY: Exchange = _Nobody()
+
+
 @dataclass(frozen=True)
 class Ring:
     """One rank's part in attention over ranks: what it does, how it reaches the others, and which kernel computes."""
@@ -69,27 +82,27 @@ class Ring:
 
 @dataclass(frozen=True)
 class _Calls:
-    """What every call of a plan computes: the causal one over own keys, and each step's dense ones."""
+    """What every call of a plan computes: the causal one over own keys, more of those, and each step's."""
 
     own: Segments
+    near: tuple[Segments, ...]
     steps: tuple[tuple[Segments, ...], ...]
 
 
 @lru_cache(maxsize=64)
 def _calls(plan: RankPlan, scale: float, device: torch.device) -> _Calls:
     """All boundaries in one copy to the device."""
-    dense = [bounds for step in plan.steps for call in step.calls for bounds in (call.query_bounds, call.key_bounds)]
-    everything = [plan.bounds, *dense]
+    groups = [plan.near, *(step.calls for step in plan.steps)]
+    others = [bounds for calls in groups for call in calls for bounds in (call.query_bounds, call.key_bounds)]
+    everything = [plan.bounds, *others]
     flat = torch.tensor([x for bounds in everything for x in bounds], dtype=torch.int32).to(device)
     split = flat.split([len(bounds) for bounds in everything])
     documents = iter([Documents(cu, bounds) for cu, bounds in zip(split, everything, strict=True)])
     own = Segments.within(next(documents), scale)
-    return _Calls(
-        own,
-        tuple(
-            tuple(Segments(next(documents), next(documents), False, scale) for _ in step.calls) for step in plan.steps
-        ),
+    near, *steps = (
+        tuple(Segments(next(documents), next(documents), call.reverse, scale) for call in calls) for calls in groups
     )
+    return _Calls(own, near, tuple(steps))
 
 
 def ring_forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
@@ -106,12 +119,19 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, T
     dtype = out.dtype
     # Merging is in place, and a recomputation may still want the kernel's own results.
     out, lse = out.to(lse_dtype(q), copy=True), lse.clone()
+
+    def compute(todo: Sequence[Call | Band], segments: tuple[Segments, ...], keys: Tensor, values: Tensor) -> None:
+        for call, seen in zip(todo, segments, strict=True):
+            own, others, back = call.query_spans, call.key_spans, call.reverse
+            asked, key, value = _taken(q, own, back), _taken(keys, others, back), _taken(values, others, back)
+            block, block_lse = backend.forward(asked, key, value, seen)
+            parts = zip(own, _parts(block, own, back), _parts(block_lse.t(), own, back), strict=True)
+            for (a, b), part, part_lse in parts:
+                _merge(out[a:b], lse[:, a:b], part, part_lse.t())
+
+    compute(plan.near, calls.near, k, v)
     for index, step in enumerate(plan.steps):
-        keys, values = flights.land(index)
-        for call, segments in zip(step.calls, calls.steps[index], strict=True):
-            rows, cols = slice(*call.queries), slice(*call.keys)
-            block = backend.forward(q[rows], keys[cols], values[cols], segments)
-            _merge(out[rows], lse[:, rows], *block)
+        compute(step.calls, calls.steps[index], *flights.land(index))
     return out.to(dtype), lse
 
 
@@ -130,16 +150,27 @@ def ring_backward(
     dq = gradients[0].to(accumulator)
     dkv = torch.stack([gradient.to(accumulator) for gradient in gradients[1:]], dim=1)
     returning: Callable[[], None] | None = None
+
+    def compute(
+        todo: Sequence[Call | Band], segments: tuple[Segments, ...], keys: Tensor, values: Tensor, sums: Tensor
+    ) -> None:
+        for call, seen in zip(todo, segments, strict=True):
+            own, others, back = call.query_spans, call.key_spans, call.reverse
+            grad, asked, result = (_taken(x, own, back) for x in (dout, q, out))
+            key, value = (_taken(x, others, back) for x in (keys, values))
+            whole = _taken(lse.t(), own, back).t().contiguous()
+            block_q, block_k, block_v = backend.backward(grad, asked, key, value, result, whole, seen)
+            for (a, b), part in zip(own, _parts(block_q, own, back), strict=True):
+                dq[a:b] += part
+            for which, block in enumerate((block_k, block_v)):
+                for (a, b), part in zip(others, _parts(block, others, back), strict=True):
+                    sums[a:b, which] += part
+
+    compute(plan.near, calls.near, k, v, dkv)
     for index, step in enumerate(plan.steps):
         keys, values = flights.land(index)
         away = dkv.new_zeros(step.received, *dkv.shape[1:])
-        for call, segments in zip(step.calls, calls.steps[index], strict=True):
-            rows, cols = slice(*call.queries), slice(*call.keys)
-            inputs = (dout[rows], q[rows], keys[cols], values[cols], out[rows], lse[:, rows].contiguous())
-            block_q, block_k, block_v = backend.backward(*inputs, segments)
-            dq[rows] += block_q
-            away[cols, 0] += block_k
-            away[cols, 1] += block_v
+        compute(step.calls, calls.steps[index], keys, values, away)
         if returning:
             returning()
         returning = _return_gradients(dkv, away, step.sent, step.to, step.source, exchange)
@@ -190,6 +221,18 @@ def _return_gradients(
     return finish
 
 
+def _taken(x: Tensor, spans: tuple[Span, ...], reverse: bool) -> Tensor:
+    """Rows of ``x``, those of each span in reverse if asked; a view of one span."""
+    rows = [x[a:b].flip(0) if reverse else x[a:b] for a, b in spans]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _parts(rows: Tensor, spans: tuple[Span, ...], reverse: bool) -> list[Tensor]:
+    """What :func:`_taken` took, span by span, in the order of the spans' rows."""
+    parts = rows.split([b - a for a, b in spans])
+    return [part.flip(0) for part in parts] if reverse else list(parts)
+
+
 def _gather(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return torch.cat([x[a:b] for a, b in spans])
 
@@ -202,20 +245,45 @@ def _merge(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
-    """:func:`ring_forward`, with :func:`ring_backward` as its gradient. Returns q's shape. Collective as they are."""
-    return _RingAttention.apply(q, k, v, ring)
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring, sinks: Tensor | None = None) -> Tensor:
+    """:func:`ring_forward`, with :func:`ring_backward` as its gradient. Returns q's shape. Collective as they are.
+
+    ``sinks`` [heads] are those of :class:`~fft.ops.documents.Softmax`.
+    """
+    return _RingAttention.apply(q, k, v, sinks, ring)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
-        out, lse = ring_forward(q, k, v, ring)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring) -> Tensor:
+        out, lse = with_sinks(*ring_forward(q, k, v, ring), sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dout,), (q, k, v, out, lse) = grads, ctx.saved_tensors
-        return *ring_backward(dout.contiguous(), q, k, v, out, lse, ctx.ring), None
+        (dout,), (q, k, v, out, lse, sinks) = grads, ctx.saved_tensors
+        gradients = ring_backward(dout.contiguous(), q, k, v, out, lse, ctx.ring)
+        return *gradients, gradient_of_sinks(dout, out, lse, sinks), None
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``out`` [tokens, heads, size] and ``lse`` [heads, tokens] of a softmax to whose sum each head's sink was added.
+
+    A sink is one more part of the softmax, without a value; so gradients of all else are a kernel's, given this.
+    """
+    if sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    weight = (lse - total).exp_().t().unsqueeze(-1)
+    return (out * weight).to(out.dtype), total
+
+
+def gradient_of_sinks(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """Gradient of ``sinks``, given the results of :func:`with_sinks`."""
+    if sinks is None:
+        return None
+    share = (sinks.to(lse.dtype)[:, None] - lse).exp_()
+    through = (dout.to(lse.dtype) * out).sum(-1).t()
+    return -(share * through).sum(-1).to(sinks.dtype)

@@ -17,10 +17,15 @@ from torch import Tensor
 from fft.errors import UserError
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents
+from fft.ops.documents import Documents, Softmax
 from fft.ops.ring import Exchange, GroupExchange, Ring, ring_attention
 from fft.parallel.groups import own_group
-from fft.parallel.ring_plan import RankPlan, Span, TokenShards, plan_rank, plan_shards
+from fft.parallel.ring_calls import RankPlan, Span
+from fft.parallel.ring_plan import TokenShards, plan_rank, plan_shards
+from fft.parallel.window_plan import plan_attention
+
+#: Of all tokens before a query, and of nothing else.
+PLAIN = Softmax()
 
 
 class _HeadsForTokens(torch.autograd.Function):
@@ -108,7 +113,14 @@ class SequenceParallel:
         return list(pairwise(cuts))
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shards: TokenShards,
+        scale: float,
+        backend: Backend | None = None,
+        softmax: Softmax = PLAIN,
     ) -> Tensor:
         """Causal attention inside each document, over all ranks of the group.
 
@@ -116,14 +128,16 @@ class SequenceParallel:
         size]; ``shards`` are planned for size / degree ranks. Returns q's shape. Collective: all ranks of the group,
         in forward and in backward. Raises :class:`UserError` where heads cannot be shared out.
         """
-        plan = plan_rank(shards, self._exchange.rank)
+        plan, sinks = plan_attention(shards, self._exchange.rank, softmax.window), softmax.sinks
         backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
         ring = Ring(plan, self._exchange, backend, scale)
         if self.degree == 1:
-            return ring_attention(q, k, v, ring)
+            return ring_attention(q, k, v, ring, sinks)
         for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
             if heads % self.degree:
                 raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
         tokens = tuple(b - a for a, b in self._shares(plan))
         q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
-        return _HeadsForTokens.apply(ring_attention(q, k, v, ring), tokens, self._ulysses, True)
+        if sinks is not None:
+            sinks = sinks.chunk(self.degree)[self.position % self.degree]
+        return _HeadsForTokens.apply(ring_attention(q, k, v, ring, sinks), tokens, self._ulysses, True)

@@ -23,6 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from fft.errors import Parser, UserError, run_cli
+from fft.parallel.ring_calls import Call, RankPlan, Span, Step
 
 #: Chunks per rank that are tried, in this order.
 CHUNKS = (1, 2, 4, 8, 16)
@@ -32,8 +33,6 @@ BALANCED = 1.05
 
 #: More than two chunks per rank are worth their calls from this length on: below, kernels are far from their peak rate.
 MIN_CHUNK = 256
-
-Span = tuple[int, int]
 
 
 def row_multiple(ranks: int) -> int:
@@ -77,55 +76,6 @@ class TokenShards:
     def tokens(self, rank: int) -> np.ndarray:
         """Index in the row of every token of a rank, int64."""
         return np.concatenate([np.arange(a, b) for a, b in self.spans(rank)])
-
-
-@dataclass(frozen=True)
-class Call:
-    """A dense call: queries ``queries`` of the rank's tokens over rows ``keys`` of the block received.
-
-    ``query_bounds`` and ``key_bounds`` are the boundaries of the call's documents, counted from the spans' starts.
-    """
-
-    queries: Span
-    keys: Span
-    query_bounds: tuple[int, ...]
-    key_bounds: tuple[int, ...]
-
-    @property
-    def area(self) -> int:
-        """Query-key pairs."""
-        documents = zip(pairwise(self.query_bounds), pairwise(self.key_bounds), strict=True)
-        return sum((b - a) * (d - c) for (a, b), (c, d) in documents)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One exchange: rows ``sent`` of own keys and values go to rank ``to``, ``received`` rows come from ``source``."""
-
-    to: int
-    sent: tuple[Span, ...]
-    source: int
-    received: int
-    calls: tuple[Call, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class RankPlan:
-    """What one rank does: a causal call over its own tokens, cut at ``bounds``, then a step for each distance."""
-
-    rank: int
-    bounds: tuple[int, ...]
-    steps: tuple[Step, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens the rank holds."""
-        return self.bounds[-1]
-
-    @property
-    def calls(self) -> int:
-        """Kernel launches, the own one included."""
-        return 1 + sum(len(step.calls) for step in self.steps)
 
 
 @lru_cache(maxsize=64)

@@ -90,6 +90,8 @@ class Shard:
 def heads_of(config: PretrainedConfig) -> tuple[int, int]:
     """A model's attention heads, and those of its keys and values, of which a config may not speak."""
     heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):  # latent attention makes keys and values for every head
+        return heads, heads
     return heads, getattr(config, "num_key_value_heads", heads)
 
 
@@ -98,6 +100,9 @@ def plan_of(config: PretrainedConfig) -> dict[str, str]:
     plan = {**_UNPUBLISHED, **(config.base_model_tp_plan or {})}
     if config.model_type == "cohere":  # a norm of its own for every head
         plan |= {"layers.*.self_attn.q_norm": "colwise", "layers.*.self_attn.k_norm": "colwise"}
+    if plan.get("layers.*.self_attn.kv_b_proj") == "colwise":  # what it gets is made on every rank, for its heads
+        names = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+        plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in names}
     return plan
 
 

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from fft.models.experts import balance_loss
 from fft.models.recompute import selective
+from fft.models.rotary import Rotary, Turns, map_turns
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
 from fft.ops.backends import Backend
-from fft.ops.documents import Documents, Segments, lse_dtype
-from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
+from fft.ops.documents import Documents, Segments, Softmax, lse_dtype
+from fft.ops.sequence_parallel import PLAIN, SequenceParallel, ShardedDocuments
 from fft.parallel.ring_plan import TokenShards, plan_shards
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.planning.costs import layer_modules
@@ -51,11 +52,26 @@ def layer_activations(
     known: dict[tuple, LayerActivations] = {}
     found = []
     for path, module in layer_modules(spec, split_dlayer)[:-1]:
-        shape = type(module), *((name, p.requires_grad, *p.shape) for name, p in module.named_parameters())
+        parameters = ((name, p.requires_grad, *p.shape) for name, p in module.named_parameters())
+        shape = type(module), _kind(spec, path), *parameters
         if shape not in known:
             known[shape] = _run(spec, path, module, tokens, sequence, tensor)
         found.append(known[shape])
     return found
+
+
+def _kind(spec: ModelSpec, path: str) -> str | None:
+    """The type of the decoder layer at ``path``, where a model has several."""
+    kinds, number = getattr(spec.config, "layer_types", None), path.rpartition(".")[2]
+    return kinds[int(number)] if kinds and number.isdecimal() else None
+
+
+def _turns(spec: ModelSpec, path: str, tokens: int, dtype: torch.dtype) -> Turns:
+    """Cosines and sines for the decoder layer at ``path``."""
+    number, rotary = path.rpartition(".")[2], Rotary(spec.skeleton)
+    kind = rotary.kind(int(number) if number.isdecimal() else 0)
+    turns = rotary.turns(torch.empty(0, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64), kind)
+    return map_turns(turns, lambda x: x.new_empty(1, tokens, x.shape[-1], device="meta"))
 
 
 class Alive(TorchDispatchMode):
@@ -103,11 +119,10 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)
-        rotary = [torch.empty(1, own, spec.head_size, dtype=dtype) for _ in range(2)]
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, sequence)
-    parameters = list(module.parameters())
-    existing = [hidden, ids, *rotary, positions, *parameters]
+    parameters, turns = list(module.parameters()), _turns(spec, path, own, dtype)
+    existing = [hidden, ids, *tree_leaves(turns), positions, *parameters]
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -123,7 +138,7 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
             outputs = module(hidden.clone()), None
         else:
             loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
-            options = {"position_ids": positions, "position_embeddings": tuple(rotary), "documents": documents}
+            options = {"position_ids": positions, "position_embeddings": turns, "documents": documents}
             layer = partial(_layer, module, loss, **options, alibi=spec.slopes(0, tensor))
             outputs = selective(layer, hidden.clone()) if spec.selective else layer(hidden.clone())
         end = _End.apply(*outputs)
@@ -200,9 +215,16 @@ class _Alone(SequenceParallel):
         self._row = row
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shards: TokenShards,
+        scale: float,
+        backend: Backend | None = None,
+        softmax: Softmax = PLAIN,
     ) -> Tensor:
-        return packed_attention(q, k, v, self._row, scale, _Shapes)
+        return packed_attention(q, k, v, self._row, scale, _Shapes, softmax)
 
 
 class _SilentTensor(TensorParallel):
@@ -229,6 +251,13 @@ class _SilentSequence(SequenceParallel):
         self.degree, self.rings, self.position, self._exchange = 1, size, 0, _SilentExchange()
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shards: TokenShards, scale: float, backend: Backend | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        shards: TokenShards,
+        scale: float,
+        backend: Backend | None = None,
+        softmax: Softmax = PLAIN,
     ) -> Tensor:
-        return super().attention(q, k, v, shards, scale, _Shapes)
+        return super().attention(q, k, v, shards, scale, _Shapes, softmax)

@@ -83,7 +83,9 @@ def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: M
             matrices += share if len(shape) > 1 else 0
     attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
     if attends:
-        scores = spec.config.num_attention_heads * spec.head_size * seq_len  # q.k and weights.v: seq_len / 2 keys
+        window = min(spec.window(int(path.rpartition(".")[2])) or seq_len, seq_len)
+        seen = window - window**2 / (2 * seq_len)  # keys, in the mean over a row's queries; half of it without a window
+        scores = 2 * spec.config.num_attention_heads * spec.head_size * seen  # q.k and weights.v
         flops, backward = flops + scores, backward + 2 * scores
     return LayerCost(flops, backward, parameters, held, trained, matrices)
 

@@ -156,7 +156,6 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
     ("changes", "sentence"),
     [
         ({"model_type": "gpt2"}, "publishes no pipeline plan"),
-        ({"model_type": "mistral", "sliding_window": 32}, "a sliding window of 32 tokens: use --seq_len 32 or less"),
         ({"model_type": "gemma2"}, r"'gemma2' caps scores \(attn_logit_softcapping 50.0 in its config.json\)"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": -1.0}, "final_logit_softcapping -1.0 .* more than 0"),
         ({"model_type": "llama", "final_logit_softcapping": 30.0}, "caps outside its layers .final_logit_softcapping"),

@@ -48,6 +48,27 @@ def test_a_directory_s_loss_and_gradients_are_those_of_transformers(family, tmp_
     assert all(torch.equal(written_back[name], files.tensor(name)) for name in files.names)
 
 
+WINDOWED = [name for name in FAMILIES if getattr(small_config(name), "sliding_window", None)]
+WINDOWED += ["mistral", "mixtral", "starcoder2", "phi3"]
+
+
+@pytest.mark.parametrize("family", sorted(set(WINDOWED)))
+def test_windows_shorter_than_documents_are_those_of_transformers(family, tmp_path):
+    changes = {"use_sliding_window": True, "max_window_layers": 1} if family.startswith(("qwen", "dots1")) else {}
+    config = written(family, tmp_path, sliding_window=4, **changes)
+    check_supported(config, 32)
+    made = StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path))
+    modules, run = build(made)
+    model = loaded(tmp_path)
+    if made.balance is not None:
+        made.balance.weight = 0.0
+    loss, expected = loss_by_layers(run), loss_by_transformers(model)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+    loss.backward()
+    expected.backward()
+    check_gradients(modules, model)
+
+
 def test_stored_buffers_are_read_and_written_back(tmp_path):
     config = written("apertus", tmp_path)
     reader = hf.WeightReader(tmp_path)

@@ -272,8 +272,6 @@ def test_models_compute_with_the_kernel_asked_for():
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, "no mask"),
         ({"dropout": 0.1}, "no dropout"),
         ({"softcap": 50.0}, "caps no scores"),
-        ({"s_aux": torch.zeros(2)}, "no attention sinks"),
-        ({"sliding_window": 2}, "3 tokens exceed 2"),
     ],
 )
 def test_what_a_model_would_silently_not_get_is_refused(asked, sentence):
