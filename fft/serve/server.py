@@ -9,13 +9,15 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fft.console import say
 from fft.errors import Parser, UserError, one_line, run_cli
+from fft.serve.engines.vllm_engine import adapter_room, cache_bytes
 from fft.serve.middleware import API_KEYS
+from fft.serve.prompts import load_model_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +34,6 @@ _EXAMPLES = """examples:
 """
 
 _MIDDLEWARE = "fft.serve.middleware.Generate"
-#: Ranks of adapters that vLLM has room for.
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: Share of a CPU's free memory that keys and values get. What vLLM takes by itself is more than a busy machine has.
-_SHARE_OF_MEMORY, _LEAST_BYTES = 8, 64 << 20
 #: Files beside a tokenizer that hold a chat template of the model's.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 #: Has a model without a chat template go on with what is said.
@@ -137,10 +135,8 @@ def model_settings(model: str, given: Set[str]) -> dict[str, Any]:
     Raises :class:`UserError` for what is not understood of the directory, or does not belong together in it.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    from fft.models.directory import check_whole, load_config
-    from fft.weights.hf import WeightReader
+    from fft.serve.engines.checked import check_model
 
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
@@ -148,25 +144,20 @@ def model_settings(model: str, given: Set[str]) -> dict[str, Any]:
             f"--model {model} is an adapter: give its base as --model, and the adapter as --lora NAME={model}."
         )
     settings: dict[str, Any] = {"served-model-name": _names_of(model)}
-    if not _is_quantized(folder):  # vLLM reads more kinds of quantized weights than we do
-        config = load_config(model, init=False)
-        weights = WeightReader(model)
-        check_whole(config, weights.names, model)
-        weights.check_types()
-        if not config.tie_word_embeddings:
-            # A head of its own would be dropped where the config ties it.
+    if _is_quantized(folder):  # vLLM reads more kinds of quantized weights than we do
+        tokenizer = load_model_tokenizer(model)
+    else:
+        checked = check_model(model)
+        tokenizer = checked.tokenizer
+        if not checked.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
             settings["hf-overrides"] = json.dumps({"tie_word_embeddings": False})
-    try:
-        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(model, trust_remote_code=False))
-    except Exception as error:  # the library behind it raises Exception itself
-        raise UserError(
-            f"--model {model} has no tokenizer that can be loaded ({one_line(error)[:120]}): copy tokenizer.json and "
-            "tokenizer_config.json there."
-        ) from error
     if tokenizer.chat_template is None and not any((folder / name).is_file() for name in _TEMPLATES):
         settings["chat-template"] = _text_template(tokenizer)
     if torch.accelerator.current_accelerator(check_available=True) is None:
-        settings |= _cpu_settings(given)
+        settings["dtype"] = "float32"  # few CPUs compute bf16 faster
+        own_memory = {"gpu-memory-utilization", "kv-cache-memory-bytes"} & given
+        if not own_memory and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            settings |= {"kv-cache-memory-bytes": cache_bytes(), "max-model-len": "auto"}
     return {name: value for name, value in settings.items() if name not in given}
 
 
@@ -175,27 +166,21 @@ def lora_settings(model: str, adapters: Sequence[str], given: Set[str]) -> dict[
 
     Raises :class:`UserError` for adapters that cannot be read, do not fit the model, or are more than plain LoRA.
     """
-    from fft.checkpoint.adapter import read_config
     from fft.checkpoint.conversion import Merged
     from fft.weights.hf import WeightReader
 
     if "lora-modules" in given:
         raise UserError("--lora-modules beside --lora: name all adapters by --lora.")
-    modules, ranks = {}, []
+    modules, rooms = {}, []
     for adapter in adapters:
         name, _, directory = adapter.partition("=")
         if not name or not directory or name in (*_names_of(model), *modules):
             raise UserError(f"--lora {adapter}: give NAME=DIR, with a name of its own for each adapter.")
-        config = read_config(Path(directory))
+        rooms.append(adapter_room(directory))
         if not _is_quantized(Path(model)):
             Merged(WeightReader(model), Path(directory))
-        ranks.append(next((rank for rank in _RANKS if rank >= int(config.get("r", 0))), None))
-        if ranks[-1] is None:
-            raise UserError(
-                f"--lora {adapter}: its rank of {config['r']} is more than the {_RANKS[-1]} that vLLM takes, merge it."
-            )
         modules[name] = json.dumps({"name": name, "path": directory, "base_model_name": _names_of(model)[0]})
-    settings = {"max-lora-rank": max(ranks), "max-loras": len(modules)}
+    settings = {"max-lora-rank": max(rooms), "max-loras": len(modules)}
     chosen = {name: value for name, value in settings.items() if name not in given}
     return {"enable-lora": True, "lora-modules": list(modules.values()), **chosen}
 
@@ -219,17 +204,6 @@ def _text_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A chat template by which a prompt has the ids that the tokenizer gives the text alone."""
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if begins else "") + _AS_TEXT
-
-
-def _cpu_settings(given: Set[str]) -> dict[str, Any]:
-    """Few CPUs compute bf16 faster than fp32; and the memory that vLLM takes by itself must be bounded."""
-    import psutil
-
-    settings: dict[str, Any] = {"dtype": "float32"}
-    if not given & {"gpu-memory-utilization", "kv-cache-memory-bytes"} and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        available = psutil.virtual_memory().available // _SHARE_OF_MEMORY
-        settings |= {"kv-cache-memory-bytes": max(available, _LEAST_BYTES), "max-model-len": "auto"}
-    return settings
 
 
 def _spelled(name: str) -> str:

@@ -172,23 +172,27 @@ def _start(model: "CheckedModel", limit: int) -> Any:
     if current_platform.is_cpu():
         given["dtype"] = "float32" if options.dtype == "auto" else options.dtype
         if options.gpu_memory_utilization is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            given["kv_cache_memory_bytes"] = _cache_bytes()
+            given["kv_cache_memory_bytes"] = cache_bytes()
     if not model.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
         given["hf_overrides"] = {"tie_word_embeddings": False}
     if options.lora is not None:
-        given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_of(options.lora)}
+        given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(options.lora)}
     return LLM(**given | dict(options.engine_args)).llm_engine
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
+    """What the cache of keys and values gets of a CPU's memory; vLLM's own share is more than a busy machine has."""
     import psutil
 
     return int(min(psutil.virtual_memory().available * _CACHE_SHARE, _CACHE_BYTES))
 
 
-def _rank_of(lora: str) -> int:
-    """The room that an adapter, which is plain LoRA, needs."""
+def adapter_room(lora: str) -> int:
+    """The rank that vLLM has to make room for. Raises :class:`UserError` for one that it has none for."""
     from fft.checkpoint import adapter
 
-    rank = adapter.read_config(Path(lora))["r"]
-    return next((room for room in _RANKS if room >= rank), rank)
+    rank = adapter.read_config(Path(lora)).get("r")
+    rooms = [room for room in _RANKS if isinstance(rank, int) and 0 < rank <= room]
+    if not rooms:
+        raise UserError(f"--lora {lora}: vLLM takes no rank of {rank}, but up to {_RANKS[-1]}: merge the adapter.")
+    return rooms[0]
