@@ -7,13 +7,7 @@ that pieces of parameters can be read, and written, without the rest.
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    apply_renamings,
-)
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from fft.errors import UserError
 from fft.models.lora import is_adapter
@@ -40,16 +34,16 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
         shape = tuple(tensor.shape)
         if is_adapter(name.removesuffix(".weight")):
             continue
-        converted, pattern = apply_converters(name, converters)
+        converted, pattern = rename_source_key(name, [], converters, reverse=True)
         if pattern is None:
-            renamed = apply_renamings(name, renamings)
+            renamed = rename_source_key(name, renamings, [])[0]
             if renamed != name:
                 pieces[name] = (StoredRows(renamed, shape),)
             continue
         converter = by_pattern[pattern]
         kind = [repr(operation) for operation in converter.operations]
         if kind == [_JOIN]:
-            key = apply_renamings(converted, renamings)
+            key = rename_source_key(converted, renamings, [])[0]
             joined.setdefault(key, []).append((converter.source_patterns.index(pattern), name, shape))
             continue
         first, *others = converter.target_patterns
@@ -61,7 +55,7 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
         each = (shape[1] // (1 + len(others)), *shape[2:])
         names = [converted, *(converted.replace(first, other, 1) for other in others)]
         pieces[name] = tuple(
-            StoredRows(apply_renamings(stored.replace("*", str(number), 1), renamings), each)
+            StoredRows(rename_source_key(stored.replace("*", str(number), 1), renamings, [])[0], each)
             for number in range(shape[0])
             for stored in names
         )
