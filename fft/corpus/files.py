@@ -11,7 +11,7 @@ from typing import Any
 from fft.corpus.readers import row_group_sizes, schema_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.data.delta import is_delta, read_snapshot, split_version
-from fft.data.known import COMPRESSIONS, KINDS, LeftOut, partition_of
+from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
 from fft.data.storage import Listing, Storage, check_names_utf8, printable
@@ -91,7 +91,7 @@ def look_through(storage: Storage, listing: Listing, left_out: LeftOut) -> Found
         elif name in listing.repeated and name not in named.values():
             left_out.add("links to what is read under another name", 0)
         elif kind is None:
-            others[_class_of(path)].append(size)
+            others[file_class(path)].append(size)
         else:
             files[kind].append(name)
     ranked = sorted(others, key=lambda what: (-len(others[what]), what))
@@ -109,13 +109,6 @@ def _named_by_links(listing: Listing) -> dict[str, str]:
         if other in listing.sizes and kind_of(name) and not kind_of(PurePosixPath(other)) and not is_hidden(name):
             named.setdefault(other, link)
     return named
-
-
-def _class_of(path: PurePosixPath) -> str:
-    ends = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if ends and ends[-1] not in COMPRESSIONS and ends[0] not in KINDS:
-        ends = ends[-1:]
-    return f"{printable(''.join(ends))} files" if ends else "files without an ending"
 
 
 def find_sources(inputs: Sequence[Path], id_key: str = "id", left_out: LeftOut | None = None) -> list[Source]:

@@ -6,7 +6,10 @@ All else is refused by name, or counted and told in the job's summary. The keys 
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from urllib.parse import unquote
+
+from fft.data.storage import printable
 
 #: How documents lie in a file, by the end of its name.
 KINDS = {
@@ -44,6 +47,14 @@ REFUSED = {
     **dict.fromkeys(("position_ids", "seq_lengths", "seq_lens", "document_ids", "segment_ids"), _BOUNDS),
     **dict.fromkeys(("images", "pixel_values"), "this release reads no images"),
 }
+
+
+def file_class(path: PurePosixPath) -> str:
+    """What a file that is not read is counted as, by the end of its name: ".csv files", ".csv.gz files"."""
+    ends = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if ends and ends[-1] not in COMPRESSIONS and ends[0] not in KINDS:
+        ends = ends[-1:]
+    return f"{printable(''.join(ends))} files" if ends else "files without an ending"
 
 
 def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = (*LISTS, DOC_IDS, MASK)) -> list[str]:

@@ -14,7 +14,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
-from fft.data.known import LISTS, MASK, LeftOut, partition_of, unread_columns
+from fft.data.known import LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
 from fft.data.manifest import Manifest, is_hidden
@@ -310,6 +310,5 @@ def _unread_files(listing: Listing) -> LeftOut:
     for name in listing.sizes.keys() - {"", *listing.repeated.values()}:
         path = PurePosixPath(name)
         if path.suffix != ".parquet" and not is_hidden(path):
-            what = f"{printable(path.suffix)} files" if path.suffix else "files without an ending"
-            unread.add(what, listing.sizes[name])
+            unread.add(file_class(path), listing.sizes[name])
     return unread

@@ -175,9 +175,10 @@ def test_links_to_what_is_read_already_are_refused(tmp_path):
     link.unlink()
     write_table(tmp_path / "u", [np.arange(2, dtype=np.int32)], files=1)
     link.with_name("more").symlink_to(tmp_path / "u")
-    (tmp_path / "t" / "notes.csv").touch()
+    for name in ("notes.csv", "more.CSV", "packed.csv.gz"):
+        (tmp_path / "t" / name).touch()
     table = Table.open(tmp_path / "t")
-    assert (table.tokens, table.unread.files) == (7, {".csv files": 1})
+    assert (table.tokens, table.unread.files) == (7, {".csv files": 2, ".csv.gz files": 1})
 
 
 def test_partition_columns_are_told(tmp_path):
