@@ -11,6 +11,7 @@ from fft.errors import Parser, UserError
 from fft.flags import (
     AT_LEAST_1,
     BELOW_1,
+    FROM_MINUS_1,
     NOT_NEGATIVE,
     SHARE_OF_STEPS,
     add_flags,
@@ -103,7 +104,7 @@ class TrainArguments:
     per_device_train_batch_size: int = flag("samples of a micro-batch", 1, bound=AT_LEAST_1)
     gradient_accumulation_steps: int = flag("micro-batches of a step, per data-parallel replica", 1, bound=AT_LEAST_1)
     num_train_epochs: float = flag("passes over --train_data; 0 only converts", 1.0, bound=NOT_NEGATIVE)
-    max_steps: int = flag("stop after this many steps, whatever the epochs (-1: epochs decide)", -1)
+    max_steps: int = flag("stop after so many steps, whatever the epochs (-1: epochs decide)", -1, bound=FROM_MINUS_1)
 
     learning_rate: float = flag("peak learning rate", 1e-4, topic="Optimizer", bound=NOT_NEGATIVE)
     min_learning_rate: float = flag("where the schedule ends", 0.0, bound=NOT_NEGATIVE)

@@ -146,6 +146,7 @@ def test_what_launchers_add_is_accepted():
         (["--tokenizer", ""], "--tokenizer '' must be a line of text"),
         (["--eval_data", " "], "--eval_data ' ' must be a line of text"),
         (["--checkpoint", "a\udcff"], "--checkpoint 'a\\udcff' must be a line of text"),
+        (["--max_steps", "-7"], "--max_steps -7 must be at least -1"),
         (["--max_steps", "2147483648"], "--max_steps 2147483648 must be less than 2,147,483,648"),
         (["--seq_len", "65536", "--gradient_accumulation_steps", "32768"], "is 2,147,483,648, the tokens of a rank's"),
         (["--freeze", "a\nb"], "--freeze 'a\\nb' must be a line of text"),
