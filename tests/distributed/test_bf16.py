@@ -42,7 +42,7 @@ def errors(rounded, ragged_table, held_out, tmp_path_factory):  # noqa: F811
     """Of a layout in bf16: its first gradient, and its errors by kind of parameter, relative to the kind's norm."""
     given = flags(rounded, ragged_table, tmp_path_factory.mktemp("unused"), held_out)
     args = parse_arguments([*given, *STEP, "--gradient_accumulation_steps=8"])
-    expected = one_process(rounded, args, plan_run(args, 1)).gradients
+    expected = one_process(rounded, args, plan_run(args, 1))
 
     def of(layout):
         _, ranks, extra = LAYOUTS[layout]
@@ -50,11 +50,12 @@ def errors(rounded, ragged_table, held_out, tmp_path_factory):  # noqa: F811
         given = [*flags(rounded, ragged_table, out, held_out), *extra.split(), *STEP, "--dtype=bf16", "--save_steps=1"]
         done = run_ranks(ranks, *given)
         assert done.returncode == 0, done.stderr[-3000:]
-        found, squares = read_outcome(out / "run").gradients, defaultdict(lambda: torch.zeros(2))
-        for name, gradient in expected.items():
-            pair = torch.stack([found[name] - gradient, gradient]).flatten(1)
+        found, squares = read_outcome(out / "run"), defaultdict(lambda: torch.zeros(2))
+        assert found.losses == pytest.approx(expected.losses, rel=3e-4)
+        for name, gradient in expected.gradients.items():
+            pair = torch.stack([found.gradients[name] - gradient, gradient]).flatten(1)
             squares[re.sub(r"layers\.\d+\.", "", name)] += pair.square().sum(1)
-        return found, {kind: float((off / size).sqrt()) for kind, (off, size) in squares.items()}
+        return found.gradients, {kind: float((off / size).sqrt()) for kind, (off, size) in squares.items()}
 
     return of
 

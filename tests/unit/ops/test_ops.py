@@ -178,6 +178,15 @@ def test_a_bf16_weight_s_gradient_is_summed_over_chunks_in_fp32(monkeypatch):
     assert (ours.grad.float() - exact.grad).norm() < 2**-8 * exact.grad.norm()
 
 
+def test_the_loss_of_half_logits_is_summed_in_fp32():
+    """Logits are rounded, as the matrix product gives them; log-sum-exp and the sum over tokens are not."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 16).bfloat16(), torch.randn(97, 16).bfloat16()
+    labels = torch.randint(97, (64,))
+    expected = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), expected, rtol=1e-6, atol=0)
+
+
 def test_bf16_gradients_are_rounded_once():
     """A factor that bf16 cannot hold changes a gradient by its last bit at most, not all of it in one direction."""
     torch.manual_seed(0)
