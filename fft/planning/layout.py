@@ -58,7 +58,8 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
     ]
     vocabulary = costs[-1].held // at.hidden_size
-    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS, bool(costs[-1].trained)))
+    head = bool(costs[-1].trained), getattr(spec.config, "normalized_head", False)
+    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS, *head))
 
     def memory(stage: int, start: int, stop: int) -> StageMemory:
         return stage_memory(layers, start, stop, stage, at)

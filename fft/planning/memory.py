@@ -78,13 +78,20 @@ class StageMemory:
 
 
 def loss_memory(
-    tokens: int, hidden_size: int, vocabulary: int, itemsize: int, max_logits: int, trained: bool = True
+    tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    itemsize: int,
+    max_logits: int,
+    trained: bool = True,
+    normalized: bool = False,
 ) -> LayerMemory:
     """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
 
     Both gradients, or that of the states where the head is not ``trained``, are formed in the forward. Chunks of
     ``max_logits`` logits are held twice, as logits and as softmax in fp32, then once, rounded, beside their share of
-    the weight's gradient.
+    the weight's gradient. Of a ``normalized`` head there is a second one in forward, and in backward its gradient is
+    divided and multiplied: four of its size at once.
     """
     states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
     rows = min(tokens, max(1, max_logits // vocabulary))
@@ -94,7 +101,10 @@ def loss_memory(
     # The weight's gradient is summed in fp32; a chunk's share of it is in the weights' type.
     most = 2 * states + own * _FP32 + max(2 * _FP32 * logits, (own + logits) * itemsize)
     # Gradients are scaled where they are; the weight's, in bf16, is added to a sum in fp32.
-    return LayerMemory(weight, own, saved, most - saved, own * _FP32 if itemsize == 2 else 0, trained=own)
+    backward = own * _FP32 if itemsize == 2 else 0
+    if normalized:
+        most, backward = most + weight * itemsize, max(backward, 4 * own * itemsize)
+    return LayerMemory(weight, own, saved, most - saved, backward, trained=own)
 
 
 def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:

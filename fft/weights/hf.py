@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from fft.errors import UserError, one_line
 from fft.files import sync
 from fft.parallel.tensor_plan import Shard
+from fft.text.convert_tokenizer import convert_tokenizer, is_original
 from fft.weights.files import INDEX, SINGLE, opened, weight_files
 from fft.weights.names import StoredRows, slices
-from fft.weights.originals import original_of, translate
+from fft.weights.originals import generation_of, original_of, translate
 from fft.weights.quantized import BlockScales, is_coded
 
 if TYPE_CHECKING:
@@ -220,9 +222,12 @@ def write_metadata(
     before = _files(staging)
     config.save_pretrained(staging)
     if model is not None:
-        _copy(model, staging, (_GENERATION, *_code(model / CONFIG)))
+        _copy(model, staging, (_GENERATION, *_code(staging / CONFIG)))
+        _mend_generation(staging / _GENERATION, model / CONFIG)
     source = model if tokenizer is None else Path(tokenizer)
-    if source is not None:
+    if source is not None and is_original(source):
+        _converted(source).write(staging)
+    elif source is not None:
         _copy(source, staging, (*_TOKENIZER_FILES, *_code(source / "tokenizer_config.json")))
     if shards > 1:
         weight_map, size = {}, 0
@@ -234,6 +239,19 @@ def write_metadata(
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (staging / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return sorted(_files(staging) - before)
+
+
+#: A tokenizer that code of its own reads goes along converted: at every checkpoint, but that is done once.
+_converted = lru_cache(maxsize=1)(convert_tokenizer)
+
+
+def _mend_generation(file: Path, config: Path) -> None:
+    """Have a ``generation_config.json`` say what the code of the model whose ``config`` this is did by itself."""
+    if file.is_file() and config.is_file():
+        given = read_json(file)
+        meant = generation_of(read_json(config), given)
+        if meant != given:
+            file.write_text(json.dumps(meant, indent=2), encoding="utf-8")
 
 
 def _code(config: Path) -> tuple[str, ...]:

@@ -70,6 +70,17 @@ def has_alibi(raw: dict) -> bool:
 SECOND_VOCABULARY = 125696
 
 
+def generation_of(raw: dict, generation: dict) -> dict:
+    """A ``generation_config.json`` beside the config ``raw``, with what the family's code did of its own accord.
+
+    A chat of Qwen's ends where a turn does, which is the second token after that which ends a text.
+    """
+    end = generation.get("eos_token_id")
+    if raw.get("model_type") == "qwen" and generation.get("chat_format") == "chatml" and isinstance(end, int):
+        return {**generation, "eos_token_id": [end, end + 2]}
+    return generation
+
+
 def translate(raw: dict, names: Iterable[str]) -> dict[str, str | StoredRows]:
     """Tensors of a checkpoint by the names that the architecture has for them: stored names, or rows of those.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from torch.nn.functional import normalize
 from transformers import AutoConfig
 
 from fft.arguments import parse_arguments
@@ -220,8 +221,9 @@ def test_picture_shows_neighbours():
     assert "stage 0  0          1          ...  63" in wide
 
 
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_holds_what_it_says(monkeypatch, dtype):
+def test_loss_holds_what_it_says(monkeypatch, dtype, normalized):
     """Measured by the allocations of the real function; see also benchmarks/memory.py."""
     monkeypatch.setattr("fft.ops.cross_entropy._CHUNK", 16)
     hidden = torch.randn(40, 16, dtype=dtype, requires_grad=True)
@@ -234,11 +236,11 @@ def test_loss_holds_what_it_says(monkeypatch, dtype):
     else:
         weight.register_post_accumulate_grad_hook(add_to_sum)
     with Alive(existing) as alive:
-        loss = linear_cross_entropy(hidden, weight, labels)
+        loss = linear_cross_entropy(hidden, normalize(weight) if normalized else weight, labels)
         forward, saved = alive.most, alive.now
         alive.most = saved
         loss.backward()
-    told = loss_memory(40, 16, 100, dtype.itemsize, 1 << 26)
+    told = loss_memory(40, 16, 100, dtype.itemsize, 1 << 26, normalized=normalized)
     # Labels, indices of trained tokens and other vectors are left out.
     assert (saved, forward, alive.most) == pytest.approx(
         (told.saved, told.saved + told.forward, told.saved + told.backward), rel=0.1
