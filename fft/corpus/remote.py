@@ -17,7 +17,7 @@ from fft.data.storage import Listing, Storage, reaching
 from fft.errors import UserError
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
-_SCHEMES = {"s3a": "s3", "s3n": "s3"}
+SCHEMES = {"s3a": "s3", "s3n": "s3"}
 #: Seconds for a store that would be asked for a quarter of an hour.
 _PATIENCE = 10
 _WILD = re.compile(r"[*?\[{]")
@@ -69,7 +69,7 @@ def _storage(url: str) -> Storage:
     scheme, _, rest = url.partition("://")
     patience = f"?retry_limit_seconds={_PATIENCE}" if scheme in ("gs", "gcs") else ""
     try:
-        found = Storage.at(f"{_SCHEMES.get(scheme, scheme)}://{rest}{patience}")
+        found = Storage.at(f"{SCHEMES.get(scheme, scheme)}://{rest}{patience}")
         with reaching(url):
             found.filesystem.get_file_info(found.root)
     except UserError as error:

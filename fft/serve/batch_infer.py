@@ -1,25 +1,32 @@
-"""Complete a file of prompts with a model: ``python -m fft.serve.batch_infer``. ``--help`` shows how."""
+"""Answer a file of prompts with a model: ``python -m fft.serve.batch_infer``. ``--help`` shows how."""
 
 import argparse
-import itertools
-import json
+import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from fft.console import live, say
+from fft.data.known import LeftOut
+from fft.data.owner import owned
 from fft.errors import Parser, UserError, run_cli
-from fft.files import atomic_file, hidden
-from fft.serve.engines import Completion, add_engine_flags, engine_options_of
-from fft.serve.engines.choice import load_engine
-from fft.serve.prompts import CHAT, Renderer, load_model_tokenizer
-from fft.serve.sampling import add_sampling_flags, sampling_of
+from fft.files import hidden
+from fft.serve.asked import ERROR, FINISH, LOGPROBS, TEXT, Reading
+from fft.serve.columns import output_schema
+from fft.serve.engines import Completion, Engine, add_engine_flags, engine_options_of
+from fft.serve.engines.checked import CheckedModel, check_model
+from fft.serve.engines.choice import start_engine
+from fft.serve.inputs import find_inputs
+from fft.serve.outputs import PARQUET, Partial, check_output
+from fft.serve.prompts import CHAT, Renderer
+from fft.serve.rows import Facts, PromptRows, Row
+from fft.serve.sampling import Sampling, add_sampling_flags, sampling_of
+from fft.serve.stopping import Stopped, ending_in_order
 from fft.serve.window import Question, answers
-from fft.text.records import Malformed
 
 _EXAMPLES = """examples:
   # one prompt a line, greedy
@@ -29,90 +36,73 @@ _EXAMPLES = """examples:
   python -m fft.serve.batch_infer --model Qwen3-8B --input test.jsonl --prompt_key question --output out.jsonl \\
       --max_new_tokens 512 --temperature 0.7 --top_p 0.9 --seed 1
 
-Every output line holds prompt, text, finish_reason ("stop" or "length") and the input's other fields, in the
-input's order.
+  # conversations of a Delta table, four samples each, as parquet; what is malformed is kept aside
+  python -m fft.serve.batch_infer --model Qwen3-8B --input lake/chats@v12 --output samples.parquet \\
+      --n 4 --temperature 1 --on_error quarantine
+
+Every row of the output holds prompt, text, finish_reason ("stop" or "length") and the input's other fields, in the
+input's order. A run that was interrupted goes on where it was when the same command is given again.
 """
 
-#: Keys of an output line that the input may not bring itself.
-_RESULT_KEYS = ("prompt", "text", "finish_reason")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and the fields that came with it."""
-
-    text: str
-    fields: dict = field(default_factory=dict)
-
-
-def read_prompts(path: Path, key: str) -> list[Prompt]:
-    """Read prompts from ``.jsonl`` or ``.parquet`` (under ``key``), or from ``.txt`` (one a line; blank lines skipped).
-
-    Raises :class:`UserError` naming file and line or row of the first one that is none.
-    """
-    if not path.is_file():
-        raise UserError(f"--input {path} does not exist: give a .jsonl, .txt or .parquet file of prompts.")
-    if path.suffix == ".txt":
-        lines = (line.removesuffix("\n").removesuffix("\r") for line, _ in _lines(path))
-        prompts = [Prompt(line) for line in lines if line.strip()]
-    elif path.suffix == ".jsonl":
-        prompts = [_prompt(record, key, where) for record, where in _json_lines(path)]
-    elif path.suffix == ".parquet":
-        prompts = [_prompt(record, key, where) for record, where in _parquet_rows(path)]
-    else:
-        raise UserError(f"--input {path}: prompts are read from .jsonl, .txt or .parquet files, not {path.suffix!r}.")
-    if not prompts:
-        raise UserError(f"--input {path} holds no prompts.")
-    return prompts
-
-
-def write_completions(path: Path, prompts: Sequence[Prompt], batches: Iterable[list[Completion]]) -> None:
-    """Write one JSON line a prompt, completions in the prompts' order; ``path`` appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    completions = itertools.chain.from_iterable(batches)
-    with atomic_file(path) as aside, open(aside, "w", encoding="utf-8") as stream:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            result = {"prompt": prompt.text, "text": completion.text, "finish_reason": completion.finish_reason}
-            stream.write(json.dumps(result | prompt.fields, ensure_ascii=False, default=str) + "\n")
+#: Models take room for so many tokens at once: lengths are rounded up to a multiple.
+_ROUND = 64
 
 
 @dataclass
 class Tally:
-    """Prompts and new tokens so far, of ``total`` prompts."""
+    """Prompts and new tokens so far, of ``total`` prompts, of which ``before`` were there at the begin."""
 
     total: int
+    before: int = 0
     prompts: int = 0
     tokens: int = 0
-
-    def count(self, batches: Iterable[list[Completion]]) -> Iterator[list[Completion]]:
-        """Pass batches on; each is counted when the next one is asked for, that is, when it is written."""
-        for batch in batches:
-            yield batch
-            self.prompts += len(batch)
-            self.tokens += sum(completion.tokens for completion in batch)
 
     def line(self, seconds: float) -> str:
         """How many are done after so many seconds, and how fast."""
         rates = f"{self.prompts / seconds:,.1f} prompts/s  {self.tokens / seconds:,.0f} new tokens/s"
-        left = f"  {seconds * (self.total - self.prompts) / self.prompts:,.0f} s left" if self.prompts else ""
-        return f"{self.prompts:,}/{self.total:,} prompts  {rates}{left}"
+        missing = self.total - self.before - self.prompts
+        left = f"  {seconds * missing / self.prompts:,.0f} s left" if self.prompts else ""
+        return f"{self.before + self.prompts:,}/{self.total:,} prompts  {rates}{left}"
 
 
 def build_parser() -> Parser:
     """Flags of the command."""
     parser = Parser(
         prog="python -m fft.serve.batch_infer",
-        description="Complete every prompt of a file with a Hugging Face model.",
+        description="Answer every prompt of a file with a Hugging Face model.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="prompts: .jsonl, .txt or .parquet")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines to write")
+    parser.add_argument(
+        "--input",
+        "--prompt_file",
+        dest="inputs",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="prompts: files of JSON lines, text (one a line) or parquet, folders, Delta tables (PATH@vN), URLs",
+    )
+    parser.add_argument(
+        "--output",
+        "--output_file",
+        default="result.jsonl",
+        metavar="FILE",
+        help="JSON lines, or .parquet, to write (default: %(default)s)",
+    )
     parser.add_argument("--prompt_key", default="prompt", help="key or column of the prompt (default: %(default)s)")
     parser.add_argument(
         "--chat", choices=CHAT, default="auto", help="a text is a user's turn (auto: where there is a chat template)"
     )
     parser.add_argument("--system", metavar="TEXT", help="system turn of every chat that has none")
+    parser.add_argument(
+        "--on_error",
+        choices=("fail", "quarantine"),
+        default="fail",
+        help="a malformed prompt ends the run before it begins (default), or gets a row with its error",
+    )
+    parser.add_argument(
+        "--resume", choices=("auto", "no"), default="auto", help="auto: go on with what an interrupted run has left"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     add_sampling_flags(parser)
     add_engine_flags(parser)
@@ -120,102 +110,102 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read, check, generate, write. Raises :class:`UserError` for inputs that cannot be read and outputs that exist."""
+    """Check all, generate, write. Raises :class:`UserError` for what cannot be read, written or answered."""
     parser = build_parser()
-    with parser.naming_flags():
+    with parser.naming_flags(), ending_in_order():
         _run(parser.parse_args(argv))
 
 
 def _run(args: argparse.Namespace) -> None:
-    sampling, options = sampling_of(args), engine_options_of(args)
-    if not Path(args.model).is_dir():
-        raise UserError(f"--model {args.model} is not a folder: give a Hugging Face model directory.")
-    if not (Path(args.model) / "config.json").is_file():
-        adapter = (Path(args.model) / "adapter_config.json").is_file()
-        remedy = (
-            "merge the adapter by python -m fft.checkpoint.convert"
-            if adapter
-            else "give a Hugging Face model directory"
-        )
-        raise UserError(f"--model {args.model} has no config.json: {remedy}.")
-    _check_output(args.output, args.overwrite)
-    prompts = read_prompts(args.input, args.prompt_key)
-    engine = load_engine(args.model, options)
+    output = check_output(args.output, args.overwrite)
+    reserved = (TEXT, FINISH, *([LOGPROBS] if args.logprobs is not None else []))
+    reserved += (ERROR,) if args.on_error == "quarantine" else ()
+    reading = Reading(args.prompt_key, sampling_of(args), reserved)
+    model = check_model(_model_folder(args.model), engine_options_of(args))
+    left_out = LeftOut()
+    renderer = Renderer.of(model.tokenizer, model.limit, args.chat, args.system)
+    rows = PromptRows(find_inputs(args.inputs, left_out), reading, renderer, args.on_error == "quarantine")
+    for file in rows.files:
+        if os.path.realpath(file.storage.root) == os.path.realpath(output):
+            raise UserError(f"`output` {output} is an input, too: name another file.")
+    for note in left_out.notes():
+        say(note)
+    facts = rows.check(typed=output.suffix == PARQUET)
+    for key, count in renderer.unused.most_common():
+        say(f"note: the chat template does not read {key} ({count:,} times).")
+    schema = output_schema(facts.schema, reading.sampling, rows.quarantine) if output.suffix == PARQUET else None
+    about = _about(args, model, facts)
+    with ExitStack() as held:
+        held.enter_context(owned(hidden(output, "owner"), f"--output {output}"))
+        partial = Partial(output, about, args.resume == "auto")
+        held.callback(partial.close)
+        if partial.done < facts.rows:
+            _generate(rows, model, facts, partial)
+        if schema is None:
+            partial.become_lines()
+        else:
+            partial.become_parquet((row.shown for row in rows.read()), schema)
+    faults = f", {facts.faults:,} of {facts.rows:,} rows with an error in them" if facts.faults else ""
+    say(f"wrote {output}{faults}")
+
+
+def _generate(rows: PromptRows, model: CheckedModel, facts: Facts, partial: Partial) -> None:
+    """Answer what is not answered yet, and keep it."""
+    engine: Engine | None = None
+    tally = Tally(facts.rows, partial.done)
     try:
-        say(f"{len(prompts):,} prompts, {engine.name}")
-        renderer = Renderer.of(load_model_tokenizer(args.model), engine.limit, args.chat, args.system)
-        questions = []
-        for row, (prompt, ids) in enumerate(zip(prompts, renderer.render_many([p.text for p in prompts]), strict=True)):
-            if isinstance(ids, Malformed):
-                raise UserError(f"prompt {row + 1}: {ids}.")
-            questions.append(Question(prompt, row, ids, sampling))
-        tally = Tally(len(prompts))
-        batches = (list(found) for _, found in answers(engine, questions))
+        limit = min(model.limit, -(-facts.longest // _ROUND) * _ROUND)
+        begin = time.monotonic()
+        engine = start_engine(model, limit)
+        again = f", {partial.done:,} of them answered before" if partial.done else ""
+        say(f"{facts.rows:,} prompts, {engine.name}{again}; loaded in {time.monotonic() - begin:,.0f} s")
+        digest = hashlib.sha256()
         with live(tally.line, last=True):
-            write_completions(args.output, prompts, tally.count(batches))
+            for row, completions in _answered(engine, rows.read(partial.done, digest)):
+                partial.add(row.answered(completions) if partial.is_parquet else row.line(completions))
+                tally.prompts += 1
+                tally.tokens += sum(one.tokens for one in completions)
+        if digest.hexdigest() != facts.sha256:
+            raise UserError("`inputs` changed while they were read: run again when they are whole.")
+    except Stopped as stopped:
+        say(
+            f"stopped by {stopped.signal}: {tally.before + tally.prompts:,} of {tally.total:,} prompts are answered in "
+            f"{partial.path}; give the same command again to go on"
+        )
+        raise
     finally:
-        engine.close()
-    say(f"wrote {args.output}")
+        if engine is not None:
+            engine.close()
 
 
-def _check_output(path: Path, overwrite: bool) -> None:
-    """Raise :class:`UserError` where what takes hours could not be written at its end."""
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder: name a file.")
-    if path.exists() and not overwrite:
-        raise UserError(f"--output {path} exists: choose another file or add --overwrite.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = hidden(path, f"{os.getpid()}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be made ({error.strerror}): choose another place.") from error
+def _answered(engine: Engine, rows: Iterable[Row]) -> Iterator[tuple[Row, tuple[Completion, ...]]]:
+    default = Sampling()
+    questions = (Question(row, row.number, row.ids, row.asked.sampling if row.asked else default) for row in rows)
+    for question, completions in answers(engine, questions):
+        yield question.item, completions
 
 
-def _prompt(record: object, key: str, where: str) -> Prompt:
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object.")
-    if key not in record:
-        raise UserError(f"{where} has no {key!r} (it has {', '.join(record) or 'nothing'}): name it with --prompt_key.")
-    text = record[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {key!r} must be a string, not {type(text).__name__}.")
-    fields = {name: value for name, value in record.items() if name != key}
-    if taken := [name for name in _RESULT_KEYS if name in fields]:
-        raise UserError(f"{where} has a field {taken[0]!r}, which the output needs for itself: rename it.")
-    return Prompt(text, fields)
+def _model_folder(model: str) -> str:
+    """Raise :class:`UserError` for what is no model directory."""
+    if not Path(model).is_dir():
+        raise UserError(f"--model {model} is not a folder: give a Hugging Face model directory.")
+    if not (Path(model) / "config.json").is_file():
+        remedy = "give a Hugging Face model directory"
+        if (Path(model) / "adapter_config.json").is_file():
+            remedy = "name the model that it adapts, and the adapter with --lora"
+        raise UserError(f"--model {model} has no config.json: {remedy}.")
+    return model
 
 
-def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
-    for line, where in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON ({error}).") from error
-        yield record, where
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines and where they stand. Bytes are split first, so that the line that is not UTF-8 can be named."""
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            where = f"{path}, line {number}"
-            try:
-                yield line.decode("utf-8"), where
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8 ({error.reason}): save the file as UTF-8.") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"--input {path} is no readable parquet file ({error}): write it again.") from error
-    for number, row in enumerate(rows):
-        yield row, f"{path}, row {number}"
+def _about(args: argparse.Namespace, model: CheckedModel, facts: Facts) -> dict[str, Any]:
+    """What answers depend on."""
+    return {
+        "model": model.identity(),
+        "input": {"rows": facts.rows, "sha256": facts.sha256},
+        "reading": {name: getattr(args, name) for name in ("prompt_key", "chat", "system", "on_error")},
+        "sampling": asdict(sampling_of(args)),
+        "output": "parquet" if args.output.endswith(PARQUET) else "lines",
+    }
 
 
 if __name__ == "__main__":

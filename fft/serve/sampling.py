@@ -15,6 +15,19 @@ _MOST_SAMPLES, _MOST_LOGPROBS, _HOTTEST = 1024, 20, 2.0
 _COLDEST = 0.01
 
 
+_WHOLE, _NUMBER = (int, "a whole number", False), ((int, float), "a number", False)
+#: Of each setting: what it must be, that in words, and whether it is a tuple of such.
+_KINDS: dict[str, tuple[Any, str, bool]] = {
+    **dict.fromkeys(("max_new_tokens", "top_k", "n", "seed"), _WHOLE),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _NUMBER),
+    "stop": (str, "a list of texts", True),
+    "stop_token_ids": (int, "a list of whole numbers", True),
+    "ignore_eos": (bool, "true or false", False),
+    "logprobs": ((int, type(None)), "a whole number", False),
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens; ``temperature`` 0 is greedy.
@@ -43,6 +56,12 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            kind, what, several = _KINDS[spec.name]
+            values = value if several and isinstance(value, tuple) else [value]
+            if several != isinstance(value, tuple) or not all(_is_of(one, kind) for one in values):
+                raise UserError(f"`{spec.name}` must be {what}, not {value!r}.")
         for name, holds, sentence in (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
             (
@@ -73,6 +92,10 @@ class Sampling:
                 raise UserError(f"`{name}` {getattr(self, name)} {sentence}.")
         if self.n > 1 and self.temperature == 0:
             raise UserError(f"`n` {self.n} needs a `temperature` above 0: greedy samples are all the same.")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))  # to Python, True is an int
 
 
 def row_seed(seed: int, row: int | str, sample: int = 0) -> int:

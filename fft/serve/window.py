@@ -10,7 +10,7 @@ from fft.serve.sampling import Sampling, row_seed
 #: Whatever travels along with a question.
 T = TypeVar("T")
 #: Questions that wait for an earlier one's answer, at most: what they hold is in memory, and lost by a crash.
-_MOST_WAITING = 100_000
+_MOST_WAITING = 20_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def answers(
     done: dict[int, Completion] = {}
     first = last = unfinished = 0
     more = True
-    while True:
+    while more or asked:
         while more and unfinished < window and len(asked) < _MOST_WAITING:
             question = next(source, None)
             if question is None:
@@ -52,19 +52,14 @@ def answers(
                 engine.add(request)
             asked[last] = question, range(number, number + len(requests))
             number, last, unfinished = number + len(requests), last + 1, unfinished + len(requests)
-            if len(asked) == 1 and not requests:
-                break  # it comes back at once
+        if unfinished:
+            finished = engine.step()
+            done.update(finished)
+            unfinished -= len(finished)
         while first in asked and all(wanted in done for wanted in asked[first][1]):
             question, numbers = asked.pop(first)
             first += 1
             yield question, tuple(done.pop(wanted) for wanted in numbers)
-        if not unfinished:
-            if not more:
-                return
-            continue
-        finished = engine.step()
-        done.update(finished)
-        unfinished -= len(finished)
 
 
 def _requests(question: Question[T], number: int, limit: int) -> list[Request]:

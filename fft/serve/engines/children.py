@@ -11,7 +11,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import psutil
 
@@ -19,6 +19,8 @@ from fft.errors import one_line
 
 #: Seconds between two looks of the guard, and that processes have to end by themselves.
 _LOOK, _PATIENCE = 0.5, 10.0
+#: Lines of output that are kept.
+_LINES = 10_000
 #: What a traceback ends with.
 _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 #: What errors say of which another one is the cause.
@@ -104,47 +106,39 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-@contextlib.contextmanager
-def captured_output(silent: bool) -> Iterator[list[str]]:
-    """Have what this process and those that it starts write, to stdout or stderr, go to stderr and to a list of lines.
+class Overheard:
+    """What this process and those that it starts write to stdout or stderr in a block, and these as long as they live.
 
-    With ``silent`` it comes to stderr at the end of the block, and not at all if that raises. Processes that live on
-    write to stderr through a thread of this one.
+    It goes to stderr while ``shown``; of ``lines`` the first ones are kept.
     """
-    lines: list[str] = []
-    read, write = os.pipe()
-    kept = [os.dup(1), os.dup(2)]
-    told = threading.Event()
-    if not silent:
-        told.set()
 
-    def pump() -> None:
-        with os.fdopen(read, "rb") as stream, os.fdopen(kept[1], "wb", buffering=0) as stderr:
-            waiting: list[bytes] = []
-            for line in stream:
-                if len(lines) < 10_000:
-                    lines.append(line.decode(errors="replace").rstrip())
-                waiting.append(line)
-                if told.is_set():
-                    stderr.write(b"".join(waiting))
-                    waiting.clear()
+    def __init__(self, shown: bool) -> None:
+        self.shown, self.lines = shown, list[str]()
 
-    thread = threading.Thread(target=pump, daemon=True)
-    thread.start()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os.dup2(write, 1)
-    os.dup2(write, 2)
-    os.close(write)
-    try:
-        yield lines
-        told.set()
-    finally:
+    def __enter__(self) -> "Overheard":
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        os.close(kept[0])
+        read, write = os.pipe()
+        self._kept = os.dup(1), os.dup(2)
+        threading.Thread(target=self._pass_on, args=(read, os.dup(2)), daemon=True).start()
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os.close(write)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, (stream, kept) in enumerate(zip((sys.stdout, sys.stderr), self._kept, strict=True), 1):
+            stream.flush()
+            os.dup2(kept, number)
+            os.close(kept)
+
+    def _pass_on(self, read: int, stderr: int) -> None:
+        with os.fdopen(read, "rb") as stream, os.fdopen(stderr, "wb", buffering=0) as out:
+            for line in stream:
+                if len(self.lines) < _LINES:
+                    self.lines.append(line.decode(errors="replace").rstrip())
+                if self.shown:
+                    out.write(line)
 
 
 def true_cause(error: Exception, lines: Iterable[str]) -> str:

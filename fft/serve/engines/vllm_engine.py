@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fft.errors import UserError, one_line
 from fft.serve.engines import Completion, Request
-from fft.serve.engines.children import Children, captured_output, true_cause
+from fft.serve.engines.children import Children, Overheard, true_cause
 from fft.serve.engines.texts import decode_answer, first_stop, told_logprobs
 
 if TYPE_CHECKING:
@@ -48,30 +48,28 @@ class VllmEngine:
     def __init__(self, model: "CheckedModel", limit: int) -> None:
         self.limit, self._tokenizer, self._ends = limit, model.tokenizer, model.ends
         self._requests: dict[str, Request] = {}
-        silent = "VLLM_LOGGING_LEVEL" not in os.environ
+        self._engine: Any = None
+        self._silent = True
+        output = self._output = Overheard(shown="VLLM_LOGGING_LEVEL" in os.environ)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._children = Children()
-        self._engine: Any = None
-        said: list[str] = []
         try:
-            with captured_output(silent) as said:
+            with output:
                 self._engine = _start(model, limit)
                 self._adapter = self._load_adapter(model.options.lora)
             self._children.settle()
-        except UserError:
+        except BaseException as error:
             self.close()
-            raise
-        except Exception as error:  # vLLM raises what it, torch, or a process of it stumbles over
-            self.close()
-            cause = true_cause(error, said)
-            remedy = next(
-                (text for word, text in _REMEDIES if word in cause), "mend that, or use --engine transformers"
-            )
-            raise UserError(f"vLLM cannot start: {cause}: {remedy}.") from error
-        except BaseException:
-            self.close()
-            raise
+            if not isinstance(error, Exception):  # a signal
+                raise
+            cause = true_cause(error, output.lines)
+            remedies = (text for word, text in _REMEDIES if word in cause)
+            remedy = next(remedies, "mend that, or use --engine transformers")
+            raise UserError(
+                f"vLLM cannot start: {cause}: {remedy} (VLLM_LOGGING_LEVEL=INFO shows all it says)."
+            ) from error
+        self._silent, output.shown = not output.shown, True
 
     def _load_adapter(self, lora: str | None) -> Any:
         if lora is None:
@@ -146,6 +144,7 @@ class VllmEngine:
     def close(self) -> None:
         """Have vLLM end its processes, and end those that it leaves."""
         engine, self._engine = self._engine, None
+        self._output.shown = self._output.shown and not self._silent  # how its processes end is told to nobody
         self._requests.clear()
         if engine is not None:
             with contextlib.suppress(Exception):  # of an engine that is dead already

@@ -1,77 +1,64 @@
+"""The command, with transformers: what it reads, refuses, keeps and writes."""
+
+import datetime
+import decimal
+import gzip
 import json
-import shutil
-import sys
-from types import SimpleNamespace
+import os
+import signal
+import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from deltalake import write_deltalake
+from generation import BAD_PROMPTS, PROMPTS, TEMPLATE, complete, make_model, refusal
 
 from fft.errors import UserError
-from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from fft.serve import batch_infer
-from fft.serve.batch_infer import Prompt, read_prompts, write_completions
-from fft.serve.engines import Completion, EngineOptions, Request
-from fft.serve.engines.choice import load_engine
-from fft.serve.engines.scores import Choice
-from fft.serve.prompts import Renderer, load_model_tokenizer
-from fft.serve.sampling import Sampling, row_seed
-from fft.serve.window import Question, answers
-
-PROMPTS = ["def f(x):", "import", "class A:\n    def g(self, value):\n        return", "x", "for i in range("]
+from fft.serve.engines.transformers_engine import TransformersEngine
+from fft.serve.sampling import row_seed
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = train_tokenizer(PROMPTS * 3, 300)
-    save_tokenizer(tokenizer, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model") / "chat", template=TEMPLATE)
 
 
 def run(*arguments: object) -> None:
     batch_infer.main([str(argument) for argument in arguments])
 
 
-def test_batches_equal_prompts_generated_one_by_one(model_dir):
-    completions = complete(model_dir, batch_size=4)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
-        new = ids[inputs["input_ids"].shape[1] :].tolist()
-        assert completion.text == tokenizer.decode(new, skip_special_tokens=True)
-        assert completion.finish_reason == ("stop" if 0 in new else "length")
+def write_lines(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
 
 
-def test_sampling_repeats_with_its_seed_and_changes_with_another(model_dir):
-    def sample(seed: int) -> list[Completion]:
-        return complete(model_dir, temperature=1.0, top_p=0.95, seed=seed)
+@pytest.fixture
+def batch(model_dir, tmp_path):
+    """Runs the command on an input, by default with 4 tokens an answer, and returns its rows."""
 
-    assert sample(1) == sample(1)
-    assert sample(1) != sample(2)
+    def batch(source: object, *flags: object, model: Path = model_dir, output: str = "out.jsonl") -> list[dict]:
+        path = write_lines(tmp_path / "in.jsonl", source) if isinstance(source, list) else source
+        flags = (*flags, "--engine", "transformers")
+        flags = flags if "--max_new_tokens" in flags else (*flags, "--max_new_tokens", 4)
+        run("--model", model, "--input", path, "--output", tmp_path / output, *flags, "--overwrite")
+        if output.endswith(".parquet"):
+            return pq.read_table(tmp_path / output).to_pylist()
+        return [json.loads(line) for line in (tmp_path / output).read_text(encoding="utf-8").splitlines()]
+
+    return batch
 
 
 def test_command_writes_prompts_texts_and_other_fields(model_dir, tmp_path, capsys):
     source, output = tmp_path / "in.jsonl", tmp_path / "out" / "out.jsonl"
-    source.write_text("".join(json.dumps({"q": p, "n": i}) + "\n" for i, p in enumerate(PROMPTS)), encoding="utf-8")
+    write_lines(source, [{"q": p, "n": i} for i, p in enumerate(PROMPTS)])
     arguments = ("--model", model_dir, "--input", source, "--output", output, "--prompt_key", "q")
     run(*arguments, "--max_new_tokens", 4, "--engine", "transformers")
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
@@ -83,272 +70,406 @@ def test_command_writes_prompts_texts_and_other_fields(model_dir, tmp_path, caps
         run(*arguments)
 
 
-def test_reads_text_and_parquet(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n  two \r\nthree", encoding="utf-8")
-    assert [p.text for p in read_prompts(tmp_path / "a.txt", "prompt")] == ["one", "  two ", "three"]
-    pq.write_table(pa.table({"prompt": ["a", "b"], "k": [1, 2]}), tmp_path / "a.parquet")
-    assert read_prompts(tmp_path / "a.parquet", "prompt") == [Prompt("a", {"k": 1}), Prompt("b", {"k": 2})]
+def test_jllm_s_flags_and_its_default_output(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text("one\ntwo\n")
+    run("--model", model_dir, "--prompt_file", "prompt.txt", "--bacth_size", 1, "--engine", "transformers")
+    assert len(Path("result.jsonl").read_text().splitlines()) == 2
+    run("--model", model_dir, "--prompt_file", "prompt.txt", "--output_file", "x.txt", "--engine", "transformers")
+    assert Path("x.txt").read_text() == Path("result.jsonl").read_text()
+
+
+def test_every_form_of_input_gives_the_same_answers(batch, tmp_path):
+    """Lines, text, parquet, compressed, a folder, wild cards, a Delta table and one of its versions, a URL."""
+    prompts = ["one", "  two ", "three", "four"]
+    expected = [
+        (prompt, row["text"]) for prompt, row in zip(prompts, batch([{"prompt": p} for p in prompts]), strict=True)
+    ]
+    table = pa.table({"prompt": prompts})
+    lines = "".join(json.dumps({"prompt": p}) + "\n" for p in prompts).encode()
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(lines[: lines.index(b'{"prompt": "three')])
+    pq.write_table(table.slice(2, 2), folder / "deep" / "b.parquet")
+    (folder / "notes.csv").write_text("x")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\n  two \r\nthree\nfour")
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    write_deltalake(tmp_path / "delta", table)
+    write_deltalake(tmp_path / "delta", table.slice(0, 1), mode="overwrite")
+    for source in (
+        *(tmp_path / "a.txt", tmp_path / "a.parquet", tmp_path / "a.jsonl.gz", folder),
+        *(
+            tmp_path / "a.j*.gz",
+            f"{tmp_path}/delta@v0",
+            f"file://{tmp_path}/a.parquet",
+            f"file://{tmp_path}/a.jsonl.gz",
+        ),
+        *(f"file://{tmp_path}/a.txt", f"file://{tmp_path}/delta@v0"),
+    ):
+        assert [(row["prompt"], row["text"]) for row in batch(source)] == expected, source
+    assert len(batch(tmp_path / "delta")) == 1
+
+
+def test_what_of_a_folder_is_not_read_is_told(batch, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("one")
+    (tmp_path / "folder" / "b.csv").write_text("one")
+    batch(tmp_path / "folder")
+    assert "not read: 1 .csv files (3 bytes)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("record", "said"), BAD_PROMPTS)
+def test_bad_prompts_are_named_before_the_engine_starts(record, said, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_infer, "start_engine", lambda *_: pytest.fail("the model was loaded"))
+    assert (
+        refusal(model_dir, tmp_path, record, "transformers")
+        == f"{tmp_path}/in.jsonl, line 2: {said}; mend it, or give --on_error quarantine."
+    )
+
+
+def test_bad_prompts_get_rows_with_their_errors(batch, capsys):
+    """Between others, which are answered as if nothing stood there."""
+    good = [{"prompt": prompt, "n": i} for i, prompt in enumerate(PROMPTS)]
+    records = [record for i, (bad, _) in enumerate(BAD_PROMPTS) for record in (bad, good[i % 5])]
+    rows = batch(records, "--on_error", "quarantine")
+    expected = batch(good, output="good.jsonl")
+    assert [row["text"] for row in rows[1::2]] == [expected[i % 5]["text"] for i in range(len(BAD_PROMPTS))]
+    for (record, said), row in zip(BAD_PROMPTS, rows[::2], strict=True):
+        assert row["error"].endswith(f": {said}")
+        assert (row["text"], row["finish_reason"]) == (None, "error")
+        if isinstance(record, dict) and "text" not in record:
+            assert row.items() >= record.items()
+    assert f"{len(BAD_PROMPTS)} of {2 * len(BAD_PROMPTS)} rows with an error in them" in capsys.readouterr().err
+
+
+def test_all_kinds_of_bad_rows_fill_a_parquet_column(batch):
+    rows = batch([{"prompt": "a", "k": 1}, {"prompt": "", "k": 2}], "--on_error", "quarantine", output="o.parquet")
+    assert [(row["k"], row["finish_reason"], row["error"] is None) for row in rows] == [
+        (1, "length", True),
+        (2, "error", False),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "said"),
     [
-        ('{"prompt": "a"}\n{"text": "b"}\n', r"line 2 has no 'prompt' \(it has text\): name it with --prompt_key"),
-        ('{"prompt": "a"\n', "line 1 is not JSON"),
-        ('["a"]\n', "line 1 is not a JSON object"),
-        ('{"prompt": 3}\n', "line 1: 'prompt' must be a string, not int"),
-        ('{"prompt": "a", "text": "b"}\n', "has a field 'text', which the output needs"),
-        ("\n", "holds no prompts"),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2: not valid UTF-8 at byte 12"),
+        (b'{"prompt": "a"\n', "line 1: not valid JSON"),
+        (b"\n \n", "holds no prompts"),
     ],
 )
-def test_bad_prompts_are_named(tmp_path, content, message):
-    path = tmp_path / "in.jsonl"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        read_prompts(path, "prompt")
+def test_bytes_that_are_no_records_are_named(batch, tmp_path, content, said):
+    (tmp_path / "bytes.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        batch(tmp_path / "bytes.jsonl")
 
 
-def test_bad_paths_are_named(model_dir, tmp_path):
-    for path, message in (("none.jsonl", "does not exist"), ("x.csv", "not '.csv'")):
-        if path.endswith("csv"):
-            (tmp_path / path).touch()
-        with pytest.raises(UserError, match=message):
-            read_prompts(tmp_path / path, "prompt")
+def test_bad_paths_are_named(model_dir, batch, tmp_path):
+    (tmp_path / "x.csv").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    for path, said in (
+        ("none.jsonl", "--input .*none.jsonl does not exist"),
+        ("x.csv", r"x\.csv is of no known kind: its name must end in \.jsonl"),
+        ("empty", "empty holds no documents"),
+        ("*.none", "there is no file of such a name"),
+        ("x.parquet", r"x\.parquet cannot be read .*: is it whole"),
+    ):
+        with pytest.raises(UserError, match=said):
+            batch(tmp_path / path)
+    with pytest.raises(UserError, match="cannot be reached from here: copy it"):
+        batch("https://example.invalid/a.jsonl")
     rest = ("--input", tmp_path / "x.csv", "--output", tmp_path / "o.jsonl")
     with pytest.raises(UserError, match="is not a folder"):
         run("--model", tmp_path / "nowhere", *rest)
     with pytest.raises(UserError, match=r"has no config\.json"):
         run("--model", tmp_path, *rest)
-
-
-def test_vllm_asked_for_but_absent(model_dir, monkeypatch):
-    monkeypatch.setattr("fft.serve.engines.checked._has_vllm", lambda: False)
-    with pytest.raises(UserError, match="--engine vllm: not installed"):
-        load_engine(str(model_dir), EngineOptions("vllm"))
-
-
-def test_a_failure_leaves_no_output(tmp_path):
-    def broken():
-        yield [Completion("a", 1, "length")]
-        raise RuntimeError("device lost")
-
-    with pytest.raises(RuntimeError, match="device lost"):
-        write_completions(tmp_path / "out.jsonl", [Prompt("p"), Prompt("q")], broken())
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["in.txt", "in.jsonl"])
-def test_bytes_that_are_no_text_are_named(tmp_path, name):
-    (tmp_path / name).write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(UserError, match=r"line 2 is not UTF-8"):
-        read_prompts(tmp_path / name, "prompt")
-
-
-@pytest.fixture
-def changed(model_dir, tmp_path):
-    """A copy of the model, to be changed: `changed(file, **entries)` returns its folder."""
-    copy = tmp_path / "copy"
-    shutil.copytree(model_dir, copy)
-
-    def change(file: str, **entries):
-        path = copy / file
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(before | entries))
-        return str(copy)
-
-    return change
-
-
-def complete(model, prompts=PROMPTS, batch_size=8, **sampling):
-    engine = load_engine(str(model), EngineOptions("transformers", batch_size))
-    renderer = Renderer.of(load_model_tokenizer(str(model)), engine.limit)
-    settings = Sampling(max_new_tokens=12, **sampling)
-    questions = [Question(None, row, renderer.render(prompt), settings) for row, prompt in enumerate(prompts)]
-    return [found for _, (found,) in answers(engine, questions)]
-
-
-#: What models bring along that would change which token is taken.
-HABITS = {
-    **{"do_sample": True, "repetition_penalty": 9.0, "num_beams": 3, "min_p": 0.3, "top_k": 2, "temperature": 3.0},
-    **{"no_repeat_ngram_size": 1, "suppress_tokens": list(range(60, 200)), "min_new_tokens": 12, "max_length": 20},
-    **{"typical_p": 0.2, "epsilon_cutoff": 0.2, "length_penalty": 2.0},
-}
-
-
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "top_p": 0.8}])
-def test_tokens_are_chosen_as_the_flags_say_whatever_the_model_s_habits(sampling, model_dir, changed):
-    plain = complete(model_dir, **sampling)
-    assert complete(changed("generation_config.json", **HABITS), **sampling) == plain
-
-
-def test_every_end_token_ends_a_text(model_dir, changed):
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    inputs = AutoTokenizer.from_pretrained(model_dir)(PROMPTS[0], return_tensors="pt")
-    ids = model.generate(inputs["input_ids"], max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
-    new = ids[inputs["input_ids"].shape[1] :].tolist()
-    at = next(at for at, token in enumerate(new) if token != new[0])
-    (found,) = complete(changed("generation_config.json", eos_token_id=[290, new[at]]), PROMPTS[:1])
-    assert (found.tokens, found.finish_reason) == (at, "stop")
-
-
-def test_a_sample_depends_on_its_row_and_seed_alone(model_dir):
-    prompts = ["x"] * 7
-    alone = complete(model_dir, prompts, 1, temperature=1.0, seed=5)
-    assert complete(model_dir, prompts, 3, temperature=1.0, seed=5) == alone
-    assert len({sample.text for sample in alone}) == 7
-    other = complete(model_dir, prompts, 3, temperature=1.0, seed=6)
-    assert not {sample.text for sample in alone} & {sample.text for sample in other}
-
-
-def test_top_p_keeps_the_likeliest(model_dir):
-    greedy = complete(model_dir)
-    assert complete(model_dir, temperature=1.0, top_p=1e-6) == greedy
-    assert complete(model_dir, temperature=1.0, top_p=1.0) != greedy
-
-
-def test_tokens_are_drawn_with_their_probabilities():
-    """Of 200 tokens all alike, more than 50 are drawn; of two, each as often as it is likely."""
-
-    def draws(scores, temperature=1.0, **given):
-        sampling = Sampling(temperature=temperature, **given)
-        requests = [Request(row, [0], sampling, row_seed(1, row), 1) for row in range(4000)]
-        choice = Choice(requests, 1, scores.shape[1], torch.device("cpu"))
-        return choice(torch.zeros(4000, 1, dtype=torch.long), scores.expand(4000, -1)).argmax(-1)
-
-    assert len(draws(torch.zeros(1, 200)).unique()) == 200
-    share = (draws(torch.tensor([[0.7, 0.3]]).log()) == 0).float().mean()
-    assert abs(share - 0.7) < 0.03
-    sharper = (draws(torch.tensor([[0.7, 0.3]]).log(), temperature=0.5) == 0).float().mean()
-    assert abs(sharper - 0.49 / 0.58) < 0.03
-    assert set(draws(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6).tolist()) == {0, 1}
-
-
-def test_seeds_of_rows_do_not_repeat_nor_shift():
-    seeds = [[row_seed(seed, row) for row in range(3000)] for seed in (1, 2)]
-    assert len({*seeds[0], *seeds[1]}) == 6000
-    assert all(0 <= seed < 1 << 63 for seed in seeds[0])
-
-
-def test_vllm_is_told_all_of_the_sampling(model_dir, monkeypatch):
-    """With a stand-in for vLLM: the engine's arguments, and every request's parameters."""
-    told = []
-
-    class LLM:
-        def __init__(self, **given):
-            told.append(given)
-            self.llm_engine = self
-
-        def add_request(self, name, prompt, parameters, lora_request):
-            told.append((prompt["prompt_token_ids"], parameters))
-            self.waiting = [*getattr(self, "waiting", []), name]
-
-        def step(self):
-            output = SimpleNamespace(text="", token_ids=[70, 0], finish_reason="stop", stop_reason=0)
-            done, self.waiting = self.waiting, []
-            return [SimpleNamespace(request_id=name, outputs=[output], finished=True) for name in done]
-
-    platform = SimpleNamespace(is_cpu=lambda: True)
-    kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY="final"))
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given))
-    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
-    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
-    monkeypatch.setattr("fft.serve.engines.checked._has_vllm", lambda: True)
-    engine = load_engine(str(model_dir), EngineOptions(max_model_len=99, engine_args={"enforce_eager": True}))
-    sampling = Sampling(7, 0.6, 0.8, top_k=5, n=2, seed=4, stop=("x",), stop_token_ids=(9,))
-    found = list(answers(engine, [Question(row, row, [1, 2], sampling) for row in range(2500)]))
-    engine.close()
-    assert [(q.item, len(a), {c.tokens for c in a}) for q, a in found] == [(row, 2, {1}) for row in range(2500)]
-    given, *requests = told
-    assert given.pop("kv_cache_memory_bytes") <= 4 << 30
-    assert given == {
-        **{"model": str(model_dir), "dtype": "float32", "max_model_len": 99, "tensor_parallel_size": 1},
-        **{"trust_remote_code": False, "enable_prefix_caching": True, "enforce_eager": True},
-        "hf_overrides": {"tie_word_embeddings": False},
-    }
-    assert [p["seed"] for _, p in requests] == [row_seed(4, row, k) for row in range(2500) for k in (0, 1)]
-    plain = {k: v for k, v in requests[0][1].items() if k in ("max_tokens", "temperature", "top_p", "top_k")}
-    assert plain == {"max_tokens": 7, "temperature": 0.6, "top_p": 0.8, "top_k": 5}
-    assert (requests[0][1]["stop"], requests[0][1]["stop_token_ids"]) == (["x"], [0, 9])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="name the model that it adapts, and the adapter with --lora"):
+        run("--model", tmp_path, *rest)
 
 
 def test_an_output_that_cannot_be_written_is_named_before_anything_is_made(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_infer, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(batch_infer, "start_engine", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "in.txt").write_text("a")
     (tmp_path / "file").touch()
     for output, said in (
         (tmp_path, "is a folder: name a file"),
         (tmp_path / "file" / "out.jsonl", r"cannot be made \(.*\): choose another place"),
         ("/proc/nowhere/out.jsonl", r"cannot be made \(.*\): choose another place"),
+        (tmp_path / "out.csv", r"written as JSON lines \(.jsonl\) or .parquet"),
+        ("s3://bucket/out.jsonl", "a local or mounted folder"),
+        (tmp_path / "in.txt", "is an input, too"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=f"--output .*{said}"):
             run("--model", model_dir, "--input", tmp_path / "in.txt", "--output", output, "--overwrite")
 
 
-def rewritten(folder, change):
-    """The weights of a folder, changed."""
-    weights = load_file(f"{folder}/model.safetensors")
-    change(weights)
-    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
-    return folder
-
-
-NORM = "model.norm.weight"
-
-
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("flags", "said"),
     [
-        (lambda weights: weights.pop(NORM), f"has no tensor {NORM}"),
-        (lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), "q_proj.bias, for"),
-        (lambda weights: weights.update({NORM: torch.full((32,), torch.nan)}), f"{NORM} holds values that are NaN"),
-        (lambda weights: weights.update({NORM: torch.ones(31)}), "cannot be loaded"),
-        (lambda weights: weights.update({NORM: torch.ones(32, dtype=torch.int8)}), "cannot be loaded|holds codes"),
+        (("--temperature", "3"), r"--temperature 3\.0 must be 0 \(greedy\) or from 0\.01 to 2"),
+        (("--temperature", "nan"), "--temperature nan must be"),
+        (("--top_p", "0"), "--top_p 0.0 must be a share"),
+        (("--n", "2"), "--n 2 needs a --temperature above 0"),
+        (("--stop", ""), "--stop .* must hold no empty text"),
+        (("--logprobs", "21"), "--logprobs 21 must be from 0 to 20"),
+        (("--max_model_len", "4096"), r"--max_model_len 4096 is more than the model has positions for \(2048\)"),
+        (("--tensor_parallel_size", "2"), "--tensor_parallel_size is vLLM's"),
+        (("--engine_args", '{"dtype": "half"}'), "--engine_args holds dtype, which has a flag of its own"),
+        (("--engine_args", "fp8"), "'fp8' is no JSON object"),
+        (("--chat", "yes"), "--chat yes: .* has no chat template"),
+        (("--system", "x"), "--system: .* has no chat template"),
+        (("--lora", "nowhere"), "nowhere is no adapter directory"),
+        (("--stopp", "x"), "did you mean --stop"),
     ],
 )
-def test_weights_that_are_none_are_named(harm, said, changed):
+def test_settings_that_nothing_can_do_are_named(flags, said, batch):
     with pytest.raises(UserError, match=said):
-        complete(rewritten(changed("config.json"), harm))
+        batch([{"prompt": "a"}], *flags)
 
 
-def test_a_file_that_is_cut_is_named(changed):
-    folder = changed("config.json")
-    with open(f"{folder}/model.safetensors", "r+b") as stream:
-        stream.truncate(2000)
-    with pytest.raises(UserError, match="is no readable safetensors file"):
-        complete(folder)
+#: A row of everything that JSON has no form for, and what its lines have.
+ODD = {
+    "number": (float("nan"), None),
+    "far": (float("inf"), None),
+    "bytes": (b"\xff\x00", "/wA="),
+    "when": (datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.UTC), "2026-01-02T03:00:00+00:00"),
+    "day": (datetime.date(2026, 1, 2), "2026-01-02"),
+    "price": (decimal.Decimal("1.50"), "1.50"),
+    "list": ([1.5, float("nan")], [1.5, None]),
+    "struct": ({"a": b"x", "b": None}, {"a": "eA==", "b": None}),
+    "line": ("a\u2028b\u2029c\x85d", "a\u2028b\u2029c\x85d"),
+}
 
 
-def test_a_tokenizer_larger_than_the_model_is_named(changed):
-    folder = changed("config.json", vocab_size=200)
-    with pytest.raises(UserError, match=r"has a tokenizer of \d+ tokens, and its config\.json a vocab_size of 200"):
-        complete(rewritten(folder, lambda w: w.update({n: w[n][:200] for n in w if w[n].shape[0] > 200})))
-
-
-def test_a_config_that_is_broken_is_not_taken_for_a_missing_tokenizer(changed):
-    with pytest.raises(UserError, match=r"config\.json is not a model configuration"):
-        complete(changed("config.json", hidden_size="many"))
-    with pytest.raises(UserError, match=r"is quantized .quant_method 'gptq'"):
-        complete(changed("config.json", hidden_size=32, quantization_config={"quant_method": "gptq"}))
-
-
-def test_fp8_is_multiplied_out(model_dir, changed):
-    """Codes and scales that are exactly the plain weights."""
-    name, fp8 = "model.layers.1.mlp.up_proj.weight", torch.float8_e4m3fn
-
-    def coded(weights):
-        weights[name] = weights[name].to(fp8)
-        weights[f"{name}_scale_inv"] = torch.ones(4, 2)
-
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
-    found = complete(rewritten(changed("config.json", quantization_config=settings), coded))
-    shutil.copy(model_dir / "model.safetensors", changed("config.json", quantization_config=None))
-    plain = complete(
-        rewritten(changed("config.json"), lambda weights: weights.update({name: weights[name].to(fp8).float()}))
+def test_lines_are_json_for_every_reader(batch, tmp_path):
+    pq.write_table(
+        pa.table({"prompt": ["a"], **{name: [value] for name, (value, _) in ODD.items()}}), tmp_path / "odd.parquet"
     )
-    assert found == plain
+    (row,) = batch(tmp_path / "odd.parquet")  # its lines are split as str.splitlines does
+    assert {name: row[name] for name in ODD} == {name: plain for name, (_, plain) in ODD.items()}
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_model_without_tokenizer_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="has no tokenizer that can be loaded"):
-        load_engine(str(tmp_path), EngineOptions("transformers"))
+def test_half_a_character_in_a_field_stays_what_it_was(batch):
+    (row,) = batch([{"prompt": "a", "field": "\ud800"}])
+    assert row["field"] == "\ud800"
+
+
+def test_parquet_keeps_types(batch, tmp_path):
+    table = pa.table({"prompt": ["a", "b"], **{name: [value] * 2 for name, (value, _) in ODD.items()}})
+    table = table.append_column("map", pa.array([{"k": 1}, {"k": 2}], pa.map_(pa.string(), pa.int8())))
+    table = table.append_column("nothing", pa.nulls(2))
+    pq.write_table(table, tmp_path / "odd.parquet")
+    batch(tmp_path / "odd.parquet", output="out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.schema.names[:3] == ["prompt", "text", "finish_reason"]
+    before = pq.read_table(tmp_path / "odd.parquet")
+    for name in (*ODD, "map"):
+        assert repr(found.column(name).to_pylist()) == repr(before.column(name).to_pylist())
+        assert found.column(name).type == before.column(name).type or name == "struct"  # its nulls have no type
+
+
+def test_parquet_of_json_lines_has_the_types_of_all_lines(batch):
+    records = [{"prompt": "a", "x": 1}, {"prompt": "b", "x": 1.5, "y": [{"z": "q"}]}]
+    rows = batch(records, output="out.parquet")
+    assert [(row["x"], row["y"]) for row in rows] == [(1.0, None), (1.5, [{"z": "q"}])]
+    for other, said in (({"x": "q"}, "'x' has values that no one parquet column"), ({"x": {}}, "'x' .*parquet")):
+        with pytest.raises(UserError, match=f"--input: {said}.*name an --output that ends in .jsonl"):
+            batch([{"prompt": "a", **({"x": 1} if other["x"] else {})}, {"prompt": "b"} | other], output="out.parquet")
+
+
+def test_samples_and_logprobs_are_lists(batch):
+    flags = ("--n", 3, "--temperature", 1, "--logprobs", 2)
+    rows = batch([{"prompt": p} for p in PROMPTS], *flags)
+    for row in rows:
+        assert len({*row["text"]}) > 1
+        assert [len(row[name]) for name in ("text", "finish_reason", "logprobs")] == [3, 3, 3]
+        assert all(len(token["top_logprobs"]) == 2 for token in row["logprobs"][0])
+    table = batch([{"prompt": p} for p in PROMPTS], *flags, output="out.parquet")
+    assert [row["text"] for row in table] == [row["text"] for row in rows]
+    assert table[0]["logprobs"][2][0]["logprob"] == rows[0]["logprobs"][2][0]["logprob"]
+
+
+def test_conversations_in_all_forms_ask_the_same(batch, chat_model):
+    turns = [{"role": "user", "content": "x"}]
+    forms = [
+        *({"prompt": "x"}, {"prompt": turns}, {"messages": turns, "id": 3}, {"conversation": [{"user": "x"}]}),
+        *([{"user": "x"}], [{"role": "user", "content": "x", "name": "n"}]),
+    ]
+    rows = batch(forms, model=chat_model)
+    assert len({row["text"] for row in rows}) == 1
+    assert rows[2].items() >= forms[2].items()
+    (plain,) = batch([forms[0]], "--chat", "no", model=chat_model)
+    assert plain["text"] != rows[0]["text"]
+    said = batch([{"messages": [{"role": "system", "content": "be x"}, *turns]}], model=chat_model)
+    assert batch([{"messages": turns}], "--system", "be x", model=chat_model)[0]["text"] == said[0]["text"]
+
+
+def test_an_assistant_s_last_turn_goes_on(batch, chat_model):
+    turns = [{"user": "x"}, {"assistant": "def"}]
+    (row,) = batch([{"messages": turns}], model=chat_model)
+    (text,) = batch([{"prompt": "<|user|>x<|endoftext|><|assistant|>def"}], "--chat", "no", model=chat_model)
+    assert row["text"] == text["text"]
+
+
+def test_what_the_template_does_not_read_is_told(batch, chat_model, capsys):
+    batch([[{"role": "user", "content": "x", "mood": "good"}]], model=chat_model)
+    assert "note: the chat template does not read mood of a turn (1 times)." in capsys.readouterr().err
+
+
+def test_openai_s_batch_files_are_answered_in_their_form(batch, chat_model):
+    def request(number: int, **body) -> dict:
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **body}
+        return {"custom_id": f"c{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+    requests = [
+        request(0),
+        request(1, max_tokens=2, logprobs=True, top_logprobs=1),
+        request(2, temperature=1.0, n=2, seed=5, user="u"),
+        request(3, logit_bias={"1": 2}),
+        {**request(4), "url": "/v1/embeddings"},
+        request(5, temperature="hot"),
+    ]
+    rows = batch(requests, "--on_error", "quarantine", model=chat_model)
+    assert [row["custom_id"] for row in rows] == [f"c{i}" for i in range(6)]
+    (plain,) = batch([{"prompt": "x"}], model=chat_model, output="plain.jsonl")
+    body = rows[0]["response"]["body"]
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": plain["text"]}
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+    told = rows[1]["response"]["body"]["choices"][0]["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in told] == [1, 1]
+    assert len(rows[2]["response"]["body"]["choices"]) == 2
+    said = [row["error"]["message"].partition(": ")[2] for row in rows[3:]]
+    assert [row["response"] for row in rows[3:]] == [None] * 3
+    assert said[0] == "key logit_bias of the body is not supported: leave it out"
+    assert said[1] == "url '/v1/embeddings' is not answered here, only /v1/chat/completions"
+    assert said[2] == "temperature must be a number, not 'hot'"
+    with pytest.raises(UserError, match=r"are answered in lines: name an --output in \.jsonl"):
+        batch(requests[:1], model=chat_model, output="out.parquet")
+
+
+def test_a_sample_depends_on_its_row_whatever_stands_before(batch):
+    rows = batch([{"prompt": "x"}] * 5, "--temperature", 1, "--batch_size", 2)
+    other = batch([{"prompt": "y"}] * 3 + [{"prompt": "x"}] * 2, "--temperature", 1, "--batch_size", 1)
+    assert [row["text"] for row in rows[3:]] == [row["text"] for row in other[3:]]
+    assert len({row["text"] for row in rows}) == 5
+    assert len({row_seed(seed, row, sample) for seed in range(9) for row in range(9) for sample in range(9)}) == 729
+
+
+def failing_after(steps: int, monkeypatch, error: BaseException | None = None) -> None:
+    """The engine loses its device, or a signal comes, after so many steps."""
+    step, left = TransformersEngine.step, [steps]
+
+    def broken(self):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error or RuntimeError("device lost")
+        return step(self)
+
+    monkeypatch.setattr(TransformersEngine, "step", broken)
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_a_run_goes_on_where_it_was_interrupted(output, batch, model_dir, tmp_path, monkeypatch, capsys):
+    records = [{"prompt": p, "k": i} for i, p in enumerate(PROMPTS * 2)]
+    flags = ("--temperature", 1, "--batch_size", 2)
+    expected = batch(records, *flags, output=f"undisturbed.{output}")
+    with monkeypatch.context() as patched:
+        failing_after(2, patched)
+        with pytest.raises(RuntimeError, match="device lost"):
+            batch(records, *flags, output=output)
+    assert not (tmp_path / output).exists()
+    partial = tmp_path / f".{output}.partial"
+    with open(partial, "ab") as stream:
+        stream.write(b'{"prompt": "torn')
+    steps = []
+    monkeypatch.setattr(
+        TransformersEngine, "step", lambda self, step=TransformersEngine.step: steps.append(1) or step(self)
+    )
+    assert batch(records, *flags, output=output) == expected
+    assert len(steps) == 3
+    assert "4 of them answered before" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name or "owner" in path.name]
+
+
+def test_what_is_left_of_another_run_is_not_gone_on_with(batch, tmp_path, monkeypatch):
+    records = [{"prompt": p} for p in PROMPTS]
+    with monkeypatch.context() as patched:
+        failing_after(1, patched)
+        with pytest.raises(RuntimeError):
+            batch(records, "--batch_size", 2)
+    for source, flags, said in (
+        (records, ("--max_new_tokens", 5), "sampling.max_new_tokens: 4, now 5"),
+        (records, ("--dtype", "bfloat16"), "model.engine.dtype: 'auto', now 'bfloat16'"),
+        (records[:4], (), "input.rows: 5, now 4"),
+        ([{"prompt": "y"}, *records[1:]], (), "input.sha256"),
+    ):
+        with pytest.raises(UserError, match=rf"\.out\.jsonl\.partial has answers .*{said}.*give --resume no"):
+            batch(source, *flags, "--batch_size", 2)
+    assert len(batch(records[:4], "--resume", "no")) == 4
+
+
+def test_two_runs_do_not_write_one_output(batch, tmp_path, monkeypatch):
+    def other(*_):
+        with pytest.raises(UserError, match=r"--output .*out\.jsonl"):
+            batch([{"prompt": "a"}], "--resume", "no")
+        raise RuntimeError("tried")
+
+    monkeypatch.setattr(batch_infer, "_generate", other)
+    with pytest.raises(RuntimeError, match="tried"):
+        batch([{"prompt": "a"}])
+
+
+def test_an_input_that_changes_meanwhile_is_named(batch, tmp_path, monkeypatch):
+    start = batch_infer.start_engine
+
+    def changing(*given):
+        write_lines(tmp_path / "in.jsonl", [{"prompt": "other"}])
+        return start(*given)
+
+    monkeypatch.setattr(batch_infer, "start_engine", changing)
+    with pytest.raises(UserError, match="--input changed while they were read"):
+        batch([{"prompt": "a"}])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_in_order(number, code, batch, tmp_path, monkeypatch, capsys):
+    closed = []
+    close = TransformersEngine.close
+    monkeypatch.setattr(TransformersEngine, "close", lambda self: closed.append(1) or close(self))
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        failing_after(1, patched, None)
+        patched.setattr(TransformersEngine, "add", _killing(TransformersEngine.add, 4, number))
+        with pytest.raises(SystemExit) as ended:
+            batch([{"prompt": p} for p in PROMPTS], "--batch_size", 2)
+    assert (ended.value.code, closed) == (code, [1])
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name}: 2 of 5 prompts are answered in" in said
+    assert len((tmp_path / ".out.jsonl.partial").read_text().splitlines()) == 2
+    assert len(batch([{"prompt": p} for p in PROMPTS], "--batch_size", 2)) == 5
+
+
+def _killing(add, at: int, number: int):
+    """``add``, before the call with this number of which a signal comes."""
+    calls = []
+
+    def killed(self, request):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(0.1)
+        add(self, request)
+
+    return killed
+
+
+def test_texts_are_those_of_the_engine(batch, model_dir):
+    rows = batch([{"prompt": p} for p in PROMPTS], "--max_new_tokens", 12, "--stop", "e", "\n", "--batch_size", 3)
+    assert [row["text"] for row in rows] == [c.text for c in complete(model_dir, stop=("e", "\n"))]
