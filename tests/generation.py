@@ -44,9 +44,11 @@ def make_model(folder: Path, seed: int = 0, template: str | None = None, **setti
     return folder
 
 
-def ask(engine: Engine, model: Path, prompts: list, window: int | None = None, **sampling) -> list[list[Completion]]:
-    """The answers of an engine to prompts, each prompt's in a list."""
-    renderer = Renderer.of(load_model_tokenizer(str(model)), engine.limit)
+def ask(
+    engine: Engine, model: Path, prompts: list, window: int | None = None, chat_texts: bool = True, **sampling
+) -> list[list[Completion]]:
+    """The answers of an engine to prompts, each prompt's in a list; ``chat_texts``: texts are turns where they can."""
+    renderer = Renderer.of(load_model_tokenizer(str(model)), engine.limit, "auto" if chat_texts else "no")
     settings = Sampling(**{"max_new_tokens": 12} | sampling)
     questions = [Question(None, row, renderer.render(prompt), settings) for row, prompt in enumerate(prompts)]
     return [list(found) for _, found in answers(engine, questions, window)]

@@ -144,10 +144,8 @@ class Overheard:
 def true_cause(error: Exception, lines: Iterable[str]) -> str:
     """What went wrong in the first place: the error itself, or where that only points to another one, what another
     process said."""
-    if not any(word in str(error) for word in _HOLLOW):
-        return f"{type(error).__name__}: {one_line(error)}"[:400]
-    for line in lines:
-        found = _ERROR.search(line)
-        if found and not any(word in found[1] for word in _HOLLOW):
-            return found[1][:400].rstrip(" .")
-    return one_line(error)[:400]
+    said = f"{type(error).__name__}: {one_line(error)}"
+    if any(word in said for word in _HOLLOW):
+        causes = (found[1] for line in lines if (found := _ERROR.search(line)))
+        said = next((cause for cause in causes if not any(word in cause for word in _HOLLOW)), said)
+    return said.partition(" See http")[0][:400].rstrip(" .")

@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 }
 #: What helps, by a word of what vLLM says.
 _REMEDIES = (
-    ("KV cache", "lower --max_model_len, or give it more memory (--gpu_memory_utilization, --engine_args)"),
+    ("cache", "lower --max_model_len, or give it more memory (--gpu_memory_utilization, --engine_args)"),
     ("memory", "free memory, or take less of it with --gpu_memory_utilization or --tensor_parallel_size"),
     ("max_model_len", "lower --max_model_len"),
     ("world size", "lower --tensor_parallel_size to the number of GPUs"),
