@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
 from generation import complete, make_model
 
+ROOT = Path(__file__).resolve().parents[2]
 #: Slow enough to be interrupted: two prompts at a time.
 ARGUMENTS = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 2}
 PROMPTS = [f"def f{i}(x):" for i in range(120)]
