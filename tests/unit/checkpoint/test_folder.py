@@ -115,6 +115,20 @@ def test_the_best_has_a_name(tmp_path):
         folder.tag_of(tmp_path, "best")
 
 
+def test_the_names_are_of_what_is_there_after_a_run_went_back(tmp_path):
+    """As `--resume best --overwrite` does: the newer checkpoints go."""
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 0.5)):
+        make(tmp_path, step, eval_loss=loss)
+    assert folder.tag_of(tmp_path, "latest") == "step-3"
+    folder.remove(tmp_path / "step-3")
+    folder.point_again(tmp_path)
+    assert [folder.tag_of(tmp_path, name) for name in ("latest", "best")] == ["step-2", "step-2"]
+    for step in (1, 2):
+        folder.remove(tmp_path / f"step-{step}")
+    folder.point_again(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_of_a_checkpoint(tmp_path):
     """Without what a run goes on from."""
     checkpoint, output = make(tmp_path / "run", 3), tmp_path / "model"
