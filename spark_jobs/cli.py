@@ -30,6 +30,10 @@ def tokenize_parser() -> Parser:
   #   {"conversation": [{"user": "2+2?"}, {"assistant": "4"}, {"user": "3+3?"}, {"assistant": "6"}]}
   #   {"id": "a1", "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
   spark-submit spark_jobs/tokenize.py --task chat -i chats.jsonl -o runs/chats --tokenizer Qwen3-8B --max_len 8192
+
+  # conversations with images: [{"user": ["What is on <image>?", "cat.jpg"]}, {"assistant": "A cat."}]
+  spark-submit spark_jobs/tokenize.py --task chat -i dataset_vl.jsonl -o runs/chats --tokenizer Qwen2-VL-7B \\
+      --image_path images --max_len 8192
 """,
         "file(s) or folder(s): JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a blank line between "
         "documents; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
@@ -45,12 +49,7 @@ def tokenize_parser() -> Parser:
     )
     parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")
-    parser.add_argument(
-        "--max_len",
-        type=positive,
-        help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
-    )
-    parser.add_argument("--image_path", metavar="DIR", help="folder of the images that chats name (this release: none)")
+    _add_row_flags(parser)
     parser.add_argument(
         "--eos",
         choices=CHOICES["eos"],
@@ -69,6 +68,25 @@ def tokenize_parser() -> Parser:
         help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
     )
     return parser
+
+
+def _add_row_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--max_len",
+        type=positive,
+        help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
+    )
+    parser.add_argument(
+        "--image_path",
+        metavar="DIR",
+        help="read images of chats, named files from this folder; --tokenizer is then the whole directory of a model",
+    )
+    for name, meaning in (
+        ("max_pixels", "shrink larger images to this many pixels"),
+        ("min_pixels", "enlarge smaller images to this many pixels"),
+        ("max_tiles", "cut an image into this many tiles at most, for InternVL"),
+    ):
+        parser.add_argument(f"--{name}", type=positive, help=f"{meaning} (default: the model's own limit)")
 
 
 def tokenize(argv: Sequence[str] | None = None) -> None:
@@ -279,10 +297,6 @@ def _parser(
 def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
     values = vars(parser.parse_args(argv))
     picture = values.pop("report", None)
-    if values.pop("image_path", None) is not None:
-        raise UserError(
-            "--image_path: this release reads no images, and its trainer has no vision encoders; leave it out."
-        )
     if picture is not None:
         check_report(picture, values["overwrite"])
     try:

@@ -16,7 +16,7 @@ CHOICES = {
     "chat": ("auto", "yes", "no"),
 }
 #: Parameters that count something, if they are given.
-_COUNTS = ("max_len", "num_block", "num_partition", "num_engine")
+_COUNTS = ("max_len", "num_block", "num_partition", "num_engine", "max_pixels", "min_pixels", "max_tiles")
 #: Parameters that are on or off.
 _SWITCHES = ("parse_special_tokens", "overwrite", "dedup")
 

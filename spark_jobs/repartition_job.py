@@ -24,9 +24,10 @@ from spark_jobs.token_table.output import Output, local_path
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import (
     Dataset,
+    byte_columns,
     common_tokenizer,
+    common_vision,
     find_tables,
-    int_columns,
     not_read,
     open_datasets,
     read_tokens,
@@ -34,7 +35,7 @@ from spark_jobs.token_table.read import (
 from spark_jobs.token_table.remains import SPLITS
 from spark_jobs.token_table.writer import TableWriter
 
-_TOKENS_PER_PARTITION = 1 << 25
+_TOKENS_PER_PARTITION, _IMAGE_BYTES_PER_PARTITION = 1 << 25, 1 << 29
 _PARTITIONS = (4, 2048)
 _ROWS_TO_PACK = 64
 _MAX_SPREAD = 1.02
@@ -79,6 +80,9 @@ def repartition_table(
         )
     datasets = dict(zip(names, open_datasets(tables), strict=True))
     packing = Packing(max_len, pack, num_partition, seed)
+    for dataset in datasets.values():
+        if common_vision([dataset]) is not None and pack == "concat":
+            raise UserError(f'`pack` concat cuts anywhere, but {dataset.path} has images: give "best-fit" or "none".')
     left_out, notes = not_read(list(datasets.values()))
     origins = [dataset.table.origin for dataset in datasets.values()]
     lineage = lineage_of("repartition", origins, asdict(packing)) | left_out
@@ -108,12 +112,13 @@ class Packing:
     num_partition: int | None
     seed: int
 
-    def partitions(self, tokens: int) -> int:
-        """Files of a table with so many tokens."""
+    def partitions(self, tokens: int, image_bytes: int = 0) -> int:
+        """Files of a table with so many tokens and bytes of images."""
         if self.num_partition is not None:
             return self.num_partition
         low, high = _PARTITIONS
-        wanted = min(max(math.ceil(tokens / _TOKENS_PER_PARTITION), low), high)
+        wanted = math.ceil(max(tokens / _TOKENS_PER_PARTITION, image_bytes / _IMAGE_BYTES_PER_PARTITION))
+        wanted = min(max(wanted, low), high)
         # A small table keeps enough rows together to pack them well.
         return min(wanted, max(1, tokens // (_ROWS_TO_PACK * self.max_len)))
 
@@ -130,7 +135,7 @@ def _repartition(
     spark: SparkSession, writer: TableWriter, dataset: Dataset, title: str, packing: Packing, lineage: dict
 ) -> Manifest:
     start = time.monotonic()
-    partitions, notes = packing.partitions(dataset.table.tokens), writer.target.notes
+    partitions, notes = packing.partitions(dataset.table.tokens, dataset.table.image_bytes), writer.target.notes
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
     buckets = partitions * _BUCKETS_PER_PARTITION
     with progress(f"{title}: weighing", notes, 0, dataset.table.tokens):
@@ -140,8 +145,9 @@ def _repartition(
         raise UserError(f"{dataset.path} holds no tokens: all of its {dataset.table.rows} rows are empty.")
     assigned = spark.createDataFrame(sorted(balance(weights, partitions).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
-    order = ["part", "sort_key", "name", *int_columns(placed)]
-    packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len))
+    order = ["part", "sort_key", "name", *byte_columns(placed)]
+    vision = common_vision([dataset])
+    packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision)
     writer.write(placed, PackParts(writer.target, packer), order, partitions, title, dataset.table.tokens)
     tokens, tokens_in = writer.tokens, sum(weights.values())
     if tokens != tokens_in:
@@ -156,7 +162,8 @@ def _repartition(
         "unused_share": round(1 - tokens / positions, 6),
     }
     timing, tokenizer = timing_of(start, tokens), common_tokenizer([dataset])
-    return finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed)
+    facts = None if vision is None else vision.facts()
+    return finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed, facts)
 
 
 def _bucket(seed: int, buckets: int) -> Column:
@@ -176,7 +183,7 @@ def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> tuple[dict[int, int
 
 def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
     """Rows in their bucket's part, to be in the order of ``sort_key`` there; ``assigned`` maps bucket to part."""
-    ints = int_columns(df)
+    ints = byte_columns(df)
     sort_key = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
     placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
     named = placed.withColumn("sort_key", sort_key).withColumn("name", F.array_join("doc_ids", "\n"))

@@ -16,7 +16,8 @@ from pyspark.sql import functions as F
 
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
-from fft.data.arrow_lists import bytes_to_lists
+from fft.data.arrow_lists import bytes_to_lists, unpack_bytes
+from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
@@ -28,9 +29,10 @@ from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
 from spark_jobs.token_table.output import Output, local_path, local_paths
 from spark_jobs.token_table.read import (
     Dataset,
+    byte_columns,
     common_tokenizer,
+    common_vision,
     find_tables,
-    int_columns,
     not_read,
     open_datasets,
     read_tokens,
@@ -38,6 +40,8 @@ from spark_jobs.token_table.read import (
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_BLOCK = 1 << 23
+#: Of images, a few times what a process may hold, as Sail's sort does.
+_IMAGE_BYTES_PER_BLOCK = 1 << 28
 _BLOCKS = (8, 2048)
 
 
@@ -69,7 +73,8 @@ def shuffle_tables(
     folder = local_path(output, "output")
     paths = [table for path in local_paths(inputs, "inputs") for table in find_tables(path, "inputs")]
     datasets = open_datasets(paths)
-    tokenizer = common_tokenizer(datasets)
+    tokenizer, vision = common_tokenizer(datasets), common_vision(datasets)
+    facts = None if vision is None else vision.facts()
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
         raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
     mixing = Mixing(seed, num_block, holdout, check_weights(weights or {}, [d.name for d in datasets]), dedup)
@@ -91,7 +96,9 @@ def shuffle_tables(
         manifests = {}
         for name, writer in writers.items():
             own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], writer.tallies)}
-            manifests[name] = finished_manifest(writer.parts, lineage, own, timing, tokenizer, _seq_len(datasets), seed)
+            manifests[name] = finished_manifest(
+                writer.parts, lineage, own, timing, tokenizer, _seq_len(datasets), seed, facts
+            )
             writers[name].finish(manifests[name])
     _say_results(manifests, counts, folder, notes_left)
     return manifests
@@ -117,10 +124,11 @@ def _write_split(
     chosen = rows.transform(rows_of_split, mixing.seed, mixing.holdout, name, mixing.dedup)
     copied = chosen.transform(with_copies, weights, mixing.seed, F.col("name"))
     tokens = sum(dataset.table.tokens * weights[dataset.name] for dataset in datasets)
-    blocks = _blocks(mixing.num_block, share, tokens)
+    image_bytes = sum(dataset.table.image_bytes * weights[dataset.name] for dataset in datasets)
+    blocks = _blocks(mixing.num_block, share, tokens, image_bytes)
     placed = copied.transform(in_seeded_order, mixing.seed, blocks, mixing.dedup)
-    work = WriteRows(writer.target, tuple(int_columns(rows)) if mixing.dedup else ())
-    order = ["part", "sort_key", *int_columns(rows), "kept", "dataset", "name"]
+    work = WriteRows(writer.target, tuple(byte_columns(rows)) if mixing.dedup else ())
+    order = ["part", "sort_key", *byte_columns(rows), "kept", "dataset", "name"]
     writer.write(placed, work, order, blocks, f"shuffle {name}".strip(), int(tokens * share))
     if not writer.files:
         if not mixing.holdout:
@@ -166,7 +174,7 @@ def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool =
     the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours. Lists are
     bytes, which travel through the exchange several times faster than arrays.
     """
-    key = [F.col("copy"), *(F.col(name) for name in int_columns(df))]
+    key = [F.col("copy"), *(F.col(name) for name in byte_columns(df))]
     if not by_content:
         key += [F.col("dataset"), F.col("name")]
     placed = df.withColumn("sort_key", row_hash("shuffle", seed, *key))
@@ -225,8 +233,9 @@ def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, col
 
 def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The columns of a token table, lists of bytes as lists of ids."""
-    names = [name for name in ("input_ids", "labels", "cu_seqlens", "doc_ids") if name in batch.schema.names]
-    columns = [batch.column(n) if n == "doc_ids" else bytes_to_lists(batch.column(n)) for n in names]
+    names = [name for name in (*LISTS, DOC_IDS, GRIDS, IMAGES) if name in batch.schema.names]
+    unpacked = {DOC_IDS: lambda column: column, IMAGES: unpack_bytes}
+    columns = [unpacked.get(name, bytes_to_lists)(batch.column(name)) for name in names]
     return pa.RecordBatch.from_arrays(columns, names)
 
 
@@ -239,10 +248,11 @@ def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
     return counts
 
 
-def _blocks(num_block: int | None, share: float, tokens: float) -> int:
+def _blocks(num_block: int | None, share: float, tokens: float, image_bytes: float) -> int:
     if num_block is None:
         low, high = _BLOCKS
-        num_block = min(max(math.ceil(tokens / _TOKENS_PER_BLOCK), low), high)
+        wanted = math.ceil(max(tokens / _TOKENS_PER_BLOCK, image_bytes / _IMAGE_BYTES_PER_BLOCK))
+        num_block = min(max(wanted, low), high)
     return max(1, math.ceil(num_block * share))
 
 

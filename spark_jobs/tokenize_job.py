@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from fft.data.known import LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import PartFile, PartFolder, RejectFile
 from fft.errors import UserError
-from fft.text.chat import load_chat
+from fft.images.rules import ImageLimits
+from fft.text.chat import ImageSettings, load_chat
 from fft.text.encoder import Encoder
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
@@ -31,6 +32,8 @@ from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_table.output import Output, local_path, local_paths
 from spark_jobs.token_table.writer import TableWriter
+
+Load = Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
 
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
@@ -45,6 +48,10 @@ def tokenize_table(
     text_key: str = "text",
     id_key: str = "id",
     max_len: int | None = None,
+    image_path: str | Path | None = None,
+    max_pixels: int | None = None,
+    min_pixels: int | None = None,
+    max_tiles: int | None = None,
     eos: str = "auto",
     parse_special_tokens: bool = False,
     on_error: str = "fail",
@@ -55,10 +62,11 @@ def tokenize_table(
     """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
 
     An input may also name a catalog table (``catalog.schema.table``) or be a URL that Spark can read.
-
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
     ``labels``: see :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts only.
+    With ``image_path``, a folder, chats may have images, which rows carry in ``images`` and ``image_grids``;
+    ``tokenizer`` is then a model's whole directory, whose limits hold where ``max_pixels`` and the like are not given.
     ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
     Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
@@ -72,17 +80,15 @@ def tokenize_table(
     table.check()
     directory = local_path(tokenizer, "tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
-    load: Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
+    images = _image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     if task == "chat":
         _check_chat(sources, text_key, eos, parse_special_tokens)
-        load = partial(load_chat, directory, id_key, max_len)
+        load: Load = partial(load_chat, directory, id_key, max_len, images)
+        parameters |= {} if images is None else {"image_path": str(image_path), **asdict(images.limits)}
     else:
         load = partial(load_pretrain, directory, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
-    with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
-        loading = pool.submit(load)
-        spark = spark or get_session("tokenize")
-        record_encoder, info = loading.result()
+    record_encoder, info, spark = _load_beside_spark(load, spark)
     start = time.monotonic()
     frames = open_frames(spark, unread, id_key, left_out)
     origins = [*(source.origin for source in sources), *({"input": frame.name} for frame in frames)]
@@ -90,12 +96,34 @@ def tokenize_table(
     with table.claim(lineage) as writers, job_settings(spark):
         writer = writers[""]
         _write(spark, writer, sources, frames, record_encoder, on_error == "fail")
-        counts = document_counts(writer.tallies, lineage["inputs"], record_encoder)
-        lineage |= {"engine": engine_of(writer.tallies), **left_out.facts()}
-        manifest = finished_manifest(writer.parts, lineage, counts, timing_of(start, writer.tokens), info, max_len)
-        writer.finish(manifest)
+        manifest = _finish(writer, lineage | left_out.facts(), record_encoder, info, max_len, start)
     _say_results(manifest, folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
     return manifest
+
+
+def _finish(
+    writer: TableWriter,
+    lineage: dict[str, Any],
+    record_encoder: RecordEncoder[Any],
+    info: TokenizerInfo,
+    max_len: int | None,
+    start: float,
+) -> Manifest:
+    counts = document_counts(writer.tallies, lineage["inputs"], record_encoder)
+    lineage = {**lineage, "engine": engine_of(writer.tallies)}
+    timing, vision = timing_of(start, writer.tokens), record_encoder.vision
+    manifest = finished_manifest(writer.parts, lineage, counts, timing, info, max_len, vision=vision)
+    writer.finish(manifest)
+    return manifest
+
+
+def _load_beside_spark(
+    load: Load, spark: SparkSession | None
+) -> tuple[RecordEncoder[Any], TokenizerInfo, SparkSession]:
+    with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
+        loading = pool.submit(load)
+        spark = spark or get_session("tokenize")
+        return *loading.result(), spark
 
 
 def _by_reader(inputs: Sequence[str | Path | DataFrame]) -> tuple[list[object], list[Path]]:
@@ -128,6 +156,21 @@ def _write(
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
+
+
+def _image_settings(image_path: str | Path | None, limits: ImageLimits, task: str) -> ImageSettings | None:
+    """None where no images are read. Raises :class:`UserError` for what is no folder, and for what needs it."""
+    given = [name for name, value in asdict(limits).items() if value is not None]
+    if image_path is None:
+        if given:
+            raise UserError(f"`{given[0]}` is a limit of images: give `image_path`, the folder in which they lie.")
+        return None
+    if task != "chat":
+        raise UserError('`image_path` is for `task="chat"`: texts have no images; leave it out.')
+    folder = local_path(image_path, "image_path")
+    if not folder.is_dir():
+        raise UserError(f"`image_path` {folder} is no folder: give the one in which the images of the chats lie.")
+    return ImageSettings(str(folder.absolute()), limits)
 
 
 def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_special_tokens: bool) -> None:

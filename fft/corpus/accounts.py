@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fft.data.image_tallies import image_facts
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import Part, by_dataset, files_of, sum_tallies
@@ -42,13 +43,17 @@ def finished_manifest(
     tokenizer: TokenizerInfo | None,
     seq_len: int | None,
     seed: int | None = None,
+    vision: dict[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of finished parts: ``counts``, and those that every table has, go into the lineage."""
+    """The manifest of finished parts: ``counts``, and those that every table has, go into the lineage; and those of
+    images, where ``vision`` says what was made of them."""
     files = files_of(parts)
     rows, tokens, size = (sum(getattr(file, name) for file in files) for name in ("rows", "tokens", "bytes"))
     counts = {**counts, "rows": rows, "tokens": tokens, "bytes": size, "lengths": histogram_of(sum_tallies(parts))}
+    if vision is not None:
+        counts["vision"] = image_facts(sum_tallies(parts), vision["merge"])
     lineage = {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": dict(timing)}
-    return Manifest(files, rows, tokens, tokenizer, seq_len, seed, lineage)
+    return Manifest(files, rows, tokens, tokenizer, seq_len, seed, lineage, vision=vision)
 
 
 def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder: RecordEncoder[Any]) -> dict[str, Any]:

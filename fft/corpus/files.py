@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -195,7 +195,8 @@ def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> l
 
     Raises :class:`UserError` for unreadable parquet, and for columns that are missing or of another type.
     """
-    chunk = chunk_size(sum(source.bytes for source in sources))
+    weight = 1 + record_encoder.bytes_beside
+    chunk = -(-chunk_size(weight * sum(source.bytes for source in sources)) // weight)
     spans = []
     for source in sources:
         name = str(source.path)
@@ -205,9 +206,10 @@ def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> l
                 record_encoder.columns(schema_of(path), path)
                 doc_id = source.ids.get(file)
                 sizes = enumerate(row_group_sizes(path))
-                spans += [Span(name, "parquet", path, i, i + 1, s, doc_id) for i, s in sizes]
+                spans += [Span(name, "parquet", path, i, i + 1, weight * s, doc_id) for i, s in sizes]
             elif file.suffix.lower() in COMPRESSIONS:
-                spans.append(Span(name, source.kind, path, 0, 0, size * _EXPANSION))
+                spans.append(Span(name, source.kind, path, 0, 0, weight * size * _EXPANSION))
             else:
-                spans += cut_text(name, source.kind, path, size, chunk)
+                cuts = cut_text(name, source.kind, path, size, chunk)
+                spans += [replace(span, size=weight * span.size) for span in cuts]
     return spans

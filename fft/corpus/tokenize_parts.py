@@ -16,6 +16,9 @@ from fft.text.records import Malformed, RecordEncoder
 _MALFORMED_MARK = "malformed record: "
 _REMEDY = 'mend it, or give `on_error="quarantine"` to set such records aside.'
 
+#: Bytes of images that are held before they are written: a few row groups'.
+_HELD_BYTES = 64 << 20
+
 Records = Sequence[tuple[bytes | None, str | None]]
 
 
@@ -40,24 +43,32 @@ class PartTokenizer:
         Raises :class:`UserError` at a malformed record where there is no :class:`RejectFile`; that of a file is
         ``numbered``: the driver finds its line, see :func:`name_malformed`.
         """
-        documents = []
+        documents, held = [], 0
         for record, doc_id in records:
             try:
                 documents.append(self._record_encoder.parse(kind, record, doc_id, self.unused))
+                held += self._record_encoder.held(documents[-1][0])
             except Malformed as error:
                 if self._rejects is None:
                     where = _MALFORMED_MARK + json.dumps([source, str(error)])
                     named = f"{source}, id {doc_id}".encode(errors="backslashreplace").decode()
                     raise UserError(where if numbered else _malformed(named, str(error))) from error
                 self._rejects.add(source, str(error), record)
+                self.tallies["quarantined"] += 1
+            if held >= _HELD_BYTES:
+                self._write(documents, dataset)
+                documents, held = [], 0
+        self._write(documents, dataset)
+        self.tallies["documents_in"] += len(records)
+        if self._encoder.engine is not None:
+            self.tallies[f"engine {self._encoder.engine}"] += 1
+
+    def _write(self, documents: Sequence[tuple[Any, str]], dataset: str) -> None:
         rows, counts = self._record_encoder.token_rows(documents, self._encoder)
         self._sink.write(rows)
         tokens = len(rows.column("input_ids").flatten())
         self.tallies.update(counts)
-        self.tallies.update({"documents_in": len(records), "quarantined": len(records) - len(documents)})
         self.tallies.update(dataset_tallies(dataset, rows.num_rows, tokens))
-        if self._encoder.engine is not None:
-            self.tallies[f"engine {self._encoder.engine}"] += 1
 
     def add_split(self, split: Split) -> None:
         """Read a split of a file and write its documents. Raises :class:`UserError` where it cannot be read."""

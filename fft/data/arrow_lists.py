@@ -1,7 +1,9 @@
-"""Lists of int32 as Arrow buffers: built from numpy, and carried as bytes through an exchange.
+"""Lists of int32 as Arrow buffers: built from numpy, and carried as bytes through an exchange; lists of bytes as well.
 
 Shuffling a list of ints as one binary value is 2.5 to 5 times faster in Spark than as an array, element by element.
 """
+
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -47,3 +49,21 @@ def lists_to_bytes(lists: pa.ListArray, where: str) -> pa.BinaryArray:
 def bytes_to_lists(blobs: pa.BinaryArray) -> pa.ListArray:
     """Inverse of :func:`lists_to_bytes`."""
     return int_lists(*values_of_bytes(blobs))
+
+
+def pack_bytes(lists: pa.ListArray) -> pa.BinaryArray:
+    """Each row of a list<binary> array as one value: how many there are, their sizes (int32), and the bytes."""
+    rows = ([] if row is None else row for row in lists.to_pylist())
+    packed = [np.array([len(row), *map(len, row)], np.int32).tobytes() + b"".join(row) for row in rows]
+    return pa.array(packed, pa.binary())
+
+
+def unpack_bytes(blobs: pa.BinaryArray) -> pa.ListArray:
+    """Inverse of :func:`pack_bytes`."""
+    rows = []
+    for blob in blobs:
+        data = blob.as_buffer()
+        count = int(np.frombuffer(data, np.int32, 1)[0])
+        at = np.append(0, np.cumsum(np.frombuffer(data, np.int32, count, 4), dtype=np.int64)) + 4 * (count + 1)
+        rows.append([data[begin:end].to_pybytes() for begin, end in pairwise(at.tolist())])
+    return pa.array(rows, pa.list_(pa.binary()))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from fft.data.known import LISTS, MASK, REFUSED
+from fft.data.known import GRIDS, IMAGES, LISTS, MASK, REFUSED
 from fft.errors import UserError, one_line
 
 
@@ -18,7 +18,7 @@ class RowGroup:
     """Where a row group lies and how large it is: rows, tokens, and bytes of the compressed ids, as its footer says.
 
     ``trained`` is false where no label is trained on. ``padded`` says whether an attention mask has other values than
-    1; it is None where the footer does not tell, so that rows must be looked at.
+    1; it is None where the footer does not tell, so that rows must be looked at. ``image_bytes`` are those of images.
     """
 
     path: str
@@ -28,6 +28,7 @@ class RowGroup:
     bytes: int
     trained: bool = True
     padded: bool | None = False
+    image_bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.index}"
@@ -64,14 +65,27 @@ class Footer:
                 f"{self.path} has no column input_ids (it has {', '.join(sorted(self.schema.names))}): "
                 "make a token table with spark_jobs/tokenize.py first."
             )
-        for column in (c for c in (*LISTS, MASK) if c in self.schema.names):
+        for column in (c for c in (*LISTS, MASK, GRIDS) if c in self.schema.names):
             kind, bools = self.schema.field(column).type, column == MASK
             if not (_is_list(kind) and (pa.types.is_integer(kind.value_type) or _is_bool(kind.value_type, bools))):
                 remedy = "write the table again" if column == "input_ids" else "drop or rename it"
                 raise UserError(f"{self.path}: column {column} is {kind}, it must be a list of integers: {remedy}.")
+        self._check_images()
         for column in self.schema.names:
             if column in REFUSED:
                 raise UserError(f"{self.path} has a column {column}, which is not read: {REFUSED[column]}.")
+
+    def _check_images(self) -> None:
+        there = [column for column in (IMAGES, GRIDS) if column in self.schema.names]
+        if len(there) == 1:
+            (lacking,) = {IMAGES, GRIDS}.difference(there)
+            raise UserError(
+                f"{self.path} has a column {there[0]} and none {lacking}, without which it is not read: make the table "
+                "with spark_jobs/tokenize.py --image_path."
+            )
+        kind = self.schema.field(IMAGES).type if there else None
+        if kind is not None and not (_is_list(kind) and _is_bytes(kind.value_type)):
+            raise UserError(f"{self.path}: column {IMAGES} is {kind}, it must be a list of binary: drop or rename it.")
 
     @cached_property
     def _leaves(self) -> dict[str, int]:
@@ -89,7 +103,7 @@ class Footer:
 
     def _row_group(self, index: int) -> RowGroup:
         group = self.metadata.row_group(index)
-        leaf = {name: group.column(self._leaves[name]) for name in (*LISTS, MASK) if name in self._leaves}
+        leaf = {name: group.column(self._leaves[name]) for name in (*LISTS, MASK, IMAGES) if name in self._leaves}
         ids = leaf["input_ids"]
         _, most = _range(leaf.get("labels"))
         padded = None if MASK in leaf else False
@@ -104,6 +118,7 @@ class Footer:
             ids.total_compressed_size,
             most is None or most >= 0,
             padded,
+            leaf[IMAGES].total_compressed_size if IMAGES in leaf else 0,
         )
 
 
@@ -116,6 +131,10 @@ def check_names(names: Iterable[str], where: str) -> None:
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _is_bool(kind: pa.DataType, allowed: bool) -> bool:

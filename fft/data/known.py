@@ -30,6 +30,9 @@ ICEBERG = ("metadata", ".metadata.json")
 
 #: Columns of a token table that are read; all are lists of integers.
 LISTS = ("input_ids", "labels", "cu_seqlens")
+#: Columns of a row's images, which have both or neither: the bytes of files as they were, a list of binary values; and
+#: their grids of patches, a list of integers, three an image, in the order in which they stand in the row.
+IMAGES, GRIDS = "images", "image_grids"
 #: The column of documents' ids: a list a row or, where a row is a document, a string or an integer.
 DOC_IDS = "doc_ids"
 #: The column that says with 0 which tokens are padding.
@@ -45,7 +48,7 @@ REFUSED = {
         ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks", "prompt_mask", "label_mask"), _TRAINED
     ),
     **dict.fromkeys(("position_ids", "seq_lengths", "seq_lens", "document_ids", "segment_ids"), _BOUNDS),
-    **dict.fromkeys(("images", "pixel_values"), "this release reads no images"),
+    "pixel_values": "images are read as files, make the table with spark_jobs/tokenize.py --image_path",
 }
 
 
@@ -57,7 +60,10 @@ def file_class(path: PurePosixPath) -> str:
     return f"{printable(''.join(ends))} files" if ends else "files without an ending"
 
 
-def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = (*LISTS, DOC_IDS, MASK)) -> list[str]:
+_READ = (*LISTS, DOC_IDS, MASK, IMAGES, GRIDS)
+
+
+def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = _READ) -> list[str]:
     """Of a table's columns those that nothing here reads."""
     return [name for name in names if name not in read]
 

@@ -23,7 +23,8 @@ from pathlib import Path, PurePath
 from fft.errors import UserError
 from fft.files import atomic_file, sync, write_atomically
 
-FORMAT_VERSION = 1
+#: Tables of texts have the first format version, which older releases read; those with images the second.
+FORMAT_VERSION, _OF_TEXTS = 2, 1
 MANIFEST_NAME = "_fft_manifest.json"
 WRITING_NAME = "_fft_writing.json"
 #: What lies in a table while it is written: our mark, and Spark's own folder.
@@ -62,7 +63,8 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Facts about a finished table. ``seq_len`` is set when rows are packed to that many tokens at most."""
+    """Facts about a finished table. ``seq_len`` is set when rows are packed to that many tokens at most; ``vision`` are
+    the facts of its :class:`fft.images.rules.ImageRules` where rows have images."""
 
     files: tuple[FileInfo, ...]
     rows: int
@@ -71,11 +73,19 @@ class Manifest:
     seq_len: int | None = None
     seed: int | None = None
     lineage: dict = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = _OF_TEXTS
+    vision: dict | None = None
+
+    def __post_init__(self) -> None:
+        if self.vision is not None:
+            object.__setattr__(self, "format_version", FORMAT_VERSION)
 
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal tables have equal manifests."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+        facts = asdict(self)
+        if self.vision is None:
+            del facts["vision"]
+        return json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
@@ -93,6 +103,8 @@ class Manifest:
                 raw["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
             if not isinstance(raw.get("lineage", {}), dict):
                 raise TypeError("lineage is no object")
+            if not isinstance(raw.get("vision"), dict | None):
+                raise TypeError("vision is no object")
             return cls(**raw)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -14,7 +14,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
-from fft.data.known import LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
+from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
 from fft.data.manifest import Manifest, is_hidden
@@ -110,7 +110,7 @@ class Table:
             for column in unread_columns(footer.schema.names):
                 unread.add(f"column {column}")
             columns = found if columns is None else columns
-            for column in LISTS:
+            for column in (*LISTS, IMAGES, GRIDS):
                 if (column in columns) != (column in found):
                     have, lack = (file, files[0]) if column in found else (files[0], file)
                     raise UserError(
@@ -137,7 +137,10 @@ class Table:
         """
         names = (os.path.relpath(g.path, self.path) for g in self.row_groups)
         names = names if self.version is not None else map(untagged, names)
-        facts = [(n, g.index, g.rows, g.tokens, g.bytes) for n, g in zip(names, self.row_groups, strict=True)]
+        facts = [
+            (n, g.index, g.rows, g.tokens, g.bytes, *([g.image_bytes] if self.has_images else []))
+            for n, g in zip(names, self.row_groups, strict=True)
+        ]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
@@ -147,6 +150,11 @@ class Table:
         # Older tables have the names of their inputs alone.
         made_from = lineage.get("made_from", [{"input": name} for name in lineage.get("inputs", [])])
         return {"input": self.source, "fingerprint": self.fingerprint, "made_from": made_from}
+
+    @property
+    def has_images(self) -> bool:
+        """Whether its rows have images, or columns for some."""
+        return IMAGES in self.columns
 
     @cached_property
     def rows(self) -> int:
@@ -158,8 +166,19 @@ class Table:
         """Tokens in all files."""
         return sum(g.tokens for g in self.row_groups)
 
+    @cached_property
+    def image_bytes(self) -> int:
+        """Bytes of images in all files."""
+        return sum(g.image_bytes for g in self.row_groups)
+
     def check_trainable(self) -> None:
-        """Raise :class:`UserError` where footers and manifest say that rows are padded, or hold nothing to learn."""
+        """Raise :class:`UserError` where footers and manifest say that rows have images, are padded, or hold nothing to
+        learn."""
+        if self.has_images:
+            raise UserError(
+                f"{self.path} has images, on which this release does not train yet: give a table of texts, which "
+                "spark_jobs/tokenize.py makes without --image_path."
+            )
         padded = next((group for group in self.row_groups if group.padded), None)
         if padded is not None:
             raise _padding_error(str(padded))

@@ -10,9 +10,11 @@ that control token as well. Such conversations are counted.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +22,39 @@ import pyarrow as pa
 from fft.data.arrow_lists import int_lists, lists_of_one
 from fft.data.manifest import TokenizerInfo
 from fft.errors import UserError
-from fft.text.chat_labels import encode_stretches, label
+from fft.images.rules import TILES, ImageLimits, load_rules
+from fft.text.chat_labels import NOT_TRAINED, encode_stretches, label
 from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
-from fft.text.cuts import cut_chat
-from fft.text.encoder import Encoder, info_of, load_tokenizer, recipe_of
+from fft.text.cuts import cut_chat, first_row
+from fft.text.encoder import Encoder, ImageIds, image_ids_of, info_of, load_tokenizer, recipe_of
 from fft.text.engines import Recipe
-from fft.text.messages import TOOLS_KEY, TURN_KEYS, parse_conversation
+from fft.text.image_parts import IMAGE_KEYS, ImageParts, ReadImage
+from fft.text.image_tokens import as_parts, expand, written_image
+from fft.text.messages import TOOLS_KEY, TURN_KEYS, RawConversation, parse_conversation
 from fft.text.nested import check_json_type, json_rows
-from fft.text.records import check_id, column_type, content_id, dump_json, id_column, row_ids
+from fft.text.records import Malformed, check_id, column_type, content_id, dump_json, id_column, row_ids
+
+#: How many bytes a byte of input brings along where images lie in files of their own: a guess that makes parts small.
+_BYTES_OF_IMAGES = 7
+
+
+_TALLIES = (
+    "trained_tokens",
+    "cut_conversations",
+    "dropped_tokens",
+    "with_special_strings",
+    "left_out_turns",
+    "without_trained_turns",
+)
+_TALLIES_OF_IMAGES = ("animations", "dropped_images")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """That images are read: those in files from ``folder``, an absolute path."""
+
+    folder: str
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
 
 @dataclass(frozen=True)
@@ -36,6 +63,7 @@ class Conversation:
 
     rendered: Rendered
     marked: bool
+    images: tuple[ReadImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,16 +75,32 @@ class Chat:
     special: tuple[str, ...]
     id_key: str = "id"
     max_len: int | None = None
+    images: ImageParts | None = None
 
-    columns_out = ("input_ids", "labels", "doc_ids")
-    tallies = (
-        "trained_tokens",
-        "cut_conversations",
-        "dropped_tokens",
-        "with_special_strings",
-        "left_out_turns",
-        "without_trained_turns",
-    )
+    @property
+    def columns_out(self) -> tuple[str, ...]:
+        """Columns of its rows: those of images where these are read, also of rows that have none."""
+        columns = ("input_ids", "labels", "doc_ids")
+        return columns if self.images is None else (*columns, "image_grids", "images")
+
+    @property
+    def tallies(self) -> tuple[str, ...]:
+        """What it counts."""
+        return _TALLIES if self.images is None else (*_TALLIES, *_TALLIES_OF_IMAGES)
+
+    @property
+    def vision(self) -> dict[str, Any] | None:
+        """What is made of images."""
+        return None if self.images is None else self.images.rules.facts()
+
+    @property
+    def bytes_beside(self) -> int:
+        """Images come from files."""
+        return 0 if self.images is None else _BYTES_OF_IMAGES
+
+    def held(self, document: Conversation | None) -> int:
+        """Bytes of its images."""
+        return sum(len(image.data) for image in document.images) if document is not None and document.images else 0
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """The columns of turns, and the id's if there is one. Raises :class:`UserError` when there are no turns."""
@@ -73,28 +117,63 @@ class Chat:
         names += [TOOLS_KEY] if TOOLS_KEY in schema.names else []
         for name in names:
             check_json_type(column_type(schema, where, name), f"`inputs` {where}: column {name}")
+        names += self._image_keys(schema.names)
         return [*names, *id_column(schema, where, self.id_key)]
 
+    def _image_keys(self, names: Sequence[str]) -> list[str]:
+        return [] if self.images is None else [name for name in IMAGE_KEYS if name in names]
+
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
-        """The columns of turns and tools as one JSON object, and the id."""
-        columns = batch.select([name for name in (*TURN_KEYS, TOOLS_KEY) if name in batch.schema.names])
-        return zip(json_rows(columns), row_ids(batch, self.id_key), strict=True)
+        """The columns of turns, tools and images as one JSON object, and the id."""
+        images = self._image_keys(batch.schema.names)
+        columns = batch.select([*(name for name in (*TURN_KEYS, TOOLS_KEY) if name in batch.schema.names), *images])
+        return zip(json_rows(columns, images), row_ids(batch, self.id_key), strict=True)
 
     def parse(
         self, kind: str, record: bytes | None, doc_id: str | None, unused: Counter[str] | None = None
     ) -> tuple[Conversation | None, str]:
         """The conversation (None if it has no turns) and its id, else a hash. Raises :class:`Malformed`."""
-        raw = parse_conversation(record, self.id_key, self.template.keys, unused)
+        raw = parse_conversation(record, self.id_key, self.template.keys, unused, self.images)
         doc_id = doc_id if raw.doc_id is None else raw.doc_id
+        images = self._read(raw)
         if doc_id is None:
-            beside = [part for part in (sorted(raw.untrained), raw.tools) if part]
+            hashes = [blake2b(image.data, digest_size=16).hexdigest() for image in images]
+            beside = [part for part in (sorted(raw.untrained), raw.tools, hashes) if part]
             doc_id = content_id(dump_json([raw.messages, *beside] if beside else raw.messages))
         if not raw.messages:
             return None, check_id(doc_id)
+        rendered = self._locate(raw)
+        pattern, own = _any_of(self.special), self.images.written if images and self.images else ""
+        contents = (message["content"].replace(own, "") if own else message["content"] for message in raw.messages)
+        marked = any(map(pattern.search, contents))
+        return Conversation(rendered, marked, images) if rendered.text else None, check_id(doc_id)
+
+    def _read(self, raw: RawConversation) -> tuple[ReadImage, ...]:
+        if self.images is None:
+            return ()
+        return tuple(self.images.read(source, number) for number, source in enumerate(raw.images, 1))
+
+    def _locate(self, raw: RawConversation) -> Rendered:
+        """The rendered conversation: that of contents which are texts or, where it has images and the template makes
+        something else of lists of parts, that of these, as processors have it."""
         rendered = self.template.locate(raw.messages, raw.tools, raw.untrained)
-        pattern = _any_of(self.special)
-        marked = any(pattern.search(message["content"]) for message in raw.messages)
-        return Conversation(rendered, marked) if rendered.text else None, check_id(doc_id)
+        if self.images is None:
+            return rendered
+        if raw.images:
+            parts = as_parts(raw.messages, self.images.written)
+            if self.template.render(parts, tools=raw.tools) != rendered.text:
+                if any(message["role"] == "assistant" and not isinstance(message["content"], str) for message in parts):
+                    raise Malformed("the chat template renders an assistant's images elsewhere than they stand")
+                rendered = self.template.locate(parts, raw.tools, raw.untrained)
+        if rendered.text.count(self.images.token) != len(raw.images):
+            held = sum(message["content"].count(self.images.token) for message in raw.messages)
+            left_out = held == len(raw.images)
+            raise Malformed(
+                "the chat template leaves out some of its images"
+                if left_out
+                else f"a text holds {self.images.token}, which stands for an image"
+            )
+        return rendered
 
     def token_rows(
         self, documents: Sequence[tuple[Conversation | None, str]], encoder: Encoder
@@ -105,9 +184,13 @@ class Chat:
         positions = [[c for t in chat.rendered.turns for c in (t.start, t.end, t.stop)] for chat, _ in chats]
         ids, offsets, found, checked = encode_stretches(encoder, texts, positions)
         counts = Counter(documents_out=len(chats), empty=len(documents) - len(chats), checked=checked)
-        begins, ends, names, starts, stops = [], [], [], [], []
-        for (chat, name), (after, at), offset, length in zip(
-            chats, found, offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True
+        images = None
+        if self.images is not None:
+            images = expand(ids, offsets, [chat.images for chat, _ in chats], self.images.rules)
+            ids, offsets, found = images.ids, images.offsets, images.move(found)
+        begins, ends, cuts = [], [], []
+        for i, ((chat, _), (after, at), offset, length) in enumerate(
+            zip(chats, found, offsets[:-1].tolist(), np.diff(offsets).tolist(), strict=True)
         ):
             turns = chat.rendered.turns
             counts["left_out_turns"] += chat.rendered.left_out
@@ -116,22 +199,28 @@ class Chat:
             begins.append(first + offset)
             ends.append(last + offset)
             bounds = zip(first.tolist(), last.tolist(), after[2::3].tolist(), [t.opens for t in turns], strict=True)
-            cuts = cut_chat(length, list(bounds), self.max_len) or [(0, self.max_len or length)]
-            names += [name] * len(cuts)
-            starts += [offset + begin for begin, _ in cuts]
-            stops += [offset + end for _, end in cuts]
-            counts["cut_conversations"] += cuts != [(0, length)]
-            counts["dropped_tokens"] += length - sum(end - begin for begin, end in cuts)
+            places = () if images is None else images.places[i]
+            own = cut_chat(length, list(bounds), self.max_len, places) or [first_row(length, self.max_len, places)]
+            cuts.append(own)
+            counts["cut_conversations"] += own != [(0, length)]
+            counts["dropped_tokens"] += length - sum(end - begin for begin, end in own)
             counts["with_special_strings"] += chat.marked
         labels = label(ids, _joined(begins), _joined(ends))
-        lengths = np.array(stops, np.int64) - np.array(starts, np.int64)
-        row_offsets = np.append(0, np.cumsum(lengths))
+        if images is not None:
+            labels[images.inside()] = NOT_TRAINED
+        rows = [(offset + a, offset + b) for offset, own in zip(offsets, cuts, strict=False) for a, b in own]
+        starts, stops = np.array(rows, np.int64).reshape(-1, 2).T
+        row_offsets = np.append(0, np.cumsum(stops - starts))
         if counts["dropped_tokens"]:
-            kept = np.repeat(starts - row_offsets[:-1], lengths) + np.arange(row_offsets[-1])
+            kept = np.repeat(starts - row_offsets[:-1], stops - starts) + np.arange(row_offsets[-1])
             ids, labels = ids[kept], labels[kept]
         counts["trained_tokens"] = int(np.count_nonzero(labels >= 0))
-        doc_ids = lists_of_one(pa.array(names, pa.string()))
-        columns = [int_lists(ids, row_offsets), int_lists(labels, row_offsets), doc_ids]
+        names = pa.array([name for (_, name), own in zip(chats, cuts, strict=True) for _ in own], pa.string())
+        columns = [int_lists(ids, row_offsets), int_lists(labels, row_offsets), lists_of_one(names)]
+        if images is not None:
+            pictures, counted = images.columns(cuts)
+            columns += pictures
+            counts.update(counted)
         return pa.RecordBatch.from_arrays(columns, self.columns_out), counts
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
@@ -155,16 +244,39 @@ class Chat:
             notes.append("warning: the chat template ends no assistant turn with a special token: none is trained on.")
         if "strftime_now" in self.template.source:
             notes.append(f"note: the chat template writes the date; every row has {self.template.date:%Y-%m-%d}.")
+        if counts.get("animations"):
+            notes.append(f"note: of {counts['animations']} animations, the first frame is trained on.")
+        if counts.get("dropped_images"):
+            notes.append(f"note: {counts['dropped_images']} images were dropped with the tokens around them.")
         return notes
 
 
-def load_chat(directory: Path, id_key: str, max_len: int | None) -> tuple[Chat, TokenizerInfo]:
-    """Read tokenizer and chat template on the driver. Raises :class:`UserError` when either is missing."""
+def load_chat(
+    directory: Path, id_key: str, max_len: int | None, images: ImageSettings | None = None
+) -> tuple[Chat, TokenizerInfo]:
+    """Read tokenizer and chat template on the driver; with ``images``, also what the model makes of these.
+
+    Raises :class:`UserError` when one is missing or not understood.
+    """
     tokenizer = load_tokenizer(directory)
     template = load_chat_template(tokenizer, str(directory))
     recipe = recipe_of(tokenizer, (), (), parse_special_tokens=not getattr(tokenizer, "split_special_tokens", False))
     special = tuple(sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}))
-    return Chat(template, recipe, special, id_key, max_len), info_of(tokenizer, directory)
+    parts = None if images is None else _image_parts(directory, template, max_len, images, image_ids_of(tokenizer))
+    return Chat(template, recipe, special, id_key, max_len, parts), info_of(tokenizer, directory)
+
+
+def _image_parts(
+    directory: Path, template: ChatTemplate, max_len: int | None, images: ImageSettings, ids: ImageIds
+) -> ImageParts:
+    rules = load_rules(directory, images.limits, ids.around)
+    token = ids.added.get(rules.image_token)
+    if token is None or (rules.family in TILES and -1 in ids.around):
+        raise UserError(
+            f"`tokenizer` {directory} lacks the token {rules.image_token} that its config.json names for images, or "
+            "those around them: give the whole directory of one model."
+        )
+    return ImageParts(rules, images.folder, written_image(template, token, str(directory)), token, max_len)
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -152,6 +152,8 @@ class ChatTemplate:
         if frames is None:
             return None
         contents = [message["content"] for message in messages]
+        if not all(isinstance(content, str) for content in contents):  # lists of parts
+            return None
         for written in (contents, [content.strip() for content in contents]):
             if "".join(chain(frames[:1], *zip(written, frames[1:], strict=True))) == text:
                 sizes = [len(stretch) for pair in zip(frames, written, strict=False) for stretch in pair]

@@ -4,6 +4,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -28,6 +29,9 @@ from fft.text.engines import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: Attributes of tokenizers with the tokens around an image, and how these are called where there are none.
+_AROUND_IMAGES = {"start_image_token": "<img>", "end_image_token": "</img>"}
 
 _SAMPLES = 16
 _SAMPLE_CHARACTERS = 4096
@@ -106,6 +110,22 @@ def info_of(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> TokenizerI
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+@dataclass(frozen=True)
+class ImageIds:
+    """Of a tokenizer: the ids of the tokens ``around`` an image, -1 for none, and its added tokens by id."""
+
+    around: tuple[int, int]
+    added: dict[int, str]
+
+
+def image_ids_of(tokenizer: "PreTrainedTokenizerBase") -> ImageIds:
+    """What a tokenizer has for images. Those that name no tokens around them may have InternVL's."""
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    by_name = {token: i for i, token in added.items()}
+    start, end = (getattr(tokenizer, name, None) or other for name, other in _AROUND_IMAGES.items())
+    return ImageIds((by_name.get(start, -1), by_name.get(end, -1)), added)
 
 
 def added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:

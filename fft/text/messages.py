@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from fft.text.image_parts import IMAGE_KEYS, ImageParts, Source
 from fft.text.records import Malformed, count_unused, decode_record, dump_json, id_of, load_json
 
 #: Keys of a JSON object (columns of a parquet file) that may hold the turns.
@@ -23,7 +24,8 @@ _REFUSED_BESIDE_TURNS = {
     "functions": "give them as tools",
     "documents": "documents are not supported",
     "chat_template_kwargs": "settings of the chat template are not supported",
-    **dict.fromkeys(("images", "image", "videos", "audios"), "this release reads texts alone"),
+    **dict.fromkeys(IMAGE_KEYS, "images are read with --image_path"),
+    **dict.fromkeys(("videos", "audios"), "this release reads texts and images alone"),
 }
 _REFUSED_IN_A_TURN = {
     "tool_calls": "tool calls",
@@ -40,23 +42,29 @@ _UNDERSTOOD_IN_A_TURN = frozenset(("role", "content", *TRAIN_KEYS, *_REFUSED_IN_
 @dataclass(frozen=True)
 class RawConversation:
     """``messages`` have ``role`` and ``content``, and further keys for the template; ``untrained`` are the numbers,
-    from 0, of assistants' turns that say that they are not trained on. ``tools`` are JSON schemas, if there are any."""
+    from 0, of assistants' turns that say that they are not trained on. ``tools`` are JSON schemas, if there are any.
+    ``images`` are those of all turns, in order, where they are read; contents have what stands for them."""
 
     messages: list[dict]
     doc_id: str | None
     untrained: frozenset[int] = frozenset()
     tools: tuple[dict, ...] = ()
+    images: tuple[Source, ...] = ()
 
 
 def parse_conversation(
-    record: bytes | None, id_key: str, template_keys: Collection[str] = (), unused: Counter[str] | None = None
+    record: bytes | None,
+    id_key: str,
+    template_keys: Collection[str] = (),
+    unused: Counter[str] | None = None,
+    images: ImageParts | None = None,
 ) -> RawConversation:
     """Read one JSON record to train on; one without turns has no messages.
 
     See :func:`read_conversation`. Raises :class:`Malformed`, also where no turn is an assistant's.
     """
     row = load_json(decode_record(record))
-    raw = read_conversation(row, template_keys, unused, beside=(id_key,))
+    raw = read_conversation(row, template_keys, unused, (id_key,), images)
     if isinstance(row, dict):
         raw = replace(raw, doc_id=id_of(row, id_key))
     if raw.messages and not any(message["role"] == "assistant" for message in raw.messages):
@@ -67,31 +75,45 @@ def parse_conversation(
 
 
 def read_conversation(
-    row: object, template_keys: Collection[str] = (), unused: Counter[str] | None = None, beside: Collection[str] = ()
+    row: object,
+    template_keys: Collection[str] = (),
+    unused: Counter[str] | None = None,
+    beside: Collection[str] = (),
+    images: ImageParts | None = None,
 ) -> RawConversation:
     """The turns of a record that is read already, whoever speaks last; without an id.
 
     A record is a list of turns, or an object with such a list under ``messages`` or ``conversation``. A turn is
     ``{"user": "text"}`` or ``{"role": "user", "content": "text"}``; further keys of the latter form go to the chat
     template as they are. Keys that are neither understood nor among ``template_keys``, or in the object among those
-    ``beside``, are counted in ``unused``. Raises :class:`Malformed` with the number of the turn, from 1.
+    ``beside``, are counted in ``unused``. With ``images``, contents may hold some, or they stand beside the turns.
+    Raises :class:`Malformed` with the number of the turn, from 1.
     """
     tools: tuple[dict, ...] = ()
+    waiting = None
     if isinstance(row, dict):
-        count_unused(row, (*TURN_KEYS, TOOLS_KEY, *beside), unused)
+        read = IMAGE_KEYS if images is not None else ()
+        count_unused(row, (*TURN_KEYS, TOOLS_KEY, *beside, *read), unused)
         tools = _tools_of(row)
-        row = _turns_of(row)
+        waiting = images.beside(row) if images is not None else None
+        row = _turns_of(row, read)
     if not isinstance(row, list):
         raise Malformed(f"not a list of turns but {type(row).__name__}")
-    messages, untrained = [], set()
+    messages, untrained, found = [], set(), []
     for number, turn in enumerate(row):
-        message, trained = _message(turn, number + 1)
+        message, trained = _message(turn, number + 1, images)
+        if images is not None:
+            where = f"turn {number + 1} ({message['role']})"
+            message["content"], own = images.content(message["content"], where, waiting, unused)
+            found += own
         messages.append(message)
         if not trained:
             untrained.add(number)
         if len(message) > 2:
             count_unused(message, _UNDERSTOOD_IN_A_TURN.union(template_keys), unused, "of a turn")
-    return RawConversation(messages, None, frozenset(untrained), tools)
+    if waiting:
+        raise Malformed(f"{len(waiting)} images beside the turns are in none: mark their places with <image>")
+    return RawConversation(messages, None, frozenset(untrained), tools, tuple(found))
 
 
 def check_unicode(value: object) -> None:
@@ -102,12 +124,12 @@ def check_unicode(value: object) -> None:
         raise Malformed("a lone surrogate, which is no Unicode text") from error
 
 
-def _turns_of(row: Mapping[str, object]) -> object:
+def _turns_of(row: Mapping[str, object], read: Collection[str] = ()) -> object:
     found = [key for key in TURN_KEYS if row.get(key) is not None]
     if len(found) != 1:
         raise Malformed(f"both {' and '.join(found)} are there" if found else f"no key {' or '.join(TURN_KEYS)}")
     for key, reason in _REFUSED_BESIDE_TURNS.items():
-        if row.get(key):
+        if row.get(key) and key not in read:
             raise Malformed(f"key {key} beside the turns: {reason}")
     for key in TRAIN_KEYS:
         if row.get(key) in (0, False) and row.get(key) is not None:
@@ -144,8 +166,8 @@ def message_of(turn: object, number: int) -> dict:
     return message
 
 
-def _message(turn: object, number: int) -> tuple[dict, bool]:
-    """The message of a turn, and whether it says that it may be trained on."""
+def _message(turn: object, number: int, images: ImageParts | None) -> tuple[dict, bool]:
+    """The message of a turn, and whether it says that it may be trained on. Only ``images`` may read its content."""
     flags = {}
     if isinstance(turn, dict) and not _TRAIN_KEYS.isdisjoint(turn):
         turn = {key: value for key, value in turn.items() if value is not None}
@@ -155,7 +177,7 @@ def _message(turn: object, number: int) -> tuple[dict, bool]:
         for key, what in _REFUSED_IN_A_TURN.items():
             if turn.get(key):
                 raise Malformed(f"turn {number} ({turn['role']}) has {what} ({key}), which is not supported")
-    if not isinstance(turn.get("content"), str):
+    if not isinstance(turn.get("content"), str) and (images is None or "content" not in turn):
         found = f"is {type(turn['content']).__name__}, not a string" if "content" in turn else "is missing"
         raise Malformed(f"the content of turn {number} ({turn['role']}) {found}")
     return turn, _is_trained(flags, turn["role"], number)

@@ -4,8 +4,9 @@ Engines fill what one row lacks of a struct with nulls, so nulls are left out. B
 is no UTF-8 is met where the record is read.
 """
 
+import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +23,9 @@ def check_json_type(kind: pa.DataType, where: str) -> None:
         check_json_type(field.type, f"{where}.{field.name}" if pa.types.is_struct(kind) else where)
 
 
-def json_rows(columns: pa.RecordBatch) -> Iterator[bytes]:
-    """The rows as JSON objects, without nulls; maps become objects."""
+def json_rows(columns: pa.RecordBatch, in_base64: Collection[str] = ()) -> Iterator[bytes]:
+    """The rows as JSON objects, without nulls; maps become objects. Bytes of columns ``in_base64`` become objects with
+    their base64 under ``bytes``, but for those that have this key already."""
     try:
         rows = columns.to_pylist()
     except UnicodeDecodeError:  # some string is none: its bytes go into the record
@@ -31,6 +33,7 @@ def json_rows(columns: pa.RecordBatch) -> Iterator[bytes]:
             [column.cast(_in_bytes(column.type)) for column in columns.columns], columns.schema.names
         ).to_pylist()
     for row in rows:
+        row.update({name: _base64(row[name]) for name in in_base64})
         text = json.dumps(_without_nulls(row), ensure_ascii=False, default=_no_json)
         yield text.encode(errors="surrogateescape")
 
@@ -58,6 +61,18 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return _text(value)
+
+
+def _base64(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_base64(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encoded(item) if key == "bytes" else item for key, item in value.items()}
+    return {"bytes": _encoded(value)} if isinstance(value, bytes) else value
+
+
+def _encoded(value: Any) -> Any:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 def _text(value: Any) -> Any:

@@ -25,6 +25,11 @@ class Pretrain:
 
     columns_out = ("input_ids", "doc_ids")
     tallies = ()
+    vision, bytes_beside = None, 0
+
+    def held(self, document: str) -> int:
+        """Nothing but a text."""
+        return 0
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """The columns of text and id."""

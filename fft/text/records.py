@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -36,6 +36,17 @@ class RecordEncoder(Protocol[Document]):
     @property
     def tallies(self) -> tuple[str, ...]:
         """Names in the manifest of what it counts beside ``documents_out``, ``empty`` and ``checked``."""
+
+    @property
+    def vision(self) -> dict[str, Any] | None:
+        """What it makes of images, as a manifest says it; None where it reads none."""
+
+    @property
+    def bytes_beside(self) -> int:
+        """About how many bytes each byte of input brings along from elsewhere, as names of images do."""
+
+    def held(self, document: Document) -> int:
+        """Bytes that a document holds beside its text."""
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """Columns of a parquet file to read. Raises :class:`UserError` when those that it needs are not there."""

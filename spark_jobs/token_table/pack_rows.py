@@ -1,7 +1,7 @@
 """Pack a partition's stream of documents to rows, window by window, in Arrow batches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,23 +9,28 @@ import pyarrow as pa
 from fft.data.arrow_lists import int_lists, values_of_bytes
 from fft.data.packing import DocumentSpans, best_fit, concat, cut_rows, gather_tokens, permute_rows
 from fft.errors import UserError
+from fft.images.rules import ImageRules
+from spark_jobs.token_table.document_images import DocumentImages
 
 _BATCH_ROWS = 1024
 #: Rows by which a window grows: fixed, since the batches that an engine makes differ.
-_STEP_ROWS = 256
+_STEP_ROWS, _STEP_ROWS_WITH_IMAGES = 256, 32
+#: Bytes of images that are packed together: fewer documents than without, but memory holds them.
+_WINDOW_IMAGE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Window:
     """Documents laid end to end: document ``d`` is ``values[name][offsets[d]:offsets[d + 1]]``, its id ``ids[d]``.
 
-    ``row_ends`` are the ends, in documents, of the rows in which they came.
+    ``row_ends`` are the ends, in documents, of the rows in which they came. ``images`` are those of the documents.
     """
 
     values: dict[str, np.ndarray]
     offsets: np.ndarray
     ids: pa.StringArray
     row_ends: np.ndarray
+    images: DocumentImages | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,22 +47,25 @@ def window_tokens(max_len: int) -> int:
 class Packer:
     """Packs the rows of one part: batches (``part``, ``doc_ids``, lists as bytes) in, batches of packed rows out.
 
-    ``window`` tokens are packed together; memory is that of one window.
+    ``window`` tokens are packed together; memory is that of one window. ``vision`` says what was made of images, where
+    rows have some.
     """
 
     max_len: int
     method: str
     seed: int
     window: int
+    vision: ImageRules | None = None
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Pack one partition."""
         waiting: list[Window] = []
         partition, number = 0, 0
-        for batch in fixed_batches(batches, _STEP_ROWS):
+        for batch in fixed_batches(batches, _STEP_ROWS if self.vision is None else _STEP_ROWS_WITH_IMAGES):
             partition = batch.column("part")[0].as_py()
-            waiting.append(read_window(batch))
-            if sum(window.tokens for window in waiting) >= self.window:
+            waiting.append(read_window(batch, self.vision))
+            held = sum(window.images.files.nbytes for window in waiting if window.images is not None)
+            if sum(window.tokens for window in waiting) >= self.window or held >= _WINDOW_IMAGE_BYTES:
                 spans, window = self._pack(waiting)
                 waiting = []
                 if self.method == "concat":
@@ -72,8 +80,12 @@ class Packer:
         window = join_windows(waiting)
         lengths = np.diff(window.offsets)
         if self.method == "none":
-            return cut_rows(lengths, window.row_ends, self.max_len), window
-        return {"best-fit": best_fit, "concat": concat}[self.method](lengths, self.max_len), window
+            spans = cut_rows(lengths, window.row_ends, self.max_len)
+        else:
+            spans = {"best-fit": best_fit, "concat": concat}[self.method](lengths, self.max_len)
+        if window.images is not None:
+            window.images.check_whole(spans, lengths, window.ids, self.max_len)
+        return spans, window
 
     def _rows(self, spans: DocumentSpans, window: Window, partition: int, number: int) -> Iterator[pa.RecordBatch]:
         if self.method == "best-fit":  # it leaves rows sorted by the length of their first document
@@ -100,11 +112,21 @@ def fixed_batches(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.R
         yield pa.concat_batches(waiting)
 
 
-def read_window(batch: pa.RecordBatch) -> Window:
+def read_window(batch: pa.RecordBatch, vision: ImageRules | None = None) -> Window:
     """Take a batch apart into documents: by ``cu_seqlens`` where rows have them, else one a row.
 
-    Raises :class:`UserError` when labels are not as long as ids, or boundaries do not rise from 0 to the row's length.
+    Raises :class:`UserError` when labels are not as long as ids, or boundaries do not rise from 0 to the row's length,
+    or when a row's images are not those of its tokens.
     """
+    window, row_offsets = _documents(batch)
+    if vision is None:
+        return window
+    images = DocumentImages.read(batch, window.values["input_ids"], row_offsets, window.offsets, vision)
+    return replace(window, images=images)
+
+
+def _documents(batch: pa.RecordBatch) -> tuple[Window, np.ndarray]:
+    """Documents of a batch without their images, and where its rows begin in their tokens."""
     ids, row_offsets = values_of_bytes(batch.column("input_ids"))
     values = {"input_ids": ids}
     if "labels" in batch.schema.names:
@@ -115,7 +137,7 @@ def read_window(batch: pa.RecordBatch) -> Window:
     doc_ids, id_offsets = names.flatten(), names.offsets.to_numpy().astype(np.int64)
     if "cu_seqlens" not in batch.schema.names:
         first = doc_ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
-        return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1))
+        return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1)), row_offsets
     bounds, at = values_of_bytes(batch.column("cu_seqlens"))
     begins = np.ones(len(bounds), bool)
     begins[at[1:] - 1] = False  # the last boundary of a row begins no document
@@ -131,7 +153,7 @@ def read_window(batch: pa.RecordBatch) -> Window:
     if not np.array_equal(np.diff(id_offsets), documents):
         # Named as one row elsewhere: each of its documents gets the row's first name.
         doc_ids = doc_ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
-    return Window(values, np.append(starts, row_offsets[-1]), doc_ids, np.cumsum(documents))
+    return Window(values, np.append(starts, row_offsets[-1]), doc_ids, np.cumsum(documents)), row_offsets
 
 
 def join_windows(windows: list[Window]) -> Window:
@@ -140,11 +162,13 @@ def join_windows(windows: list[Window]) -> Window:
         return windows[0]
     shifts = np.cumsum([0] + [w.tokens for w in windows])
     rows = np.cumsum([0] + [len(w.ids) for w in windows])
+    images = [w.images for w in windows if w.images is not None]
     return Window(
         {name: np.concatenate([w.values[name] for w in windows]) for name in windows[0].values},
         np.append(np.concatenate([w.offsets[:-1] + s for w, s in zip(windows, shifts, strict=False)]), shifts[-1]),
         pa.concat_arrays([w.ids for w in windows]),
         np.concatenate([w.row_ends + r for w, r in zip(windows, rows, strict=False)]),
+        DocumentImages.join(images) if images else None,
     )
 
 
@@ -159,7 +183,7 @@ def hold_back_short_row(spans: DocumentSpans, window: Window, max_len: int) -> t
 
 
 def write_rows(spans: DocumentSpans, window: Window) -> pa.RecordBatch:
-    """Spans to rows of ``input_ids``, ``cu_seqlens``, ``doc_ids`` and, if there are any, ``labels``."""
+    """Spans to rows of ``input_ids``, ``cu_seqlens``, ``doc_ids`` and, if there are any, ``labels`` and images."""
     row_starts = np.concatenate(([0], spans.row_ends[:-1]))
     ends = np.concatenate(([0], np.cumsum(spans.length)))
     row_offsets = np.append(ends[row_starts], ends[-1])
@@ -178,4 +202,6 @@ def write_rows(spans: DocumentSpans, window: Window) -> pa.RecordBatch:
     }
     if "labels" in lists:
         columns["labels"] = lists["labels"]
+    if window.images is not None:
+        columns |= window.images.columns(spans)
     return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))

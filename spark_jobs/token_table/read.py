@@ -8,19 +8,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.corpus.readers import read_row_groups, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, deal
-from fft.data.arrow_lists import int_lists, lists_to_bytes
+from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes, pack_bytes
 from fft.data.delta import split_version
-from fft.data.known import DOC_IDS, LISTS, LOGS, MASK
+from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, LOGS, MASK
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo, is_hidden
 from fft.data.table import Table
 from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
+from fft.images.rules import ImageRules
 from spark_jobs.runtime.tasks import create_tasks
 from spark_jobs.token_table.rows import doc_ids, token_lists
+
+#: Columns that make up a row's content.
+CARRIED = (*LISTS, GRIDS, IMAGES)
+#: Rows that are read, and go to the engine, at once.
+_ROWS, _ROWS_WITH_IMAGES = 256, 16
 
 
 @dataclass(frozen=True)
@@ -93,18 +100,42 @@ def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
     return next(iter(known.values()), None)
 
 
-def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerNotes) -> DataFrame:
-    """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels`` and ``cu_seqlens`` if any has
-    them, as bytes, too.
+def common_vision(datasets: Sequence[Dataset]) -> ImageRules | None:
+    """What was made of the tables' images, if any has some. Raises :class:`UserError` when that differs, or when a
+    table with images does not say it."""
+    known = {}
+    for dataset in datasets:
+        if dataset.table.has_images:
+            manifest = dataset.table.manifest
+            if manifest is None or manifest.vision is None:
+                raise UserError(
+                    f"{dataset.name} has images and no manifest that says what their grids mean: make it with "
+                    "spark_jobs/tokenize.py --image_path."
+                )
+            known[dataset.name] = ImageRules.of(manifest.vision, f"the manifest of {dataset.name}")
+    first = next(iter(known), "")
+    for name, rules in known.items():
+        differing = [key for key, value in rules.facts().items() if value != known[first].facts()[key]]
+        if differing:
+            raise UserError(
+                f"the images of {first} and {name} were read with another {' and '.join(differing)}: tokenize both "
+                "with one model and the same limits."
+            )
+    return known.get(first)
 
-    A table without them gets what their absence means: labels equal to the ids, one document a row. Rows without
-    ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is said in
-    ``notes``, which the caller checks.
+
+def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerNotes) -> DataFrame:
+    """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels``, ``cu_seqlens``, ``image_grids``
+    and ``images`` if any has them, as bytes, too.
+
+    A table without them gets what their absence means: labels equal to the ids, one document a row, no image. Rows
+    without ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is
+    said in ``notes``, which the caller checks.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
-    lists = tuple(name for name in LISTS if name in columns)
+    lists = tuple(name for name in CARRIED if name in columns)
     spans = [
-        Span(dataset.name, "parquet", group.path, group.index, group.index + 1, group.tokens * 4)
+        Span(dataset.name, "parquet", group.path, group.index, group.index + 1, group.tokens * 4 + group.image_bytes)
         for dataset in datasets
         for group in dataset.table.row_groups
     ]
@@ -131,7 +162,8 @@ class TokenRows:
                 split = Split(**row)
                 there = schema_of(split.path).names
                 held = [name for name in (*self.lists, DOC_IDS, MASK) if name in there]
-                for rows in read_row_groups(split.path, split.start, split.stop, held):
+                size = _ROWS_WITH_IMAGES if IMAGES in held else _ROWS
+                for rows in read_row_groups(split.path, split.start, split.stop, held, size):
                     complete = self._complete(rows, split)
                     meter.add(rows.num_rows, complete.column("input_ids").nbytes // 4)
                     yield complete
@@ -140,6 +172,8 @@ class TokenRows:
         lists = token_lists(rows, split.path)
         ids = lists["input_ids"]
         packed = {name: lists_to_bytes(column, split.path) for name, column in lists.items()}
+        if IMAGES in self.lists:
+            packed |= _packed_images(rows, split.path)
         if "labels" in self.lists and "labels" not in packed:
             packed["labels"] = packed["input_ids"]
         if "cu_seqlens" in self.lists and "cu_seqlens" not in packed:
@@ -164,6 +198,19 @@ def not_read(datasets: Sequence[Dataset]) -> tuple[dict[str, Any], list[str]]:
     return {"not_read": facts} if facts else {}, lines
 
 
-def int_columns(df: DataFrame) -> list[str]:
-    """The columns that hold lists of int32, as bytes."""
-    return [name for name in LISTS if name in df.columns]
+def _packed_images(rows: pa.RecordBatch, where: str) -> dict[str, pa.BinaryArray]:
+    """The columns of images as bytes. Raises :class:`UserError` naming ``where`` for grids of not three numbers."""
+    if IMAGES not in rows.schema.names:
+        none = pa.array([[]] * rows.num_rows, pa.list_(pa.binary()))
+        return {GRIDS: pa.array([b""] * rows.num_rows, pa.binary()), IMAGES: pack_bytes(none)}
+    grids = pc.fill_null(rows.column(GRIDS).cast(INTS), pa.scalar([], INTS))
+    images = rows.column(IMAGES)
+    counts = pc.fill_null(images.value_lengths(), 0).to_numpy()
+    if (grids.value_lengths().to_numpy() != 3 * counts).any() or pc.list_flatten(images).null_count:
+        raise UserError(f"{where}: {GRIDS} must hold three numbers for each of {IMAGES}: write the table again.")
+    return {GRIDS: lists_to_bytes(grids, where), IMAGES: pack_bytes(images)}
+
+
+def byte_columns(df: DataFrame) -> list[str]:
+    """The columns of a row's content, each as bytes: lists of int32, and images."""
+    return [name for name in CARRIED if name in df.columns]
