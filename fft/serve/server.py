@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     command = [sys.executable, *launcher(args.model), "--middleware", _MIDDLEWARE, *as_flags(settings), *rest]
     if "host" in settings and "port" in settings:
-        say(f"http://{settings['host']}:{settings['port']}/ answers as soon as vLLM has loaded {args.model}")
+        scheme = "https" if "ssl-certfile" in given else "http"
+        say(f"{scheme}://{settings['host']}:{settings['port']}/ answers as soon as vLLM has loaded {args.model}")
     os.execve(command[0], command, environment)
 
 

@@ -192,10 +192,10 @@ def test_base_and_adapter_write_what_transformers_writes(server, model, adapter)
     assert base != adapted
     for name, wanted in ((None, base), ("tiny", base), (str(model), base), ("poet", adapted)):
         for prompt, text in zip(PROMPTS, wanted, strict=True):
-            chosen = {"sampling": GREEDY} | ({"model": name} if name else {})
-            assert server.generate({"prompt": prompt} | chosen)["text"] == [text]
             # Without a chat template, what is said is gone on with.
-            assert server.generate({"messages": [{"user": prompt}]} | chosen)["text"] == [text]
+            for asked in ({"prompt": prompt}, {"messages": [{"user": prompt}]}):
+                (written,) = server.generate(asked | {"sampling": GREEDY} | ({"model": name} if name else {}))["text"]
+                assert written == text.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character is not told by vLLM
 
 
 def test_forms_of_a_conversation(server):
@@ -250,8 +250,7 @@ def test_choices_stops_and_log_probabilities(server):
     assert [entry["token"] for entry in by_prompt[0]] == [entry["token"] for entry in by_turn[0]]
     for one, other in zip(by_prompt[0], by_turn[0], strict=True):
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
-        assert one["top_logprobs"][0]["logprob"] == pytest.approx(other["top_logprobs"][0]["logprob"], abs=1e-4)
-        assert one["logprob"] == one["top_logprobs"][0]["logprob"]  # greedy
+        assert other["logprob"] == other["top_logprobs"][0]["logprob"] > other["top_logprobs"][1]["logprob"]  # greedy
 
     choice = {"max_tokens": 8, "structured_outputs": {"choice": ["yes", "no"]}}
     assert server.generate({"messages": [{"user": "x"}], "sampling": choice})["text"][0] in ("yes", "no")
@@ -344,10 +343,6 @@ def test_the_page_talks_with_a_model(server):
         assert not page.told
 
 
-def left_of(processes: list) -> list:
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-
-
 def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
     server = Server(tmp_path / "log", "--model", model, "--api-key", "old", "sekret", key="sekret")
     try:
@@ -382,6 +377,6 @@ def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
                 *_, last, usage = stream.result()[1]
                 assert (last["finish_reason"], usage["usage"]["completion_tokens"]) == (["length"], 3000)
         assert server.process.wait(60) == 0
-        assert not left_of(children)
+        assert not psutil.wait_procs(children, timeout=20)[1]
     finally:
         server.end()
