@@ -1,8 +1,8 @@
 """What the examples run on where you have nothing at hand: ``python -m examples.inputs``. No download.
 
 Makes, from the sources of Python's standard library, below runs/examples:
-``corpus.jsonl``, a document a file; ``chats.jsonl``, a question and an answer for each docstring; and ``model``, a chat
-model of three million random parameters with a tokenizer of its own.
+``corpus.jsonl``, a document a file; ``chats.jsonl``, a question and an answer for each docstring; ``prompts.jsonl``,
+the first questions alone; and ``model``, a chat model of three million random parameters with its tokenizer.
 """
 
 import ast
@@ -24,20 +24,28 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
+#: So many questions are asked.
+PROMPTS = 100
 
 
 def main() -> None:
     """Make what is missing."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    corpus, chats, model = OUTPUT / "corpus.jsonl", OUTPUT / "chats.jsonl", OUTPUT / "model"
+    corpus, chats, prompts = (OUTPUT / f"{name}.jsonl" for name in ("corpus", "chats", "prompts"))
+    model = OUTPUT / "model"
     if not corpus.exists():
         write_corpus(standard_library(), corpus)
     if not chats.exists():
         lines = [json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in conversations(corpus)]
         chats.write_text("".join(lines), encoding="utf-8")
+    if not prompts.exists():
+        lines = chats.read_text(encoding="utf-8").splitlines()
+        asked = list(dict.fromkeys(json.loads(line)["messages"][0]["content"] for line in lines))
+        rows = [{"id": f"question-{i}", "prompt": question} for i, question in enumerate(asked[:PROMPTS])]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if not (model / "config.json").exists():
         write_model(corpus, model)
-    print(f"{OUTPUT.relative_to(ROOT)}: {', '.join(sorted(path.name for path in (corpus, chats, model)))}")
+    print(f"{OUTPUT.relative_to(ROOT)}: {', '.join(sorted(path.name for path in (corpus, chats, prompts, model)))}")
 
 
 def conversations(corpus: Path) -> Iterator[list[dict[str, str]]]:

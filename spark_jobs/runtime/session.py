@@ -160,17 +160,37 @@ def job_settings(spark: SparkSession) -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Raise again, as itself, a :class:`UserError` that was raised in a Python worker; and one where it lacks code."""
+    """Raise again, as itself, a :class:`UserError` that was raised in a Python worker; and one where a worker lacks
+    code, has another Python, or ends."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
-        text = str(error)
-        if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
-            raise UserError(found.group(1)) from error
-        if lacking := re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text):
-            ours = lacking[1].partition(".")[0] in ("fft", "spark_jobs")
-            remedy = _SHIP if ours else "install flash-fine-tuning, with what it requires, on all machines."
-            raise UserError(f"the executors of the cluster cannot import {lacking[1]}: {remedy}") from error
-        raise
+        sentence = _sentence(str(error))
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+
+
+def _sentence(text: str) -> str | None:
+    """What an error of Spark's says, where it is the user's to mend."""
+    if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
+        return found[1]
+    if lacking := re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text):
+        ours = lacking[1].partition(".")[0] in ("fft", "spark_jobs")
+        remedy = _SHIP if ours else "install flash-fine-tuning, with what it requires, on all machines."
+        return f"the executors of the cluster cannot import {lacking[1]}: {remedy}"
+    if versions := re.search(r"Python in worker has different version: ([\d.]+) than that in driver: ([\d.]+)", text):
+        return (
+            f"the workers' Python is {versions[1]} and the driver's {versions[2]}: have PYSPARK_PYTHON, for the "
+            "workers, and PYSPARK_DRIVER_PYTHON name environments of the same version."
+        )
+    if missing := re.search(r'Cannot run program "([^"]+)": error=2', text):
+        return f"the workers' Python, {missing[1]}, is not there: have PYSPARK_PYTHON name one that all machines have."
+    if "Python worker exited unexpectedly" in text:
+        return (
+            "a Python worker of Spark has ended, killed or for want of memory: free memory, or have fewer work at a "
+            "time, and run the job again."
+        )
+    return None

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
 JOBS = {f"spark_jobs/{job}.py": getattr(cli, job) for job in ("tokenize", "shuffle", "repartition")}
+JOBS["spark_jobs/generate.py"] = cli.run_generate
 # Stands for every program that a script calls: writes down how it was called.
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "$(basename "$0")" "$@" >>"$CALLS"
@@ -45,7 +46,7 @@ def calls(script: Path, folder: Path) -> list[list[str]]:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_give_flags_that_exist(script, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for job in ("tokenize_table", "shuffle_tables", "repartition_table"):
+    for job in ("tokenize_table", "shuffle_tables", "repartition_table", "generate_table"):
         monkeypatch.setattr(spark_jobs, job, lambda *_, **__: [], raising=False)
     commands = calls(script, tmp_path)
     assert "deepspeed" in {command[0] for command in commands}
@@ -58,6 +59,8 @@ def check(command: list[str]) -> None:
     match command:
         case ["deepspeed", "--num_gpus", _, "fft/train.py", *flags]:
             parse_arguments(flags)
+        case ["spark-submit", "examples/accept.py", _, _]:
+            pass
         case ["spark-submit", script, *flags]:
             JOBS[script](flags)
         case ["python", "-m", "fft.train", *flags]:

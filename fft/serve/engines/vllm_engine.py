@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _CACHE_SHARE, _CACHE_BYTES = 1 / 8, 4 << 30
 #: Seconds that its processes have to end; on a CPU they take five.
 _PATIENCE = 20.0
+#: Tokens that a CPU computes at once, or a whole prompt.
+_BATCHED_TOKENS = 4096
 #: Ranks of adapters that vLLM makes room for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: What vLLM is told by the environment unless the user says otherwise: warnings alone, on stderr, nothing sent home.
@@ -170,6 +172,8 @@ def _start(model: "CheckedModel", limit: int) -> Any:
         given["gpu_memory_utilization"] = options.gpu_memory_utilization
     if current_platform.is_cpu():
         given["dtype"] = "float32" if options.dtype == "auto" else options.dtype
+        # A seeded request whose prompt is read in pieces ends vLLM there: "CPU Generator does not use offset".
+        given |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, _BATCHED_TOKENS)}
         if options.gpu_memory_utilization is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             given["kv_cache_memory_bytes"] = cache_bytes()
     if not model.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spark_jobs
 from examples.inputs import CHATML
 from fft.corpus.files import find_sources
 from fft.corpus.splits import Split
@@ -22,6 +24,7 @@ from fft.quickstart.tokenizer import train_tokenizer
 from fft.serve.engines import Completion, EngineOptions
 from fft.serve.sampling import Sampling
 from fft.text.records import Malformed
+from spark_jobs import generate_table
 from spark_jobs.generation import parts as parts_module
 from spark_jobs.generation import prompts as prompts_module
 from spark_jobs.generation.answers import Asking, answer_chunks
@@ -30,6 +33,7 @@ from spark_jobs.generation.fields import Fields, fields_of, infer, merge, turns_
 from spark_jobs.generation.frames import frame_chunks
 from spark_jobs.generation.parts import GenerateParts
 from spark_jobs.generation.prompts import LookThrough, PromptKeys, prompt_splits, read_chunks
+from spark_jobs.runtime.placement import Placement, place_engines
 from spark_jobs.token_table.kept import waiting
 
 KEYS = PromptKeys()
@@ -372,3 +376,63 @@ def test_malformed_is_told_of_bytes_that_are_no_text(tmp_path):
     (row,) = chunk.rows
     assert isinstance(row, Malformed)
     assert "not valid UTF-8" in str(row)
+
+
+class Settings(dict):
+    """Stands for a session of which nothing but the settings is asked."""
+
+    @property
+    def conf(self):
+        return self
+
+
+@pytest.mark.parametrize("master", [None, "local", "local[4]", "local[2,4]"])
+def test_a_local_spark_has_one_engine_unless_told_otherwise(master):
+    processors = len(os.sched_getaffinity(0))
+    spark = Settings({"spark.master": master})
+    assert place_engines(spark, 8, 1) == Placement(1, None, processors)
+    assert place_engines(spark, 8, 1, num_engine=2) == Placement(2, None, max(1, processors // 2))
+    assert place_engines(spark, 1, 1, num_engine=2).tasks == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "asked"),
+    [
+        ({}, 1, None),
+        ({"spark.executor.cores": "8"}, 1, {"cpus": 8}),
+        ({"spark.executor.cores": "8", "spark.task.cpus": "4"}, 1, None),
+        ({"spark.executor.resource.gpu.amount": "4"}, 2, {"gpu": 2}),
+        ({"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": "0.25"}, 1, {"gpu": 1}),
+        ({"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": "1"}, 1, None),
+    ],
+)
+def test_a_task_on_a_cluster_takes_what_its_engine_needs(given, gpus, asked):
+    place = place_engines(Settings({"spark.master": "spark://host:7077", **given}), 9, gpus)
+    assert (place.tasks, place.threads) == (9, None)
+    found = place.profile and {name: one.amount for name, one in place.profile.taskResources.items()}
+    assert found == asked
+    assert place_engines(Settings({"spark.master": "yarn"}), 1000, 1).tasks == 256
+    assert place_engines(Settings({"spark.master": "yarn"}), 1000, 1, num_engine=3).tasks == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"max_token": 3}, "`max_token` is no setting of generation, which are batch_size"),
+        ({"temperature": -1.0}, "`temperature` -1.0 must be"),
+        ({"engine": "gguf"}, "`engine` gguf must be one of"),
+        ({"num_engine": 0}, "`num_engine` is 0, it must be a positive integer"),
+        ({"chat": "maybe"}, "`chat` is 'maybe', it must be one of auto, yes, no"),
+        ({"model": "nowhere"}, "`model` nowhere has no config.json"),
+    ],
+)
+def test_parameters_are_checked_before_anything_starts(given, sentence, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=sentence):
+        generate_table(tmp_path, tmp_path / "out", **{"model": model, **given})
+
+
+def test_the_function_is_the_packages_and_not_the_script():
+    assert callable(spark_jobs.generate)

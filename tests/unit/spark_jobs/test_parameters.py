@@ -81,3 +81,30 @@ def test_executors_without_code_are_told_what_to_do(module, remedy):
     with pytest.raises(UserError, match=sentence) as raised, user_errors():
         raise RuntimeError(said)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            "[PYTHON_VERSION_MISMATCH] Python in worker has different version: 3.12 than that in driver: 3.11, PySpark",
+            "the workers' Python is 3.12 and the driver's 3.11: have PYSPARK_PYTHON",
+        ),
+        (
+            'java.io.IOException: Cannot run program "/nowhere/python": error=2, No such file or directory',
+            "the workers' Python, /nowhere/python, is not there: have PYSPARK_PYTHON name",
+        ),
+        (
+            "SparkException: Python worker exited unexpectedly (crashed).",
+            "a Python worker of Spark has ended, killed or",
+        ),
+    ],
+)
+def test_workers_that_cannot_work_are_told_of(said, sentence):
+    with pytest.raises(UserError, match=sentence), user_errors():
+        raise RuntimeError(f"Job aborted.\n  {said}\n\tat org.x")
+
+
+def test_other_errors_are_what_they_are():
+    with pytest.raises(RuntimeError, match="else"), user_errors():
+        raise RuntimeError("something else")
