@@ -132,7 +132,7 @@ def _prompt_of(row: Mapping[str, Any], keys: PromptKeys) -> Any:
     if turns:
         return Malformed(f"both {keys.prompt} and {turns[0]} are there: choose one with prompt_key")
     if row.get(keys.prompt) is None:
-        return Malformed(f"{keys.prompt} is {'null' if keys.prompt in row else 'missing'}")
+        return Malformed(f"{keys.prompt} is null or missing")
     return row[keys.prompt]
 
 

@@ -178,6 +178,14 @@ def test_a_worker_that_dies_for_good_ends_the_job_with_a_sentence_and_the_comman
     check_nothing_left(out, process.pid)
 
 
+def test_sail_makes_the_same_rows(prompts, answers, model, tmp_path):
+    """In its server's own process and Python, so with the engine that is installed there."""
+    process = start((prompts, tmp_path / "out", model), "--engine", "transformers", FFT_ENGINE="sail")
+    finish(process)
+    assert same_rows(tmp_path / "out", answers)
+    check_nothing_left(tmp_path / "out", process.pid)
+
+
 @pytest.mark.skipif(not SERVE.exists(), reason="make env-serve makes the environment with vLLM")
 def test_vllm_in_an_environment_of_the_workers(prompts, model, tmp_path):
     """500 prompts by two engines, one of which is killed with its worker, and by one engine: the same rows."""
@@ -207,7 +215,7 @@ def test_a_dataframe_of_answers(spark, answers, prompts, model, tmp_path):
     assert ours == {row["id"]: row["text"] for row in rows_of(answers) if row["id"] is not None}
     bad = spark.createDataFrame([("a", "Hi"), ("b", None)], "id string, prompt string")
     told = generate(bad, model=model, engine="transformers", on_error="quarantine", **SHORT).collect()
-    assert [(row.id, row.error) for row in sorted(told)] == [("a", None), ("b", "prompt is null")]
+    assert [(row.id, row.error) for row in sorted(told)] == [("a", None), ("b", "prompt is null or missing")]
     table = generate_table([rows, prompts], tmp_path / "both", model, engine="transformers", **SHORT)
     assert table.rows == 950
     assert Counter(row["text"] for row in rows_of(tmp_path / "both") if row["id"] == "p1") == {ours["p1"]: 2}

@@ -161,6 +161,7 @@ def test_vllm_is_told_all_of_the_sampling(model_dir, monkeypatch):
     assert given == {
         **{"model": str(model_dir), "dtype": "float32", "max_model_len": 99, "tensor_parallel_size": 1},
         **{"trust_remote_code": False, "enable_prefix_caching": True, "enforce_eager": True},
+        **{"enable_chunked_prefill": False, "max_num_batched_tokens": 4096},
         "hf_overrides": {"tie_word_embeddings": False},
     }
     assert [p["seed"] for _, p in requests] == [row_seed(4, row, k) for row in range(2500) for k in (0, 1)]

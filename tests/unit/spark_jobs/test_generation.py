@@ -151,8 +151,8 @@ def test_conversations_keep_their_turns(loaded, tmp_path):
     [
         ("not json", "not valid JSON"),
         ("7", "not a JSON object but int"),
-        ({"question": "Hi"}, "prompt is missing"),
-        ({"prompt": None}, "prompt is null"),
+        ({"question": "Hi"}, "prompt is null or missing"),
+        ({"prompt": None}, "prompt is null or missing"),
         ({"prompt": 7}, "the prompt is int"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "x y z " * 40}, "tokens, but may have 199"),
