@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fft.errors import UserError, one_line
 from fft.text.chat_template import words_of
+from fft.text.convert_tokenizer import check_converted
 from fft.text.messages import RawConversation, check_unicode, read_conversation
 from fft.text.records import Malformed
 
@@ -155,6 +156,7 @@ def load_model_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """The tokenizer in a model directory. Raises :class:`UserError` when there is none that can be loaded."""
     from transformers import AutoTokenizer
 
+    check_converted(Path(model), "--model")
     try:
         if not Path(model).is_dir():
             raise OSError("no such folder")

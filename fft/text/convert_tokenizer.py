@@ -73,6 +73,15 @@ def is_original(directory: Path) -> bool:
     return not (directory / _JSON).is_file() and _family(directory) is not None
 
 
+def check_converted(directory: Path, flag: str) -> None:
+    """Raise :class:`UserError` for a tokenizer that is yet to be converted, given by ``flag``."""
+    if is_original(directory):
+        raise UserError(
+            f"{flag} {directory} holds a tokenizer that is read by code of its own alone: convert it by {COMMAND} "
+            f"{directory} OUT, and give OUT, or copy its files there."
+        )
+
+
 def convert_tokenizer(directory: Path) -> Converted:
     """The tokenizer of a model directory as published, converted exactly.
 

@@ -13,7 +13,7 @@ import numpy as np
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.errors import UserError
 from fft.text.agreement import agreed
-from fft.text.convert_tokenizer import COMMAND, is_original
+from fft.text.convert_tokenizer import check_converted
 from fft.text.engines import (
     ELSEWHERE,
     FAST,
@@ -61,11 +61,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((directory / name).is_file() for name in names):
         raise UserError(f"`tokenizer` {directory} holds no tokenizer: give a folder with tokenizer.json in it.")
-    if is_original(directory):
-        raise UserError(
-            f"`tokenizer` {directory} holds a tokenizer that is read by code of its own alone: convert it by "
-            f"{COMMAND} {directory} OUT, and give OUT."
-        )
+    check_converted(directory, "`tokenizer`")
     from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
 
     try:

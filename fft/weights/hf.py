@@ -56,8 +56,10 @@ class WeightReader:
         scales = set() if self._blocks is None else {self._blocks.scales_of(name) for name in self._files}
         #: Of a model whose own code transformers does not have, tensors by the names of the architecture that it is.
         self._tensors = translate(config, [name for name in self._files if name not in scales])
+        #: Whether code of its own, which is in no library, is what the directory is for.
+        self.is_original = original_of(config) is not None
         #: Whether files have the very tensors that are given.
-        self.as_stored = self._blocks is None and original_of(config) is None
+        self.as_stored = self._blocks is None and not self.is_original
 
     @property
     def names(self) -> list[str]:

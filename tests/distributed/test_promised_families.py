@@ -13,7 +13,7 @@ from originals import WORDS, strings, write_pieces, write_ranks
 from safetensors.torch import load_file
 from test_parity import read_metrics
 from test_runs import SEQ_LEN, loss_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fft.checkpoint import convert
 from fft.serve import batch_infer
@@ -145,4 +145,12 @@ def test_an_adapter_of_a_published_model_is_merged_into_it(tmp_path, tokenizers,
     assert before != after
     convert.main([str(adapter), str(tmp_path / "merged")])
     np.testing.assert_allclose(loss_of(tmp_path / "merged", table_in(tmp_path)), after, rtol=1e-5)
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.hidden_size, int)
+    # It answers as the model that it is merged into does.
+    shutil.copytree(tokenizer, original, dirs_exist_ok=True)
+    prompts, answers = tmp_path / "prompts.txt", []
+    prompts.write_text("def f\nwas\n")
+    for model in ([str(original), "--lora", str(adapter)], [str(tmp_path / "merged")]):
+        answers.append(tmp_path / f"{len(answers)}.jsonl")
+        flags = ["--input", str(prompts), "--output", str(answers[-1]), "--max_new_tokens", "6", "--engine"]
+        batch_infer.main(["--model", *model, *flags, "transformers"])
+    assert answers[0].read_text() == answers[1].read_text()

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ _POSITIONS = (
 )
 #: Kinds of rotary positions whose factor is in the number of positions already.
 _SCALED = ("default", "llama3", "yarn", "longrope", "su")
+#: Model types that we have and vLLM does not: it took Baichuan's out in 0.23.
+_NOT_IN_VLLM = ("baichuan",)
 #: Where neither config nor tokenizer says how many.
 _ASSUMED = 2048
 
@@ -83,16 +85,16 @@ def check_model(model: str, options: EngineOptions | None = None) -> CheckedMode
 
     config, tokenizer = _load_parts(model)
     weights = WeightReader(model)
+    if name == "vllm" and (weights.is_original or config.model_type in _NOT_IN_VLLM):
+        name = engine_name(replace(options, name=_without_vllm(model, options)))
     check_whole(config, weights.names, model)
     weights.check_types()
     limit = token_limit(config, tokenizer, options.max_model_len)
     read: Weights | None = None if weights.as_stored else weights  # FP8 is multiplied out
     if options.lora is not None:
-        import torch
+        from fft.checkpoint.conversion import merged
 
-        from fft.checkpoint.conversion import Merged
-
-        read = Merged(weights, Path(options.lora), torch.float32)
+        read = merged(weights, Path(options.lora), "fp32", Path(model))
     return CheckedModel(model, options, name, config, tokenizer, limit, end_tokens(model, tokenizer), read)
 
 
@@ -114,6 +116,16 @@ def engine_name(options: EngineOptions) -> str:
                 f"`{name}` is vLLM's, and transformers generates here: pip install 'flash-fine-tuning[serve]', or "
                 "leave it out."
             )
+    return "transformers"
+
+
+def _without_vllm(model: str, options: EngineOptions) -> str:
+    """The engine for a model that vLLM has not. Raises :class:`UserError` where vLLM was asked for by name."""
+    if options.name == "vllm":
+        raise UserError(
+            f"--model {model} is none that vLLM has: use --engine transformers or, for Qwen and InternLM2, give what "
+            "python -m fft.checkpoint.convert makes of it."
+        )
     return "transformers"
 
 

@@ -10,6 +10,7 @@ from pipelines import BOUNDS, build, documents
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.directory import check_whole, load_config
 from fft.models.layers import canonical_parameters
@@ -17,6 +18,9 @@ from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
 from fft.ops.cross_entropy import linear_cross_entropy
 from fft.parallel.tensor_plan import Shard
+from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
+from fft.serve.engines import EngineOptions
+from fft.serve.engines.checked import check_model
 from fft.weights.hf import WeightReader
 
 
@@ -76,3 +80,13 @@ def test_parts_of_parameters_are_those_of_the_whole(tmp_path, split):
         shards += [Shard(tuple(whole.shape), 0, ((5, 19), (30, 32)))] if split != "columns" else []
         for shard in shards:
             torch.testing.assert_close(reader.tensor(name, tuple(whole.shape), shard), shard.of(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen", "baichuan2-13b"])
+def test_what_vllm_has_not_is_left_to_transformers(tmp_path, monkeypatch, name):
+    save_tokenizer(train_tokenizer(["ab"], 258), tmp_path / "model")
+    write_original(tmp_path / "model", FAMILIES[name], vocabulary=300)
+    monkeypatch.setattr("fft.serve.engines.checked._has_vllm", lambda: True)
+    assert check_model(str(tmp_path / "model")).engine == "transformers"
+    with pytest.raises(UserError, match="is none that vLLM has: use --engine transformers"):
+        check_model(str(tmp_path / "model"), EngineOptions(name="vllm"))

@@ -11,6 +11,7 @@ import tiktoken
 from originals import PATTERN, strings, write_config, write_pieces, write_ranks
 
 from fft.errors import UserError
+from fft.serve.prompts import load_model_tokenizer
 from fft.text import convert_tokenizer
 from fft.text.encoder import load_tokenizer
 
@@ -157,3 +158,10 @@ def test_what_cannot_be_converted_exactly_is_refused(tmp_path, what):
     with pytest.raises(UserError, match=what):
         convert_tokenizer.main([str(original), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_who_reads_a_tokenizer_says_that_it_is_to_be_converted(tmp_path):
+    original = write_ranks(tmp_path / "original")
+    for read, flag in ((load_tokenizer, "`tokenizer`"), (load_model_tokenizer, "--model")):
+        with pytest.raises(UserError, match=f"{flag} .*convert it by python -m fft.text.convert_tokenizer"):
+            read(original)
