@@ -297,7 +297,7 @@ REFUSED = {
     '{"prompt": "x", "sampling": {"logprobs": 50}}': (400, "greater than max allowed: 20"),
     '{"prompt": "x", "sampling": {"stop": ""}}': (400, "stop cannot contain an empty string"),
     '{"prompt": "x", "sampling": {"seed": 99999999999999999999}}': (400, "less than or equal to"),
-    '{"prompt": "x", "sampling": {"structured_outputs": {"choise": []}}}': (400, "structured outputs"),
+    '{"prompt": "x", "sampling": {"structured_outputs": {"chosen": []}}}': (400, "structured outputs"),
     '{"messages": [{"user": "x"}], "tools": [{"x": 1}]}': (400, "tools.0.function"),
     '{"messages": [{"user": "x"}], "response_format": {"type": "json_schema"}}': (400, "must be provided"),
     '{"messages": [{"user": "x"}], "model": "nobody"}': (404, "The model `nobody` does not exist"),
