@@ -18,6 +18,11 @@ LATENT = {
     **{"num_key_value_heads": 4, "head_dim": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
     **{"kv_lora_rank": 16, "q_lora_rank": 16},
 }
+#: Linear attention: two heads for keys, four for values, of 8.
+LINEAR = {
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
 #: What a family needs besides sizes; dropout that is on in its default config.
 NEEDS = {
     "axk1": ROUTED | SPARSE | LATENT,
@@ -59,6 +64,10 @@ NEEDS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
     "olmo3": MIXED,
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40, "router_aux_loss_coef": 0.5},
+    "qwen3_5_moe_text": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 40, "router_aux_loss_coef": 0.5},
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 40, "router_aux_loss_coef": 0.5},
+    "olmo_hybrid": LINEAR | {"linear_num_key_heads": 4},
     "qwen3_moe": EXPERTS | {"router_aux_loss_coef": 0.5},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "solar_open": ROUTED,

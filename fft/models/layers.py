@@ -50,9 +50,11 @@ class Positions:
         self._rotary: Rotary | None = None
         self._seen: Tensor | None = None
         self._known: tuple = ()
-        self._turns: dict[str | None, Turns] = {}
+        self._turns: dict[str | None, Turns | None] = {}
 
-    def of(self, cu_seqlens: Tensor, hidden: Tensor, layer: int) -> tuple[Documents | ShardedDocuments, Tensor, Turns]:
+    def of(
+        self, cu_seqlens: Tensor, hidden: Tensor, layer: int
+    ) -> tuple[Documents | ShardedDocuments, Tensor, Turns | None]:
         """Documents, in-document positions [1, tokens] and a layer's rotary (cos, sin) for the boundaries given."""
         if self._rotary is None or self._seen is not cu_seqlens:
             if self._rotary is None:
@@ -133,7 +135,7 @@ class DecoderLayer(nn.Module):
         hidden: Tensor,
         documents: Documents | ShardedDocuments,
         position_ids: Tensor,
-        position_embeddings: Turns,
+        position_embeddings: Turns | None,
     ) -> Tensor:
         hidden = self.module(
             hidden,

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 Turns = tuple[Tensor, Tensor] | Tensor
 
 
-def map_turns(turns: Turns, function: Callable[[Tensor], Tensor]) -> Turns:
+def map_turns(turns: Turns | None, function: Callable[[Tensor], Tensor]) -> Turns | None:
     """The same of ``function`` of each tensor."""
+    if turns is None:
+        return None
     return function(turns) if isinstance(turns, Tensor) else (function(turns[0]), function(turns[1]))
 
 
@@ -20,16 +22,22 @@ class Rotary:
     """A model's rotary embedding on ``device``; its buffers are computed, never stored."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device | str = "cpu") -> None:
-        self._module = type(model.base_model.get_submodule("rotary_emb"))(config=model.config).to(device)
-        by_type = "layer_type" in inspect.signature(self._module.forward).parameters
+        module = getattr(model.base_model, "rotary_emb", None)
+        self._module = None if module is None else type(module)(config=model.config).to(device)
+        by_type = module is not None and "layer_type" in inspect.signature(module.forward).parameters
         self._types = model.config.layer_types if by_type else None
 
     def kind(self, layer: int) -> str | None:
         """What tells the embedding of a decoder layer from those of others; None where all have the same."""
         return None if self._types is None else self._types[layer]
 
-    def turns(self, hidden: Tensor, positions: Tensor, kind: str | None) -> Turns:
-        """Cosines and sines for ``positions`` [1, tokens], in the type and on the device of ``hidden``."""
+    def turns(self, hidden: Tensor, positions: Tensor, kind: str | None) -> Turns | None:
+        """Cosines and sines for ``positions`` [1, tokens], in the type and on the device of ``hidden``.
+
+        None for a model without positions.
+        """
+        if self._module is None:
+            return None
         if kind is None:
             return self._module(hidden, position_ids=positions)
         return self._module(hidden, position_ids=positions, layer_type=kind)

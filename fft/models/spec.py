@@ -13,6 +13,7 @@ from fft.errors import UserError, one_line
 from fft.models.experts import Routing
 from fft.models.lora import Lora, adapt, freeze
 from fft.models.outside import Outside
+from fft.models.recurrent import separate_documents
 from fft.models.stored import stored_names
 from fft.models.trial import embedding_and_norm, try_out
 from fft.ops.alibi import COLUMNS, alibi_slopes
@@ -59,6 +60,7 @@ class ModelSpec:
                 f"({type(error).__name__}: {one_line(error)[:200]}): correct it."
             ) from error
         _keep_fp32(model)
+        separate_documents(model)
         try_out(model)
         if self.lora is not None:
             adapt(model, f"{model.base_model_prefix}.layers", self.lora)

@@ -14,6 +14,7 @@ from fft.models.lora import is_adapter
 from fft.weights.names import StoredNames, StoredRows
 
 #: Operations of conversions from parameters to what is stored.
+_CUT = "Chunk(dim=0)"
 _UNSTACK, _SPLIT, _JOIN = "SplitModulelist(dim=0)", "Chunk(dim=1)", "Concatenate(dim=0)"
 
 
@@ -47,6 +48,14 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
             joined.setdefault(key, []).append((converter.source_patterns.index(pattern), name, shape))
             continue
         first, *others = converter.target_patterns
+        if kind == [_CUT]:
+            each = _sizes(model, name, shape[0], 1 + len(others))
+            names = [converted, *(converted.replace(first, other, 1) for other in others)]
+            pieces[name] = tuple(
+                StoredRows(apply_renamings(stored, renamings), (rows, *shape[1:]))
+                for stored, rows in zip(names, each, strict=True)
+            )
+            continue
         if kind not in ([_UNSTACK], [_SPLIT, _UNSTACK]) or len(shape) < 2 or (others and kind == [_UNSTACK]):
             raise UserError(
                 f"{name} of model type {model.config.model_type!r} is stored in a form that is not known here ("
@@ -60,6 +69,16 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
             for stored in names
         )
     return StoredNames(pieces | _joined(joined))
+
+
+def _sizes(model: PreTrainedModel, name: str, rows: int, count: int) -> list[int]:
+    """Rows of the ``count`` tensors that are kept one after the other in a parameter: equally many, but for the
+    convolutions of linear attention, whose values may be wider than queries and keys.
+    """
+    says = vars(model.get_submodule(name.rpartition(".")[0].rpartition(".")[0]))
+    if {"key_dim", "value_dim"} <= says.keys() and count == 3:
+        return [says["key_dim"], says["key_dim"], says["value_dim"]]
+    return [rows // count] * count
 
 
 def _joined(found: dict[str, list[tuple[int, str, tuple[int, ...]]]]) -> dict[str, tuple[StoredRows, ...]]:

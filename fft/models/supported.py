@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 
 from fft.errors import UserError
 from fft.models.outside import check_outside
+from fft.models.recurrent import KIND
 from fft.ops.alibi import LONGEST
 from fft.parallel.tensor_plan import heads_of
 
@@ -23,7 +24,8 @@ _PLANS = (
 EXPERTS = (
     *("afmoe", "aria_text", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "hy_v3"),
     *("axk1", "deepseek_v2", "deepseek_v3", "flint", "glm4_moe_lite", "gpt_oss", "kolibri1", "laguna", "mellum"),
-    *("mimo_v2_flash", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_moe", "solar_open"),
+    *("mimo_v2_flash", "minimax_m2", "mixtral", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe"),
+    *("qwen3_next", "solar_open"),
 )
 
 #: Rotary embeddings, scaled or not, as ``rope_type`` names them.
@@ -37,8 +39,8 @@ _DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdro
 FAMILIES = (
     *("apertus", "arcee", "baichuan", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text"),
     *("glm", "glm4", "gpt_neox", "granite", "granite_swa", "helium", "hyperclovax", "internlm3", "iquestcoder"),
-    *("jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3"),
-    *("qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2", "youtu", *EXPERTS),
+    *("jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
+    *("phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "seed_oss", "smollm3", "starcoder2", "youtu", *EXPERTS),
 )
 
 
@@ -71,7 +73,7 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
             f"model type {name!r} attends within a sliding window (sliding_window {window} in its config.json), which "
             "must be of 1 token or more."
         )
-    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+    if any(kind not in ("full_attention", "sliding_attention", KIND) for kind in kinds):
         raise UserError(
             f"model type {name!r} mixes layer types {sorted(set(kinds))}, which this release does not train."
         )
@@ -124,6 +126,8 @@ def _check_rotary(config: PretrainedConfig, seq_len: int) -> None:
             raise UserError(f"ALiBi counts up to {LONGEST} tokens exactly: use --seq_len {LONGEST} or less.")
         return
     settings = getattr(config, "rope_parameters", None) or {}
+    if not settings and config.model_type == "olmo_hybrid":  # which then has no positions
+        return
     kinds = set(getattr(config, "layer_types", None) or ())
     by_type = kinds and kinds <= settings.keys()
     for rotary in [settings[kind] for kind in sorted(kinds)] if by_type else [settings]:

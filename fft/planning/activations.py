@@ -66,7 +66,7 @@ def _kind(spec: ModelSpec, path: str) -> str | None:
     return kinds[int(number)] if kinds and number.isdecimal() else None
 
 
-def _turns(spec: ModelSpec, path: str, tokens: int, dtype: torch.dtype) -> Turns:
+def _turns(spec: ModelSpec, path: str, tokens: int, dtype: torch.dtype) -> Turns | None:
     """Cosines and sines for the decoder layer at ``path``."""
     number, rotary = path.rpartition(".")[2], Rotary(spec.skeleton)
     kind = rotary.kind(int(number) if number.isdecimal() else 0)

@@ -18,6 +18,7 @@ from fft.data.storage import is_url
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.models.directory import ADAPTER_CONFIG, load_config
+from fft.models.recurrent import check_recurrent
 from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
@@ -98,6 +99,7 @@ def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> 
         args.ulysses_degree,
         args.seq_len * args.per_device_train_batch_size,
     )
+    check_recurrent(config, size)
     if tokens % size:
         raise UserError(
             f"--sequence_parallel_size {size} must divide the {tokens} tokens of a micro-batch: change --seq_len."

@@ -10,6 +10,7 @@ from fft.checkpoint.gather_weights import whole_tensors
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers, canonical_parameters
+from fft.models.recurrent import check_recurrent
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
 from fft.parity_run import write_random_model
@@ -67,6 +68,20 @@ def test_windows_shorter_than_documents_are_those_of_transformers(family, tmp_pa
     loss.backward()
     expected.backward()
     check_gradients(modules, model)
+
+
+def test_linear_attention_is_refused_where_a_row_is_shared_out():
+    with pytest.raises(UserError, match=r"--sequence_parallel_size 2: model type 'qwen3_next' has linear attention"):
+        check_recurrent(small_config("qwen3_next"), 2)
+    check_recurrent(small_config("qwen3_next"), 1)
+    check_recurrent(small_config("llama"), 2)
+
+
+def test_a_hybrid_may_have_no_positions(tmp_path):
+    config = written("olmo_hybrid", tmp_path, rope_parameters=None)
+    check_supported(config, 32)
+    _, run = build(StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path)))
+    torch.testing.assert_close(loss_by_layers(run), loss_by_transformers(loaded(tmp_path)), rtol=2e-6, atol=0)
 
 
 def test_stored_buffers_are_read_and_written_back(tmp_path):
