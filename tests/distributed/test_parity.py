@@ -43,6 +43,13 @@ FAMILIES = {
         "norm_topk_prob": True,
         "router_aux_loss_coef": 0.1,
     },
+    # ALiBi, and a normalized head; in files q, k and v are one tensor.
+    "baichuan": {
+        "model_type": "baichuan",
+        "num_key_value_heads": 4,
+        "max_position_embeddings": None,
+        "z_loss_weight": 0,
+    },
 }
 
 #: Name: launcher, ranks, flags besides those all share. The global batch is always GLOBAL_BATCH samples.
@@ -108,7 +115,11 @@ EIGHT = {
     "qwen2-tied": [(2, 2, 1, 2)],
     "qwen2-moe": [(2, 1, 2, 2)],
 }
-FEW = {"mistral": [(1, 2, 1, 1), (2, 1, 1, 2)], "qwen3-moe": [(1, 2, 1, 2), (1, 1, 2, 2)]}
+FEW = {
+    "mistral": [(1, 2, 1, 1), (2, 1, 1, 2)],
+    "qwen3-moe": [(1, 2, 1, 2), (1, 1, 2, 2)],
+    "baichuan": [(1, 2, 2, 1), (1, 1, 2, 2), (1, 2, 1, 2)],
+}
 #: Families go through the same layouts with different options.
 CASES = [
     pytest.param(family, shape, layout_flags(family, shape, number + shift), id=f"{family}-{'x'.join(map(str, shape))}")
