@@ -39,7 +39,10 @@ from fft.serve.sampling import Sampling, row_seed
 from fft.serve.window import Question, answers
 
 #: Of both engines.
-_ARGUMENTS = {"enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
+_ARGUMENTS = {
+    **{"enforce_eager": True, "kv_cache_memory_bytes": 512 << 20},
+    **{"enable_chunked_prefill": False, "max_num_batched_tokens": 4096},
+}
 _VOCABULARY, _LIMIT = 4096, 1024
 
 

@@ -51,10 +51,10 @@ class Children:
                 self._guard.stdin.write(" ".join(str(child.pid) for child in self._own).encode() + b"\n")
                 self._guard.stdin.flush()
 
-    def end(self) -> None:
-        """Wait a while for them to end by themselves, then kill; and end the guard."""
+    def end(self, patience: float = _PATIENCE) -> None:
+        """Give them some seconds to end by themselves, then kill; and end the guard."""
         if self._guard.poll() is None:
-            _end(_started(os.getpid(), self._before) if self._own is None else self._own, _PATIENCE)
+            _end(_started(os.getpid(), self._before) if self._own is None else self._own, patience)
         if self._guard.stdin is not None and not self._guard.stdin.closed:
             with contextlib.suppress(OSError):
                 self._guard.stdin.close()
