@@ -210,8 +210,23 @@ def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[P
     return [first, *decoder, PipelineLayer(FinalNorm, (builder,)), last]
 
 
+#: What a layer is made of that can be halved: attention and the norm before it, the MLP and the norm before it.
+_HALVES = ("self_attn", "input_layernorm", "mlp", "post_attention_layernorm")
+
+
 def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
-    """A decoder layer, whole (None) or its "attention" or "mlp" half; see :class:`DecoderLayer`."""
+    """A decoder layer, whole (None) or its "attention" or "mlp" half; see :class:`DecoderLayer`.
+
+    Raises :class:`UserError` for one that has other modules than those, which both halves would train.
+    """
+    both = [
+        name for name, child in layer.named_children() if name not in _HALVES and any(True for _ in child.parameters())
+    ]
+    if half is not None and both:
+        raise UserError(
+            f"--split_dlayer: {type(layer).__name__} has {', '.join(both)} besides attention, MLP and a norm before "
+            "each; train it without the flag."
+        )
     if half == "attention":
         return _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
     if half == "mlp":

@@ -48,30 +48,24 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
             joined.setdefault(key, []).append((converter.source_patterns.index(pattern), name, shape))
             continue
         first, *others = converter.target_patterns
+        names = [converted, *(converted.replace(first, other, 1) for other in others)]
         if kind == [_CUT]:
-            each = _sizes(model, name, shape[0], 1 + len(others))
-            names = [converted, *(converted.replace(first, other, 1) for other in others)]
-            pieces[name] = tuple(
-                StoredRows(apply_renamings(stored, renamings), (rows, *shape[1:]))
-                for stored, rows in zip(names, each, strict=True)
-            )
-            continue
-        if kind not in ([_UNSTACK], [_SPLIT, _UNSTACK]) or len(shape) < 2 or (others and kind == [_UNSTACK]):
+            stored = list(zip(names, _rows(model, name, shape[0], len(names)), strict=True))
+        elif len(shape) > 1 and kind == ([_SPLIT, _UNSTACK] if others else [_UNSTACK]):
+            numbered = [key.replace("*", str(number), 1) for number in range(shape[0]) for key in names]
+            stored, shape = [(key, shape[1] // len(names)) for key in numbered], shape[1:]
+        else:
             raise UserError(
                 f"{name} of model type {model.config.model_type!r} is stored in a form that is not known here ("
                 f"{', '.join(kind)}): use another model."
             )
-        each = (shape[1] // (1 + len(others)), *shape[2:])
-        names = [converted, *(converted.replace(first, other, 1) for other in others)]
         pieces[name] = tuple(
-            StoredRows(rename_source_key(stored.replace("*", str(number), 1), renamings, [])[0], each)
-            for number in range(shape[0])
-            for stored in names
+            StoredRows(rename_source_key(key, renamings, [])[0], (rows, *shape[1:])) for key, rows in stored
         )
     return StoredNames(pieces | _joined(joined))
 
 
-def _sizes(model: PreTrainedModel, name: str, rows: int, count: int) -> list[int]:
+def _rows(model: PreTrainedModel, name: str, rows: int, count: int) -> list[int]:
     """Rows of the ``count`` tensors that are kept one after the other in a parameter: equally many, but for the
     convolutions of linear attention, whose values may be wider than queries and keys.
     """

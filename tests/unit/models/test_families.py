@@ -1,15 +1,19 @@
 """Every family that is trained, read from a directory that transformers wrote, computes what transformers computes."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import ROOT
 from families import small_config
 from pipelines import balance_by_transformers, build, check_gradients, loaded, loss_by_layers, loss_by_transformers
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fft.checkpoint.gather_weights import whole_tensors
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
-from fft.models.layers import canonical_buffers, canonical_parameters
+from fft.models.layers import canonical_buffers, canonical_parameters, decoder_half
 from fft.models.recurrent import check_recurrent
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
@@ -68,6 +72,35 @@ def test_windows_shorter_than_documents_are_those_of_transformers(family, tmp_pa
     loss.backward()
     expected.backward()
     check_gradients(modules, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_of_a_layer_share_nothing_or_are_refused(family):
+    for layer in ModelSpec(small_config(family), torch.float32).skeleton.base_model.layers:
+        with contextlib.suppress(UserError):
+            halves = [{name for name, _ in decoder_half(layer, h).named_parameters()} for h in ("attention", "mlp")]
+            assert not halves[0] & halves[1]
+            assert halves[0] | halves[1] == {name for name, _ in layer.named_parameters()}
+
+
+def test_halves_that_would_share_a_norm_are_refused():
+    layer = ModelSpec(small_config("glm4"), torch.float32).skeleton.base_model.layers[0]
+    with pytest.raises(UserError, match="Glm4DecoderLayer has post_self_attn_layernorm, post_mlp_layernorm besides"):
+        decoder_half(layer, "mlp")
+
+
+def test_every_model_type_is_known_or_refused_by_a_sentence():
+    known = set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = AutoConfig.for_model(kind)
+        except Exception:  # its own defaults are none
+            continue
+        with contextlib.suppress(UserError):
+            check_supported(config, 64)
+            known.add(kind)
+    assert known <= set(FAMILIES)
+    assert len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) > 150
 
 
 def test_linear_attention_is_refused_where_a_row_is_shared_out():
