@@ -36,11 +36,12 @@ _QWEN_FIXED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
 class Original:
     """A family: what its config and tensors are in an architecture of transformers.
 
-    ``config`` maps a ``config.json``. ``names`` are patterns of tensors and what they are called there; ``ignored`` are
-    tensors that are computed. ``parts`` gives, for a matrix that is kept together with others, its rows: by the config.
+    ``config`` maps a ``config.json`` of one of the ``classes``. ``names`` are patterns of tensors and what they are
+    called there; ``ignored`` are tensors that are computed. ``parts`` gives, by the config, the rows of each projection
+    in the tensor that ``joined`` names.
     """
 
-    architecture: str
+    classes: tuple[str, ...]
     config: Callable[[dict], dict]
     names: tuple[tuple[str, str], ...]
     joined: str
@@ -54,6 +55,21 @@ def original_of(raw: dict) -> Original | None:
     if kind != "baichuan":
         return _ORIGINALS.get(str(kind))
     return None if is_second(raw) or has_alibi(raw) else _ORIGINALS["baichuan"]
+
+
+def as_architecture(raw: dict) -> dict:
+    """A ``config.json`` as that of the architecture which its model is; itself where it is one of transformers'.
+
+    Raises :class:`UserError` for a model of such a family that is no plain decoder, and for settings not known.
+    """
+    family = original_of(raw)
+    if family is None:
+        return raw
+    other = [name for name in raw.get("architectures") or () if name not in family.classes]
+    if other or raw.get("visual"):
+        what = other[0] if other else "a model of images"
+        raise UserError(f"a {raw['model_type']} is trained as {family.classes[0]} alone, and this is {what}.")
+    return family.config(raw)
 
 
 def is_second(raw: dict) -> bool:
@@ -179,7 +195,7 @@ def _baichuan_config(raw: dict) -> dict:
 
 _ORIGINALS = {
     "qwen": Original(
-        "qwen2",
+        ("QWenLMHeadModel",),
         _qwen_config,
         (
             (r"^transformer\.wte\.", "model.embed_tokens."),
@@ -196,7 +212,7 @@ _ORIGINALS = {
         _thirds,
     ),
     "internlm2": Original(
-        "llama",
+        ("InternLM2ForCausalLM",),
         _internlm2_config,
         (
             (r"^model\.tok_embeddings\.", "model.embed_tokens."),
@@ -211,5 +227,7 @@ _ORIGINALS = {
         "attention.wqkv",
         _groups,
     ),
-    "baichuan": Original("llama", _baichuan_config, (), "self_attn.W_pack", _thirds),
+    "baichuan": Original(
+        ("BaiChuanForCausalLM", "BaichuanForCausalLM"), _baichuan_config, (), "self_attn.W_pack", _thirds
+    ),
 }

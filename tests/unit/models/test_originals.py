@@ -1,5 +1,6 @@
 """The promised families, from directories as published, compute what their descriptions say; and back."""
 
+import json
 import shutil
 from itertools import pairwise
 
@@ -90,3 +91,34 @@ def test_what_vllm_has_not_is_left_to_transformers(tmp_path, monkeypatch, name):
     assert check_model(str(tmp_path / "model")).engine == "transformers"
     with pytest.raises(UserError, match="is none that vLLM has: use --engine transformers"):
         check_model(str(tmp_path / "model"), EngineOptions(name="vllm"))
+
+
+REFUSED = {
+    "rotary_pct is 0.5": ("qwen", {"rotary_pct": 0.5}),
+    "kv_channels is 32": ("qwen", {"kv_channels": 32}),
+    "and this is a model of images": ("qwen", {"visual": {"layers": 48}}),
+    "and this is InternLM2ForRewardModel": ("internlm2", {"architectures": ["InternLM2ForRewardModel"]}),
+    "emb_dropout_prob is not supported": ("qwen", {"emb_dropout_prob": 0.1}),
+    "attn_dropout_prob is not supported": ("qwen", {"attn_dropout_prob": 0.1}),
+    "z_loss_weight 0.001 is not trained with": ("baichuan2-13b", {"z_loss_weight": 0.001}),
+    "not a model configuration .*num_attention_heads": ("qwen", {"num_attention_heads": None}),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_another_model_is_refused(tmp_path, what):
+    name, change = REFUSED[what]
+    file = tmp_path / "config.json"
+    config = {key: value for key, value in (FAMILIES[name].config | change).items() if value is not None}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=what):
+        check_supported(load_config(str(file), init=True), 32)
+
+
+def test_alibi_is_exact_only_so_far(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(FAMILIES["baichuan-13b"].config))
+    config = load_config(str(file), init=True)
+    check_supported(config, 65536)
+    with pytest.raises(UserError, match="use --seq_len 65536 or less"):
+        check_supported(config, 65537)

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import random
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from originals import PATTERN, strings, write_config, write_pieces, write_ranks
 from fft.errors import UserError
 from fft.serve.prompts import load_model_tokenizer
 from fft.text import convert_tokenizer
+from fft.text.chat_template import load_chat_template
 from fft.text.encoder import load_tokenizer
 
 #: 10,000 in each case were compared once.
@@ -134,6 +137,11 @@ def test_a_family_s_chat_template_is_supplied_where_none_is_published(tmp_path):
     assert ids == [*s, 4, *a, 5, *b, 2, 4, *c, 5]
     with pytest.raises(Exception, match="a system message must be the first"):
         baichuan.apply_chat_template([*TALK, {"role": "system", "content": "s"}])
+    # What of a conversation is trained on is found in them.
+    for tokenizer in (qwen, baichuan):
+        found = load_chat_template(tokenizer, "given").locate([*TALK, {"role": "assistant", "content": "d"}])
+        end = "<|im_end|>" if tokenizer is qwen else "</s>"
+        assert [found.text[turn.start : turn.end] for turn in found.turns] == [f"b{end}", f"d{end}"]
     intern = converted(write_pieces(tmp_path / "i", "InternLM2Tokenizer", add_dummy_prefix=False), tmp_path / "3")
     assert intern.apply_chat_template(TALK, tokenize=False) == "<s>" + turns
 
@@ -165,3 +173,25 @@ def test_who_reads_a_tokenizer_says_that_it_is_to_be_converted(tmp_path):
     for read, flag in ((load_tokenizer, "`tokenizer`"), (load_model_tokenizer, "--model")):
         with pytest.raises(UserError, match=f"{flag} .*convert it by python -m fft.text.convert_tokenizer"):
             read(original)
+
+
+def test_files_that_are_damaged_are_refused_or_read(tmp_path):
+    draw, counts = random.Random(0), Counter()
+    originals = [write_ranks(tmp_path / "r", 300), write_pieces(tmp_path / "p", "InternLM2Tokenizer", size=700)]
+    files = [originals[0] / "qwen.tiktoken", originals[1] / "tokenizer.model"]
+    for _ in range(150):
+        for original, file in zip(originals, files, strict=True):
+            whole = file.read_bytes()
+            damaged = bytearray(whole[: draw.randrange(len(whole))] if draw.random() < 0.3 else whole)
+            for _ in range(draw.randint(1, 3)):
+                damaged[draw.randrange(min(len(damaged), 400) or 1) :][:1] = b""
+                if damaged:
+                    damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+            file.write_bytes(damaged)
+            try:
+                convert_tokenizer.convert_tokenizer(original)
+                counts["read"] += 1
+            except UserError:
+                counts["refused"] += 1
+            file.write_bytes(whole)
+    assert counts["refused"] > 50
