@@ -226,6 +226,8 @@ def write_metadata(
     if model is not None:
         _copy(model, staging, (_GENERATION, *_code(staging / CONFIG)))
         _mend_generation(staging / _GENERATION, model / CONFIG)
+    if not any(staging.glob("*.py")):
+        _name_no_code(staging / CONFIG)
     source = model if tokenizer is None else Path(tokenizer)
     if source is not None and is_original(source):
         _converted(source).write(staging)
@@ -254,6 +256,13 @@ def _mend_generation(file: Path, config: Path) -> None:
         meant = generation_of(read_json(config), given)
         if meant != given:
             file.write_text(json.dumps(meant, indent=2), encoding="utf-8")
+
+
+def _name_no_code(config: Path) -> None:
+    """Have a config name no code that is not beside it: where a run began with a ``config.json`` alone."""
+    settings = read_json(config)
+    if settings.pop("auto_map", None) is not None:
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _code(config: Path) -> tuple[str, ...]:

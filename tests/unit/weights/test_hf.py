@@ -193,6 +193,12 @@ def test_code_is_kept_where_a_config_names_it(tmp_path):
     assert "helpers.py" in hf.write_metadata(staging, LlamaConfig(), str(source), 1)
 
 
+def test_a_config_names_no_code_that_is_not_there(tmp_path):
+    config = LlamaConfig(auto_map={"AutoConfig": "configuration_mine.Mine"})
+    hf.write_metadata(tmp_path, config, None, 1)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_a_tokenizer_that_is_not_whole_is_kept_too(tmp_path):
     """Of a model directory with no tokenizer_config.json: the trainer needs none, whoever takes the model may."""
     source, staging = tmp_path / "source", tmp_path / "staging"
