@@ -1,10 +1,11 @@
-"""A picture of a finished table: how long its documents are, what it is mixed from, how full its rows are."""
+"""A picture of a finished table: how long its documents are, what it is mixed from, how full its rows are; and how many
+images and patches its rows have, where they have some."""
 
 import importlib.util
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
@@ -69,21 +70,37 @@ def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path)
 def _figure(tables: Mapping[str, Manifest]) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4 * len(tables)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(tables), 3, squeeze=False)
+    columns = 5 if any(manifest.vision is not None for manifest in tables.values()) else 3
+    figure = Figure(figsize=(14 * columns / 3, 4 * len(tables)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(tables), columns, squeeze=False)
     for axes, (name, manifest) in zip(grid, tables.items(), strict=True):
         _draw_lengths(axes[0], name, manifest.lineage["counts"].get("lengths", {}))
         _draw_mixture(axes[1], manifest)
         _draw_packing(axes[2], manifest)
+        if columns > 3:
+            _draw_images(axes[3:], manifest.lineage["counts"].get("vision", {}))
     return figure
 
 
 def _draw_lengths(axes: "Axes", name: str, histogram: Mapping[str, int]) -> None:
-    documents = {int(least): n for least, n in histogram.items()}
-    bins = [1 << k for k in range(min(documents).bit_length() - 1, max(documents).bit_length())] if documents else []
-    axes.bar([f"{least:,}" for least in bins], [documents.get(b, 0) for b in bins], color=_BLUE, width=0.9)
-    axes.tick_params(axis="x", rotation=60)
+    _draw_bins(axes, histogram)
     axes.set(title=f"{name} documents by length".strip(), xlabel="tokens, at least", ylabel="documents")
+
+
+def _draw_images(axes: "Sequence[Axes]", facts: Mapping[str, Any]) -> None:
+    for own, what in zip(axes, ("images", "patches"), strict=True):
+        _draw_bins(own, facts.get(f"{what}_per_row", {}))
+        own.set(title=f"{facts.get(what, 0):,} {what}", xlabel=f"{what} of a row, at least", ylabel="rows")
+
+
+def _draw_bins(axes: "Axes", histogram: Mapping[str, int]) -> None:
+    """Bars of a histogram by powers of two, and perhaps of zero."""
+    counts = {int(least): n for least, n in histogram.items()}
+    full = [least for least in counts if least]
+    bins = [1 << k for k in range(min(full).bit_length() - 1, max(full).bit_length())] if full else []
+    bins = [0, *bins] if 0 in counts else bins
+    axes.bar([f"{least:,}" for least in bins], [counts.get(b, 0) for b in bins], color=_BLUE, width=0.9)
+    axes.tick_params(axis="x", rotation=60)
 
 
 def _draw_mixture(axes: "Axes", manifest: Manifest) -> None:
@@ -146,6 +163,8 @@ def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
     tables: list[list[tuple[object, ...]]] = [list(facts.items())]
     if datasets := lineage["counts"].get("datasets"):
         tables.append([("dataset", "rows", "tokens"), *((n, d["rows"], d["tokens"]) for n, d in datasets.items())])
+    if vision := lineage["counts"].get("vision"):
+        tables.append([(name, value) for name, value in vision.items() if not isinstance(value, Mapping)])
     return tables
 
 

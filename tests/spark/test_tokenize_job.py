@@ -221,6 +221,12 @@ def test_files_that_are_not_whole_are_named(spark, tokenizer, corpus, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_images_are_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match="--image_path: this release reads no images"):
-        main(["-i", "chats.jsonl", "-o", str(tmp_path / "o"), "--tokenizer", "t", "--image_path", str(tmp_path)])
+def test_flags_of_images_that_mean_nothing_are_refused_by_name(tokenizer, corpus, tmp_path):
+    flags = ["-i", str(corpus), "-o", str(tmp_path / "o"), "--tokenizer", str(tokenizer)]
+    for more, reason in (
+        (["--image_path", str(tmp_path)], "`?--image_path`? is for .*chat.: texts have no images"),
+        (["--max_pixels", "9"], "--max_pixels`? is a limit of images: give `?--image_path"),
+        (["--task", "chat", "--image_path", str(tmp_path / "none")], "none is no folder: give the one in which"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            main([*flags, *more])

@@ -154,3 +154,26 @@ def test_a_folder_that_a_worker_does_not_see_is_no_lack_of_room(tmp_path):
     sink.write(rows)
     with pytest.raises(UserError, match=r"none cannot be written to .*: `output` must lie under this path on all mach"):
         sink.finish({})
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_row_groups_are_bounded_by_the_bytes_of_images(target, monkeypatch, size):
+    monkeypatch.setattr("fft.data.part_files.ROW_GROUP_IMAGE_BYTES", 100)
+    rows = pa.record_batch(
+        {
+            "input_ids": pa.array([[1]] * 40, pa.list_(pa.int32())),
+            "image_grids": pa.array([[1, 2, 2] * (i % 3) for i in range(40)], pa.list_(pa.int32())),
+            "images": pa.array([[b"x" * 30] * (i % 3) if i != 20 else [b"x" * 500] * 2 for i in range(40)]),
+        }
+    )
+    with PartFile(target, 0) as sink:
+        for first in range(0, 40, size):
+            sink.write(rows.slice(first, size))
+        part = sink.finish({})
+    with pq.ParquetFile(target.parts / part.name) as file:
+        groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
+    held = [sum(len(image) for row in group["images"].to_pylist() for image in row) for group in groups]
+    assert pa.concat_tables(groups).equals(pa.Table.from_batches([rows]).cast(groups[0].schema))
+    assert sorted(held)[-2:] == [90, 1000]  # one row that is larger is a group by itself
+    assert [group.num_rows for group in groups][:3] == [3, 3, 3]
+    assert part.tallies["vision images"] == sum(i % 3 for i in range(40))

@@ -1,11 +1,14 @@
 """Lengths of documents, and the picture of a table."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fft.data.image_tallies import image_facts, tally_images
 from fft.data.lengths import document_lengths, histogram_of, tally_lengths
 from fft.data.manifest import FileInfo, Manifest
 from fft.errors import UserError
@@ -81,3 +84,29 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_job(tmp_path):
     with pytest.raises(UserError, match="exists: give --overwrite"):
         check_report(tmp_path / "r.png", False)
     check_report(tmp_path / "r.png", True)
+
+
+def test_images_are_drawn_and_counted(manifest, tmp_path):
+    rows = pa.table(
+        {
+            "images": pa.array([[b"abc", b"d"], [], [b"e"]], pa.list_(pa.binary())),
+            "image_grids": pa.array([[1, 4, 6, 3, 2, 2], [], [1, 2, 2]], pa.list_(pa.int32())),
+        }
+    )
+    facts = image_facts(tally_images(rows), 2)
+    assert facts == {
+        "images": 3,
+        "rows_with_images": 2,
+        "image_bytes": 5,
+        "patches": 40,
+        "patches_squared": 24**2 + 3 * 4**2 + 4**2,
+        "image_tokens": 10,
+        "images_per_row": {"0": 1, "1": 1, "2": 1},
+        "patches_per_row": {"0": 1, "4": 1, "32": 1},
+    }
+    assert not tally_images(rows.drop_columns(["images"]))
+    lineage = {**manifest.lineage, "counts": {**manifest.lineage["counts"], "vision": facts}}
+    write_report(replace(manifest, vision={"merge": 2}, lineage=lineage), tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "<td>patches_squared</td><td>640</td>" in page
+    assert "patches of a row, at least" in page
