@@ -197,7 +197,7 @@ def generate_parser() -> Parser:
       --n 8 --temperature 0.8 --on_error quarantine --format delta
 """,
         "file(s) or folder(s) of prompts: JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a prompt "
-        "a line; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
+        "a line; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL of parquet or Delta",
         short=("-i",),
         report=False,
     )

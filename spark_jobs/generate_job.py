@@ -11,7 +11,7 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
-from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
+from fft.corpus.accounts import UNUSED, finished_manifest, lineage_of, timing_of
 from fft.corpus.files import find_sources
 from fft.data.known import LeftOut
 from fft.data.manifest import Manifest
@@ -75,6 +75,8 @@ def generate_table(
     paths = local_paths([path for path in given if not isinstance(path, DataFrame) and not is_frame(path)], "inputs")
     left_out, keys = LeftOut(), PromptKeys(prompt_key, id_key)
     sources = find_sources(paths, id_key, left_out)
+    for _ in (file for source in sources for file in source.ids):
+        left_out.add(f"partition column {id_key}")
     table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
     start = time.monotonic()
@@ -170,6 +172,8 @@ def _tell_waiting(table: Output, parts: int) -> None:
             "another model, other prompts or settings: repeat that command, give `overwrite=True` to drop them, or "
             "another folder."
         )
+    if any(found.values()):
+        say(f"note: {sum(found.values())} finished parts of another generation are dropped.")
     if mine:
         say(f"going on: {mine} of {parts} parts are finished already")
 
@@ -186,15 +190,19 @@ def _finished(writer: TableWriter, parts: int, lineage: Mapping[str, Any], start
         )
     if not counts["prompts_out"]:
         raise UserError(f"{', '.join(lineage['inputs'])} holds no prompts: {counts['quarantined']} rows are malformed.")
+    unused = {key.removeprefix(UNUSED): tallies[key] for key in sorted(tallies) if key.startswith(UNUSED)}
     engines = sorted(name.removeprefix("engine ") for name in tallies if name.startswith("engine "))
-    lineage = {**lineage, "engine": ", ".join(engines)}
-    return finished_manifest(writer.parts, lineage, counts, timing_of(start, writer.tokens), None, None)
+    lineage, timing = {**lineage, "engine": ", ".join(engines)}, timing_of(start, writer.tokens)
+    return finished_manifest(writer.parts, lineage, {**counts, "unused_keys": unused}, timing, None, None)
 
 
 def _say_results(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
     counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
     for note in notes:
         say(note)
+    if counts["unused_keys"]:
+        left = ", ".join(f"{key} ({count})" for key, count in counts["unused_keys"].items())
+        say(f"note: keys of turns that the chat template does not read, and in how many they are: {left}.")
     if counts["finished_length"]:
         say(f"note: {counts['finished_length']} of {manifest.rows} answers were cut at the limit of tokens.")
     header = ("prompts in", "out", "quarantined", "rows", "prompt tokens", "tokens", "seconds", "tokens/s")

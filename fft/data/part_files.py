@@ -137,6 +137,7 @@ class PartFile:
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows."""
         lengths, first = self.tokens_of(batch), 0
+        self._meter.add(batch.num_rows, int(lengths.sum()))
         sizes = _image_bytes(batch) if {IMAGES, GRIDS} <= {*batch.schema.names} else None
         while first < batch.num_rows:
             window = slice(first, first + ROW_GROUP_ROWS - self._waiting_rows)
@@ -192,7 +193,6 @@ class PartFile:
                 self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
             self._sink.write_table(table, row_group_size=table.num_rows)
         self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
-        self._meter.add(self._waiting_rows, self._waiting_tokens)
         self._waiting, self._waiting_rows, self._waiting_tokens, self._waiting_bytes = [], 0, 0, 0
 
 

@@ -5,6 +5,7 @@ is in the order of what went in, whatever finished first.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -44,11 +45,20 @@ class Asking:
 
 
 @dataclass(frozen=True)
+class AskedPrompt:
+    """A row's conversation, of so many ``tokens``; ``unused`` are keys of its turns that nothing reads."""
+
+    conversation: RawConversation
+    tokens: int
+    unused: Counter[str]
+
+
+@dataclass(frozen=True)
 class Answered:
-    """A chunk and, of each of its rows, the conversation and its answers, or what is wrong with it."""
+    """A chunk and, of each of its rows, what was asked and the answers, or what is wrong with it."""
 
     chunk: Chunk
-    rows: "Sequence[tuple[RawConversation, int, tuple[Completion, ...]] | Malformed]"
+    rows: Sequence[tuple[AskedPrompt, tuple[Completion, ...]] | Malformed]
 
     def check(self) -> None:
         """Raise :class:`UserError` that names the first row that is malformed."""
@@ -61,7 +71,7 @@ class Answered:
         kept, rows = [], []
         for at, row in enumerate(self.rows):
             if not isinstance(row, Malformed):
-                made = [_row(fields, row[0], answer, sample) for sample, answer in enumerate(row[2])]
+                made = [_row(fields, row[0].conversation, answer, sample) for sample, answer in enumerate(row[1])]
             else:
                 made = [{"error": str(row)}] if error else []
             kept += [at] * len(made)
@@ -79,7 +89,7 @@ class _Row:
     """A row on its way through the window."""
 
     chunk: Chunk
-    asked: "tuple[RawConversation, int] | Malformed"
+    asked: AskedPrompt | Malformed
 
 
 def answer_chunks(loaded: Loaded, asking: Asking, items: Iterable[Chunk | Mark]) -> Iterator[Answered | Mark]:
@@ -87,13 +97,13 @@ def answer_chunks(loaded: Loaded, asking: Asking, items: Iterable[Chunk | Mark])
 
     Raises :class:`UserError` when the engine ends.
     """
-    waiting: list[tuple[RawConversation, int, tuple[Completion, ...]] | Malformed] = []
+    waiting: list[tuple[AskedPrompt, tuple[Completion, ...]] | Malformed] = []
     for question, completions in answers(loaded.engine, _questions(loaded, asking, items)):
         row = question.item
         if not isinstance(row, _Row):
             yield row
             continue
-        waiting.append(row.asked if isinstance(row.asked, Malformed) else (*row.asked, completions))
+        waiting.append(row.asked if isinstance(row.asked, Malformed) else (row.asked, completions))
         if len(waiting) == len(row.chunk.rows):
             yield Answered(row.chunk, waiting)
             waiting = []
@@ -112,7 +122,10 @@ def _questions(loaded: Loaded, asking: Asking, items: Iterable[Chunk | Mark]) ->
             if isinstance(found, Malformed):
                 yield Question(_Row(item, found), 0, None, asking.sampling)
             else:
-                asked = renderer.conversation(cast("str | list | dict", prompt)), len(found)
+                unused: Counter[str] = Counter()
+                asked = AskedPrompt(
+                    renderer.conversation(cast("str | list | dict", prompt), unused), len(found), unused
+                )
                 yield Question(_Row(item, asked), _name(row, item, at, asking.keys.id), found, asking.sampling)
 
 

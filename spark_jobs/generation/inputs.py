@@ -9,6 +9,7 @@ from pyspark.sql import functions as F
 
 from fft.corpus.files import Source
 from fft.corpus.splits import SPLIT, Split
+from fft.errors import UserError
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, count_parts
 from spark_jobs.generation.answers import Asking
@@ -44,6 +45,11 @@ class Prompts:
         origins = [source.origin | {"changed": _changed(source)} for source in sources]
         counted = []
         for frame in frames:
+            if frame.kind != "parquet":
+                raise UserError(
+                    f"`inputs` {frame.name} are lines behind a URL: have Spark read them, and give the DataFrame, or "
+                    "mount the storage."
+                )
             schema = frame_schema(frame.rows, frame.name)
             rows.append(schema)
             turns.append(turns_in(schema, keys.turns))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from fft.corpus.accounts import UNUSED
 from fft.corpus.splits import Split
 from fft.data.part_files import Part, PartFile, PartFolder, RejectFile
 from fft.text.records import Malformed
@@ -125,8 +126,9 @@ class _Sink:
                 self._tallies["quarantined"] += 1
                 self._rejects.add(str(place), str(row), place.record)
                 continue
-            _, asked, answers = row
-            self._tallies.update({"prompts_out": 1, "prompt_tokens": asked})
+            asked, answers = row
+            self._tallies.update({"prompts_out": 1, "prompt_tokens": asked.tokens})
+            self._tallies.update({f"{UNUSED}{key}": count for key, count in asked.unused.items()})
             self._tallies.update(f"finished {answer.finish_reason}" for answer in answers)
         logprobs = self._work.asking.sampling.logprobs is not None
         self._file.write(answered.table(self._work.fields, logprobs))

