@@ -34,7 +34,7 @@ from fft.serve.engines.vllm_engine import VllmEngine
 from fft.serve.inputs import find_inputs
 from fft.serve.outputs import Partial
 from fft.serve.prompts import Renderer
-from fft.serve.rows import PromptRows
+from fft.serve.rows import Facts, PromptRows
 from fft.serve.sampling import Sampling, row_seed
 from fft.serve.window import Question, answers
 
@@ -100,7 +100,8 @@ def product(engine: VllmEngine, model: CheckedModel, source: Path, sampling: Sam
     rows = PromptRows(
         find_inputs([str(source)], LeftOut()), Reading("prompt", sampling), Renderer.of(model.tokenizer, _LIMIT), False
     )
-    facts = rows.check(typed=False)
+    facts = Facts()
+    rows.check(facts, typed=False)
     partial = Partial(folder / "out.jsonl", {"input": facts.sha256}, resume=False)
     first, tokens, texts = 0.0, 0, []
     questions = (Question(row, row.number, row.ids, sampling) for row in rows.read())

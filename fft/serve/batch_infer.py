@@ -130,7 +130,9 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"`output` {output} is an input, too: name another file.")
     for note in left_out.notes():
         say(note)
-    facts = rows.check(typed=output.suffix == PARQUET)
+    facts = Facts()
+    with live(lambda seconds: f"{facts.rows:,} prompts looked at, {facts.rows / seconds:,.0f} a second"):
+        rows.check(facts, typed=output.suffix == PARQUET)
     for key, count in renderer.unused.most_common():
         say(f"note: the chat template does not read {key} ({count:,} times).")
     schema = output_schema(facts.schema, reading.sampling, rows.quarantine) if output.suffix == PARQUET else None
@@ -154,11 +156,11 @@ def _generate(rows: PromptRows, model: CheckedModel, facts: Facts, partial: Part
     engine: Engine | None = None
     tally = Tally(facts.rows, partial.done)
     try:
-        limit = min(model.limit, -(-facts.longest // _ROUND) * _ROUND)
         begin = time.monotonic()
-        engine = start_engine(model, limit)
+        if facts.longest:  # else nothing is asked at all
+            engine = start_engine(model, min(model.limit, -(-facts.longest // _ROUND) * _ROUND))
         again = f", {partial.done:,} of them answered before" if partial.done else ""
-        say(f"{facts.rows:,} prompts, {engine.name}{again}; loaded in {time.monotonic() - begin:,.0f} s")
+        say(f"{facts.rows:,} prompts, {model.engine}{again}; loaded in {time.monotonic() - begin:,.0f} s")
         digest = hashlib.sha256()
         with live(tally.line, last=True):
             for row, completions in _answered(engine, rows.read(partial.done, digest)):
@@ -178,7 +180,10 @@ def _generate(rows: PromptRows, model: CheckedModel, facts: Facts, partial: Part
             engine.close()
 
 
-def _answered(engine: Engine, rows: Iterable[Row]) -> Iterator[tuple[Row, tuple[Completion, ...]]]:
+def _answered(engine: Engine | None, rows: Iterable[Row]) -> Iterator[tuple[Row, tuple[Completion, ...]]]:
+    if engine is None:
+        yield from ((row, ()) for row in rows)
+        return
     default = Sampling()
     questions = (Question(row, row.number, row.ids, row.asked.sampling if row.asked else default) for row in rows)
     for question, completions in answers(engine, questions):

@@ -131,12 +131,12 @@ class PromptRows:
         lead = {PROMPT: record.value[key]} if key in record.value else {}
         return Asked(None, lead, fields, self.reading.sampling)
 
-    def check(self, typed: bool) -> Facts:
-        """Look at all rows; with ``typed``, also for the columns of a parquet file of what they show.
+    def check(self, facts: Facts, typed: bool) -> None:
+        """Look at all rows and note the ``facts``; with ``typed``, also the columns of parquet for what they show.
 
         Raises :class:`UserError` for what :meth:`read` does, for no rows at all, and for what parquet does not hold.
         """
-        facts, digest = Facts(), hashlib.sha256()
+        digest = hashlib.sha256()
         kinds = {file.kind == "parquet" for file in self.files}
         if typed and len(kinds) == 2:
             raise UserError("`inputs` in parquet and in text have no types in common: name an `output` in .jsonl.")
@@ -158,7 +158,6 @@ class PromptRows:
             raise UserError(f"`inputs` {', '.join(file.name for file in self.files[:3])} holds no prompts.")
         facts.sha256 = digest.hexdigest()
         facts.schema = merged_schema([*schemas, schema_of_rows(batch)])
-        return facts
 
 
 def _shown_schema(schema: pa.Schema, key: str) -> pa.Schema:

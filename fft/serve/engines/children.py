@@ -17,8 +17,8 @@ import psutil
 
 from fft.errors import one_line
 
-#: Seconds between two looks of the guard, and that processes have to end by themselves.
-_LOOK, _PATIENCE = 0.5, 10.0
+#: Seconds between two looks of the guard.
+_LOOK = 0.5
 #: Lines of output that are kept.
 _LINES = 10_000
 #: What a traceback ends with.
@@ -34,13 +34,17 @@ class Children:
     def __init__(self) -> None:
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self._own: list[psutil.Process] | None = None
+        self._ended = False
         # A session of its own: what ends this process's group, as Ctrl-C does, leaves the guard to its work.
         self._guard = subprocess.Popen(
             [sys.executable, "-c", _GUARD, str(os.getpid()), *map(str, self._before)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # also where this code came in a zip
         )
+        if self._guard.stdout is not None:
+            self._guard.stdout.read(1)  # from now on it looks
         self._before.add(self._guard.pid)
 
     def settle(self) -> None:
@@ -51,14 +55,18 @@ class Children:
                 self._guard.stdin.write(" ".join(str(child.pid) for child in self._own).encode() + b"\n")
                 self._guard.stdin.flush()
 
-    def end(self, patience: float = _PATIENCE) -> None:
+    def end(self, patience: float) -> None:
         """Give them some seconds to end by themselves, then kill; and end the guard."""
-        if self._guard.poll() is None:
-            _end(_started(os.getpid(), self._before) if self._own is None else self._own, patience)
-        if self._guard.stdin is not None and not self._guard.stdin.closed:
+        if self._ended:
+            return
+        self._ended = True
+        _end(_started(os.getpid(), self._before) if self._own is None else self._own, patience)
+        if self._guard.stdin is not None:
             with contextlib.suppress(OSError):
                 self._guard.stdin.close()
         self._guard.wait()
+        if self._guard.stdout is not None:
+            self._guard.stdout.close()
 
 
 def guard(parent: int, *before: int) -> None:
@@ -66,6 +74,7 @@ def guard(parent: int, *before: int) -> None:
     has started below it. A line of process ids on the input says that there will be no others."""
     found: dict[int, psutil.Process] = {}
     others, settled = {os.getpid(), *before}, False
+    os.write(1, b".")
     while os.getppid() == parent:
         if not settled:
             found |= {child.pid: child for child in _started(parent, others)}
@@ -73,8 +82,7 @@ def guard(parent: int, *before: int) -> None:
             line = os.read(0, 1 << 16)
             if not line:
                 break
-            settled, pids = True, set(map(int, line.split()))
-            found = {child.pid: child for child in _started(parent, others) if child.pid in pids}
+            settled, found = True, {int(pid): process for pid in line.split() for process in _living(int(pid))}
     _end(found.values(), 0.0)
 
 
@@ -98,6 +106,12 @@ def _end(processes: Iterable[psutil.Process], patience: float) -> None:
     for process in {*living, *below}:
         with contextlib.suppress(psutil.Error):
             process.kill()  # psutil knows by its time of start that it is the same
+
+
+def _living(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid)]
+    return []
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:

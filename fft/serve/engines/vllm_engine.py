@@ -151,7 +151,7 @@ class VllmEngine:
         if engine is not None:
             with contextlib.suppress(Exception):  # of an engine that is dead already
                 engine.engine_core.shutdown(timeout=_PATIENCE)
-        self._children.end()
+        self._children.end(_PATIENCE if engine is not None else 0.0)  # what has not started ends at once
 
 
 def _start(model: "CheckedModel", limit: int) -> Any:

@@ -143,6 +143,12 @@ def test_bad_prompts_get_rows_with_their_errors(batch, capsys):
     assert f"{len(BAD_PROMPTS)} of {2 * len(BAD_PROMPTS)} rows with an error in them" in capsys.readouterr().err
 
 
+def test_nothing_is_loaded_for_bad_prompts_alone(batch, monkeypatch):
+    monkeypatch.setattr(batch_infer, "start_engine", lambda *_: pytest.fail("the model was loaded"))
+    (row,) = batch([{"prompt": ""}], "--on_error", "quarantine")
+    assert row["error"].endswith("line 1: the prompt is empty: it has no tokens")
+
+
 def test_all_kinds_of_bad_rows_fill_a_parquet_column(batch):
     rows = batch([{"prompt": "a", "k": 1}, {"prompt": "", "k": 2}], "--on_error", "quarantine", output="o.parquet")
     assert [(row["k"], row["finish_reason"], row["error"] is None) for row in rows] == [
