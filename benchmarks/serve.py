@@ -30,6 +30,7 @@ from fft.serve.asked import Reading
 from fft.serve.engines import EngineOptions
 from fft.serve.engines.checked import CheckedModel, check_model
 from fft.serve.engines.choice import start_engine
+from fft.serve.engines.texts import decode_answer
 from fft.serve.engines.vllm_engine import VllmEngine
 from fft.serve.inputs import find_inputs
 from fft.serve.outputs import Partial
@@ -114,7 +115,7 @@ def product(engine: VllmEngine, model: CheckedModel, source: Path, sampling: Sam
     return Round(first, time.perf_counter() - begin, tokens, tuple(texts))
 
 
-def peer(llm: Any, prompts: Sequence[str], sampling: Sampling, ends: Sequence[int]) -> Round:
+def peer(llm: Any, model: CheckedModel, prompts: Sequence[str], sampling: Sampling) -> Round:
     """``LLM.generate``, told the same of every prompt."""
     from vllm import SamplingParams
 
@@ -123,15 +124,18 @@ def peer(llm: Any, prompts: Sequence[str], sampling: Sampling, ends: Sequence[in
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             seed=row_seed(sampling.seed, row),
-            stop_token_ids=[*sampling.stop_token_ids, *ends],
+            stop_token_ids=[*sampling.stop_token_ids, *model.ends],
         )
         for row in range(len(prompts))
     ]
     begin = time.perf_counter()
     outputs = [output.outputs[0] for output in llm.generate(list(prompts), parameters, use_tqdm=False)]
     seconds = time.perf_counter() - begin
-    tokens = sum(len(one.token_ids) - (one.finish_reason == "stop") for one in outputs)
-    return Round(seconds, seconds, tokens, tuple(one.text for one in outputs))
+    # vLLM's text lacks the beginning of a character with which an answer ends.
+    kept = [list(one.token_ids)[: -1 if one.finish_reason == "stop" else None] for one in outputs]
+    pairs = zip((model.tokenizer(prompt).input_ids for prompt in prompts), kept, strict=True)
+    texts = tuple(decode_answer(model.tokenizer, *pair) for pair in pairs)
+    return Round(seconds, seconds, sum(map(len, kept)), texts)
 
 
 def main() -> None:
@@ -166,7 +170,7 @@ def main() -> None:
                     if name == "batch_infer":
                         found = product(engine, model, source, sampling, folder)
                     else:
-                        found = peer(llm, prompts, sampling, sorted(model.ends))
+                        found = peer(llm, model, prompts, sampling)
                     say(
                         f"{name}: {found.tokens:,} tokens in {found.seconds:.1f} s, first row after {found.first:.1f} s"
                     )
