@@ -30,8 +30,8 @@ class Choice(LogitsProcessor):
     """
 
     def __init__(self, batch: Sequence[Request], width: int, vocabulary: int, device: torch.device) -> None:
-        self._sampling, self._width, self._device = batch[0].sampling, width, device
-        sampling = self._sampling
+        sampling = self._sampling = batch[0].sampling
+        self._width = width
         self._filters: list[LogitsProcessor] = []
         self._generators = [torch.Generator(device).manual_seed(request.seed) for request in batch]
         if sampling.min_p > 0:
@@ -40,9 +40,8 @@ class Choice(LogitsProcessor):
             self._filters.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._filters.append(TopPLogitsWarper(sampling.top_p))
-        self._penalized = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (
-            *(1.0, 0.0, 0.0),
-        )
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        self._penalized = penalties != (1.0, 0.0, 0.0)
         if self._penalized:
             self._in_prompt = torch.zeros(len(batch), vocabulary, dtype=torch.bool, device=device)
             for row, request in enumerate(batch):
