@@ -35,7 +35,8 @@ class StubChat:
                 break
         self.asked.append(json.loads(body))
         assert len(body) == int(dict(scope["headers"])[b"content-length"])
-        await asyncio.sleep(self.pause)
+        if not self.asked[-1].get("stream") or self.error:
+            await asyncio.sleep(self.pause)
         if isinstance(self.error, Exception):
             raise self.error
         if self.error:

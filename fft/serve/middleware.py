@@ -3,6 +3,7 @@ the server drains. Pure ASGI, for ``vllm serve --middleware fft.serve.middleware
 its public HTTP routes.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from fft.serve.translate import (
     ABORTED,
@@ -22,6 +23,7 @@ from fft.serve.translate import (
     StreamTranslator,
     VllmRequest,
     error_body,
+    error_event,
     is_aborted,
     read_generate_request,
     told_answer,
@@ -33,10 +35,13 @@ _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 _Asgi = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 _Headers = list[tuple[bytes, bytes]]
+_T = TypeVar("_T")
 _Handler = Callable[[int, FrameType | None], Any]
 
 #: The environment variable with the keys that are accepted, a JSON list; without it, none is needed.
 API_KEYS = "FFT_SERVE_API_KEYS"
+#: And the one with the seconds that vLLM gives answers to be completed, once it is told to stop.
+SHUTDOWN_TIMEOUT = "FFT_SERVE_SHUTDOWN_TIMEOUT"
 PAGE = Path(__file__).with_name("page.html")
 #: Bytes of a request's body, at most.
 _MOST_BYTES = 64 << 20
@@ -45,6 +50,8 @@ _MOST_BYTES = 64 << 20
 _OPEN, _WHILE_DRAINING = ("/", "/health"), ("/metrics",)
 #: Seconds after which a client may try again while the server drains.
 _RETRY_AFTER = 30
+#: Seconds after vLLM's end of patience at which nothing comes any more: it kills its engine, and lets requests wait.
+_GRACE = 2.0
 
 
 class Generate:
@@ -56,6 +63,11 @@ class Generate:
         self._page = PAGE.read_bytes()
         self._page_headers = _page_headers(self._page)
         self._draining = False
+        self._patience = float(os.environ.get(SHUTDOWN_TIMEOUT) or "inf") + _GRACE
+        #: When requests under way are given up, by the event loop's clock; and what watches over each.
+        self._end: float | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._deadlines: set[asyncio.Timeout] = set()
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         """See https://asgi.readthedocs.io/en/latest/specs/main.html."""
@@ -72,7 +84,7 @@ class Generate:
             elif route == "/" and method in ("GET", "HEAD"):
                 await _reply(send, 200, self._page if method == "GET" else b"", self._page_headers)
             else:
-                await self._app(scope, receive, send)
+                await self._pass(scope, receive, send)
         except Refused as refused:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008, "reason": str(refused)[:120]})
@@ -103,13 +115,17 @@ class Generate:
         kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":  # a browser asks before it sends that to another site
             raise Refused(415, "/generate takes JSON: send the header Content-Type: application/json.")
-        body = await _read(receive)
+        body = await self._while_alive(_read(receive))
         if body is None:
             return None
         request = read_generate_request(body)
         answer = _Answer(send, request.many)
         try:
-            await self._app(*_rewritten(scope, receive, request), answer.send)
+            await self._while_alive(self._app(*_rewritten(scope, receive, request), answer.send))
+        except Refused as refused:
+            if not answer.started:
+                raise
+            return await answer.cut_off(refused)
         except Exception as error:
             if answer.started or not self._draining:
                 raise
@@ -117,10 +133,40 @@ class Generate:
         if not answer.started and answer.status is not None:
             await answer.finish(self._draining)
 
+    async def _pass(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        """Let vLLM answer. A response that it has begun and cannot complete breaks off, as its client will see."""
+        started = False
+
+        async def passed(message: _Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._while_alive(self._app(scope, receive, passed))
+        except Refused:
+            if not started:
+                raise
+
+    async def _while_alive(self, work: Awaitable[_T]) -> _T:
+        """What comes of a request's work. Raises :class:`Refused` when nothing will, as vLLM's engine has ended."""
+        deadline = asyncio.timeout_at(self._end)
+        self._deadlines.add(deadline)
+        try:
+            async with deadline:
+                return await work
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise Refused(*ABORTED) from error
+        finally:
+            self._deadlines.discard(deadline)
+
     def _watch_signals(self) -> None:
         """Know when vLLM is told to stop. Its own handlers, which the event loop calls, go on."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             before = signal.getsignal(number)
             if callable(before):
@@ -129,10 +175,17 @@ class Generate:
 
     def _draining_before(self, before: _Handler) -> _Handler:
         def handler(number: int, frame: FrameType | None) -> None:
-            self._draining = True
+            if not self._draining:
+                self._draining = True
+                self._loop.call_soon_threadsafe(self._set_end)
             before(number, frame)
 
         return handler
+
+    def _set_end(self) -> None:
+        self._end = self._loop.time() + self._patience
+        for deadline in self._deadlines:
+            deadline.reschedule(self._end)
 
 
 class _Answer:
@@ -169,14 +222,21 @@ class _Answer:
         status = self.status or 500
         if status >= 500 and draining:
             raise Refused(*ABORTED)
+        kept = [pair for pair in self._headers if pair[0] != b"content-length"]
         if status != 200:
-            kept = [pair for pair in self._headers if pair[0] != b"content-length"]
             return await _reply(self._send, status, told_error(self._whole), kept)
-        told = told_answer(json.loads(self._whole))
+        chat = json.loads(self._whole)
+        if not chat:  # what vLLM tells a client that is gone
+            return await _reply(self._send, status, self._whole, kept)
+        told = told_answer(chat)
         if is_aborted(told):
             raise Refused(*ABORTED)
-        kept = [pair for pair in self._headers if pair[0] not in (b"content-length", b"content-type")]
-        await _reply_json(self._send, status, told, kept)
+        await _reply_json(self._send, status, told, [pair for pair in kept if pair[0] != b"content-type"])
+
+    async def cut_off(self, refused: Refused) -> None:
+        """End a stream that will not be completed."""
+        event = error_event(refused.status, str(refused))
+        await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 def _rewritten(scope: _Message, receive: _Receive, request: VllmRequest) -> tuple[_Message, _Receive]:

@@ -16,7 +16,7 @@ import yaml
 from fft.console import say
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.serve.engines.vllm_engine import adapter_room, cache_bytes
-from fft.serve.middleware import API_KEYS
+from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT
 from fft.serve.prompts import load_model_tokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = build_parser().parse_known_args(argv)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install 'flash-fine-tuning[serve]' in an environment of its own.")
-    given = _names(rest) | _settings_of_file(rest)
+    of_file = _settings_of_file(rest)
+    given = _names(rest) | set(of_file)
     if "uds" in given:  # a socket in the file system
         given |= {"host", "port"}
     keys = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings |= model_settings(args.model, given)
     if args.lora:
         settings |= lora_settings(args.model, args.lora, given)
-    environment = {**os.environ, API_KEYS: json.dumps(keys)}
+    patience = settings.get("shutdown_timeout", of_file.get("shutdown-timeout"))
+    environment = {**os.environ, API_KEYS: json.dumps(keys), SHUTDOWN_TIMEOUT: str(patience)}
     environment.pop("VLLM_API_KEY", None)  # it would guard but some of the routes
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     command = [sys.executable, *launcher(args.model), "--middleware", _MIDDLEWARE, *as_flags(settings), *rest]
@@ -216,8 +218,8 @@ def _names(rest: Sequence[str]) -> set[str]:
     return {_spelled(word[2:].partition("=")[0]) for word in rest if word.startswith("--")}
 
 
-def _settings_of_file(rest: Sequence[str]) -> set[str]:
-    """Names that vLLM's ``--config`` file sets, which must win over what we would add."""
+def _settings_of_file(rest: Sequence[str]) -> dict[str, Any]:
+    """What vLLM's ``--config`` file sets, which must win over what we would add; names as vLLM spells them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     try:
@@ -225,10 +227,10 @@ def _settings_of_file(rest: Sequence[str]) -> set[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
     except (argparse.ArgumentError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config cannot be read ({one_line(error)}).") from error
-    names = {_spelled(str(name)) for name in content} if isinstance(content, dict) else set()
-    if "api-key" in names:
+    settings = {_spelled(str(name)): value for name, value in content.items()} if isinstance(content, dict) else {}
+    if "api-key" in settings:
         raise UserError("--config sets api-key, which would guard but some routes: use --api_key or VLLM_API_KEY.")
-    return names
+    return settings
 
 
 def _check_address(host: str | None, port: int | None, guarded: bool) -> None:

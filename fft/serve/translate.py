@@ -228,7 +228,7 @@ class StreamTranslator:
         told = told_answer(chunk, self._many)
         if not _tells(told):
             return b""
-        return _data(told) + (_data(error_body(*ABORTED)) if is_aborted(told) else b"")
+        return _data(told) + (error_event(*ABORTED) if is_aborted(told) else b"")
 
 
 def is_aborted(told: Mapping[str, Collection[str | None]]) -> bool:
@@ -254,6 +254,11 @@ def error_body(status: int, sentence: str) -> dict[str, Any]:
     """An error in vLLM's form."""
     kind = HTTPStatus(status).phrase.replace(" ", "") + "Error"
     return {"error": {"message": sentence, "type": kind, "param": None, "code": status}}
+
+
+def error_event(status: int, sentence: str) -> bytes:
+    """The same within a stream."""
+    return _data(error_body(status, sentence))
 
 
 def _data(value: Mapping[str, Any]) -> bytes:

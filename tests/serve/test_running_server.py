@@ -86,9 +86,11 @@ class Server:
         """The text that /generate streams, and its events."""
         response, _ = self.request("/generate", body | {"stream": True})
         assert response.headers["content-type"].startswith("text/event-stream")
-        *events, done = [event.removeprefix("data: ") for event in response.read().decode().split("\n\n") if event]
-        assert done == "[DONE]"
-        told = [json.loads(event) for event in events]
+        events = [event.removeprefix("data: ") for event in response.read().decode().split("\n\n") if event]
+        told = [json.loads(event) for event in events if event != "[DONE]"]
+        if "error" in told[-1]:
+            raise ValueError(told[-1]["error"]["message"])
+        assert events[-1] == "[DONE]"
         return "".join(piece for event in told for piece in event["text"]), told
 
     def running(self) -> float:
@@ -159,7 +161,8 @@ def adapter(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, adapter, tmp_path_factory):
-    started = Server(tmp_path_factory.mktemp("log") / "log", "--model", model, "--lora", f"poet={adapter}")
+    arguments = ["--model", model, "--lora", f"poet={adapter}", "--shutdown-timeout", 2]
+    started = Server(tmp_path_factory.mktemp("log") / "log", *arguments)
     yield started
     started.end()
 
@@ -297,7 +300,7 @@ REFUSED = {
     '{"prompt": "x", "sampling": {"logprobs": 50}}': (400, "greater than max allowed: 20"),
     '{"prompt": "x", "sampling": {"stop": ""}}': (400, "stop cannot contain an empty string"),
     '{"prompt": "x", "sampling": {"seed": 99999999999999999999}}': (400, "less than or equal to"),
-    '{"prompt": "x", "sampling": {"structured_outputs": {"chosen": []}}}': (400, "structured outputs"),
+    '{"prompt": "x", "sampling": {"structured_outputs": {"options": []}}}': (400, "structured outputs"),
     '{"messages": [{"user": "x"}], "tools": [{"x": 1}]}': (400, "tools.0.function"),
     '{"messages": [{"user": "x"}], "response_format": {"type": "json_schema"}}': (400, "must be provided"),
     '{"messages": [{"user": "x"}], "model": "nobody"}': (404, "The model `nobody` does not exist"),
@@ -341,6 +344,24 @@ def test_the_page_talks_with_a_model(server):
         wanted = server.generate({"prompt": "San Francisco is a", "model": "poet", "sampling": GREEDY})["text"]
         assert page.run("document.querySelector('.assistant span').textContent") == wanted[0]
         assert not page.told
+
+
+def test_a_stop_that_cannot_wait_ends_what_is_not_complete(server):
+    """The last test of this server: it is gone afterwards."""
+    assert "Traceback" not in server.log.read_text()
+    body = {"prompt": "x", "sampling": {"max_tokens": POSITIONS - 100, "ignore_eos": True}}
+    children = [server.process, *server.process.children(recursive=True)]
+    with ThreadPoolExecutor(2) as pool:
+        whole, stream = pool.submit(server.request, "/generate", body), pool.submit(server.stream, body)
+        server.wait_until_running(2)
+        server.process.send_signal(signal.SIGTERM)
+        response, _ = whole.result()
+        error = json.load(response)["error"]
+        assert (response.status, response.headers["retry-after"], error["code"]) == (503, "30", 503)
+        with pytest.raises(ValueError, match="stopped before the answer was complete"):
+            stream.result()
+    assert server.process.wait(30) == 0
+    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from stub_chat import StubChat, ask
 
 from fft.serve import middleware
-from fft.serve.middleware import API_KEYS, Generate
+from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT, Generate
 
 HI = {"messages": [{"user": "Hi"}]}
 
@@ -371,6 +371,74 @@ def test_after_sigterm_new_requests_are_refused_and_those_in_flight_complete():
         "['vLLM was told'] 5",
         "503",
     ]
+
+
+GIVEN_UP = """
+import asyncio, json, os, signal, sys, time
+sys.path.insert(0, "tests")
+from stub_chat import StubChat
+from fft.serve import middleware
+
+async def main():
+    middleware._GRACE = 0.2
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, print, "vLLM was told")
+    stub = StubChat("never")
+    stub.pause = 60
+    app = middleware.Generate(stub)
+    await app({"type": "lifespan"}, None, None)
+
+    async def request(path, stream, pieces):
+        sent = []
+        async def receive():
+            return pieces.pop(0) if pieces else await asyncio.sleep(60)
+        async def send(message):
+            sent.append(message)
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", b"application/json")]}
+        scope["headers"].append((b"content-length", b"%d" % len(body(stream))))
+        await app(scope, receive, send)
+        last = sent[-1]
+        return sent[0]["status"], last["type"], last.get("more_body"), last.get("body", b"")[:40]
+
+    def body(stream):
+        return json.dumps({"messages": [{"user": "Hi"}], "stream": stream}).encode()
+
+    waiting = []
+    for path in ("/generate", "/v1/chat/completions"):
+        for stream in (False, True):
+            waiting.append(request(path, stream, [{"type": "http.request", "body": body(stream)}]))
+    waiting.append(request("/generate", False, []))  # its body does not come
+    tasks = [asyncio.create_task(one) for one in waiting]
+    await asyncio.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    begun = time.monotonic()
+    for told in await asyncio.gather(*tasks):
+        print(*told)
+    print(time.monotonic() - begun < 5, len(app._deadlines))
+
+asyncio.run(main())
+"""
+
+
+def test_what_vllm_lets_wait_for_good_is_given_up():
+    environment = {**os.environ, SHUTDOWN_TIMEOUT: "0.1"}
+    run = subprocess.run([sys.executable, "-c", GIVEN_UP], capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode == 0, run.stderr
+    refused = """503 http.response.body None b'{"error": {"message": "The server was st'"""
+    assert run.stdout.splitlines() == [
+        "vLLM was told",
+        refused,
+        """200 http.response.body False b'data: {"error": {"message": "The server '""",
+        refused,
+        "200 http.response.start None b''",  # the client sees that it breaks off
+        refused,
+        "True 0",
+    ]
+
+
+def test_what_vllm_tells_clients_that_are_gone_is_no_fault():
+    stub = StubChat()
+    stub.error = (200, b"null")
+    assert ask(Generate(stub), HI).body == b"null"
 
 
 def test_a_process_that_has_no_handler_still_ends():

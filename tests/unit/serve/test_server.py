@@ -19,7 +19,7 @@ from fft.errors import UserError
 from fft.models.lora import Lora
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 from fft.serve import server
-from fft.serve.middleware import API_KEYS
+from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,7 @@ def test_vllm_is_told_what_it_needs_and_gets_all_other_flags(started, model_dir)
     }
     assert became.environment["VLLM_NO_USAGE_STATS"] == "1"
     assert became.environment[API_KEYS] == "[]"
+    assert became.environment[SHUTDOWN_TIMEOUT] == "30"
 
 
 def test_what_is_given_is_left_as_it_is(started, model_dir, monkeypatch, tmp_path):
@@ -117,6 +118,7 @@ def test_what_is_given_is_left_as_it_is(started, model_dir, monkeypatch, tmp_pat
     became = started("--model", model_dir, "--port", 8123, "--config", file)
     assert not {"--host", "--dtype", "--max-model-len", "--shutdown-timeout"} & set(became.flags)
     assert became.flags["--port"] == ["8123"]
+    assert became.environment[SHUTDOWN_TIMEOUT] == "5"
     assert not {"--host", "--port"} & set(started("--model", model_dir, "--uds", "/tmp/socket").flags)
 
 
