@@ -119,7 +119,7 @@ class Generate:
         if body is None:
             return None
         request = read_generate_request(body)
-        answer = _Answer(send, request.many)
+        answer = _Answer(send, request.many, lambda: self._draining)
         try:
             await self._while_alive(self._app(*_rewritten(scope, receive, request), answer.send))
         except Refused as refused:
@@ -131,7 +131,7 @@ class Generate:
                 raise
             raise Refused(*ABORTED) from error
         if not answer.started and answer.status is not None:
-            await answer.finish(self._draining)
+            await answer.finish()
 
     async def _pass(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         """Let vLLM answer. A response that it has begun and cannot complete breaks off, as its client will see."""
@@ -191,8 +191,8 @@ class Generate:
 class _Answer:
     """Takes vLLM's answer to a request, and sends what ``/generate`` makes of it."""
 
-    def __init__(self, send: _Send, many: bool) -> None:
-        self._send, self._many = send, many
+    def __init__(self, send: _Send, many: bool, stopping: Callable[[], bool]) -> None:
+        self._send, self._many, self._stopping = send, many, stopping
         self._stream: StreamTranslator | None = None
         self._headers: _Headers = []
         self._whole = b""
@@ -213,14 +213,14 @@ class _Answer:
             self._whole += message.get("body", b"")
         else:
             more = message.get("more_body", False)
-            events = self._stream.feed(message.get("body", b""), not more)
+            events = self._stream.feed(message.get("body", b""), not more, self._stopping())
             if events or not more:
                 await self._send({"type": "http.response.body", "body": events, "more_body": more})
 
-    async def finish(self, draining: bool) -> None:
+    async def finish(self) -> None:
         """Send an answer that came whole. Raises :class:`Refused` for one that the server's end has cut off."""
         status = self.status or 500
-        if status >= 500 and draining:
+        if status >= 500 and self._stopping():
             raise Refused(*ABORTED)
         kept = [pair for pair in self._headers if pair[0] != b"content-length"]
         if status != 200:

@@ -211,20 +211,21 @@ class StreamTranslator:
     def __init__(self, many: bool) -> None:
         self._many, self._tail = many, b""
 
-    def feed(self, piece: bytes, last: bool) -> bytes:
-        """The events that are whole now; with ``last``, what is left, too."""
+    def feed(self, piece: bytes, last: bool, stopping: bool = False) -> bytes:
+        """The events that are whole now; with ``last``, what is left, too. Of a server that is ``stopping``, an error
+        means that the answer was cut off, whatever vLLM says of it."""
         *events, self._tail = (self._tail + piece).split(b"\n\n")
         if last and self._tail.strip():
             events.append(self._tail)
-        return b"".join(translated for event in events if (translated := self._event(event)))
+        return b"".join(translated for event in events if (translated := self._event(event, stopping)))
 
-    def _event(self, event: bytes) -> bytes:
+    def _event(self, event: bytes, stopping: bool) -> bytes:
         """One of them; comments, errors and the end stay what they are, and what tells nothing is left out."""
         if not event.startswith(b"data: {"):
             return event + b"\n\n"
         chunk = json.loads(event.removeprefix(b"data: "))
         if "choices" not in chunk:
-            return event + b"\n\n"
+            return error_event(*ABORTED) if stopping else event + b"\n\n"
         told = told_answer(chunk, self._many)
         if not _tells(told):
             return b""

@@ -365,7 +365,8 @@ def test_a_stop_that_cannot_wait_ends_what_is_not_complete(server):
 
 
 def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
-    server = Server(tmp_path / "log", "--model", model, "--api-key", "old", "sekret", key="sekret")
+    arguments = ["--model", model, "--api-key", "old", "sekret", "--shutdown-timeout", 120]
+    server = Server(tmp_path / "log", *arguments, key="sekret")
     try:
         for path, body in (
             ("/generate", {"prompt": "x"}),

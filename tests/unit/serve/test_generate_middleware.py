@@ -12,6 +12,7 @@ from stub_chat import StubChat, ask
 
 from fft.serve import middleware
 from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT, Generate
+from fft.serve.translate import StreamTranslator
 
 HI = {"messages": [{"user": "Hi"}]}
 
@@ -225,6 +226,14 @@ def test_a_client_that_is_gone_before_its_body_is_not_answered():
     asyncio.run(Generate(stub)(scope, receive, send))
     assert not sent
     assert not stub.seen
+
+
+def test_an_error_in_a_stream_passes_unless_the_server_stops():
+    event = b'data: {"error": {"message": "EngineCore encountered an issue.", "code": 500}}\n\n'
+    assert StreamTranslator(False).feed(event, True) == event
+    told = StreamTranslator(False).feed(event, True, stopping=True)
+    assert b"stopped before the answer was complete" in told
+    assert b"503" in told
 
 
 def test_errors_of_vllm_pass_in_one_line():
