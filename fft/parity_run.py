@@ -54,7 +54,7 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     sharing = _fewest(heads // kv_heads, lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0)
     small.num_attention_heads = sharing * small.num_key_value_heads
     small.hidden_size = max(64, 16 * small.num_attention_heads)
-    if getattr(config, "head_dim", None):
+    if getattr(config, "head_dim", None) and not getattr(config, "kv_lora_rank", None):
         wider = config.head_dim * config.num_attention_heads != config.hidden_size
         small.head_dim = (2 if wider else 1) * small.hidden_size // small.num_attention_heads
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):

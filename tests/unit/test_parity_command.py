@@ -78,7 +78,8 @@ SIZES = {**LLAMA3_70B, "pad_token_id": 0, "head_dim": 128, "attention_dropout": 
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3-longrope"])
 def test_shrunken_models_of_every_family_can_be_run(family):
     changes = {"rope_scaling": LONGROPE, "hidden_size": 6144} if family == "phi3-longrope" else {}
-    changes |= families.ROUTED if family == "dots1" else {}
+    changes |= families.ROUTED if family in ("dots1", "deepseek_v2") else {}
+    changes |= {"head_dim": 64} if getattr(AutoConfig.for_model(family.partition("-")[0]), "kv_lora_rank", 0) else {}
     ModelSpec(small(SIZES | changes | {"model_type": family.removesuffix("-longrope")}), torch.float32)
 
 
