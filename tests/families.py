@@ -23,6 +23,8 @@ LINEAR = {
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
 }
+#: Factors outside of layers.
+SCALED = {"embedding_multiplier": 6.0, "logits_scaling": 4.0}
 #: What a family needs besides sizes; dropout that is on in its default config.
 NEEDS = {
     "axk1": ROUTED | SPARSE | LATENT,
@@ -55,6 +57,11 @@ NEEDS = {
         **{"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.5},
         **{"attention_multiplier": 0.2},
     },
+    "granitemoe": SCALED | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
+    "granitemoe_swa": SCALED | MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": SCALED | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5},
     "hy_v3": EXPERTS | SPARSE,
     "hyperclovax": {"embedding_multiplier": 6.0, "logits_scaling": 0.25, "residual_multiplier": 0.5},
     "kolibri1": {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, **MIXED},

@@ -13,15 +13,16 @@ from fft.errors import UserError
 #: Settings that mean such a thing in some family.
 SETTINGS = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")
 
+_GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared")
 _Value = Callable[[PretrainedConfig], float]
 #: What embeddings are multiplied by.
 _EMBEDDING: dict[str, _Value] = {
-    **dict.fromkeys(("granite", "granite_swa", "hyperclovax"), lambda config: config.embedding_multiplier),
+    **dict.fromkeys((*_GRANITE, "hyperclovax"), lambda config: config.embedding_multiplier),
     "afmoe": lambda config: config.hidden_size**0.5 if config.mup_enabled else 1.0,
 }
 #: What logits are multiplied by.
 _LOGITS: dict[str, _Value] = {
-    **dict.fromkeys(("granite", "granite_swa", "minicpm3"), lambda config: 1 / config.logits_scaling),
+    **dict.fromkeys((*_GRANITE, "minicpm3"), lambda config: 1 / config.logits_scaling),
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), lambda config: config.logit_scale),
     "hyperclovax": lambda config: config.logits_scaling,
 }

@@ -20,6 +20,11 @@ _PLANS = (
 )
 
 
+#: Model types that publish no plan, whose modules are called as Llama's.
+_UNPUBLISHED = (
+    *("diffllama", "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "olmoe"),
+)
+
 #: Mixtures of experts among them.
 EXPERTS = (
     *("afmoe", "aria_text", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "hy_v3"),
@@ -40,14 +45,27 @@ FAMILIES = (
     *("apertus", "arcee", "baichuan", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text"),
     *("glm", "glm4", "gpt_neox", "granite", "granite_swa", "helium", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
-    *("phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "seed_oss", "smollm3", "starcoder2", "youtu", *EXPERTS),
+    *(
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_5_text",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+        "youtu",
+        *_UNPUBLISHED,
+        *EXPERTS,
+    ),
 )
 
 
 def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     """Refuse by name models whose layers we would get wrong. Raises :class:`UserError`."""
     name = config.model_type
-    if set(getattr(config, "base_model_pp_plan", None) or ()) not in _PLANS:
+    plan = set(getattr(config, "base_model_pp_plan", None) or ())
+    if plan not in _PLANS and (plan or name not in _UNPUBLISHED):
         raise UserError(
             f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: "
             "use a Llama, Qwen2, Qwen3 or Mistral class model, or a Qwen mixture of experts."

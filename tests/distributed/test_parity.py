@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -134,6 +135,23 @@ CASES = [
     )
     # Stages of one parameter, embedding and head; and the attention that all others are compared with.
     for layers, *more in (("1,5",), ("5,1", "--attention=reference"))
+]
+#: A family for each thing that models of other families do, in layouts that could get it wrong.
+MECHANISMS = [
+    ("gpt_oss", (1, 1, 2, 1), 1),  # sinks, and windows shorter than documents, by Ulysses
+    ("gpt_oss", (1, 2, 2, 1), 4),  # and in a ring
+    ("deepseek_v3", (1, 2, 1, 2), 1),  # latent attention, biases of routers
+    ("gemma3_text", (1, 1, 2, 2), 4),  # frequencies by type of layer, capped logits of a shared vocabulary
+    ("qwen3_next", (2, 2, 1, 1), 1),  # linear attention
+    ("mixtral", (1, 1, 2, 2), 1),  # weights under other names
+    ("granite", (1, 2, 1, 2), 4),  # factors outside of layers
+    ("phi", (1, 2, 2, 1), 1),  # a bias of the head
+]
+FAMILIES |= {name: {"model_type": name, **families.NEEDS.get(name, {})} for name, _, _ in MECHANISMS}
+FAMILIES["gpt_oss"]["sliding_window"] = 8
+CASES += [
+    pytest.param(family, shape, layout_flags(family, shape, number), id=f"{family}-{'x'.join(map(str, shape))}")
+    for family, shape, number in MECHANISMS
 ]
 CASES.append(
     pytest.param("qwen2-tied", (2, 2, 1, 1), LAYOUTS["pipe2-data2-offload"][2].split(), id="qwen2-tied-offload")
