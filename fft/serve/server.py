@@ -150,7 +150,7 @@ def model_settings(model: str, given: Set[str]) -> dict[str, Any]:
     if _is_quantized(folder):  # vLLM reads more kinds of quantized weights than we do
         tokenizer = load_model_tokenizer(model)
     else:
-        checked = check_model(model)
+        checked = check_model(model, for_vllm=True)
         tokenizer = checked.tokenizer
         if not checked.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
             settings["hf-overrides"] = json.dumps({"tie_word_embeddings": False})

@@ -7,6 +7,8 @@ import torch
 from conftest import device_type
 from rings import documents_of, tensors, whole
 
+from fft.ops.alibi import alibi_slopes, widened
+from fft.ops.attention import packed_attention
 from fft.ops.backends import reference
 from fft.ops.backends.choice import KERNELS, check_backend, choose
 from fft.ops.compare import TOLERANCE
@@ -14,7 +16,8 @@ from fft.ops.documents import Documents, Segments
 
 #: A document of one token, one of none, and lengths on both sides of a kernel's tile.
 LENGTHS = [1, 300, 0, 63, 64, 65, 1, 1, 129, 128]
-SIZES = [64, 72, 80, 96, 128, 192]
+#: The last but one is that of heads of 128 with ALiBi.
+SIZES = [64, 72, 80, 96, 128, 144, 192]
 RESULTS = ("output", "log-sum-exp", "dq", "dk", "dv")
 
 
@@ -51,6 +54,29 @@ def test_packed_documents(kernel, dtype, size, kv_heads, device, record_property
     ours = whole(documents_of(LENGTHS, device), [x.to(device) for x in inputs], kernel.backend, size**-0.5)
     for name, mine, exact in zip(RESULTS, ours, true, strict=True):
         error = relative_error(mine, exact)
+        record_property(f"error of {name}", error)
+        assert error <= TOLERANCE[dtype], name
+
+
+def test_alibi(kernel, dtype, device, record_property):
+    """Wider heads, against a bias in the reference's own algebra: scores of one document, in float64."""
+    heads, size, tokens = 5, 48, 300
+    inputs = tensors(tokens, heads, heads, size, dtype)
+    slopes, row = alibi_slopes(heads), Documents.of((0, tokens), device)
+    states = [x.to(device).detach().requires_grad_() for x in inputs[:3]]
+    wide = widened(*states, row.positions(), slopes, size**-0.5)
+    out = packed_attention(*wide, row, size**-0.5, kernel.backend)[..., :size]
+    exact = [x.double().cpu().detach().requires_grad_() for x in inputs[:3]]
+    at = torch.arange(tokens)
+    scores = torch.einsum("qhd,khd->hqk", *exact[:2]) * size**-0.5
+    scores = scores + torch.tensor(slopes).double()[:, None, None] * (at - at[:, None])
+    weights = scores.masked_fill(at > at[:, None], float("-inf")).softmax(-1)
+    true = torch.einsum("hqk,khd->qhd", weights, exact[2])
+    out.backward(inputs[3].to(device))
+    true.backward(inputs[3].double().cpu())
+    found = [out, *(x.grad for x in states)], [true, *(x.grad for x in exact)]
+    for name, mine, other in zip(("output", "dq", "dk", "dv"), *found, strict=True):
+        error = relative_error(mine.detach(), other.detach())
         record_property(f"error of {name}", error)
         assert error <= TOLERANCE[dtype], name
 

@@ -72,11 +72,12 @@ class CheckedModel:
         }
 
 
-def check_model(model: str, options: EngineOptions | None = None) -> CheckedModel:
+def check_model(model: str, options: EngineOptions | None = None, for_vllm: bool = False) -> CheckedModel:
     """Find out what is wrong with a model directory, an adapter or the options, without loading the weights.
 
-    Raises :class:`UserError` when vLLM is asked for and not installed, and for what is not understood of the directory
-    or the adapter, or does not belong together.
+    A model that vLLM has not is left to transformers, but refused where it is ``for_vllm`` alone. Raises
+    :class:`UserError` when vLLM is asked for and not installed, and for what is not understood of the directory or the
+    adapter, or does not belong together.
     """
     options = options or EngineOptions()
     name = engine_name(options)
@@ -85,8 +86,13 @@ def check_model(model: str, options: EngineOptions | None = None) -> CheckedMode
 
     config, tokenizer = _load_parts(model)
     weights = WeightReader(model)
-    if name == "vllm" and (weights.is_original or config.model_type in _NOT_IN_VLLM):
-        name = engine_name(replace(options, name=_without_vllm(model, options)))
+    if (name == "vllm" or for_vllm) and (weights.is_original or config.model_type in _NOT_IN_VLLM):
+        if for_vllm or options.name == "vllm":
+            raise UserError(
+                f"--model {model} is none that vLLM has: use --engine transformers of batch_infer or, for Qwen and "
+                "InternLM2, give what python -m fft.checkpoint.convert makes of it."
+            )
+        name = engine_name(replace(options, name="transformers"))
     check_whole(config, weights.names, model)
     weights.check_types()
     limit = token_limit(config, tokenizer, options.max_model_len)
@@ -116,16 +122,6 @@ def engine_name(options: EngineOptions) -> str:
                 f"`{name}` is vLLM's, and transformers generates here: pip install 'flash-fine-tuning[serve]', or "
                 "leave it out."
             )
-    return "transformers"
-
-
-def _without_vllm(model: str, options: EngineOptions) -> str:
-    """The engine for a model that vLLM has not. Raises :class:`UserError` where vLLM was asked for by name."""
-    if options.name == "vllm":
-        raise UserError(
-            f"--model {model} is none that vLLM has: use --engine transformers or, for Qwen and InternLM2, give what "
-            "python -m fft.checkpoint.convert makes of it."
-        )
     return "transformers"
 
 

@@ -89,8 +89,10 @@ def test_what_vllm_has_not_is_left_to_transformers(tmp_path, monkeypatch, name):
     write_original(tmp_path / "model", FAMILIES[name], vocabulary=300)
     monkeypatch.setattr("fft.serve.engines.checked._has_vllm", lambda: True)
     assert check_model(str(tmp_path / "model")).engine == "transformers"
-    with pytest.raises(UserError, match="is none that vLLM has: use --engine transformers"):
-        check_model(str(tmp_path / "model"), EngineOptions(name="vllm"))
+    for_vllm = {"options": EngineOptions(name="vllm")}, {"for_vllm": True}
+    for asked in for_vllm:
+        with pytest.raises(UserError, match="is none that vLLM has: use --engine transformers"):
+            check_model(str(tmp_path / "model"), **asked)
 
 
 REFUSED = {
