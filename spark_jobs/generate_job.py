@@ -84,8 +84,9 @@ def generate_table(
     prompts = Prompts.find(spark, sources, open_frames(spark, unread, id_key, left_out), keys)
     placement = place_engines(spark, prompts.parts, wanted.options.tensor_parallel_size, num_engine)
     asking = Asking(replace(wanted, threads=placement.threads), sampling, keys, chat, system)
-    lineage = lineage_of("generate", prompts.origins, _parameters(asking, on_error))
-    table = replace(table, work=_work(lineage, prompts, wanted))
+    parameters = _parameters(asking)
+    lineage = lineage_of("generate", prompts.origins, parameters | {"on_error": on_error})
+    table = replace(table, work=_work(parameters, prompts, wanted))
     _tell_waiting(table, prompts.parts)
     with table.claim(lineage) as writers, job_settings(spark):
         prompts.answer(spark, writers[""], asking, placement, on_error == "fail")
@@ -144,21 +145,22 @@ def _model_path(model: str | Path) -> str:
     return str(path)
 
 
-def _parameters(asking: Asking, on_error: str) -> dict[str, Any]:
+def _parameters(asking: Asking) -> dict[str, Any]:
     """What a manifest says of how answers were made."""
     engine = {f"engine_{name}": value for name, value in asdict(asking.wanted.options).items() if name != "name"}
     keys = {"prompt_key": asking.keys.prompt, "id_key": asking.keys.id, "chat": asking.chat, "system": asking.system}
     model = {"model": asking.wanted.model, "engine": asking.wanted.options.name}
-    return model | keys | {"on_error": on_error} | asdict(asking.sampling) | engine
+    return model | keys | asdict(asking.sampling) | engine
 
 
-def _work(lineage: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> str:
-    """A name for all that decides what is in the parts."""
+def _work(parameters: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> str:
+    """A name for all that decides what is in the parts; not for what becomes of malformed rows, so that a job that one
+    has ended goes on when they shall be set aside."""
     folders = [wanted.model] + ([wanted.options.lora] if wanted.options.lora else [])
     files = [path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()]
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     columns = [str(prompts.fields.carried), str(prompts.fields.turns)]
-    told = json.dumps([lineage, facts, columns, prompts.parts], sort_keys=True, default=str)
+    told = json.dumps([parameters, prompts.origins, facts, columns, prompts.parts], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

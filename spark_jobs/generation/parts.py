@@ -65,7 +65,7 @@ class GenerateParts:
     def _items(self, batches: Iterator[pa.RecordBatch]) -> Iterator[Chunk | _End | Part]:
         for part, rows in by_part(batches):
             found = find_part(self.target, part)
-            if found is not None:
+            if found is not None and not (self.fail and found.rejects):  # made when such rows were set aside
                 for _ in rows:
                     continue
                 yield found

@@ -353,6 +353,11 @@ class TestParts:
             self.run(folder, path)
         assert waiting(folder) == {"work": 7}
         assert len(list((folder / "_finished/work").glob(".part-*"))) == 7
+        every = self.run(folder, path, fail=False)
+        assert [row["rows"] for row in every].count(0) == 0
+        assert len(engine) == 2  # for the last part alone
+        with pytest.raises(UserError, match="line 61"):
+            self.run(folder, path)
 
     def test_a_part_without_prompts_has_no_file(self, engine, tmp_path):
         path = lines(tmp_path / "p.jsonl", [{"prompt": 7}] * 3)
