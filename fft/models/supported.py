@@ -67,8 +67,8 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     plan = set(getattr(config, "base_model_pp_plan", None) or ())
     if plan not in _PLANS and (plan or name not in _UNPUBLISHED):
         raise UserError(
-            f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: "
-            "use a Llama, Qwen2, Qwen3 or Mistral class model, or a Qwen mixture of experts."
+            f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: choose one of "
+            f"{', '.join(FAMILIES)}."
         )
     _check_scores(config)
     if name not in FAMILIES:
