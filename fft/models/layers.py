@@ -219,19 +219,17 @@ def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
 
     Raises :class:`UserError` for one that has other modules than those, which both halves would train.
     """
-    both = [
-        name for name, child in layer.named_children() if name not in _HALVES and any(True for _ in child.parameters())
-    ]
-    if half is not None and both:
-        raise UserError(
-            f"--split_dlayer: {type(layer).__name__} has {', '.join(both)} besides attention, MLP and a norm before "
-            "each; train it without the flag."
-        )
+    if half is None:
+        return layer
+    missing = [name for name in _HALVES if name not in layer._modules]
+    children = ((name, child) for name, child in layer.named_children() if name not in _HALVES)
+    both = [name for name, child in children if next(child.parameters(), None) is not None]
+    if missing or both:
+        what = f"no {', '.join(missing)}" if missing else f"{', '.join(both)} besides {', '.join(_HALVES)}"
+        raise UserError(f"--split_dlayer: {type(layer).__name__} has {what}; train it without the flag.")
     if half == "attention":
         return _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
-    if half == "mlp":
-        return _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
-    return layer
+    return _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())
 
 
 def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -265,11 +263,6 @@ class _AttendsToNothing(nn.Module):
 
 def _without(layer: nn.Module, **replacements: nn.Module) -> nn.Module:
     """A shallow copy of a decoder layer with some of its children replaced."""
-    missing = [name for name in replacements if name not in layer._modules]
-    if missing:
-        raise UserError(
-            f"--split_dlayer: {type(layer).__name__} has no {', '.join(missing)}; train it without the flag."
-        )
     half = layer.__class__.__new__(layer.__class__)
     half.__dict__.update(layer.__dict__)
     half._modules = {**layer._modules, **replacements}
