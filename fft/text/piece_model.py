@@ -50,8 +50,12 @@ class PieceModel:
 
         Raises :class:`UserError` where that would not have the same ids.
         """
+        # SentencePiece ends a piece at a NUL, so that it never finds one that begins with it, as InternLM2 has.
+        names = {i: p.text.replace("\0", "\\0") for i, p in enumerate(self.pieces) if "\0" in p.text} | names
         unknown = next((i for i, piece in enumerate(self.pieces) if piece.kind == UNKNOWN), None)
         texts = [names.get(i, piece.text) for i, piece in enumerate(self.pieces)]
+        if len(set(texts)) < len(texts):
+            raise UserError("two tokens of the tokenizer have one name, by the names that its settings give them.")
         # Of those with spaces SentencePiece never sees one: it has replaced them.
         whole = [i for i, p in enumerate(self.pieces) if p.kind == DEFINED and i not in names and " " not in p.text]
         model = {

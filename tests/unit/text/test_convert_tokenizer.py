@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 import tiktoken
 from originals import PATTERN, strings, write_config, write_pieces, write_ranks
+from sentencepiece import sentencepiece_model_pb2
 
 from fft.errors import UserError
 from fft.serve.prompts import load_model_tokenizer
@@ -74,6 +75,19 @@ def test_pieces_have_the_ids_of_sentencepiece(tmp_path, kind):
         same(tokenizer.batch_decode(theirs, skip_special_tokens=False), processor.decode(theirs), texts)
 
 
+def test_a_piece_that_is_a_nul_is_never_found_as_in_sentencepiece(tmp_path):
+    """InternLM2 has one."""
+    original = write_pieces(tmp_path / "original", "InternLM2Tokenizer", add_dummy_prefix=False)
+    model = sentencepiece_model_pb2.ModelProto.FromString((original / "tokenizer.model").read_bytes())
+    piece = model.pieces.add()
+    piece.piece, piece.score, piece.type = "\0", -5000.0, 1
+    (original / "tokenizer.model").write_bytes(model.SerializeToString())
+    tokenizer = converted(original, tmp_path / "out")
+    assert len(tokenizer) == 1201
+    texts = ["a\0b", "\0\0", "\\0", *strings(100, 4, ["\0"])]
+    same(as_text(tokenizer, texts), pieces_ids(original, texts), texts)
+
+
 def test_ranks_have_the_ids_of_tiktoken(tmp_path):
     original = write_ranks(tmp_path / "original")
     tokenizer = converted(original, tmp_path / "out")
@@ -105,6 +119,13 @@ def test_tokens_that_a_config_renames_have_their_new_names(tmp_path):
     assert tokenizer.convert_ids_to_tokens([3, 6]) == ["<|plugin|>", "[UNUSED_TOKEN_3]"]
     texts = [text for text in strings(STRINGS, 3, ["<|im_start|>", "[UNUSED_TOKEN_3]"]) if "<|" not in text]
     same(as_text(tokenizer, texts), pieces_ids(original, texts), texts)
+
+
+def test_two_tokens_of_one_name_are_refused(tmp_path):
+    named = {"added_tokens_decoder": {"300": {"content": "</s>", "special": True}}}
+    original = write_pieces(tmp_path / "original", "InternLM2Tokenizer", config=named)
+    with pytest.raises(UserError, match="have one name"):
+        convert_tokenizer.convert_tokenizer(original)
 
 
 TALK = [
