@@ -135,16 +135,19 @@ class Chat:
         """The conversation (None if it has no turns) and its id, else a hash. Raises :class:`Malformed`."""
         raw = parse_conversation(record, self.id_key, self.template.keys, unused, self.images)
         doc_id = doc_id if raw.doc_id is None else raw.doc_id
-        images = self._read(raw)
+        images = self._read(raw) if raw.images else ()
         if doc_id is None:
             hashes = [blake2b(image.data, digest_size=16).hexdigest() for image in images]
             beside = [part for part in (sorted(raw.untrained), raw.tools, hashes) if part]
             doc_id = content_id(dump_json([raw.messages, *beside] if beside else raw.messages))
         if not raw.messages:
             return None, check_id(doc_id)
-        rendered = self._locate(raw)
-        pattern, own = _any_of(self.special), self.images.written if images and self.images else ""
-        contents = (message["content"].replace(own, "") if own else message["content"] for message in raw.messages)
+        rendered = self.template.locate(raw.messages, raw.tools, raw.untrained)
+        if self.images is not None:
+            rendered = self._with_images(raw, rendered, self.images)
+        pattern, contents = _any_of(self.special), [message["content"] for message in raw.messages]
+        if images and self.images is not None:  # what stands for them is no text's
+            contents = [content.replace(self.images.written, "") for content in contents]
         marked = any(map(pattern.search, contents))
         return Conversation(rendered, marked, images) if rendered.text else None, check_id(doc_id)
 
@@ -153,25 +156,22 @@ class Chat:
             return ()
         return tuple(self.images.read(source, number) for number, source in enumerate(raw.images, 1))
 
-    def _locate(self, raw: RawConversation) -> Rendered:
-        """The rendered conversation: that of contents which are texts or, where it has images and the template makes
-        something else of lists of parts, that of these, as processors have it."""
-        rendered = self.template.locate(raw.messages, raw.tools, raw.untrained)
-        if self.images is None:
-            return rendered
+    def _with_images(self, raw: RawConversation, rendered: Rendered, images: ImageParts) -> Rendered:
+        """The rendered conversation or, where the template makes something else of lists of texts and images, that of
+        these, as processors have it. Raises :class:`Malformed` where it does not have the images, and only these."""
         if raw.images:
-            parts = as_parts(raw.messages, self.images.written)
+            parts = as_parts(raw.messages, images.written)
             if self.template.render(parts, tools=raw.tools) != rendered.text:
                 if any(message["role"] == "assistant" and not isinstance(message["content"], str) for message in parts):
                     raise Malformed("the chat template renders an assistant's images elsewhere than they stand")
                 rendered = self.template.locate(parts, raw.tools, raw.untrained)
-        if rendered.text.count(self.images.token) != len(raw.images):
-            held = sum(message["content"].count(self.images.token) for message in raw.messages)
+        if rendered.text.count(images.token) != len(raw.images):
+            held = sum(message["content"].count(images.token) for message in raw.messages)
             left_out = held == len(raw.images)
             raise Malformed(
                 "the chat template leaves out some of its images"
                 if left_out
-                else f"a text holds {self.images.token}, which stands for an image"
+                else f"a text holds {images.token}, which stands for an image"
             )
         return rendered
 
@@ -208,8 +208,8 @@ class Chat:
         labels = label(ids, _joined(begins), _joined(ends))
         if images is not None:
             labels[images.inside()] = NOT_TRAINED
-        rows = [(offset + a, offset + b) for offset, own in zip(offsets, cuts, strict=False) for a, b in own]
-        starts, stops = np.array(rows, np.int64).reshape(-1, 2).T
+        spans = [(at + begin, at + end) for at, own in zip(offsets.tolist(), cuts, strict=False) for begin, end in own]
+        starts, stops = (np.array([span[side] for span in spans], np.int64) for side in (0, 1))
         row_offsets = np.append(0, np.cumsum(stops - starts))
         if counts["dropped_tokens"]:
             kept = np.repeat(starts - row_offsets[:-1], stops - starts) + np.arange(row_offsets[-1])
