@@ -15,7 +15,7 @@ import yaml
 
 from fft.console import say
 from fft.errors import Parser, UserError, one_line, run_cli
-from fft.serve.engines.vllm_engine import adapter_room, cache_bytes
+from fft.serve.engines.vllm_engine import adapter_room, batched_tokens, cache_bytes
 from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT
 from fft.serve.prompts import load_model_tokenizer
 
@@ -148,15 +148,17 @@ def model_settings(model: str, given: Set[str]) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {"served-model-name": _names_of(model)}
     if _is_quantized(folder):  # vLLM reads more kinds of quantized weights than we do
-        tokenizer = load_model_tokenizer(model)
+        tokenizer, limit = load_model_tokenizer(model), None
     else:
         checked = check_model(model, for_vllm=True)
-        tokenizer = checked.tokenizer
+        tokenizer, limit = checked.tokenizer, checked.limit
         if not checked.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
             settings["hf-overrides"] = json.dumps({"tie_word_embeddings": False})
     if tokenizer.chat_template is None and not any((folder / name).is_file() for name in _TEMPLATES):
         settings["chat-template"] = _text_template(tokenizer)
     if torch.accelerator.current_accelerator(check_available=True) is None:
+        if limit is not None and not {"enable-chunked-prefill", "max-num-batched-tokens"} & given:
+            settings |= {"no-enable-chunked-prefill": True, "max-num-batched-tokens": batched_tokens(limit)}
         settings["dtype"] = "float32"  # few CPUs compute bf16 faster
         own_memory = {"gpu-memory-utilization", "kv-cache-memory-bytes"} & given
         if not own_memory and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):

@@ -268,6 +268,13 @@ def test_choices_stops_and_log_probabilities(server):
     assert "a" in json.loads(told["text"][0])
 
 
+def test_a_seeded_request_with_a_long_prompt_ends_no_server(server):
+    asked = {"prompt": "x" * 9000, "sampling": {"seed": 1, "temperature": 1.0, "max_tokens": 4, "ignore_eos": True}}
+    told = server.generate(asked)
+    assert told["usage"]["prompt_tokens"] > 4096
+    assert server.generate(asked) == told
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_go_away_cost_nothing(server, stream):
     server.wait_until_running(0)

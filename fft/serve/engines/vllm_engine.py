@@ -172,8 +172,7 @@ def _start(model: "CheckedModel", limit: int) -> Any:
         given["gpu_memory_utilization"] = options.gpu_memory_utilization
     if current_platform.is_cpu():
         given["dtype"] = "float32" if options.dtype == "auto" else options.dtype
-        # A seeded request whose prompt is read in pieces ends vLLM there: "CPU Generator does not use offset".
-        given |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(limit, _BATCHED_TOKENS)}
+        given |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batched_tokens(limit)}
         if options.gpu_memory_utilization is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             given["kv_cache_memory_bytes"] = cache_bytes()
     if not model.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
@@ -181,6 +180,14 @@ def _start(model: "CheckedModel", limit: int) -> Any:
     if options.lora is not None:
         given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(options.lora)}
     return LLM(**given | dict(options.engine_args)).llm_engine
+
+
+def batched_tokens(limit: int) -> int:
+    """How many tokens a CPU may compute at once, so that prompts are read whole; they and answers have ``limit``.
+
+    A seeded request whose prompt is read in pieces ends vLLM there: "CPU Generator does not use offset".
+    """
+    return max(limit, _BATCHED_TOKENS)
 
 
 def cache_bytes() -> int:

@@ -96,6 +96,8 @@ def test_vllm_is_told_what_it_needs_and_gets_all_other_flags(started, model_dir)
         "--chat-template": ["{% for message in messages %}{{ message.content }}{% endfor %}"],
         "--dtype": ["float32"],
         "--max-model-len": ["auto"],
+        "--no-enable-chunked-prefill": [],
+        "--max-num-batched-tokens": ["4096"],
         "--max-num-seqs": ["7"],
         "--seed=3": [],
         "--enforce-eager": [],
@@ -107,6 +109,7 @@ def test_vllm_is_told_what_it_needs_and_gets_all_other_flags(started, model_dir)
 
 def test_what_is_given_is_left_as_it_is(started, model_dir, monkeypatch, tmp_path):
     flags = ["--dtype=bfloat16", "--chat_template", "t", "--gpu_memory_utilization", "0.5", "--served-model-name", "m"]
+    flags += ["--max-num-batched-tokens", "64"]
     became = started("--model", model_dir, "--host", "localhost", "--shutdown-timeout", 0, *flags)
     assert became.command[became.command.index("--host") :] == [
         *("--host", "localhost", "--port", str(became.port), "--shutdown-timeout", "0", *flags)
