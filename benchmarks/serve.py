@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,9 +50,10 @@ _VOCABULARY, _LIMIT = 4096, 1024
 
 @dataclass(frozen=True)
 class Round:
-    """What a side took: seconds until the first row was there, and until all were."""
+    """What a side took: seconds until the first row was there, and until all were; CPU seconds of all processes."""
 
     first: float
+    cpu: float
     seconds: float
     tokens: int
     texts: tuple[str, ...]
@@ -95,9 +97,16 @@ def mixed_prompts(count: int) -> list[str]:
     return [text[row * 1500 : row * 1500 + length] for row, length in enumerate(lengths)]
 
 
+def cpu_seconds() -> float:
+    """Of this process and all below it; of two engines, only one works at a time."""
+    mine = psutil.Process()
+    times = [process.cpu_times() for process in (mine, *mine.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
 def product(engine: VllmEngine, model: CheckedModel, source: Path, sampling: Sampling, folder: Path) -> Round:
     """From the file of prompts to the file of answers, as the command goes."""
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), cpu_seconds()
     rows = PromptRows(
         find_inputs([str(source)], LeftOut()), Reading("prompt", sampling), Renderer.of(model.tokenizer, _LIMIT), False
     )
@@ -112,7 +121,8 @@ def product(engine: VllmEngine, model: CheckedModel, source: Path, sampling: Sam
         tokens += sum(one.tokens for one in completions)
         texts += [one.text for one in completions]
     partial.become_lines()
-    return Round(first, time.perf_counter() - begin, tokens, tuple(texts))
+    seconds = time.perf_counter() - begin
+    return Round(first, cpu_seconds() - cpu, seconds, tokens, tuple(texts))
 
 
 def peer(llm: Any, model: CheckedModel, prompts: Sequence[str], sampling: Sampling) -> Round:
@@ -128,14 +138,14 @@ def peer(llm: Any, model: CheckedModel, prompts: Sequence[str], sampling: Sampli
         )
         for row in range(len(prompts))
     ]
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), cpu_seconds()
     outputs = [output.outputs[0] for output in llm.generate(list(prompts), parameters, use_tqdm=False)]
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
     # vLLM's text lacks the beginning of a character with which an answer ends.
     kept = [list(one.token_ids)[: -1 if one.finish_reason == "stop" else None] for one in outputs]
     pairs = zip((model.tokenizer(prompt).input_ids for prompt in prompts), kept, strict=True)
     texts = tuple(decode_answer(model.tokenizer, *pair) for pair in pairs)
-    return Round(seconds, seconds, sum(map(len, kept)), texts)
+    return Round(seconds, cpu, seconds, sum(map(len, kept)), texts)
 
 
 def main() -> None:
@@ -185,12 +195,17 @@ def report(turns: dict[str, list[Round]]) -> None:
     """Medians, and the ratio of each round's neighbours."""
     rates = {name: [one.tokens / one.seconds for one in rounds] for name, rounds in turns.items()}
     rows = [
-        [name, median(rates[name]), median(one.seconds for one in rounds), median(one.first for one in rounds)]
+        [
+            *(name, median(rates[name]), median(one.seconds for one in rounds)),
+            *(median(one.first for one in rounds), median(one.tokens / one.cpu for one in rounds)),
+        ]
         for name, rounds in turns.items()
     ]
-    print(format_table(("side", "tokens/s", "seconds", "first row after s"), rows))
+    print(format_table(("side", "tokens/s", "seconds", "first row after s", "tokens/CPU s"), rows))
     pairs = [a / b for a, b in zip(rates["batch_infer"], rates["LLM.generate"], strict=True)]
     print(f"batch_infer / LLM.generate: median {median(pairs):.3f}, each round {', '.join(f'{p:.3f}' for p in pairs)}")
+    work = [a.cpu / b.cpu for a, b in zip(turns["batch_infer"], turns["LLM.generate"], strict=True)]
+    print(f"CPU seconds, batch_infer / LLM.generate: median {median(work):.3f}")
     mine, theirs = turns["batch_infer"][0].texts, turns["LLM.generate"][0].texts
     print(f"same texts: {sum(a == b for a, b in zip(mine, theirs, strict=True))} of {len(mine)}")
 

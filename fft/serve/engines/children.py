@@ -23,6 +23,8 @@ _LOOK = 0.5
 _LINES = 10_000
 #: What a traceback ends with.
 _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+#: Where the first sentence ends: what follows is vLLM's advice, for its own flags.
+_SENTENCE = re.compile(r"(?<=[.!])\s+(?=[A-Z])")
 #: What errors say of which another one is the cause.
 _HOLLOW = ("root cause", "stack trace", "initialization failed", "background process")
 _GUARD = "import sys; from fft.serve.engines.children import guard; guard(*map(int, sys.argv[1:]))"
@@ -162,4 +164,4 @@ def true_cause(error: Exception, lines: Iterable[str]) -> str:
     if any(word in said for word in _HOLLOW):
         causes = (found[1] for line in lines if (found := _ERROR.search(line)))
         said = next((cause for cause in causes if not any(word in cause for word in _HOLLOW)), said)
-    return said.partition(" See http")[0][:400].rstrip(" .")
+    return _SENTENCE.split(said)[0][:400].rstrip(" .")

@@ -6,6 +6,7 @@ told with each request, so that they are those of the other engine, whatever vLL
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Of a CPU's free memory, what the cache of keys and values takes, and at most so many bytes.
 _CACHE_SHARE, _CACHE_BYTES = 1 / 8, 4 << 30
-#: Seconds that its processes have to end; on a CPU they take five.
-_PATIENCE = 20.0
+#: Seconds that its processes have to end: on a CPU they take five, and more while there is something to do.
+_PATIENCE, _HASTE = 20.0, 2.0
 #: Tokens that a CPU computes at once, or a whole prompt.
 _BATCHED_TOKENS = 4096
 #: Ranks of adapters that vLLM makes room for.
@@ -53,11 +54,9 @@ class VllmEngine:
         self._engine: Any = None
         self._silent = True
         output = self._output = Overheard(shown="VLLM_LOGGING_LEVEL" in os.environ)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         self._children = Children()
         try:
-            with output:
+            with _environment(), output:
                 self._engine = _start(model, limit)
                 self._adapter = self._load_adapter(model.options.lora)
             self._children.settle()
@@ -146,12 +145,25 @@ class VllmEngine:
     def close(self) -> None:
         """Have vLLM end its processes, and end those that it leaves."""
         engine, self._engine = self._engine, None
+        patience = _HASTE if self._requests else _PATIENCE
         self._output.shown = self._output.shown and not self._silent  # how its processes end is told to nobody
         self._requests.clear()
         if engine is not None:
             with contextlib.suppress(Exception):  # of an engine that is dead already
-                engine.engine_core.shutdown(timeout=_PATIENCE)
-        self._children.end(_PATIENCE if engine is not None else 0.0)  # what has not started ends at once
+                engine.engine_core.shutdown(timeout=patience)
+        self._children.end(patience if engine is not None else 0.0)  # what has not started ends at once
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Have vLLM, and the processes that it starts, find ours where the user says nothing; others do not."""
+    ours = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _start(model: "CheckedModel", limit: int) -> Any:
@@ -166,7 +178,6 @@ def _start(model: "CheckedModel", limit: int) -> Any:
         "max_model_len": limit,
         "tensor_parallel_size": options.tensor_parallel_size,
         "trust_remote_code": False,
-        "enable_prefix_caching": True,
     }
     if options.gpu_memory_utilization is not None:
         given["gpu_memory_utilization"] = options.gpu_memory_utilization

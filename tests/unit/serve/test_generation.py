@@ -160,7 +160,7 @@ def test_vllm_is_told_all_of_the_sampling(model_dir, monkeypatch):
     assert given.pop("kv_cache_memory_bytes") <= 4 << 30
     assert given == {
         **{"model": str(model_dir), "dtype": "float32", "max_model_len": 99, "tensor_parallel_size": 1},
-        **{"trust_remote_code": False, "enable_prefix_caching": True, "enforce_eager": True},
+        **{"trust_remote_code": False, "enforce_eager": True},
         **{"enable_chunked_prefill": False, "max_num_batched_tokens": 4096},
         "hf_overrides": {"tie_word_embeddings": False},
     }
