@@ -8,7 +8,7 @@ from pathlib import Path
 from fft import arguments, parity
 from fft.checkpoint import convert
 from fft.data import trace
-from fft.parallel import ring_plan
+from fft.parallel import ring_plan, window_plan
 from fft.quickstart import __main__ as quickstart
 from fft.serve import batch_infer, server
 from fft.text import convert_tokenizer
@@ -36,6 +36,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     batch_infer.build_parser,
     server.build_parser,
     ring_plan.build_parser,
+    window_plan.build_parser,
     quickstart.build_parser,
 )
 

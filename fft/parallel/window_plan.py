@@ -10,14 +10,16 @@ know of windows, nothing is computed that is not seen, and no key travels that n
 Host arithmetic, as :mod:`fft.parallel.ring_plan`.
 """
 
+import argparse
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+from fft.errors import Parser, UserError, run_cli
 from fft.parallel.ring_calls import Band, RankPlan, Span, Step
-from fft.parallel.ring_plan import TokenShards, plan_rank
+from fft.parallel.ring_plan import TokenShards, plan_rank, plan_shards
 
 
 @dataclass(frozen=True)
@@ -161,3 +163,50 @@ def _band_of(group: list[_Piece]) -> Band:
     lengths = [pair for piece in group for pair in (reversed(piece.lengths) if reverse else piece.lengths)]
     queries, keys = (tuple(accumulate((pair[side] for pair in lengths), initial=0)) for side in (0, 1))
     return Band(tuple(p.queries for p in group), tuple(p.keys for p in group), queries, keys, reverse)
+
+
+def savings(lengths: Sequence[int], ranks: int, window: int) -> str:
+    """What every rank computes and receives with a window, beside the same without one."""
+    shards = plan_shards((0, *accumulate(lengths)), ranks)
+    lines = ["rank      pairs  windowed   calls  windowed   received  windowed"]
+    for rank in range(ranks):
+        row = [f"{rank:4d}"]
+        numbers = [_work(plan_attention(shards, rank, seen)) for seen in (None, window)]
+        for all_seen, windowed in zip(*numbers, strict=True):
+            row.append(f"{all_seen:10,d} {windowed:9,d}")
+        lines.append(" ".join(row))
+    return "\n".join(lines)
+
+
+def _work(plan: RankPlan) -> tuple[int, int, int]:
+    """Pairs of a query and a key, launches, and keys received."""
+    bounds = zip(plan.bounds, plan.bounds[1:], strict=False)
+    pairs = sum((b - a) * (b - a + 1) // 2 for a, b in bounds)
+    calls = [*plan.near, *(call for step in plan.steps for call in step.calls)]
+    return pairs + sum(call.area for call in calls), plan.calls, sum(step.received for step in plan.steps)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    parser = Parser(
+        description="What a sliding window spares the ranks of a ring.", prog="python -m fft.parallel.window_plan"
+    )
+    parser.add_argument("lengths", type=int, nargs="+", help="tokens of each document")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks of the ring (default %(default)s)")
+    parser.add_argument("--window", type=int, required=True, help="tokens that a query sees, itself the last")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what a window spares. Raises :class:`UserError` for lengths and ranks that no plan is for."""
+    options = build_parser().parse_args(arguments)
+    if min(*options.lengths, options.ranks, options.window) < 1:
+        raise UserError("lengths, --ranks and --window must be at least 1.")
+    try:
+        print(savings(options.lengths, options.ranks, options.window))
+    except ValueError as error:
+        raise UserError(f"{error}: give longer documents, or fewer --ranks.") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -6,12 +6,13 @@ from device.rings import documents_of, emulate, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fft.errors import UserError
 from fft.ops.attention import packed_attention
 from fft.ops.backends import cpu, reference
 from fft.ops.documents import Softmax
 from fft.ops.ring import gradient_of_sinks, with_sinks
 from fft.parallel.ring_plan import plan_shards
-from fft.parallel.window_plan import plan_attention
+from fft.parallel.window_plan import main, plan_attention
 
 SCALE = 0.3
 
@@ -111,3 +112,16 @@ def test_a_window_makes_the_ring_cheaper(window, ranks):
 def test_a_window_as_long_as_the_documents_is_none():
     shards = plan_shards((0, 16, 32), 2, 1)
     assert plan_attention(shards, 1, 16) is plan_attention(shards, 1)
+
+
+def test_what_a_window_spares_is_printed(capsys):
+    main(["100", "--ranks", "2", "--window", "11"])
+    _, *rows = capsys.readouterr().out.splitlines()
+    pairs = [[int(number.replace(",", "")) for number in row.split()[1:]] for row in rows]
+    assert sum(row[0] for row in pairs) == 100 * 101 // 2
+    assert sum(row[1] for row in pairs) == 11 * 12 // 2 + 89 * 11
+    assert all(row[5] <= 2 * 10 <= row[4] for row in pairs)
+    with pytest.raises(UserError, match="must be at least 1"):
+        main(["100", "--window", "0"])
+    with pytest.raises(UserError, match="give longer documents"):
+        main(["2", "--ranks", "4", "--window", "3"])
