@@ -95,7 +95,12 @@ def convert_tokenizer(directory: Path) -> Converted:
             "tokenizer_config.json or config.json that names the family): others are read as they are."
         )
     settings = {**_json(directory / _MAP), **_json(directory / _CONFIG)}
-    spec, roles, template = (_qwen if family == "qwen" else _pieces)(directory, settings, family)
+    try:
+        spec, roles, template = (_qwen if family == "qwen" else _pieces)(directory, settings, family)
+    except (AttributeError, TypeError, ValueError) as error:  # of settings of other types than they are to have
+        raise UserError(
+            f"{directory} has settings of its tokenizer that are not understood ({one_line(error)}): restore them."
+        ) from error
     for role in _ROLES:
         roles.update({role: content} if (content := _content(settings.get(role))) is not None else {})
     _check(spec, roles, directory)

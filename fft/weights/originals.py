@@ -13,12 +13,8 @@ from fft.weights.names import StoredRows
 
 #: Settings of code that comes with a model, and of how it was once run.
 _OWN_CODE = (
-    "auto_map",
-    "architectures",
-    "tokenizer_class",
-    "attn_implementation",
-    "_name_or_path",
-    "_from_model_config",
+    *("auto_map", "architectures", "tokenizer_class", "attn_implementation"),
+    *("_name_or_path", "_from_model_config"),
 )
 _QWEN_SETTINGS = {
     "layer_norm_epsilon": "rms_norm_eps",
@@ -100,14 +96,19 @@ def generation_of(raw: dict, generation: dict) -> dict:
 def translate(raw: dict, names: Iterable[str]) -> dict[str, str | StoredRows]:
     """Tensors of a checkpoint by the names that the architecture has for them: stored names, or rows of those.
 
-    What is not known keeps its name. ``raw`` is the checkpoint's ``config.json``, of a family that is an
-    :class:`Original`.
+    What is not known keeps its name. ``raw`` is the checkpoint's ``config.json``, of any family. Raises
+    :class:`UserError` for one of an :class:`Original` that lacks its sizes.
     """
     family = original_of(raw)
     if family is None:
         return {name: name for name in names}
     found: dict[str, str | StoredRows] = {}
-    parts = family.parts(raw)
+    try:
+        parts = family.parts(raw)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the config.json of a {raw['model_type']} does not say of what sizes it is ({error!r}): restore it."
+        ) from error
     for name in names:
         if re.search(family.ignored, name):
             continue

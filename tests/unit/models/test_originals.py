@@ -124,3 +124,10 @@ def test_alibi_is_exact_only_so_far(tmp_path):
     check_supported(config, 65536)
     with pytest.raises(UserError, match="use --seq_len 65536 or less"):
         check_supported(config, 65537)
+
+
+def test_weights_beside_a_config_without_sizes_are_refused(tmp_path):
+    write_original(tmp_path, FAMILIES["internlm2"])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internlm2", "hidden_size": 64}))
+    with pytest.raises(UserError, match="does not say of what sizes it is"):
+        WeightReader(tmp_path)

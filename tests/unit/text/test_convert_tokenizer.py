@@ -128,6 +128,33 @@ def test_two_tokens_of_one_name_are_refused(tmp_path):
         convert_tokenizer.convert_tokenizer(original)
 
 
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<s>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"one": {"content": "x"}}}),
+        ("tokenizer_config.json", {"eos_token": "<nowhere>"}),
+        ("added_tokens.json", {"<new>": 9000}),
+        ("added_tokens.json", {"<new>": "last"}),
+        ("generation_config.json", {"user_token_id": "two"}),
+        ("generation_config.json", [1]),
+    ],
+)
+def test_settings_of_other_forms_are_refused(tmp_path, file, settings):
+    original = write_pieces(tmp_path / "original", "BaichuanTokenizer", size=700)
+    given = settings if file != "tokenizer_config.json" else {"tokenizer_class": "BaichuanTokenizer", **settings}
+    (original / file).write_text(json.dumps(given))
+    with pytest.raises(UserError):
+        convert_tokenizer.convert_tokenizer(original)
+
+
+def test_tokens_that_are_added_behind_the_vocabulary_are_kept(tmp_path):
+    original = write_pieces(tmp_path / "original", "BaichuanTokenizer", size=700, add_dummy_prefix=False)
+    (original / "added_tokens.json").write_text(json.dumps({"<new>": 700, "<newer>": 701}))
+    tokenizer = converted(original, tmp_path / "out")
+    assert tokenizer("<newer>a<new>", add_special_tokens=False).input_ids == [701, *pieces_ids(original, ["a"])[0], 700]
+
+
 TALK = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
