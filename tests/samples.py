@@ -1,4 +1,4 @@
-"""One sample by itself, for tests that look at samples; the trainer only makes micro-batches of them."""
+"""Samples and records by themselves, for tests that look at one; the trainer only makes micro-batches of them."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from fft.data.batches import micro_batch
 from fft.data.samples import Samples
+from fft.text.records import Keys
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,9 @@ def read_sample(reader: Samples, index: int) -> Sample:
     """Sample ``index`` counted from the start of epoch 0."""
     batch = micro_batch(reader, [index], index + 1)
     return Sample(batch.input_ids[0], batch.labels, np.unique(batch.cu_seqlens))
+
+
+class TextKeys(Keys):
+    """Keys of texts, as far as finding and reading inputs asks the task."""
+
+    bytes_beside = 0

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
+from samples import TextKeys
 
 from fft.corpus.files import find_sources, kind_of, spans_of
 from fft.corpus.records import first_malformed, read_records
@@ -20,7 +21,7 @@ from fft.data.arrow_lists import lists_to_bytes
 from fft.data.known import LeftOut
 from fft.data.table import Table
 from fft.errors import UserError
-from fft.text.records import Keys, Malformed
+from fft.text.records import Malformed
 from spark_jobs.token_table.rows import doc_ids, token_lists
 
 #: ``FUZZ_EXAMPLES=10000`` looks longer.
@@ -29,7 +30,7 @@ EXAMPLES = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-KEYS = Keys()
+KEYS = TextKeys()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import deltalake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from samples import TextKeys
 
 from fft.corpus.files import find_sources, kind_of, spans_of
 from fft.corpus.readers import read_lines, read_row_groups
@@ -18,7 +19,6 @@ from fft.corpus.remote import find_remote
 from fft.corpus.splits import deal
 from fft.data.known import LeftOut, partition_of
 from fft.errors import UserError
-from fft.text.records import Keys
 
 
 def refusal(function, *given) -> str:
@@ -137,7 +137,7 @@ def delta(folder: Path, **options) -> Path:
 
 
 def texts(sources) -> list[tuple]:
-    keys = Keys()
+    keys = TextKeys()
     splits = deal(spans_of(sources, keys))
     return sorted(row for split in splits for rows in read_records(split, keys, Counter()) for row in rows)
 
@@ -186,17 +186,17 @@ def test_ids_of_partitions_are_read_and_other_columns_counted(tmp_path):
 
 def test_parquet_without_rows_and_with_columns_of_one_name(tmp_path):
     pq.ParquetWriter(tmp_path / "empty.parquet", pa.schema([("text", pa.string())])).close()
-    assert spans_of(find_sources([tmp_path]), Keys()) == []
+    assert spans_of(find_sources([tmp_path]), TextKeys()) == []
     assert list(read_row_groups(str(tmp_path / "empty.parquet"), 0, 0, ["text"])) == []
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), tmp_path / "twice.parquet")
-    said = refusal(spans_of, find_sources([tmp_path]), Keys())
+    said = refusal(spans_of, find_sources([tmp_path]), TextKeys())
     assert said == f"{tmp_path}/twice.parquet has more than one column text: rename all but one."
 
 
 def test_an_error_of_a_folder_names_the_file(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": [1]}), tmp_path / "b.parquet")
-    assert f"{tmp_path}/b.parquet: column text is int64" in refusal(spans_of, find_sources([tmp_path]), Keys())
+    assert f"{tmp_path}/b.parquet: column text is int64" in refusal(spans_of, find_sources([tmp_path]), TextKeys())
 
 
 def test_what_cannot_be_read_is_said_with_what_to_do(tmp_path, monkeypatch):

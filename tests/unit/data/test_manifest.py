@@ -68,8 +68,8 @@ def test_what_is_no_manifest_is_named(text, tmp_path):
 
 
 def test_a_manifest_of_the_future_asks_for_an_upgrade():
-    future = json.loads(FACTS.to_json()) | {"format_version": 2, "unheard": 1}
-    with pytest.raises(UserError, match="there has format version 2, this release reads up to 1: upgrade"):
+    future = json.loads(FACTS.to_json()) | {"format_version": 3, "unheard": 1}
+    with pytest.raises(UserError, match="there has format version 3, this release reads up to 2: upgrade"):
         Manifest.from_json(json.dumps(future), "there")
 
 
