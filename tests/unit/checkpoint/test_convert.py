@@ -7,14 +7,17 @@ import shutil
 import pytest
 import torch
 from conftest import SMALL
+from families import small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fft.checkpoint import conversion
 from fft.checkpoint.adapter import scale_of
 from fft.checkpoint.conversion import Merged
 from fft.checkpoint.convert import main
 from fft.data.owner import owned
 from fft.errors import UserError
+from fft.parity_run import write_random_model
 from fft.weights.hf import WeightReader
 
 
@@ -227,6 +230,18 @@ def test_adapters_that_do_not_fit_are_named(directory, tmp_path):
         wide.tensor(f"{q_proj}.weight")
     with pytest.raises(UserError, match="is no matrix of plain LoRA: merge it with PEFT"):
         merged(directory, tmp_path / "other", {"base_model.model.model.norm.weight": torch.ones(2)})
+
+
+def test_an_adapter_is_added_to_weights_that_files_call_otherwise(tmp_path):
+    """Of a module that transformers calls shared_experts and the files shared_mlp."""
+    write_random_model(small_config("hy_v3"), tmp_path / "model", 0)
+    name, stored = (f"model.layers.1.mlp.{kind}.up_proj" for kind in ("shared_experts", "shared_mlp"))
+    folder, reader = tmp_path / "adapter", WeightReader(tmp_path / "model")
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    save_file(matrices(name, 32, 32), folder / "adapter_model.safetensors")
+    with_adapter = conversion.merged(reader, folder, None, tmp_path / "model")
+    torch.testing.assert_close(with_adapter.tensor(f"{stored}.weight"), reader.tensor(f"{stored}.weight") + 8)
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora",)])
