@@ -117,6 +117,19 @@ def test_a_hybrid_may_have_no_positions(tmp_path):
     torch.testing.assert_close(loss_by_layers(run), loss_by_transformers(loaded(tmp_path)), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe"])
+def test_biases_that_balance_experts_stay_in_fp32(family, tmp_path):
+    """A buffer of one, of the other a parameter that is never trained."""
+    config = written(family, tmp_path)
+    files = hf.WeightReader(tmp_path)
+    made = StageBuilder(ModelSpec(config, torch.bfloat16), weights=files)
+    modules, _ = build(made)
+    kept = whole_tensors(canonical_buffers(modules), made)
+    assert sorted(kept) == [name for name in sorted(files.names) if name.endswith("e_score_correction_bias")]
+    assert all(torch.equal(value, files.tensor(name)) for name, value in kept.items())
+    assert canonical_parameters(modules)["model.norm.weight"].dtype == torch.bfloat16
+
+
 def test_stored_buffers_are_read_and_written_back(tmp_path):
     config = written("apertus", tmp_path)
     reader = hf.WeightReader(tmp_path)
