@@ -30,6 +30,9 @@ _REFUSED = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 #: Tokens around those of an image.
 _AROUND = 2
 
+#: Characters of a file's name that are told.
+_LONGEST_NAME = 120
+
 #: What is said of an image: its bytes, or the name of its file.
 Source = bytes | str
 
@@ -88,7 +91,7 @@ class ImageParts:
 
     def read(self, source: Source, number: int) -> ReadImage:
         """An image of a conversation, checked to its last byte. Raises :class:`Malformed` naming it."""
-        name = f"image {number}" + (f" ({source})" if isinstance(source, str) else "")
+        name = f"image {number}" + (f" ({_shown(source)})" if isinstance(source, str) else "")
         try:
             data = self._read_file(source) if isinstance(source, str) else source
             seen = check_image(data)
@@ -178,8 +181,14 @@ def _source(value: object, where: str) -> Source:
         raise Malformed(f"{where} is no file's name: it holds a zero byte")
     value = value.removeprefix("file://")
     if "://" in value:
-        raise Malformed(f"{where} is at {value[:80]}: download it, and give its name in image_path")
+        raise Malformed(f"{where} is at {_shown(value)}: download it, and give its name in image_path")
     return value
+
+
+def _shown(name: str) -> str:
+    """A name as a sentence can have it."""
+    name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]} ..."
+    return name if name.isprintable() else repr(name)
 
 
 def _from_base64(text: object, where: str) -> bytes:

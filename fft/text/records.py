@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -77,6 +77,8 @@ class Keys:
 
     text: str = "text"
     id: str = "id"
+
+    bytes_beside: ClassVar[int] = 0
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """The text's column, and the id's if there is one. Raises :class:`UserError` when there is no text."""

@@ -239,3 +239,58 @@ def test_a_directory_whose_parts_do_not_agree_is_refused(tmp_path, files):
     (model / "config.json").write_text(json.dumps(config | {"image_token_id": 1000}))
     with pytest.raises(UserError, match="lacks the token 1000"):
         load(model, files)
+
+
+def test_random_contents_are_read_or_malformed(models, files):
+    chat, rng = load(models["qwen2_vl"], files, max_len=40), np.random.default_rng(11)
+    leaves = [
+        "a.png",
+        "<image>",
+        "<image>\n",
+        "b",
+        "",
+        "\0",
+        "\ud800",
+        "..",
+        "/",
+        "data:,",
+        "data:x;base64,AA",
+        "file://a.png",
+    ]
+    leaves += [
+        None,
+        0,
+        1.5,
+        True,
+        a_png(),
+        "<|image_pad|>",
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        "~",
+        "a" * 5000,
+    ]
+    keys = ["type", "text", "image", "image_url", "url", "path", "base64", "bytes", "video", "detail", "max_pixels"]
+    kinds = ["text", "image", "image_url", "video", ["image"], None]
+
+    def value(depth):
+        choice = rng.integers(0, 10)
+        if depth > 2 or choice < 4:
+            return leaves[rng.integers(0, len(leaves))]
+        if choice < 7:
+            return [value(depth + 1) for _ in range(rng.integers(0, 4))]
+        found = {keys[i]: value(depth + 1) for i in rng.integers(0, len(keys), int(rng.integers(0, 4)))}
+        return found | ({"type": kinds[rng.integers(0, len(kinds))]} if rng.integers(0, 2) else {})
+
+    read, said = [], []
+    for _ in range(800):
+        record = {"messages": [{"role": "user", "content": value(0)}, {"role": "assistant", "content": "yes"}]}
+        for key in ("images", "image"):
+            if not rng.integers(0, 4):
+                record[key] = value(1)
+        try:
+            read.append(chat.parse("json", json.dumps(record).encode(), None))
+        except Malformed as error:
+            said.append(str(error))
+    assert len(read) > 25
+    assert not [text for text in said if "\n" in text]
+    batch, _ = chat.token_rows(read, Encoder(chat.recipe))
+    assert max(batch["input_ids"].value_lengths().to_pylist()) <= 40
