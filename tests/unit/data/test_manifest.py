@@ -1,6 +1,7 @@
 """The manifest: read back as written, whole or not at all, and the hash that ties a table to its tokenizer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -71,6 +72,14 @@ def test_a_manifest_of_the_future_asks_for_an_upgrade():
     future = json.loads(FACTS.to_json()) | {"format_version": 3, "unheard": 1}
     with pytest.raises(UserError, match="there has format version 3, this release reads up to 2: upgrade"):
         Manifest.from_json(json.dumps(future), "there")
+
+
+def test_only_tables_with_images_have_the_second_format():
+    texts, images = json.loads(FACTS.to_json()), replace(FACTS, vision={"merge": 2})
+    assert texts["format_version"] == 1
+    assert "vision" not in texts
+    assert json.loads(images.to_json())["format_version"] == 2
+    assert Manifest.from_json(images.to_json(), "it") == images
 
 
 def test_states_of_a_folder(tmp_path):
