@@ -137,14 +137,8 @@ class TrainArguments:
         "that is installed and right (docs/attention.md)",
         "auto",
         choices=(
-            "auto",
-            "reference",
-            "cpu",
-            "cuda",
-            "flash_attention_2",
-            "flash_attention_3",
-            "flash_attention_4",
-            "npu",
+            *("auto", "reference", "cpu", "cuda"),
+            *("flash_attention_2", "flash_attention_3", "flash_attention_4", "npu"),
         ),
     )
     fused_ops: str = flag(
@@ -165,6 +159,7 @@ class TrainArguments:
     pipe_parallel_size: int = flag("pipeline stages", 1, topic="Layout")
     model_parallel_size: int = flag("ranks that share the parameters of a layer (tensor parallel)", 1)
     sequence_parallel_size: int = flag("ranks that share the tokens of a micro-batch: for very long rows", 1)
+    expert_parallel_size: int = flag("data- and sequence-parallel neighbours that share out a layer's experts", 1)
     ulysses_degree: int = flag(
         "so many neighbours of the sequence-parallel ranks exchange heads, rings of keys run across (1: rings only)", 1
     )

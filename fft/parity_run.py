@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
         if getattr(config, name, None):
             setattr(small, name, 2 * small.hidden_size)
-    _shrink_experts(small, max(4, args.model_parallel_size))
+    _shrink_experts(small, max(4, args.model_parallel_size, args.expert_parallel_size))
     rotary = getattr(small, "rope_parameters", None) or {}
     for name in ("short_factor", "long_factor"):  # one for each of the frequencies, of which there are fewer
         if isinstance(factors := rotary.get(name), list):
@@ -255,8 +256,7 @@ def compare(given: Mapping[str, Any], steps: int) -> int:
         model, run = Path(folder, "model"), Path(folder, "run")
         mine = resolve({"output_dir": str(run), **given})
         args = flags_of(mine, model, run, steps)
-        shape = args.pipe_parallel_size * args.sequence_parallel_size * args.model_parallel_size
-        ranks = mine.ranks or shape * (2 if args.gradient_accumulation_steps > 1 else 1)
+        ranks = mine.ranks or _fewest_ranks(args)
         config = load_config(start_of(mine), mine.init, weights=not mine.init)
         check_supported(config, mine.seq_len)
         small = shrunken(config, mine)
@@ -272,9 +272,17 @@ def compare(given: Mapping[str, Any], steps: int) -> int:
     return 1 if found else 0
 
 
+def _fewest_ranks(args: TrainArguments) -> int:
+    """As the flags say, with two replicas where a step has several micro-batches, and all experts."""
+    replicas, sequence = 2 if args.gradient_accumulation_steps > 1 else 1, max(1, args.sequence_parallel_size)
+    shared = math.lcm(replicas * sequence, max(1, args.expert_parallel_size))
+    return args.pipe_parallel_size * args.model_parallel_size * shared
+
+
 def _heading(config: PretrainedConfig, plan: Plan, ranks: int) -> str:
     mesh = plan.mesh
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
+    sizes += f", experts over {mesh.expert}" if mesh.expert > 1 else ""
     heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} keys"
     return (
         f"{ranks} ranks = {sizes} against one process, in fp32\n{config.model_type}: {config.num_hidden_layers} "

@@ -47,10 +47,12 @@ class Fragment:
         return cls(start + shard.flat_start, stop + shard.flat_start)
 
     def to_list(self) -> list:
-        """As JSON takes it: start and stop, and of a part the parameter's shape, the dimension and the spans."""
-        if self.shard is None:
+        """As JSON takes it: start and stop, and of a part the parameter's shape, the dimension, the spans, experts."""
+        shard = self.shard
+        if shard is None:
             return [self.start, self.stop]
-        return [self.start, self.stop, self.shard.shape, self.shard.dim, self.shard.spans]
+        experts = [] if shard.experts is None else [shard.experts]
+        return [self.start, self.stop, shard.shape, shard.dim, shard.spans, *experts]
 
     @classmethod
     def from_list(cls, values: list) -> "Fragment":
@@ -58,8 +60,9 @@ class Fragment:
         start, stop, *rest = values
         if not rest:
             return cls(start, stop)
-        shape, dim, spans = rest
-        return cls(start, stop, Shard(tuple(shape), dim, tuple(map(tuple, spans))))
+        shape, dim, spans, *experts = rest
+        part = Shard(tuple(shape), dim, tuple(map(tuple, spans)), experts=tuple(experts[0]) if experts else None)
+        return cls(start, stop, part)
 
 
 class SavedFragments:

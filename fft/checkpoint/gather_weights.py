@@ -1,8 +1,10 @@
-"""Parameters as they are written: whole, under the names of files, shared out over tensor-parallel ranks."""
+"""Parameters as they are written: whole, under the names of files, shared out over the ranks that hold a stage."""
 
 import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import torch
@@ -10,20 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fft.models.causal_lm import StageBuilder
-from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import Shard
 
 
 def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> dict[str, Tensor]:
     """The tensors that this rank writes of its stage's ``parameters``, by the names in files.
 
-    Collective over the ranks of a tensor-parallel group: each gets whole tensors, about equal shares of the stage, in
-    host memory, so that none holds a stage whole. Without one they are views of the parameters.
+    Collective over the ranks that hold a stage together, tensor- and expert-parallel: each gets whole tensors, about
+    equal shares of the stage, in host memory, so that none holds a stage whole. Of a stage that one rank holds they are
+    views of the parameters.
     """
-    ranks, stored = builder.ranks.tensor, builder.spec.stored
+    ranks, stored = _Holding.of(builder), builder.spec.stored
     if ranks is None:
         return stored.to_stored({name: p.detach() for name, p in parameters.items()})
-    every = [builder.spec.shards(rank, ranks.size) for rank in range(ranks.size)]
+    every = ranks.shards(builder)
     whole = {name: builder.shards[name].shape if name in builder.shards else p.shape for name, p in parameters.items()}
     sizes: dict[str, int] = defaultdict(int)
     for name, shape in whole.items():
@@ -41,20 +43,49 @@ def whole_tensors(parameters: Mapping[str, Tensor], builder: StageBuilder) -> di
     return stored.to_stored(own)
 
 
-def _collect(local: Tensor, shards: Sequence[Shard], owner: int, ranks: TensorParallel) -> Tensor | None:
-    """Parts of all ranks as one tensor on ``owner``; None elsewhere. Copies are sent once."""
+@dataclass(frozen=True)
+class _Holding:
+    """The ranks that hold a stage's parameters together, and this rank's place among them."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    tensor: int
+    expert: int
+
+    @classmethod
+    def of(cls, builder: StageBuilder) -> "_Holding | None":
+        """None where a rank holds a stage by itself."""
+        (rank, tensor, (place, expert)), ranks = builder.ranks.places, builder.ranks
+        group = ranks.expert.holders if ranks.expert else ranks.tensor.group if ranks.tensor else None
+        return cls(group, place * tensor + rank, tensor, expert) if tensor * expert > 1 else None
+
+    @property
+    def size(self) -> int:
+        """Tensor ranks are neighbours."""
+        return self.tensor * self.expert
+
+    def shards(self, builder: StageBuilder) -> list[dict[str, Shard]]:
+        """Of each rank what it holds."""
+        places = product(range(self.expert), range(self.tensor))
+        return [builder.spec.shards(rank, self.tensor, (place, self.expert)) for place, rank in places]
+
+
+def _collect(local: Tensor, shards: Sequence[Shard], owner: int, ranks: _Holding) -> Tensor | None:
+    """Parts of all ranks as one tensor on ``owner``; None elsewhere. Of what several have one copy is sent, or none."""
+    parts = {(shards[owner].spans, shards[owner].experts): owner}
+    for rank, shard in enumerate(shards):
+        parts.setdefault((shard.spans, shard.experts), rank)
     if ranks.rank != owner:
-        if shards[ranks.rank].copy == 0:
+        if ranks.rank in parts.values():
             dist.send(local, group=ranks.group, group_dst=owner)
         return None
     whole = torch.empty(shards[0].shape, dtype=local.dtype)
-    for rank, shard in enumerate(shards):
-        if rank != owner and shard.copy == 0:
-            received = local.new_empty(shard.local_shape)
+    for rank in sorted(parts.values()):
+        received = local
+        if rank != owner:
+            received = local.new_empty(shards[rank].local_shape)
             dist.recv(received, group=ranks.group, group_src=rank)
-            shard.put(whole, received)
-        elif rank == owner:
-            shard.put(whole, local)
+        shards[rank].put(whole, received)
     return whole
 
 

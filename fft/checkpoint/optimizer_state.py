@@ -46,10 +46,11 @@ def gather(
     are their own masters, which are not given again; of what several tensor-parallel ranks hold, the first gives it.
     """
     tensors, ranges = {}, {}
-    # Without ZeRO replicas hold the same, and the first one gives it.
-    gives = optimizer.zero or role.writes
-    for name, parameter in parameters.items() if gives else ():
-        (start, fragments), shard = _fragments(optimizer, parameter), shards.get(name)
+    for name, parameter in parameters.items():
+        shard = shards.get(name)
+        # Without ZeRO replicas hold the same, and the first one, or of experts the first of each part, gives it.
+        first = role.place == 0 if shard is None or shard.experts is None else role.writes
+        start, fragments = _fragments(optimizer, parameter) if optimizer.zero or first else (0, {})
         if fragments and (role.leads if shard is None else shard.copy == 0):
             ranges[name] = Fragment.of(start, start + fragments[_MOMENTS[0]].numel(), shard).to_list()
             tensors.update({f"{kind}/{name}": tensor for kind, tensor in fragments.items()})

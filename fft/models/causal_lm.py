@@ -17,7 +17,9 @@ from fft.models.experts import LoadBalance
 from fft.models.lora import is_adapter, reset_adapter, seed_of
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.cross_entropy import Vocabulary
+from fft.ops.experts import spread_all
 from fft.ops.sequence_parallel import SequenceParallel
+from fft.parallel.expert import ExpertParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.parallel.tensor_plan import Shard, heads_of
@@ -29,17 +31,25 @@ _LOADED = "_is_hf_initialized"
 
 @dataclass(frozen=True)
 class Ranks:
-    """With whom this rank shares the parameters of its layers, and the tokens of a row; None: it has all of them."""
+    """With whom this rank shares the parameters of its layers, the tokens of a row, experts; None: it has all."""
 
     tensor: TensorParallel | None = None
     sequence: SequenceParallel | None = None
+    expert: ExpertParallel | None = None
 
     @classmethod
     def join(cls, spec: ModelSpec, mesh: MeshSizes, ulysses_degree: int = 1) -> "Ranks":
         """This rank's place in ``mesh``. Collective: every rank of the default group calls it."""
         tensor = TensorParallel(mesh, heads_of(spec.config)[1]) if mesh.tensor > 1 else None
         sequence = SequenceParallel(mesh.sequence_groups(), ulysses_degree) if mesh.sequence > 1 else None
-        return cls(tensor, sequence)
+        return cls(tensor, sequence, ExpertParallel(mesh) if mesh.expert > 1 else None)
+
+    @property
+    def places(self) -> tuple[int, int, tuple[int, int]]:
+        """What :meth:`ModelSpec.shards` takes: rank and size of the tensor ranks, and those of the expert ranks."""
+        tensor, expert = self.tensor, self.expert
+        rank, size = (0, 1) if tensor is None else (tensor.rank, tensor.size)
+        return rank, size, (0, 1) if expert is None else (expert.rank, expert.size)
 
 
 class StageBuilder:
@@ -61,9 +71,9 @@ class StageBuilder:
             check_tensors(spec, weights.names, weights.directory)
         self.spec, self.ranks = spec, ranks or Ranks()
         self._weights, self._adapter = weights, adapter
-        tensor, sequence = self.ranks.tensor, self.ranks.sequence
+        sequence = self.ranks.sequence
         #: Parts of parameters that this rank holds where it holds the layer, by full name; what is not here is whole.
-        self.shards: Mapping[str, Shard] = spec.shards(tensor.rank, tensor.size) if tensor is not None else {}
+        self.shards: Mapping[str, Shard] = spec.shards(*self.ranks.places)
         #: Of a mixture of experts: the balance losses of the layers that are built.
         self.balance: LoadBalance | None = None
         if spec.routing is not None:
@@ -86,6 +96,8 @@ class StageBuilder:
         self._fill(built, path)
         if self.ranks.tensor is not None:
             parallelise(built, self.spec.within(path), self.spec.plan, shards, self.ranks.tensor)
+        if self.ranks.expert is not None:
+            spread_all(built, self.ranks.expert)
         return built
 
     @torch.no_grad()

@@ -29,6 +29,8 @@ KEPT = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
         "flash_attn_3::fwd",
         "npu::npu_fusion_attention",
+        # Of experts that are spread over ranks (fft/parallel/expert.py): rows are not sent again.
+        "_c10d_functional::all_to_all_single",
     }
 )
 

@@ -18,8 +18,9 @@ from fft.models.stored import stored_names
 from fft.models.trial import embedding_and_norm, try_out
 from fft.ops.alibi import COLUMNS, alibi_slopes
 from fft.ops.attention import register_with_transformers
+from fft.ops.experts import asks_interface
 from fft.ops.fused import FusedOps, fuse
-from fft.parallel.tensor_plan import Shard, heads_of, plan_of, shard_of
+from fft.parallel.tensor_plan import Shard, expert_shard, heads_of, plan_of, shard_of
 from fft.weights.names import StoredNames
 
 #: The types that ``--dtype`` names.
@@ -144,6 +145,16 @@ class ModelSpec:
         return next((found for name in names if (found := getattr(self.config, name, None))), 1)
 
     @cached_property
+    def experts(self) -> frozenset[str]:
+        """Names of the parameters of experts, [experts, ...], that ranks may share out by expert."""
+        found = set()
+        for path, module in self.skeleton.named_modules():
+            if asks_interface(module):
+                own = module.named_parameters(recurse=False)
+                found |= {f"{path}.{name}" for name, p in own if p.ndim > 1 and len(p) == module.num_experts}
+        return frozenset(found)
+
+    @cached_property
     def plan(self) -> Mapping[str, str]:
         """What tensor parallelism cuts, and how: see :func:`fft.parallel.tensor_plan.plan_of`."""
         return plan_of(self.config)
@@ -157,11 +168,17 @@ class ModelSpec:
         """A dotted name of the model, relative to the decoder, as plans have it."""
         return path.removeprefix(f"{self.base}.")
 
-    def shards(self, rank: int, size: int) -> dict[str, Shard]:
-        """By name, the parts of all parameters of which a tensor-parallel rank of ``size`` holds a part only."""
+    def shards(self, rank: int, size: int, expert: tuple[int, int] = (0, 1)) -> dict[str, Shard]:
+        """By name, the parts of all parameters of which a tensor-parallel rank of ``size`` holds a part only.
+
+        ``expert`` is the rank, and how many there are, among those that share out experts.
+        """
         heads, found = heads_of(self.config), {}
-        for name, parameter in self.skeleton.named_parameters() if size > 1 else ():
-            shard = shard_of(self.within(name), tuple(parameter.shape), self.plan, heads, rank, size)
+        for name, parameter in self.skeleton.named_parameters() if size > 1 or expert[1] > 1 else ():
+            shape = tuple(parameter.shape)
+            shard = shard_of(self.within(name), shape, self.plan, heads, rank, size)
+            if expert[1] > 1 and name in self.experts:
+                shard = expert_shard(shape, *expert, shard)
             if shard is not None:
                 found[name] = shard
         return found

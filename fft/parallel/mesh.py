@@ -14,6 +14,8 @@ class MeshSizes:
     pipe: int
     sequence: int = 1
     tensor: int = 1
+    #: Neighbours among the ranks of data x sequence that share a layer's experts; no dimension of its own.
+    expert: int = 1
 
     @property
     def world(self) -> int:
@@ -37,10 +39,34 @@ class MeshSizes:
         coordinates = product(range(self.pipe), range(self.data), range(self.sequence))
         return [[self.rank(p, d, s, t) for t in range(self.tensor)] for p, d, s in coordinates]
 
+    def expert_groups(self) -> list[list[int]]:
+        """Global ranks that have the experts of a layer together, each some, and exchange tokens."""
+        return [group for axis in self._replicas() for group in _stretches(axis, self.expert)]
 
-def mesh_sizes(world: int, pipe: int, sequence: int, tensor: int) -> MeshSizes:
+    def expert_data_groups(self) -> list[list[int]]:
+        """Global ranks that have the same experts, and sum up their gradients."""
+        return [axis[expert :: self.expert] for axis in self._replicas() for expert in range(self.expert)]
+
+    def holder_groups(self) -> list[list[int]]:
+        """Global ranks that have a stage's parameters together: of every expert group, all tensor ranks."""
+        stage = self.data * self.sequence * self.tensor
+        stages = [list(range(first, first + stage)) for first in range(0, self.world, stage)]
+        return [group for ranks in stages for group in _stretches(ranks, self.expert * self.tensor)]
+
+    def _replicas(self) -> list[list[int]]:
+        """Global ranks of data x sequence, for every stage and place among the tensor ranks."""
+        places = list(product(range(self.data), range(self.sequence)))
+        stages = product(range(self.pipe), range(self.tensor))
+        return [[self.rank(pipe, *place, tensor) for place in places] for pipe, tensor in stages]
+
+
+def _stretches(ranks: list[int], size: int) -> list[list[int]]:
+    return [ranks[first : first + size] for first in range(0, len(ranks), size)]
+
+
+def mesh_sizes(world: int, pipe: int, sequence: int, tensor: int, expert: int = 1) -> MeshSizes:
     """Derive the data-parallel size from what is left. Raises :class:`UserError` for impossible sizes."""
-    for flag, size in (("pipe", pipe), ("sequence", sequence), ("model", tensor)):
+    for flag, size in (("pipe", pipe), ("sequence", sequence), ("model", tensor), ("expert", expert)):
         if size < 1:
             raise UserError(f"--{flag}_parallel_size {size} must be at least 1.")
     model = pipe * sequence * tensor
@@ -53,4 +79,11 @@ def mesh_sizes(world: int, pipe: int, sequence: int, tensor: int) -> MeshSizes:
         raise UserError(
             f"the world of {world} rank(s) cannot be divided by {by}: start a multiple of {model} ranks{instead}."
         )
-    return MeshSizes(world // model, pipe, sequence, tensor)
+    replicas = world // (pipe * tensor)
+    if replicas % expert:
+        fitting = [n for n in range(1, replicas + 1) if replicas % n == 0]
+        raise UserError(
+            f"--expert_parallel_size {expert} must divide the {replicas} rank(s) of data x sequence parallel: use "
+            f"{' or '.join(map(str, fitting))}, or start more ranks."
+        )
+    return MeshSizes(world // model, pipe, sequence, tensor, expert)

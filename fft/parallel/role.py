@@ -49,16 +49,21 @@ class StageRole:
         return self.last and self.leads
 
     @property
+    def place(self) -> int:
+        """Its place among the ranks of data x sequence."""
+        return self.replica * self.mesh.sequence + self.sequence
+
+    @property
     def writes(self) -> bool:
-        """Whether it is of the ranks that write the weights, which all replicas have."""
-        return self.replica == 0 and self.sequence == 0
+        """Whether it is of the ranks that write the weights, which all replicas have: the first expert group's."""
+        return self.place < self.mesh.expert
 
     @property
     def shard(self) -> int:
         """The file of weights that it writes, counted from 0."""
-        return self.stage * self.mesh.tensor + self.tensor
+        return (self.stage * self.mesh.expert + self.place) * self.mesh.tensor + self.tensor
 
     @property
     def shards(self) -> int:
-        """Files of weights that make a model: one for each stage and tensor-parallel rank."""
-        return self.mesh.pipe * self.mesh.tensor
+        """Files of weights that make a model: one for each stage, expert- and tensor-parallel rank."""
+        return self.mesh.pipe * self.mesh.expert * self.mesh.tensor

@@ -8,7 +8,7 @@ What it does not name is held whole by every rank.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -30,6 +30,8 @@ _VOCABULARY = ("embed_tokens", "embed_in", "lm_head", "embed_out")
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 #: torch's grouped products of experts take rows of whole 16 bytes: 8 values of bf16.
 _ALIGNED = 8
+#: What configs call the number of a layer's experts.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
 _WHOLE = {"colwise": "lora_A", "rowwise": "lora_B"}
 
@@ -38,7 +40,8 @@ _WHOLE = {"colwise": "lora_A", "rowwise": "lora_B"}
 class Shard:
     """What a rank holds of a parameter of ``shape``: ``spans`` of dimension ``dim``, one after the other.
 
-    ``copies`` neighbouring ranks hold the same; this is the ``copy``-th of them.
+    ``copies`` neighbouring ranks hold the same; this is the ``copy``-th of them. With ``experts`` the part is of these
+    entries of dimension 0, as an expert-parallel rank has them, and ``dim`` is another dimension.
     """
 
     shape: tuple[int, ...]
@@ -46,19 +49,40 @@ class Shard:
     spans: tuple[tuple[int, int], ...]
     copies: int = 1
     copy: int = 0
+    experts: tuple[int, int] | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the part."""
         held = sum(b - a for a, b in self.spans)
-        return (*self.shape[: self.dim], held, *self.shape[self.dim + 1 :])
+        shape = self._among
+        return (*shape[: self.dim], held, *shape[self.dim + 1 :])
+
+    @property
+    def _among(self) -> tuple[int, ...]:
+        """Shape of what ``spans`` cut: the parameter, or some of its experts."""
+        if self.experts is None:
+            return self.shape
+        first, stop = self.experts
+        return (stop - first, *self.shape[1:])
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """What ``spans`` cut of the whole parameter; a view."""
+        return whole if self.experts is None else whole[slice(*self.experts)]
+
+    @property
+    def _before(self) -> int:
+        """Elements of the flattened parameter that stand before what ``spans`` cut."""
+        return 0 if self.experts is None else self.experts[0] * prod(self.shape[1:])
 
     def of(self, whole: Tensor) -> Tensor:
         """The part, of the whole parameter."""
+        whole = self._own(whole)
         return torch.cat([whole.narrow(self.dim, a, b - a) for a, b in self.spans], dim=self.dim)
 
     def put(self, whole: Tensor, local: Tensor) -> None:
         """Write the part into the whole parameter."""
+        whole = self._own(whole)
         lengths = [b - a for a, b in self.spans]
         for (a, b), stretch in zip(self.spans, local.split(lengths, dim=self.dim), strict=True):
             whole.narrow(self.dim, a, b - a).copy_(stretch)
@@ -68,22 +92,27 @@ class Shard:
         inner = prod(self.shape[self.dim + 1 :])
         held = torch.cat([torch.arange(a, b) for a, b in self.spans])
         row, column = index // inner, index % inner
-        return (row // len(held) * self.shape[self.dim] + held[row % len(held)]) * inner + column
+        return (row // len(held) * self.shape[self.dim] + held[row % len(held)]) * inner + column + self._before
 
     def locate(self, index: Tensor) -> Tensor:
         """Where elements of the flattened parameter are in the flattened part, -1 for what is not in it."""
         inner, length = prod(self.shape[self.dim + 1 :]), self.shape[self.dim]
         held = torch.cat([torch.arange(a, b) for a, b in self.spans])
         positions = torch.full((length,), -1).scatter_(0, held, torch.arange(len(held)))
+        index = index - self._before
         row, column = index // inner, index % inner
         position = positions[row % length]
-        return torch.where(position < 0, -1, (row // length * len(held) + position) * inner + column)
+        here = (position >= 0) & (index >= 0) & (index < prod(self._among))
+        return torch.where(here, (row // length * len(held) + position) * inner + column, -1)
 
     @property
     def flat_start(self) -> int | None:
         """Where the part begins in the flattened parameter, if it is one stretch of it."""
-        if len(self.spans) == 1 and prod(self.shape[: self.dim]) == 1:
-            return self.spans[0][0] * prod(self.shape[self.dim + 1 :])
+        inner = prod(self.shape[self.dim + 1 :])
+        if len(self.spans) == 1 and prod(self._among[: self.dim]) == 1:
+            return self._before + self.spans[0][0] * inner
+        if self.spans == ((0, self.shape[self.dim]),):
+            return self._before
         return None
 
 
@@ -153,6 +182,15 @@ def shard_of(
     return None
 
 
+def expert_shard(shape: tuple[int, ...], rank: int, size: int, within: Shard | None = None) -> Shard:
+    """The part of experts' parameter of ``shape`` [experts, ..] that ``rank`` of ``size`` expert-parallel ranks holds.
+
+    ``within`` is what a tensor-parallel rank holds of it, by a dimension other than the experts'.
+    """
+    whole = Shard(shape, len(shape) - 1, ((0, shape[-1]),))
+    return replace(within or whole, experts=_share(shape[0], rank, size))
+
+
 def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
     """Raise :class:`UserError` where ``--model_parallel_size`` cannot share out a model's heads."""
     if size == 1:
@@ -175,6 +213,20 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
             f"--model_parallel_size {size} cannot share out experts of moe_intermediate_size {width}: it must be a "
             f"multiple of {_ALIGNED} for each rank."
         )
+
+
+def check_expert_parallel(config: PretrainedConfig, size: int) -> None:
+    """Raise :class:`UserError` where ``--expert_parallel_size`` cannot share out a model's experts."""
+    if size == 1:
+        return
+    count = next((found for name in _COUNTS if (found := getattr(config, name, None))), 0)
+    if not count:
+        raise UserError(
+            f"--expert_parallel_size {size}: model type {config.model_type!r} has no experts: leave it at 1."
+        )
+    if count % size:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(f"--expert_parallel_size {size} cannot share out {count} experts: use {fitting}.")
 
 
 def _share(length: int, rank: int, size: int) -> tuple[int, int]:

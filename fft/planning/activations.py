@@ -23,10 +23,15 @@ from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
 from fft.ops.backends import Backend
 from fft.ops.documents import Documents, Segments, Softmax, lse_dtype
+from fft.ops.experts import spread_all
 from fft.ops.sequence_parallel import PLAIN, SequenceParallel, ShardedDocuments
+from fft.parallel.expert import ExpertParallel
+from fft.parallel.mesh import MeshSizes
 from fft.parallel.ring_plan import TokenShards, plan_shards
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.planning.costs import layer_modules
+
+ONE_RANK = MeshSizes(1, 1)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,12 @@ class LayerActivations:
 
 
 def layer_activations(
-    spec: ModelSpec, tokens: int, split_dlayer: bool = False, sequence: int = 1, tensor: int = 1
+    spec: ModelSpec, tokens: int, split_dlayer: bool = False, mesh: MeshSizes = ONE_RANK
 ) -> list[LayerActivations]:
-    """Activations of each pipeline layer but the head, for micro-batches of ``tokens`` over ``sequence`` ranks.
+    """Activations of each pipeline layer but the head, for micro-batches of ``tokens`` over the ranks of ``mesh``.
 
-    The row is taken as one document, for which a ring exchanges most. Layers of one shape are run once.
+    The row is taken as one document, for which a ring exchanges most. Of experts that are spread over ranks each is
+    taken to be sent as many tokens as any other. Layers of one shape are run once.
     """
     known: dict[tuple, LayerActivations] = {}
     found = []
@@ -55,7 +61,7 @@ def layer_activations(
         parameters = ((name, p.requires_grad, *p.shape) for name, p in module.named_parameters())
         shape = type(module), _kind(spec, path), *parameters
         if shape not in known:
-            known[shape] = _run(spec, path, module, tokens, sequence, tensor)
+            known[shape] = _run(spec, path, module, tokens, mesh)
         found.append(known[shape])
     return found
 
@@ -103,7 +109,7 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: int, tensor: int) -> LayerActivations:
+def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, mesh: MeshSizes) -> LayerActivations:
     module, dtype = copy_of(module), spec.dtype
     routing = spec.routing
     logits = None if routing is None else routing.watch(module)
@@ -112,15 +118,17 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
         dtype = torch.bfloat16
         module.to(dtype)
     scale = spec.dtype.itemsize // dtype.itemsize
-    if tensor > 1:
-        shards = cut(module, path, spec.shards(0, tensor))
-        parallelise(module, spec.within(path), spec.plan, shards, _SilentTensor(tensor))
-    own, hidden_size = tokens // sequence, spec.config.hidden_size
+    shards = cut(module, path, spec.shards(0, mesh.tensor, (0, mesh.expert)))
+    if mesh.tensor > 1:
+        parallelise(module, spec.within(path), spec.plan, shards, _SilentTensor(mesh.tensor))
+    if mesh.expert > 1:
+        spread_all(module, _SilentExperts(mesh.expert))
+    own, hidden_size = tokens // mesh.sequence, spec.config.hidden_size
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)
         positions = torch.empty(1, own, dtype=torch.int64)
-        documents = _documents(tokens, sequence)
+        documents = _documents(tokens, mesh.sequence)
     parameters, turns = list(module.parameters()), _turns(spec, path, own, dtype)
     existing = [hidden, ids, *tree_leaves(turns), positions, *parameters]
     for parameter in parameters:
@@ -139,7 +147,7 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, sequence: i
         else:
             loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
             options = {"position_ids": positions, "position_embeddings": turns, "documents": documents}
-            layer = partial(_layer, module, loss, **options, alibi=spec.slopes(0, tensor))
+            layer = partial(_layer, module, loss, **options, alibi=spec.slopes(0, mesh.tensor))
             outputs = selective(layer, hidden.clone()) if spec.selective else layer(hidden.clone())
         end = _End.apply(*outputs)
         forward = alive.most
@@ -235,6 +243,17 @@ class _SilentTensor(TensorParallel):
 
     def all_reduce(self, x: Tensor, *_: object, **__: object) -> Tensor:
         return x
+
+
+class _SilentExperts(ExpertParallel):
+    """The first of expert-parallel ranks, to whom all send as much as it sends to each."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank, self.group = size, 0, None
+
+    def counts(self, sends: Tensor, rows: int) -> tuple[Tensor, list[int], list[int]]:
+        shares = [rows * (rank + 1) // self.size - rows * rank // self.size for rank in range(self.size)]
+        return sends.view(self.size, -1), shares, shares
 
 
 class _SilentExchange:

@@ -16,8 +16,9 @@ class LayerCost:
     """One pipeline layer. ``flops`` are multiply-adds per token in forward, ``backward`` those in backward.
 
     ``parameters`` are the whole model's, each counted once: a head that is the embedding has none. ``held`` is what one
-    tensor-parallel rank of the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of the latter
-    with two dimensions or more. Gradients of frozen weights are not computed.
+    tensor- and expert-parallel rank of the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of
+    the latter with two dimensions or more, ``experts`` of the latter those that ranks share out. Gradients of frozen
+    weights are not computed.
     """
 
     flops: float
@@ -26,6 +27,7 @@ class LayerCost:
     held: int
     trained: int
     matrices: int
+    experts: int = 0
 
 
 def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str, nn.Module]]:
@@ -40,14 +42,16 @@ def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str
     return modules
 
 
-def layer_costs(spec: ModelSpec, seq_len: int, split_dlayer: bool = False, tensor: int = 1) -> list[LayerCost]:
-    """Costs of each pipeline layer on one of ``tensor`` ranks.
+def layer_costs(
+    spec: ModelSpec, seq_len: int, split_dlayer: bool = False, tensor: int = 1, expert: int = 1
+) -> list[LayerCost]:
+    """Costs of each pipeline layer on one of ``tensor`` ranks, which has one in ``expert`` of the experts.
 
     Attention counts the average causal span of a ``seq_len`` row, a mixture of experts those experts that a token is
     sent to; the embedding is a lookup and costs nothing.
     """
     modules = layer_modules(spec, split_dlayer)
-    shards = spec.shards(0, tensor)
+    shards = spec.shards(0, tensor, (0, expert))
     costs = [_cost(spec, path, module, seq_len, shards) for path, module in modules]
     first, last = costs[0], costs[-1]
     costs[0] = replace(first, flops=0.0, backward=0.0)
@@ -67,7 +71,7 @@ def multiply_adds(costs: Sequence[LayerCost]) -> tuple[list[float], list[float]]
 
 
 def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: Mapping[str, Shard]) -> LayerCost:
-    flops, backward, parameters, held, trained, matrices = 0.0, 0.0, 0, 0, 0, 0
+    flops, backward, parameters, held, trained, matrices, experts = 0.0, 0.0, 0, 0, 0, 0, 0
     share_used = _share_used(spec, module)
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
@@ -81,13 +85,14 @@ def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: M
         if parameter.requires_grad:
             trained += share
             matrices += share if len(shape) > 1 else 0
+            experts += share if shard is not None and shard.experts is not None else 0
     attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
     if attends:
         window = min(spec.window(int(path.rpartition(".")[2])) or seq_len, seq_len)
         seen = window - window**2 / (2 * seq_len)  # keys, in the mean over a row's queries; half of it without a window
         scores = 2 * spec.config.num_attention_heads * spec.head_size * seen  # q.k and weights.v
         flops, backward = flops + scores, backward + 2 * scores
-    return LayerCost(flops, backward, parameters, held, trained, matrices)
+    return LayerCost(flops, backward, parameters, held, trained, matrices, experts)
 
 
 def _share_used(spec: ModelSpec, module: nn.Module) -> float:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fft.arguments import TrainArguments
+from fft.errors import UserError
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import MAX_LOGITS
@@ -33,9 +34,14 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
     to train or to freeze that the model does not have.
     """
     spec = replace(spec, fused=None, lora=Lora.of(args), frozen=args.freeze, selective=args.checkpoint_grad_selective)
-    costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor)
+    if mesh.expert > 1 and not spec.experts:
+        raise UserError(
+            f"--expert_parallel_size {mesh.expert}: the experts of a {spec.config.model_type} are computed in a "
+            "way that is not shared out here: set it to 1, and raise --model_parallel_size or --pipe_parallel_size."
+        )
+    costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor, mesh.expert)
     tokens = args.seq_len * args.per_device_train_batch_size
-    ran = layer_activations(spec, tokens, args.split_dlayer, mesh.sequence, mesh.tensor)
+    ran = layer_activations(spec, tokens, args.split_dlayer, mesh)
     at = Circumstances(
         stages=mesh.pipe,
         micro_batches=args.gradient_accumulation_steps,
@@ -51,10 +57,11 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         host=host,
         offload=args.offload_optimizer,
         lowest=first_trained(costs),
+        expert=mesh.expert,
     )
     decoder = range(1, len(ran) - 1)
     layers = [
-        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder, c.trained)
+        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder, c.trained, c.experts)
         for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
     ]
     vocabulary = costs[-1].held // at.hidden_size
@@ -104,6 +111,7 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     mesh, costs = layout.mesh, layout.costs
     parameters, frozen = sum(cost.parameters for cost in costs), any(cost.trained < cost.held for cost in costs)
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
+    sizes += f", experts over {mesh.expert}" if mesh.expert > 1 else ""
     lines = [f"{name}, {_count(parameters)} parameters, {args.dtype}; world {mesh.world} = {sizes}"]
     if mesh.world > 1:
         lines += _picture(mesh)

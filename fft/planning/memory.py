@@ -20,7 +20,7 @@ class LayerMemory:
     ``saved`` is held from forward to backward; ``forward`` and ``backward`` are what those need besides at most.
     ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again. Of the
     elements ``held``, ``trained`` (None: all) have gradients and optimizer state, ``matrices`` of these are of two
-    dimensions or more.
+    dimensions or more, ``experts`` are some of the experts, which other ranks have the rest of.
     """
 
     held: int
@@ -30,6 +30,7 @@ class LayerMemory:
     backward: int
     recomputes: bool = False
     trained: int | None = None
+    experts: int = 0
 
     def without_gradients(self) -> "LayerMemory":
         """Where nothing is trained up to here, nothing is kept for a backward."""
@@ -40,7 +41,8 @@ class LayerMemory:
 class Circumstances:
     """What the memory of all stages depends on. ``tokens`` are a rank's of a micro-batch, ``row`` is all of them.
 
-    ``replicas`` share the optimizer's state (data x sequence); ``interval`` is ``--checkpoint_grad_interval``;
+    ``replicas`` share the optimizer's state (data x sequence), of experts every ``expert``-th; ``interval`` is
+    ``--checkpoint_grad_interval``;
     ``itemsize`` 2 for bf16 and 4 for fp32; ``zero`` is ZeRO's stage; ``host`` is for a device that is the CPU;
     ``offload`` for an optimizer in the machine's memory; ``lowest`` is the first layer of which something is trained.
     """
@@ -59,6 +61,7 @@ class Circumstances:
     host: bool = False
     offload: bool = False
     lowest: int = 0
+    expert: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     matrices = sum(layer.matrices for layer in counted)
     weights = held * at.itemsize + trained * _FP32  # gradients are summed in fp32
     # Without ZeRO fp32 weights are their own masters.
-    optimizer = trained * 3 * _FP32 // at.replicas if at.zero else trained * 2 * _FP32
+    others = sum(layer.experts for layer in counted) * (at.expert - 1)  # what its expert group has besides
+    shared = trained + others
+    optimizer = shared * 3 * _FP32 // at.replicas if at.zero else trained * 2 * _FP32
     if stage == 0:  # what later stages receive has a gradient, whether anybody needs it or not
         own = [layer.without_gradients() if start + i < at.lowest else layer for i, layer in enumerate(own)]
     last = stop == len(layers)
@@ -126,8 +131,9 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     if at.offload and not at.host:
         return StageMemory(weights, 0, without, peak - without, _step_offload(counted, at))
     if at.offload:  # to where the weights are, too
-        optimizer += _offloaded(counted, trained, at)
-    step = _step_zero_fp32(trained, matrices, at) if at.zero and at.itemsize == 4 else _step(trained, matrices, at)
+        optimizer += _offloaded(counted, shared, at)
+    zero_fp32 = at.zero and at.itemsize == 4
+    step = _step_zero_fp32(trained, matrices + others, shared, at) if zero_fp32 else _step(trained, matrices, at)
     return StageMemory(weights, optimizer, without, peak - without, step)
 
 
@@ -137,12 +143,12 @@ def _step_offload(layers: Sequence[LayerMemory], at: Circumstances) -> int:
     return _FP32 * _BUCKET + largest * at.itemsize
 
 
-def _offloaded(layers: Sequence[LayerMemory], trained: int, at: Circumstances) -> int:
+def _offloaded(layers: Sequence[LayerMemory], shared: int, at: Circumstances) -> int:
     """Host memory besides masters and moments: gradients for the step, the stepped weights in their own type, and two
     buffers, through which the largest parameter's gradient goes.
     """
     largest = max(layer.matrices for layer in layers)
-    return trained * (_FP32 + at.itemsize) // at.replicas + 2 * largest * at.itemsize
+    return shared * (_FP32 + at.itemsize) // at.replicas + 2 * largest * at.itemsize
 
 
 def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstances) -> int:
@@ -187,13 +193,13 @@ def _step(trained: int, matrices: int, at: Circumstances) -> int:
     return _FP32 * min(trained, _BUCKET)
 
 
-def _step_zero_fp32(trained: int, matrices: int, at: Circumstances) -> int:
+def _step_zero_fp32(trained: int, matrices: int, shared: int, at: Circumstances) -> int:
     """Besides the gradients counted already: they move to a bucket, from there to a copy of this rank's part, and that
     is copied flat for the optimizer. Of a bucket on the host only what is used is memory.
     """
     used = _FP32 * min(trained, _BUCKET)
     bucket = used if at.host else _FP32 * _BUCKET
-    share = _FP32 * trained // at.replicas
+    share = _FP32 * shared // at.replicas
     # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
     left = (bucket if at.replicas > 1 else 0) - _FP32 * trained
     return max(bucket - used + share, left + share + _FP32 * matrices // at.replicas)

@@ -22,7 +22,7 @@ from fft.models.recurrent import check_recurrent
 from fft.models.supported import check_supported
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
-from fft.parallel.tensor_plan import check_tensor_parallel, heads_of
+from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, heads_of
 from fft.planning.identity import identity_of
 from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
@@ -85,10 +85,12 @@ def doubts(args: TrainArguments, plan: Plan) -> list[str]:
 
 def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSizes]:
     """The model's config and the sizes of ``world`` ranks, which suit each other. Raises :class:`UserError`."""
-    mesh = mesh_sizes(world, args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size)
+    sizes = args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size, args.expert_parallel_size
+    mesh = mesh_sizes(world, *sizes)
     config = load_config(start_of(args), args.init or args.dry_run, weights=not args.init)
     check_supported(config, args.seq_len)
     check_tensor_parallel(config, mesh.tensor)
+    check_expert_parallel(config, mesh.expert)
     _check_sequence_parallel(args, config)
     return config, mesh
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine, set up so that its arithmetic is that of one process: all of ours that knows DeepSpeed.
+"""DeepSpeed's pipeline engine, set up so that its arithmetic is that of one process.
 
 What we know of it and rely on here is collected in docs/deepspeed.md.
 """
@@ -17,7 +17,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -38,7 +37,8 @@ from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
 from fft.training.compiling import compile_alone
-from fft.training.optimizer import Holders, make_optimizer, parameter_groups
+from fft.training.moe import announce_experts, count_experts_once, holders_of
+from fft.training.optimizer import make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
 
 #: Where a dynamic loss scale stands, by the names of DeepSpeed's loss scaler.
@@ -291,8 +291,10 @@ def build_engine(
             dynamic_shape=args.ragged,
         )
     stage, device = zero_stage(args, mesh), "cpu" if args.offload_optimizer else device_type()
-    groups = parameter_groups(module, args.weight_decay)
-    optimizer = make_optimizer(args, groups, device, None if stage else _holders(module, role))
+    mark = announce_experts(module, builder)
+    holders = holders_of(module, role, builder.ranks.expert if mark else None)
+    groups = parameter_groups(module, args.weight_decay, mark)
+    optimizer = make_optimizer(args, groups, device, None if stage else holders)
     floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
     multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
     engine, *_ = deepspeed.initialize(
@@ -301,6 +303,8 @@ def build_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
         config=_deepspeed_config(args, stage),
     )
+    if mark and engine.using_bf16_optimizer:
+        count_experts_once(engine.optimizer, holders)
     replicas = mesh.data * mesh.sequence
     if replicas == 1 and (engine.using_bf16_optimizer or not stage):
         engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
@@ -313,15 +317,6 @@ def _layer_spec(layer: PipelineLayer) -> LayerSpec:
     if layer.tied is None:
         return LayerSpec(layer.kind, *layer.arguments)
     return TiedLayerSpec(layer.tied, layer.kind, *layer.arguments, forward_fn=layer.forward, tied_weight_attr="weight")
-
-
-def _holders(module: PipelineModule, role: StageRole) -> Holders:
-    def counts(parameter: torch.nn.Parameter) -> bool:
-        if getattr(parameter, PIPE_REPLICATED, False):
-            return False
-        return role.leads or getattr(parameter, "model_parallel", False)
-
-    return Holders(module.mpu().get_model_parallel_group(), counts)
 
 
 def _to_torch(batch: MicroBatch) -> tuple[tuple[Tensor, Tensor], Tensor]:

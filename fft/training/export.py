@@ -46,7 +46,7 @@ class ModelExport:
     def weights(self) -> tuple[dict[str, Tensor], int] | None:
         """The tensors that this rank writes, and the number of its shard; None where another replica writes them.
 
-        Collective over the ranks of a tensor-parallel group.
+        Collective over the ranks that hold a stage together.
         """
         role = self._engine.role
         if not role.writes:

@@ -1,7 +1,7 @@
 """AdamW in one pass over memory; and clipping, which ZeRO's optimizers do, for when ZeRO is off."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +19,47 @@ FUSED = ("cpu", "cuda")
 class Holders:
     """The ranks that hold one replica of the model together.
 
-    ``counts`` says whether this rank is the one that counts a parameter that several of them have.
+    ``counts`` says whether this rank is the one that counts a parameter that several of them have. ``experts`` are the
+    ranks that have some experts each, where these are trained.
     """
 
     ranks: dist.ProcessGroup
     counts: Callable[[nn.Parameter], bool]
+    experts: dist.ProcessGroup | None = None
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (norms, biases) do not.
+def mark_experts(parameters: Iterable[nn.Parameter], name: str) -> None:
+    """Say of experts' parameters, which ranks share out, in which group of ranks, as DeepSpeed asks for it."""
+    for parameter in parameters:
+        parameter.allreduce, parameter.group_name = False, name  # pyrefly: ignore[missing-attribute] - its own marks
+
+
+def of_experts(parameter: nn.Parameter) -> bool:
+    """Whether ranks share a parameter out, see :func:`mark_experts`."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, experts: str | None = None) -> list[dict]:
+    """Matrices decay, vectors (norms, biases) do not; experts that ranks share out, marked ``experts``, are one more.
 
     DeepSpeed sums the gradients' norm over the stages group by group, so a stage that lacked one (the head alone has no
     vectors) would leave the others waiting for ever: it gets a parameter that nothing uses.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = []
-    for name, decay, chosen in (
-        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2]),
+    spread = [p for p in parameters if of_experts(p)]
+    kinds = [
+        ("unused_matrix", weight_decay, [p for p in parameters if p.ndim >= 2 and not of_experts(p)]),
         ("unused_vector", 0.0, [p for p in parameters if p.ndim < 2]),
-    ):
+    ]
+    groups: list[dict] = []
+    for name, decay, chosen in [*kinds, ("unused_expert", weight_decay, spread)] if experts else kinds:
         if not chosen:
             module.register_parameter(name, nn.Parameter(next(module.parameters()).new_zeros(1)))
             chosen = [module.get_parameter(name)]
         groups.append({"params": chosen, "weight_decay": decay})
+    if experts:
+        mark_experts(groups[-1]["params"], experts)
+        groups[-1] |= {"moe": True, "name": experts}
     return groups
 
 
@@ -77,8 +95,12 @@ class ClippingAdamW(torch.optim.AdamW):
         """Clip and step, or skip the step. Collective over the holders."""
         held = [p for group in self.param_groups for p in group["params"]]
         parameters = [p for p in held if p.grad is not None]  # a frozen stage has none
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if self._holders.counts(p)])
-        squares = norm.to(held[0].device).square()
+        counted, device = [p for p in parameters if self._holders.counts(p)], held[0].device
+        squares = _squares([p for p in counted if not of_experts(p)], device)
+        if self._holders.experts is not None:
+            own = _squares([p for p in counted if of_experts(p)], device)
+            dist.all_reduce(own, group=self._holders.experts)
+            squares += own
         dist.all_reduce(squares, group=self._holders.ranks)
         self._global_grad_norm = squares.sqrt()
         self.overflow = not bool(self._global_grad_norm.isfinite())
@@ -88,3 +110,8 @@ class ClippingAdamW(torch.optim.AdamW):
         if self._max_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self._global_grad_norm)
         super().step()
+
+
+def _squares(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Of the norm of gradients."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).to(device).square()

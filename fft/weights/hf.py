@@ -178,8 +178,13 @@ def _stored(
             )
         if shard is None:
             return found, tensors.get_tensor(name)
-        before = (slice(None),) * shard.dim
+        before = (slice(None),) * shard.dim if shard.experts is None else _experts(shard)
         return found, torch.cat([stored[(*before, slice(a, b))] for a, b in shard.spans], dim=shard.dim)
+
+
+def _experts(shard: Shard) -> tuple[slice, ...]:
+    """What stands before the dimension that a part of experts is cut in."""
+    return (slice(*shard.experts or ()), *(slice(None),) * (shard.dim - 1))
 
 
 def read_json(file: Path) -> dict:

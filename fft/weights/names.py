@@ -133,6 +133,12 @@ def slices(pieces: Iterable[StoredRows], shape: tuple[int, ...], shard: Shard | 
     for piece in pieces:
         stop = start + piece.length
         leading = len(shape) - len(piece.shape) + 1  # dimensions that are counted together
+        if shard is not None and shard.experts is not None:
+            if piece == StoredRows(piece.name, shape):  # the parameter itself, by another name
+                return [Slice(piece, shard)]
+            if not _has_experts(shard.experts, start, stop, prod(shape[1:leading])):
+                start = stop
+                continue
         whole = None if piece.spans is None else Shard(piece.shape, 0, piece.spans)
         if shard is None:
             found.append(Slice(piece, whole))
@@ -152,6 +158,18 @@ def slices(pieces: Iterable[StoredRows], shape: tuple[int, ...], shard: Shard | 
                 found.append(Slice(piece, whole, Shard(whole.local_shape, dim, shard.spans)))
         start = stop
     return found
+
+
+def _has_experts(experts: Span, start: int, stop: int, each: int) -> bool:
+    """Whether rows ``start`` to ``stop`` are of ``experts``, which have ``each`` so many.
+
+    Raises ValueError where some are and others are not.
+    """
+    first, last = (expert * each for expert in experts)
+    inside = first <= start and stop <= last
+    if not inside and max(first, start) < min(last, stop):
+        raise ValueError(f"rows {start} to {stop} are of experts within and without {experts}")
+    return inside
 
 
 def _rows(leading: tuple[int, ...], shard: Shard) -> list[Span]:

@@ -114,6 +114,8 @@ def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight
         ("qwen2-tied", "pipe2-tensor2", "data2"),
         ("llama", "one", "tensor2"),
         ("qwen2-moe", "data2-tensor2", "pipe2"),
+        ("qwen2-moe", "data2-tensor2", "data2-tensor2-expert2"),
+        ("qwen3-moe", "pipe2-expert2", "pipe2"),
     ],
 )
 def test_on_another_layout(family, before, after, straight, train, tmp_path):

@@ -178,3 +178,25 @@ def test_every_rank_has_a_role_of_its_own():
     # Each share of a replica's tokens is counted once, on the last stage.
     assert sorted((r.replica, r.sequence) for r in roles if r.counts) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(r.last and not r.first for r in roles if r.counts)
+
+
+def test_expert_groups_are_neighbours_of_data_and_sequence():
+    mesh = mesh_sizes(32, 2, 2, 2, 4)
+    roles = [StageRole.of(mesh, rank) for rank in range(mesh.world)]
+    assert mesh.expert_groups()[:3] == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7]]
+    assert mesh.expert_data_groups()[:4] == [[0, 8], [2, 10], [4, 12], [6, 14]]
+    assert mesh.holder_groups() == [list(range(first, first + 8)) for first in range(0, 32, 8)]
+    for groups in (mesh.expert_groups(), mesh.expert_data_groups(), mesh.holder_groups()):
+        assert sorted(rank for group in groups for rank in group) == list(range(32))
+        assert all(len({roles[rank].stage for rank in group}) == 1 for group in groups)
+    assert all(len({roles[rank].place % 4 for rank in group}) == 1 for group in mesh.expert_data_groups())
+    # Each of the first holders of a stage writes a file.
+    assert [r.shard for r in roles if r.writes] == list(range(16))
+    assert {r.shards for r in roles} == {16}
+
+
+def test_experts_that_do_not_divide_the_replicas_are_refused():
+    with pytest.raises(UserError, match=r"--expert_parallel_size 3 must divide the 4 rank\(s\) .* use 1 or 2 or 4"):
+        mesh_sizes(8, 2, 2, 1, 3)
+    with pytest.raises(UserError, match="--expert_parallel_size 0 must be at least 1"):
+        mesh_sizes(8, 2, 2, 1, 0)

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from fft.errors import UserError
-from fft.parallel.tensor_plan import Shard, check_tensor_parallel, plan_of, shard_of, style_of
+from fft.parallel.tensor_plan import (
+    Shard,
+    check_expert_parallel,
+    check_tensor_parallel,
+    expert_shard,
+    plan_of,
+    shard_of,
+    style_of,
+)
 
 HEADS = (8, 2)
 #: Names within the decoder, the whole shape, and what the first of two ranks holds of it.
@@ -56,6 +64,22 @@ def test_parts_of_all_ranks_make_the_parameter(name, shape, first, plan):
             assert shards[0].local_shape == first
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name, shape, _ in PARTS if ".experts." in name])
+def test_parts_of_experts_make_the_parameter(name, shape, tensor, plan):
+    """Those of expert-parallel ranks, each cut for tensor-parallel ranks or not."""
+    value, again, expert = torch.randn(shape), torch.full(shape, float("nan")), 2
+    for rank in range(expert * tensor):
+        within = shard_of(name, shape, plan, HEADS, rank % tensor, tensor)
+        shard = expert_shard(shape, rank // tensor, expert, within)
+        part = shard.of(value)
+        assert tuple(part.shape) == shard.local_shape
+        assert torch.equal(part, (value if within is None else within.of(value))[2 * (rank // tensor) :][:2])
+        assert (shard.flat_start is None) == (tensor > 1)
+        shard.put(again, part)
+    assert torch.equal(again, value)
+
+
 def test_key_heads_are_copied_where_ranks_outnumber_them(plan):
     shards = [shard_of("layers.0.self_attn.v_proj.weight", (16, 5), plan, HEADS, rank, 8) for rank in range(8)]
     assert [(s.spans, s.copies, s.copy) for s in shards] == [
@@ -71,7 +95,8 @@ def test_places_are_found_both_ways(data):
     dim = data.draw(st.integers(0, len(shape) - 1))
     cuts = sorted(data.draw(st.sets(st.integers(0, shape[dim]), min_size=2, max_size=4)) | {0, shape[dim]})
     spans = tuple(zip(cuts[::2], cuts[1::2], strict=False))
-    shard = Shard(shape, dim, spans)
+    first = data.draw(st.integers(0, shape[0] - 1)) if dim else 0
+    shard = Shard(shape, dim, spans, experts=(first, data.draw(st.integers(first + 1, shape[0]))) if dim else None)
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     part = shard.of(whole).flatten()
     assert torch.equal(shard.flat(torch.arange(len(part))), part)
@@ -95,6 +120,15 @@ def test_experts_too_narrow_to_be_shared_out_are_refused():
     check_tensor_parallel(config, 2)
     with pytest.raises(UserError, match="multiple of 8 for each rank"):
         check_tensor_parallel(config, 4)
+
+
+def test_experts_that_cannot_be_shared_out_by_number_are_refused():
+    experts = AutoConfig.for_model("mixtral", num_local_experts=8)
+    check_expert_parallel(experts, 8)
+    with pytest.raises(UserError, match="--expert_parallel_size 16 cannot share out 8 experts: use 1, 2, 4, 8"):
+        check_expert_parallel(experts, 16)
+    with pytest.raises(UserError, match="--expert_parallel_size 2: model type 'llama' has no experts"):
+        check_expert_parallel(AutoConfig.for_model("llama"), 2)
 
 
 def test_a_bias_behind_a_sum_is_refused():

@@ -94,6 +94,21 @@ def test_every_parameter_is_held_by_some_rank(kind, tensor, split):
     assert sum(c.held for c in costs) == sum(c.parameters for c in costs) - matrices + matrices // tensor
 
 
+def test_experts_over_ranks_are_held_by_one_of_them():
+    made = spec("qwen3_moe", torch.bfloat16, **EXPERTS)
+    experts = sum(p.numel() for name, p in made.skeleton.named_parameters() if ".experts." in name)
+    whole, half = layer_costs(made, 64), layer_costs(made, 64, expert=2)
+    assert sum(c.held for c in whole) - sum(c.held for c in half) == sum(c.experts for c in half) == experts // 2
+    assert [c.flops for c in whole] == [c.flops for c in half]
+    args = parse_arguments(["--dry_run", "--model", "m", "--seq_len", "64", "--dtype", "bf16"])
+    one, two = (plan_layout(args, made, mesh_sizes(4, 1, 1, 1, size), host=False) for size in (1, 2))
+    assert one.memory[0].optimizer == two.memory[0].optimizer  # shared out over all replicas, either way
+    assert one.memory[0].weights - two.memory[0].weights == experts // 2 * (2 + 4)
+    assert "tensor 1, experts over 2" in describe(args, "qwen3_moe", two)
+    with pytest.raises(UserError, match="--expert_parallel_size 2: the experts of a llama are computed in a way"):
+        plan_layout(args, spec(), mesh_sizes(4, 1, 1, 1, 2), host=False)
+
+
 def test_a_token_costs_the_experts_it_is_sent_to():
     dense, sparse = (
         layer_costs(spec("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[1]), 64)[i]
