@@ -16,10 +16,11 @@ from transformers import AutoConfig, PretrainedConfig
 from benchmarks.device.frame import release
 from fft.arguments import TrainArguments, parse_arguments
 from fft.data.batches import MicroBatch
-from fft.models.causal_lm import StageBuilder
+from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
 from fft.parallel.mesh import mesh_sizes
+from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import Layout, plan_layout
 from fft.training.engine import StageEngine, build_engine, init_distributed, model_spec, on_host
 
@@ -59,14 +60,15 @@ class Workload:
     def plan(self) -> tuple[TrainArguments, ModelSpec, Layout]:
         """Arguments, model and layout of the launcher's world, of one rank without."""
         fixed = ("--model=.", "--num_train_epochs=0", "--output_dir=unwritten", "--lr_scheduler_type=constant")
-        sizes = (
+        lengths = (
             f"--seq_len={self.seq_len}",
             f"--gradient_accumulation_steps={self.micro_batches}",
             f"--per_device_train_batch_size={self.samples}",
         )
-        args = parse_arguments([*fixed, *sizes, f"--dtype={'fp32' if on_host() else 'bf16'}", *self.flags])
+        args = parse_arguments([*fixed, *lengths, f"--dtype={'fp32' if on_host() else 'bf16'}", *self.flags])
         spec = model_spec(args, self.config)
-        mesh = mesh_sizes(int(os.environ.get("WORLD_SIZE", "1")), args.pipe_parallel_size, 1, 1)
+        sizes = args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size
+        mesh = mesh_sizes(int(os.environ.get("WORLD_SIZE", "1")), *sizes, args.expert_parallel_size)
         return args, spec, plan_layout(args, spec, mesh, on_host())
 
     def build(self) -> tuple[Callable[[], float], StageEngine]:
@@ -76,7 +78,8 @@ class Workload:
         """
         join()
         args, spec, layout = self.plan()
-        builder = StageBuilder(spec, weights=Noise(spec) if self.noise else None)
+        ranks = Ranks.join(spec, layout.mesh, args.ulysses_degree)
+        builder = StageBuilder(spec, ranks, weights=Noise(spec) if self.noise else None)
         engine = build_engine(args, builder, layout.mesh, layout.bounds, 1)
         batches = self.batches()
 
@@ -129,8 +132,9 @@ class Noise:
         self.names = [name for name in spec.skeleton.state_dict() if not is_adapter(name.removesuffix(".weight"))]
         self._numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
-    def read(self, _: str, shape: tuple[int, ...], __: object = None) -> torch.Tensor:
-        """Values for a parameter of ``shape``."""
+    def read(self, _: str, shape: tuple[int, ...], shard: Shard | None = None, *__: object) -> torch.Tensor:
+        """Values for a parameter of ``shape``, or a part of it."""
+        shape = shape if shard is None else shard.local_shape
         if len(shape) < 2:
             return torch.ones(shape)
         count = math.prod(shape)
