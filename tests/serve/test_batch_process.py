@@ -25,7 +25,22 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model") / "plain", hidden_size=64, num_attention_heads=2)
 
 
-def start(model: Path, folder: Path, mark: str, *flags: object) -> subprocess.Popen:
+@pytest.fixture
+def start():
+    """Starts runs, none of which outlives its test."""
+    runs = []
+
+    def start(*given: object) -> subprocess.Popen:
+        runs.append(started(*given))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+        run.wait()
+
+
+def started(model: Path, folder: Path, mark: str, *flags: object) -> subprocess.Popen:
     """A run on the prompts of the folder, whose processes can be told by a mark in their environment."""
     command = [sys.executable, "-m", "fft.serve.batch_infer", "--model", model, "--engine", "vllm", *flags]
     command += ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--max_new_tokens", 32, "--seed", 7]
@@ -64,7 +79,7 @@ def left(mark: str) -> list[str]:
     return found
 
 
-def test_a_signal_and_a_kill_change_nothing(model, tmp_path):
+def test_a_signal_and_a_kill_change_nothing(model, start, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": p, "n": i}) + "\n" for i, p in enumerate(PROMPTS)))
     flags, log = ("--engine_args", json.dumps(ARGUMENTS)), tmp_path / "log"
     for number, at in ((signal.SIGTERM, 20), (signal.SIGKILL, 50)):
@@ -89,12 +104,12 @@ def test_a_signal_and_a_kill_change_nothing(model, tmp_path):
     assert not [line for line in said.splitlines() if "Error" in line or "WARNING" in line or "leaked" in line], said
 
 
-def test_a_start_that_fails_is_one_sentence_with_its_cause(model, tmp_path):
+def test_a_start_that_fails_is_one_sentence_with_its_cause(model, start, tmp_path):
     """The cause is said by a process of vLLM alone: memory that is not there."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     mark = uuid.uuid4().hex
     run = start(model, tmp_path, mark, "--gpu_memory_utilization", 1, "--engine_args", '{"enforce_eager": true}')
-    assert run.wait(120) == 2
+    assert run.wait(300) == 2
     said = (tmp_path / "log").read_text()
     assert left(mark) == []
     assert said.count("\n") == 1, said

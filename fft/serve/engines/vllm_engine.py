@@ -5,6 +5,7 @@ told with each request, so that they are those of the other engine, whatever vLL
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +150,8 @@ class VllmEngine:
         self._output.shown = self._output.shown and not self._silent  # how its processes end is told to nobody
         self._requests.clear()
         if engine is not None:
+            if self._silent:  # nor that some have to be killed
+                logging.getLogger("vllm").setLevel(logging.ERROR)
             with contextlib.suppress(Exception):  # of an engine that is dead already
                 engine.engine_core.shutdown(timeout=patience)
         self._children.end(patience if engine is not None else 0.0)  # what has not started ends at once
