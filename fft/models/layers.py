@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fft.errors import UserError
 from fft.models.baichuan import NormalizedHead
 from fft.models.causal_lm import StageBuilder
-from fft.models.recompute import selective
+from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
@@ -119,7 +119,8 @@ class DecoderLayer(nn.Module):
         self.path = f"{builder.spec.base}.layers.{index}"
         layer = decoder_half(builder.spec.skeleton.get_submodule(self.path), half)
         self.module = builder.build(self.path, layer)
-        self._index, self._positions, self._selective = index, positions, builder.spec.selective
+        self._index, self._positions = index, positions
+        self._kept = kept_of(self.module) if builder.spec.selective else None
         self._balance, routing = builder.balance, builder.spec.routing
         self._logits = None if routing is None else routing.watch(self.module)
 
@@ -127,7 +128,10 @@ class DecoderLayer(nn.Module):
         """One decoder layer."""
         hidden, cu_seqlens = activations
         positions = self._positions.of(cu_seqlens, hidden, self._index)
-        hidden = selective(self._layer, hidden, *positions) if self._selective else self._layer(hidden, *positions)
+        if self._kept is not None:
+            hidden = selective(self._layer, hidden, *positions, kept=self._kept)
+        else:
+            hidden = self._layer(hidden, *positions)
         return hidden, cu_seqlens
 
     def _layer(

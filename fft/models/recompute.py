@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -35,14 +36,28 @@ KEPT = frozenset(
 )
 
 
-def selective(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call ``function`` so that its backward recomputes all but the results of :data:`KEPT`."""
+_GROUPED = "aten::_grouped_mm"
+
+
+def kept_of(layer: nn.Module) -> frozenset[str]:
+    """Those of :data:`KEPT` that can be kept of a decoder layer.
+
+    Where experts have biases (gpt-oss), transformers adds them in place to a grouped product, which so runs again.
+    """
+    biased = any(".experts." in f".{name}" and name.endswith("bias") for name, _ in layer.named_parameters())
+    return KEPT - {_GROUPED} if biased else KEPT
+
+
+def selective(function: Callable[..., Any], *inputs: Any, kept: frozenset[str] = KEPT) -> Any:
+    """Call ``function`` so that its backward recomputes all but the results of ``kept`` operators."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _policy(_: SelectiveCheckpointContext, operator: Any, *__: object, **___: object) -> CheckpointPolicy:
-    kept = operator._schema.name in KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(
+    kept: frozenset[str], _: SelectiveCheckpointContext, operator: Any, *__: object, **___: object
+) -> CheckpointPolicy:
+    keep = operator._schema.name in kept
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fft.models.experts import balance_loss
-from fft.models.recompute import selective
+from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns, map_turns
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
@@ -148,7 +148,8 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, mesh: MeshS
             loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
             options = {"position_ids": positions, "position_embeddings": turns, "documents": documents}
             layer = partial(_layer, module, loss, **options, alibi=spec.slopes(0, mesh.tensor))
-            outputs = selective(layer, hidden.clone()) if spec.selective else layer(hidden.clone())
+            again = partial(selective, layer, kept=kept_of(module)) if spec.selective else layer
+            outputs = again(hidden.clone())
         end = _End.apply(*outputs)
         forward = alive.most
         del outputs

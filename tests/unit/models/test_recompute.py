@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import NEEDS
 from test_causal_lm import build, builder, spec
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit.ops.published import SCHEMAS
@@ -53,6 +54,13 @@ def test_the_same_gradients_without_a_second_product(family):
         assert torch.equal(a, b)
     assert {name: found[2][name] for name in KEPT} == {name: expected[2][name] for name in KEPT}
     assert found[2]["aten::silu"] == 2 * expected[2]["aten::silu"]
+
+
+def test_biases_of_experts_are_added_in_place_to_products_that_run_again():
+    changes = NEEDS["gpt_oss"] | {"model_type": "gpt_oss", "sliding_window": 4, "head_dim": 16}
+    expected, found = gradients(False, **changes), gradients(True, **changes)
+    for a, b in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nothing_is_kept_where_nothing_is_trained():
