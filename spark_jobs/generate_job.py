@@ -81,7 +81,7 @@ def generate_table(
     table.check()
     start = time.monotonic()
     spark = spark or get_session("generate")
-    prompts = Prompts.find(spark, sources, open_frames(spark, unread, id_key, left_out), keys)
+    prompts = Prompts.find(spark, sources, open_frames(spark, unread, id_key, left_out), keys, num_engine)
     placement = place_engines(spark, prompts.parts, wanted.options.tensor_parallel_size, num_engine)
     asking = Asking(replace(wanted, threads=placement.threads), sampling, keys, chat, system)
     parameters = _parameters(asking)

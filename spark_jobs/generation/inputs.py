@@ -17,7 +17,7 @@ from spark_jobs.generation.fields import Fields, fields_of, turns_in
 from spark_jobs.generation.frames import GenerateFrameParts, frame_schema, numbered
 from spark_jobs.generation.parts import GenerateParts
 from spark_jobs.generation.prompts import PromptKeys, prompt_splits, schemas_of
-from spark_jobs.runtime.placement import Placement
+from spark_jobs.runtime.placement import Placement, is_local
 from spark_jobs.runtime.tasks import create_tasks, to_tasks
 from spark_jobs.token_table.writer import TableWriter
 
@@ -37,11 +37,20 @@ class Prompts:
 
     @classmethod
     def find(
-        cls, spark: SparkSession, sources: Sequence[Source], frames: Sequence[Frame], keys: PromptKeys
+        cls,
+        spark: SparkSession,
+        sources: Sequence[Source],
+        frames: Sequence[Frame],
+        keys: PromptKeys,
+        num_engine: int | None = None,
     ) -> "Prompts":
-        """Look through the inputs. Raises :class:`UserError` where they have no prompts, or cannot be read."""
+        """Look through the inputs. Raises :class:`UserError` where they have no prompts, or cannot be read.
+
+        On one machine by no more workers than there will be engines: a later job would otherwise find a worker without
+        one, and start a second beside that of the other.
+        """
         splits = prompt_splits(sources)
-        rows, turns = schemas_of(spark, sources, splits, keys)
+        rows, turns = schemas_of(spark, sources, splits, keys, (num_engine or 1) if is_local(spark) else None)
         origins = [source.origin | {"changed": _changed(source)} for source in sources]
         counted = []
         for frame in frames:

@@ -213,9 +213,10 @@ def _turns_of(row: dict[str, Any], keys: PromptKeys) -> list[dict[str, Any]]:
 
 
 def schemas_of(
-    spark: SparkSession, sources: Sequence[Source], splits: Sequence[Split], keys: PromptKeys
+    spark: SparkSession, sources: Sequence[Source], splits: Sequence[Split], keys: PromptKeys, tasks: int | None = None
 ) -> tuple[list[pa.Schema], list[pa.Schema]]:
-    """Schemas of all rows, and of their turns; those of JSON lines are found by tasks, which read all of them.
+    """Schemas of all rows, and of their turns; those of JSON lines are found by ``tasks``, by default one a part, which
+    read all of them.
 
     Raises :class:`UserError` for parquet whose columns cannot be told apart.
     """
@@ -229,9 +230,9 @@ def schemas_of(
             rows.append(pa.schema([(keys.prompt, pa.string())]))
     lines = [split for split in splits if split.kind == "json"]
     if lines:
-        tasks = create_tasks(spark, [split.row() for split in lines], SPLIT, lines[-1].part + 1)
+        work = create_tasks(spark, [split.row() for split in lines], SPLIT, tasks or lines[-1].part + 1)
         with user_errors():
-            looked = tasks.mapInArrow(LookThrough(keys), "rows binary, turns binary").collect()
+            looked = work.mapInArrow(LookThrough(keys), "rows binary, turns binary").collect()
         for found in looked:
             rows.append(pa.ipc.read_schema(pa.py_buffer(bytes(found["rows"]))))
             turns.append(pa.ipc.read_schema(pa.py_buffer(bytes(found["turns"]))))

@@ -30,11 +30,16 @@ def place_engines(spark: SparkSession, parts: int, gpus: int, num_engine: int | 
     a cluster, a task takes as many GPUs as its engine (``spark.task.resource.gpu.amount``), or all cores of an executor
     without GPUs, if the session says how many these are.
     """
-    master = spark.conf.get("spark.master", None) or "local"
-    if master == "local" or master.startswith("local["):
+    if is_local(spark):
         tasks = min(parts, num_engine or 1)
         return Placement(tasks, threads=max(1, len(os.sched_getaffinity(0)) // max(1, tasks)))
     return Placement(min(parts, num_engine or _MOST_TASKS), cluster_profile(spark, gpus))
+
+
+def is_local(spark: SparkSession) -> bool:
+    """Whether all tasks run on this machine: on a local Spark, and on Sail, which names no master."""
+    master = spark.conf.get("spark.master", None) or "local"
+    return master == "local" or master.startswith("local[")
 
 
 def cluster_profile(spark: SparkSession, gpus: int) -> ResourceProfile | None:

@@ -152,7 +152,7 @@ def check_nothing_left(out: Path, session: int) -> None:
 def test_a_worker_that_dies_for_good_ends_the_job_with_a_sentence_and_the_command_goes_on(
     prompts, answers, model, tmp_path
 ):
-    """Also where another engine is asked for by then: its parts are other parts."""
+    """Another command, with another seed, is refused."""
     out = tmp_path / "out"
     process = start((prompts, out, model), "--engine", "transformers", failures=1)
     kill_a_worker(process, out)
@@ -164,7 +164,7 @@ def test_a_worker_that_dies_for_good_ends_the_job_with_a_sentence_and_the_comman
     with pytest.raises(UserError, match=f"holds {finished} finished parts of another generation"):
         generate_table(prompts, out, model, engine="transformers", **{**SHORT, "seed": 1})
     manifest = generate_table(prompts, out, model, engine="transformers", **SHORT)
-    assert manifest.lineage["counts"]["engine_starts"] == 2
+    assert manifest.lineage["counts"]["engine_starts"] in (1, 2)  # there may be one of an earlier job
     assert same_rows(out, answers)
     check_nothing_left(out, process.pid)
 
@@ -201,7 +201,7 @@ def test_vllm_in_an_environment_of_the_workers(prompts, model, tmp_path):
 
 
 def test_a_dataframe_of_answers(spark, answers, prompts, model, tmp_path):
-    """Another partitioning, rows of Spark's own reader; and the engine is still there for the next job."""
+    """Another partitioning, and rows of Spark's own reader."""
     rows = spark.read.json(str(prompts)).where("id is not null")
     found = generate(rows.repartition(3), model=model, engine="transformers", **SHORT)
     assert found.columns == ["id", "level", "prompt", "messages", "text", "finish_reason", "tokens", "sample"]
@@ -224,6 +224,8 @@ def test_samples_are_trained_on(spark, model, tmp_path):
     out = tmp_path / "samples"
     manifest = generate_table(source, out, model, on_error="quarantine", table_format="delta", **settings)
     assert (manifest.rows, manifest.lineage["counts"]["quarantined"]) == (80, 1)
+    again = [generate_table(source, tmp_path / str(i), model, on_error="quarantine", **settings) for i in range(3)]
+    assert sum(one.lineage["counts"]["engine_starts"] for one in again) <= 2  # a worker keeps its engine; there are two
     (aside,) = (out / "_quarantine").iterdir()
     assert json.loads(aside.read_text())["file"] == f"{source}, line 21"
     files = [str(out / file.path) for file in manifest.files]
