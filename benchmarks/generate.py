@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.serve import make_model, mixed_prompts, peer
 from fft.console import format_table, say
+from fft.serve.engines import EngineOptions
+from fft.serve.engines.checked import check_model
 from fft.serve.sampling import Sampling
 
 #: Of both engines. Nothing is kept from one round to the next.
@@ -36,7 +38,7 @@ def answer_rounds(model: str, count: int) -> None:
     """The peer's process: a round for each line that comes in, told as a line of JSON."""
     from vllm import LLM
 
-    prompts = mixed_prompts(count)
+    prompts, checked = mixed_prompts(count), check_model(model, EngineOptions("vllm", max_model_len=_LIMIT))
     llm = LLM(
         model,
         dtype="float32",
@@ -48,7 +50,7 @@ def answer_rounds(model: str, count: int) -> None:
     )
     print("ready", flush=True)
     for _ in sys.stdin:
-        found = peer(llm, prompts, _SAMPLING, [0])
+        found = peer(llm, checked, prompts, _SAMPLING)
         print(json.dumps([found.seconds, found.tokens, list(found.texts)]), flush=True)
     llm.llm_engine.engine_core.shutdown()
 
