@@ -224,8 +224,8 @@ def test_files_that_are_not_whole_are_named(spark, tokenizer, corpus, tmp_path):
 def test_flags_of_images_that_mean_nothing_are_refused_by_name(tokenizer, corpus, tmp_path):
     flags = ["-i", str(corpus), "-o", str(tmp_path / "o"), "--tokenizer", str(tokenizer)]
     for more, reason in (
-        (["--image_path", str(tmp_path)], "`?--image_path`? is for .*chat.: texts have no images"),
-        (["--max_pixels", "9"], "--max_pixels`? is a limit of images: give `?--image_path"),
+        (["--image_path", str(tmp_path)], "--image_path is for --task chat: texts have no images"),
+        (["--max_pixels", "9"], "--max_pixels is a limit of images: give --image_path"),
         (["--task", "chat", "--image_path", str(tmp_path / "none")], "none is no folder: give the one in which"),
     ):
         with pytest.raises(UserError, match=reason):
