@@ -21,6 +21,7 @@ from benchmarks.device.hardware import matrix_rate
 from benchmarks.device.shapes import model_config
 from benchmarks.engines import Noise
 from fft.models.causal_lm import StageBuilder
+from fft.models.rotary import Rotary
 from fft.models.spec import ModelSpec
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, Segments
@@ -59,7 +60,8 @@ class Layer(nn.Module):
         self.documents = Documents.of(bounds, device)
         self.positions = self.documents.positions()[None]
         hidden = torch.empty(1, bounds[-1], config.hidden_size, dtype=torch.bfloat16, device=device)
-        self.rotary = builder.rotary(device)(hidden, position_ids=self.positions)
+        rotary = Rotary(self.spec.skeleton, device)
+        self.rotary = rotary.turns(hidden, self.positions, rotary.kind(0))
         choose(device, hidden.dtype, size=self.spec.head_size)  # compared with the reference now, not while captured
 
     def forward(self, hidden: Tensor) -> Tensor:
