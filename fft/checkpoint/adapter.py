@@ -13,7 +13,6 @@ from torch import Tensor
 from fft.errors import UserError
 from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
-from fft.parallel.tensor_plan import Shard
 from fft.weights import hf
 from fft.weights.files import opened
 
@@ -105,7 +104,4 @@ class AdapterReader(hf.WeightReader):
         with opened(self.directory / WEIGHTS) as file:
             self._files = dict.fromkeys(file.keys(), self.directory / WEIGHTS)
         self._blocks = None
-
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None, shard: Shard | None = None) -> Tensor:
-        """See :class:`hf.WeightReader`."""
-        return super().tensor(f"{PREFIX}{name}", shape, shard)
+        self._tensors = {name.removeprefix(PREFIX): name for name in self._files}

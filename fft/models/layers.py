@@ -216,12 +216,15 @@ def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[P
 
 #: What a layer is made of that can be halved: attention and the norm before it, the MLP and the norm before it.
 _HALVES = ("self_attn", "input_layernorm", "mlp", "post_attention_layernorm")
+#: MLPs that give their layer more than hidden states.
+_GIVES_MORE = ("GptOssMLP",)
 
 
 def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
     """A decoder layer, whole (None) or its "attention" or "mlp" half; see :class:`DecoderLayer`.
 
-    Raises :class:`UserError` for one that has other modules than those, which both halves would train.
+    Raises :class:`UserError` for one that has other modules than those, which both halves would train, and for one
+    whose MLP gives more than hidden states.
     """
     if half is None:
         return layer
@@ -231,6 +234,8 @@ def decoder_half(layer: nn.Module, half: str | None) -> nn.Module:
     if missing or both:
         what = f"no {', '.join(missing)}" if missing else f"{', '.join(both)} besides {', '.join(_HALVES)}"
         raise UserError(f"--split_dlayer: {type(layer).__name__} has {what}; train it without the flag.")
+    if (mlp := type(layer.get_submodule("mlp")).__name__) in _GIVES_MORE:
+        raise UserError(f"--split_dlayer: what {mlp} gives is no hidden states alone; train it without the flag.")
     if half == "attention":
         return _without(layer, mlp=_AddsNothing(), post_attention_layernorm=nn.Identity())
     return _without(layer, self_attn=_AttendsToNothing(), input_layernorm=nn.Identity())

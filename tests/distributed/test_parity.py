@@ -157,6 +157,8 @@ MECHANISMS = [
     ("granite", (1, 2, 1, 2), 4),  # factors outside of layers
     ("phi", (1, 2, 2, 1), 1),  # a bias of the head
 ]
+#: Those that train in every layout.
+EVERYWHERE = tuple(FAMILIES)
 FAMILIES |= {name: {"model_type": name, **families.NEEDS.get(name, {})} for name, _, _ in MECHANISMS}
 FAMILIES["gpt_oss"]["sliding_window"] = 8
 FAMILIES["granite"]["logits_scaling"] = 0.25  # gradients large enough to be clipped

@@ -8,7 +8,7 @@ import torch
 from conftest import VOCAB, write_table
 from forked import run_ranks
 from safetensors.torch import load_file
-from test_parity import FAMILIES, LAYOUTS, flags, held_out, model_dir, read_metrics  # noqa: F401 - fixtures
+from test_parity import EVERYWHERE, FAMILIES, LAYOUTS, flags, held_out, model_dir, read_metrics  # noqa: F401 - fixtures
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -203,8 +203,13 @@ def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, la
     AutoModelForCausalLM.from_pretrained(output / "run" / f"step-{STEPS}")  # a checkpoint needs no conversion
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["one", "pipe2-split-recompute", "pipe2-tensor2"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *((family, "one") for family in FAMILIES),
+        *((family, layout) for layout in ("pipe2-split-recompute", "pipe2-tensor2") for family in EVERYWHERE),
+    ],
+)
 def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model_dir, tmp_path):  # noqa: F811
     _, ranks, extra = LAYOUTS[layout]
     given = ["--model", model_dir(family), "--num_train_epochs", 0, "--seq_len", 64, "--dtype", "fp32"]

@@ -83,6 +83,15 @@ def test_halves_of_a_layer_share_nothing_or_are_refused(family):
             assert halves[0] | halves[1] == {name for name, _ in layer.named_parameters()}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_compute_what_the_layer_does_or_are_refused(family, tmp_path):
+    config = written(family, tmp_path)
+    builder = StageBuilder(ModelSpec(config, torch.float32), weights=hf.WeightReader(tmp_path))
+    with contextlib.suppress(UserError):
+        _, run = build(builder, split=True)
+        torch.testing.assert_close(loss_by_layers(run), loss_by_transformers(loaded(tmp_path)), rtol=2e-6, atol=0)
+
+
 def test_halves_that_would_share_a_norm_are_refused():
     layer = ModelSpec(small_config("glm4"), torch.float32).skeleton.base_model.layers[0]
     with pytest.raises(UserError, match="Glm4DecoderLayer has post_self_attn_layernorm, post_mlp_layernorm besides"):
