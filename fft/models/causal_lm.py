@@ -5,7 +5,7 @@ the modules of its stage and fills them parameter by parameter, from files or fr
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,15 +149,36 @@ class StageBuilder:
         whole._parameters = {
             key: _whole(parameter, self.shards.get(f"{path}.{key}")) for key, parameter in module._parameters.items()
         }
+        own = dict(whole.named_parameters(recurse=False))
+        before = {key: parameter._version for key, parameter in own.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(path, self.spec.seed))
             if is_adapter(path) and isinstance(whole, nn.Linear):
                 reset_adapter(path, whole)
             else:
                 self.spec.skeleton._init_weights(whole)
+            if any(parameter._version == before[key] for key, parameter in own.items()):
+                self._seed_by_parent(whole, path, [own[key] for key in own if own[key]._version > before[key]])
+        for key, parameter in own.items():
+            if parameter._version == before[key]:
+                raise UserError(
+                    f"{path}.{key} is a parameter of model type {self.spec.config.model_type!r} to which transformers "
+                    "gives no first value: start from weights, without --init."
+                )
         for key, parameter in module.named_parameters(recurse=False):
             if (shard := self.shards.get(f"{path}.{key}")) is not None:
                 parameter.copy_(shard.of(whole.get_parameter(key)))
+
+    def _seed_by_parent(self, module: nn.Module, path: str, done: Sequence[nn.Parameter]) -> None:
+        """Have the parent of ``module`` give it first values, as some routers get them; ``done`` has its own."""
+        above, _, name = path.rpartition(".")
+        parent = copy.copy(self.spec.skeleton.get_submodule(above))  # all but the child is on the meta device
+        parent._modules = {**parent._modules, name: module}
+        for parameter in done:
+            setattr(parameter, _LOADED, True)
+        self.spec.skeleton._init_weights(parent)
+        for parameter in done:
+            delattr(parameter, _LOADED)
 
 
 def _persistent(module: nn.Module) -> dict[str, Tensor]:

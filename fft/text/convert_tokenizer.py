@@ -74,8 +74,12 @@ def is_original(directory: Path) -> bool:
 
 
 def check_converted(directory: Path, flag: str) -> None:
-    """Raise :class:`UserError` for a tokenizer that is yet to be converted, given by ``flag``."""
-    if is_original(directory):
+    """Raise :class:`UserError` for a tokenizer that is yet to be converted, or cannot be read, given by ``flag``."""
+    try:
+        original = is_original(directory)
+    except UserError as error:
+        raise UserError(f"{flag} {directory}: {error}") from error
+    if original:
         raise UserError(
             f"{flag} {directory} holds a tokenizer that is read by code of its own alone: convert it by {COMMAND} "
             f"{directory} OUT, and give OUT, or copy its files there."

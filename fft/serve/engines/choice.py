@@ -2,8 +2,6 @@
 
 from fft.serve.engines import Engine, EngineOptions
 from fft.serve.engines.checked import CheckedModel, check_model
-from fft.serve.engines.transformers_engine import TransformersEngine
-from fft.serve.engines.vllm_engine import VllmEngine
 
 
 def start_engine(model: CheckedModel, limit: int | None = None) -> Engine:
@@ -11,7 +9,13 @@ def start_engine(model: CheckedModel, limit: int | None = None) -> Engine:
 
     Raises :class:`UserError` for weights that cannot be loaded, and when vLLM cannot start.
     """
-    return (VllmEngine if model.engine == "vllm" else TransformersEngine)(model, limit or model.limit)
+    if model.engine == "vllm":
+        from fft.serve.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(model, limit or model.limit)
+    from fft.serve.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, limit or model.limit)
 
 
 def load_engine(model: str, options: EngineOptions | None = None) -> Engine:

@@ -129,6 +129,7 @@ FLAGS: dict[str, tuple[list, list]] = {
     "pipe_parallel_size": (["1"], [*NUMBERS, "2"]),
     "model_parallel_size": (["1"], [*NUMBERS, "2"]),
     "sequence_parallel_size": (["1"], [*NUMBERS, "2"]),
+    "expert_parallel_size": (["1"], [*NUMBERS, "2"]),
     "ulysses_degree": (["1"], [*NUMBERS, "2"]),
     "encoder_pipe_parallel_size": (["0"], NUMBERS),
     "partition_method": (["mem", "parameters", "uniform", "6"], ["", ",", "5", "3,3", "0", "-1", "1e3", "best", "6,0"]),
