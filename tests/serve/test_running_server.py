@@ -99,9 +99,10 @@ class Server:
         return float(re.search(r"^vllm:num_requests_running\S* (\S+)", response.read().decode(), re.M)[1])
 
     def wait_until_running(self, count: int) -> None:
-        end = time.monotonic() + 30
-        while self.running() != count:
-            assert time.monotonic() < end, f"{self.running()} are running, not {count}"
+        end, seen = time.monotonic() + 30, []
+        while not seen or seen[-1] != count:
+            assert time.monotonic() < end, f"of {count}, so many were running: {seen}"
+            seen.append(self.running())
             time.sleep(0.05)
 
     def end(self) -> None:
@@ -386,7 +387,7 @@ def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
         assert server.status("/", Authorization="") == server.status("/health", Authorization="") == 200
         assert "sekret" not in " ".join(server.process.cmdline())
 
-        sampling = {"max_tokens": 3000, "ignore_eos": True, "skip_special_tokens": False}
+        sampling = {"max_tokens": 9000, "ignore_eos": True, "skip_special_tokens": False}
         children = [server.process, *server.process.children(recursive=True)]
         assert len(children) >= 3  # the engine and its worker
         with ThreadPoolExecutor(8) as pool:
@@ -401,10 +402,10 @@ def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
             assert server.status("/health") == server.status("/v1/models") == 503
             for whole in wholes:
                 told = whole.result()
-                assert (told["finish_reason"], told["usage"]["completion_tokens"]) == (["length"], 3000)
+                assert (told["finish_reason"], told["usage"]["completion_tokens"]) == (["length"], 9000)
             for stream in streams:
                 *_, last, usage = stream.result()[1]
-                assert (last["finish_reason"], usage["usage"]["completion_tokens"]) == (["length"], 3000)
+                assert (last["finish_reason"], usage["usage"]["completion_tokens"]) == (["length"], 9000)
         assert server.process.wait(60) == 0
         assert not psutil.wait_procs(children, timeout=20)[1]
     finally:
