@@ -165,7 +165,7 @@ def read_outcome(run: Path) -> Outcome:
         stored = load_file(checkpoint / adapter.WEIGHTS)
         weights = {name.removeprefix(adapter.PREFIX): value for name, value in stored.items()}
     else:
-        weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+        weights = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False).state_dict()
     for name in filter(fragments.__contains__, weights):
         gradients[name] = torch.empty(weights[name].shape)
         fragments.fill(gradients[name].view(-1), name, "exp_avg", 0)
