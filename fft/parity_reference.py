@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import adapter
@@ -24,6 +24,7 @@ from fft.data.samples import Samples
 from fft.data.table import IGNORE
 from fft.errors import UserError
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
+from fft.models.vision import auto_class, decoder_path
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.schedule import lr_multiplier
 
@@ -76,10 +77,10 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     train = plan.train
     if train is None:
         raise UserError("a comparison needs steps: give --train_data.")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = auto_class(plan.config).from_pretrained(directory, dtype=torch.float32)
     lora = Lora.of(args)
     if lora is not None:
-        adapt(model, f"{model.base_model_prefix}.layers", lora)
+        adapt(model, f"{decoder_path(model)}.layers", lora)
         reset_adapters(model, args.seed)
     if args.freeze:
         freeze(model, args.freeze)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from fft.arguments import TrainArguments, resolve
@@ -25,6 +25,7 @@ from fft.checkpoint.fragments import SavedFragments
 from fft.errors import UserError
 from fft.models.directory import load_config
 from fft.models.supported import check_supported
+from fft.models.vision import auto_class
 from fft.parallel.tensor_plan import heads_of
 from fft.parity_reference import Outcome, one_process
 from fft.planning.preflight import Plan, plan_run, start_of, tokenizer_of
@@ -42,7 +43,8 @@ WEIGHT, OUTLIERS, OUTLIER_STEPS = 1e-5, 0.005, 0.1
 
 def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig:
     """The same architecture, small: few layers, heads of 16, experts; vocabulary, tying and grouping of heads stay."""
-    small = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    config, small = config.get_text_config(), whole.get_text_config()
     given = "," in args.partition_method  # layers per stage, which must remain that many
     if not given:
         small.num_hidden_layers = min(config.num_hidden_layers, max(2, args.pipe_parallel_size))
@@ -67,9 +69,14 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
         if isinstance(factors := rotary.get(name), list):
             width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
             rotary[name] = factors[: int(width * rotary.get("partial_rotary_factor", 1.0)) // 2]
+    if sections := rotary.get("mrope_section"):  # frequencies of time, height and width
+        width = getattr(small, "head_dim", None) or small.hidden_size // small.num_attention_heads
+        rotary["mrope_section"] = [width // 2 * section // sum(sections) for section in sections]
     small.initializer_range = 0.2  # of this size, gradients tell one layer's mistake from another's rounding
-    small.dtype = torch.float32
-    return small
+    small.dtype = whole.dtype = torch.float32
+    if small is not whole:
+        _shrink_tower(whole)
+    return whole
 
 
 #: At most so many experts a token, groups of experts, and layers before the first that has experts.
@@ -90,10 +97,26 @@ def _shrink_experts(config: PretrainedConfig, experts: int) -> None:
             setattr(config, name, min(getattr(config, name), limit))
 
 
+def _shrink_tower(config: PretrainedConfig) -> None:
+    """A tower of a few layers with heads of 16, whose features have the width of the decoder that ``config`` has."""
+    vision, width = config.vision_config, config.get_text_config().hidden_size
+    layers, heads = ("depth", "num_heads") if hasattr(vision, "depth") else ("num_hidden_layers", "num_attention_heads")
+    own = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
+    small: dict[str, Any] = {layers: min(getattr(vision, layers), 4), heads: 2, own: 32, "initializer_range": 0.2}
+    small |= dict.fromkeys(("out_hidden_size", "hidden_size"), width) if own == "embed_dim" else {}
+    small |= {"out_hidden_size": width} if hasattr(vision, "out_hidden_size") else {}
+    small |= {"intermediate_size": 64} if hasattr(vision, "intermediate_size") else {}
+    for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):  # of each kind of block one is left
+        if hasattr(vision, name):
+            small[name] = [1, 3]
+    for name, value in small.items():
+        setattr(vision, name, value)
+
+
 def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:
     """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.ndim < 2:
@@ -165,7 +188,8 @@ def read_outcome(run: Path) -> Outcome:
         stored = load_file(checkpoint / adapter.WEIGHTS)
         weights = {name.removeprefix(adapter.PREFIX): value for name, value in stored.items()}
     else:
-        weights = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False).state_dict()
+        config = load_config(str(checkpoint), init=False, weights=False)
+        weights = auto_class(config).from_pretrained(checkpoint, trust_remote_code=False).state_dict()
     for name in filter(fragments.__contains__, weights):
         gradients[name] = torch.empty(weights[name].shape)
         fragments.fill(gradients[name].view(-1), name, "exp_avg", 0)
@@ -222,6 +246,9 @@ def faults(run: Outcome, expected: Outcome, learning_rate: float) -> list[str]:
         for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
             if not relative(a, b) <= tolerance:
                 found.append(f"{what} {number} is {a:.9g} instead of {b:.9g}: more than {tolerance:g} off.")
+    for name in expected.weights.keys() - expected.gradients.keys():
+        if not torch.allclose(run.weights[name], expected.weights[name], WEIGHT, WEIGHT):
+            found.append(f"{name}, which is not trained, has other values.")
     for d in compare_parameters(run, expected):
         if not d.gradient <= GRADIENT:
             found.append(f"the gradient of {d.name} differs by {d.gradient:.1e} of its norm, more than {GRADIENT:g}.")
@@ -283,8 +310,9 @@ def _heading(config: PretrainedConfig, plan: Plan, ranks: int) -> str:
     mesh = plan.mesh
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
     sizes += f", experts over {mesh.expert}" if mesh.expert > 1 else ""
+    kind, config = config.model_type, config.get_text_config()
     heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} keys"
     return (
-        f"{ranks} ranks = {sizes} against one process, in fp32\n{config.model_type}: {config.num_hidden_layers} "
+        f"{ranks} ranks = {sizes} against one process, in fp32\n{kind}: {config.num_hidden_layers} "
         f"layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}"
     )

@@ -171,3 +171,34 @@ def theirs(folder, messages, images, processors={}):  # noqa: B006 - kept betwee
     for i in range(len(images)):
         pieces[i] += expand.replace_image_token(own, values, i)
     return tokenizer("".join(pieces), add_special_tokens=False)["input_ids"], values
+
+
+def small_config(family, vocabulary=160, layers=3):
+    """A config of a model of ``family`` that is small, its image token 151 between 152 and 153."""
+    from transformers import AutoConfig
+
+    text = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    text |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    ids = {"image_token_id": 151, "tie_word_embeddings": False}
+    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    if family == "internvl":
+        vision = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, "attention_bias": True}
+        vision |= {"hidden_size": 32, "image_size": 16, "patch_size": 4}
+        text |= {"model_type": "qwen2"}
+        return AutoConfig.for_model(
+            family, text_config=text, vision_config=vision, image_seq_length=4, downsample_ratio=0.5, **ids
+        )
+    vision = {"depth": 4, "num_heads": 2, "patch_size": 4}
+    if family == "qwen2_vl":
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+    if family == "qwen2_5_vl":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [1, 3]}
+    if family.startswith("qwen3"):
+        vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
+        text |= {"head_dim": 16}
+        rotary |= {"mrope_interleaved": True}
+    ids |= {"video_token_id": 154, "vision_start_token_id": 152, "vision_end_token_id": 153}
+    return AutoConfig.for_model(family, text_config=text | {"rope_parameters": rotary}, vision_config=vision, **ids)

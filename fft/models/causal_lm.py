@@ -40,7 +40,7 @@ class Ranks:
     @classmethod
     def join(cls, spec: ModelSpec, mesh: MeshSizes, ulysses_degree: int = 1) -> "Ranks":
         """This rank's place in ``mesh``. Collective: every rank of the default group calls it."""
-        tensor = TensorParallel(mesh, heads_of(spec.config)[1]) if mesh.tensor > 1 else None
+        tensor = TensorParallel(mesh, heads_of(spec.text)[1]) if mesh.tensor > 1 else None
         sequence = SequenceParallel(mesh.sequence_groups(), ulysses_degree) if mesh.sequence > 1 else None
         return cls(tensor, sequence, ExpertParallel(mesh) if mesh.expert > 1 else None)
 
@@ -78,6 +78,12 @@ class StageBuilder:
         self.balance: LoadBalance | None = None
         if spec.routing is not None:
             self.balance = LoadBalance(spec.routing, None if sequence is None else sequence.group)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of those that hold a stage together."""
+        rank, _, (place, _) = self.ranks.places
+        return rank == place == 0
 
     @property
     def vocabulary(self) -> Vocabulary:

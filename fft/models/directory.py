@@ -13,7 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from fft.errors import UserError, one_line
 from fft.models.baichuan import BaichuanConfig, BaichuanForCausalLM
@@ -90,14 +93,15 @@ def _read_config(file: Path) -> PretrainedConfig:
         BlockScales.of(raw, str(file.parent))
         # What is trained and written is not quantized any more.
         config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k not in BlockScales.SETTINGS})
-        config.tie_word_embeddings = bool(config.get_text_config().tie_word_embeddings)
+        config.tie_word_embeddings = bool(config.tie_word_embeddings)
     except UserError:
         raise
     except Exception as error:  # config classes raise what their checks happen to raise
         raise UserError(
             f"{file} is not a model configuration ({one_line(error)}): give one that transformers can read."
         ) from error
-    names = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, BaichuanConfig.model_type: BaichuanForCausalLM.__name__}
+    names = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    names |= {BaichuanConfig.model_type: BaichuanForCausalLM.__name__}
     if not config.architectures and kind in names:
         config.architectures = [names[kind]]
     return config
@@ -106,7 +110,7 @@ def _read_config(file: Path) -> PretrainedConfig:
 def has_own_head(weights: Weights) -> bool:
     """Whether there is an output head with other values than the embedding's."""
     embeddings = [name for name in weights.names if name.endswith(_EMBEDDINGS)]
-    heads = [name for name in weights.names if name in _HEADS]
+    heads = [name for name in weights.names if name.endswith(_HEADS)]
     if len(heads) != 1 or len(embeddings) != 1:
         return False
     head, embedding = weights.tensor(heads[0]), weights.tensor(embeddings[0])

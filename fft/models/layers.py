@@ -208,7 +208,7 @@ def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[P
         first, last = PipelineLayer(Embedding, (builder,)), PipelineLayer(Head, (builder,))
     decoder = [
         PipelineLayer(DecoderLayer, (builder, index, positions, half))
-        for index in range(spec.config.num_hidden_layers)
+        for index in range(spec.text.num_hidden_layers)
         for half in halves
     ]
     return [first, *decoder, PipelineLayer(FinalNorm, (builder,)), last]

@@ -28,7 +28,7 @@ def separate_documents(model: nn.Module) -> None:
 
 def check_recurrent(config: PretrainedConfig, sequence: int) -> None:
     """Raise :class:`UserError` where a row of a model with such layers would be shared out over ``sequence`` ranks."""
-    if sequence > 1 and KIND in (getattr(config, "layer_types", None) or ()):
+    if sequence > 1 and KIND in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UserError(
             f"--sequence_parallel_size {sequence}: model type {config.model_type!r} has linear attention, whose state "
             "goes through a document token by token: set it to 1 and raise --pipe_parallel_size instead."

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fft.models.vision import decoder_of
+
 #: Cosines and sines [1, tokens, width]; or both as complex numbers (DeepSeek-V2).
 Turns = tuple[Tensor, Tensor] | Tensor
 
@@ -22,22 +24,26 @@ class Rotary:
     """A model's rotary embedding on ``device``; its buffers are computed, never stored."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device | str = "cpu") -> None:
-        module = getattr(model.base_model, "rotary_emb", None)
-        self._module = None if module is None else type(module)(config=model.config).to(device)
+        decoder = decoder_of(model)
+        module = getattr(decoder, "rotary_emb", None)
+        self._module = None if module is None else type(module)(config=decoder.config).to(device)
         by_type = module is not None and "layer_type" in inspect.signature(module.forward).parameters
-        self._types = model.config.layer_types if by_type else None
+        self._axes = len((decoder.config.rope_parameters or {}).get("mrope_section", ()))
+        self._types = decoder.config.layer_types if by_type else None
 
     def kind(self, layer: int) -> str | None:
         """What tells the embedding of a decoder layer from those of others; None where all have the same."""
         return None if self._types is None else self._types[layer]
 
     def turns(self, hidden: Tensor, positions: Tensor, kind: str | None) -> Turns | None:
-        """Cosines and sines for ``positions`` [1, tokens], in the type and on the device of ``hidden``.
+        """Cosines and sines for ``positions`` [1, tokens] or [3, 1, tokens], of the type and the device of ``hidden``.
 
         None for a model without positions.
         """
         if self._module is None:
             return None
+        if self._axes:  # time, height, width: texts count up on all
+            positions = positions.expand(self._axes, *positions.shape[-2:])
         if kind is None:
             return self._module(hidden, position_ids=positions)
         return self._module(hidden, position_ids=positions, layer_type=kind)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
 from fft.models.experts import Routing
@@ -16,10 +16,12 @@ from fft.models.outside import Outside
 from fft.models.recurrent import separate_documents
 from fft.models.stored import stored_names
 from fft.models.trial import embedding_and_norm, try_out
+from fft.models.vision import auto_class, decoder_path, tower_of, vision_parts
 from fft.ops.alibi import COLUMNS, alibi_slopes
 from fft.ops.attention import register_with_transformers
 from fft.ops.experts import asks_interface
 from fft.ops.fused import FusedOps, fuse
+from fft.ops.vision_attention import attend_so
 from fft.parallel.tensor_plan import Shard, expert_shard, heads_of, plan_of, shard_of
 from fft.weights.names import StoredNames
 
@@ -32,6 +34,7 @@ class ModelSpec:
     """A model: its config, what is trained of it and in which type, and the kernels that compute it.
 
     ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
+    With ``images`` it sees them; otherwise the tower of a model that could is left as it is.
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
     ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
     Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
@@ -46,25 +49,29 @@ class ModelSpec:
     lora: Lora | None = None
     frozen: str | None = None
     selective: bool = False
+    images: bool = False
     #: The whole model on the meta device (shapes, no memory), which nobody changes: modules are built from copies.
     skeleton: PreTrainedModel = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         config = copy.deepcopy(self.config)  # transformers writes into it
         attention = register_with_transformers()
+        implementations = {"": attention, "text_config": attention, "vision_config": "sdpa"}
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
+                model = auto_class(config).from_config(config, dtype=self.dtype, attn_implementation=implementations)
         except Exception as error:  # modules raise what their sizes and settings happen to make them raise
             raise UserError(
                 f"transformers cannot build a {config.model_type} of the model's config.json "
                 f"({type(error).__name__}: {one_line(error)[:200]}): correct it."
             ) from error
+        if (tower := tower_of(model)) is not None:
+            attend_so(tower)
         _keep_fp32(model)
         separate_documents(model)
         try_out(model)
         if self.lora is not None:
-            adapt(model, f"{model.base_model_prefix}.layers", self.lora)
+            adapt(model, f"{decoder_path(model)}.layers", self.lora)
         if self.frozen:
             freeze(model, self.frozen)
         if self.fused is not None:
@@ -74,21 +81,26 @@ class ModelSpec:
     @property
     def base(self) -> str:
         """Name of the decoder inside the model, ``model`` for most."""
-        return self.skeleton.base_model_prefix
+        return decoder_path(self.skeleton)
+
+    @property
+    def text(self) -> PretrainedConfig:
+        """The config of the decoder: all of it, or a part of that of a model that sees images."""
+        return self.config.get_text_config()
 
     @property
     def head_size(self) -> int:
         """Width of an attention head, that of keys or that of values if it is more."""
-        config = self.config
+        config = self.text
         if getattr(config, "kv_lora_rank", None):
             return max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def window(self, layer: int) -> int | None:
         """How many tokens a query of a decoder layer sees at most; None: all before it."""
-        kinds = getattr(self.config, "layer_types", None)
+        kinds = getattr(self.text, "layer_types", None)
         slides = kinds[layer] == "sliding_attention" if kinds else True
-        return getattr(self.config, "sliding_window", None) if slides else None
+        return getattr(self.text, "sliding_window", None) if slides else None
 
     @property
     def attended_size(self) -> int:
@@ -103,9 +115,14 @@ class ModelSpec:
         return alibi_slopes(heads)[heads * rank // size : heads * (rank + 1) // size]
 
     @property
+    def apart(self) -> tuple[str, ...]:
+        """Names of the modules that take no part in training, and are written as they were."""
+        return () if self.images else vision_parts(self.skeleton)
+
+    @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.config.get_text_config().tie_word_embeddings)
+        return bool(self.config.tie_word_embeddings)
 
     @property
     def head(self) -> str:
@@ -115,12 +132,12 @@ class ModelSpec:
     @cached_property
     def embedding(self) -> str:
         """Name of the embedding's module."""
-        return f"{self.base}.{embedding_and_norm(self.config)[0]}"
+        return f"{self.base}.{embedding_and_norm(self.text)[0]}"
 
     @cached_property
     def norm(self) -> str:
         """Name of the module that normalises what the last layer gives."""
-        return f"{self.base}.{embedding_and_norm(self.config)[1]}"
+        return f"{self.base}.{embedding_and_norm(self.text)[1]}"
 
     @cached_property
     def output(self) -> str:
@@ -131,7 +148,7 @@ class ModelSpec:
     @cached_property
     def outside(self) -> Outside:
         """What is done between embedding, layers and head. Raises :class:`UserError` for nonsense in the config."""
-        return Outside.of(self.config)
+        return Outside.of(self.text)
 
     @cached_property
     def routing(self) -> Routing | None:
@@ -142,7 +159,7 @@ class ModelSpec:
     def experts_per_token(self) -> int:
         """How many experts a token goes through; 1 without any."""
         names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-        return next((found for name in names if (found := getattr(self.config, name, None))), 1)
+        return next((found for name in names if (found := getattr(self.text, name, None))), 1)
 
     @cached_property
     def experts(self) -> frozenset[str]:
@@ -157,7 +174,7 @@ class ModelSpec:
     @cached_property
     def plan(self) -> Mapping[str, str]:
         """What tensor parallelism cuts, and how: see :func:`fft.parallel.tensor_plan.plan_of`."""
-        return plan_of(self.config)
+        return plan_of(self.text)
 
     @cached_property
     def stored(self) -> StoredNames:
@@ -173,7 +190,7 @@ class ModelSpec:
 
         ``expert`` is the rank, and how many there are, among those that share out experts.
         """
-        heads, found = heads_of(self.config), {}
+        heads, found = heads_of(self.text), {}
         for name, parameter in self.skeleton.named_parameters() if size > 1 or expert[1] > 1 else ():
             shape = tuple(parameter.shape)
             shard = shard_of(self.within(name), shape, self.plan, heads, rank, size)

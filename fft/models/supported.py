@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 from fft.errors import UserError
 from fft.models.outside import check_outside
 from fft.models.recurrent import KIND
+from fft.models.vision import DECODERS, PARTS
 from fft.ops.alibi import LONGEST
 from fft.parallel.tensor_plan import heads_of
 
@@ -23,6 +24,7 @@ _PLANS = (
 #: Model types that publish no plan, whose modules are called as Llama's.
 _UNPUBLISHED = (
     *("diffllama", "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "olmoe"),
+    "qwen3_vl_text",
 )
 
 #: Mixtures of experts among them.
@@ -38,6 +40,9 @@ _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 #: Settings of chances with which values are dropped, but for those of heads that a language model has not.
 _DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdrop|layerdrop|jitter_noise)$")
+
+#: What features of a tower are: those of its last layer, without the class token.
+_FEATURES = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
 
 #: Model types that are trained: all that transformers does between their layers is known here, and the tests compare
 #: each with transformers.
@@ -55,7 +60,7 @@ FAMILIES = (
         "smollm3",
         "starcoder2",
         "youtu",
-        *_UNPUBLISHED,
+        *(name for name in _UNPUBLISHED if name not in DECODERS),
         *EXPERTS,
     ),
 )
@@ -63,18 +68,21 @@ FAMILIES = (
 
 def check_supported(config: PretrainedConfig, seq_len: int) -> None:
     """Refuse by name models whose layers we would get wrong. Raises :class:`UserError`."""
+    if config.model_type in PARTS:
+        check_tower(config)
+        config = config.get_text_config()
     name = config.model_type
     plan = set(getattr(config, "base_model_pp_plan", None) or ())
     if plan not in _PLANS and (plan or name not in _UNPUBLISHED):
         raise UserError(
             f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: choose one of "
-            f"{', '.join(FAMILIES)}."
+            f"{', '.join((*FAMILIES, *PARTS))}."
         )
     _check_scores(config)
-    if name not in FAMILIES:
+    if name not in (*FAMILIES, *DECODERS):
         raise UserError(
             f"model type {name!r} does between its layers, or within them, what is not known here: choose one of "
-            f"{', '.join(FAMILIES)}."
+            f"{', '.join((*FAMILIES, *PARTS))}."
         )
     _check_sizes(config)
     _check_rotary(config, seq_len)
@@ -100,6 +108,25 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
             f"model type {name!r} attends to what follows, too (is_causal or use_bidirectional_attention in its "
             "config.json): only causal models are trained."
         )
+    _check_dropout(config)
+
+
+def check_tower(config: PretrainedConfig) -> None:
+    """Refuse vision towers whose layers we would get wrong. Raises :class:`UserError`."""
+    vision = config.vision_config
+    _check_dropout(vision)
+    kind = vision.hidden_act
+    if kind not in ACT2FN:
+        raise UserError(f"hidden_act {kind!r} in vision_config of the model's config.json is none that is known.")
+    asked = {key: getattr(config, key, value) for key, value in _FEATURES.items()}
+    for key, value in asked.items():
+        if value != _FEATURES[key]:
+            raise UserError(
+                f"{key} {value!r} in the model's config.json: only {_FEATURES[key]!r} is trained; use another model."
+            )
+
+
+def _check_dropout(config: PretrainedConfig) -> None:
     dropout = [key for key, value in config.to_dict().items() if _DROPOUT.search(key) and value]
     if dropout:
         raise UserError(f"{dropout[0]} is not supported with packed documents: set it to 0 in config.json.")

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
 from fft.models.rotary import Rotary, map_turns
+from fft.models.vision import decoder_of
 from fft.ops.backends import Backend
 from fft.ops.documents import Documents, Softmax
 from fft.ops.sequence_parallel import PLAIN, SequenceParallel, ShardedDocuments
@@ -32,8 +33,8 @@ def embedding_and_norm(config: PretrainedConfig) -> tuple[str, str]:
 def try_out(model: PreTrainedModel) -> None:
     """Raise :class:`UserError` where ``model``, on the meta device, cannot be run."""
     try:
-        base = model.base_model
-        embedding, norm = map(base.get_submodule, embedding_and_norm(model.config))
+        base = decoder_of(model)
+        embedding, norm = map(base.get_submodule, embedding_and_norm(base.config))
         rotary, tried = Rotary(model), {}
         for index, layer in enumerate(base.get_submodule("layers").children()):
             kind = rotary.kind(index)

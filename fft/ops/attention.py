@@ -58,7 +58,14 @@ def packed_attention(
     if softmax.window is not None and softmax.window < documents.max_length:
         plan = plan_attention(plan_shards(documents.bounds, 1), 0, softmax.window)
         return ring_attention(q, k, v, Ring(plan, NOBODY, backend, scale), softmax.sinks)
-    return _PackedAttention.apply(q, k, v, softmax.sinks, Segments.within(documents, scale), backend)
+    return segment_attention(q, k, v, Segments.within(documents, scale), backend, softmax.sinks)
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: Backend, sinks: Tensor | None = None
+) -> Tensor:
+    """What one call of ``backend`` computes, with its gradient; shapes as in :func:`packed_attention`."""
+    return _PackedAttention.apply(q, k, v, sinks, segments, backend)
 
 
 def hf_attention(

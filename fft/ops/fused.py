@@ -96,13 +96,14 @@ def plain_ops() -> FusedOps:
 
 def fuse(model: PreTrainedModel, ops: FusedOps) -> None:
     """Let the modules of a model of :data:`FAMILIES` compute with ``ops``; leave any other as it is."""
-    if model.config.model_type not in FAMILIES:
+    decoder = model.get_decoder()
+    if decoder.config.model_type not in FAMILIES:
         return
-    for module in model.modules():
+    for module in decoder.modules():
         children = set(module._modules)
         if type(module).__name__.endswith("RMSNorm"):
             forward = partial(_rms_norm, ops)
-        elif {"gate_proj", "up_proj", "down_proj"} <= children and model.config.hidden_act == "silu":
+        elif {"gate_proj", "up_proj", "down_proj"} <= children and decoder.config.hidden_act == "silu":
             forward = partial(_mlp, ops)
         elif {"q_proj", "k_proj", "v_proj"} <= children:
             forward = _with_rotary(type(module).forward, ops)

@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from fft.errors import UserError
 
@@ -27,6 +27,8 @@ _UNPUBLISHED = {
 }
 #: Modules that are cut by rows of the vocabulary, whatever a plan says.
 _VOCABULARY = ("embed_tokens", "embed_in", "lm_head", "embed_out")
+#: Decoders for which no plan is published, and those whose plan is theirs.
+_SAME_AS = {"qwen3_vl_text": "qwen3"}
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 #: torch's grouped products of experts take rows of whole 16 bytes: 8 values of bf16.
 _ALIGNED = 8
@@ -118,15 +120,23 @@ class Shard:
 
 def heads_of(config: PretrainedConfig) -> tuple[int, int]:
     """A model's attention heads, and those of its keys and values, of which a config may not speak."""
+    config = config.get_text_config()
     heads = config.num_attention_heads
     if getattr(config, "kv_lora_rank", None):  # latent attention makes keys and values for every head
         return heads, heads
     return heads, getattr(config, "num_key_value_heads", heads)
 
 
+def published_plan(config: PretrainedConfig) -> dict[str, str]:
+    """What transformers publishes for a decoder, or for one whose modules are the same; empty for others."""
+    kind = _SAME_AS.get(config.model_type)
+    return dict((CONFIG_MAPPING[kind] if kind else config).base_model_tp_plan or {})
+
+
 def plan_of(config: PretrainedConfig) -> dict[str, str]:
     """Style by module or parameter name, relative to the decoder, layer numbers as ``*``."""
-    plan = {**_UNPUBLISHED, **(config.base_model_tp_plan or {})}
+    config = config.get_text_config()
+    plan = {**_UNPUBLISHED, **published_plan(config)}
     if config.model_type == "cohere":  # a norm of its own for every head
         plan |= {"layers.*.self_attn.q_norm": "colwise", "layers.*.self_attn.k_norm": "colwise"}
     if plan.get("layers.*.self_attn.kv_b_proj") == "colwise":  # what it gets is made on every rank, for its heads
@@ -195,7 +205,8 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
     """Raise :class:`UserError` where ``--model_parallel_size`` cannot share out a model's heads."""
     if size == 1:
         return
-    if not config.base_model_tp_plan:
+    config = config.get_text_config()
+    if not published_plan(config):
         raise UserError(
             f"--model_parallel_size {size}: model type {config.model_type!r} publishes no tensor-parallel plan; "
             "set it to 1 and raise --pipe_parallel_size instead."
@@ -219,6 +230,7 @@ def check_expert_parallel(config: PretrainedConfig, size: int) -> None:
     """Raise :class:`UserError` where ``--expert_parallel_size`` cannot share out a model's experts."""
     if size == 1:
         return
+    config = config.get_text_config()
     count = next((found for name in _COUNTS if (found := getattr(config, name, None))), 0)
     if not count:
         raise UserError(

@@ -68,7 +68,7 @@ def layer_activations(
 
 def _kind(spec: ModelSpec, path: str) -> str | None:
     """The type of the decoder layer at ``path``, where a model has several."""
-    kinds, number = getattr(spec.config, "layer_types", None), path.rpartition(".")[2]
+    kinds, number = getattr(spec.text, "layer_types", None), path.rpartition(".")[2]
     return kinds[int(number)] if kinds and number.isdecimal() else None
 
 
@@ -123,7 +123,7 @@ def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, mesh: MeshS
         parallelise(module, spec.within(path), spec.plan, shards, _SilentTensor(mesh.tensor))
     if mesh.expert > 1:
         spread_all(module, _SilentExperts(mesh.expert))
-    own, hidden_size = tokens // mesh.sequence, spec.config.hidden_size
+    own, hidden_size = tokens // mesh.sequence, spec.text.hidden_size
     with torch.device("meta"):
         hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)

@@ -33,7 +33,7 @@ class LayerCost:
 def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str, nn.Module]]:
     """Path and module, on the meta device, of each layer of :func:`fft.models.layers.pipeline_layers`."""
     halves = ("attention", "mlp") if split_dlayer else (None,)
-    decoder = [(f"{spec.base}.layers.{i}", half) for i in range(spec.config.num_hidden_layers) for half in halves]
+    decoder = [(f"{spec.base}.layers.{i}", half) for i in range(spec.text.num_hidden_layers) for half in halves]
     paths = [spec.embedding, *decoder, spec.norm, spec.embedding if spec.tied else spec.output]
     modules = []
     for path in paths:
@@ -90,7 +90,7 @@ def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: M
     if attends:
         window = min(spec.window(int(path.rpartition(".")[2])) or seq_len, seq_len)
         seen = window - window**2 / (2 * seq_len)  # keys, in the mean over a row's queries; half of it without a window
-        scores = 2 * spec.config.num_attention_heads * spec.head_size * seen  # q.k and weights.v
+        scores = 2 * spec.text.num_attention_heads * spec.head_size * seen  # q.k and weights.v
         flops, backward = flops + scores, backward + 2 * scores
     return LayerCost(flops, backward, parameters, held, trained, matrices, experts)
 

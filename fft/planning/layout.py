@@ -48,7 +48,7 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         replicas=mesh.data * mesh.sequence,
         tokens=tokens // mesh.sequence,
         row=tokens,
-        hidden_size=spec.config.hidden_size,
+        hidden_size=spec.text.hidden_size,
         head_size=spec.head_size,
         itemsize=spec.dtype.itemsize,
         interval=args.checkpoint_grad_interval,
@@ -65,7 +65,7 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
     ]
     vocabulary = costs[-1].held // at.hidden_size
-    head = bool(costs[-1].trained), getattr(spec.config, "normalized_head", False)
+    head = bool(costs[-1].trained), getattr(spec.text, "normalized_head", False)
     layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS, *head))
 
     def memory(stage: int, start: int, stop: int) -> StageMemory:

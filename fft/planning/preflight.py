@@ -64,7 +64,7 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
 
 def doubts(args: TrainArguments, plan: Plan) -> list[str]:
     """What may be meant, but is likely a mistake; a sentence each."""
-    found, positions = [], getattr(plan.config, "max_position_embeddings", None)
+    found, positions = [], getattr(plan.config.get_text_config(), "max_position_embeddings", None)
     if positions and args.seq_len > positions:
         found.append(
             f"--seq_len {args.seq_len} is more than the {positions} positions of the model (max_position_embeddings): "
@@ -184,7 +184,9 @@ def _open(
                 f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
                 "tokenize again or name the right --tokenizer."
             )
-    return SampleReader(table, args.seq_len, args.seed, config.vocab_size, shuffle, args.pack, args.shuffle_lanes)
+    return SampleReader(
+        table, args.seq_len, args.seed, config.get_text_config().vocab_size, shuffle, args.pack, args.shuffle_lanes
+    )
 
 
 def _tokenized(flag: str, path: Path, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None) -> Path:
@@ -197,10 +199,11 @@ def _tokenized(flag: str, path: Path, args: TrainArguments, config: PretrainedCo
 
 
 def _check_vocabulary(what: str, made_by: TokenizerInfo, config: PretrainedConfig) -> None:
-    if made_by.vocab_size > config.vocab_size:
+    vocabulary = config.get_text_config().vocab_size
+    if made_by.vocab_size > vocabulary:
         raise UserError(
             f"{what} was tokenized with a vocabulary of {made_by.vocab_size}, larger than the model's "
-            f"{config.vocab_size}: raise vocab_size in the model's config or tokenize with the model's tokenizer."
+            f"{vocabulary}: raise vocab_size in the model's config or tokenize with the model's tokenizer."
         )
 
 

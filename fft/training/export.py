@@ -29,6 +29,12 @@ class ModelExport:
         self._config.dtype = builder.spec.dtype
         self._config.architectures = [type(builder.spec.skeleton).__name__]
         self._base = plan.weights.directory if plan.weights else None
+        #: What no layer of a pipeline holds, on the one rank that writes it, in its host's memory.
+        self._apart: dict[str, Tensor] = {}
+        if engine.role.writes and engine.role.first and builder.leads and builder.spec.lora is None:
+            built = {path: builder.build(path) for path in builder.spec.apart}
+            tensors = {f"{path}.{name}": t for path, module in built.items() for name, t in module.state_dict().items()}
+            self._apart = builder.spec.stored.to_stored(tensors)
         #: Content of ``adapter_config.json``; None where the model itself is trained.
         self._adapter: dict | None = None
         if builder.spec.lora is not None and self._base is not None:
@@ -52,7 +58,7 @@ class ModelExport:
         if not role.writes:
             return None
         buffers = {} if self._adapter is not None else canonical_buffers(self._engine.deepspeed.module)
-        return whole_tensors({**self.parameters, **buffers}, self._builder), role.shard
+        return {**whole_tensors({**self.parameters, **buffers}, self._builder), **self._apart}, role.shard
 
     def contents(self, args: TrainArguments, run: Path) -> Contents:
         """What goes into the checkpoints in the folder ``run`` besides tensors."""

@@ -23,6 +23,7 @@ LONG_SIGNATURES = {
     "spark_jobs/repartition_job.py: repartition_table": "what flags are on the command line are keywords in a notebook",
     "spark_jobs/generate_job.py: generate_table": "what flags are on the command line are keywords in a notebook",
     "fft/ops/attention.py: hf_attention": "transformers dictates it",
+    "fft/ops/vision_attention.py: tower_attention": "transformers dictates it",
 }
 # Names that several modules define: what a command has, and what every attention backend supplies.
 SHARED_NAMES = {"build_parser", "cli", "main", "forward", "backward"}
