@@ -2,14 +2,20 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fft.data.image_batches import Chosen, EncodedImages, ImageBatch, RowLayout, StepDecoding
 from fft.data.samples import Samples, SampleSpan
 from fft.data.table import IGNORE, Rows
 from fft.errors import UserError
+
+#: Threads that decode images, and bytes of patches that they make of the next step while one is computed.
+_IMAGE_DECODERS, _AHEAD_BYTES = 4, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -18,13 +24,15 @@ class MicroBatch:
 
     ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating its last entry:
     its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
-    ``trained`` counts the labels that are trained on.
+    ``trained`` counts the labels that are trained on. ``images`` is None where a run trains without; in one with images
+    every micro-batch has it, also one of texts.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     cu_seqlens: np.ndarray
     trained: int
+    images: ImageBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,24 @@ class BatchPlan:
 def micro_batch(reader: Samples, indices: Sequence[int], total_samples: int, multiple: int | None = None) -> MicroBatch:
     """Samples laid end to end; those from ``total_samples`` on are blank.
 
-    Nothing is trained on the last token of a document, which predicts nothing, and on what is left over of a sample,
-    which is a document of its own. With ``multiple`` that is left out, and the length rounded up to a multiple of so
-    many tokens, but never to more than it is without.
+    Nothing is trained on the last token of a document, which predicts nothing, on the tokens of images, and on what is
+    left over of a sample, which is a document of its own. With ``multiple`` that is left out, and the length rounded up
+    to a multiple of so many tokens, but never to more than it is without. Raises :class:`UserError` for images that
+    cannot be decoded.
     """
+    (made,) = _Step([_laid_out(reader, indices, total_samples, multiple)], reader).finish()
+    return made
+
+
+def _laid_out(
+    reader: Samples, indices: Sequence[int], total_samples: int, multiple: int | None
+) -> tuple[MicroBatch, EncodedImages | None]:
+    """A micro-batch without its images, and these."""
     length, tokens = reader.seq_len, reader.seq_len * len(indices)
     real = [index for index in indices if index < total_samples]
     ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
-    ends, filled = _fill(reader.samples(real), 0 if multiple else length, reader.aligned, ids, labels)
+    layout = None if reader.rules is None else RowLayout()
+    ends, filled = _fill(reader.samples(real), 0 if multiple else length, reader.aligned, (ids, labels), layout)
     if multiple:
         filled = filled[-1:] or [0]
         tokens = min(tokens, max(1, -(-filled[0] // multiple)) * multiple)
@@ -82,17 +100,26 @@ def micro_batch(reader: Samples, indices: Sequence[int], total_samples: int, mul
     cu_seqlens = np.full(tokens + 1, ends[-1] if len(ends) else 0, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
-    return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
+    images = None
+    if layout is not None and reader.rules is not None:
+        images = layout.encoded(ids, np.union1d(ends, [tokens]), reader.rules)
+        labels[images.index[:-1] - 1] = IGNORE  # of the row's first token: the last label, which is no other
+    return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE))), images
 
 
 def _fill(
-    samples: Iterable[list[tuple[SampleSpan, Rows]]], stride: int, aligned: bool, ids: np.ndarray, labels: np.ndarray
+    samples: Iterable[list[tuple[SampleSpan, Rows]]],
+    stride: int,
+    aligned: bool,
+    row: tuple[np.ndarray, np.ndarray],
+    layout: RowLayout | None,
 ) -> tuple[list[int], list[int]]:
-    """Write samples, one after the other, into ``ids`` and, where their token stands, if ``aligned``, ``labels``.
+    """Write samples, one after the other, into a row's ids and, where their token stands, if ``aligned``, its labels.
 
     Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. Returns where the documents
     end, and up to where each sample is filled.
     """
+    ids, labels = row
     ends: list[int] = []
     filled: list[int] = []
     at = 0
@@ -105,6 +132,8 @@ def _fill(
             if aligned:
                 targets = rows.input_ids if rows.labels is None else rows.labels
                 labels[at : at + length] = targets[begin : begin + length]
+            if layout is not None and rows.images is not None:
+                layout.add(rows.images, begin, begin + length)
             ends += [at + end for end in rows.document_ends(span.row, span.start, span.stop)]
             at += length
         filled.append(at)
@@ -113,18 +142,52 @@ def _fill(
 
 def step_batches(reader: Samples, plan: BatchPlan, first: int, total_samples: int) -> list[MicroBatch]:
     """This replica's micro-batches of the global batch that begins with sample ``first``."""
-    return [micro_batch(reader, indices, total_samples, plan.multiple) for indices in plan.indices(first)]
+    return _step(reader, plan, first, total_samples).finish()
+
+
+class _Step:
+    """A step's micro-batches while their images are decoded."""
+
+    def __init__(
+        self,
+        laid_out: list[tuple[MicroBatch, EncodedImages | None]],
+        reader: Samples,
+        chosen: Chosen | None = None,
+        pool: Executor | None = None,
+    ) -> None:
+        self._batches = [batch for batch, _ in laid_out]
+        images = [images for _, images in laid_out if images is not None]
+        self._decoding = None if reader.rules is None else StepDecoding(images, reader.rules, chosen, pool)
+
+    def begin(self) -> None:
+        """Begin to decode its images."""
+        if self._decoding is not None:
+            self._decoding.begin(_AHEAD_BYTES)
+
+    def finish(self) -> list[MicroBatch]:
+        if self._decoding is None:
+            return self._batches
+        images = self._decoding.batches()
+        return [replace(batch, images=own) for batch, own in zip(self._batches, images, strict=True)]
+
+
+def _step(
+    reader: Samples, plan: BatchPlan, first: int, total: int, chosen: Chosen | None = None, pool: Executor | None = None
+) -> _Step:
+    laid_out = [_laid_out(reader, indices, total, plan.multiple) for indices in plan.indices(first)]
+    return _Step(laid_out, reader, chosen, pool)
 
 
 class Loader:
     """The micro-batches of one replica, step after step; row groups are decoded ahead. State is a number of samples.
 
     Iterating yields the list of a step's micro-batches until ``total_samples`` have been consumed by all replicas
-    together. ``waited`` adds up the seconds for which the caller had to wait.
+    together. ``waited`` adds up the seconds for which the caller had to wait. Images are decoded a step ahead, in
+    threads: those that are ``chosen``, see :mod:`fft.data.image_batches`, or all.
     """
 
-    def __init__(self, reader: Samples, plan: BatchPlan, total_samples: int) -> None:
-        self._reader, self._plan, self._total = reader, plan, total_samples
+    def __init__(self, reader: Samples, plan: BatchPlan, total_samples: int, chosen: Chosen | None = None) -> None:
+        self._reader, self._plan, self._total, self._chosen = reader, plan, total_samples, chosen
         self._consumed = 0
         self.waited = 0.0
 
@@ -151,13 +214,21 @@ class Loader:
         ahead = -(-(self._reader.lookahead + self._reader.lanes) // batch) * batch
         for first in range(self._consumed, self._consumed + ahead, batch):
             self._prefetch(first)
-        while self._consumed < self._total:
-            begin = time.perf_counter()
-            self._prefetch(self._consumed + ahead)
-            made = step_batches(self._reader, self._plan, self._consumed, self._total)
-            self.waited += time.perf_counter() - begin
-            self._consumed += batch
-            yield made
+        with nullcontext() if self._reader.rules is None else ThreadPoolExecutor(_IMAGE_DECODERS, "images") as pool:
+            following = None
+            while self._consumed < self._total:
+                begin = time.perf_counter()
+                self._prefetch(self._consumed + ahead)
+                made = (following or self._step(self._consumed, pool)).finish()
+                self._consumed += batch
+                if pool is not None and self._consumed < self._total:
+                    following = self._step(self._consumed, pool)
+                    following.begin()
+                self.waited += time.perf_counter() - begin
+                yield made
+
+    def _step(self, first: int, pool: Executor | None) -> _Step:
+        return _step(self._reader, self._plan, first, self._total, self._chosen, pool)
 
     def _prefetch(self, first: int) -> None:
         micro_batches = self._plan.indices(first)

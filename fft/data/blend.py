@@ -22,6 +22,7 @@ import numpy as np
 from fft.data.samples import SampleSpan, TableSamples
 from fft.data.table import Rows, Table
 from fft.errors import UserError
+from fft.images.rules import ImageRules
 
 #: Where lane ``l`` begins in the sequence of tables: ``l`` times this, a prime.
 _STRIDE = 10_007
@@ -141,9 +142,18 @@ class Blend:
         own: dict[str, object] = {"weights": self.weights, "blend_end": self.end}
         return {name: [member[name] for member in members] for name in members[0]} | own
 
-    def for_stage(self, ids: bool, labels: bool) -> "Blend":
-        """The same order, for who needs only ids, or only labels."""
-        return Blend([member.for_stage(ids, labels) for member in self.members], self.weights, self.end)
+    @property
+    def rules(self) -> ImageRules | None:
+        """Of the images of all tables."""
+        return self.members[0].rules
+
+    def for_stage(self, ids: bool, labels: bool, images: bool = False) -> "Blend":
+        """The same order, for who needs only ids, only labels, or pixels."""
+        return Blend([member.for_stage(ids, labels, images) for member in self.members], self.weights, self.end)
+
+    def with_images(self, rules: ImageRules) -> "Blend":
+        """The same order, in a run that trains on images."""
+        return Blend([member.with_images(rules) for member in self.members], self.weights, self.end)
 
     def member(self, index: int) -> tuple[TableSamples, int]:
         """The table a sample comes from, and its index there."""

@@ -14,10 +14,14 @@ from copy import copy
 import numpy as np
 import pyarrow as pa
 
+from fft.data.arrow_lists import list_values
+from fft.data.known import GRIDS, IMAGES
 from fft.data.order import LANES, EpochOrder, lanes_for
 from fft.data.packing import DocumentSpans, best_fit
 from fft.data.samples import SampleSpan
 from fft.data.table import Rows, Table
+from fft.errors import UserError
+from fft.images.rules import ImageRules
 
 #: Threads that decode row groups.
 _DECODERS = 2
@@ -62,7 +66,7 @@ class SampleReader:
 
     ``pack`` says how samples are made of rows that are not packed to ``seq_len``: "cut" lays them end to end and cuts,
     "best-fit" packs the rows of each row group, cutting only those longer than ``seq_len``; it reads all lengths once,
-    when it begins.
+    when it begins. Raises :class:`UserError` where that would cut a row that has images.
     """
 
     def __init__(
@@ -79,9 +83,15 @@ class SampleReader:
         # Without boundaries its rows are documents that were cut to that length, most of them shorter.
         packed = manifest is not None and manifest.seq_len == seq_len and "cu_seqlens" in table.columns
         self.table, self.seq_len, self.seed, self.pack = table, seq_len, seed, "rows" if packed else pack
+        if table.has_images and self.pack == "cut":
+            raise UserError(
+                f"{table.path} has images, which --pack cut would cut: give --pack best-fit, or pack the table to "
+                f"{seq_len} tokens with spark_jobs/repartition.py."
+            )
         self._vocab_size, self._shuffle = vocab_size, shuffle
-        #: Which of the two are needed; what is not is neither read nor filled in.
-        self._ids = self._labels = True
+        #: What is needed; what is not is neither read nor filled in. Without ``rules`` there are no images.
+        self._ids = self._labels = self._images = True
+        self.rules: ImageRules | None = None
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1
@@ -126,9 +136,13 @@ class SampleReader:
         """By how many samples row groups are asked for before they are needed: half of what the open ones hold."""
         return self.samples_per_epoch * self.lanes // (2 * len(self._sizes))
 
-    def for_stage(self, ids: bool, labels: bool) -> "SampleReader":
-        """The same order, for who needs only ids, or only labels."""
-        return self._changed(_ids=ids, _labels=labels)
+    def for_stage(self, ids: bool, labels: bool, images: bool = False) -> "SampleReader":
+        """The same order, for who needs only ids, only labels, or pixels."""
+        return self._changed(_ids=ids, _labels=labels, _images=images)
+
+    def with_images(self, rules: ImageRules) -> "SampleReader":
+        """The same order, in a run that trains on images."""
+        return self._changed(rules=rules)
 
     def as_member(self, lanes: int, aligned: bool) -> "SampleReader":
         """The same table in another number of lanes, in a blend in which some table has labels, or none."""
@@ -199,7 +213,18 @@ class SampleReader:
         return np.fromiter(self._pool.map(self._count_bins, range(len(groups))), np.int64, len(groups))
 
     def _count_bins(self, group: int) -> int:
-        return len(self._bins(self.table.read(group, labels=False)).row_ends)
+        loaded = self.table.load(group, labels=False, images=(GRIDS,))
+        rows = self.table.check(group, loaded)
+        if self.table.has_images:
+            cut = (np.diff(rows.offsets) > self.seq_len) & (np.diff(list_values(loaded, GRIDS, "")[1]) > 0)
+            if cut.any():
+                row = int(cut.argmax())
+                raise UserError(
+                    f"{self.table.row_groups[group]}, row {row} has images and {np.diff(rows.offsets)[row]} tokens, "
+                    f"more than --seq_len {self.seq_len}, which would cut it: raise --seq_len, or cut chats with "
+                    "spark_jobs/tokenize.py --max_len."
+                )
+        return len(self._bins(rows).row_ends)
 
     def _bins(self, rows: Rows) -> DocumentSpans:
         return best_fit(np.diff(rows.offsets), self.seq_len)
@@ -220,7 +245,10 @@ class SampleReader:
         key = (epoch, group)
         found = self._loaded.get(key)
         if found is None:
-            found = self._loaded[key] = self._pool.submit(self.table.load, group, self._ids, self._labels)
+            # In a run with images, ids say where these are, and grids belong to them.
+            images = () if self.rules is None else (GRIDS, IMAGES) if self._images else (GRIDS,)
+            wanted = group, self._ids or self.rules is not None, self._labels, images
+            found = self._loaded[key] = self._pool.submit(self.table.load, *wanted)
             # Each lane has a row group open and, for a while, the next; small ones may fit several times into a sample.
             while len(self._loaded) > (2 * self.lanes + 2) * (1 + len(self._sizes) // self.samples_per_epoch):
                 self._loaded.popitem(last=False)
@@ -232,7 +260,7 @@ class SampleReader:
         found = self._request(epoch, group)
         if isinstance(found, Decoded):
             return found
-        rows = self.table.check(group, found.result(), self._vocab_size)
+        rows = self.table.check(group, found.result(), self._vocab_size, self.rules)
         bins = self._bins(rows) if self.pack == "best-fit" else None
         slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
         decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from fft.data.table import Rows, Table
+from fft.images.rules import ImageRules
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,17 @@ class Samples(Protocol):
     """Random access to samples of ``seq_len`` tokens, counted from the start of epoch 0; for one thread.
 
     ``aligned``: labels are written where their token stands; without them, ids are the labels. ``lanes`` places of
-    the tables are read side by side.
+    the tables are read side by side. ``rules`` are those of the images on which a run trains, None in a run without.
     """
 
     seq_len: int
     aligned: bool
     lanes: int
     samples_per_epoch: int
+
+    @property
+    def rules(self) -> ImageRules | None:
+        """See above."""
 
     @property
     def lookahead(self) -> int:
@@ -48,8 +53,15 @@ class Samples(Protocol):
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to decode what samples will need."""
 
-    def for_stage(self, ids: bool, labels: bool) -> Self:
-        """The same order, for who needs only ids, or only labels."""
+    def for_stage(self, ids: bool, labels: bool, images: bool = False) -> Self:
+        """The same order, for who needs only ids, only labels, or pixels.
+
+        In a run with images, all read ids and grids, so that all know of every image; who needs no pixels does not read
+        the bytes of images, and has the patches of blank ones alone.
+        """
+
+    def with_images(self, rules: ImageRules) -> Self:
+        """The same order, in a run that trains on images: its tables' rules are these, or they have no images."""
 
     @property
     def members(self) -> Sequence["TableSamples"]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,15 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
+from fft.data.arrow_lists import list_values
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Footer, RowGroup
 from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
-from fft.data.manifest import Manifest, is_hidden
+from fft.data.manifest import MANIFEST_NAME, Manifest, is_hidden
+from fft.data.row_images import RowImages
 from fft.data.storage import Listing, Storage, check_names_utf8, printable
 from fft.data.table_files import parquet_files, untagged
 from fft.errors import UserError, one_line
+from fft.images.rules import FAMILIES, ImageRules
 
 #: The label of tokens that are not trained on.
 IGNORE = -100
@@ -33,7 +37,7 @@ class Rows:
     ``labels`` are aligned with ``input_ids``; they are None where the table has none, or they were not asked for;
     ``input_ids`` that were not asked for are empty. The documents of row ``i`` end at
     ``ends[end_offsets[i]:end_offsets[i + 1]]``, counted from the row's begin; both are None where every row is one
-    document.
+    document. ``images`` is None where there are none, or they were not asked for.
     """
 
     input_ids: np.ndarray
@@ -41,6 +45,7 @@ class Rows:
     labels: np.ndarray | None = None
     ends: np.ndarray | None = None
     end_offsets: np.ndarray | None = None
+    images: RowImages | None = None
 
     def document_ends(self, row: int, start: int, stop: int) -> list[int]:
         """Where documents end in tokens [start, stop) of a row, counted from ``start``; the last is ``stop``'s."""
@@ -171,14 +176,25 @@ class Table:
         """Bytes of images in all files."""
         return sum(g.image_bytes for g in self.row_groups)
 
-    def check_trainable(self) -> None:
-        """Raise :class:`UserError` where footers and manifest say that rows have images, are padded, or hold nothing to
-        learn."""
-        if self.has_images:
+    @cached_property
+    def rules(self) -> ImageRules | None:
+        """What its manifest says of its images; None where it has none, or no manifest. Raises :class:`UserError` when
+        that is not understood."""
+        vision = self.manifest.vision if self.manifest and self.has_images else None
+        return None if vision is None else ImageRules.of(vision, f"{self.path}/{MANIFEST_NAME}")
+
+    def check_images(self, takes_images: bool) -> None:
+        """Raise :class:`UserError` for a table with images where the model takes none."""
+        if self.has_images and not takes_images:
             raise UserError(
-                f"{self.path} has images, on which this release does not train yet: give a table of texts, which "
-                "spark_jobs/tokenize.py makes without --image_path."
+                f"{self.path} has images, and the model takes none: give a model of type {', '.join(FAMILIES)}, or a "
+                "table of texts, which spark_jobs/tokenize.py makes without --image_path."
             )
+
+    def check_trainable(self, takes_images: bool = False) -> None:
+        """Raise :class:`UserError` where footers and manifest say that rows have images, unless a model takes them, are
+        padded, or hold nothing to learn."""
+        self.check_images(takes_images)
         padded = next((group for group in self.row_groups if group.padded), None)
         if padded is not None:
             raise _padding_error(str(padded))
@@ -195,11 +211,12 @@ class Table:
             )
 
     def read(self, group: int, vocab_size: int | None = None, ids: bool = True, labels: bool = True) -> Rows:
-        """Decode and check one row group: :meth:`load`, then :meth:`check`."""
+        """Decode and check one row group, without images: :meth:`load`, then :meth:`check`."""
         return self.check(group, self.load(group, ids, labels), vocab_size)
 
-    def load(self, group: int, ids: bool = True, labels: bool = True) -> pa.Table:
-        """Decode one row group: no other columns than are asked for, but ids, where there are no labels.
+    def load(self, group: int, ids: bool = True, labels: bool = True, images: Collection[str] = ()) -> pa.Table:
+        """Decode one row group: no other columns than are asked for, but ids, where there are no labels. ``images`` are
+        those of its columns :data:`GRIDS` and :data:`IMAGES` that are wanted, if the table has them.
 
         Nearly all of it happens outside Python, so that other threads go on. Raises :class:`UserError` naming file
         and row group when it cannot be read, or no longer is what it was when the table was opened.
@@ -207,7 +224,7 @@ class Table:
         where = self.row_groups[group]
         labels = labels and "labels" in self.columns
         unused = {"input_ids": labels and not ids, "labels": not labels}
-        wanted = [c for c in LISTS if c in self.columns and not unused.get(c)]
+        wanted = [c for c in (*LISTS, *images) if c in self.columns and not unused.get(c)]
         wanted += [MASK] if where.padded is not False else []
         try:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
@@ -221,11 +238,16 @@ class Table:
             raise UserError(f"{where} was changed after the run had read its footer: give the run a table that stays.")
         return loaded
 
-    def check(self, group: int, loaded: pa.Table, vocab_size: int | None = None) -> Rows:
-        """A decoded row group as arrays. Raises :class:`UserError` naming file and row group when it is not valid."""
+    def check(
+        self, group: int, loaded: pa.Table, vocab_size: int | None = None, rules: ImageRules | None = None
+    ) -> Rows:
+        """A decoded row group as arrays; with ``rules``, which need ids and grids, also its images.
+
+        Raises :class:`UserError` naming file and row group when it is not valid.
+        """
         where = self.row_groups[group]
         name = str(where)
-        lists = {column: _lists(loaded, column, name) for column in LISTS if column in loaded.column_names}
+        lists = {column: list_values(loaded, column, name) for column in LISTS if column in loaded.column_names}
         values, offsets = next(iter(lists.values()))
         if len(values) < where.tokens:
             raise UserError(
@@ -250,13 +272,21 @@ class Table:
                 raise UserError(f"{name}: labels and input_ids differ in length: write the table again.")
             if vocab_size is not None:
                 _check_ids(targets[targets != IGNORE], vocab_size, f"{name} holds label")
-        ends = _document_ends(*lists["cu_seqlens"], lengths, name) if "cu_seqlens" in lists else ()
-        return Rows(input_ids, offsets, targets, *ends)
+        ends = _document_ends(*lists["cu_seqlens"], lengths, name) if "cu_seqlens" in lists else (None, None)
+        rows = Rows(input_ids, offsets, targets, *ends)
+        return rows if rules is None else replace(rows, images=_images(rows, loaded, name, rules))
+
+
+def _images(rows: Rows, loaded: pa.Table, name: str, rules: ImageRules) -> RowImages | None:
+    ends = rows.offsets[1:]
+    if rows.ends is not None and rows.end_offsets is not None:
+        ends = rows.ends + np.repeat(rows.offsets[:-1], np.diff(rows.end_offsets))
+    return RowImages.read(loaded, name, rows.input_ids, rows.offsets, ends, rules)
 
 
 def _check_mask(mask: pa.Table, lengths: np.ndarray, name: str) -> None:
     """An attention mask of which the footer did not say that it is all ones, and as long as the ids."""
-    values, offsets = _lists(mask.cast(pa.schema([(MASK, pa.list_(pa.int64()))])), MASK, name)
+    values, offsets = list_values(mask.cast(pa.schema([(MASK, pa.list_(pa.int64()))])), MASK, name)
     if not np.array_equal(np.diff(offsets), lengths):
         raise UserError(f"{name}: {MASK} and input_ids differ in length: write the table again.")
     if (values != 1).any():
@@ -280,25 +310,6 @@ def _check_against_manifest(storage: Storage, listing: Listing, manifest: Manife
                 f"{file} has {size} bytes, its manifest says {info.bytes}: the table was changed after "
                 "it was written; write it again."
             )
-
-
-def _lists(table: pa.Table, column: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values and offsets of a list column, both zero-copy where Arrow allows."""
-    array = table.column(column).combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
-    if array.null_count or array.values.null_count:
-        raise UserError(f"{name}: column {column} holds nulls: write the table again without them.")
-    offsets = _numpy(array.offsets).astype(np.int64)
-    return _numpy(array.values)[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def _numpy(array: pa.Array) -> np.ndarray:
-    """Numbers without nulls, zero-copy. (``to_numpy`` would import pandas, a fifth of a second.)"""
-    buffer = array.buffers()[1]
-    if buffer is None:  # of an empty array
-        return np.empty(0, array.type.to_pandas_dtype())
-    return np.frombuffer(buffer, array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
 
 
 def _document_ends(

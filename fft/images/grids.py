@@ -7,6 +7,8 @@ its patches divided by ``merge`` squared, whatever the family.
 import math
 from functools import lru_cache
 
+import numpy as np
+
 from fft.images.rules import GRIDS, ImageRules
 
 #: Longer sides are at most this many times the shorter ones.
@@ -70,3 +72,18 @@ def arrangement(width: int, height: int, tile: int, fewest: int, most: int) -> t
 def _arrangements(fewest: int, most: int) -> list[tuple[int, int]]:
     pairs = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
     return sorted((pair for pair in pairs if math.prod(pair) >= fewest), key=math.prod)
+
+
+def blank_grid(rules: ImageRules) -> Grid:
+    """The grid of the smallest image there is: a token, or a tile."""
+    side = rules.merge if rules.family in GRIDS else rules.tile // rules.patch
+    return 1, side, side
+
+
+def are_grids(grids: np.ndarray, rules: ImageRules) -> np.ndarray:
+    """Of [images, 3] numbers, whether each three are a grid of stills."""
+    tiles, high, wide = grids.T
+    if rules.family in GRIDS:
+        return (tiles == 1) & (high > 0) & (wide > 0) & (high % rules.merge == 0) & (wide % rules.merge == 0)
+    side = rules.tile // rules.patch
+    return (tiles > 0) & (high == side) & (wide == side)

@@ -13,6 +13,8 @@ from fft.errors import UserError
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 #: Families whose images are cut into square tiles of one size.
 TILES = ("internvl",)
+#: All whose images are read.
+FAMILIES = (*GRIDS, *TILES)
 
 _CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
 _PROCESSOR_OF = {**dict.fromkeys(GRIDS, "Qwen2VLImageProcessor"), **dict.fromkeys(TILES, "GotOcr2ImageProcessor")}
@@ -84,6 +86,28 @@ class ImageLimits:
     max_pixels: int | None = None
     min_pixels: int | None = None
     max_tiles: int | None = None
+
+
+#: What must be the same for a table's tokens and patches to be those that a model takes.
+_SHARED = ("image_token", "start_token", "end_token", "patch", "merge", "temporal", "tile", "mean", "std", "resample")
+
+
+def check_rules(rules: ImageRules, model: ImageRules, table: str) -> None:
+    """Raise :class:`UserError`, naming the first that differs, where the images of a ``table`` that was made by
+    ``rules`` are not those of a model that has other ones. Limits of sizes may differ: grids are the table's."""
+    kinds = {True: "grids of patches", False: "tiles"}
+    own, other = rules.family in GRIDS, model.family in GRIDS
+    if own != other:
+        raise UserError(
+            f"{table} has images as {kinds[own]}, as {rules.family} has them, the model, a {model.family}, takes "
+            f"{kinds[other]}: make the table with the model's own directory as --tokenizer."
+        )
+    for name in _SHARED:
+        if getattr(rules, name) != getattr(model, name):
+            raise UserError(
+                f"{table} was made with {name} = {getattr(rules, name)} of images, the model has "
+                f"{getattr(model, name)}: make the table with the model's own directory as --tokenizer."
+            )
 
 
 def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) -> ImageRules:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fft.data.batches import BatchPlan, Loader, MicroBatch, step_batches
+from fft.data.batches import BatchPlan, Loader, MicroBatch
 from fft.data.table import IGNORE
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import SequenceParallel
@@ -27,7 +27,8 @@ class Feed:
         self._batches, self._role, self._sequence = batches, role, sequence
         self._begin, self._end = start.step, plan.total_steps
         self._training, self._evaluation = (
-            reader and reader.for_stage(ids=role.first, labels=role.last) for reader in (plan.train, plan.evaluation)
+            reader and reader.for_stage(ids=role.first, labels=role.last, images=role.first)
+            for reader in (plan.train, plan.evaluation)
         )
         self._loader: Loader | None = None
         if self._training is not None and role.reads and plan.total_steps:
@@ -55,9 +56,8 @@ class Feed:
             return None
         samples = reader.samples_per_epoch
         count = -(-samples // plan.global_batch)
-        firsts = range(0, count * plan.global_batch, plan.global_batch) if self._role.reads else ()
-        batches = (step_batches(reader, plan, first, samples)[0] for first in firsts)
-        return (own_share(batch, self._sequence) for batch in batches), count
+        steps = Loader(reader, plan, samples) if self._role.reads else ()
+        return (own_share(batch, self._sequence) for (batch,) in steps), count
 
     def state(self) -> dict[str, object] | None:
         """What :class:`Feed` goes on from, as it is kept in checkpoints; None where nothing is read."""
@@ -65,10 +65,11 @@ class Feed:
 
 
 def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatch:
-    """A rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries."""
+    """A rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries and images."""
     if sequence is None:
         return batch
     documents = Documents.from_padded(torch.from_numpy(batch.cu_seqlens))
     own = sequence.tokens(sequence.shards(documents.bounds))
     labels = batch.labels[own]
-    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, int(np.count_nonzero(labels != IGNORE)))
+    trained = int(np.count_nonzero(labels != IGNORE))
+    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, batch.images)

@@ -187,9 +187,10 @@ def test_what_would_cut_images_or_mix_them_is_refused(spark, table, chats, flags
         shuffle_tables(foreign, tmp_path / "s")
 
 
-def test_the_trainer_refuses_images_by_one_sentence(table, tmp_path):
-    with pytest.raises(UserError, match="has images, on which this release does not train yet: give a table of texts"):
+def test_a_model_without_images_refuses_them_by_one_sentence(table, tmp_path):
+    with pytest.raises(UserError, match="has images, and the model takes none: give a model of type qwen2_vl, "):
         Table.open(table).check_trainable()
+    Table.open(table).check_trainable(takes_images=True)
     rows = pq.read_table(files_of(table)[0])
     for lacking in ("images", "image_grids"):
         (tmp_path / lacking).mkdir()
