@@ -17,41 +17,37 @@ from fft.data.table import Table
 from fft.errors import UserError
 from fft.images.grids import blank_grid
 from fft.images.positions import positions_of
-from fft.images.rules import GRIDS, ImageRules, check_rules
+from fft.images.rules import GRIDS, ImageRules
 
 #: Of the grids, int32 [images, 3], of each of a step's micro-batches, without the blank ones: the numbers of those
 #: images of each micro-batch that this rank decodes, rising.
 Chosen = Callable[[list[np.ndarray]], list[Sequence[int]]]
 
 
-def run_rules(tables: Sequence[Table], model: ImageRules | None) -> ImageRules | None:
-    """The rules of the images of a run, None where no table has any; ``model`` are the model's, if it takes images.
+def run_rules(tables: Sequence[Table]) -> ImageRules | None:
+    """The rules of the images of a run that reads these tables; None where no table has any.
 
-    Raises :class:`UserError` when the rules of some table are not known, not another's, or not the model's.
+    :func:`fft.images.rules.check_rules` compares them with a model's.
+    Raises :class:`UserError` when those of a table are not known, or not those of another.
     """
-    found: dict[str, ImageRules] = {}
+    found: list[tuple[str, ImageRules]] = []
     for table in tables:
-        if not table.has_images:
-            continue
-        table.check_images(model is not None)
-        if table.rules is None:
+        if table.has_images and table.rules is None:
             raise UserError(
                 f"{table.path} has images and no manifest that says what their grids mean: make the table with "
                 "spark_jobs/tokenize.py --image_path."
             )
-        if model is not None:
-            check_rules(table.rules, model, table.path)
-        found[table.path] = table.rules
-    paths = list(found)
-    for path in paths[1:]:
-        before, after = found[paths[0]].facts(), found[path].facts()
-        for name, value in after.items():
-            if value != before[name]:
-                raise UserError(
-                    f"{path} was made with {name} = {value} of images, {paths[0]} with {before[name]}: make both "
-                    "tables with the same settings."
-                )
-    return found[paths[0]] if paths else None
+        if table.rules is not None:
+            found.append((table.path, table.rules))
+    for path, rules in found[1:]:
+        first, own = found[0][1].facts(), rules.facts()
+        differs = next((name for name in own if own[name] != first[name]), None)
+        if differs is not None:
+            raise UserError(
+                f"{path} was made with {differs} = {own[differs]} of images, {found[0][0]} with {first[differs]}: "
+                "make both tables with the same settings."
+            )
+    return found[0][1] if found else None
 
 
 @dataclass(frozen=True)

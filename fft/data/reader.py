@@ -216,11 +216,12 @@ class SampleReader:
         loaded = self.table.load(group, labels=False, images=(GRIDS,))
         rows = self.table.check(group, loaded)
         if self.table.has_images:
-            cut = (np.diff(rows.offsets) > self.seq_len) & (np.diff(list_values(loaded, GRIDS, "")[1]) > 0)
+            where = str(self.table.row_groups[group])
+            cut = (np.diff(rows.offsets) > self.seq_len) & (np.diff(list_values(loaded, GRIDS, where)[1]) > 0)
             if cut.any():
                 row = int(cut.argmax())
                 raise UserError(
-                    f"{self.table.row_groups[group]}, row {row} has images and {np.diff(rows.offsets)[row]} tokens, "
+                    f"{where}, row {row} has images and {np.diff(rows.offsets)[row]} tokens, "
                     f"more than --seq_len {self.seq_len}, which would cut it: raise --seq_len, or cut chats with "
                     "spark_jobs/tokenize.py --max_len."
                 )
@@ -249,9 +250,6 @@ class SampleReader:
             images = () if self.rules is None else (GRIDS, IMAGES) if self._images else (GRIDS,)
             wanted = group, self._ids or self.rules is not None, self._labels, images
             found = self._loaded[key] = self._pool.submit(self.table.load, *wanted)
-            # Each lane has a row group open and, for a while, the next; small ones may fit several times into a sample.
-            while len(self._loaded) > (2 * self.lanes + 2) * (1 + len(self._sizes) // self.samples_per_epoch):
-                self._loaded.popitem(last=False)
         else:
             self._loaded.move_to_end(key)
         return found
@@ -264,4 +262,9 @@ class SampleReader:
         bins = self._bins(rows) if self.pack == "best-fit" else None
         slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
         decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)
+        # Each lane has a row group open; small ones may fit several times into a sample. Those that were asked for and
+        # not opened yet stay: a step may need more of them than there are lanes, and would read them twice.
+        opened = [key for key, value in self._loaded.items() if isinstance(value, Decoded)]
+        for key in opened[: -(self.lanes + 1) * (1 + len(self._sizes) // self.samples_per_epoch)]:
+            del self._loaded[key]
         return decoded

@@ -183,18 +183,14 @@ class Table:
         vision = self.manifest.vision if self.manifest and self.has_images else None
         return None if vision is None else ImageRules.of(vision, f"{self.path}/{MANIFEST_NAME}")
 
-    def check_images(self, takes_images: bool) -> None:
-        """Raise :class:`UserError` for a table with images where the model takes none."""
+    def check_trainable(self, takes_images: bool = False) -> None:
+        """Raise :class:`UserError` where footers and manifest say that rows have images, unless a model takes them, are
+        padded, or hold nothing to learn."""
         if self.has_images and not takes_images:
             raise UserError(
                 f"{self.path} has images, and the model takes none: give a model of type {', '.join(FAMILIES)}, or a "
                 "table of texts, which spark_jobs/tokenize.py makes without --image_path."
             )
-
-    def check_trainable(self, takes_images: bool = False) -> None:
-        """Raise :class:`UserError` where footers and manifest say that rows have images, unless a model takes them, are
-        padded, or hold nothing to learn."""
-        self.check_images(takes_images)
         padded = next((group for group in self.row_groups if group.padded), None)
         if padded is not None:
             raise _padding_error(str(padded))

@@ -17,17 +17,22 @@ import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
 from fft.data.document_ids import id_lists, names_of
-from fft.data.known import DOC_IDS
+from fft.data.image_batches import run_rules
+from fft.data.known import DOC_IDS, GRIDS, IMAGES
 from fft.data.order import LANES
 from fft.data.reader import SampleReader
-from fft.data.samples import Samples
+from fft.data.samples import Samples, TableSamples
 from fft.data.table import Rows, Table
 from fft.errors import Parser, UserError, run_cli
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Tokens [start, stop) of a document, counted from where the row's stretch of it begins, in a sample of a step."""
+    """Tokens [start, stop) of a document, counted from where the row's stretch of it begins, in a sample of a step.
+
+    ``images`` are those among them, separated by blanks: "1x54x72:316074" is one of so many tiles, patches high and
+    wide, and of so many bytes. They are looked at where the reader was told of images.
+    """
 
     step: int
     sample: int
@@ -39,6 +44,7 @@ class Seen:
     file: str
     row_group: int
     row: int
+    images: str = ""
 
 
 def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator[Seen]:
@@ -54,8 +60,8 @@ def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
                     name = names[span.row][number] if names else ""
-                    where_seen = sample, index // member.samples_per_epoch
-                    yield _seen(member.table, where_seen, step, name, start - begin, stop - begin, span.group, span.row)
+                    when, document = (step, sample, index // member.samples_per_epoch), (name, begin, start, stop)
+                    yield _seen(member.table, when, document, (span.group, span.row), rows)
 
 
 def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
@@ -69,31 +75,31 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
         raise UserError(f"{paths} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
     found = False
     for number, member in searched:
-        for group, row, (begin, end) in _named(member.table, doc_id):
+        for group, row, (begin, end), rows in _named(member, doc_id):
             found = True
             for own in _samples_with(reader, number, epochs * reader.samples_per_epoch, (group, row, begin, end)):
                 for span in member.spans_of(own):
                     start, stop = max(begin, span.start), min(end, span.stop)
                     if (span.group, span.row) == (group, row) and start < stop:
                         sample = reader.index(number, own)
-                        where_seen = sample, own // member.samples_per_epoch
-                        step = sample // global_batch + 1
-                        yield _seen(member.table, where_seen, step, doc_id, start - begin, stop - begin, group, row)
+                        when = sample // global_batch + 1, sample, own // member.samples_per_epoch
+                        yield _seen(member.table, when, (doc_id, begin, start, stop), (group, row), rows)
     if not found:
         raise UserError(f"{paths} holds no document with the id {doc_id!r}.")
 
 
-def _named(table: Table, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """Row group, row and tokens [begin, end) of the documents of that id."""
+def _named(member: TableSamples, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int], Rows]]:
+    """Row group, row and tokens [begin, end) of the documents of that id, and the row group's rows."""
+    table, images = member.table, (GRIDS, IMAGES) if member.rules else ()
     for group in range(len(table.row_groups)):
         if not any(doc_id in names for names in _ids(table, group)):
             continue
-        rows = table.read(group)
+        rows = table.check(group, table.load(group, images=images), rules=member.rules)
         for row, names in enumerate(_names(table, group)):
             if doc_id in names:
                 for name, where in zip(names, _documents(rows, row), strict=True):
                     if name == doc_id:
-                        yield group, row, where
+                        yield group, row, where, rows
 
 
 def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, int, int, int]) -> Iterator[int]:
@@ -110,10 +116,22 @@ def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, in
 
 
 def _seen(
-    table: Table, where_seen: tuple[int, int], step: int, name: str, start: int, stop: int, group: int, row: int
+    table: Table, when: tuple[int, int, int], document: tuple[str, int, int, int], at: tuple[int, int], rows: Rows
 ) -> Seen:
-    where = table.row_groups[group]
-    return Seen(step, *where_seen, table.path, name, start, stop, Path(where.path).name, where.index, row)
+    """Of (step, sample, epoch) and (name, begin, start, stop), counted in the row, ``at`` (row group, row)."""
+    (name, begin, start, stop), (group, row) = document, at
+    where, first = table.row_groups[group], int(rows.offsets[row])
+    images = _images(rows, first + start, first + stop)
+    return Seen(
+        *when, table.path, name, start - begin, stop - begin, Path(where.path).name, where.index, row, " ".join(images)
+    )
+
+
+def _images(rows: Rows, start: int, stop: int) -> Iterator[str]:
+    images = rows.images
+    if images is not None and images.files is not None:
+        for number in images.among(start, stop):
+            yield f"{'x'.join(map(str, images.grids[number]))}:{images.files[number].as_buffer().size}"
 
 
 def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
@@ -201,6 +219,9 @@ def main() -> None:
         SampleReader(Table.open(path), args.seq_len, args.seed, pack=args.pack, lanes=args.shuffle_lanes)
         for path, _ in tables
     ]
+    rules = run_rules([reader.table for reader in readers])
+    if rules is not None:
+        readers = [reader.with_images(rules) for reader in readers]
     reader = readers[0] if len(readers) == 1 else Blend(readers, [weight for _, weight in tables], args.blend_end)
     if args.step is not None:
         seen = documents_of_step(reader, args.step, args.global_batch)

@@ -99,7 +99,7 @@ def check_rules(rules: ImageRules, model: ImageRules, table: str) -> None:
     own, other = rules.family in GRIDS, model.family in GRIDS
     if own != other:
         raise UserError(
-            f"{table} has images as {kinds[own]}, as {rules.family} has them, the model, a {model.family}, takes "
+            f"{table} has images as {kinds[own]}, made for {rules.family}; the model, of type {model.family}, takes "
             f"{kinds[other]}: make the table with the model's own directory as --tokenizer."
         )
     for name in _SHARED:

@@ -1,17 +1,27 @@
 """Images of micro-batches are those of the rows' documents, at their tokens, in any hands; what is wrong is named."""
 
 import itertools
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from image_tables import GRID_RULES, IMAGE, TILE_RULES, packed_rows, rows_table, write_rows
+from image_tables import GRID_RULES, IMAGE, TILE_RULES, Document, packed_rows, png, rows_table, write_rows
 
 from fft.data.batches import BatchPlan, Loader, micro_batch, step_batches
+from fft.data.blend import Blend
+from fft.data.image_batches import EncodedImages, StepDecoding, run_rules
 from fft.data.reader import SampleReader
-from fft.data.table import IGNORE
+from fft.data.table import IGNORE, Table
+from fft.data.trace import documents_of_step, steps_of_document
+from fft.errors import UserError
 from fft.images.pixels import patches_of
+from fft.images.rules import check_rules
 
 EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEQ_LEN = 64
@@ -92,11 +102,15 @@ def same(left, right):
     st.sampled_from(["rows", "best-fit"]),
     st.integers(1, 3),
     st.sampled_from([None, 1, 16, 48]),
+    st.booleans(),
 )
-def test_micro_batches_have_the_images_of_their_documents(tmp_path, seed, rules, pack, size, multiple):
+def test_micro_batches_have_the_images_of_their_documents(tmp_path, seed, rules, pack, size, multiple, labels):
+    """Also of a table whose labels do not leave out the tokens of images."""
     rng = np.random.default_rng(seed)
     rows = packed_rows(rng, rules, SEQ_LEN, 8)
-    table = write_rows(tmp_path / "t", rows_table(rows), rules, SEQ_LEN if pack == "rows" else None)
+    columns = rows_table(rows)
+    columns = columns.append_column("labels", columns["input_ids"]) if labels else columns
+    table = write_rows(tmp_path / "t", columns, rules, SEQ_LEN if pack == "rows" else None)
     reader = SampleReader(table, SEQ_LEN, seed=1, vocab_size=1000, pack=pack).with_images(rules)
     documents, seen = numbered(rows), 0
     for first in range(0, reader.samples_per_epoch + size, size):  # the last are blank
@@ -137,3 +151,238 @@ def test_the_loader_gives_what_is_read_at_once_and_goes_on_anywhere(reader, rows
     for step, again in zip(steps[3:], resumed, strict=True):
         for left, right in zip(step, again, strict=True):
             same(left, right)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    ids = [[1000 + number, *range(10, 10 + number % 30)] for number in range(90)]
+    columns = pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32()))})
+    return write_rows(folder, columns, GRID_RULES)
+
+
+def blend_of(table, texts):
+    readers = [SampleReader(table, SEQ_LEN, 1), SampleReader(texts, SEQ_LEN, 1, pack="best-fit")]
+    return Blend(readers, [0.6, 0.4]).with_images(run_rules([table, texts]))
+
+
+def test_a_step_of_a_blend_is_the_same_in_any_hands(table, texts, rows):
+    """Replicas, micro-batches and a stop in between change nothing; rows of texts have the blank image."""
+    blend, total = blend_of(table, texts), 96
+    whole = [batch for step in Loader(blend, BatchPlan(1, 0, 12, 1), total) for batch in step]
+    assert {len(batch.images.grids) == 1 for batch in whole} == {True, False}
+    documents = numbered(rows) | {
+        1000 + number: Document([1000 + number, *range(10, 10 + number % 30)], [], []) for number in range(90)
+    }
+    for batch in whole:
+        check(batch, documents, GRID_RULES)
+    for replicas, size in ((2, 2), (3, 1), (4, 3)):
+        for replica in range(replicas):
+            loader = Loader(
+                blend.for_stage(True, True, images=True),
+                BatchPlan(replicas, replica, 12 // replicas // size, size),
+                total,
+            )
+            samples = iter(whole[replica::replicas])
+            for batch in itertools.chain(*loader):
+                own = list(itertools.islice(samples, size))
+                np.testing.assert_array_equal(batch.images.positions, np.hstack([one.images.positions for one in own]))
+                for name, blank in (("grids", 1), ("patches", 4)):
+                    parts = [getattr(one.images, name)[:-blank] for one in own]
+                    np.testing.assert_array_equal(getattr(batch.images, name)[:-blank], np.concatenate(parts))
+
+
+def test_ranks_share_out_the_images_of_a_step(reader):
+    """All know all grids; each decodes what was dealt to it."""
+    plan, total = BatchPlan(1, 0, 4, 2), reader.samples_per_epoch
+
+    def dealt(rank):
+        def chosen(grids):
+            assert len(grids) == 4
+            return [range(rank, len(own), 3) for own in grids]
+
+        return chosen
+
+    ranks = [Loader(reader, plan, total, dealt(rank)) for rank in range(3)]
+    for whole, *shares in zip(Loader(reader, plan, total), *ranks, strict=True):
+        for batch, *own in zip(whole, *shares, strict=True):
+            sizes = batch.images.grids.prod(1)
+            images = np.split(batch.images.patches, np.cumsum(sizes)[:-1])
+            for rank, share in enumerate(own):
+                np.testing.assert_array_equal(share.images.grids, batch.images.grids)
+                expected = [*images[:-1][rank::3], images[-1]]
+                np.testing.assert_array_equal(share.images.patches, np.concatenate(expected))
+
+
+def test_who_needs_no_pixels_does_not_read_their_bytes(table, texts, monkeypatch):
+    asked, decode = Counter(), pq.ParquetFile.read_row_group
+
+    def read(self, index, columns, **options):
+        asked.update(columns)
+        return decode(self, index, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    reader = blend_of(table, texts)
+    whole = micro_batch(reader, range(20), 20)
+    assert asked["images"] == asked["image_grids"] > 0
+    asked.clear()
+    for ids, labels in ((True, False), (False, True), (True, True)):
+        own = micro_batch(reader.for_stage(ids, labels), range(20), 20)
+        for name in ("positions", "index", "grids"):
+            np.testing.assert_array_equal(getattr(own.images, name), getattr(whole.images, name))
+        assert own.images.patches.shape == (4, 48)
+        if labels:
+            assert own.labels.tolist() == whole.labels.tolist()
+    assert (asked["images"], asked["image_grids"] > 0) == (0, True)
+    asked.clear()
+    assert micro_batch(SampleReader(table, SEQ_LEN, 1), range(3), 3).images is None
+    assert asked.keys() == {"input_ids", "cu_seqlens"}
+
+
+def test_so_much_is_decoded_ahead_and_no_more(table):
+    class Pool:
+        asked = 0
+
+        def submit(self, task, *arguments):
+            self.asked += 1
+            done = Future()
+            done.set_result(task(*arguments))
+            return done
+
+    loaded = table.check(0, table.load(0, images=("image_grids", "images")), rules=GRID_RULES).images
+    grids = np.concatenate([loaded.grids, [(1, 2, 2)]])
+    numbers, positions = [(loaded, number) for number in range(len(loaded.grids))], np.empty((3, 0), np.int32)
+    sizes, pool = grids[:-1].prod(1) * 48, Pool()
+    decoding = StepDecoding([EncodedImages(positions, positions[0], grids, numbers)], GRID_RULES, pool=pool)
+    decoding.begin(int(sizes[:3].sum()) + 1)
+    assert pool.asked == 3
+    (made,) = decoding.batches()
+    assert pool.asked == len(sizes) > 4
+    (at_once,) = StepDecoding([EncodedImages(positions, positions[0], grids, numbers)], GRID_RULES).batches()
+    np.testing.assert_array_equal(made.patches, at_once.patches)
+
+
+def test_a_step_of_many_row_groups_reads_each_once(tmp_path, monkeypatch):
+    rows = packed_rows(np.random.default_rng(3), GRID_RULES, 16, 256)
+    table = write_rows(tmp_path / "t", rows_table(rows), GRID_RULES, 16, row_group_size=2)
+    read, load = Counter(), Table.load
+    monkeypatch.setattr(Table, "load", lambda self, group, *rest: read.update([group]) or load(self, group, *rest))
+    reader = SampleReader(table, 16, seed=0, lanes=8).with_images(GRID_RULES)
+    for _ in Loader(reader, BatchPlan(1, 0, 4, 32), reader.samples_per_epoch):
+        pass
+    assert set(read.values()) == {1}
+
+
+def test_what_a_step_saw_of_images_is_traced(reader, rows):
+    documents, back = numbered(rows), {}
+    for step in range(1, 6):
+        for seen in documents_of_step(reader, step, 4):
+            own = documents[100 + int(seen.doc_id[1:])]
+            expected = [f"{'x'.join(map(str, g))}:{len(f)}" for g, f in zip(own.grids, own.files, strict=True)]
+            assert seen.images == " ".join(expected)
+            back.setdefault(seen.doc_id, []).append(seen)
+    name, found = next((name, seen) for name, seen in back.items() if seen[0].images)
+    assert next(iter(steps_of_document(reader, name, 4, 1))) == found[0]
+
+
+def changed(table, **columns):
+    """A table whose rows have other values in some columns."""
+    for name, change in columns.items():
+        values = table[name].to_pylist()
+        kind = table.schema.field(name).type
+        change(values)
+        table = table.set_column(table.schema.names.index(name), name, pa.array(values, kind))
+    return table
+
+
+def swap(row):
+    """Takes the image of a row apart: its last token changes places with the text after it."""
+    at = max(i for i, token in enumerate(row) if token == IMAGE)
+    row[at], row[at + 1] = row[at + 1], row[at]
+
+
+WRONG = {
+    "another number of tokens of images than its image_grids": {"image_grids": lambda v: v[1].extend([1, 2, 2])},
+    "has image_grids of which not all are three numbers": {"image_grids": lambda v: v[1].append(1)},
+    "has image_grids that are none": {"image_grids": lambda v: v.__setitem__(1, [1, 3, 2])},
+    "the tokens of an image do not lie together": {"input_ids": lambda v: swap(v[1])},
+    "has a document that ends in an image": {"cu_seqlens": lambda v: v[1].insert(1, v[1][0] + 2)},
+    "has another number of images than of image_grids": {"images": lambda v: v[1].append(b"x")},
+}
+
+
+@pytest.fixture(scope="module")
+def simple():
+    """Three rows of one document: two texts around an image of four tokens."""
+    one = Document([100, *[IMAGE] * 4, 20, 21], [png(np.random.default_rng(0), 16, 16)], [(1, 4, 4)])
+    return rows_table([[one]] * 3)
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_images_that_do_not_belong_to_their_tokens_are_named(tmp_path, simple, said):
+    table = write_rows(tmp_path, changed(simple, **WRONG[said]), GRID_RULES)
+    reader = SampleReader(table, SEQ_LEN, 0, pack="best-fit", shuffle=False).with_images(GRID_RULES)
+    with pytest.raises(UserError, match=rf"part-0\.parquet, row group 0, row 1:? .*{said}.*: write the table again"):
+        micro_batch(reader, range(3), 3)
+
+
+@pytest.mark.parametrize("column", ["images", "image_grids"])
+def test_nulls_among_images_are_refused(tmp_path, simple, column):
+    for null in (lambda v: v.__setitem__(1, None), lambda v: v[1].append(None)):
+        table = write_rows(tmp_path, changed(simple, **{column: null}), GRID_RULES)
+        reader = SampleReader(table, SEQ_LEN, 0, pack="best-fit") if column == "images" else None
+        with pytest.raises(UserError, match=f"column {column} holds nulls: write the table again without them"):
+            micro_batch((reader or SampleReader(table, SEQ_LEN, 0, pack="best-fit")).with_images(GRID_RULES), [0], 1)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, simple):
+    table = write_rows(tmp_path, changed(simple, images=lambda v: v.__setitem__(2, [v[2][0][:60]])), GRID_RULES)
+    reader = SampleReader(table, SEQ_LEN, 0, pack="best-fit", shuffle=False).with_images(GRID_RULES)
+    named = r"part-0\.parquet, row group 0, row 2: image 1 cannot be read \(.*\): write the table again without it"
+    with pytest.raises(UserError, match=named):
+        list(Loader(reader, BatchPlan(1, 0, 1, 1), 3))
+    micro_batch(reader.for_stage(True, True), range(3), 3)  # not by who needs no pixels
+
+
+def test_texts_with_tokens_of_images_are_refused_in_a_run_with_images(tmp_path):
+    columns = pa.table({"input_ids": pa.array([[9] * 8, [9, IMAGE, 9]], pa.list_(pa.int32()))})
+    reader = SampleReader(write_rows(tmp_path, columns, GRID_RULES), 8, 0)
+    micro_batch(reader, [0, 1], 2)
+    with pytest.raises(UserError, match=r"row 1 has tokens of images \(id 7\), but no images: write the table again"):
+        micro_batch(reader.with_images(GRID_RULES), [0, 1], 2)
+
+
+def test_rows_with_images_are_never_cut(table, tmp_path, simple):
+    with pytest.raises(
+        UserError, match="has images, which --pack cut would cut: give --pack best-fit, or pack the table"
+    ):
+        SampleReader(table, SEQ_LEN + 1, 0)
+    tokens = len(simple["input_ids"][0])
+    small = write_rows(tmp_path, simple, GRID_RULES)
+    assert SampleReader(small, tokens, 0, pack="best-fit").samples_per_epoch == 3
+    with pytest.raises(UserError, match=rf"row 0 has images and {tokens} tokens, more than --seq_len {tokens - 1}"):
+        SampleReader(small, tokens - 1, 0, pack="best-fit")
+
+
+def test_the_rules_of_a_run_are_those_of_all_its_tables(table, texts, tmp_path, simple):
+    assert run_rules([texts]) is None
+    assert run_rules([texts, table]) == GRID_RULES
+    other = write_rows(tmp_path / "other", simple, replace(GRID_RULES, max_pixels=64))
+    with pytest.raises(UserError, match=r"other was made with max_pixels = 64 of images, .* with 640: make both"):
+        run_rules([table, texts, other])
+    (tmp_path / "foreign").mkdir()
+    pq.write_table(simple, tmp_path / "foreign" / "a.parquet")
+    with pytest.raises(UserError, match="foreign has images and no manifest that says what their grids mean"):
+        run_rules([Table.open(tmp_path / "foreign")])
+    assert table.fingerprint != other.fingerprint
+
+
+def test_a_model_has_the_rules_of_its_tables():
+    check_rules(GRID_RULES, replace(GRID_RULES, family="qwen2_5_vl", min_pixels=1, max_pixels=99), "t")
+    with pytest.raises(UserError, match=r"t has images as grids of patches, .* of type internvl, takes tiles"):
+        check_rules(GRID_RULES, TILE_RULES, "t")
+    for name, value in (("patch", 8), ("merge", 1), ("temporal", 1), ("image_token", 9), ("mean", (0.5,) * 3)):
+        with pytest.raises(
+            UserError, match=rf"t was made with {name} = .* of images, the model has .*: make the table"
+        ):
+            check_rules(GRID_RULES, replace(GRID_RULES, **{name: value}), "t")
