@@ -1,6 +1,7 @@
 """Images of micro-batches are those of the rows' documents, at their tokens, in any hands; what is wrong is named."""
 
 import itertools
+import json
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_tables import GRID_RULES, IMAGE, TILE_RULES, Document, packed_rows, png, rows_table, write_rows
+from vision_models import FAMILIES, chat_of, save_model, theirs
 
 from fft.data.batches import BatchPlan, Loader, micro_batch, step_batches
 from fft.data.blend import Blend
@@ -20,8 +22,10 @@ from fft.data.reader import SampleReader
 from fft.data.table import IGNORE, Table
 from fft.data.trace import documents_of_step, steps_of_document
 from fft.errors import UserError
-from fft.images.pixels import patches_of
-from fft.images.rules import check_rules
+from fft.images.pixels import normalized, patches_of
+from fft.images.rules import ImageLimits, check_rules
+from fft.text.chat import ImageSettings, load_chat
+from fft.text.encoder import Encoder
 
 EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEQ_LEN = 64
@@ -118,6 +122,40 @@ def test_micro_batches_have_the_images_of_their_documents(tmp_path, seed, rules,
         check(batch, documents, rules)
         seen += len(batch.images.grids) - 1
     assert seen == sum(len(one.grids) for one in documents.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_on_is_what_transformers_makes_of_the_chats(tmp_path, family):
+    """From records by the code that writes tables to patches: ids, grids, and pixels to 1e-6."""
+    model, rng = save_model(tmp_path / "model", family), np.random.default_rng(7)
+    files = tmp_path / "files"
+    files.mkdir()
+    chats = [chat_of(rng, files, number) for number in range(12)]
+    chat, info = load_chat(model, "id", None, ImageSettings(str(files), ImageLimits()))
+    documents = [chat.parse("json", json.dumps(record).encode(), None) for record, _, _ in chats]
+    batch, _ = chat.token_rows(documents, Encoder(chat.recipe))
+    rules = chat.images.rules
+    table = write_rows(tmp_path / "t", pa.Table.from_batches([batch]), rules)
+    longest = max(batch.column("input_ids").value_lengths().to_pylist())
+    reader = SampleReader(table, longest, 0, info.vocab_size, shuffle=False, pack="best-fit").with_images(rules)
+    made = micro_batch(reader, range(reader.samples_per_epoch), reader.samples_per_epoch)
+    colours, at = normalized(made.images.patches, rules), 0
+    known = {tuple(ids): values for ids, values in (theirs(model, messages, own) for _, messages, own in chats)}
+    for begin, end in itertools.pairwise(np.unique(made.cu_seqlens).tolist()):
+        values = known.pop(tuple(made.input_ids[0, begin:end].tolist()), None)
+        if not values:
+            continue
+        pixels = values["pixel_values"]
+        if family == "internvl":
+            pixels = pixels.reshape(len(pixels), 3, 4, 7, 4, 7).transpose(0, 2, 4, 1, 3, 5)
+        else:
+            pixels = pixels.reshape(len(pixels), 3, 2, -1)[:, :, 0]
+        pixels = pixels.reshape(-1, 3 * rules.patch**2)
+        assert np.abs(colours[at : at + len(pixels)] - pixels).max() <= 1e-6
+        at += len(pixels)
+    assert not known
+    assert made.images.grids[:-1].prod(1).sum() == at == len(made.images.patches) - made.images.grids[-1].prod()
+    assert (made.labels[made.images.index[:-1] - 1] == IGNORE).all()
 
 
 @pytest.fixture(scope="module")
