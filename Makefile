@@ -95,8 +95,9 @@ format: env  ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix --quiet .
 	@$(VENV)/bin/ruff format .
 
-docs: env  ## docs/flags.md: the flags of all commands, from their parsers
+docs: env  ## docs/flags.md from the parsers of all commands; docs/models.md from what is measured of all model types
 	@$(VENV)/bin/python docs/flags.py
+	@$(VENV)/bin/python -m fft.models > docs/models.md
 
 dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit --py-files
 	@mkdir -p dist && rm -f dist/*.whl dist/*.zip

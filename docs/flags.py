@@ -8,6 +8,7 @@ from pathlib import Path
 from fft import arguments, parity
 from fft.checkpoint import convert
 from fft.data import trace
+from fft.models import __main__ as models
 from fft.parallel import ring_plan, window_plan
 from fft.quickstart import __main__ as quickstart
 from fft.serve import batch_infer, server
@@ -30,6 +31,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     cli.generate_parser,
     arguments.build_parser,
     parity.build_parser,
+    models.build_parser,
     trace.build_parser,
     convert.build_parser,
     convert_tokenizer.build_parser,

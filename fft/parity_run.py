@@ -24,6 +24,7 @@ from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.fragments import SavedFragments
 from fft.errors import UserError
 from fft.models.directory import load_config
+from fft.models.in_process import GRADIENT, LOSS, gradient_difference, relative, write_random_model
 from fft.models.supported import check_supported
 from fft.models.vision import auto_class
 from fft.parallel.tensor_plan import heads_of
@@ -31,8 +32,8 @@ from fft.parity_reference import Outcome, one_process
 from fft.planning.preflight import Plan, plan_run, start_of, tokenizer_of
 from fft.training.run_folder import METRICS
 
-#: Largest relative differences in fp32. That of a gradient is of its norm, but for this part of the whole norm.
-LOSS, NORM, GRADIENT, FLOOR = 1e-5, 1e-4, 1e-4, 1e-6
+#: Largest relative difference of the norm of all gradients in fp32.
+NORM = 1e-4
 #: Weights may differ by this, absolute and relative; so much of a tensor's values, whose gradients are near zero, by
 #: more, but never by a tenth of a step.
 WEIGHT, OUTLIERS, OUTLIER_STEPS = 1e-5, 0.005, 0.1
@@ -111,17 +112,6 @@ def _shrink_tower(config: PretrainedConfig) -> None:
             small[name] = [1, 3]
     for name, value in small.items():
         setattr(vision, name, value)
-
-
-def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:
-    """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros."""
-    torch.manual_seed(seed)
-    model = auto_class(config).from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.ndim < 2:
-                tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    model.save_pretrained(directory)
 
 
 def _fewest(number: int, fits: Callable[[int], bool]) -> int:
@@ -211,20 +201,14 @@ class Difference:
     outliers: float
 
 
-def relative(ours: float, theirs: float) -> float:
-    """Difference relative to what is expected."""
-    return abs(ours - theirs) / max(abs(theirs), 1e-30)
-
-
 def compare_parameters(run: Outcome, expected: Outcome) -> list[Difference]:
     """All parameters, those with the largest difference of gradients first."""
     whole = float(torch.stack([g.norm() for g in expected.gradients.values()]).norm())
     differences = []
     for name, theirs in expected.gradients.items():
-        scale = float(theirs.norm()) + whole * FLOOR / GRADIENT
         off = (run.weights[name] - expected.weights[name]).abs()
         outliers = float((off > WEIGHT + WEIGHT * expected.weights[name].abs()).float().mean())
-        gradient = float((run.gradients[name] - theirs).norm()) / scale
+        gradient = gradient_difference(run.gradients[name], theirs, whole)
         differences.append(Difference(name, gradient, float(off.max()), outliers))
     return sorted(differences, key=lambda d: -d.gradient)
 

@@ -10,26 +10,16 @@ import numpy as np
 import pytest
 from device.token_tables import write_table
 
+from fft.models import small
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+VOCAB, SMALL = small.VOCABULARY, small.SIZES
 
 # Models are tiny here and cores few: threads that share out a product of 32 columns only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Another ninja than this environment's would build DeepSpeed's extension again, and then this one again, and so on.
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-
-VOCAB = 101
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.2,
-}
 
 
 @pytest.fixture(scope="session")

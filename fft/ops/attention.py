@@ -22,6 +22,8 @@ from fft.parallel.window_plan import plan_attention
 
 #: The name under which :func:`hf_attention` is registered with transformers.
 HF_NAME = "fft_packed"
+#: The window of a module that does not pass one on.
+_UNSAID = -1
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -80,7 +82,7 @@ def hf_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _UNSAID,
     position_ids: Tensor | None = None,
     alibi: tuple[float, ...] | None = None,
     **_: object,
@@ -90,9 +92,9 @@ def hf_attention(
     Takes [1, heads, tokens, head size] and returns [1, tokens, heads, head size] and None for the weights. Collective
     where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`. With
     ``alibi``, slopes of this rank's heads, ``position_ids`` are the tokens' in their documents [1, tokens].
-    ``sliding_window`` and attention sinks (``s_aux``) are those of :class:`~fft.ops.documents.Softmax`; heads of keys
-    and values may differ in size. Raises ValueError for what a model may ask for and would silently not get: a mask,
-    dropout, or capped scores.
+    ``sliding_window``, which is the module's own if it does not say, and attention sinks (``s_aux``) are those of
+    :class:`~fft.ops.documents.Softmax`; heads of keys and values may differ in size. Raises ValueError for what a model
+    may ask for and would silently not get: a mask, dropout, or capped scores.
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes documents, no mask and no dropout")
@@ -107,6 +109,8 @@ def hf_attention(
         if position_ids is None:
             raise ValueError("ALiBi needs the positions of tokens in their documents")
         q, k, v = widened(q, k, v, position_ids[0], alibi, scaling)
+    if sliding_window == _UNSAID:  # Qwen2-MoE leaves it to the mask, which is not made here
+        sliding_window = getattr(module, "sliding_window", None)
     backend, softmax = choose(q.device, q.dtype, attention, q.shape[-1]), Softmax(sliding_window or None, s_aux)
     if isinstance(documents, ShardedDocuments):
         out = documents.parallel.attention(q, k, v, documents.shards, scaling, backend, softmax)

@@ -9,7 +9,7 @@ from runs import ONE_TILE, column, config_of, read_metrics, train, weights
 from token_tables import chain, write_table
 
 from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, fault
-from fft.parity_run import write_random_model
+from fft.models.in_process import write_random_model
 
 STEPS = 8
 NUMBERS = ("step", "loss", "grad_norm", "lr")

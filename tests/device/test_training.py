@@ -11,8 +11,8 @@ from runs import column, config_of, largest_difference, read_metrics, train
 from token_tables import chain, write_table
 
 from fft.arguments import parse_arguments
+from fft.models.in_process import write_random_model
 from fft.parity_reference import one_process
-from fft.parity_run import write_random_model
 from fft.planning.preflight import plan_run
 
 STEPS = 20

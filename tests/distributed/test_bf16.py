@@ -18,8 +18,9 @@ from test_parity import FAMILIES, LAYOUTS, flags, held_out  # noqa: F401 - a fix
 from transformers import AutoConfig
 
 from fft.arguments import parse_arguments
+from fft.models.in_process import write_random_model
 from fft.parity_reference import one_process
-from fft.parity_run import read_outcome, write_random_model
+from fft.parity_run import read_outcome
 from fft.planning.preflight import plan_run
 
 pytestmark = pytest.mark.slow

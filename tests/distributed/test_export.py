@@ -16,7 +16,7 @@ from test_runs import SEQ_LEN, loss_of
 from transformers import AutoConfig
 
 from fft.checkpoint.folder import fault
-from fft.parity_run import write_random_model
+from fft.models.in_process import write_random_model
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import read_metrics
 from transformers import AutoConfig
 
-from fft.parity_run import write_random_model
+from fft.models.in_process import write_random_model
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 
-import families
 import numpy as np
 import pytest
 import torch
@@ -15,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.arguments import parse_arguments
 from fft.checkpoint import adapter
 from fft.data.manifest import FileInfo, Manifest, commit
+from fft.models import small
+from fft.models.in_process import write_random_model
 from fft.parity_reference import one_process
-from fft.parity_run import faults, read_outcome, write_random_model
+from fft.parity_run import faults, read_outcome
 from fft.planning.preflight import plan_run
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, LR, CLIP = 5, 8, 64, 1e-3, 0.5
@@ -159,7 +160,7 @@ MECHANISMS = [
 ]
 #: Those that train in every layout.
 EVERYWHERE = tuple(FAMILIES)
-FAMILIES |= {name: {"model_type": name, **families.NEEDS.get(name, {})} for name, _, _ in MECHANISMS}
+FAMILIES |= {name: {"model_type": name, **small.NEEDS.get(name, {})} for name, _, _ in MECHANISMS}
 FAMILIES["gpt_oss"]["sliding_window"] = 8
 FAMILIES["granite"]["logits_scaling"] = 0.25  # gradients large enough to be clipped
 FAMILIES["qwen3_next"]["initializer_range"] = 0.1  # of 0.2, rounding alone moves a gradient by 1e-4 in four steps

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from fft.checkpoint.folder import read_state
-from fft.parity_run import write_random_model
+from fft.models.in_process import write_random_model
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import families
 import pytest
 import torch
 import yaml
@@ -14,6 +13,7 @@ from transformers import AutoConfig
 from fft import parity, parity_run
 from fft.arguments import resolve
 from fft.errors import UserError
+from fft.models.small import ROUTED
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES
 from fft.parity_run import Outcome, faults, shrunken
@@ -78,7 +78,7 @@ SIZES = {**LLAMA3_70B, "pad_token_id": 0, "head_dim": 128, "attention_dropout": 
 @pytest.mark.parametrize("family", [*FAMILIES, "phi3-longrope"])
 def test_shrunken_models_of_every_family_can_be_run(family):
     changes = {"rope_scaling": LONGROPE, "hidden_size": 6144} if family == "phi3-longrope" else {}
-    changes |= families.ROUTED if family in ("dots1", "deepseek_v2") else {}
+    changes |= ROUTED if family in ("dots1", "deepseek_v2") else {}
     changes |= {"head_dim": 64} if getattr(AutoConfig.for_model(family.partition("-")[0]), "kv_lora_rank", 0) else {}
     ModelSpec(small(SIZES | changes | {"model_type": family.removesuffix("-longrope")}), torch.float32)
 

@@ -13,8 +13,8 @@ from fft.arguments import parse_arguments
 from fft.checkpoint import convert
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
+from fft.models.in_process import write_random_model
 from fft.models.spec import ModelSpec
-from fft.parity_run import write_random_model
 from fft.planning.dry_run import dry_run
 from fft.planning.preflight import plan_run
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from conftest import SMALL
-from families import small_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,7 +16,8 @@ from fft.checkpoint.conversion import Merged
 from fft.checkpoint.convert import main
 from fft.data.owner import owned
 from fft.errors import UserError
-from fft.parity_run import write_random_model
+from fft.models.in_process import write_random_model
+from fft.models.small import small_config
 from fft.weights.hf import WeightReader
 
 

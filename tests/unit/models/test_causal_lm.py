@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 from conftest import SMALL, VOCAB
-from pipelines import build, check_gradients, loss_by_layers, loss_by_transformers
+from pipelines import build, check_gradients
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
+from fft.models.in_process import loss_by_layers, loss_by_transformers
 from fft.models.layers import canonical_parameters, pipeline_layers
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported

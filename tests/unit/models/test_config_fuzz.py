@@ -6,18 +6,18 @@ import re
 
 import torch
 from conftest import SMALL
-from families import NEEDS, TOKENS, small_config
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
-from pipelines import build, loaded, loss_by_layers, loss_by_transformers
+from pipelines import build
 from transformers import AutoConfig
 
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.directory import load_config
+from fft.models.in_process import loaded, loss_by_layers, loss_by_transformers, write_random_model
+from fft.models.small import NEEDS, TOKENS, small_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
-from fft.parity_run import write_random_model
 from fft.weights import hf
 
 #: How many directories are tried: `FFT_FUZZ=2000 pytest tests/unit/models/test_config_fuzz.py` for a long look.

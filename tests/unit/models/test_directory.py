@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL
-from pipelines import build, loaded, loss_by_layers, loss_by_transformers
+from pipelines import build
 from transformers import AutoConfig
 
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.directory import load_config
+from fft.models.in_process import loaded, loss_by_layers, loss_by_transformers, write_random_model
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
-from fft.parity_run import write_random_model
 from fft.training.export import ModelExport
 from fft.weights import hf
 

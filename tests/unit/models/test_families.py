@@ -5,19 +5,26 @@ import contextlib
 import pytest
 import torch
 from conftest import ROOT
-from families import small_config
-from pipelines import balance_by_transformers, build, check_gradients, loaded, loss_by_layers, loss_by_transformers
+from pipelines import build, check_gradients
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fft.checkpoint.gather_weights import whole_tensors
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
+from fft.models.in_process import (
+    balance_by_transformers,
+    loaded,
+    loss_by_layers,
+    loss_by_transformers,
+    write_random_model,
+)
 from fft.models.layers import canonical_buffers, canonical_parameters, decoder_half
 from fft.models.recurrent import check_recurrent
+from fft.models.small import small_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
-from fft.parity_run import write_random_model
+from fft.models.table import config_of, has_windows
 from fft.weights import hf
 
 
@@ -58,14 +65,12 @@ def test_a_directory_s_loss_and_gradients_are_those_of_transformers(family, tmp_
     assert all(torch.equal(written_back[name], files.tensor(name)) for name in files.names)
 
 
-WINDOWED = [name for name in FAMILIES if getattr(small_config(name), "sliding_window", None)]
-WINDOWED += ["mistral", "mixtral", "starcoder2", "phi3"]
-
-
-@pytest.mark.parametrize("family", sorted(set(WINDOWED)))
+@pytest.mark.parametrize("family", [*filter(has_windows, FAMILIES)])
 def test_windows_shorter_than_documents_are_those_of_transformers(family, tmp_path):
-    changes = {"use_sliding_window": True, "max_window_layers": 1} if family.startswith(("qwen", "dots1")) else {}
-    compared(written(family, tmp_path, sliding_window=4, **changes), tmp_path)
+    config = config_of(family)
+    assert config.sliding_window == 4
+    write_random_model(config, tmp_path, 0)
+    compared(config, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,13 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 from original_models import FAMILIES, V, write_original
-from pipelines import BOUNDS, build, documents
+from pipelines import build
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.directory import check_whole, load_config
+from fft.models.in_process import BOUNDS, documents
 from fft.models.layers import canonical_parameters
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import NEEDS
 from test_causal_lm import build, builder, spec
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit.ops.published import SCHEMAS
 
 from fft.models.recompute import KEPT
+from fft.models.small import NEEDS
 from fft.ops.backends.choice import choose
 from fft.planning.activations import layer_activations
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import families
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,15 +17,15 @@ from conftest import SMALL, VOCAB
 from transformers import AutoConfig
 
 from fft.arguments import LORA_MODULES
-from fft.models import supported
+from fft.models import small, supported
 from fft.models.causal_lm import Ranks, StageBuilder
+from fft.models.in_process import write_random_model
 from fft.models.layers import canonical_parameters, pipeline_layers
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
 from fft.ops.fused import plain_ops
 from fft.parallel.tensor import TensorParallel
-from fft.parity_run import write_random_model
 from fft.planning.costs import layer_costs
 from fft.weights.hf import WeightReader
 
@@ -57,7 +56,7 @@ FAMILIES = {
 }
 FAMILIES["qwen2-moe-lora"] = FAMILIES["qwen2-moe"]
 #: All others that are trained.
-OTHERS = {name: {"model_type": name, **families.TOKENS, **families.NEEDS.get(name, {})} for name in supported.FAMILIES}
+OTHERS = {name: {"model_type": name, **small.TOKENS, **small.NEEDS.get(name, {})} for name in supported.FAMILIES}
 OTHERS["jais2"] |= {"attention_bias": False, "mlp_bias": False}  # added to a sum over ranks: refused
 OTHERS["starcoder2"] |= {"use_bias": False}
 #: Whose biases, always there, are added to a sum over ranks.

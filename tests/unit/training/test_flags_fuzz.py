@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.arguments import TrainArguments, parse_arguments
 from fft.data.batches import step_batches
 from fft.errors import UserError
+from fft.models.in_process import write_random_model
 from fft.parity_reference import document_losses, mean_loss
-from fft.parity_run import write_random_model
 from fft.planning.preflight import batch_plan, plan_run, start_of
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 

@@ -1,32 +1,41 @@
-"""Small configs of the model types that are trained, each with what makes it what it is."""
+"""Small configs of model types, each with what makes it what it is: for comparisons that take no time."""
 
-from conftest import SMALL
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+VOCABULARY = 101
+SIZES = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
+    **{"tie_word_embeddings": False, "initializer_range": 0.2},
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS: dict[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 #: As DeepSeek calls them; the first layer has none.
-ROUTED = {
+ROUTED: dict[str, object] = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
     **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True},
 }
 #: The first layer has no experts.
-SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+SPARSE: dict[str, object] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 #: Layers of two types, which in some families have frequencies of their own.
-MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MIXED: dict[str, object] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 #: Latent attention: heads of 12 for keys, of which 4 turn, and of 6 for values.
-LATENT = {
+LATENT: dict[str, object] = {
     **{"num_key_value_heads": 4, "head_dim": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
     **{"kv_lora_rank": 16, "q_lora_rank": 16},
 }
 #: Linear attention: two heads for keys, four for values, of 8.
-LINEAR = {
+LINEAR: dict[str, object] = {
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
 }
 #: Factors outside of layers.
-SCALED = {"embedding_multiplier": 6.0, "logits_scaling": 4.0}
+SCALED: dict[str, object] = {"embedding_multiplier": 6.0, "logits_scaling": 4.0}
 #: What a family needs besides sizes; dropout that is on in its default config.
-NEEDS = {
+NEEDS: dict[str, dict] = {
     "axk1": ROUTED | SPARSE | LATENT,
     "deepseek_v2": ROUTED | LATENT | {"topk_method": "group_limited_greedy"},
     "deepseek_v3": ROUTED | LATENT,
@@ -79,9 +88,13 @@ NEEDS = {
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "solar_open": ROUTED,
 }
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def small_config(family: str, **changes: object) -> PretrainedConfig:
-    """Three layers of 32, four heads of 8 on two keys, 101 tokens; ``changes`` are entries of a config.json."""
-    return AutoConfig.for_model(family, **(SMALL | TOKENS | {"head_dim": 8} | NEEDS.get(family, {}) | changes))
+def small_config(kind: str, **changes: object) -> "PretrainedConfig":
+    """Three layers of 32, four heads of 8 on two keys, 101 tokens; ``changes`` are entries of a config.json.
+
+    Raises whatever the config's class does where it takes no such sizes.
+    """
+    from transformers import AutoConfig  # sizes alone are to be had in no time
+
+    return AutoConfig.for_model(kind, **(SIZES | TOKENS | {"head_dim": 8} | NEEDS.get(kind, {}) | changes))
