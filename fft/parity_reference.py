@@ -23,6 +23,9 @@ from fft.data.batches import MicroBatch, micro_batch, step_batches
 from fft.data.samples import Samples
 from fft.data.table import IGNORE
 from fft.errors import UserError
+from fft.images.pixels import normalized
+from fft.images.positions import image_begins
+from fft.images.rules import GRIDS, ImageRules
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
 from fft.models.vision import auto_class, decoder_path
 from fft.planning.preflight import Plan, batch_plan
@@ -40,15 +43,22 @@ class Outcome:
     evaluations: list[float] = field(default_factory=list)
 
 
-def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss."""
+def document_losses(
+    model: PreTrainedModel, batch: MicroBatch, rules: ImageRules | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of next-token losses, each document run through the model on its own, and the experts' balance loss.
+
+    ``rules`` are those of the images that the documents have.
+    """
     total, routed = torch.zeros(()), defaultdict(list)
     balanced = getattr(model, "router_aux_loss_coef", None) is not None
     input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
+    seen = defaultdict(dict) if rules is None else images_of(batch, bounds, rules)
     for a, b in itertools.pairwise(bounds):
         labels = torch.from_numpy(batch.labels[a:b])
         if balanced or (labels != IGNORE).any():
-            outputs = model(input_ids[a:b][None], **{"output_router_logits": True} if balanced else {})
+            options: dict[str, Any] = {"output_router_logits": True} if balanced else {}
+            outputs = model(input_ids[a:b][None], **options, **seen[a])
             total = total + nn.functional.cross_entropy(outputs.logits[0], labels, reduction="sum", ignore_index=IGNORE)
             for layer, logits in enumerate(outputs.router_logits if balanced else ()):
                 routed[layer].append(logits)
@@ -66,7 +76,38 @@ def document_losses(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, 
 def mean_loss(model: PreTrainedModel, reader: Samples) -> float:
     """Mean loss over the trained tokens of an epoch, as the trainer evaluates."""
     batches = [micro_batch(reader, [i], i + 1) for i in range(reader.samples_per_epoch)]
-    return sum(float(document_losses(model, b)[0]) for b in batches) / sum(b.trained for b in batches)
+    losses = [float(document_losses(model, batch, reader.rules)[0]) for batch in batches]
+    return sum(losses) / sum(batch.trained for batch in batches)
+
+
+def images_of(batch: MicroBatch, bounds: Sequence[int], rules: ImageRules) -> dict[int, dict[str, Any]]:
+    """By where a document begins, what transformers' model takes of its images: pixels and grids."""
+    images, found = batch.images, {}
+    if images is None:
+        raise ValueError("a micro-batch of a run with images has none")
+    counts = images.grids[:-1].prod(1)
+    begins = image_begins(batch.input_ids[0], counts // rules.merge**2, rules.image_token)
+    ends, pixels = np.cumsum(counts), normalized(images.patches, rules)
+    for a, b in itertools.pairwise(bounds):
+        own = np.flatnonzero((begins >= a) & (begins < b))
+        found[a] = {}
+        if not len(own):
+            continue
+        grids, patches = images.grids[own], pixels[ends[own[0]] - counts[own[0]] : ends[own[-1]]]
+        if rules.family in GRIDS:
+            frames = np.repeat(patches.reshape(len(patches), 3, 1, -1), rules.temporal, axis=2)
+            found[a]["pixel_values"] = torch.from_numpy(frames.reshape(len(patches), -1))
+            found[a]["image_grid_thw"] = torch.from_numpy(grids).long()
+            of_images = torch.from_numpy(batch.input_ids[0, a:b] == rules.image_token)
+            found[a]["mm_token_type_ids"] = of_images.int()[None]
+            stops = begins[own] + counts[own] // rules.merge**2
+            if (stops[:-1] == begins[own][1:]).any():  # transformers takes images without a token between them for one
+                found[a]["position_ids"] = torch.from_numpy(images.positions[:, None, a:b]).long()
+        else:
+            patch, side = rules.patch, rules.tile // rules.patch
+            squares = patches.reshape(-1, side, side, 3, patch, patch).transpose(0, 3, 1, 4, 2, 5)
+            found[a]["pixel_values"] = torch.from_numpy(squares.reshape(-1, 3, rules.tile, rules.tile))
+    return found
 
 
 def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
@@ -96,10 +137,11 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     dealt = [batch_plan(args, plan.mesh, replica) for replica in range(plan.mesh.data)]
     losses, norms = [], []
     for step in range(plan.total_steps):
-        optimizer.zero_grad()
         first = step * dealt[0].global_batch
         batches = [batch for deal in dealt for batch in step_batches(train, deal, first, plan.total_samples)]
-        losses.append(_backward(model, batches))
+        for parameter in parameters.values():  # a step without an image moves a tower, too: by what it remembers
+            parameter.grad = None if train.rules is None else torch.zeros_like(parameter)
+        losses.append(_backward(model, batches, train.rules))
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm or float("inf"))))
         optimizer.step()
         schedule.step()
@@ -113,12 +155,12 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 
-def _backward(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> float:
+def _backward(model: PreTrainedModel, batches: Sequence[MicroBatch], rules: ImageRules | None) -> float:
     """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
     trained, total = sum(b.trained for b in batches), 0.0
     weight = getattr(model, "router_aux_loss_coef", 0.0) / len(batches)
     for batch in batches:
-        loss, balance = document_losses(model, batch)
+        loss, balance = document_losses(model, batch, rules)
         if (objective := loss / trained + weight * balance).requires_grad:
             objective.backward()
         total += loss.item() / trained

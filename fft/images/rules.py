@@ -135,6 +135,11 @@ def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) ->
     return _tile_rules(directory, config, settings, limits.max_tiles, around)
 
 
+def has_processor(directory: Path) -> bool:
+    """Whether a model's directory says how images are made into patches."""
+    return any((directory / name).is_file() for name in (_PREPROCESSOR, _PROCESSOR))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,25 +1,29 @@
 """A decoder as a list of pipeline layers: embedding, decoder layers or their halves, norm, head.
 
 Between layers travel the hidden states [1, tokens, hidden size], the only floating tensor, and the document boundaries,
-int32 [tokens + 1].
+int32 [tokens + 1]. A model that sees images has the layers of its tower before these, and more to carry: see
+:mod:`fft.models.carried`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
 
 from fft.errors import UserError
 from fft.models.baichuan import NormalizedHead
+from fft.models.carried import Carried, ModelLayer
 from fft.models.causal_lm import StageBuilder
 from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns
+from fft.models.towers import trained_tower
+from fft.models.vision_layers import Merger, Patches, TowerPlan, VisionBlock
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import ShardedDocuments
 
-Activations = tuple[Tensor, Tensor]
+Activations = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class PipelineLayer:
     kind: type[nn.Module]
     arguments: tuple
     tied: str | None = None
-    forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    forward: Callable[..., Activations] | None = None
 
     def build(self) -> nn.Module:
         """Materialise it on the CPU."""
@@ -52,10 +56,9 @@ class Positions:
         self._known: tuple = ()
         self._turns: dict[str | None, Turns | None] = {}
 
-    def of(
-        self, cu_seqlens: Tensor, hidden: Tensor, layer: int
-    ) -> tuple[Documents | ShardedDocuments, Tensor, Turns | None]:
-        """Documents, in-document positions [1, tokens] and a layer's rotary (cos, sin) for the boundaries given."""
+    def of(self, row: Carried, layer: int) -> tuple[Documents | ShardedDocuments, Tensor, Turns | None]:
+        """Documents, in-document positions [1, tokens] and a layer's rotary (cos, sin) for the boundaries of a row."""
+        cu_seqlens, hidden = row.cu_seqlens, row.states
         if self._rotary is None or self._seen is not cu_seqlens:
             if self._rotary is None:
                 self._rotary = Rotary(self._builder.spec.skeleton, hidden.device)
@@ -70,17 +73,19 @@ class Positions:
         documents, positions = self._known
         kind = self._rotary.kind(layer)
         if kind not in self._turns:
-            self._turns[kind] = self._rotary.turns(hidden.detach(), positions, kind)
+            own = positions if row.positions is None or not self._rotary.axes else row.positions[:, None]
+            self._turns[kind] = self._rotary.turns(hidden.detach(), own, kind)
         return documents, positions, self._turns[kind]
 
 
-class Embedding(nn.Module):
-    """Token ids, boundaries -> hidden states, boundaries."""
+class Embedding(ModelLayer):
+    """Token ids, boundaries -> hidden states, boundaries. Tokens of images become the features of the tower."""
 
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
         self.path = builder.spec.embedding
         self.module = cast(nn.Embedding, builder.build(self.path))
+        self.named = {self.path: self.module}
         self._scale = builder.spec.outside.embedding
         self._ranks, self._rows = builder.ranks.tensor, builder.shards.get(f"{self.path}.weight")
         if self._rows is not None and self.module.padding_idx is not None:
@@ -92,22 +97,31 @@ class Embedding(nn.Module):
         """[vocabulary, hidden size], or this rank's rows of it."""
         return self.module.weight
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Activations:
-        """``inputs`` are int32 [1, tokens] and the boundaries."""
-        input_ids, cu_seqlens = inputs
+    def forward(self, inputs: Activations) -> Activations:
+        """``inputs`` are int32 [1, tokens] and the boundaries, after the features where there are some."""
+        row = Carried.of(inputs)
+        if row.input_ids is None:
+            raise ValueError("an embedding takes ids")
+        hidden = self._embed(row.input_ids)
+        if row.hidden is not None:
+            places, features = row.at_images()
+            hidden = hidden.index_copy(1, places, row.hidden[features][None])
+        return row.embedded(hidden).tensors()
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
         if self._ranks is None or self._rows is None:
-            return self._scaled(self.module(input_ids)), cu_seqlens
+            return self._scaled(self.module(input_ids))
         ((start, stop),) = self._rows.spans
         elsewhere = (input_ids < start) | (input_ids >= stop)
         # Any row will do for what is elsewhere: it is masked, and so is its gradient.
         own = self.module(input_ids.sub(start).clamp(0, stop - start - 1))
-        return self._scaled(self._ranks.leave(own.masked_fill(elsewhere[..., None], 0))), cu_seqlens
+        return self._scaled(self._ranks.leave(own.masked_fill(elsewhere[..., None], 0)))
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         return hidden if self._scale == 1 else hidden * self._scale
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(ModelLayer):
     """A transformers decoder layer, whole or one half of it (``half`` is None, "attention" or "mlp").
 
     A half is the same layer with the other half's modules replaced by ones that add nothing to the residual stream,
@@ -119,6 +133,7 @@ class DecoderLayer(nn.Module):
         self.path = f"{builder.spec.base}.layers.{index}"
         layer = decoder_half(builder.spec.skeleton.get_submodule(self.path), half)
         self.module = builder.build(self.path, layer)
+        self.named, self._ends = {self.path: self.module}, half != "attention"
         self._index, self._positions = index, positions
         self._kept = kept_of(self.module) if builder.spec.selective else None
         self._balance, routing = builder.balance, builder.spec.routing
@@ -126,13 +141,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
-        hidden, cu_seqlens = activations
-        positions = self._positions.of(cu_seqlens, hidden, self._index)
+        row = Carried.of(activations)
+        hidden, positions = row.states, self._positions.of(row, self._index)
         if self._kept is not None:
             hidden = selective(self._layer, hidden, *positions, kept=self._kept)
         else:
             hidden = self._layer(hidden, *positions)
-        return hidden, cu_seqlens
+        return (row.tapped(hidden) if self._ends else replace(row, hidden=hidden)).tensors()
 
     def _layer(
         self,
@@ -155,22 +170,24 @@ class DecoderLayer(nn.Module):
         return self._balance.attach(hidden, self._logits(), documents.real)
 
 
-class FinalNorm(nn.Module):
+class FinalNorm(ModelLayer):
     """The norm before the head; boundaries end here."""
 
     def __init__(self, builder: StageBuilder) -> None:
         super().__init__()
         self.path = builder.spec.norm
         self.module = builder.build(self.path)
+        self.named = {self.path: self.module}
         self._scale = builder.spec.outside.logits
 
     def forward(self, activations: Activations) -> Activations:
         """Normalise the hidden states. A factor of the logits is one of theirs."""
-        hidden = self.module(activations[0])
-        return hidden if self._scale == 1 else hidden * self._scale, activations[1]
+        row = Carried.of(activations)
+        hidden = self.module(row.states)
+        return hidden if self._scale == 1 else hidden * self._scale, row.cu_seqlens
 
 
-class Head(nn.Module):
+class Head(ModelLayer):
     """The output head. Returns (hidden states [tokens, hidden size], weight, and its bias, if it has one): logits are
     the loss's business.
     """
@@ -179,6 +196,7 @@ class Head(nn.Module):
         super().__init__()
         self.path = builder.spec.output
         self.module = cast(nn.Linear, builder.build(self.path))
+        self.named = {self.path: self.module}
 
     def forward(self, activations: Activations) -> tuple[Tensor, ...]:
         """See the class."""
@@ -198,7 +216,10 @@ def _view(weight: Tensor) -> Tensor:
 
 
 def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[PipelineLayer]:
-    """The model as layers that are yet to be built: embedding, decoder layers (or halves), norm, head."""
+    """The model as layers that are yet to be built: embedding, decoder layers (or halves), norm, head.
+
+    Before them, where images are seen, those of the tower: patches, blocks, and what merges them.
+    """
     spec, positions = builder.spec, Positions(builder)
     halves = ("attention", "mlp") if split_dlayer else (None,)
     if spec.tied:
@@ -211,7 +232,15 @@ def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[P
         for index in range(spec.text.num_hidden_layers)
         for half in halves
     ]
-    return [first, *decoder, PipelineLayer(FinalNorm, (builder,)), last]
+    return [*_tower_layers(builder), first, *decoder, PipelineLayer(FinalNorm, (builder,)), last]
+
+
+def _tower_layers(builder: StageBuilder) -> list[PipelineLayer]:
+    if (tower := trained_tower(builder.spec)) is None:
+        return []
+    plan = TowerPlan(builder, tower)
+    blocks = [PipelineLayer(VisionBlock, (plan, index)) for index in range(tower.depth)]
+    return [PipelineLayer(Patches, (plan,)), *blocks, PipelineLayer(Merger, (plan,))]
 
 
 #: What a layer is made of that can be halved: attention and the norm before it, the MLP and the norm before it.
@@ -245,8 +274,8 @@ def canonical_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of the pipeline layers inside ``module`` under their Hugging Face names."""
     named = {}
     for layer in module.modules():
-        if isinstance(layer, (Embedding, DecoderLayer, FinalNorm, Head)):
-            named.update({f"{layer.path}.{name}": p for name, p in layer.module.named_parameters()})
+        for path, own in layer.named.items() if isinstance(layer, ModelLayer) else ():
+            named.update({f"{path}.{name}": p for name, p in own.named_parameters()})
     return named
 
 
@@ -254,9 +283,9 @@ def canonical_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers of the pipeline layers inside ``module`` that are stored with the model, under their names there."""
     named = {}
     for layer in module.modules():
-        if isinstance(layer, (Embedding, DecoderLayer, FinalNorm, Head)):
-            stored, parameters = layer.module.state_dict(), dict(layer.module.named_parameters())
-            named.update({f"{layer.path}.{name}": b for name, b in stored.items() if name not in parameters})
+        for path, own in layer.named.items() if isinstance(layer, ModelLayer) else ():
+            stored, parameters = own.state_dict(), dict(own.named_parameters())
+            named.update({f"{path}.{name}": b for name, b in stored.items() if name not in parameters})
     return named
 
 

@@ -28,7 +28,8 @@ class Rotary:
         module = getattr(decoder, "rotary_emb", None)
         self._module = None if module is None else type(module)(config=decoder.config).to(device)
         by_type = module is not None and "layer_type" in inspect.signature(module.forward).parameters
-        self._axes = len((decoder.config.rope_parameters or {}).get("mrope_section", ()))
+        #: How many axes positions have, where a model has several; 0 where not.
+        self.axes = len((decoder.config.rope_parameters or {}).get("mrope_section", ()))
         self._types = decoder.config.layer_types if by_type else None
 
     def kind(self, layer: int) -> str | None:
@@ -42,8 +43,8 @@ class Rotary:
         """
         if self._module is None:
             return None
-        if self._axes:  # time, height, width: texts count up on all
-            positions = positions.expand(self._axes, *positions.shape[-2:])
+        if self.axes:  # time, height, width: texts count up on all
+            positions = positions.expand(self.axes, *positions.shape[-2:])
         if kind is None:
             return self._module(hidden, position_ids=positions)
         return self._module(hidden, position_ids=positions, layer_type=kind)

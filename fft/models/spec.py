@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fft.errors import UserError, one_line
+from fft.images.rules import ImageRules
 from fft.models.experts import Routing
 from fft.models.lora import Lora, adapt, freeze
 from fft.models.outside import Outside
@@ -34,7 +35,7 @@ class ModelSpec:
     """A model: its config, what is trained of it and in which type, and the kernels that compute it.
 
     ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
-    With ``images`` it sees them; otherwise the tower of a model that could is left as it is.
+    With ``images`` it sees those that such rules made; otherwise the tower of a model that could is left as it is.
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
     ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
     Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
@@ -49,7 +50,7 @@ class ModelSpec:
     lora: Lora | None = None
     frozen: str | None = None
     selective: bool = False
-    images: bool = False
+    images: ImageRules | None = None
     #: The whole model on the meta device (shapes, no memory), which nobody changes: modules are built from copies.
     skeleton: PreTrainedModel = field(init=False, repr=False, compare=False)
 
@@ -103,6 +104,13 @@ class ModelSpec:
         return getattr(self.text, "sliding_window", None) if slides else None
 
     @property
+    def tower_head_size(self) -> int:
+        """Width of a head of the tower, of a model that has one."""
+        vision = self.config.vision_config
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        return width // (getattr(vision, "num_heads", None) or vision.num_attention_heads)
+
+    @property
     def attended_size(self) -> int:
         """Width of a head as attention kernels see it."""
         return self.head_size + (COLUMNS if getattr(self.config, "alibi", False) else 0)
@@ -117,7 +125,7 @@ class ModelSpec:
     @property
     def apart(self) -> tuple[str, ...]:
         """Names of the modules that take no part in training, and are written as they were."""
-        return () if self.images else vision_parts(self.skeleton)
+        return () if self.images is not None else vision_parts(self.skeleton)
 
     @property
     def tied(self) -> bool:

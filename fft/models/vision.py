@@ -1,10 +1,13 @@
 """Models that see images: which there are, and where a model has its decoder and its tower."""
 
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from fft.images.rules import GRIDS, ImageRules
 
 #: Model types with a vision tower that are trained. Of the parts of the base model besides its decoder, the tower is
 #: the first; another one makes the decoder's hidden states of what it gives.
@@ -43,3 +46,17 @@ def tower_of(model: PreTrainedModel) -> nn.Module | None:
 def vision_parts(model: PreTrainedModel) -> tuple[str, ...]:
     """The names within ``model`` of what makes hidden states of images: the tower first, nothing without one."""
     return tuple(f"{model.base_model_prefix}.{name}" for name in PARTS.get(model.config.model_type, ()))
+
+
+def rules_of(config: PretrainedConfig, rules: ImageRules) -> ImageRules:
+    """``rules`` with all that the model's config says of images in their place."""
+    vision = config.vision_config
+    facts: dict[str, Any] = {"family": config.model_type, "image_token": config.image_token_id}
+    if config.model_type in GRIDS:
+        facts |= {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
+        facts |= {"temporal": vision.temporal_patch_size}
+        facts |= {"start_token": config.vision_start_token_id, "end_token": config.vision_end_token_id}
+    else:
+        facts |= {"patch": vision.patch_size[0], "tile": vision.image_size[0]}
+        facts |= {"merge": round(1 / config.downsample_ratio), "temporal": 1}
+    return replace(rules, **facts)

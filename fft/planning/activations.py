@@ -58,6 +58,9 @@ def layer_activations(
     known: dict[tuple, LayerActivations] = {}
     found = []
     for path, module in layer_modules(spec, split_dlayer)[:-1]:
+        if isinstance(module, nn.ModuleList):
+            found.append(LayerActivations(0, 0, 0))
+            continue
         parameters = ((name, p.requires_grad, *p.shape) for name, p in module.named_parameters())
         shape = type(module), _kind(spec, path), *parameters
         if shape not in known:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fft.models.layers import decoder_half
 from fft.models.spec import ModelSpec
+from fft.models.towers import trained_tower
 from fft.parallel.tensor_plan import Shard
 
 
@@ -31,15 +32,28 @@ class LayerCost:
 
 
 def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str, nn.Module]]:
-    """Path and module, on the meta device, of each layer of :func:`fft.models.layers.pipeline_layers`."""
+    """Path and module, on the meta device, of each layer of :func:`fft.models.layers.pipeline_layers`.
+
+    Those of a tower are several modules, in a list.
+    """
     halves = ("attention", "mlp") if split_dlayer else (None,)
     decoder = [(f"{spec.base}.layers.{i}", half) for i in range(spec.text.num_hidden_layers) for half in halves]
     paths = [spec.embedding, *decoder, spec.norm, spec.embedding if spec.tied else spec.output]
-    modules = []
+    modules: list[tuple[str, nn.Module]] = [
+        (paths[0], nn.ModuleList(map(spec.skeleton.get_submodule, paths))) for paths in _tower_paths(spec)
+    ]
     for path in paths:
         path, half = path if isinstance(path, tuple) else (path, None)
         modules.append((path, decoder_half(spec.skeleton.get_submodule(path), half)))
     return modules
+
+
+def _tower_paths(spec: ModelSpec) -> list[list[str]]:
+    """The modules of each layer of a tower that is trained."""
+    if (tower := trained_tower(spec)) is None:
+        return []
+    blocks = [[tower.block(i), *([tap] if (tap := tower.tap(i)) else [])] for i in range(tower.depth)]
+    return [[*tower.first], *blocks, [*tower.last]]
 
 
 def layer_costs(
@@ -53,8 +67,8 @@ def layer_costs(
     modules = layer_modules(spec, split_dlayer)
     shards = spec.shards(0, tensor, (0, expert))
     costs = [_cost(spec, path, module, seq_len, shards) for path, module in modules]
-    first, last = costs[0], costs[-1]
-    costs[0] = replace(first, flops=0.0, backward=0.0)
+    embedding, last = len(_tower_paths(spec)), costs[-1]
+    costs[embedding] = replace(costs[embedding], flops=0.0, backward=0.0)
     costs[-1] = replace(last, parameters=0 if spec.tied else last.parameters)
     return costs
 

@@ -1,6 +1,7 @@
 """What can go wrong is found here, before a process group exists: model, tables, sizes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,17 @@ from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, tag_of
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.batches import BatchPlan
 from fft.data.blend import Blend, parse_tables
+from fft.data.image_batches import run_rules
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
 from fft.data.storage import is_url
 from fft.data.table import Table
 from fft.errors import UserError
+from fft.images.rules import ImageLimits, ImageRules, check_rules, has_processor, load_rules
 from fft.models.directory import ADAPTER_CONFIG, load_config
 from fft.models.recurrent import check_recurrent
 from fft.models.supported import check_supported
+from fft.models.vision import PARTS, rules_of
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, heads_of
@@ -41,6 +45,11 @@ class Plan:
     total_samples: int
     total_steps: int
 
+    @property
+    def images(self) -> ImageRules | None:
+        """The rules of the images that the run sees; None where its tables have none."""
+        return next((reader.rules for reader in (self.train, self.evaluation) if reader), None)
+
     @cached_property
     def identity(self) -> dict:
         """What is trained, see :func:`fft.planning.identity.identity_of`."""
@@ -57,6 +66,8 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     for flag in ("train_data", "eval_data"):
         path = getattr(args, flag)
         readers[flag] = path and _open_all(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
+    if (rules := _image_rules(model, config, [table for r in readers.values() if r for table in r.tables])) is not None:
+        readers = {flag: reader and reader.with_images(rules) for flag, reader in readers.items()}
     total_samples, total_steps = _length(args, readers["train_data"], mesh)
     data = readers["train_data"], readers["eval_data"]
     return Plan(config, weights, tokenizer, mesh, *data, total_samples, total_steps)
@@ -152,6 +163,18 @@ def tokenizer_of(args: TrainArguments) -> str | None:
     return tokenizer
 
 
+def _image_rules(model: str, config: PretrainedConfig, tables: Sequence[Table]) -> ImageRules | None:
+    """The rules of the images of a run's tables, which must be the model's; None where no table has any."""
+    rules = run_rules(tables)
+    if rules is None:
+        return None
+    where = next(table.path for table in tables if table.has_images)
+    check_rules(rules, rules_of(config, rules), where)
+    if has_processor(Path(model)):
+        check_rules(rules, load_rules(Path(model), ImageLimits(), (rules.start_token, rules.end_token)), where)
+    return rules
+
+
 def _open_all(
     flag: str, text: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
 ) -> SampleReader | Blend:
@@ -175,7 +198,7 @@ def _open(
             )
         path = str(_tokenized(flag, Path(path), args, config, tokenizer))
     table = Table.open(path)
-    table.check_trainable()
+    table.check_trainable(config.model_type in PARTS)
     made_by = table.manifest.tokenizer if table.manifest else None
     if made_by is not None:
         _check_vocabulary(f"--{flag} {path}", made_by, config)

@@ -10,14 +10,11 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -25,10 +22,12 @@ from fft.arguments import TrainArguments
 from fft.checkpoint import optimizer_state
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
+from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
-from fft.models.layers import DecoderLayer, PipelineLayer, canonical_parameters, pipeline_layers
+from fft.models.layers import DecoderLayer, canonical_parameters, pipeline_layers
 from fft.models.lora import Lora
 from fft.models.spec import DTYPES, ModelSpec
+from fft.models.vision_layers import VisionBlock
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
 from fft.ops.cross_entropy import linear_cross_entropy
@@ -40,6 +39,7 @@ from fft.training.compiling import compile_alone
 from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
+from fft.training.staged import StagedModel
 
 #: Where a dynamic loss scale stands, by the names of DeepSpeed's loss scaler.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -59,42 +59,6 @@ class TokenMeanLoss:
         """``outputs`` are hidden states [tokens, hidden size], the head's weight, or this rank's part, and its bias."""
         hidden, weight, *bias = outputs
         return linear_cross_entropy(hidden, weight, labels, self._vocabulary, *bias) * self.scale
-
-
-class StagedModel(PipelineModule):
-    """A :class:`PipelineModule` whose stage bounds are given, so that no rank builds layers it does not keep."""
-
-    def __init__(self, layers: list, bounds: list[int], mesh: MeshSizes, **options: object) -> None:
-        self._bounds = bounds
-        topology = PipeModelDataParallelTopology(num_pp=mesh.pipe, num_mp=mesh.tensor, num_dp=mesh.data * mesh.sequence)
-        super().__init__(layers, topology=topology, **options)
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = self._bounds
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-        self._sends = stage + 1 < self._topo.get_dim("pipe")
-
-    def forward(self, *args: object, **options: object) -> object:
-        """One stage. The engine starts backward from what a stage sends, even where nothing in it is trained."""
-        outputs = super().forward(*args, **options)
-        if self._sends and torch.is_grad_enabled() and not outputs[0].requires_grad:
-            outputs[0].requires_grad_()
-        return outputs
-
-    def get_tied_weights_and_groups(self) -> list:
-        """Tied weights, whose ``grad`` the engine adds up, with their groups.
-
-        Where gradients are summed in another type than their own (fp16; bf16 with an offloaded optimizer), the sum is
-        not in ``grad`` but beside it: the engine would leave the two apart. Frozen weights have none.
-        """
-        tied = super().get_tied_weights_and_groups()
-        sums = [getattr(weight, "grad_accum", None) for weight, _ in tied]
-        return [
-            (weight if total is None else SimpleNamespace(grad=total), group)
-            for (weight, group), total in zip(tied, sums, strict=True)
-            if weight.requires_grad
-        ]
 
 
 def init_distributed() -> None:
@@ -139,11 +103,14 @@ def _unlink_shared_buffer() -> None:
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
 
 
-def model_spec(args: TrainArguments, config: PretrainedConfig) -> ModelSpec:
-    """The model, with the kernels asked for. Raises :class:`UserError` for names that it does not have."""
+def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRules | None = None) -> ModelSpec:
+    """The model, with the kernels asked for, and the rules of the ``images`` that it is to see.
+
+    Raises :class:`UserError` for names that it does not have.
+    """
     operators = fused.fused_ops(device_type(), args.fused_ops)
     train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
-    return ModelSpec(config, DTYPES[args.dtype], args.seed, args.attention, operators, **train)
+    return ModelSpec(config, DTYPES[args.dtype], args.seed, args.attention, operators, **train, images=images)
 
 
 def check_kernels(spec: ModelSpec) -> str:
@@ -282,13 +249,14 @@ def build_engine(
     loss, role = TokenMeanLoss(builder), StageRole.of(mesh, dist.get_rank())
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
         module = StagedModel(
-            [_layer_spec(layer) for layer in pipeline_layers(builder, args.split_dlayer)],
+            pipeline_layers(builder, args.split_dlayer),
             bounds,
             mesh,
+            packs := builder.spec.images is not None,
             loss_fn=loss,
             activation_checkpoint_interval=args.checkpoint_grad_interval,
-            checkpointable_layers=[DecoderLayer.__name__],
-            dynamic_shape=args.ragged,
+            checkpointable_layers=[DecoderLayer.__name__, VisionBlock.__name__],
+            dynamic_shape=args.ragged or packs,
         )
     stage, device = zero_stage(args, mesh), "cpu" if args.offload_optimizer else device_type()
     mark = announce_experts(module, builder)
@@ -313,15 +281,13 @@ def build_engine(
     return StageEngine(engine, builder, loss, role)
 
 
-def _layer_spec(layer: PipelineLayer) -> LayerSpec:
-    if layer.tied is None:
-        return LayerSpec(layer.kind, *layer.arguments)
-    return TiedLayerSpec(layer.tied, layer.kind, *layer.arguments, forward_fn=layer.forward, tied_weight_attr="weight")
-
-
-def _to_torch(batch: MicroBatch) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _to_torch(batch: MicroBatch) -> tuple[tuple[Tensor, ...], Tensor]:
     """As DeepSpeed's engine takes it: (inputs of the first stage, labels of the last)."""
-    return (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), torch.from_numpy(batch.labels)
+    inputs, labels = (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), batch.labels
+    if (images := batch.images) is not None:
+        patches, *seen = map(torch.from_numpy, (images.patches, images.positions, images.index, images.grids))
+        inputs = patches, *inputs, *seen
+    return inputs, torch.from_numpy(labels)
 
 
 def _deepspeed_config(args: TrainArguments, stage: int) -> dict:

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,16 +30,21 @@ class ModelExport:
         self._config.dtype = builder.spec.dtype
         self._config.architectures = [type(builder.spec.skeleton).__name__]
         self._base = plan.weights.directory if plan.weights else None
-        #: What no layer of a pipeline holds, on the one rank that writes it, in its host's memory.
-        self._apart: dict[str, Tensor] = {}
-        if engine.role.writes and engine.role.first and builder.leads and builder.spec.lora is None:
-            built = {path: builder.build(path) for path in builder.spec.apart}
-            tensors = {f"{path}.{name}": t for path, module in built.items() for name, t in module.state_dict().items()}
-            self._apart = builder.spec.stored.to_stored(tensors)
         #: Content of ``adapter_config.json``; None where the model itself is trained.
         self._adapter: dict | None = None
         if builder.spec.lora is not None and self._base is not None:
             self._adapter = adapter_config(builder.spec.lora, self._base)
+
+    @cached_property
+    def _apart(self) -> dict[str, Tensor]:
+        """What no layer of a pipeline holds, on the one rank that writes it, in its host's memory: the checkpoint that
+        it is read from may be gone when the next one is written.
+        """
+        if not (self._engine.role.first and self._builder.leads) or self._adapter is not None:
+            return {}
+        built = {path: self._builder.build(path) for path in self._builder.spec.apart}
+        tensors = {f"{path}.{name}": t for path, module in built.items() for name, t in module.state_dict().items()}
+        return self._builder.spec.stored.to_stored(tensors)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fft.data.batches import BatchPlan, Loader, MicroBatch
+from fft.data.image_batches import ImageBatch
 from fft.data.table import IGNORE
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import SequenceParallel
@@ -65,11 +66,25 @@ class Feed:
 
 
 def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatch:
-    """A rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries and images."""
+    """A rank's share of a micro-batch: its tokens, and labels that were shifted before; all boundaries and images.
+
+    Of tokens of images it says where they are in the share, and which of all features they take.
+    """
     if sequence is None:
-        return batch
+        return dataclasses.replace(batch, images=batch.images and _placed(batch.images, batch.labels.size))
     documents = Documents.from_padded(torch.from_numpy(batch.cu_seqlens))
     own = sequence.tokens(sequence.shards(documents.bounds))
     labels = batch.labels[own]
     trained = int(np.count_nonzero(labels != IGNORE))
-    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, batch.images)
+    images = batch.images and _placed(batch.images, batch.labels.size, own)
+    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images)
+
+
+def _placed(images: ImageBatch, tokens: int, own: np.ndarray | slice = slice(None)) -> ImageBatch:
+    """With positions, places and features of a rank's ``own`` of a row's tokens, as the pipeline takes them."""
+    places = np.full(tokens, -1, np.int32)
+    held = np.arange(tokens)[own]
+    places[held] = np.arange(len(held))
+    features = np.flatnonzero(np.append(places[images.index[:-1]] >= 0, True))
+    index = np.stack([np.append(places[images.index[features[:-1]]], -1), features]).astype(np.int32)
+    return dataclasses.replace(images, positions=np.ascontiguousarray(images.positions[:, own]), index=index)

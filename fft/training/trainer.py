@@ -61,7 +61,7 @@ def train(args: TrainArguments) -> int:
     above = launchers()
     check_device(args)
     plan = plan_run(args, world_size())
-    spec = model_spec(args, plan.config)
+    spec = model_spec(args, plan.config, plan.images)
     layout = plan_layout(args, spec, plan.mesh, on_host())
     init_distributed()
     try:
