@@ -12,6 +12,7 @@ _NAMES = {
     1: ("cu_seqlens",),
     2: ("input_ids", "cu_seqlens"),
     3: ("cu_seqlens", "positions", "index"),
+    4: ("input_ids", "cu_seqlens", "positions", "index"),
     5: ("input_ids", "cu_seqlens", "positions", "index", "grids"),
     6: ("patches", "input_ids", "cu_seqlens", "positions", "index", "grids"),
 }

@@ -18,7 +18,7 @@ from fft.models.causal_lm import StageBuilder
 from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns
 from fft.models.towers import trained_tower
-from fft.models.vision_layers import Merger, Patches, TowerPlan, VisionBlock
+from fft.models.vision_layers import HeldTower, Merger, Patches, TowerPlan, VisionBlock
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import ShardedDocuments
@@ -218,7 +218,8 @@ def _view(weight: Tensor) -> Tensor:
 def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[PipelineLayer]:
     """The model as layers that are yet to be built: embedding, decoder layers (or halves), norm, head.
 
-    Before them, where images are seen, those of the tower: patches, blocks, and what merges them.
+    Before them, where images are seen, those of the tower, unless all stages have it: patches, blocks, and what merges
+    them.
     """
     spec, positions = builder.spec, Positions(builder)
     halves = ("attention", "mlp") if split_dlayer else (None,)
@@ -235,8 +236,19 @@ def pipeline_layers(builder: StageBuilder, split_dlayer: bool = False) -> list[P
     return [*_tower_layers(builder), first, *decoder, PipelineLayer(FinalNorm, (builder,)), last]
 
 
+def held_tower(builder: StageBuilder) -> PipelineLayer | None:
+    """The layer that is all of a tower that every stage has; None where stages have its layers, or there is none."""
+    if (tower := trained_tower(builder.spec)) is None or not builder.spec.shared_tower:
+        return None
+    return PipelineLayer(HeldTower, (TowerPlan(builder, tower),), "tower", _pass_by)
+
+
+def _pass_by(tower: HeldTower, activations: Activations) -> Activations:
+    return activations
+
+
 def _tower_layers(builder: StageBuilder) -> list[PipelineLayer]:
-    if (tower := trained_tower(builder.spec)) is None:
+    if (tower := trained_tower(builder.spec)) is None or builder.spec.shared_tower:
         return []
     plan = TowerPlan(builder, tower)
     blocks = [PipelineLayer(VisionBlock, (plan, index)) for index in range(tower.depth)]

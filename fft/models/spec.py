@@ -36,6 +36,7 @@ class ModelSpec:
 
     ``attention`` names the attention kernel, see :func:`fft.ops.backends.choice.choose`; ``fused`` are other kernels.
     With ``images`` it sees those that such rules made; otherwise the tower of a model that could is left as it is.
+    With ``shared_tower`` every stage has it whole, and none of its layers is one of the pipeline.
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
     ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
     Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
@@ -51,6 +52,7 @@ class ModelSpec:
     frozen: str | None = None
     selective: bool = False
     images: ImageRules | None = None
+    shared_tower: bool = False
     #: The whole model on the meta device (shapes, no memory), which nobody changes: modules are built from copies.
     skeleton: PreTrainedModel = field(init=False, repr=False, compare=False)
 
@@ -104,11 +106,16 @@ class ModelSpec:
         return getattr(self.text, "sliding_window", None) if slides else None
 
     @property
+    def tower_width(self) -> int:
+        """Hidden size of the tower, of a model that has one."""
+        vision = self.config.vision_config
+        return getattr(vision, "embed_dim", None) or vision.hidden_size
+
+    @property
     def tower_head_size(self) -> int:
         """Width of a head of the tower, of a model that has one."""
         vision = self.config.vision_config
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size
-        return width // (getattr(vision, "num_heads", None) or vision.num_attention_heads)
+        return self.tower_width // (getattr(vision, "num_heads", None) or vision.num_attention_heads)
 
     @property
     def attended_size(self) -> int:

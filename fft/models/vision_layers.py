@@ -15,6 +15,8 @@ class TowerPlan:
 
     def __init__(self, builder: StageBuilder, tower: Tower) -> None:
         self.builder, self.tower, self.attention = builder, tower, builder.spec.attention
+        #: Hidden size of the features.
+        self.width = builder.spec.text.hidden_size
         self._seen: SeenImages | None = None
 
     def of(self, grids: Tensor, device: torch.device) -> SeenImages:
@@ -90,3 +92,42 @@ class Merger(_TowerLayer):
         row = Carried.of(inputs)
         seen = self._seen(row, row.states.device)
         return self._tower.end(tuple(self.modules_of), row.states, seen), *inputs[1:]
+
+
+class HeldTower(ModelLayer):
+    """A whole tower, which every stage has: as a layer of the pipeline it does nothing."""
+
+    def __init__(self, plan: TowerPlan) -> None:
+        super().__init__()
+        tower = plan.tower
+        blocks = [VisionBlock(plan, index) for index in range(tower.depth)]
+        self._layers = torch.nn.ModuleList([Patches(plan), *blocks, Merger(plan)])
+        self.named = {}
+        self._kinds, self._width = 1 + sum(tower.tap(i) is not None for i in range(tower.depth)), plan.width
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of it is."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters()).device
+
+    def encode(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """Features of images, and those for decoder layers, [tokens, kinds, hidden size].
+
+        ``patches`` and ``grids`` are those of :class:`~fft.models.carried.Carried`.
+        """
+        none = grids.new_zeros(1)
+        tensors: tuple[Tensor, ...] = (patches, none, none, none, none, grids)
+        for layer in self._layers:
+            tensors = layer(tensors)
+        row = Carried.of(tensors)
+        return torch.stack([row.states, *row.taps], dim=1)
+
+    def no_features(self, rows: int = 0) -> Tensor:
+        """Zeros in the shape of :meth:`encode`'s, for so many rows."""
+        parameter = next(self.parameters())
+        return parameter.new_zeros(rows, self._kinds, self._width)

@@ -34,6 +34,14 @@ class MeshSizes:
         coordinates = product(range(self.pipe), range(self.data), range(self.tensor))
         return [[self.rank(p, d, s, t) for s in range(self.sequence)] for p, d, t in coordinates]
 
+    def tower_groups(self) -> list[list[int]]:
+        """Global ranks that encode the images of a replica together: of all stages, those first that share the first's
+        tokens."""
+        return [
+            [self.rank(p, d, s, t) for p in range(self.pipe) for s in range(self.sequence)]
+            for d, t in product(range(self.data), range(self.tensor))
+        ]
+
     def tensor_groups(self) -> list[list[int]]:
         """Global ranks that share the parameters of a stage."""
         coordinates = product(range(self.pipe), range(self.data), range(self.sequence))

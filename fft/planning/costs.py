@@ -50,7 +50,7 @@ def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str
 
 def _tower_paths(spec: ModelSpec) -> list[list[str]]:
     """The modules of each layer of a tower that is trained."""
-    if (tower := trained_tower(spec)) is None:
+    if (tower := trained_tower(spec)) is None or spec.shared_tower:
         return []
     blocks = [[tower.block(i), *([tap] if (tap := tower.tap(i)) else [])] for i in range(tower.depth)]
     return [[*tower.first], *blocks, [*tower.last]]

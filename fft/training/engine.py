@@ -8,7 +8,8 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +25,7 @@ from fft.data.batches import MicroBatch
 from fft.errors import UserError
 from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
-from fft.models.layers import DecoderLayer, canonical_parameters, pipeline_layers
+from fft.models.layers import DecoderLayer, canonical_parameters, held_tower, pipeline_layers
 from fft.models.lora import Lora
 from fft.models.spec import DTYPES, ModelSpec
 from fft.models.vision_layers import VisionBlock
@@ -36,11 +37,15 @@ from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
 from fft.training.compiling import compile_alone
+from fft.training.deepspeed_config import deepspeed_config
 from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
-from fft.training.staged import StagedModel
+from fft.training.shared_tower import SharedTower
+from fft.training.staged import StagedModel, encode_before
 
+#: Micro-batches of an evaluation whose images are encoded together, where a tower is shared.
+_ENCODED = 8
 #: Where a dynamic loss scale stands, by the names of DeepSpeed's loss scaler.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -110,7 +115,16 @@ def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRule
     """
     operators = fused.fused_ops(device_type(), args.fused_ops)
     train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
-    return ModelSpec(config, DTYPES[args.dtype], args.seed, args.attention, operators, **train, images=images)
+    return ModelSpec(
+        config,
+        DTYPES[args.dtype],
+        args.seed,
+        args.attention,
+        operators,
+        **train,
+        images=images,
+        shared_tower=args.encoder_pipe_parallel_size == 0,
+    )
 
 
 def check_kernels(spec: ModelSpec) -> str:
@@ -149,11 +163,18 @@ class StageEngine:
     """The engine of this rank's stage: what a run asks of DeepSpeed's."""
 
     def __init__(
-        self, engine: deepspeed.PipelineEngine, builder: StageBuilder, loss: TokenMeanLoss, role: StageRole
+        self,
+        engine: deepspeed.PipelineEngine,
+        builder: StageBuilder,
+        loss: TokenMeanLoss,
+        role: StageRole,
+        shared: SharedTower | None = None,
     ) -> None:
         #: DeepSpeed's own, and the loss function that it was given.
         self.deepspeed, self.loss = engine, loss
         self.role, self.device = role, engine.device
+        #: The tower that the ranks of a replica have together.
+        self.shared = shared
         self._balance = builder.balance
         self._trained = 0
         #: Of the stage's layers, under their Hugging Face names.
@@ -178,7 +199,15 @@ class StageEngine:
             self.loss.scale = axis * engine.micro_batches / max(1, self._trained)
         if self._balance is not None:
             self._balance.start(engine.micro_batches, self.loss_scale)
-        return float(engine.train_batch(map(_to_torch, batches)))
+        return float(engine.train_batch(self._inputs(batches)))
+
+    def _inputs(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Micro-batches as DeepSpeed takes them, with the features of their images where a tower is shared."""
+        if self.shared is None:
+            return map(_to_torch, batches)
+        images = [batch.images for batch in batches if batch.images is not None]
+        features = self.shared.encode(images, together=torch.is_grad_enabled())
+        return map(_to_torch, batches, features or repeat(()))
 
     def trained_nothing(self) -> bool:
         """Whether the last step had no token to train on, which the last stage knows. Collective."""
@@ -189,8 +218,19 @@ class StageEngine:
     def sum_losses(self, batches: Iterable[MicroBatch], micro_batches: int) -> float:
         """Sum of the token losses of so many micro-batches, on ranks of the last stage. Collective."""
         self.loss.scale = 1.0
+        if self.shared is None:
+            return self._evaluate(map(_to_torch, batches), micro_batches)
+        total, iterator = 0.0, iter(batches)
+        for first in range(0, micro_batches, _ENCODED):
+            count = min(_ENCODED, micro_batches - first)
+            with torch.no_grad():
+                inputs = self._inputs([*islice(iterator, count)])
+            total += self._evaluate(inputs, count)
+        return total
+
+    def _evaluate(self, inputs: Iterator[tuple[tuple[Tensor, ...], Tensor]], micro_batches: int) -> float:
         losses = self.deepspeed.eval_batch(
-            map(_to_torch, batches), reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches
+            inputs, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches
         )
         return float(sum(losses)) if self.role.last else 0.0
 
@@ -247,12 +287,17 @@ def build_engine(
 ) -> StageEngine:
     """Build this rank's stage, optimizer, schedule and engine. Collective."""
     loss, role = TokenMeanLoss(builder), StageRole.of(mesh, dist.get_rank())
+    shared, spec = None, builder.spec
+    if spec.images is not None and spec.shared_tower:
+        width = spec.tower_width
+        shared = SharedTower(role, spec.images.merge, width, again=args.checkpoint_grad_interval > 0)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own notes to stdout
         module = StagedModel(
             pipeline_layers(builder, args.split_dlayer),
             bounds,
             mesh,
             packs := builder.spec.images is not None,
+            held_tower(builder),
             loss_fn=loss,
             activation_checkpoint_interval=args.checkpoint_grad_interval,
             checkpointable_layers=[DecoderLayer.__name__, VisionBlock.__name__],
@@ -269,7 +314,7 @@ def build_engine(
         model=module,
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
-        config=_deepspeed_config(args, stage),
+        config=deepspeed_config(args, stage),
     )
     if mark and engine.using_bf16_optimizer:
         count_experts_once(engine.optimizer, holders)
@@ -278,34 +323,20 @@ def build_engine(
         engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, in any type
-    return StageEngine(engine, builder, loss, role)
+    if shared is not None and module.tower is not None:
+        shared.hold(module.tower)
+        encode_before(engine, shared)
+    return StageEngine(engine, builder, loss, role, shared)
 
 
-def _to_torch(batch: MicroBatch) -> tuple[tuple[Tensor, ...], Tensor]:
-    """As DeepSpeed's engine takes it: (inputs of the first stage, labels of the last)."""
+def _to_torch(batch: MicroBatch, features: Sequence[Tensor] | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """As DeepSpeed's engine takes it: (inputs of the first stage, labels of the last).
+
+    With ``features`` of its images the first stage gets these, not the images.
+    """
     inputs, labels = (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), batch.labels
     if (images := batch.images) is not None:
-        patches, *seen = map(torch.from_numpy, (images.patches, images.positions, images.index, images.grids))
-        inputs = patches, *inputs, *seen
+        patches, *seen, grids = map(torch.from_numpy, (images.patches, images.positions, images.index, images.grids))
+        inputs = (*inputs, *seen) if features is not None else (*inputs, *seen, grids)
+        inputs = (*features, *inputs) if features is not None else (patches, *inputs)
     return inputs, torch.from_numpy(labels)
-
-
-def _deepspeed_config(args: TrainArguments, stage: int) -> dict:
-    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if args.offload_optimizer else {}
-    return {
-        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm if stage else 0.0,  # without ZeRO our optimizer clips
-        "zero_optimization": {"stage": stage, **offload},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        # Each gradient is added to its fp32 sum, and gone, as soon as backward has made it.
-        "bf16": {"enabled": args.dtype == "bf16", "immediate_grad_update": True},
-        "fp16": {"enabled": args.dtype == "fp16"},  # with a dynamic loss scale, the defaults
-        # bf16 gradients summed in bf16, over micro-batches or over replicas, would lose most of their digits.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp16" if args.dtype == "fp16" else "fp32",
-        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
-        "steps_per_print": 1 << 60,
-        "wall_clock_breakdown": False,
-    }

@@ -16,6 +16,7 @@ from fft.data.owner import atomic_folder
 from fft.files import staging_folder
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
+from fft.models.vision import vision_parts
 from fft.planning.preflight import Plan
 from fft.training.engine import StageEngine
 from fft.weights import hf
@@ -51,9 +52,12 @@ class ModelExport:
         """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
         if self._adapter is not None:
             return adapter_parameters(self._engine.parameters)
-        if self._builder.spec.tied and not self._engine.role.first:
-            return {name: p for name, p in self._engine.parameters.items() if name != self._builder.spec.head}
-        return self._engine.parameters
+        if self._engine.role.first:
+            return self._engine.parameters
+        spec = self._builder.spec  # a tower that this stage holds with others is the first's to write, too
+        shared = tuple(f"{path}." for path in (vision_parts(spec.skeleton) if spec.shared_tower else ()))
+        elsewhere = (*shared, *((spec.head,) if spec.tied else ()))
+        return {name: p for name, p in self._engine.parameters.items() if not name.startswith(elsewhere)}
 
     def weights(self) -> tuple[dict[str, Tensor], int] | None:
         """The tensors that this rank writes, and the number of its shard; None where another replica writes them.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fft.data.batches import BatchPlan, Loader, MicroBatch
-from fft.data.image_batches import ImageBatch
+from fft.data.image_batches import Chosen, ImageBatch
 from fft.data.table import IGNORE
 from fft.ops.documents import Documents
 from fft.ops.sequence_parallel import SequenceParallel
@@ -19,21 +19,29 @@ from fft.training.run_folder import Start
 class Feed:
     """Micro-batches of this rank: those of a run's steps, from where it begins, and those of its evaluations.
 
-    With ``sequence`` the rank takes its share of every row's tokens. A stage in the middle opens no table.
+    With ``sequence`` the rank takes its share of every row's tokens. A stage in the middle opens no table, unless all
+    ranks decode images, each those that are ``chosen``.
     """
 
     def __init__(
-        self, plan: Plan, batches: BatchPlan, role: StageRole, sequence: SequenceParallel | None, start: Start
+        self,
+        plan: Plan,
+        batches: BatchPlan,
+        role: StageRole,
+        sequence: SequenceParallel | None,
+        start: Start,
+        chosen: Chosen | None = None,
     ) -> None:
         self._batches, self._role, self._sequence = batches, role, sequence
         self._begin, self._end = start.step, plan.total_steps
         self._training, self._evaluation = (
-            reader and reader.for_stage(ids=role.first, labels=role.last, images=role.first)
+            reader and reader.for_stage(ids=role.first, labels=role.last, images=role.first or chosen is not None)
             for reader in (plan.train, plan.evaluation)
         )
+        self._chosen, self._reads = chosen, role.reads or chosen is not None
         self._loader: Loader | None = None
-        if self._training is not None and role.reads and plan.total_steps:
-            self._loader = Loader(self._training, batches, plan.total_samples)
+        if self._training is not None and self._reads and plan.total_steps:
+            self._loader = Loader(self._training, batches, plan.total_samples, chosen)
             if start.checkpoint is not None:
                 self._loader.load_state_dict(start.state["data"])
 
@@ -57,7 +65,7 @@ class Feed:
             return None
         samples = reader.samples_per_epoch
         count = -(-samples // plan.global_batch)
-        steps = Loader(reader, plan, samples) if self._role.reads else ()
+        steps = Loader(reader, plan, samples, self._chosen) if self._reads else ()
         return (own_share(batch, self._sequence) for (batch,) in steps), count
 
     def state(self) -> dict[str, object] | None:

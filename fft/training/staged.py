@@ -1,30 +1,50 @@
 """The layers of a model as stages of DeepSpeed's pipeline."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
+from deepspeed import PipelineEngine
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from fft.models.carried import packed, unpacked
 from fft.models.layers import PipelineLayer
+from fft.models.vision_layers import HeldTower
 from fft.parallel.mesh import MeshSizes
+from fft.training.shared_tower import SharedTower
 
 
 class StagedModel(PipelineModule):
     """A :class:`PipelineModule` whose stage bounds are given, so that no rank builds layers it does not keep.
 
-    With ``packs`` several floating tensors may travel between stages, in one.
+    With ``packs`` several floating tensors may travel between stages, in one. A ``tower`` is held by every stage.
     """
 
     def __init__(
-        self, layers: Sequence[PipelineLayer], bounds: list[int], mesh: MeshSizes, packs: bool, **options: object
+        self,
+        layers: Sequence[PipelineLayer],
+        bounds: list[int],
+        mesh: MeshSizes,
+        packs: bool,
+        tower: PipelineLayer | None,
+        **options: object,
     ) -> None:
         self._bounds, self._packs = bounds, packs
+        if tower is not None:  # last, so that it moves no bound of what is computed again
+            layers = [layer for a, b in pairwise(bounds) for layer in (*layers[a:b], tower)]
+            self._bounds = [bound + stage for stage, bound in enumerate(bounds)]
         topology = PipeModelDataParallelTopology(num_pp=mesh.pipe, num_mp=mesh.tensor, num_dp=mesh.data * mesh.sequence)
         super().__init__([_layer_spec(layer) for layer in layers], topology=topology, **options)
+        #: The tower that this stage has like all others.
+        self.tower: HeldTower | None = None
+        if tower is not None:
+            self.tower = self.tied_modules[tower.tied]
+            # DeepSpeed has this very list with the group that adds up gradients.
+            self.tied_weight_attrs[tower.tied] += [name for name, _ in self.tower.named_parameters()]
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
@@ -59,4 +79,23 @@ class StagedModel(PipelineModule):
 def _layer_spec(layer: PipelineLayer) -> LayerSpec:
     if layer.tied is None:
         return LayerSpec(layer.kind, *layer.arguments)
-    return TiedLayerSpec(layer.tied, layer.kind, *layer.arguments, forward_fn=layer.forward, tied_weight_attr="weight")
+    names = [] if layer.kind is HeldTower else ["weight"]  # a tower's are known when it is built
+    return TiedLayerSpec(layer.tied, layer.kind, *layer.arguments, forward_fn=layer.forward, tied_weight_attr=names)
+
+
+def encode_before(engine: PipelineEngine, shared: SharedTower) -> None:
+    """Have ``engine`` tell a ``shared`` tower what it needs to know of a step: which features a micro-batch takes, and
+    that all their gradients are there.
+    """
+    given = engine._INSTRUCTION_MAP
+
+    def load(self: PipelineEngine, buffer_id: int) -> None:
+        given[schedule.LoadMicroBatch](self, buffer_id)
+        if self.is_first_stage() and torch.is_grad_enabled():
+            shared.watch(self.pipe_buffers["inputs"][buffer_id])
+
+    def reduce_tied(self: PipelineEngine) -> None:
+        shared.backward()
+        given[schedule.ReduceTiedGrads](self)
+
+    engine._INSTRUCTION_MAP = {**given, schedule.LoadMicroBatch: load, schedule.ReduceTiedGrads: reduce_tied}

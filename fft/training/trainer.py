@@ -163,7 +163,8 @@ class Trainer:
         self._skipped = 0  # in a row
         self.early_stop = EarlyStop.from_state(args.early_stop_patience, start.state.get("early_stop"))
         batches = batch_plan(args, plan.mesh, engine.role.replica)
-        self.feed = Feed(plan, batches, engine.role, builder.ranks.sequence, start)
+        chosen = engine.shared.chosen if engine.shared else None
+        self.feed = Feed(plan, batches, engine.role, builder.ranks.sequence, start, chosen)
 
     def train(self, above: Sequence[psutil.Process] = ()) -> int:
         """Take every step of the plan, as long as the launchers ``above`` live; returns the exit code.
