@@ -40,7 +40,7 @@ def main() -> int:
     work = args.work.resolve()
     for millions in args.millions:
         table = make_table(work / f"tokens-{millions}-{args.seq_len}", millions * 1_000_000, args.seq_len)
-        loaders = [name for name in args.only or LOADERS if name not in PEERS or _environment(work, name)]
+        loaders = [name for name in args.only or LOADERS if name not in PEERS or peer_environment(work, name)]
         costs = {name: run(name, table, args, work) for name in loaders}
         say("")
         cores = len(os.sched_getaffinity(0))
@@ -87,7 +87,7 @@ def _lists(values: np.ndarray, length: int) -> pa.ListArray:
 def run(name: str, table: Path, args: argparse.Namespace, work: Path) -> dict:
     """Cost of a loader; of several ranks: the slowest's time, all their tokens and memory."""
     say(f"{name} ...")
-    python = _environment(work, name) if name in PEERS else Path(sys.executable)
+    python = peer_environment(work, name) if name in PEERS else Path(sys.executable)
     command = [python, "benchmarks/peers/loaders.py", name, table, args.seq_len, args.batch, work]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     running = [
@@ -112,7 +112,7 @@ def run(name: str, table: Path, args: argparse.Namespace, work: Path) -> dict:
     }
 
 
-def _environment(work: Path, name: str) -> Path | None:
+def peer_environment(work: Path, name: str) -> Path | None:
     """A virtual environment for a peer that finds this one's packages, so torch is not installed twice.
 
     None, and a line that says so, where pip cannot install the peer.

@@ -46,11 +46,11 @@ class RowImages:
             return None
         values, at = list_values(loaded, GRIDS, where)
         _check_rows(np.diff(at) % 3 == 0, where, f"has {GRIDS} of which not all are three numbers")
-        grids, at = values.astype(np.int32, copy=False).reshape(-1, 3), at // 3
+        grids, at = values.astype(np.int64).reshape(-1, 3), at // 3
         rows = np.repeat(np.arange(len(at) - 1), np.diff(at))
         right = are_grids(grids, rules)
         _check_rows(np.bincount(rows[~right], minlength=len(at) - 1) == 0, where, f"has {GRIDS} that are none")
-        counts = grids.astype(np.int64).prod(1) // rules.merge**2
+        counts = grids.prod(1) // rules.merge**2
         expected = np.append(0, np.cumsum(counts))[at]
         _check_rows(
             np.diff(found) == np.diff(expected), where, f"has another number of tokens of images than its {GRIDS}"
@@ -61,7 +61,8 @@ class RowImages:
         _check_rows(
             np.bincount(rows[~whole], minlength=len(at) - 1) == 0, where, "has a document that ends in an image"
         )
-        return cls(where, at, grids, begins, _files(loaded, where, at) if IMAGES in loaded.column_names else None)
+        files = _files(loaded, where, at) if IMAGES in loaded.column_names else None
+        return cls(where, at, grids.astype(np.int32), begins, files)
 
     def among(self, start: int, stop: int) -> range:
         """The images that begin in tokens [start, stop) of the row group."""

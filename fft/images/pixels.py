@@ -65,10 +65,12 @@ def to_rgb(data: bytes) -> "Image":
 
     with _opened(data) as image:
         _check_mode(image.mode)
-        turned = ImageOps.exif_transpose(image)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # neither this nor the last line copies where it need not
+        turned = image
         if turned.mode.startswith("I;16"):
             turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-        return turned.convert("RGB")
+        return turned if turned.mode == "RGB" else turned.convert("RGB")
 
 
 def patches_of(data: bytes, grid: Grid, rules: ImageRules) -> np.ndarray:

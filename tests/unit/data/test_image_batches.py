@@ -373,6 +373,69 @@ def test_nulls_among_images_are_refused(tmp_path, simple, column):
             micro_batch((reader or SampleReader(table, SEQ_LEN, 0, pack="best-fit")).with_images(GRID_RULES), [0], 1)
 
 
+@settings(EXAMPLES, max_examples=60)
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from(["input_ids", "cu_seqlens", "image_grids"]),
+    st.sampled_from(["set", "drop", "insert"]),
+    st.sampled_from([-(1 << 31), -1, 0, 1, 2, 3, 4, IMAGE, 8, 1 << 30]),
+)
+def test_a_table_that_was_tampered_with_is_refused_or_means_what_it_says(tmp_path, seed, column, how, value):
+    """Whatever number changes, no micro-batch has other images than its grids and tokens say."""
+    rng = np.random.default_rng(seed)
+    columns = rows_table(packed_rows(rng, GRID_RULES, 32, 3))
+    values = columns[column].to_pylist()
+    row = int(rng.integers(0, 3))
+    at = int(rng.integers(0, len(values[row]) + (how == "insert") or 1))
+    if how == "set" and at < len(values[row]):
+        values[row][at] = value
+    elif how == "drop":
+        del values[row][at : at + 1]
+    else:
+        values[row].insert(at, value)
+    columns = changed(columns, **{column: lambda v: v.__setitem__(row, values[row])})
+    batch = None
+    try:
+        reader = SampleReader(write_rows(tmp_path / "t", columns, GRID_RULES), 40, 0, 1000, pack="best-fit")
+        batch = micro_batch(reader.with_images(GRID_RULES), range(3), 3)
+    except UserError as error:
+        refused = str(error)
+    if batch is None:
+        assert "part-0.parquet, row group" in refused
+        return
+    images = batch.images
+    assert (
+        (images.grids[:, 1:].prod(1) // 4).sum() == len(images.index) == np.count_nonzero(batch.input_ids == IMAGE) + 1
+    )
+    assert len(images.patches) == images.grids.prod(1).sum()
+    assert (images.positions[:, batch.cu_seqlens[:-1][batch.cu_seqlens[:-1] < 120]] == 0).all()
+
+
+def test_lists_of_other_widths_are_read_alike(tmp_path, simple):
+    """As other writers than Spark have them: 64 bits of offsets and of numbers."""
+    wide = simple.cast(
+        pa.schema(
+            {
+                **dict.fromkeys(("input_ids", "cu_seqlens", "image_grids"), pa.large_list(pa.int64())),
+                "doc_ids": pa.list_(pa.string()),
+                "images": pa.large_list(pa.large_binary()),
+            }
+        )
+    )
+    made = [
+        micro_batch(
+            SampleReader(write_rows(tmp_path / name, columns, GRID_RULES), 8, 0, pack="best-fit").with_images(
+                GRID_RULES
+            ),
+            range(3),
+            3,
+        )
+        for name, columns in (("narrow", simple), ("wide", wide))
+    ]
+    same(*made)
+    assert made[1].images.grids.dtype == np.int32
+
+
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path, simple):
     table = write_rows(tmp_path, changed(simple, images=lambda v: v.__setitem__(2, [v[2][0][:60]])), GRID_RULES)
     reader = SampleReader(table, SEQ_LEN, 0, pack="best-fit", shuffle=False).with_images(GRID_RULES)
