@@ -11,6 +11,7 @@ installed).
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def main() -> int:
     args = _parse()
     work = args.work.resolve()
     table = make_table(work / f"images-{args.images}", args.images)
-    costs = {kind: run(kind, table, work, args.core) for kind in args.only or KINDS}
+    costs: dict[str, dict[str, float]] = {}
+    for _ in range(args.repeats):
+        for kind in args.only or KINDS:
+            costs[kind] = min(run(kind, table, work, args.core), costs.get(kind), key=_busy)
     header = ("loader", "what", "images/s", "images/CPU s", "of fft", "peak MB")
     ours = costs.get("fft")
     rows = []
@@ -53,9 +57,13 @@ def main() -> int:
         rate = cost["images"] / cost["busy"]
         share = f"{rate / (ours['images'] / ours['busy']):.2f}" if ours else "-"
         rows.append([kind, KINDS[kind], cost["images"] / cost["seconds"], rate, share, cost["peak_bytes"] / 1e6])
-    print(f"{args.images} JPEGs of about 1000 x 750 pixels, one core")
+    print(f"{args.images} JPEGs of about 1000 x 750 pixels, one core, the best of {args.repeats} in turn")
     print(format_table(header, rows))
     return 0
+
+
+def _busy(cost: dict[str, float] | None) -> float:
+    return cost["busy"] if cost else math.inf
 
 
 def make_table(folder: Path, count: int) -> Path:
@@ -142,6 +150,7 @@ def _parse() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     loader = commands.add_parser("loader", help="images a second of one core, from files to patches")
     loader.add_argument("--images", type=int, default=400, help="JPEGs")
+    loader.add_argument("--repeats", type=int, default=3, help="the best of so many, by CPU time")
     loader.add_argument("--core", type=int, default=0, help="the core on which each process runs")
     loader.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="kept between runs")
     loader.add_argument("--only", nargs="+", choices=KINDS, help="default: all")

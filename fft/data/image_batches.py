@@ -158,4 +158,4 @@ class StepDecoding:
         ]
 
     def _decode(self, into: np.ndarray, images: RowImages, number: int) -> None:
-        into[:] = images.patches(number, self._rules)
+        images.decode(number, self._rules, into)

@@ -68,14 +68,14 @@ class RowImages:
         """The images that begin in tokens [start, stop) of the row group."""
         return range(*self.begins.searchsorted((start, stop)).tolist())
 
-    def patches(self, image: int, rules: ImageRules) -> np.ndarray:
-        """An image's patches, uint8 [patches, 3 * patch * patch]. Raises :class:`UserError` naming it when its bytes,
-        which must be there, are none of an image."""
+    def decode(self, image: int, rules: ImageRules, into: np.ndarray) -> None:
+        """Write an image's patches, uint8 [patches, 3 * patch * patch]. Raises :class:`UserError` naming it when its
+        bytes, which must be there, are none of an image."""
         if self.files is None:
             raise ValueError(f"{self.where} was read without the bytes of its images")
         tiles, high, wide = self.grids[image].tolist()
         try:
-            return patches_of(self.files[image].as_py(), (tiles, high, wide), rules)
+            patches_of(self.files[image].as_py(), (tiles, high, wide), rules, into)
         except ImageError as error:
             row = int(self.offsets.searchsorted(image, "right")) - 1
             raise UserError(

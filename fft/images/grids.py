@@ -86,4 +86,5 @@ def are_grids(grids: np.ndarray, rules: ImageRules) -> np.ndarray:
     if rules.family in GRIDS:
         return (tiles == 1) & (high > 0) & (wide > 0) & (high % rules.merge == 0) & (wide % rules.merge == 0)
     side = rules.tile // rules.patch
-    return (tiles > 0) & (high == side) & (wide == side)
+    # Of several tiles, one is the picture of the whole: there are never two.
+    return (tiles > 0) & (tiles != 2) & (high == side) & (wide == side)

@@ -11,6 +11,7 @@ What becomes of what is no plain RGB, here and so in every table and run:
 """
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def to_rgb(data: bytes) -> "Image":
         return turned if turned.mode == "RGB" else turned.convert("RGB")
 
 
-def patches_of(data: bytes, grid: Grid, rules: ImageRules) -> np.ndarray:
-    """An image's patches: uint8 [patches, 3 * patch * patch], colour by colour.
+def patches_of(data: bytes, grid: Grid, rules: ImageRules, into: np.ndarray | None = None) -> np.ndarray:
+    """An image's patches: uint8 [patches, 3 * patch * patch], colour by colour; ``into`` such an array, if it is given.
 
     Of :data:`GRIDS`, the patches of a token follow each other, and the second of two frames is the first; of tiles, the
     patches of a tile are in rows. :func:`normalized` makes of them what a tower takes. Raises :class:`ImageError` when
@@ -82,18 +83,22 @@ def patches_of(data: bytes, grid: Grid, rules: ImageRules) -> np.ndarray:
     """
     image = to_rgb(data)
     tiles, high, wide = grid
+    patches = np.empty((math.prod(grid), 3 * rules.patch**2), np.uint8) if into is None else into
     if rules.family in GRIDS:
         pixels = _resized(image, wide * rules.patch, high * rules.patch, rules)
-        return _patchified(pixels, rules.patch, rules.merge)
+        _patchify(pixels, rules.patch, rules.merge, patches)
+        return patches
     own, side = max(1, tiles - 1), rules.tile
     columns, rows = arrangement(image.width, image.height, side, own, own)
     if columns * rows != own:
         raise ImageError(f"has {image.width} x {image.height} pixels, of which no {own} tiles are made")
     pixels = _resized(image, columns * side, rows * side, rules)
-    squares = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(own, side, side, 3)
+    squares = list(pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(own, side, side, 3))
     if own > 1:
-        squares = np.concatenate([squares, _resized(image, side, side, rules)[None]])
-    return np.concatenate([_patchified(square, rules.patch, 1) for square in squares])
+        squares.append(_resized(image, side, side, rules))
+    for square, part in zip(squares, np.split(patches, tiles), strict=True):
+        _patchify(square, rules.patch, 1, part)
+    return patches
 
 
 def normalized(patches: np.ndarray, rules: ImageRules) -> np.ndarray:
@@ -110,11 +115,12 @@ def _resized(image: "Image", width: int, height: int, rules: ImageRules) -> np.n
     return np.asarray(image.resize((width, height), Image.Resampling(rules.resample)))
 
 
-def _patchified(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
+def _patchify(pixels: np.ndarray, patch: int, merge: int, into: np.ndarray) -> None:
     """uint8 [height, width, 3] to [patches, 3 * patch * patch], by blocks of ``merge`` x ``merge`` patches."""
     height, width, _ = pixels.shape
     blocks = pixels.reshape(height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, 3)
-    return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
+    ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
+    into.reshape(ordered.shape)[...] = ordered
 
 
 @contextmanager
