@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,6 +20,7 @@ from fft.data.batches import BatchPlan, Loader, micro_batch, step_batches
 from fft.data.blend import Blend
 from fft.data.image_batches import EncodedImages, StepDecoding, run_rules
 from fft.data.reader import SampleReader
+from fft.data.row_images import RowImages
 from fft.data.table import IGNORE, Table
 from fft.data.trace import documents_of_step, steps_of_document
 from fft.errors import UserError
@@ -298,6 +300,22 @@ def test_so_much_is_decoded_ahead_and_no_more(table):
     assert pool.asked == len(sizes) > 4
     (at_once,) = StepDecoding([EncodedImages(positions, positions[0], grids, numbers)], GRID_RULES).batches()
     np.testing.assert_array_equal(made.patches, at_once.patches)
+
+
+def test_the_next_step_is_decoded_while_one_is_computed(reader, monkeypatch):
+    decoded, decode = [], RowImages.decode
+    monkeypatch.setattr(RowImages, "decode", lambda self, *rest: decoded.append(rest[0]) or decode(self, *rest))
+    steps = iter(Loader(reader, BatchPlan(1, 0, 1, 6), 18))
+    seen = 0
+    for left in (2, 1, 0):
+        ((batch,), before) = next(steps), seen
+        seen += len(batch.images.grids) - 1
+        end = time.monotonic() + 20
+        while len(decoded) == seen and left and time.monotonic() < end:
+            time.sleep(0.01)  # as a trainer that computes
+        assert (len(decoded) > seen) == (left > 0)
+        assert seen > before
+    assert (len(decoded), next(steps, None)) == (seen, None)
 
 
 def test_a_step_of_many_row_groups_reads_each_once(tmp_path, monkeypatch):
