@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from vision_models import chat_of, picture, save_model
 
+from fft.data.batches import micro_batch
+from fft.data.image_batches import run_rules
 from fft.data.manifest import read_manifest
+from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.errors import UserError
+from fft.images.pixels import patches_of
 from fft.images.rules import ImageRules
 from spark.helpers import files_of, rows_of
 from spark.test_engines import same_files
@@ -94,6 +99,26 @@ def test_images_follow_their_documents_through_all_jobs(table, packed, images):
     pad = read_manifest(table).vision["image_token"]
     assert counts["image_tokens"] == sum(row["input_ids"].count(pad) for row in rows)
     assert sum(counts["images_per_row"].values()) == len(rows)
+
+
+@pytest.mark.parametrize("job", ["p", "s"])
+def test_what_jobs_write_is_what_is_trained_on(packed, job):
+    """Every document of a table with its images, decoded, once an epoch: of packed rows, and of rows packed here."""
+    table = Table.open(packed / job / "train")
+    rules, pack = run_rules([table]), "best-fit" if job == "s" else "cut"
+    reader = SampleReader(table, 256, 0, pack=pack).with_images(rules)
+    left = {tuple(ids): (files, grids) for ((ids, _, files, grids),) in documents_of(packed / job / "train").values()}
+    for index in range(reader.samples_per_epoch):
+        batch, image, patch = micro_batch(reader, [index], reader.samples_per_epoch), 0, 0
+        for begin, end in pairwise(np.unique(batch.cu_seqlens).tolist()):
+            files, grids = left.pop(tuple(batch.input_ids[0, begin:end].tolist()), ([], []))
+            for file, grid in zip(files, grids, strict=True):
+                assert batch.images.grids[image].tolist() == grid
+                expected = patches_of(file, grid, rules)
+                assert (batch.images.patches[patch : patch + len(expected)] == expected).all()
+                image, patch = image + 1, patch + len(expected)
+        assert (len(batch.images.grids), len(batch.images.patches)) == (image + 1, patch + rules.merge**2)
+    assert not left
 
 
 def test_the_same_bytes_on_sail(launch, chats, table, packed, model, images, tmp_path):
