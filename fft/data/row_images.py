@@ -40,10 +40,15 @@ class RowImages:
 
         Raises :class:`UserError` naming row group and row when images and tokens do not belong together.
         """
-        found = np.append(0, np.cumsum(ids == rules.image_token))[offsets]
+        held = ids == rules.image_token
         if GRIDS not in loaded.column_names:
-            _check_rows(np.diff(found) == 0, where, f"has tokens of images (id {rules.image_token}), but no images")
+            if held.any():
+                raise UserError(
+                    f"{where}, row {int(offsets.searchsorted(held.argmax(), 'right')) - 1} has tokens of images (id "
+                    f"{rules.image_token}), but no images: take them out of the texts and {_AGAIN}."
+                )
             return None
+        found = np.append(0, np.cumsum(held))[offsets]
         values, at = list_values(loaded, GRIDS, where)
         _check_rows(np.diff(at) % 3 == 0, where, f"has {GRIDS} of which not all are three numbers")
         grids, at = values.astype(np.int64).reshape(-1, 3), at // 3

@@ -467,7 +467,9 @@ def test_texts_with_tokens_of_images_are_refused_in_a_run_with_images(tmp_path):
     columns = pa.table({"input_ids": pa.array([[9] * 8, [9, IMAGE, 9]], pa.list_(pa.int32()))})
     reader = SampleReader(write_rows(tmp_path, columns, GRID_RULES), 8, 0)
     micro_batch(reader, [0, 1], 2)
-    with pytest.raises(UserError, match=r"row 1 has tokens of images \(id 7\), but no images: write the table again"):
+    with pytest.raises(
+        UserError, match=r"row 1 has tokens of images \(id 7\), but no images: take them out of the texts"
+    ):
         micro_batch(reader.with_images(GRID_RULES), [0, 1], 2)
 
 
