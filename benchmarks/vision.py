@@ -51,6 +51,12 @@ KINDS = {
 def main() -> int:
     """Run one measurement."""
     args = _parse()
+    args.measure(args)
+    return 0
+
+
+def measure_loader(args: argparse.Namespace) -> None:
+    """Print what each loader costs."""
     work = args.work.resolve()
     table = make_table(work / f"images-{args.images}", args.images)
     costs: dict[str, dict[str, float]] = {}
@@ -66,7 +72,6 @@ def main() -> int:
         rows.append([kind, KINDS[kind], cost["images"] / cost["seconds"], rate, share, cost["peak_bytes"] / 1e6])
     print(f"{args.images} JPEGs of about 1000 x 750 pixels, one core, the best of {args.repeats} in turn")
     print(format_table(header, rows))
-    return 0
 
 
 def _busy(cost: dict[str, float] | None) -> float:
@@ -156,6 +161,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vision", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
     loader = commands.add_parser("loader", help="images a second of one core, from files to patches")
+    loader.set_defaults(measure=measure_loader)
     loader.add_argument("--images", type=int, default=400, help="JPEGs")
     loader.add_argument("--repeats", type=int, default=3, help="the best of so many, by CPU time")
     loader.add_argument("--core", type=int, default=0, help="the core on which each process runs")
