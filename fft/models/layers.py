@@ -64,7 +64,8 @@ class Positions:
                 self._rotary = Rotary(self._builder.spec.skeleton, hidden.device)
                 # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
                 # what runs there in forward, and is kept, has to run in a recomputation, too.
-                choose(hidden.device, hidden.dtype, self.attention, self._builder.spec.attended_size)
+                spec = self._builder.spec
+                choose(hidden.device, hidden.dtype, self.attention, spec.attended_size, spec.caps_scores)
             documents, ranks = Documents.from_padded(cu_seqlens), self._builder.ranks.sequence
             if ranks is not None:
                 documents = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)

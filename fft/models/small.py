@@ -34,6 +34,8 @@ LINEAR: dict[str, object] = {
 }
 #: Factors outside of layers.
 SCALED: dict[str, object] = {"embedding_multiplier": 6.0, "logits_scaling": 4.0}
+#: Scores and logits that are capped.
+CAPPED: dict[str, object] = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
 #: What a family needs besides sizes; dropout that is on in its default config.
 NEEDS: dict[str, dict] = {
     "axk1": ROUTED | SPARSE | LATENT,
@@ -59,6 +61,7 @@ NEEDS: dict[str, dict] = {
     },
     "exaone_moe": EXPERTS | SPARSE | MIXED | {"n_group": 2, "topk_group": 1},
     "flex_olmo": EXPERTS | {"router_aux_loss_coef": 0.5},
+    "gemma2": CAPPED,
     "gemma3_text": MIXED | {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "glm4_moe": ROUTED,
     "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.5, "hidden_act": "gelu"},
@@ -87,6 +90,7 @@ NEEDS: dict[str, dict] = {
     "qwen3_moe": EXPERTS | {"router_aux_loss_coef": 0.5},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "solar_open": ROUTED,
+    "vaultgemma": CAPPED,
 }
 
 

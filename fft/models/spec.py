@@ -122,6 +122,11 @@ class ModelSpec:
         """Width of a head as attention kernels see it."""
         return self.head_size + (COLUMNS if getattr(self.config, "alibi", False) else 0)
 
+    @property
+    def caps_scores(self) -> bool:
+        """Whether attention scores are capped, which not all kernels can."""
+        return getattr(self.config, "attn_logit_softcapping", None) is not None
+
     def slopes(self, rank: int = 0, size: int = 1) -> tuple[float, ...] | None:
         """ALiBi's slopes of the heads that a tensor-parallel rank of ``size`` has; None for other positions."""
         if not getattr(self.config, "alibi", False):

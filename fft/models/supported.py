@@ -38,6 +38,9 @@ EXPERTS = (
 #: Rotary embeddings, scaled or not, as ``rope_type`` names them.
 _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
+#: Those whose attention scores are capped by ``attn_logit_softcapping``.
+_CAPPED = ("gemma2", "vaultgemma")
+
 #: Settings of chances with which values are dropped, but for those of heads that a language model has not.
 _DROPOUT = re.compile(r"(?<!classifier_)(?<!summary_first_)(dropout(_prob)?|pdrop|layerdrop|jitter_noise)$")
 
@@ -47,22 +50,11 @@ _FEATURES = {"vision_feature_layer": -1, "vision_feature_select_strategy": "defa
 #: Model types that are trained: all that transformers does between their layers is known here, and the tests compare
 #: each with transformers.
 FAMILIES = (
-    *("apertus", "arcee", "baichuan", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text"),
-    *("glm", "glm4", "gpt_neox", "granite", "granite_swa", "helium", "hyperclovax", "internlm3", "iquestcoder"),
-    *("jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
-    *(
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_5_text",
-        "seed_oss",
-        "smollm3",
-        "starcoder2",
-        "youtu",
-        *(name for name in _UNPUBLISHED if name not in DECODERS),
-        *EXPERTS,
-    ),
+    *("apertus", "arcee", "baichuan", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2"),
+    *("gemma3_text", "glm", "glm4", "gpt_neox", "granite", "granite_swa", "helium", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3"),
+    *("olmo_hybrid", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "seed_oss", "smollm3", "starcoder2"),
+    *("vaultgemma", "youtu", *(name for name in _UNPUBLISHED if name not in DECODERS), *EXPERTS),
 )
 
 
@@ -154,11 +146,14 @@ def _check_sizes(config: PretrainedConfig) -> None:
 
 def _check_scores(config: PretrainedConfig) -> None:
     """Raise :class:`UserError` for what a model does to scores, embeddings or logits, and we would leave out."""
-    if getattr(config, "attn_logit_softcapping", None):
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None and config.model_type not in _CAPPED:
         raise UserError(
-            f"model type {config.model_type!r} caps scores (attn_logit_softcapping {config.attn_logit_softcapping} in "
-            "its config.json), which this release does not: use another model."
+            f"attn_logit_softcapping {cap} in the model's config.json means nothing to model type "
+            f"{config.model_type!r} in transformers: set it to null."
         )
+    if cap is not None and not (isinstance(cap, int | float) and cap > 0):
+        raise UserError(f"attn_logit_softcapping {cap!r} in the model's config.json must be more than 0, or null.")
     if getattr(config, "z_loss_weight", None):
         raise UserError(f"z_loss_weight {config.z_loss_weight} is not trained with: set it to 0 in config.json.")
     check_outside(config)

@@ -23,6 +23,7 @@ from fft.models.rotary import Rotary
 from fft.models.small import small_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
+from fft.models.vision import PARTS
 from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel
 
 #: What a type can be. "differs" is a fault of ours, and stands in no page.
@@ -70,7 +71,7 @@ def measured(kind: str) -> TypeRow:
     try:
         check_supported(config, BOUNDS[-1])
     except UserError as error:
-        return TypeRow(kind, REFUSED, str(error).replace(", ".join(FAMILIES), "those that are exact"))
+        return TypeRow(kind, REFUSED, str(error).replace(", ".join((*FAMILIES, *PARTS)), "those that are exact"))
     if {"vision_config", "audio_config"} & set(type(config).sub_configs):
         return TypeRow(kind, UNTESTED, "here: it takes more than text")
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +121,7 @@ def _mechanisms(spec: ModelSpec) -> Iterable[str]:
     head = model.get_output_embeddings()
     has = {
         "windows": any(spec.window(layer) for layer in range(config.num_hidden_layers)),
+        "capped scores": spec.caps_scores,
         "sinks": any("sink" in name for name in parameters),
         "latent attention": bool(getattr(config, "kv_lora_rank", None)),
         "linear attention": KIND in kinds,

@@ -56,11 +56,12 @@ def packed_attention(
 
     ``q`` is [tokens, heads, head size], ``k`` and ``v`` [tokens, key/value heads, head size]; returns q's shape.
     """
-    backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
+    backend = backend or choose(q.device, q.dtype, size=q.shape[-1], capped=softmax.cap is not None)
     if softmax.window is not None and softmax.window < documents.max_length:
         plan = plan_attention(plan_shards(documents.bounds, 1), 0, softmax.window)
-        return ring_attention(q, k, v, Ring(plan, NOBODY, backend, scale), softmax.sinks)
-    return segment_attention(q, k, v, Segments.within(documents, scale), backend, softmax.sinks)
+        return ring_attention(q, k, v, Ring(plan, NOBODY, backend, scale, softmax.cap), softmax.sinks)
+    segments = Segments.within(documents, scale, softmax.cap)
+    return segment_attention(q, k, v, segments, backend, softmax.sinks)
 
 
 def segment_attention(
@@ -92,14 +93,12 @@ def hf_attention(
     Takes [1, heads, tokens, head size] and returns [1, tokens, heads, head size] and None for the weights. Collective
     where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`. With
     ``alibi``, slopes of this rank's heads, ``position_ids`` are the tokens' in their documents [1, tokens].
-    ``sliding_window``, which is the module's own if it does not say, and attention sinks (``s_aux``) are those of
-    :class:`~fft.ops.documents.Softmax`; heads of keys and values may differ in size. Raises ValueError for what a model
-    may ask for and would silently not get: a mask, dropout, or capped scores.
+    ``sliding_window``, which is the module's own if it does not say, attention sinks (``s_aux``) and ``softcap`` are
+    those of :class:`~fft.ops.documents.Softmax`; heads of keys and values may differ in size. Raises ValueError for
+    what a model may ask for and would silently not get: a mask, or dropout.
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes documents, no mask and no dropout")
-    if softcap is not None:
-        raise ValueError("packed attention caps no scores")
     size = value.shape[-1]
     widest = max(size, query.shape[-1])
     # Zeros beyond their ends change neither scores nor what is summed; kernels want heads of one size.
@@ -111,7 +110,8 @@ def hf_attention(
         q, k, v = widened(q, k, v, position_ids[0], alibi, scaling)
     if sliding_window == _UNSAID:  # Qwen2-MoE leaves it to the mask, which is not made here
         sliding_window = getattr(module, "sliding_window", None)
-    backend, softmax = choose(q.device, q.dtype, attention, q.shape[-1]), Softmax(sliding_window or None, s_aux)
+    backend = choose(q.device, q.dtype, attention, q.shape[-1], softcap is not None)
+    softmax = Softmax(sliding_window or None, s_aux, softcap)
     if isinstance(documents, ShardedDocuments):
         out = documents.parallel.attention(q, k, v, documents.shards, scaling, backend, softmax)
     else:

@@ -64,18 +64,26 @@ class Segments:
     """What one call of attention computes: document i of ``queries`` sees document i of ``keys``.
 
     Every query sees all its document's keys; with ``causal``, for which both are of equal length in every document,
-    those up to its own position. ``scale`` multiplies the scores.
+    those up to its own position. ``scale`` multiplies the scores; with a ``cap`` c they are c * tanh(scores / c) then.
     """
 
     queries: Documents
     keys: Documents
     causal: bool
     scale: float
+    cap: float | None = None
 
     @classmethod
-    def within(cls, documents: Documents, scale: float) -> "Segments":
+    def within(cls, documents: Documents, scale: float, cap: float | None = None) -> "Segments":
         """Causal attention of documents to themselves."""
-        return cls(documents, documents, True, scale)
+        return cls(documents, documents, True, scale, cap)
+
+    @property
+    def plain_scale(self) -> float:
+        """``scale``, for kernels that cap no scores. Raises ValueError where they are to."""
+        if self.cap is not None:
+            raise ValueError("this kernel caps no scores")
+        return self.scale
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
@@ -100,12 +108,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Softmax:
-    """What of a softmax is not plain: a query sees ``window`` tokens, itself the last (None: all before it); and in
-    the sum of each head's weights ``sinks`` [heads] are scores of nothing, as gpt-oss has them.
+    """What of a softmax is not plain: a query sees ``window`` tokens, itself the last (None: all before it); in the sum
+    of each head's weights ``sinks`` [heads] are scores of nothing, as gpt-oss has them; and scores are capped at
+    ``cap``, see :class:`Segments`.
     """
 
     window: int | None = None
     sinks: Tensor | None = None
+    cap: float | None = None
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

@@ -78,6 +78,7 @@ class Ring:
     exchange: Exchange
     backend: Backend
     scale: float
+    cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class _Calls:
 
 
 @lru_cache(maxsize=64)
-def _calls(plan: RankPlan, scale: float, device: torch.device) -> _Calls:
+def _calls(plan: RankPlan, scale: float, cap: float | None, device: torch.device) -> _Calls:
     """All boundaries in one copy to the device."""
     groups = [plan.near, *(step.calls for step in plan.steps)]
     others = [bounds for calls in groups for call in calls for bounds in (call.query_bounds, call.key_bounds)]
@@ -98,9 +99,10 @@ def _calls(plan: RankPlan, scale: float, device: torch.device) -> _Calls:
     flat = torch.tensor([x for bounds in everything for x in bounds], dtype=torch.int32).to(device)
     split = flat.split([len(bounds) for bounds in everything])
     documents = iter([Documents(cu, bounds) for cu, bounds in zip(split, everything, strict=True)])
-    own = Segments.within(next(documents), scale)
+    scores = scale, cap
+    own = Segments.within(next(documents), *scores)
     near, *steps = (
-        tuple(Segments(next(documents), next(documents), call.reverse, scale) for call in calls) for calls in groups
+        tuple(Segments(next(documents), next(documents), call.reverse, *scores) for call in calls) for calls in groups
     )
     return _Calls(own, near, tuple(steps))
 
@@ -113,7 +115,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, T
     the ring call it, with plans made from the same shards.
     """
     plan, backend = ring.plan, ring.backend
-    calls = _calls(plan, ring.scale, q.device)
+    calls = _calls(plan, ring.scale, ring.cap, q.device)
     flights = _KeysInFlight(k, v, plan, ring.exchange)
     out, lse = backend.forward(q, k, v, calls.own)
     dtype = out.dtype
@@ -143,7 +145,7 @@ def ring_backward(
     Keys and values travel once more, and their gradients back. Collective: all ranks of the ring call it.
     """
     plan, exchange, backend = ring.plan, ring.exchange, ring.backend
-    calls = _calls(plan, ring.scale, q.device)
+    calls = _calls(plan, ring.scale, ring.cap, q.device)
     flights = _KeysInFlight(k, v, plan, exchange)
     accumulator = lse_dtype(q)
     gradients = backend.backward(dout, q, k, v, out, lse, calls.own)

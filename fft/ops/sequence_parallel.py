@@ -129,8 +129,8 @@ class SequenceParallel:
         in forward and in backward. Raises :class:`UserError` where heads cannot be shared out.
         """
         plan, sinks = plan_attention(shards, self._exchange.rank, softmax.window), softmax.sinks
-        backend = backend or choose(q.device, q.dtype, size=q.shape[-1])
-        ring = Ring(plan, self._exchange, backend, scale)
+        backend = backend or choose(q.device, q.dtype, size=q.shape[-1], capped=softmax.cap is not None)
+        ring = Ring(plan, self._exchange, backend, scale, softmax.cap)
         if self.degree == 1:
             return ring_attention(q, k, v, ring, sinks)
         for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):

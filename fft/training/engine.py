@@ -133,7 +133,8 @@ def check_kernels(spec: ModelSpec) -> str:
     Raises :class:`UserError` if they differ or do not fit the device.
     """
     device = torch.device(deepspeed.get_accelerator().current_device_name())
-    names = [f"attention {kernel_name(choose(device, spec.dtype, spec.attention, spec.attended_size))}"]
+    kernel = choose(device, spec.dtype, spec.attention, spec.attended_size, spec.caps_scores)
+    names = [f"attention {kernel_name(kernel)}"]
     if spec.fused is not None:
         fused.check_operators(spec.fused, device, spec.dtype)
         names.append(f"fused operators {spec.fused.name}")

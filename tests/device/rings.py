@@ -32,7 +32,7 @@ class ThreadExchange:
         return wait
 
 
-def emulate(shards, inputs, backend, scale, window=None):
+def emulate(shards, inputs, backend, scale, window=None, cap=None):
     """``(out, lse, dq, dk, dv)`` of the whole row, each rank's part computed by a thread of its own."""
     q, k, v, dout = inputs
     lock, boxes = threading.Lock(), defaultdict(queue.Queue)
@@ -45,7 +45,7 @@ def emulate(shards, inputs, backend, scale, window=None):
     def run(rank):
         tokens = torch.from_numpy(shards.tokens(rank))
         mine = [x[tokens] for x in (q, k, v)]
-        ring = Ring(plan_attention(shards, rank, window), ThreadExchange(rank, Mail()), backend, scale)
+        ring = Ring(plan_attention(shards, rank, window), ThreadExchange(rank, Mail()), backend, scale, cap)
         out, lse = ring_forward(*mine, ring)
         return tokens, out, lse, *ring_backward(dout[tokens], *mine, out, lse, ring)
 

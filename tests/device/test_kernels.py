@@ -82,7 +82,8 @@ def test_alibi(kernel, dtype, device, record_property):
 
 
 def test_the_check_before_training_passes(kernel, dtype, size, device):
-    check_backend(kernel.backend, device, dtype, size)
+    for capped in {False, kernel.caps}:
+        check_backend(kernel.backend, device, dtype, size, capped)
 
 
 def test_one_is_chosen(device):

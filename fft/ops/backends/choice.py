@@ -23,17 +23,20 @@ from fft.ops.backends import (
 from fft.ops.compare import disagreement
 from fft.ops.documents import Documents, Segments
 
+#: Near the size of the scores with which kernels are compared.
+_CAP = 2.0
 _HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend, where it runs, on what, and the package it needs besides torch."""
+    """A backend, where it runs, on what, the package it needs besides torch, and whether it can cap scores."""
 
     backend: Backend
     device: str
     dtypes: tuple[torch.dtype, ...]
     package: str | None = None
+    caps: bool = False
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether it runs there, on that."""
@@ -50,21 +53,23 @@ class Kernel:
 #: Fused kernels by name. On a device, the first one that is installed and right is taken.
 KERNELS = {
     "cpu": Kernel(cpu, "cpu", (torch.float32, *_HALF)),
-    "flash_attention_4": Kernel(flash_attention_4, "cuda", _HALF, "flash-attn-4"),
-    "flash_attention_3": Kernel(flash_attention_3, "cuda", _HALF, "flash-attn-3"),
-    "flash_attention_2": Kernel(flash_attention_2, "cuda", _HALF, "flash-attn"),
+    "flash_attention_4": Kernel(flash_attention_4, "cuda", _HALF, "flash-attn-4", caps=True),
+    "flash_attention_3": Kernel(flash_attention_3, "cuda", _HALF, "flash-attn-3", caps=True),
+    "flash_attention_2": Kernel(flash_attention_2, "cuda", _HALF, "flash-attn", caps=True),
     "cuda": Kernel(cuda, "cuda", _HALF),
     "npu": Kernel(npu, "npu", _HALF),
 }
 
 
 @lru_cache(maxsize=64)
-def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: int = 64) -> Backend:
+def choose(
+    device: torch.device, dtype: torch.dtype, name: str = "auto", size: int = 64, capped: bool = False
+) -> Backend:
     """The backend called ``name``, once it has passed :func:`check_backend` with heads of ``size``.
 
-    ``auto``: the first fused kernel of the device that takes the dtype, is installed and passes, with a warning for
-    each that does not pass; the reference where the device has none. Raises :class:`UserError` if a named kernel does
-    not fit, is missing or does not pass, or if none of several passes.
+    ``auto``: the first fused kernel of the device that takes the dtype, caps scores where they are ``capped``, is
+    installed and passes, with a warning for each that does not pass; the reference where the device has none. Raises
+    :class:`UserError` if a named kernel does not fit, is missing or does not pass, or if none of several passes.
     """
     if name == "reference":
         return reference
@@ -76,14 +81,21 @@ def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: i
                 f"--attention {name} runs on {kernel.device} in {takes}, not on {device.type} in {_plain(dtype)}: "
                 "choose another or leave it at auto."
             )
+        if capped and not kernel.caps:
+            able = ", ".join([*(other for other in KERNELS if KERNELS[other].caps), "reference"])
+            raise UserError(
+                f"--attention {name} caps no scores, as the model does (attn_logit_softcapping in its config.json): "
+                f"use one of {able}, or leave it at auto."
+            )
         if not kernel.is_installed():
             raise UserError(f"--attention {name} needs the package {kernel.package}: install it or leave it at auto.")
-        check_backend(kernel.backend, device, dtype, size)
+        check_backend(kernel.backend, device, dtype, size, capped)
         return kernel.backend
-    fitting = [kernel for kernel in KERNELS.values() if kernel.fits(device, dtype) and kernel.is_installed()]
+    able = [kernel for kernel in KERNELS.values() if kernel.caps or not capped]
+    fitting = [kernel for kernel in able if kernel.fits(device, dtype) and kernel.is_installed()]
     for kernel in fitting:
         try:
-            check_backend(kernel.backend, device, dtype, size)
+            check_backend(kernel.backend, device, dtype, size, capped)
         except UserError as error:
             if kernel is fitting[-1]:
                 raise
@@ -93,12 +105,15 @@ def choose(device: torch.device, dtype: torch.dtype, name: str = "auto", size: i
     return reference
 
 
-def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype, size: int = 64) -> None:
+def check_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, size: int = 64, capped: bool = False
+) -> None:
     """Compare a backend with the reference in float64, forward and backward, on packed documents and on rectangles.
 
-    Raises :class:`UserError` if they differ: training would go on, and be wrong; or if the backend fails.
+    With ``capped`` its scores are. Raises :class:`UserError` if they differ: training would go on, and be wrong; or
+    if the backend fails.
     """
-    wrong = disagreement(_results(backend, device, dtype, size), dtype, "fails", "differs from the reference")
+    wrong = disagreement(_results(backend, device, dtype, size, capped), dtype, "fails", "differs from the reference")
     if wrong:
         raise UserError(
             f"the {kernel_name(backend)} attention kernel of {device} in {_plain(dtype)}, heads of {size}, "
@@ -107,7 +122,7 @@ def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype, si
 
 
 def _results(
-    backend: Backend, device: torch.device, dtype: torch.dtype, size: int
+    backend: Backend, device: torch.device, dtype: torch.dtype, size: int, capped: bool
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Every result's name, the backend's, and the reference's."""
     packed, others = (0, 1, 40, 130, 200), (0, 70, 71, 100, 300)
@@ -118,7 +133,7 @@ def _results(
         results = []
         for tested, (q, k, v, dout) in ((backend, inputs), (reference, [x.double().cpu() for x in inputs])):
             asked, seen = Documents.of(queries, q.device), Documents.of(keys, q.device)
-            segments = Segments(asked, seen, causal, size**-0.5)
+            segments = Segments(asked, seen, causal, size**-0.5, _CAP if capped else None)
             out, lse = tested.forward(q, k, v, segments)
             results.append((out, lse, *tested.backward(dout, q, k, v, out, lse, segments)))
         yield from zip(("output", "log-sum-exp", "dq", "dk", "dv"), *results, strict=True)

@@ -12,7 +12,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q))
     for row, col in segments.spans():
         own, own_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _bhtd(q[row]), _bhtd(k[col]), _bhtd(v[col]), 0.0, segments.causal, scale=segments.scale
+            _bhtd(q[row]), _bhtd(k[col]), _bhtd(v[col]), 0.0, segments.causal, scale=segments.plain_scale
         )
         out[row] = own[0].transpose(0, 1)
         lse[:, row] = own_lse[0]
@@ -27,7 +27,7 @@ def backward(
     for row, col in segments.spans():
         inputs = (_bhtd(x) for x in (dout[row], q[row], k[col], v[col], out[row]))
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *inputs, lse[None, :, row], 0.0, segments.causal, scale=segments.scale
+            *inputs, lse[None, :, row], 0.0, segments.causal, scale=segments.plain_scale
         )
         dq[row], dk[col], dv[col] = (gradient[0].transpose(0, 1) for gradient in gradients)
     return dq, dk, dv

@@ -9,7 +9,7 @@ from fft.ops.documents import Segments
 def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *segments.lengths, 0.0, segments.causal, False, scale=segments.scale
+        q, k, v, *segments.lengths, 0.0, segments.causal, False, scale=segments.plain_scale
     )
     return out, lse
 
@@ -20,5 +20,5 @@ def backward(
     """See :class:`fft.ops.backends.Backend`."""
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's random state; there is no dropout
     return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, *segments.lengths, 0.0, segments.causal, unused, unused[:0], scale=segments.scale
+        dout, q, k, v, out, lse, *segments.lengths, 0.0, segments.causal, unused, unused[:0], scale=segments.plain_scale
     )

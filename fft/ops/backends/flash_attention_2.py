@@ -21,6 +21,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor
         dropout_p=0.0,
         softmax_scale=segments.scale,
         causal=segments.causal,
+        softcap=segments.cap or 0.0,
     )
     return out, lse
 
@@ -48,7 +49,7 @@ def backward(
         causal=segments.causal,
         window_size_left=-1,
         window_size_right=-1,
-        softcap=0.0,
+        softcap=segments.cap or 0.0,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )

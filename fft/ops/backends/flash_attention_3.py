@@ -18,7 +18,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor
     cu_queries, cu_keys, longest_query, longest_key = segments.lengths
     lengths = (cu_queries, cu_keys, None, None, None, longest_query, longest_key)
     cache = (None,) * 9  # pages, rotary embedding and scales of 8-bit inputs, all for inference
-    out, lse, *_ = _flash_attn_forward(q, k, v, *unused, *lengths, *cache, segments.scale, segments.causal)
+    how, cap = (segments.scale, segments.causal), segments.cap or 0.0
+    out, lse, *_ = _flash_attn_forward(q, k, v, *unused, *lengths, *cache, *how, softcap=cap)
     return out, lse
 
 
@@ -31,7 +32,7 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     cu_queries, cu_keys, longest_query, longest_key = segments.lengths
     lengths = (cu_queries, cu_keys, None, None, longest_query, longest_key)
-    how = segments.scale, segments.causal
+    how, cap = (segments.scale, segments.causal), segments.cap or 0.0
     deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, dq, dk, dv, *how, deterministic=deterministic)
+    _flash_attn_backward(dout, q, k, v, out, lse, *lengths, dq, dk, dv, *how, softcap=cap, deterministic=deterministic)
     return dq, dk, dv

@@ -42,4 +42,4 @@ def backward(
 def _options(segments: Segments) -> dict[str, Any]:
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     lengths = dict(zip(names, segments.lengths, strict=True))
-    return {"softmax_scale": segments.scale, "causal": segments.causal, **lengths}
+    return {"softmax_scale": segments.scale, "causal": segments.causal, "softcap": segments.cap or 0.0, **lengths}

@@ -23,7 +23,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor
     import torch_npu
 
     out, maximum, total, *_ = torch_npu.npu_fusion_attention(
-        q, k, v, q.shape[1], "TND", scale=segments.scale, **_options(q, segments)
+        q, k, v, q.shape[1], "TND", scale=segments.plain_scale, **_options(q, segments)
     )
     return out, (maximum[..., 0] + total[..., 0].log()).t().contiguous()
 
@@ -45,7 +45,7 @@ def backward(
         softmax_max=maximum,
         softmax_sum=torch.ones_like(maximum),
         attention_in=out,
-        scale_value=segments.scale,
+        scale_value=segments.plain_scale,
         **_options(q, segments),
     )
     return dq, dk, dv

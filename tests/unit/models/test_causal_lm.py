@@ -157,7 +157,11 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
     ("changes", "sentence"),
     [
         ({"model_type": "gpt2"}, "publishes no pipeline plan"),
-        ({"model_type": "gemma2"}, r"'gemma2' caps scores \(attn_logit_softcapping 50.0 in its config.json\)"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 .* more than 0, or null"),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "means nothing to model type 'gemma3_text",
+        ),
         ({"model_type": "gemma3_text", "final_logit_softcapping": -1.0}, "final_logit_softcapping -1.0 .* more than 0"),
         ({"model_type": "llama", "final_logit_softcapping": 30.0}, "caps outside its layers .final_logit_softcapping"),
         ({"model_type": "llama", "logit_scale": 0.5}, "'llama' scales or caps outside its layers .logit_scale 0.5"),

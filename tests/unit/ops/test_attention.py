@@ -167,7 +167,7 @@ def gpu_with(monkeypatch):
                 return "1"
             raise choice.PackageNotFoundError
 
-        def checked(backend, device, dtype, size):
+        def checked(backend, *_):
             if backend in wrong:
                 raise UserError(f"{kernel_name(backend)} differs")
 
@@ -177,6 +177,24 @@ def gpu_with(monkeypatch):
 
     yield pretend
     choose.cache_clear()
+
+
+def test_capped_scores_get_a_kernel_that_caps(gpu_with):
+    gpu_with(["flash-attn"], [])
+    assert choose(torch.device("cuda"), torch.bfloat16, capped=True) is flash_attention_2
+    assert choose(torch.device("cuda"), torch.bfloat16, "flash_attention_2", capped=True) is flash_attention_2
+    gpu_with([], [])
+    assert choose(torch.device("cuda"), torch.bfloat16, capped=True) is reference
+    assert choose(torch.device("cpu"), torch.float32, capped=True) is reference
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_kernel_that_caps_no_scores_is_refused(name):
+    with pytest.raises(UserError, match=f"--attention {name} caps no scores, .*: use one of flash_attention_4, fl"):
+        choose(torch.device(name), torch.bfloat16, name, capped=True)
+    q = random((4, 2, 8))
+    with pytest.raises(ValueError, match="caps no scores"):
+        cpu.forward(q, q, q, Segments.within(documents_of(0, 4), 1.0, 2.0))
 
 
 FLASH = {"flash-attn-4": flash_attention_4, "flash-attn-3": flash_attention_3, "flash-attn": flash_attention_2}
@@ -271,7 +289,6 @@ def test_models_compute_with_the_kernel_asked_for():
     [
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, "no mask"),
         ({"dropout": 0.1}, "no dropout"),
-        ({"softcap": 50.0}, "caps no scores"),
     ],
 )
 def test_what_a_model_would_silently_not_get_is_refused(asked, sentence):

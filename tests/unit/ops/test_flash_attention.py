@@ -29,6 +29,7 @@ PACKAGES = {
 OURS = {
     *("q", "k", "v", "out", "dout", "lse", "softmax_lse", "dq", "dk", "dv", "softmax_scale", "causal"),
     *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "deterministic", "return_lse"),
+    "softcap",
 }
 #: What asks for nothing, where there is no default.
 NEUTRAL = (None, -1, 0.0)
@@ -61,7 +62,7 @@ class StandIn(types.ModuleType):
             assert longest == spans[-1].max_length
         if given["causal"]:
             assert spans[0].bounds == spans[1].bounds
-        return given, Segments(*spans, given["causal"], given["softmax_scale"])
+        return given, Segments(*spans, given["causal"], given["softmax_scale"], given["softcap"] or None)
 
     def _forward(self, *args, **kwargs):
         given, segments = self._given("forward", args, kwargs)
@@ -99,14 +100,18 @@ def installed(request):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4), st.booleans())
-def test_calls_give_the_reference(installed, lengths, causal):
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from([None, 0.5]),
+)
+def test_calls_give_the_reference(installed, lengths, causal, cap):
     backend, package = installed
     queries = documents_of([a for a, _ in lengths])
     keys = queries if causal else documents_of([b for _, b in lengths])
     q, _, _, dout = tensors(queries.bounds[-1], 4, 2, 8)
     _, k, v, _ = tensors(keys.bounds[-1], 4, 2, 8, seed=1)
-    segments, before = Segments(queries, keys, causal, 0.4), package.calls
+    segments, before = Segments(queries, keys, causal, 0.4, cap), package.calls
     results = []
     for tested in (backend, reference):
         out, lse = tested.forward(q, k, v, segments)
@@ -125,4 +130,5 @@ def test_ring_on_package_calls(installed):
 
 
 def test_packages_pass_the_check(installed):
-    check_backend(installed[0], torch.device("cpu"), torch.bfloat16)
+    for capped in (False, True):
+        check_backend(installed[0], torch.device("cpu"), torch.bfloat16, capped=capped)

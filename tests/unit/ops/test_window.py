@@ -1,4 +1,4 @@
-"""Sliding windows and attention sinks against a dense mask in float64: packed, and in a ring of threads."""
+"""Windows, attention sinks and capped scores against a dense mask in float64: packed, and in a ring of threads."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from fft.parallel.window_plan import main, plan_attention
 SCALE = 0.3
 
 
-def dense(lengths, inputs, window=None, sinks=None):
+def dense(lengths, inputs, window=None, sinks=None, cap=None):
     """``(out, lse)`` and gradients of q, k, v and sinks by plain algebra, from a mask that says all."""
     q, k, v, dout = inputs
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -30,6 +30,8 @@ def dense(lengths, inputs, window=None, sinks=None):
         seen &= at[:, None] - at < window
     key, value = (x.repeat_interleave(groups, 1) for x in leaves[1:])
     scores = torch.einsum("ihd,jhd->hij", leaves[0], key) * SCALE
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~seen, float("-inf"))
     lse = scores.logsumexp(-1)
     if sink is not None:
@@ -57,6 +59,28 @@ def test_windows_equal_a_mask(lengths, window, ranks, chunks):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("ranks", "chunks"), [(1, None), (2, 2), (3, 1), (4, 3)])
+def test_capped_scores_equal_a_mask(lengths, window, ranks, chunks):
+    documents, inputs = documents_of(lengths), tensors(sum(lengths), 4, 2, 8)
+    ours = emulate(plan_shards(documents.bounds, ranks, chunks), inputs, reference, SCALE, window, 0.7)
+    for mine, theirs in zip(ours, dense(lengths, inputs, window, cap=0.7), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_long_documents_are_capped_block_by_block():
+    """Longer than what the reference holds the scores of at once."""
+    lengths = [1100, 3, 513]
+    inputs = tensors(sum(lengths), 2, 1, 4)
+    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+    out = packed_attention(*leaves, documents_of(lengths), SCALE, softmax=Softmax(cap=0.7))
+    out.backward(inputs[3])
+    true, _, *grads = dense(lengths, inputs, cap=0.7)
+    for mine, theirs in zip([out.detach(), *(x.grad for x in leaves)], [true, *grads], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6),
@@ -64,18 +88,19 @@ def test_windows_equal_a_mask(lengths, window, ranks, chunks):
     ranks=st.integers(1, 5),
     chunks=st.integers(1, 4),
     sunk=st.booleans(),
+    cap=st.sampled_from([None, 0.5, 3.0]),
 )
-def test_windows_and_sinks_equal_a_mask_for_any_documents(lengths, window, ranks, chunks, sunk):
+def test_windows_sinks_and_caps_equal_a_mask_for_any_documents(lengths, window, ranks, chunks, sunk, cap):
     lengths = [*lengths, max(1, ranks * chunks - sum(lengths))]
     documents, inputs = documents_of(lengths), tensors(sum(lengths), 4, 2, 8)
     sinks = torch.randn(4, dtype=torch.float64) if sunk else None
-    expected = dense(lengths, inputs, window, sinks)
+    expected = dense(lengths, inputs, window, sinks, cap)
     if ranks > 1 and not sunk:
-        ours = emulate(plan_shards(documents.bounds, ranks, chunks), inputs, reference, SCALE, window)
+        ours = emulate(plan_shards(documents.bounds, ranks, chunks), inputs, reference, SCALE, window, cap)
     else:
         leaves = [x.clone().requires_grad_() for x in inputs[:3]]
         leaf = None if sinks is None else sinks.clone().requires_grad_()
-        out = packed_attention(*leaves, documents, SCALE, cpu, Softmax(window, leaf))
+        out = packed_attention(*leaves, documents, SCALE, None if cap else cpu, Softmax(window, leaf, cap))
         out.backward(inputs[3])
         ours = out.detach(), expected[1], *(x.grad for x in leaves), *([] if leaf is None else [leaf.grad])
     for mine, theirs in zip(ours, expected, strict=True):
