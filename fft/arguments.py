@@ -165,7 +165,9 @@ class TrainArguments:
     )
     encoder_pipe_parallel_size: int = flag("pipeline stages of a vision encoder (this release: 0)", 0)
     partition_method: str = flag(
-        "stages by fast (equal time), mem (equal memory), parameters, uniform, or layers per stage: 5,4,4", "fast"
+        "stages by fast (equal time, as far as --device_memory goes, if it is given), mem (equal memory), parameters, "
+        "uniform, or layers per stage: 5,4,4",
+        "fast",
     )
     split_dlayer: bool = flag("let attention and MLP of a decoder layer fall on different stages", False)
     checkpoint_grad_interval: int = flag(
@@ -188,7 +190,10 @@ class TrainArguments:
         bound=NOT_NEGATIVE,
     )
     device_memory: float = flag(
-        "GB of a device: --dry_run ends with exit code 1 where a stage needs more (0: any)", 0.0, bound=NOT_NEGATIVE
+        "GB of a device: --dry_run ends with exit code 1 where a stage needs more, --partition_method fast avoids it "
+        "(0: any)",
+        0.0,
+        bound=NOT_NEGATIVE,
     )
 
     eval_steps: int = flag(

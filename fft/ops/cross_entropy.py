@@ -1,31 +1,49 @@
-"""Linear layer and cross-entropy in one, in chunks, without ever holding [tokens, vocabulary] logits.
+"""Linear layer and cross-entropy in one, in pieces, without ever holding [tokens, vocabulary] logits.
 
 The idea is that of Liger's fused linear cross-entropy (arXiv:2410.10989): the gradient with respect to the logits is
-known as soon as the logits are, so both gradients are formed in the forward pass, chunk by chunk. Untrained positions
-are dropped before the matrix product: their logits are never computed.
+known as soon as the logits are, so both gradients are formed in the forward pass, piece by piece. Untrained positions
+are dropped before the matrix product: their logits are never computed. Logits become their gradient where they are, and
+the product that makes the weight's gradient adds it to a sum in fp32 by itself.
 
 Where the vocabulary is shared out over tensor-parallel ranks (Megatron-LM, arXiv:1909.08053), each forms the logits of
 its own rows, and three numbers a token are reduced: two for the log-sum-exp, and the target's logit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fft.ops.documents import lse_dtype
+from fft.ops.logits import FusedLogits, choose_logits
 from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import Shard
 
 #: Labels with this value are not trained on (PyTorch's and Hugging Face's convention).
 IGNORE = -100
 
-#: Largest chunk of logits held at once, in elements (64 Mi float32 = 256 MiB).
-MAX_LOGITS = 1 << 26
+#: Bytes that a piece's logits may take, with what they become on the way to their gradient.
+PIECE = 1 << 29
 
-#: Elements that are scaled at once.
-_CHUNK = 1 << 22
+#: Pieces have a multiple of so many rows, where they have as many: what the tiles of matrix products divide.
+_TILE = 256
+
+
+class Targets(NamedTuple):
+    """What is trained on: int64 ``positions`` of tokens, ascending, and the ``ids`` that are predicted there."""
+
+    positions: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> "Targets":
+        """From labels [tokens], :data:`IGNORE` where nothing is predicted. The host waits for their device."""
+        positions = (labels != IGNORE).nonzero().squeeze(-1)
+        return cls(positions, labels[positions])
 
 
 @dataclass(frozen=True)
@@ -38,106 +56,195 @@ class Vocabulary:
     ranks: TensorParallel | None = None
     cap: float | None = None
 
+    @property
+    def first(self) -> int:
+        """The first of this rank's rows."""
+        return 0 if self.shard is None else self.shard.spans[0][0]
+
+    def most(self, rows: int) -> int:
+        """Of the ``rows`` that a rank has, the most that any has: ranks reduce pieces of the same tokens."""
+        return rows if self.shard is None or self.ranks is None else -(-self.shard.shape[0] // self.ranks.size)
+
+
+@dataclass(frozen=True)
+class HeadSum:
+    """Where gradients of the head's weight are added up, and the ``factor`` by which backward will multiply the loss's.
+
+    Known before, it is part of the products, and nothing is scaled afterwards. ``total`` is [vocabulary, hidden size],
+    float32 or wider; if it is ``empty``, what is in it is written over.
+    """
+
+    total: Tensor
+    empty: bool
+    factor: float
+
+
+def logit_bytes(itemsize: int, fused: bool = False, capped: bool = False) -> int:
+    """Bytes that are held for a logit of weights of ``itemsize``: a half type's beside a float32, unless ``fused``, and
+    beside its gradient if it is ``capped``.
+    """
+    if fused:
+        return itemsize
+    return (itemsize if itemsize >= 4 else itemsize + 4) + (max(4, itemsize) if capped else 0)
+
+
+def piece_rows(columns: int, each: int) -> int:
+    """Rows of a piece, whose logits take ``each`` bytes."""
+    rows = max(1, PIECE // (columns * each))
+    return rows // _TILE * _TILE or rows
+
+
+@dataclass
+class _Gradients:
+    """What pieces add to: gradients of trained states, of weight and bias, None where none are asked for."""
+
+    states: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    factor: float
+    empty: bool
+
+    def __bool__(self) -> bool:
+        return not self.states is self.weight is self.bias is None
+
+    def add(self, piece: slice, logits: Tensor, states: Tensor, weight: Tensor) -> None:
+        """The gradients for those of the piece's ``logits``, which were made of ``states`` and ``weight``."""
+        if self.bias is not None:
+            self.bias += logits.sum(0, dtype=self.bias.dtype)
+        if self.states is not None:
+            self.states[piece].addmm_(logits, weight, beta=0, alpha=self.factor)
+        if self.weight is not None:
+            _add_product(self.weight, logits.t(), states, self.factor, self.empty)
+            self.empty = False
+
+    def finish(self, ranks: TensorParallel | None) -> None:
+        """After the last piece, if there was one."""
+        if self.weight is not None and self.empty:
+            self.weight.zero_()
+        if self.states is not None and ranks is not None:
+            ranks.all_reduce(self.states)
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocabulary: Vocabulary
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Targets,
+        vocabulary: Vocabulary,
+        head: HeadSum | None,
     ) -> Tensor:
-        shard, ranks, cap = vocabulary.shard, vocabulary.ranks, vocabulary.cap
-        trained = (labels != IGNORE).nonzero().squeeze(-1)
-        states, targets = hidden[trained], labels[trained]
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        total = torch.zeros((), dtype=_accumulator(hidden), device=hidden.device)
-        dhidden = torch.zeros_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=total.dtype) if need_weight else None
-        dbias = None if bias is None or not need_bias else torch.zeros_like(bias, dtype=total.dtype)
-        # The same on all ranks, whose parts may differ by a row: they reduce chunk by chunk.
-        first, columns = 0, weight.shape[0]
-        if shard is not None and ranks is not None:
-            first, columns = shard.spans[0][0], -(-shard.shape[0] // ranks.size)
-        rows = max(1, MAX_LOGITS // columns)
-        for start in range(0, len(trained), rows):
-            chunk, target = states[start : start + rows], targets[start : start + rows, None] - first
-            logits = (chunk @ weight.t()).to(total.dtype)
-            if bias is not None:
-                logits += bias
-            if cap is not None:
-                logits.div_(cap).tanh_().mul_(cap)
-            own = target.clamp(0, logits.shape[1] - 1)
-            hit = (own == target).to(logits.dtype)
-            score = logits.gather(1, own) * hit
-            grad = logits.softmax(-1)
-            lse = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
+        states, ids, ranks = hidden[targets.positions], targets.ids[:, None] - vocabulary.first, vocabulary.ranks
+        losses = torch.empty(len(states), 1, dtype=lse_dtype(hidden), device=hidden.device)
+        grads = _gradients(ctx.needs_input_grad, states, weight, bias, head)
+        make = choose_logits(weight.device, weight.dtype)
+        each = logit_bytes(weight.itemsize, make is FusedLogits, vocabulary.cap is not None)
+        rows = piece_rows(vocabulary.most(len(weight)), each)
+        for start in range(0, len(states), rows):
+            piece = slice(start, start + rows)
+            logits = make(states[piece] @ weight.t(), ids[piece], bias, vocabulary.cap)
+            lse, score = logits.lse, logits.score
             if ranks is not None:
-                lse, score = _of_all(lse, score, grad, ranks)
-            total += (lse - score).sum()
-            if dhidden is None and dweight is None and dbias is None:
-                continue
-            grad.scatter_add_(1, own, -hit)
-            if cap is not None:
-                grad *= logits.div_(cap).square_().neg_().add_(1)
-            del logits  # the memory of two chunks is all that is held
-            if dbias is not None:
-                dbias += grad.sum(0)
-            grad = grad.to(weight.dtype)
-            if dhidden is not None:
-                dhidden[trained[start : start + rows]] = grad @ weight
-            if dweight is not None:
-                dweight += grad.t() @ chunk
-            del grad
-        if dhidden is not None and ranks is not None:
-            ranks.all_reduce(dhidden)
-        sums = [None if x is None else x.to(weight.dtype) for x in (dweight, dbias)]
-        ctx.save_for_backward(dhidden, *sums)
-        return total
+                lse, score = _of_all(lse, score, ranks)
+            torch.sub(lse, score, out=losses[piece])
+            if grads:
+                grad = logits.gradient(lse)
+                del logits  # what is held beside one piece, at most, is its gradient as the product takes it
+                grads.add(piece, grad, states[piece], weight)
+                del grad
+        grads.finish(ranks)
+        ctx.save_for_backward(targets.positions, grads.states, None if head else grads.weight, grads.bias)
+        ctx.shape, ctx.dtype, ctx.scaled = hidden.shape, weight.dtype, head is not None
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,), grads = grad_outputs, ctx.saved_tensors
-        for grad in grads:
-            if grad is not None:
-                _scale(grad, grad_output)
-        return *grads, None, None
+        (factor,), (positions, dstates, dweight, dbias) = grad_outputs, ctx.saved_tensors
+        dhidden = None
+        if dstates is not None:
+            dhidden = dstates.new_zeros(ctx.shape)
+            dhidden[positions] = dstates if ctx.scaled else _scaled(dstates, factor, ctx.dtype)
+        return dhidden, _scaled(dweight, factor, ctx.dtype), _scaled(dbias, factor, ctx.dtype), None, None, None
 
 
-def _scale(x: Tensor, factor: Tensor) -> None:
-    """Multiply in place. The factor is the same for every element: it must not be rounded before the product is."""
-    if x.dtype == factor.dtype:
-        x.mul_(factor)
-        return
-    for chunk in x.view(-1).split(_CHUNK):
-        chunk.copy_(chunk.to(factor.dtype) * factor)
+def _gradients(
+    needed: Sequence[bool], states: Tensor, weight: Tensor, bias: Tensor | None, head: HeadSum | None
+) -> _Gradients:
+    """Those that are ``needed`` of states, weight and bias, of which the second may have a place: ``head``."""
+    wide = lse_dtype(weight)
+    dstates = torch.empty_like(states) if needed[0] else None
+    dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+    if head is not None:
+        return _Gradients(dstates, head.total if needed[1] else None, dbias, head.factor, head.empty)
+    dweight = torch.empty_like(weight, dtype=wide) if needed[1] else None
+    return _Gradients(dstates, dweight, dbias, 1.0, empty=True)
 
 
-def _of_all(lse: Tensor, score: Tensor, softmax: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and target's logit over the parts of all ranks; ``softmax`` becomes this part of the whole one."""
+def _scaled(x: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The product in ``dtype``, in place where it is the same type. It is rounded once.
+
+    A factor without a dimension, the same for all elements, would be rounded to the type of ``x`` by itself.
+    """
+    if x is None:
+        return None
+    return torch.mul(x, factor.view([1] * x.ndim), out=x if x.dtype == dtype else torch.empty_like(x, dtype=dtype))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, empty: bool) -> None:
+    """Add ``factor * a @ b`` to ``total`` in its type, within the product where there is one that can."""
+    beta = 0 if empty else 1
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=beta, alpha=factor)
+    elif _widens(total.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=factor, out=total)
+    elif total.device.type == "cpu":
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=factor)
+    else:
+        (total.zero_() if empty else total).add_(a @ b, alpha=factor)
+
+
+@lru_cache(maxsize=16)
+def _widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device's product of a half type can be float32, unrounded."""
+    total, a = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, a, a, out_dtype=total.dtype, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _of_all(lse: Tensor, score: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and target's score over the parts of all ranks."""
     largest = ranks.all_reduce(lse.clone(), dist.ReduceOp.MAX)
     sums, score = ranks.all_reduce(torch.cat([(lse - largest).exp(), score], dim=1)).split(1, dim=1)
-    whole = largest + sums.log()
-    softmax.mul_((lse - whole).exp())
-    return whole, score
+    return largest + sums.log(), score
 
 
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | Targets,
     vocabulary: Vocabulary | None = None,
     bias: Tensor | None = None,
+    *,
+    head: HeadSum | None = None,
 ) -> Tensor:
     """Sum over trained tokens of the cross-entropy of ``hidden @ weight.T + bias`` against ``labels``.
 
     ``hidden`` is [tokens, hidden size], ``weight`` [vocabulary, hidden size], ``bias`` [vocabulary], ``labels`` int64
-    [tokens] already aligned with the position that predicts them, :data:`IGNORE` where nothing is predicted. Returns a
-    float32 scalar (float64 for float64 inputs), in nats.
+    [tokens] already aligned with the position that predicts them, :data:`IGNORE` where nothing is predicted; or what is
+    made of them on the host, which is then not kept waiting. Returns a float32 scalar (float64 for float64 inputs), in
+    nats.
+
+    With a ``head`` the weight's gradient is added to that, now, and backward has none for it: it must be called, with
+    the factor that was given. Nothing is added where gradients are not recorded.
 
     With ranks that share the ``vocabulary``, ``weight`` and ``bias`` are this rank's part of it; ``hidden`` and
     ``labels``, and the result, are the same on all of them. Collective then: all ranks call it, and its backward does
     not communicate.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary or Vocabulary())
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    targets = labels if isinstance(labels, Targets) else Targets.of(labels)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocabulary or Vocabulary(), head)

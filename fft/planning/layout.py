@@ -7,7 +7,6 @@ from fft.arguments import TrainArguments
 from fft.errors import UserError
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
-from fft.ops.cross_entropy import MAX_LOGITS
 from fft.parallel.mesh import MeshSizes
 from fft.planning.activations import layer_activations
 from fft.planning.costs import LayerCost, first_trained, layer_costs, multiply_adds
@@ -65,8 +64,10 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
     ]
     vocabulary = costs[-1].held // at.hidden_size
-    head = bool(costs[-1].trained), getattr(spec.text, "normalized_head", False)
-    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, MAX_LOGITS, *head))
+    # ZeRO's own optimizer makes its sums after backward.
+    summed = not args.offload_optimizer and (args.dtype == "bf16" or not at.zero)
+    head = bool(costs[-1].trained), getattr(spec.text, "normalized_head", False), summed
+    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, *head))
 
     def memory(stage: int, start: int, stop: int) -> StageMemory:
         return stage_memory(layers, start, stop, stage, at)
@@ -77,6 +78,7 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         [cost.parameters for cost in costs],
         mesh.pipe,
         lambda *of: memory(*of).total,
+        args.device_memory * 1e9,
     )
     return Layout(mesh, bounds, costs, [memory(stage, *ends) for stage, ends in enumerate(pairwise(bounds))])
 

@@ -8,6 +8,8 @@ the device's context and communication library, fragments of its allocator, and 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fft.ops.cross_entropy import logit_bytes, piece_rows
+
 #: Elements of the bucket that DeepSpeed reduces gradients by (its default).
 _BUCKET = 500_000_000
 _FP32 = 4
@@ -85,29 +87,28 @@ def loss_memory(
     hidden_size: int,
     vocabulary: int,
     itemsize: int,
-    max_logits: int,
     trained: bool = True,
     normalized: bool = False,
+    summed: bool = False,
 ) -> LayerMemory:
     """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
 
-    Both gradients, or that of the states where the head is not ``trained``, are formed in the forward. Chunks of
-    ``max_logits`` logits are held twice, as logits and as softmax in fp32, then once, rounded, beside their share of
-    the weight's gradient. Of a ``normalized`` head there is a second one in forward, and in backward its gradient is
-    divided and multiplied: four of its size at once.
+    Gradients of the trained states and, where the head is ``trained``, of the weight, in fp32, are formed in the
+    forward; the latter is ``summed`` where sums are, which are counted as such, or kept for backward. Beside them is a
+    piece of logits. Of a ``normalized`` head there is a second one in forward, and in backward its gradient is divided
+    and multiplied: five of its size at once.
     """
     states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
-    rows = min(tokens, max(1, max_logits // vocabulary))
-    logits = rows * vocabulary
+    each = logit_bytes(itemsize)
+    logits = min(tokens, piece_rows(vocabulary, each)) * vocabulary * each
     own = weight if trained else 0
-    saved = states + own * itemsize  # gradients of states and weight, in the weights' type
-    # The weight's gradient is summed in fp32; a chunk's share of it is in the weights' type.
-    most = 2 * states + own * _FP32 + max(2 * _FP32 * logits, (own + logits) * itemsize)
-    # Gradients are scaled where they are; the weight's, in bf16, is added to a sum in fp32.
-    backward = own * _FP32 if itemsize == 2 else 0
+    kept = 0 if summed and not normalized else own * _FP32
+    saved, forward = states + kept, states + logits
+    # Gradients become those of all tokens; the weight's goes on in its own type.
+    backward = states + (own * itemsize if kept and itemsize < _FP32 else 0)
     if normalized:
-        most, backward = most + weight * itemsize, max(backward, 4 * own * itemsize)
-    return LayerMemory(weight, own, saved, most - saved, backward, trained=own)
+        forward, backward = forward + weight * itemsize, max(backward, 5 * own * itemsize - kept)
+    return LayerMemory(weight, own, saved, forward, backward, trained=own)
 
 
 def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:

@@ -1,6 +1,7 @@
 """Cut a list of layers into pipeline stages."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fft.errors import UserError
 
@@ -53,14 +54,6 @@ def partition_lowest(
     """
     n = len(costs)
 
-    def reach(stage: int, start: int, limit: float) -> int:
-        """The last stop that a stage from ``start`` can have below the limit; ``start`` itself if there is none."""
-        low, high = start, n
-        while low < high:
-            stop = (low + high + 1) // 2
-            low, high = (stop, high) if memory(stage, start, stop) <= limit else (low, stop - 1)
-        return low
-
     def fits(limit: float) -> bool:
         # Not by taking as much as a stage can: the next must not be empty, and its first layer may be too large for it.
         starts = {0}
@@ -68,7 +61,7 @@ def partition_lowest(
             stops: set[int] = set()
             furthest = 0
             for start in sorted(starts):
-                last = reach(stage, start, limit)  # never less for a later start
+                last = _reach(memory, limit, n, stage, start)  # never less for a later start
                 stops.update(range(max(start, furthest) + 1, last + 1))
                 furthest = last
             starts = stops
@@ -79,7 +72,16 @@ def partition_lowest(
     while high - low > tolerance * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return partition_balanced(costs, stages, lambda stage, start: reach(stage, start, high))
+    return partition_balanced(costs, stages, partial(_reach, memory, high, n))
+
+
+def _reach(memory: Callable[[int, int, int], float], limit: float, layers: int, stage: int, start: int) -> int:
+    """The last stop that a stage from ``start`` can have below the limit; ``start`` itself if there is none."""
+    low, high = start, layers
+    while low < high:
+        stop = (low + high + 1) // 2
+        low, high = (stop, high) if memory(stage, start, stop) <= limit else (low, stop - 1)
+    return low
 
 
 def stage_bounds(
@@ -88,11 +90,13 @@ def stage_bounds(
     parameters: Sequence[int],
     stages: int,
     memory: Callable[[int, int, int], float],
+    limit: float = 0.0,
 ) -> list[int]:
     """Bounds of the stages by ``--partition_method``.
 
     ``flops`` and ``parameters`` hold one number per pipeline layer, ``memory(stage, start, stop)`` is what a rank of a
-    stage of such layers holds, in bytes. ``method`` is one of :data:`METHODS` or layers per
+    stage of such layers holds, in bytes, and may, if there is a ``limit``: ``fast`` is then the fastest cut that keeps
+    it, or what ``mem`` is where none does. ``method`` is one of :data:`METHODS` or layers per
     stage as in ``5,4,4`` (their sum must be the number of layers). Raises :class:`UserError`.
     """
     layers = len(flops)
@@ -100,8 +104,13 @@ def stage_bounds(
         raise UserError(
             f"--pipe_parallel_size {stages} is more than the model's {layers} pipeline layers: use at most {layers}."
         )
-    if method == "fast":
+    if method == "fast" and not limit:
         return partition_balanced(flops, stages)
+    if method == "fast":
+        try:
+            return partition_balanced(flops, stages, partial(_reach, memory, limit, layers))
+        except ValueError:
+            method = "mem"
     if method == "mem":
         return partition_lowest(flops, stages, memory)
     if method == "parameters":

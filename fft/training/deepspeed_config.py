@@ -6,10 +6,11 @@ from fft.arguments import TrainArguments
 def deepspeed_config(args: TrainArguments, stage: int) -> dict:
     """Of a run with this ``stage`` of ZeRO."""
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if args.offload_optimizer else {}
+    clips = args.dtype == "bf16" and not args.offload_optimizer  # our optimizer does, as it does without ZeRO
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm if stage else 0.0,  # without ZeRO our optimizer clips
+        "gradient_clipping": args.max_grad_norm if stage and not clips else 0.0,
         "zero_optimization": {"stage": stage, **offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -8,12 +8,14 @@ import io
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, repeat
 from pathlib import Path
 from typing import cast
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +24,7 @@ from transformers import PretrainedConfig
 from fft.arguments import TrainArguments
 from fft.checkpoint import optimizer_state
 from fft.data.batches import MicroBatch
+from fft.data.table import IGNORE
 from fft.errors import UserError
 from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
@@ -31,39 +34,24 @@ from fft.models.spec import DTYPES, ModelSpec
 from fft.models.vision_layers import VisionBlock
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
-from fft.ops.cross_entropy import linear_cross_entropy
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
 from fft.training.compiling import compile_alone
 from fft.training.deepspeed_config import deepspeed_config
+from fft.training.loss import TokenMeanLoss
 from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
 from fft.training.shared_tower import SharedTower
 from fft.training.staged import StagedModel, encode_before
+from fft.training.sums import gradient_sums, sum_embeddings
 
 #: Micro-batches of an evaluation whose images are encoded together, where a tower is shared.
 _ENCODED = 8
 #: Where a dynamic loss scale stands, by the names of DeepSpeed's loss scaler.
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-class TokenMeanLoss:
-    """Loss function of the last stage: a sum over tokens times ``scale``.
-
-    With ``scale = data axis * micro_batches / trained tokens of the global batch``, set before every step, DeepSpeed's
-    division by its data axis (replicas x sequence) and micro-batches leaves the exact mean over all trained tokens.
-    """
-
-    def __init__(self, builder: StageBuilder) -> None:
-        self._vocabulary, self.scale = builder.vocabulary, 1.0
-
-    def __call__(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """``outputs`` are hidden states [tokens, hidden size], the head's weight, or this rank's part, and its bias."""
-        hidden, weight, *bias = outputs
-        return linear_cross_entropy(hidden, weight, labels, self._vocabulary, *bias) * self.scale
 
 
 def init_distributed() -> None:
@@ -202,13 +190,33 @@ class StageEngine:
             self._balance.start(engine.micro_batches, self.loss_scale)
         return float(engine.train_batch(self._inputs(batches)))
 
-    def _inputs(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    def _inputs(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Micro-batches as DeepSpeed takes them, with the features of their images where a tower is shared."""
         if self.shared is None:
-            return map(_to_torch, batches)
+            return map(self._to_device, batches)
+        batches = list(batches)
         images = [batch.images for batch in batches if batch.images is not None]
         features = self.shared.encode(images, together=torch.is_grad_enabled())
-        return map(_to_torch, batches, features or repeat(()))
+        return map(self._to_device, batches, features or repeat(()))
+
+    def _to_device(
+        self, batch: MicroBatch, features: Sequence[Tensor] | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As DeepSpeed's engine takes it: (inputs of the first stage, targets of the last), under way to the device.
+
+        With ``features`` of its images the first stage gets these, not the images.
+        """
+        inputs, trained = (batch.input_ids, batch.cu_seqlens), np.flatnonzero(batch.labels != IGNORE)
+        if (images := batch.images) is not None:
+            inputs = *inputs, images.positions, images.index
+            inputs = inputs if features is not None else (images.patches, *inputs, images.grids)
+        sent = *(features or ()), *map(self._sent, inputs)
+        return sent, tuple(map(self._sent, (trained, batch.labels[trained])))
+
+    def _sent(self, array: np.ndarray) -> Tensor:
+        """To the device, which the host does not wait for: the engine's own copies then stay there."""
+        x = torch.from_numpy(array)
+        return x if on_host() else deepspeed.get_accelerator().pin_memory(x).to(self.device, non_blocking=True)
 
     def trained_nothing(self) -> bool:
         """Whether the last step had no token to train on, which the last stage knows. Collective."""
@@ -220,7 +228,7 @@ class StageEngine:
         """Sum of the token losses of so many micro-batches, on ranks of the last stage. Collective."""
         self.loss.scale = 1.0
         if self.shared is None:
-            return self._evaluate(map(_to_torch, batches), micro_batches)
+            return self._evaluate(self._inputs(batches), micro_batches)
         total, iterator = 0.0, iter(batches)
         for first in range(0, micro_batches, _ENCODED):
             count = min(_ENCODED, micro_batches - first)
@@ -229,7 +237,7 @@ class StageEngine:
             total += self._evaluate(inputs, count)
         return total
 
-    def _evaluate(self, inputs: Iterator[tuple[tuple[Tensor, ...], Tensor]], micro_batches: int) -> float:
+    def _evaluate(self, inputs: Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], micro_batches: int) -> float:
         losses = self.deepspeed.eval_batch(
             inputs, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches
         )
@@ -317,6 +325,12 @@ def build_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
         config=deepspeed_config(args, stage),
     )
+    if engine.using_bf16_optimizer:
+        outer = weakref.proxy(engine.optimizer)  # it holds ours
+        optimizer.norm = lambda: outer._global_grad_norm
+    if (sums := gradient_sums(engine)) is not None:
+        loss.sum_into(sums, engine.micro_batches)
+        sum_embeddings(module, sums)
     if mark and engine.using_bf16_optimizer:
         count_experts_once(engine.optimizer, holders)
     replicas = mesh.data * mesh.sequence
@@ -328,16 +342,3 @@ def build_engine(
         shared.hold(module.tower)
         encode_before(engine, shared)
     return StageEngine(engine, builder, loss, role, shared)
-
-
-def _to_torch(batch: MicroBatch, features: Sequence[Tensor] | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
-    """As DeepSpeed's engine takes it: (inputs of the first stage, labels of the last).
-
-    With ``features`` of its images the first stage gets these, not the images.
-    """
-    inputs, labels = (torch.from_numpy(batch.input_ids), torch.from_numpy(batch.cu_seqlens)), batch.labels
-    if (images := batch.images) is not None:
-        patches, *seen, grids = map(torch.from_numpy, (images.patches, images.positions, images.index, images.grids))
-        inputs = (*inputs, *seen) if features is not None else (*inputs, *seen, grids)
-        inputs = (*features, *inputs) if features is not None else (patches, *inputs)
-    return inputs, torch.from_numpy(labels)

@@ -1,4 +1,4 @@
-"""AdamW in one pass over memory; and clipping, which ZeRO's optimizers do, for when ZeRO is off."""
+"""AdamW in one pass over memory, which clips, too; and the norm, which ZeRO's optimizers find, for when ZeRO is off."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -65,26 +65,51 @@ def parameter_groups(module: nn.Module, weight_decay: float, experts: str | None
 
 def make_optimizer(
     args: TrainArguments, groups: list[dict], device: str, holders: Holders | None = None
-) -> torch.optim.AdamW:
-    """AdamW of ``groups``, see :func:`parameter_groups`, on a type of device; it clips if it is given ``holders``."""
+) -> "OnePassAdamW":
+    """AdamW of ``groups``, see :func:`parameter_groups`, on a type of device; with ``holders`` for when ZeRO is off."""
     betas = (args.adam_beta1, args.adam_beta2)
     options = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "fused": device in FUSED}
     if holders is None:
-        return torch.optim.AdamW(groups, **options)
+        return OnePassAdamW(groups, args.max_grad_norm, **options)
     return ClippingAdamW(groups, args.max_grad_norm, holders, **options)
 
 
-class ClippingAdamW(torch.optim.AdamW):
-    """AdamW on whole parameters that first clips their gradients, which are already those of the global batch.
+class OnePassAdamW(torch.optim.AdamW):
+    """AdamW that bounds the gradients' norm by ``max_norm`` (0: any) as it reads them, if it is told what that is."""
 
-    ``max_norm`` (0: any) bounds their norm over the ranks of ``holders``. DeepSpeed would clip, too, where ZeRO is off,
-    but keeps the norm to itself and counts tied weights twice. A step whose norm is not finite changes nothing, as with
-    DeepSpeed's optimizers: clipped by it, gradients would be zero or NaN.
+    def __init__(self, groups: list[dict], max_norm: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self._max_norm = max_norm
+        #: Gives the norm as it is when the step is taken. None where somebody else has clipped.
+        self.norm: Callable[[], Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Clip and step."""
+        if self.norm is not None and self._max_norm:
+            self._clip(self.norm())
+        super().step()
+
+    def _clip(self, norm: Tensor) -> None:
+        divisor = ((norm + 1e-6) / self._max_norm).clamp(min=1)
+        if self.defaults["fused"]:
+            self.grad_scale = divisor  # by the name under which PyTorch's kernel is given it
+            return
+        held = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_(held, divisor)
+
+
+class ClippingAdamW(OnePassAdamW):
+    """AdamW on whole parameters, whose gradients are already those of the global batch.
+
+    The norm is that over the ranks of ``holders``. DeepSpeed would clip, too, where ZeRO is off, but keeps the norm to
+    itself and counts tied weights twice. A step whose norm is not finite changes nothing, as with DeepSpeed's
+    optimizers: clipped by it, gradients would be zero or NaN.
     """
 
     def __init__(self, groups: list[dict], max_norm: float, holders: Holders, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self._max_norm, self._holders = max_norm, holders
+        super().__init__(groups, max_norm, **options)
+        self._holders = holders
         #: The norm before clipping, by the name under which DeepSpeed's engine looks for it.
         self._global_grad_norm: Tensor | None = None
         #: Whether the last step was skipped, by the name under which DeepSpeed's engine looks for it.
@@ -102,13 +127,12 @@ class ClippingAdamW(torch.optim.AdamW):
             dist.all_reduce(own, group=self._holders.experts)
             squares += own
         dist.all_reduce(squares, group=self._holders.ranks)
-        self._global_grad_norm = squares.sqrt()
-        self.overflow = not bool(self._global_grad_norm.isfinite())
+        norm = self._global_grad_norm = squares.sqrt()
+        self.overflow = not bool(norm.isfinite())
         if self.overflow:
-            self._global_grad_norm.fill_(math.inf)  # also for NaN, as theirs
+            norm.fill_(math.inf)  # also for NaN, as theirs
             return
-        if self._max_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self._max_norm, self._global_grad_norm)
+        self.norm = lambda: norm
         super().step()
 
 

@@ -5,7 +5,8 @@ import torch
 
 from fft.ops import cross_entropy
 from fft.ops.compare import TOLERANCE
-from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
+from fft.ops.cross_entropy import IGNORE, HeadSum, linear_cross_entropy, logit_bytes, piece_rows
+from fft.ops.logits import FusedLogits, choose_logits
 from fft.planning.activations import Alive
 from fft.planning.memory import loss_memory
 
@@ -22,10 +23,10 @@ TYPES = pytest.mark.parametrize("dtype", list(ALLOWED), ids=["bf16", "fp16", "fp
 
 @pytest.fixture
 def sizes(small, monkeypatch) -> tuple[int, int, int]:
-    """Tokens, hidden size, vocabulary. Three chunks of logits, the last one cut off: Llama 3's head, or a small one."""
+    """Tokens, hidden size, vocabulary. Several pieces of logits, the last cut off: Llama 3's head, or a small one."""
     if not small:
-        return 1500, 4096, 128_256
-    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 60 * 1000)
+        return 5000, 4096, 128_256
+    monkeypatch.setattr(cross_entropy, "PIECE", 60 * 1000 * 4)
     return 172, 64, 1000
 
 
@@ -80,11 +81,11 @@ def test_value_and_gradients(dtype, inputs, record_property):
     assert not leaves[0].grad[untrained].any()
 
 
-@pytest.mark.parametrize("trained", ["nothing", "one token", "a chunk", "a chunk and one token"])
+@pytest.mark.parametrize("trained", ["nothing", "one token", "a piece", "a piece and one token"])
 def test_ragged_ends(trained, inputs, sizes, device):
     states, weight, labels = inputs
-    rows = cross_entropy.MAX_LOGITS // sizes[2]
-    count = {"nothing": 0, "one token": 1, "a chunk": rows, "a chunk and one token": rows + 1}[trained]
+    rows = piece_rows(sizes[2], logit_bytes(4))
+    count = {"nothing": 0, "one token": 1, "a piece": rows, "a piece and one token": rows + 1}[trained]
     labels = torch.where(torch.arange(len(labels), device=device) < count, labels.clamp(min=0), IGNORE)
     leaves = [x.clone().requires_grad_() for x in (states, weight)]
     loss = linear_cross_entropy(*leaves, labels)
@@ -100,10 +101,10 @@ def test_ragged_ends(trained, inputs, sizes, device):
 
 @TYPES
 def test_its_memory_is_what_the_table_says(dtype, inputs, sizes, device, record_property):
-    """Of the forward, whose two chunks of logits are the fullest moment of many a step, and what it keeps."""
+    """Of the forward, whose piece of logits is the fullest moment of many a step, and what it keeps."""
     *values, labels = inputs
     leaves = [x.to(dtype).requires_grad_() for x in values]
-    told = loss_memory(*sizes, dtype.itemsize, cross_entropy.MAX_LOGITS)
+    told = loss_memory(*sizes, dtype.itemsize)
     if device.type == "cpu":
         with Alive([*leaves, labels]) as alive:
             loss = linear_cross_entropy(*leaves, labels)
@@ -120,3 +121,25 @@ def test_its_memory_is_what_the_table_says(dtype, inputs, sizes, device, record_
     assert loss.isfinite()
     assert kept == pytest.approx(told.saved, rel=0.1)
     assert most == pytest.approx(told.saved + told.forward, rel=0.1)
+
+
+@TYPES
+def test_the_head_s_gradient_is_added_to_its_sum(dtype, inputs, record_property):
+    """By the product that makes it, with the factor that backward is going to have: what is there already stays."""
+    *values, labels = inputs
+    leaves = [x.to(dtype).requires_grad_() for x in values]
+    total = torch.ones_like(leaves[1], dtype=torch.float32)
+    (linear_cross_entropy(*leaves, labels, head=HeadSum(total, empty=False, factor=0.7)) * 0.7).backward()
+    assert leaves[1].grad is None
+    _, *grads = in_float64(*leaves, labels)
+    for name, ours, grad in zip(("states", "weight"), (leaves[0].grad, total - 1), grads, strict=True):
+        error = relative_error(ours, grad.mul_(0.7))
+        record_property(f"error of the gradient of {name}", error)
+        assert error <= ALLOWED[dtype][1], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_gpu_has_the_kernel(dtype, device):
+    if device.type != "cuda":
+        pytest.skip("the kernel is compiled for GPUs")
+    assert choose_logits(device, dtype) is FusedLogits

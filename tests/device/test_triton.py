@@ -1,4 +1,4 @@
-"""Liger's kernels, compiled ahead of time for GPUs that need not be there, at the widths of real models."""
+"""Liger's kernels and our own, compiled ahead of time for GPUs that need not be there, at the widths of real models."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402 - after what says t
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from fft.ops import logits_kernel  # noqa: E402
 from fft.ops.fused import liger_ops  # noqa: E402
 
 
@@ -67,4 +68,18 @@ def test_liger_compiles(compiled, dtype, record_property):
         record_property(f"bytes of {name}", size)
     # Two of each: a forward and a backward kernel; the rotary embedding's is one, which knows both ways.
     assert len(compiled) == 5
+    assert all(size > 0 for size in compiled.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_the_loss_compiles(compiled, dtype, cap, record_property):
+    logits, targets = torch.ones(4, 128_256, dtype=dtype), torch.zeros(4, 1, dtype=torch.int64)
+    sums = torch.zeros(4, 1), torch.zeros(4, 1)
+    for bias in (None, torch.ones(128_256, dtype=dtype)):
+        logits_kernel.row_sums(logits, targets, bias, cap, *sums)
+        logits_kernel.row_gradients(logits, targets, bias, cap, sums[0])
+    for name, size in compiled.items():
+        record_property(f"bytes of {name}", size)
+    assert len(compiled) == 2
     assert all(size > 0 for size in compiled.values())

@@ -24,6 +24,8 @@ LONG_SIGNATURES = {
     "spark_jobs/generate_job.py: generate_table": "what flags are on the command line are keywords in a notebook",
     "fft/ops/attention.py: hf_attention": "transformers dictates it",
     "fft/ops/vision_attention.py: tower_attention": "transformers dictates it",
+    "fft/ops/logits_kernel.py: _sums": "a kernel takes pointers and sizes one by one",
+    "fft/ops/logits_kernel.py: _gradients": "a kernel takes pointers and sizes one by one",
 }
 # Names that several modules define: what a command has, and what every attention backend supplies.
 SHARED_NAMES = {"build_parser", "cli", "main", "forward", "backward"}

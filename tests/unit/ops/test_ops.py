@@ -118,7 +118,7 @@ def test_cuda_backend_calls_operators_as_they_are(causal):
 @pytest.mark.parametrize("chunk", [1, 70, 1 << 20])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_linear_cross_entropy_equals_torch(chunk, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", chunk)
+    monkeypatch.setattr("fft.ops.cross_entropy.PIECE", chunk * dtype.itemsize)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype)
     labels = torch.randint(31, (23,)).masked_fill(torch.rand(23) < 0.3, IGNORE)
@@ -137,7 +137,7 @@ def test_linear_cross_entropy_equals_torch(chunk, dtype, tolerance, monkeypatch)
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_a_bias_and_capped_logits_equal_torch(cap, monkeypatch):
-    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", 70)
+    monkeypatch.setattr("fft.ops.cross_entropy.PIECE", 70 * 8)
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((23, 8), (31, 8), (31,))]
     labels = torch.randint(31, (23,)).masked_fill(torch.rand(23) < 0.3, IGNORE)
@@ -168,7 +168,7 @@ def test_nothing_trained_costs_nothing():
 
 def test_a_bf16_weight_s_gradient_is_summed_over_chunks_in_fp32(monkeypatch):
     """A token a chunk: what bf16 would drop of 512 small summands is there."""
-    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", 1)
+    monkeypatch.setattr("fft.ops.cross_entropy.PIECE", 1)
     torch.manual_seed(0)
     hidden, labels = torch.rand(512, 16).bfloat16(), torch.randint(11, (512,))
     exact = torch.randn(11, 16).bfloat16().float().requires_grad_()

@@ -57,6 +57,29 @@ def test_the_lowest_partition_is_the_least_full_and_then_the_best(layers, data):
     assert dearest(costs, bounds) == min(dearest(costs, cut) for cut in cuts if fullest(cut) <= fullest(bounds))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 50)), min_size=2, max_size=8), st.data())
+def test_fast_is_the_fastest_cut_that_fits(layers, data):
+    """By all cuts; where none fits, the one that comes closest."""
+    stages, limit = data.draw(st.integers(1, len(layers))), data.draw(st.integers(1, 400))
+    costs, bytes_ = zip(*layers, strict=True)
+
+    def held(stage: int, start: int, stop: int) -> float:
+        return sum(bytes_[start:stop]) * (stages - stage)
+
+    def fits(bounds) -> bool:
+        return all(held(stage, *ends) <= limit for stage, ends in enumerate(itertools.pairwise(bounds)))
+
+    cuts = [[0, *cut, len(costs)] for cut in itertools.combinations(range(1, len(costs)), stages - 1)]
+    fitting = [dearest(costs, cut) for cut in cuts if fits(cut)]
+    bounds = stage_bounds("fast", costs, bytes_, stages, held, limit)
+    if fitting:
+        assert fits(bounds)
+        assert dearest(costs, bounds) == min(fitting)
+    else:
+        assert bounds == stage_bounds("mem", costs, bytes_, stages, held)
+
+
 def test_partition_methods():
     flops, parameters = [0.0, 4, 4, 4, 4, 1, 8], [9, 1, 1, 1, 1, 1, 9]
 

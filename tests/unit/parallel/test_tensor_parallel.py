@@ -135,7 +135,7 @@ def run(builder, layers):
 def test_ranks_whose_parts_differ_by_a_row_reduce_the_same_chunks(monkeypatch):
     """Of 101 rows one rank has 51: chunks of 100 logits would be of one token there, of two on the other."""
     loss, _, whole = run(*build("llama", None))
-    monkeypatch.setattr("fft.ops.cross_entropy.MAX_LOGITS", 100)
+    monkeypatch.setattr("fft.ops.cross_entropy.PIECE", 100 * 8)
     shared = threading.Barrier(2), {}
     ranks = [ThreadRanks(rank, 2, SMALL["num_key_value_heads"], shared) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:

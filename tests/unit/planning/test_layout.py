@@ -15,7 +15,7 @@ from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import DecoderLayer, Positions
 from fft.models.spec import ModelSpec
-from fft.ops.cross_entropy import linear_cross_entropy
+from fft.ops.cross_entropy import HeadSum, linear_cross_entropy
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.activations import Alive, add_to_sum, layer_activations
 from fft.planning.costs import layer_costs, multiply_adds
@@ -144,7 +144,7 @@ def test_activations_are_what_autograd_keeps(dtype):
 
 def test_an_early_stage_holds_more_and_recomputing_holds_less():
     layers = [LayerMemory(1000, 1000, 10_000, 500, 900, True)] * 8
-    layers += [loss_memory(tokens=10, hidden_size=4, vocabulary=100, itemsize=4, max_logits=1 << 20)]
+    layers += [loss_memory(tokens=10, hidden_size=4, vocabulary=100, itemsize=4)]
     at = Circumstances(4, 8, 1, tokens=10, row=10, hidden_size=4, head_size=2, itemsize=4)
     kept = [stage_memory(layers, a, b, stage, at) for stage, (a, b) in enumerate(itertools.pairwise((0, 2, 4, 6, 9)))]
     held = [memory.activations for memory in kept]
@@ -236,26 +236,28 @@ def test_picture_shows_neighbours():
     assert "stage 0  0          1          ...  63" in wide
 
 
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("head", ["autograd's", "normalized", "summed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_holds_what_it_says(monkeypatch, dtype, normalized):
+def test_loss_holds_what_it_says(dtype, head):
     """Measured by the allocations of the real function; see also benchmarks/memory.py."""
-    monkeypatch.setattr("fft.ops.cross_entropy._CHUNK", 16)
-    hidden = torch.randn(40, 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(100, 16, dtype=dtype, requires_grad=True)
-    labels = torch.randint(100, (40,))
+    hidden = torch.randn(40, 64, dtype=dtype, requires_grad=True)
+    weight = torch.randn(800, 64, dtype=dtype, requires_grad=True)
+    labels, sums = torch.randint(800, (40,)), None
     existing = [hidden, weight, labels]
     if dtype == torch.float32:
         hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
         existing += [hidden.grad, weight.grad]
     else:
         weight.register_post_accumulate_grad_hook(add_to_sum)
+    if head == "summed":
+        sums = HeadSum(torch.zeros(800, 64), empty=False, factor=1.0)
+        existing.append(sums.total)
     with Alive(existing) as alive:
-        loss = linear_cross_entropy(hidden, normalize(weight) if normalized else weight, labels)
+        loss = linear_cross_entropy(hidden, normalize(weight) if head == "normalized" else weight, labels, head=sums)
         forward, saved = alive.most, alive.now
         alive.most = saved
         loss.backward()
-    told = loss_memory(40, 16, 100, dtype.itemsize, 1 << 26, normalized=normalized)
+    told = loss_memory(40, 64, 800, dtype.itemsize, normalized=head == "normalized", summed=head == "summed")
     # Labels, indices of trained tokens and other vectors are left out.
     assert (saved, forward, alive.most) == pytest.approx(
         (told.saved, told.saved + told.forward, told.saved + told.backward), rel=0.1

@@ -1,0 +1,158 @@
+"""Where gradients are summed over micro-batches, in fp32, and how some get there in one pass: without being made first.
+
+Autograd makes a gradient, and then it is added to what there is. The head's is added to its sum by the very product
+that makes it (:class:`fft.ops.cross_entropy.HeadSum`); of an embedding only the rows are added that were looked up.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: Devices on which rows are known to be added in the same order every time, see :func:`add_rows`.
+_ORDERED = ("cpu", "cuda")
+
+
+class SumPlace(NamedTuple):
+    """A parameter's sum, of its shape; what is in it does not count if it is ``empty``."""
+
+    total: Tensor
+    empty: bool = False
+
+
+class GradientSums(Protocol):
+    """Where the sums of a stage's trained parameters are."""
+
+    def of(self, parameter: nn.Parameter) -> SumPlace:
+        """That of a parameter, which is then taken to have a gradient."""
+        ...
+
+
+class OwnSums:
+    """Of parameters in fp32 without ZeRO: their own gradients."""
+
+    def of(self, parameter: nn.Parameter) -> SumPlace:
+        """See :class:`GradientSums`."""
+        if parameter.grad is not None:
+            return SumPlace(parameter.grad)
+        parameter.grad = torch.empty_like(parameter)
+        return SumPlace(parameter.grad, empty=True)
+
+
+class Bf16Optimizer(Protocol):
+    """DeepSpeed's: groups of parameters, their flat sums, and whether these have a gradient."""
+
+    bf16_groups: list[list[nn.Parameter]]
+    fp32_groups_gradients: list[list[Tensor]]
+    fp32_groups_has_gradients: list[list[bool]]
+    zero_grad: Callable[..., None]
+    get_grads_for_norm: Callable[..., Any]
+    _update_hp_grad: Callable[..., None]
+
+
+class Bf16Sums:
+    """Of DeepSpeed's optimizer for bf16, which then adds its own gradients in one pass, too.
+
+    It would make an fp32 copy of each first, zero all sums twice a step, as it ends and then once more, and launch
+    operators for the norm of each. It is not referred to: it goes when its engine does.
+    """
+
+    def __init__(self, optimizer: Bf16Optimizer) -> None:
+        self._sums, self._have = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
+        self._index = {id(p): (i, j) for i, group in enumerate(optimizer.bf16_groups) for j, p in enumerate(group)}
+        optimizer._update_hp_grad = self._update
+        optimizer.zero_grad = _leave
+        optimizer.get_grads_for_norm = partial(_norms, weakref.proxy(optimizer), type(optimizer).get_grads_for_norm)
+
+    def of(self, parameter: nn.Parameter) -> SumPlace:
+        """See :class:`GradientSums`."""
+        group, index = self._index[id(parameter)]
+        total = self._sums[group][index]
+        self._have[group][index] = True
+        parameter._hp_grad = total  # pyrefly: ignore[missing-attribute] - where the engine looks for tied weights'
+        return SumPlace(total.view(parameter.shape))
+
+    @torch.no_grad()
+    def _update(self, parameter: nn.Parameter, *_: object, **__: object) -> None:
+        """Add the gradient that backward has made."""
+        if parameter.grad is not None:
+            self.of(parameter).total.add_(parameter.grad)
+
+
+def _leave(*_: object, **__: object) -> None:
+    """Zero nothing: sums are zero after a step, and gradients are gone as soon as they are added."""
+
+
+def _norms(optimizer: Bf16Optimizer, given: Callable[..., Any], for_clipping: bool = False) -> Any:
+    """In place of the dense gradients, whose norm is asked for, their norms: those have the same."""
+    if for_clipping:
+        return given(optimizer, for_clipping)
+    dense, experts = given(optimizer)
+    return [torch.stack(torch._foreach_norm(dense))] if dense else dense, experts
+
+
+class PipelineEngine(Protocol):
+    """DeepSpeed's."""
+
+    optimizer: Any
+    using_bf16_optimizer: bool
+    zero_optimization: Callable[[], bool]
+
+
+def gradient_sums(engine: PipelineEngine) -> GradientSums | None:
+    """Where the sums of an engine's stage are. None where they come after backward, as those of ZeRO's optimizer."""
+    if engine.using_bf16_optimizer:
+        return Bf16Sums(engine.optimizer)
+    return None if engine.zero_optimization() else OwnSums()
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight, whose gradients go to its sum by themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: nn.Parameter, ids: Tensor, padding: int | None, sums: GradientSums) -> Tensor:
+        ctx.save_for_backward(ids)
+        total, empty = sums.of(weight)
+        ctx.padding, ctx.total = padding, total.zero_() if empty else total
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        (grad,), (ids,) = grads, ctx.saved_tensors
+        if ctx.padding is not None:
+            grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)
+        add_rows(ctx.total, ids.view(-1), grad.view(-1, grad.shape[-1]))
+        return None, None, None, None
+
+
+@torch.no_grad()
+def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add ``rows`` [n, width] to the rows ``ids`` [n] of ``total``, those of one number in the order that they have.
+
+    On CUDA numbers are sorted first: ``index_add_`` would add in whatever order its threads come.
+    """
+    rows = rows.to(total.dtype)
+    if total.device.type == "cpu":
+        total.index_add_(0, ids, rows)
+    else:
+        total.index_put_((ids.long(),), rows, accumulate=True)
+
+
+def sum_embeddings(module: nn.Module, sums: GradientSums) -> None:
+    """Let every trained embedding in ``module`` add the rows that it looked up to its sum.
+
+    Its weight gets no gradient from autograd then, which would be as large as it is, and zero but for those rows.
+    """
+    for child in module.modules():
+        if type(child) is nn.Embedding and child.weight.requires_grad and child.weight.device.type in _ORDERED:
+            child.forward = MethodType(partial(_looked_up, sums), child)
+
+
+def _looked_up(sums: GradientSums, embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return nn.functional.embedding(ids, embedding.weight)
+    return _Lookup.apply(embedding.weight, ids, embedding.padding_idx, sums)
