@@ -163,7 +163,12 @@ class TrainArguments:
     ulysses_degree: int = flag(
         "so many neighbours of the sequence-parallel ranks exchange heads, rings of keys run across (1: rings only)", 1
     )
-    encoder_pipe_parallel_size: int = flag("pipeline stages of a vision encoder (this release: 0)", 0)
+    encoder_pipe_parallel_size: int = flag(
+        "so many of the stages, the first, have a vision tower (0: all ranks of a replica share it; -1: cut with the "
+        "decoder)",
+        0,
+        bound=FROM_MINUS_1,
+    )
     partition_method: str = flag(
         "stages by fast (equal time, as far as --device_memory goes, if it is given), mem (equal memory), parameters, "
         "uniform, or layers per stage: 5,4,4",
@@ -311,8 +316,6 @@ def _check_training(args: TrainArguments) -> None:
         )
     if args.offload_optimizer and args.dtype == "fp16":
         raise UserError("--offload_optimizer with --dtype fp16 never recovers from an overflow: use bf16 or fp32.")
-    if args.encoder_pipe_parallel_size:
-        raise UserError("--encoder_pipe_parallel_size: this release trains no vision encoders; leave it at 0.")
 
 
 def _check_model(args: TrainArguments) -> None:

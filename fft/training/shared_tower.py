@@ -187,6 +187,6 @@ class SharedTower:
 
 def _keep(kinds: list[Tensor | None], kind: int) -> Callable[[Tensor], None]:
     def keep(gradient: Tensor) -> None:
-        kinds[kind] = gradient
+        kinds[kind] = gradient.clone()  # it may be part of what another micro-batch's is received into
 
     return keep
