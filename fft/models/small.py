@@ -27,10 +27,12 @@ LATENT: dict[str, object] = {
     **{"num_key_value_heads": 4, "head_dim": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
     **{"kv_lora_rank": 16, "q_lora_rank": 16},
 }
-#: Linear attention: two heads for keys, four for values, of 8.
+#: Linear attention: two heads for keys, four for values, of 8. With larger weights rounding alone moves gradients by
+#: 1e-4 in a few steps.
 LINEAR: dict[str, object] = {
     **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "initializer_range": 0.1,
 }
 #: Factors outside of layers.
 SCALED: dict[str, object] = {"embedding_multiplier": 6.0, "logits_scaling": 4.0}

@@ -70,6 +70,7 @@ class ModelSpec:
             ) from error
         if (tower := tower_of(model)) is not None:
             attend_so(tower)
+        model.to("meta")  # some modules make parameters elsewhere
         _keep_fp32(model)
         separate_documents(model)
         try_out(model)

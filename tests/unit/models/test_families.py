@@ -25,6 +25,7 @@ from fft.models.small import small_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
 from fft.models.table import config_of, has_windows
+from fft.planning.activations import layer_activations
 from fft.weights import hf
 
 
@@ -179,6 +180,13 @@ def test_a_seed_gives_every_parameter_a_value(family):
     with contextlib.suppress(UserError) if family == "apertus" else contextlib.nullcontext():
         modules, _ = build(StageBuilder(spec))
         assert all(parameter.isfinite().all() for parameter in modules.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_layer_keeps_is_measured_before_it_runs(family):
+    spec = ModelSpec(small_config(family), torch.float32)
+    assert all(tensor.is_meta for tensor in spec.skeleton.state_dict().values())
+    assert all(layer.saved > 0 for layer in layer_activations(spec, 32)[1:-1])
 
 
 def test_what_nothing_fills_is_named():
