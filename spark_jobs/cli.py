@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import spark_jobs
 from fft.console import say
 from fft.errors import Parser, UserError, positive
+from fft.images.rules import LIMITS
 from fft.serve.engines import add_engine_flags
 from fft.serve.sampling import add_sampling_flags
 from spark_jobs.parameters import CHOICES
@@ -81,11 +82,7 @@ def _add_row_flags(parser: Parser) -> None:
         metavar="DIR",
         help="read images of chats, named files from this folder; --tokenizer is then the whole directory of a model",
     )
-    for name, meaning in (
-        ("max_pixels", "shrink larger images to this many pixels"),
-        ("min_pixels", "enlarge smaller images to this many pixels"),
-        ("max_tiles", "cut an image into this many tiles at most, for InternVL"),
-    ):
+    for name, meaning in LIMITS.items():
         parser.add_argument(f"--{name}", type=positive, help=f"{meaning} (default: the model's own limit)")
 
 

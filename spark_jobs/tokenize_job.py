@@ -160,9 +160,8 @@ def _write(
 
 def _image_settings(image_path: str | Path | None, limits: ImageLimits, task: str) -> ImageSettings | None:
     """None where no images are read. Raises :class:`UserError` for what is no folder, and for what needs it."""
-    given = [name for name, value in asdict(limits).items() if value is not None]
     if image_path is None:
-        if given:
+        if given := limits.given:
             raise UserError(f"`{given[0]}` is a limit of images: give `image_path`, the folder in which they lie.")
         return None
     if task != "chat":

@@ -108,6 +108,17 @@ def normalized(patches: np.ndarray, rules: ImageRules) -> np.ndarray:
     return ((colours - mean) / std).reshape(len(patches), -1)
 
 
+def pixel_values(patches: np.ndarray, grid: Grid, rules: ImageRules) -> np.ndarray:
+    """An image's patches, normalized or not, in the form that transformers' towers take as ``pixel_values``.
+
+    Of :data:`GRIDS`, [patches, 3 * temporal * patch * patch], every frame the same; of tiles, [tiles, 3, tile, tile].
+    """
+    if rules.family in GRIDS:
+        return patches.reshape(len(patches), 3, 1, -1).repeat(rules.temporal, axis=2).reshape(len(patches), -1)
+    squares = patches.reshape(*grid, 3, rules.patch, rules.patch)
+    return squares.transpose(0, 3, 1, 4, 2, 5).reshape(grid[0], 3, rules.tile, rules.tile)
+
+
 def _resized(image: "Image", width: int, height: int, rules: ImageRules) -> np.ndarray:
     """uint8 [height, width, 3]."""
     from PIL import Image

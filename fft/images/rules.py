@@ -29,6 +29,14 @@ _FEWEST_PIXELS, _MOST_PIXELS = 56 * 56, 28 * 28 * 1280
 _MOST_TILES = 12
 
 
+#: Limits that may be given, and what they do.
+LIMITS = {
+    "max_pixels": "shrink larger images to this many pixels",
+    "min_pixels": "enlarge smaller images to this many pixels",
+    "max_tiles": "cut an image into this many tiles at most, for InternVL",
+}
+
+
 @dataclass(frozen=True)
 class ImageRules:
     """How images become patches and tokens, the facts ``vision`` of a manifest.
@@ -86,6 +94,11 @@ class ImageLimits:
     max_pixels: int | None = None
     min_pixels: int | None = None
     max_tiles: int | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Names of those that are given."""
+        return [name for name in LIMITS if getattr(self, name) is not None]
 
 
 #: What must be the same for a table's tokens and patches to be those that a model takes.

@@ -6,6 +6,7 @@ from typing import Any
 
 from fft.serve.openai_batch import is_request, read_request
 from fft.serve.sampling import Sampling
+from fft.text.image_parts import IMAGE_KEYS
 from fft.text.messages import TURN_KEYS
 from fft.text.records import Malformed
 
@@ -27,11 +28,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read: under which key the prompt stands, the sampling, names that the output has for itself."""
+    """How records are read: under which key the prompt stands, the sampling, names that the output has for itself, and
+    whether there may be images beside a prompt."""
 
     key: str
     sampling: Sampling
     reserved: tuple[str, ...] = field(default=(TEXT, FINISH))
+    images: bool = False
 
     def ask(self, value: Any) -> Asked:
         """What a record asks.
@@ -62,7 +65,14 @@ class Reading:
             raise Malformed(f"{self.key!r} must be a text or a list of turns, not {type(prompt).__name__}")
         fields = {name: own for name, own in value.items() if name != self.key}
         self._check_fields(fields, PROMPT)
-        return Asked(prompt, {PROMPT: prompt}, fields, self.sampling)
+        return Asked(self._with_images(prompt, value), {PROMPT: prompt}, fields, self.sampling)
+
+    def _with_images(self, prompt: str | list, record: Mapping[str, Any]) -> Any:
+        beside = {key: record[key] for key in IMAGE_KEYS if record.get(key) is not None} if self.images else {}
+        if not beside:
+            return prompt
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return {TURN_KEYS[0]: turns, **beside}
 
     def _check_fields(self, fields: Mapping[str, Any], *more: str) -> None:
         for name in (*self.reserved, *more):

@@ -20,6 +20,7 @@ from fft.serve.columns import output_schema
 from fft.serve.engines import Completion, Engine, add_engine_flags, engine_options_of
 from fft.serve.engines.checked import CheckedModel, check_model
 from fft.serve.engines.choice import start_engine
+from fft.serve.images import add_image_flags, image_settings_of
 from fft.serve.inputs import find_inputs
 from fft.serve.outputs import PARQUET, Partial, check_output
 from fft.serve.prompts import CHAT, Renderer
@@ -104,6 +105,7 @@ def build_parser() -> Parser:
         "--resume", choices=("auto", "no"), default="auto", help="auto: go on with what an interrupted run has left"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    add_image_flags(parser)
     add_sampling_flags(parser)
     add_engine_flags(parser)
     return parser
@@ -120,10 +122,11 @@ def _run(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.overwrite)
     reserved = (TEXT, FINISH, *([LOGPROBS] if args.logprobs is not None else []))
     reserved += (ERROR,) if args.on_error == "quarantine" else ()
-    reading = Reading(args.prompt_key, sampling_of(args), reserved)
-    model = check_model(_model_folder(args.model), engine_options_of(args))
+    images = image_settings_of(args)
+    reading = Reading(args.prompt_key, sampling_of(args), reserved, images is not None)
+    model = check_model(_model_folder(args.model), engine_options_of(args), images=images)
     left_out = LeftOut()
-    renderer = Renderer.of(model.tokenizer, model.limit, args.chat, args.system)
+    renderer = Renderer.of(model.tokenizer, model.limit, args.chat, args.system, model.images)
     rows = PromptRows(find_inputs(args.inputs, left_out), reading, renderer, args.on_error == "quarantine")
     for file in rows.files:
         if os.path.realpath(file.storage.root) == os.path.realpath(output):
@@ -185,7 +188,9 @@ def _answered(engine: Engine | None, rows: Iterable[Row]) -> Iterator[tuple[Row,
         yield from ((row, ()) for row in rows)
         return
     default = Sampling()
-    questions = (Question(row, row.number, row.ids, row.asked.sampling if row.asked else default) for row in rows)
+    questions = (
+        Question(row, row.number, row.ids, row.asked.sampling if row.asked else default, row.images) for row in rows
+    )
     for question, completions in answers(engine, questions):
         yield question.item, completions
 
@@ -206,7 +211,7 @@ def _about(args: argparse.Namespace, model: CheckedModel, facts: Facts) -> dict[
     """What answers depend on."""
     return {
         "model": model.identity(),
-        "input": {"rows": facts.rows, "sha256": facts.sha256},
+        "input": {"rows": facts.rows, "sha256": facts.sha256} | ({"images": facts.images} if facts.images else {}),
         "reading": {name: getattr(args, name) for name in ("prompt_key", "chat", "system", "on_error")},
         "sampling": asdict(sampling_of(args)),
         "output": "parquet" if args.output.endswith(PARQUET) else "lines",

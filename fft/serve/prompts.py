@@ -1,4 +1,4 @@
-"""From what a record asks to token ids: texts, and conversations by the tokenizer's own template.
+"""From what a record asks to token ids: texts, and conversations by the tokenizer's own template, with their images.
 
 One renderer for the command line, Spark's workers and whoever else generates. Turns are read by
 :mod:`fft.text.messages`, as those to train on are: what is refused there by name is refused here, too. Lengths are
@@ -6,14 +6,18 @@ checked here, before any engine, so that every engine takes and refuses the same
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from fft.errors import UserError, one_line
 from fft.text.chat_template import words_of
 from fft.text.convert_tokenizer import check_converted
+from fft.text.image_parts import ImageParts, ReadImage
+from fft.text.image_tokens import as_parts, expand
 from fft.text.messages import RawConversation, check_unicode, read_conversation
 from fft.text.records import Malformed
 
@@ -24,19 +28,38 @@ if TYPE_CHECKING:
 CHAT = ("auto", "yes", "no")
 
 
+class Prompt(list[int]):
+    """The ids of a prompt. All tokens of its ``images`` are among them, in their order."""
+
+    def __init__(self, ids: Iterable[int], images: Sequence[ReadImage] = ()) -> None:
+        super().__init__(ids)
+        self.images = images
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What to tokenize; whether special tokens are put around it, as templates do themselves; the images in it."""
+
+    text: str
+    special: bool
+    images: tuple[ReadImage, ...] = ()
+
+
 @dataclass
 class Renderer:
     """Renders prompts for one model: a text (a string), a list of turns, or an object with turns and tools.
 
     ``limit`` are tokens of a prompt and its answer. With ``chat``, a text is one user's turn; ``system`` is put before
-    turns that do not begin with one of their own. Keys of turns that the template does not read are counted in
-    ``unused``; what else stands in an object is its owner's.
+    turns that do not begin with one of their own. With ``images``, turns may hold some, or they stand beside these.
+    Keys of turns that the template does not read are counted in ``unused``; what else stands in an object is its
+    owner's.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     limit: int
     chat: bool
     system: str | None = None
+    images: ImageParts | None = None
     unused: Counter[str] = field(default_factory=Counter)
     _keys: frozenset[str] | None = field(init=False, default=None)
 
@@ -47,7 +70,12 @@ class Renderer:
 
     @classmethod
     def of(
-        cls, tokenizer: "PreTrainedTokenizerBase", limit: int, chat: str = "auto", system: str | None = None
+        cls,
+        tokenizer: "PreTrainedTokenizerBase",
+        limit: int,
+        chat: str = "auto",
+        system: str | None = None,
+        images: ImageParts | None = None,
     ) -> "Renderer":
         """One for a tokenizer of :func:`load_model_tokenizer`. Raises :class:`UserError` for chats without template."""
         if chat not in CHAT:
@@ -61,39 +89,43 @@ class Renderer:
             )
         if chat == "no" and system is not None:
             raise UserError('`system` is a turn of a chat: leave it out, or give `chat="yes"`.')
-        return cls(tokenizer, limit, has_template and chat != "no", system)
+        return cls(tokenizer, limit, has_template and chat != "no", system, images)
 
-    def render(self, prompt: object) -> list[int]:
+    def render(self, prompt: object) -> Prompt:
         """The ids of one prompt. Raises :class:`Malformed`: no prompt, or one that is empty or too long."""
         (found,) = self.render_many([prompt])
         if isinstance(found, Malformed):
             raise found
         return found
 
-    def render_many(self, prompts: Sequence[object]) -> list[list[int] | Malformed]:
-        """The ids of each prompt, or why it has none; many at a time are tokenized faster."""
-        texts: list[tuple[str, bool] | Malformed] = []
+    def render_many(self, prompts: Sequence[object]) -> list[Prompt | Malformed]:
+        """The ids of each prompt, or why it has none; many at a time are tokenized faster.
+
+        Raises :class:`UserError` for a tokenizer that makes of images what the model does not take for some.
+        """
+        written: list[_Written | Malformed] = []
         for prompt in prompts:
             try:
-                texts.append(self._text(prompt))
+                written.append(self._write(prompt))
             except Malformed as error:
-                texts.append(error)
+                written.append(error)
         ids: dict[int, list[int]] = {}
         for special in (True, False):
-            mine = [at for at, text in enumerate(texts) if not isinstance(text, Malformed) and text[1] is special]
+            mine = {
+                at: one.text for at, one in enumerate(written) if isinstance(one, _Written) and one.special is special
+            }
             if mine:
-                written = [cast("tuple[str, bool]", texts[at])[0] for at in mine]
-                ids |= zip(
-                    mine, self.tokenizer(written, add_special_tokens=special, verbose=False).input_ids, strict=True
-                )
-        return [text if isinstance(text, Malformed) else self._checked(ids[at]) for at, text in enumerate(texts)]
+                found = self.tokenizer([*mine.values()], add_special_tokens=special, verbose=False).input_ids
+                ids |= zip(mine, found, strict=True)
+        return [one if isinstance(one, Malformed) else self._checked(ids[at], one) for at, one in enumerate(written)]
 
-    def _text(self, prompt: object) -> tuple[str, bool]:
-        """What to tokenize, and whether special tokens are put around it, as a template does itself."""
+    def _write(self, prompt: object) -> _Written:
         if isinstance(prompt, str):
             check_unicode(prompt)
             if not self.chat:
-                return prompt, True
+                if self.images is not None:
+                    self.images.check_written(prompt, [prompt], 0)
+                return _Written(prompt, True)
             if not prompt:
                 raise Malformed("the prompt is empty")
             prompt = [{"role": "user", "content": prompt}]
@@ -101,7 +133,7 @@ class Renderer:
             raise Malformed(f"the prompt is {type(prompt).__name__}, it must be a text or a list of turns")
         if self._keys is None:
             raise Malformed("the prompt is a conversation, for which the model has no chat template")
-        return self._conversation(prompt), False
+        return self._conversation(prompt)
 
     def conversation(self, prompt: str | list | dict, unused: Counter[str] | None = None) -> RawConversation:
         """The turns that a prompt stands for: a text is a user's. Keys that are not read are counted in ``unused``.
@@ -110,21 +142,27 @@ class Renderer:
         """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        raw = read_conversation(prompt, self._keys or (), unused, beside=prompt)
+        raw = read_conversation(prompt, self._keys or (), unused, beside=prompt, images=self.images)
         if self.system is None or not raw.messages or raw.messages[0]["role"] == "system":
             return raw
         messages = [{"role": "system", "content": self.system}, *raw.messages]
         return replace(raw, messages=messages, untrained=frozenset(number + 1 for number in raw.untrained))
 
-    def _conversation(self, prompt: list | dict) -> str:
+    def _conversation(self, prompt: list | dict) -> _Written:
         raw = self.conversation(prompt, self.unused)
         if not raw.messages:
             raise Malformed("the conversation has no turns")
         check_unicode([raw.messages, raw.tools])
-        text = self._apply(raw.messages, raw.tools)
-        if raw.tools and text == self._apply(raw.messages, ()):
+        messages, images = raw.messages, ()
+        if self.images is not None and raw.images:
+            images = tuple(self.images.read(source, number) for number, source in enumerate(raw.images, 1))
+            messages = as_parts(messages, self.images.written)
+        text = self._apply(messages, raw.tools)
+        if raw.tools and text == self._apply(messages, ()):
             raise Malformed("it has tools, which the chat template does not render")
-        return text
+        if self.images is not None:
+            self.images.check_written(text, [message["content"] for message in raw.messages], len(images))
+        return _Written(text, False, images)
 
     def _apply(self, messages: list[dict], tools: Sequence[dict]) -> str:
         """The template's text, with what it writes for the model to answer; an assistant's last turn goes on."""
@@ -141,15 +179,18 @@ class Renderer:
             raise Malformed(f"the chat template refuses it: {one_line(error)}") from error
         return str(text)
 
-    def _checked(self, ids: list[int]) -> list[int] | Malformed:
+    def _checked(self, ids: list[int], written: _Written) -> Prompt | Malformed:
         if not ids:
             return Malformed("the prompt is empty: it has no tokens")
+        if self.images is not None and written.images:
+            expanded = expand(np.array(ids), np.array([0, len(ids)]), [written.images], self.images.rules)
+            ids = expanded.ids.tolist()
         if len(ids) >= self.limit:
             return Malformed(
                 f"the prompt has {len(ids):,} tokens, but may have {self.limit - 1:,}: the model takes {self.limit:,}, "
                 "one of them for the answer"
             )
-        return ids
+        return Prompt(ids, written.images)
 
 
 def load_model_tokenizer(model: str) -> "PreTrainedTokenizerBase":

@@ -13,11 +13,12 @@ from fft.serve.columns import merged_schema, schema_of_rows
 from fft.serve.engines import Completion
 from fft.serve.inputs import InputFile, PromptRecord, read_rows
 from fft.serve.openai_batch import answer_request, refuse_request
-from fft.serve.prompts import Renderer
+from fft.serve.prompts import Prompt, Renderer
+from fft.text.image_parts import ReadImage
 from fft.text.records import Malformed
 
-#: PromptRows that are rendered at once, since many texts are tokenized faster than one.
-_ROWS = 256
+#: PromptRows that are rendered at once, since many texts are tokenized faster than one; fewer where they hold images.
+_ROWS, _ROWS_OF_IMAGES = 256, 16
 #: PromptRows whose types are found at once, for a parquet file.
 _TYPED = 4096
 
@@ -28,8 +29,13 @@ class Row:
 
     number: int
     asked: Asked | None
-    ids: Sequence[int] | None
+    ids: Prompt | None
     fault: str = ""
+
+    @property
+    def images(self) -> Sequence[ReadImage]:
+        """The images whose tokens are among the ids."""
+        return () if self.ids is None else self.ids.images
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -64,13 +70,15 @@ class Row:
 class Facts:
     """What is known of the input when all of it was looked at.
 
-    ``longest`` are tokens of a prompt and its answer; ``schema`` the columns of what its rows show.
+    ``longest`` are tokens of a prompt and its answer; ``schema`` the columns of what its rows show. ``sha256`` is of
+    the records, ``images`` of the images that they name; empty where there are none.
     """
 
     rows: int = 0
     faults: int = 0
     longest: int = 0
     sha256: str = ""
+    images: str = ""
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
 
@@ -89,12 +97,13 @@ class PromptRows:
         Raises :class:`UserError` for the first fault, unless these are quarantined.
         """
         waiting: list[tuple[int, PromptRecord]] = []
+        most = _ROWS if self.renderer.images is None else _ROWS_OF_IMAGES
         for number, record in enumerate(read_rows(self.files)):
             if digest is not None:
                 digest.update(len(record.raw).to_bytes(8, "little") + record.raw)
             if number >= first:
                 waiting.append((number, record))
-            if len(waiting) == _ROWS:
+            if len(waiting) == most:
                 yield from self._rendered(waiting)
                 waiting = []
         yield from self._rendered(waiting)
@@ -136,7 +145,7 @@ class PromptRows:
 
         Raises :class:`UserError` for what :meth:`read` does, for no rows at all, and for what parquet does not hold.
         """
-        digest = hashlib.sha256()
+        digest, pictures, images = hashlib.sha256(), hashlib.sha256(), 0
         kinds = {file.kind == "parquet" for file in self.files}
         if typed and len(kinds) == 2:
             raise UserError("`inputs` in parquet and in text have no types in common: name an `output` in .jsonl.")
@@ -146,6 +155,9 @@ class PromptRows:
         for row in self.read(0, digest):
             facts.rows += 1
             facts.faults += bool(row.fault)
+            for image in row.images:
+                pictures.update(len(image.data).to_bytes(8, "little") + image.data)
+                images += 1
             if row.asked is not None and row.asked.request is not None and typed:
                 raise UserError("`inputs` for OpenAI's batch API are answered in lines: name an `output` in .jsonl.")
             if row.ids is not None and row.asked is not None:
@@ -157,6 +169,7 @@ class PromptRows:
         if not facts.rows:
             raise UserError(f"`inputs` {', '.join(file.name for file in self.files[:3])} holds no prompts.")
         facts.sha256 = digest.hexdigest()
+        facts.images = pictures.hexdigest() if images else ""
         facts.schema = merged_schema([*schemas, schema_of_rows(batch)])
 
 

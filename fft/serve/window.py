@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from fft.serve.engines import Completion, Engine, Request
 from fft.serve.sampling import Sampling, row_seed
+from fft.text.image_parts import ReadImage
 
 #: Whatever travels along with a question.
 T = TypeVar("T")
@@ -17,13 +18,15 @@ _MOST_WAITING = 20_000
 class Question(Generic[T]):
     """A prompt's ids, of which ``sampling.n`` answers are wanted; ``row`` names it for :func:`row_seed`.
 
-    Without ids there is nothing to ask: it comes back, in its place, without answers. ``item`` travels along.
+    ``images`` are those whose tokens are among the ids. Without ids there is nothing to ask: it comes back, in its
+    place, without answers. ``item`` travels along.
     """
 
     item: T
     row: int | str
     ids: Sequence[int] | None
     sampling: Sampling
+    images: Sequence[ReadImage] = ()
 
 
 def answers(
@@ -69,6 +72,6 @@ def _requests(question: Question[T], number: int, limit: int) -> list[Request]:
     sampling = question.sampling
     room = min(sampling.max_new_tokens, limit - len(question.ids))
     return [
-        Request(number + k, question.ids, sampling, row_seed(sampling.seed, question.row, k), room)
+        Request(number + k, question.ids, sampling, row_seed(sampling.seed, question.row, k), room, question.images)
         for k in range(sampling.n)
     ]

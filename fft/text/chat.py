@@ -165,14 +165,7 @@ class Chat:
                 if any(message["role"] == "assistant" and not isinstance(message["content"], str) for message in parts):
                     raise Malformed("the chat template renders an assistant's images elsewhere than they stand")
                 rendered = self.template.locate(parts, raw.tools, raw.untrained)
-        if rendered.text.count(images.token) != len(raw.images):
-            held = sum(message["content"].count(images.token) for message in raw.messages)
-            left_out = held == len(raw.images)
-            raise Malformed(
-                "the chat template leaves out some of its images"
-                if left_out
-                else f"a text holds {images.token}, which stands for an image"
-            )
+        images.check_written(rendered.text, [message["content"] for message in raw.messages], len(raw.images))
         return rendered
 
     def token_rows(
@@ -262,13 +255,15 @@ def load_chat(
     template = load_chat_template(tokenizer, str(directory))
     recipe = recipe_of(tokenizer, (), (), parse_special_tokens=not getattr(tokenizer, "split_special_tokens", False))
     special = tuple(sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}))
-    parts = None if images is None else _image_parts(directory, template, max_len, images, image_ids_of(tokenizer))
+    parts = None if images is None else load_image_parts(directory, template, images, image_ids_of(tokenizer), max_len)
     return Chat(template, recipe, special, id_key, max_len, parts), info_of(tokenizer, directory)
 
 
-def _image_parts(
-    directory: Path, template: ChatTemplate, max_len: int | None, images: ImageSettings, ids: ImageIds
+def load_image_parts(
+    directory: Path, template: ChatTemplate, images: ImageSettings, ids: ImageIds, max_len: int | None = None
 ) -> ImageParts:
+    """What reads images for the model of a directory. Raises :class:`UserError` for one that has none, or whose files
+    do not belong together."""
     rules = load_rules(directory, images.limits, ids.around)
     token = ids.added.get(rules.image_token)
     if token is None or (rules.family in TILES and -1 in ids.around):

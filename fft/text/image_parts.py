@@ -105,6 +105,15 @@ class ImageParts:
             raise Malformed(f"{name} has {tokens} tokens and {_AROUND} around them, more than max_len {self.max_len}")
         return ReadImage(data, grid, tokens, seen.frames)
 
+    def check_written(self, text: str, contents: Sequence[str], count: int) -> None:
+        """Raise :class:`Malformed` where the ``text`` that a template makes of ``contents`` does not have their
+        ``count`` images, and only these."""
+        if text.count(self.token) == count:
+            return
+        if sum(content.count(self.token) for content in contents) == count:
+            raise Malformed("the chat template leaves out some of its images")
+        raise Malformed(f"a text holds {self.token}, which stands for an image")
+
     def _text_and_files(self, content: Sequence[object], where: str) -> tuple[str, list[Source]]:
         wrong = next((part for part in content if not isinstance(part, str)), None)
         if wrong is not None or not content:
@@ -164,7 +173,9 @@ class ImageParts:
 
 
 def _source(value: object, where: str) -> Source:
-    """What a data set says of an image: the name of a file, a data: URL, or an object with either, or with bytes."""
+    """What a data set says of an image: the name of a file, a data: URL, bytes, or an object with one of these."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, dict):
         inline = next((value[key] for key in _IN_BASE64 if value.get(key) is not None), None)
         if inline is not None:
@@ -192,6 +203,8 @@ def _shown(name: str) -> str:
 
 
 def _from_base64(text: object, where: str) -> bytes:
+    if isinstance(text, bytes):  # of parquet, as they are
+        return text
     try:
         return base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     except (binascii.Error, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fft.errors import UserError, positive
 from fft.serve.sampling import Sampling
+from fft.text.image_parts import ReadImage
 
 #: Names that ``--engine`` takes; "auto" is vLLM where it can be imported.
 ENGINES = ("auto", "vllm", "transformers")
@@ -59,7 +60,7 @@ class Request:
     """A prompt's ids, of which one sample is wanted; ``number`` tells its answer from others.
 
     ``room`` is how many tokens an answer may have; ``sampling.n`` and ``sampling.seed`` do not count here, ``seed``
-    does, see :func:`fft.serve.sampling.row_seed`.
+    does, see :func:`fft.serve.sampling.row_seed`. All tokens of its ``images`` are among the ids, in their order.
     """
 
     number: int
@@ -67,6 +68,7 @@ class Request:
     sampling: Sampling
     seed: int
     room: int
+    images: Sequence[ReadImage] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 from dataclasses import asdict, dataclass, replace
@@ -9,9 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fft.errors import UserError
+from fft.errors import UserError, one_line
+from fft.images.rules import GRIDS, TILES
 from fft.serve.engines import EngineOptions
 from fft.serve.prompts import load_model_tokenizer
+from fft.text.chat import ImageSettings, load_image_parts
+from fft.text.chat_template import load_chat_template
+from fft.text.encoder import image_ids_of
+from fft.text.image_parts import ImageParts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -34,7 +40,8 @@ _ASSUMED = 2048
 @dataclass(frozen=True)
 class CheckedModel:
     """A model directory of which all is known that can be known before it is loaded; ``limit`` are tokens of a prompt
-    and its answer, ``ends`` tokens that end one, ``read`` weights that have to be read here."""
+    and its answer, ``ends`` tokens that end one, ``read`` weights that have to be read here, ``images`` what reads
+    images of prompts."""
 
     directory: str
     options: EngineOptions
@@ -44,6 +51,7 @@ class CheckedModel:
     limit: int
     ends: frozenset[int]
     read: "Weights | None"
+    images: ImageParts | None = None
 
     def identity(self) -> dict[str, Any]:
         """What answers depend on, as JSON has it; raises :class:`UserError` for weights that cannot be read."""
@@ -68,14 +76,21 @@ class CheckedModel:
             "tokenizer": found["tokenizer"],
             "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
             "ends": sorted(self.ends),
+            **({} if self.images is None else {"images": self.images.rules.facts()}),
             "engine": options | {"version": _version(self.engine)},
         }
 
 
-def check_model(model: str, options: EngineOptions | None = None, for_vllm: bool = False) -> CheckedModel:
+def check_model(
+    model: str,
+    options: EngineOptions | None = None,
+    for_vllm: bool = False,
+    images: ImageSettings | None = None,
+) -> CheckedModel:
     """Find out what is wrong with a model directory, an adapter or the options, without loading the weights.
 
-    A model that vLLM has not is left to transformers, but refused where it is ``for_vllm`` alone. Raises
+    A model that vLLM has not is left to transformers, but refused where it is ``for_vllm`` alone. With ``images``,
+    prompts may have some. Raises
     :class:`UserError` when vLLM is asked for and not installed, and for what is not understood of the directory or the
     adapter, or does not belong together.
     """
@@ -86,13 +101,11 @@ def check_model(model: str, options: EngineOptions | None = None, for_vllm: bool
 
     config, tokenizer = _load_parts(model)
     weights = WeightReader(model)
-    if (name == "vllm" or for_vllm) and (weights.is_original or config.model_type in _NOT_IN_VLLM):
-        if for_vllm or options.name == "vllm":
-            raise UserError(
-                f"--model {model} is none that vLLM has: use --engine transformers of batch_infer or, for Qwen and "
-                "InternLM2, give what python -m fft.checkpoint.convert makes of it."
-            )
-        name = engine_name(replace(options, name="transformers"))
+    if name == "vllm" or for_vllm:
+        fault = _why_not_vllm(config.model_type, weights.is_original)
+        if fault and (for_vllm or options.name == "vllm"):
+            raise UserError(f"--model {model} {fault}.")
+        name = engine_name(replace(options, name="transformers")) if fault else name
     check_whole(config, weights.names, model)
     weights.check_types()
     limit = token_limit(config, tokenizer, options.max_model_len)
@@ -101,7 +114,34 @@ def check_model(model: str, options: EngineOptions | None = None, for_vllm: bool
         from fft.checkpoint.conversion import merged
 
         read = merged(weights, Path(options.lora), "fp32", Path(model))
-    return CheckedModel(model, options, name, config, tokenizer, limit, end_tokens(model, tokenizer), read)
+    parts = None if images is None else _image_parts(Path(model), tokenizer, images)
+    return CheckedModel(model, options, name, config, tokenizer, limit, end_tokens(model, tokenizer), read, parts)
+
+
+def _why_not_vllm(kind: str, original: bool) -> str:
+    """Why a model of this type, or in the form of its own code, is not vLLM's to run; empty where it is."""
+    if original or kind in _NOT_IN_VLLM:
+        return (
+            "is none that vLLM has: use --engine transformers of batch_infer or, for Qwen and InternLM2, give what "
+            "python -m fft.checkpoint.convert makes of it"
+        )
+    if kind in (*GRIDS, *TILES):
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:  # one that was made for another torch raises what it likes
+            return (
+                f"is a model of images, for which vLLM needs torchvision ({one_line(error)[:120]}): install that of "
+                "your torch, or use --engine transformers of batch_infer"
+            )
+    return ""
+
+
+def _image_parts(folder: Path, tokenizer: "PreTrainedTokenizerBase", images: ImageSettings) -> ImageParts:
+    try:
+        template = load_chat_template(tokenizer, str(folder))
+        return load_image_parts(folder, template, images, image_ids_of(tokenizer))
+    except UserError as error:  # elsewhere, it is the tokenizer that is given
+        raise UserError(str(error).replace("`tokenizer`", "--model")) from error
 
 
 def engine_name(options: EngineOptions) -> str:

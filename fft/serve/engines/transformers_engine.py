@@ -7,6 +7,7 @@ from fft.errors import UserError, one_line
 from fft.serve.engines import Completion, Request
 from fft.serve.engines.scores import Choice, Ends
 from fft.serve.engines.texts import decode_answer, first_stop, told_logprobs
+from fft.serve.images import values_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class TransformersEngine:
         import torch
         from transformers import GenerationConfig
 
-        self.limit, self._tokenizer, self._ends = limit, model.tokenizer, model.ends
+        self.limit, self._tokenizer, self._ends, self._images = limit, model.tokenizer, model.ends, model.images
         self.window = self._batch_size = model.options.batch_size
         self._waiting: list[Request] = []
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -70,6 +71,7 @@ class TransformersEngine:
             output = self._model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
+                **self._image_values(batch, ids, mask),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(request.room for request in batch), pad_token_id=pad, do_sample=False
                 ),
@@ -78,6 +80,19 @@ class TransformersEngine:
             )
         rows = output[:, width:].tolist()
         return [self._completion(request, rows[i], ends.found[i], choice.steps[i]) for i, request in enumerate(batch)]
+
+    def _image_values(self, batch: Sequence[Request], ids: "torch.Tensor", mask: "torch.Tensor") -> dict[str, Any]:
+        """What the model takes of a batch's images beside ids; nothing where there are none."""
+        import torch
+
+        images = [image for request in batch for image in request.images]
+        if self._images is None or not images:
+            return {}
+        rules = self._images.rules
+        values: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values_of(images, rules).items()}
+        if "image_grid_thw" in values:  # by which its tokens have their positions
+            values["mm_token_type_ids"] = ((ids == rules.image_token) & (mask == 1)).int()
+        return {name: value.to(self._model.device) for name, value in values.items()}
 
     def _completion(
         self, request: Request, ids: list[int], end: tuple[int, str], steps: Sequence[Sequence[tuple[int, float]]]
@@ -94,7 +109,7 @@ class TransformersEngine:
 
 def _load_model(checked: "CheckedModel", dtype: "torch.dtype | str") -> Any:
     """The model, of whole and finite weights; what types say of its ``to`` and ``generate`` is not so."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from fft.weights.hf import is_finite
 
@@ -106,7 +121,11 @@ def _load_model(checked: "CheckedModel", dtype: "torch.dtype | str") -> Any:
             "state_dict": {name: weights.tensor(name) for name in weights.names},
         }
     try:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checked.config)]
+        own = type(checked.config)
+        mapping = (
+            MODEL_FOR_CAUSAL_LM_MAPPING if own in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        )
+        kind: Any = mapping[own]
         model, info = kind.from_pretrained(**given, config=checked.config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # files that are cut, shapes that differ, packages that a model needs
         raise UserError(f"--model {directory} cannot be loaded ({one_line(error)[:300]}).") from error

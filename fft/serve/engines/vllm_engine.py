@@ -8,17 +8,23 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fft.errors import UserError, one_line
+from fft.images.rules import GRIDS, TILES, ImageRules
 from fft.serve.engines import Completion, Request
 from fft.serve.engines.children import Children, Overheard, true_cause
 from fft.serve.engines.texts import decode_answer, first_stop, told_logprobs
+from fft.serve.images import stretches_of, values_of
 
 if TYPE_CHECKING:
     from fft.serve.engines.checked import CheckedModel
 
+#: Requests to have unfinished: more than it runs at once, so that its scheduler has a choice; with images fewer, whose
+#: pixels are in memory until they are finished.
+_WINDOW, _WINDOW_OF_IMAGES = 1024, 64
 #: Of a CPU's free memory, what the cache of keys and values takes, and at most so many bytes.
 _CACHE_SHARE, _CACHE_BYTES = 1 / 8, 4 << 30
 #: Seconds that its processes have to end: on a CPU they take five, and more while there is something to do.
@@ -46,11 +52,10 @@ class VllmEngine:
     """See the module. Raises :class:`UserError` when vLLM cannot start, with its cause, and when it dies."""
 
     name = "vllm"
-    #: More than it runs at once, so that its scheduler has a choice.
-    window = 1024
 
     def __init__(self, model: "CheckedModel", limit: int) -> None:
-        self.limit, self._tokenizer, self._ends = limit, model.tokenizer, model.ends
+        self.limit, self._tokenizer, self._ends, self._images = limit, model.tokenizer, model.ends, model.images
+        self.window = _WINDOW if model.images is None else _WINDOW_OF_IMAGES
         self._requests: dict[str, Request] = {}
         self._engine: Any = None
         self._silent = True
@@ -72,6 +77,12 @@ class VllmEngine:
                 f"vLLM cannot start: {cause}: {remedy} (VLLM_LOGGING_LEVEL=INFO shows all it says)."
             ) from error
         self._silent, output.shown = not output.shown, True
+
+    @property
+    def _takes_raw(self) -> bool:
+        """Whether the model normalizes images itself, as newer ones of vLLM's do."""
+        settings = self._engine.model_config.multimodal_config
+        return bool(getattr(settings, "mm_device_do_normalize", False))
 
     def _load_adapter(self, lora: str | None) -> Any:
         if lora is None:
@@ -109,7 +120,9 @@ class VllmEngine:
         )
         name = str(request.number)
         self._requests[name] = request
-        prompt = {"type": "token", "prompt_token_ids": list(request.ids)}
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(request.ids)}
+        if self._images is not None and request.images:
+            prompt |= {"type": "multimodal", **_image_fields(request, self._images.rules, self._takes_raw)}
         self._engine.add_request(name, prompt, parameters, lora_request=self._adapter)
 
     def step(self) -> list[tuple[int, Completion]]:
@@ -193,7 +206,52 @@ def _start(model: "CheckedModel", limit: int) -> Any:
         given["hf_overrides"] = {"tie_word_embeddings": False}
     if options.lora is not None:
         given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(options.lora)}
-    return LLM(**given | dict(options.engine_args)).llm_engine
+    return LLM(**given | image_limits(model, limit) | dict(options.engine_args)).llm_engine
+
+
+def image_limits(model: "CheckedModel", limit: int) -> dict[str, Any]:
+    """What vLLM is told of images, for which it makes room: none, or such as there may be in a prompt of ``limit``
+    tokens. Empty for a model of texts."""
+    if model.config.model_type not in (*GRIDS, *TILES):
+        return {}
+    if model.images is None:
+        return {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+    rules = model.images.rules
+    if rules.family in GRIDS:
+        most = min(rules.max_pixels, max(rules.min_pixels, limit * rules.factor**2))
+        size: dict[str, Any] = {"size": {"shortest_edge": rules.min_pixels, "longest_edge": most}}
+    else:
+        size = {"crop_to_patches": True, "min_patches": rules.min_tiles, "max_patches": rules.max_tiles}
+    return {"limit_mm_per_prompt": {"video": 0}, "mm_processor_kwargs": size}
+
+
+def _image_fields(request: Request, rules: ImageRules, raw: bool) -> dict[str, Any]:
+    """What vLLM's own processor would make of a request's images, ``raw`` where the model normalizes them itself; by
+    the pixels of training, from which those of its image processors differ a little."""
+    import torch
+    from transformers import BatchFeature
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+    values = {name: torch.from_numpy(value) for name, value in values_of(request.images, rules, raw).items()}
+    grids = torch.tensor([image.grid for image in request.images])
+    if rules.family in GRIDS:
+        sizes = grids.prod(-1)
+        kinds = {"image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+    else:
+        sizes = grids[:, 0]
+        values |= {"image_num_patches": sizes, "image_token_id": torch.tensor(rules.image_token)}
+        kinds = {
+            "image_num_patches": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            "image_token_id": MultiModalFieldConfig.shared("image", len(grids), keep_on_cpu=True),
+        }
+    kinds["pixel_values"] = MultiModalFieldConfig.flat_from_sizes("image", sizes)
+    places = [PlaceholderRange(at, count) for at, count in stretches_of(request.ids, request.images, rules)]
+    names = [blake2b(image.data + repr(image.grid).encode(), digest_size=32).hexdigest() for image in request.images]
+    return {
+        "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(BatchFeature(values), kinds),
+        "mm_hashes": {"image": names},
+        "mm_placeholders": {"image": places},
+    }
 
 
 def batched_tokens(limit: int) -> int:
