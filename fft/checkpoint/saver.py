@@ -25,6 +25,7 @@ from fft.checkpoint import adapter, folder
 from fft.checkpoint.fragments import rank_file
 from fft.errors import UserError
 from fft.files import staging_folder, start_folder, write_atomically
+from fft.images.rules import ImageRules
 from fft.weights import hf
 
 _P = ParamSpec("_P")
@@ -44,6 +45,8 @@ class Contents:
     best: int
     #: Content of ``adapter_config.json`` where checkpoints hold an adapter, not the model.
     adapter: dict | None = None
+    #: Those by which images are trained on, where the run has some.
+    rules: ImageRules | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,8 @@ def _write_share(staging: Path, share: RankShare, contents: Contents, rank: int)
 def _publish(contents: Contents, tag: str, state: Mapping[str, object]) -> None:
     staging = staging_folder(contents.run / tag)
     if contents.adapter is None:
-        names = hf.write_metadata(staging, contents.config, contents.tokenizer, contents.shards, contents.model)
+        given = contents.config, contents.tokenizer, contents.shards, contents.model, contents.rules
+        names = hf.write_metadata(staging, *given)
     else:
         names = adapter.write_adapter(staging, contents.shards, contents.adapter)
     write_atomically(staging / folder.STATE, folder.to_json(state))

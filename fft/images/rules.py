@@ -16,7 +16,9 @@ TILES = ("internvl",)
 #: All whose images are read.
 FAMILIES = (*GRIDS, *TILES)
 
-_CONFIG, _PREPROCESSOR, _PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+#: Files of a model directory that say what becomes of images.
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_CONFIG = "config.json"
 _PROCESSOR_OF = {**dict.fromkeys(GRIDS, "Qwen2VLImageProcessor"), **dict.fromkeys(TILES, "GotOcr2ImageProcessor")}
 _TOKENS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 #: Settings of image processors, and the one value of each that is computed here.
@@ -131,7 +133,7 @@ def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) ->
     """
     if importlib.util.find_spec("PIL") is None:
         raise UserError("images need Pillow: pip install 'flash-fine-tuning[vision]'.")
-    config = _read(directory / _CONFIG)
+    config = read_object(directory / _CONFIG)
     family = config.get("model_type")
     if family not in _PROCESSOR_OF:
         raise UserError(
@@ -150,10 +152,11 @@ def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) ->
 
 def has_processor(directory: Path) -> bool:
     """Whether a model's directory says how images are made into patches."""
-    return any((directory / name).is_file() for name in (_PREPROCESSOR, _PROCESSOR))
+    return any((directory / name).is_file() for name in (PREPROCESSOR, PROCESSOR))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON, empty where there is no file. Raises :class:`UserError` for other content."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -165,10 +168,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _settings(directory: Path, family: str) -> dict[str, Any]:
     """The image processor's settings, from where transformers takes them."""
-    settings = _read(directory / _PROCESSOR).get("image_processor") or _read(directory / _PREPROCESSOR)
+    settings = read_object(directory / PROCESSOR).get("image_processor") or read_object(directory / PREPROCESSOR)
     where = f"`tokenizer` {directory}: the image processor"
     if not settings:
-        raise UserError(f"`tokenizer` {directory} has no {_PREPROCESSOR}: give the whole directory of the model.")
+        raise UserError(f"`tokenizer` {directory} has no {PREPROCESSOR}: give the whole directory of the model.")
     kind = str(settings.get("image_processor_type", _PROCESSOR_OF[family]))
     if kind.removesuffix("Fast").removesuffix("Pil") != _PROCESSOR_OF[family]:
         raise UserError(f"{where} is a {kind}, which is not understood: {family} has a {_PROCESSOR_OF[family]}.")
@@ -240,7 +243,7 @@ def _tile_rules(
         max_tiles=most,
         **_colours(settings),
     )
-    written = _read(directory / _PROCESSOR).get("image_seq_length", config.get("image_seq_length"))
+    written = read_object(directory / PROCESSOR).get("image_seq_length", config.get("image_seq_length"))
     if written not in (None, (tile // rules.factor) ** 2):
         raise UserError(
             f"`tokenizer` {directory} has image_seq_length = {written}, but a tile of {tile} pixels is "

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fft.errors import UserError, one_line
 from fft.files import sync
+from fft.images.processor_files import set_limits
+from fft.images.rules import ImageRules
 from fft.parallel.tensor_plan import Shard
 from fft.text.convert_tokenizer import convert_tokenizer, is_original
 from fft.weights.files import INDEX, SINGLE, opened, weight_files
@@ -31,8 +33,10 @@ _GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
     *("tokenizer*", "tokenization_*", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
     *("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template*", "*.jinja"),
-    *("additional_chat_templates/*", "*processor_config.json"),
+    "additional_chat_templates/*",
 )
+#: Files that say what becomes of images and films.
+_PROCESSOR_FILES = ("*processor_config.json",)
 
 
 class WeightReader:
@@ -219,12 +223,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_metadata(
-    staging: Path, config: "PretrainedConfig", tokenizer: str | None, shards: int, model: Path | None = None
+    staging: Path,
+    config: "PretrainedConfig",
+    tokenizer: str | None,
+    shards: int,
+    model: Path | None = None,
+    rules: ImageRules | None = None,
 ) -> list[str]:
     """Add index, config and tokenizer to the written shards; returns the names of these files.
 
     The generation config is that of the ``model`` directory trained from, and so is what it has of a tokenizer where
-    no other is named.
+    no other is named. Of models of images, the processor's files have the limits of ``rules``, by which it was trained.
+    Raises :class:`UserError` for files that cannot be read.
     """
     before = _files(staging)
     config.save_pretrained(staging)
@@ -237,7 +247,11 @@ def write_metadata(
     if source is not None and is_original(source):
         _converted(source).write(staging)
     elif source is not None:
-        _copy(source, staging, (*_TOKENIZER_FILES, *_code(source / "tokenizer_config.json")))
+        _copy(source, staging, (*_TOKENIZER_FILES, *_PROCESSOR_FILES, *_code(source / "tokenizer_config.json")))
+    if model is not None and not any(staging.glob(_PROCESSOR_FILES[0])):
+        _copy(model, staging, _PROCESSOR_FILES)
+    if rules is not None:
+        set_limits(staging, rules)
     if shards > 1:
         weight_map, size = {}, 0
         for shard in range(shards):
