@@ -14,7 +14,6 @@ from fft.checkpoint.gather_weights import whole_tensors
 from fft.checkpoint.saver import Contents
 from fft.data.owner import atomic_folder
 from fft.files import staging_folder
-from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
 from fft.models.vision import vision_parts
@@ -24,13 +23,10 @@ from fft.weights import hf
 
 
 class ModelExport:
-    """The weights of a run as this rank writes them: the model, or with ``--lora_dim`` the adapters alone.
+    """The weights of a run as this rank writes them: the model, or with ``--lora_dim`` the adapters alone."""
 
-    ``rules`` are those by which it trains on images.
-    """
-
-    def __init__(self, plan: Plan, builder: StageBuilder, engine: StageEngine, rules: ImageRules | None = None) -> None:
-        self._plan, self._builder, self._engine, self._rules = plan, builder, engine, rules
+    def __init__(self, plan: Plan, builder: StageBuilder, engine: StageEngine) -> None:
+        self._plan, self._builder, self._engine = plan, builder, engine
         self._config = copy.deepcopy(plan.config)
         self._config.dtype = builder.spec.dtype
         self._config.architectures = [type(builder.spec.skeleton).__name__]
@@ -85,7 +81,7 @@ class ModelExport:
             newest=args.max_num_checkpoints,
             best=args.best_of,
             adapter=self._adapter,
-            rules=self._rules,
+            rules=self._plan.images,
         )
 
     def save_model(self, output: str) -> None:
@@ -104,5 +100,6 @@ class ModelExport:
             if first and self._adapter is not None:
                 write_adapter(staging, shards, self._adapter)
             elif first:
-                hf.write_metadata(staging, self._config, self._plan.tokenizer, shards, self._base, self._rules)
+                plan = self._plan
+                hf.write_metadata(staging, self._config, plan.tokenizer, shards, self._base, plan.images)
         dist.barrier()
