@@ -5,6 +5,8 @@ python -m fft.checkpoint.convert runs/run OUT --dtype fp32           # from the 
 python -m fft.checkpoint.convert Qwen3-8B OUT --lora adapter         # merge an adapter in PEFT's format
 python -m fft.checkpoint.convert runs/lora OUT                       # a run's adapter (masters), merged into its model
 python -m fft.checkpoint.convert runs/old/global_step500 OUT --model Qwen3-8B   # DeepSpeed's layer files
+python -m fft.checkpoint.convert InternVL2-8B OUT                    # an original, as the internvl of transformers
+python -m fft.checkpoint.convert runs/run OUT --like InternVL2-8B    # and back
 """
 
 import argparse
@@ -27,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("output", metavar="OUT", help="model directory to write")
     parser.add_argument("--tag", help="which checkpoint of a run folder, or best (default: the newest)")
     parser.add_argument("--model", metavar="DIR", help="where config and tokenizer are (default: with the weights)")
+    parser.add_argument("--like", metavar="DIR", help="write as this original is, with its config, code and tokenizer")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="type to write (default: as stored)")
     parser.add_argument("--lora", metavar="DIR", help="adapter to merge, as PEFT saves them")
     parser.add_argument("--max_shard_size", type=float, default=5.0, metavar="GB", help="of a file (default: 5)")
@@ -47,16 +50,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output} would replace or change the checkpoint {lost}: choose another folder.")
     if not 0 < args.max_shard_size < math.inf:
         raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
-    for path in filter(None, (args.source, args.model, args.lora)):
+    for path in filter(None, (args.source, args.model, args.lora, args.like)):
         if Path(path).resolve().is_relative_to(output.resolve()):
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
     # Not before: --help need not wait for torch.
     from fft.checkpoint.conversion import convert, merged, open_source
+    from fft.checkpoint.original_form import write_like
 
     source, model = open_source(Path(args.source), args.tag, args.model and Path(args.model), args.dtype)
     if args.lora:
         source = merged(source, Path(args.lora), args.dtype, model)
-    tensors = convert(source, model, args.output, args.dtype, int(args.max_shard_size * 1e9))
+    limit = int(args.max_shard_size * 1e9)
+    if args.like:
+        tensors = write_like(source, Path(args.like), args.output, args.dtype, limit)
+    else:
+        tensors = convert(source, model, args.output, args.dtype, limit)
     say(f"{tensors} tensors written to {output}")
 
 

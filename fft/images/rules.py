@@ -19,6 +19,8 @@ FAMILIES = (*GRIDS, *TILES)
 #: Files of a model directory that say what becomes of images.
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _CONFIG = "config.json"
+#: The type of InternVL's published directories, which say elsewhere what becomes of images.
+_ORIGINAL = "internvl_chat"
 _PROCESSOR_OF = {**dict.fromkeys(GRIDS, "Qwen2VLImageProcessor"), **dict.fromkeys(TILES, "GotOcr2ImageProcessor")}
 _TOKENS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 #: Settings of image processors, and the one value of each that is computed here.
@@ -135,6 +137,11 @@ def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) ->
         raise UserError("images need Pillow: pip install 'flash-fine-tuning[vision]'.")
     config = read_object(directory / _CONFIG)
     family = config.get("model_type")
+    if family == _ORIGINAL:
+        raise UserError(
+            f"`tokenizer` {directory} is InternVL in the form of its own code: give what python -m "
+            f"fft.checkpoint.convert {directory} OUT makes of it."
+        )
     if family not in _PROCESSOR_OF:
         raise UserError(
             f"`tokenizer` {directory}: images are read for models of type {', '.join(_PROCESSOR_OF)}; its {_CONFIG} "

@@ -25,6 +25,7 @@ from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES
 from fft.weights import hf
 from fft.weights.files import weight_files
+from fft.weights.internvl import with_image_token
 from fft.weights.names import StoredNames
 from fft.weights.originals import as_architecture
 from fft.weights.quantized import BlockScales
@@ -86,7 +87,7 @@ def _read_config(file: Path) -> PretrainedConfig:
     """Raises :class:`UserError` for a config that transformers cannot read, or of weights that we cannot."""
     try:
         raw = dict(json.loads(file.read_text(encoding="utf-8")))
-        raw = as_architecture(raw)
+        raw = as_architecture(with_image_token(raw, file.parent))
         kind = raw.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise ValueError(f"model_type is {kind!r}, which transformers does not know")

@@ -18,6 +18,7 @@ from fft.images.processor_files import set_limits
 from fft.images.rules import ImageRules
 from fft.parallel.tensor_plan import Shard
 from fft.text.convert_tokenizer import convert_tokenizer, is_original
+from fft.weights import internvl
 from fft.weights.files import INDEX, SINGLE, opened, weight_files
 from fft.weights.names import StoredRows, slices
 from fft.weights.originals import generation_of, original_of, translate
@@ -250,18 +251,26 @@ def write_metadata(
         _copy(source, staging, (*_TOKENIZER_FILES, *_PROCESSOR_FILES, *_code(source / "tokenizer_config.json")))
     if model is not None and not any(staging.glob(_PROCESSOR_FILES[0])):
         _copy(model, staging, _PROCESSOR_FILES)
+    if model is not None and (model / CONFIG).is_file():
+        internvl.complete_native(staging, read_json(model / CONFIG))
     if rules is not None:
         set_limits(staging, rules)
-    if shards > 1:
-        weight_map, size = {}, 0
-        for shard in range(shards):
-            file = shard_name(shard, shards)
-            with safe_open(staging / file, framework="pt") as tensors:
-                weight_map.update(dict.fromkeys(tensors.keys(), file))
-            size += _tensor_bytes(staging / file)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (staging / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_index(staging, shards)
     return sorted(_files(staging) - before)
+
+
+def write_index(staging: Path, shards: int) -> None:
+    """Write which tensors are in which of the written ``shards``; one alone needs no index."""
+    if shards == 1:
+        return
+    weight_map, size = {}, 0
+    for shard in range(shards):
+        file = shard_name(shard, shards)
+        with safe_open(staging / file, framework="pt") as tensors:
+            weight_map.update(dict.fromkeys(tensors.keys(), file))
+        size += _tensor_bytes(staging / file)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (staging / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 #: A tokenizer that code of its own reads goes along converted: at every checkpoint, but that is done once.

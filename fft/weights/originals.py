@@ -1,21 +1,19 @@
 """Checkpoints in the form of code that transformers does not have, as the models that they are.
 
 Qwen (1) is a Qwen2, InternLM2 and Baichuan-7B are Llamas: under other names, and with some projections in one tensor.
+InternVL's are those of :mod:`fft.weights.internvl`.
 Here is how their configs and tensors read as those of the architecture; what is then written is of that architecture.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 from fft.errors import UserError
+from fft.weights import internvl
 from fft.weights.names import StoredRows
+from fft.weights.original_forms import Original, Spans, thirds, without_code
 
-#: Settings of code that comes with a model, and of how it was once run.
-_OWN_CODE = (
-    *("auto_map", "architectures", "tokenizer_class", "attn_implementation"),
-    *("_name_or_path", "_from_model_config"),
-)
 _QWEN_SETTINGS = {
     "layer_norm_epsilon": "rms_norm_eps",
     "rotary_emb_base": "rope_theta",
@@ -26,23 +24,6 @@ _QWEN_UNUSED = (
     *("use_dynamic_ntk", "use_logn_attn", "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "onnx_safe"),
 )
 _QWEN_FIXED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
-
-
-@dataclass(frozen=True)
-class Original:
-    """A family: what its config and tensors are in an architecture of transformers.
-
-    ``config`` maps a ``config.json`` of one of the ``classes``. ``names`` are patterns of tensors and what they are
-    called there; ``ignored`` are tensors that are computed. ``parts`` gives, by the config, the rows of each projection
-    in the tensor that ``joined`` names.
-    """
-
-    classes: tuple[str, ...]
-    config: Callable[[dict], dict]
-    names: tuple[tuple[str, str], ...]
-    joined: str
-    parts: Callable[[dict], dict[str, tuple[tuple[int, int], ...]]]
-    ignored: str = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
 
 
 def original_of(raw: dict) -> Original | None:
@@ -65,7 +46,7 @@ def as_architecture(raw: dict) -> dict:
     if other or raw.get("visual"):
         what = other[0] if other else "a model of images"
         raise UserError(f"a {raw['model_type']} is trained as {family.classes[0]} alone, and this is {what}.")
-    return family.config(raw)
+    return family.config(raw | {key: as_architecture(raw[key]) for _, _, key in family.members})
 
 
 def is_second(raw: dict) -> bool:
@@ -93,7 +74,7 @@ def generation_of(raw: dict, generation: dict) -> dict:
     return generation
 
 
-def translate(raw: dict, names: Iterable[str]) -> dict[str, str | StoredRows]:
+def translate(raw: dict, names: Sequence[str]) -> dict[str, str | StoredRows]:
     """Tensors of a checkpoint by the names that the architecture has for them: stored names, or rows of those.
 
     What is not known keeps its name. ``raw`` is the checkpoint's ``config.json``, of any family. Raises
@@ -103,6 +84,12 @@ def translate(raw: dict, names: Iterable[str]) -> dict[str, str | StoredRows]:
     if family is None:
         return {name: name for name in names}
     found: dict[str, str | StoredRows] = {}
+    for stored, there, key in family.members:
+        inside = [name.removeprefix(stored) for name in names if name.startswith(stored)]
+        for name, place in translate(raw.get(key) or {}, inside).items():
+            whole = f"{stored}{place}" if isinstance(place, str) else replace(place, name=f"{stored}{place.name}")
+            found[f"{there}{name}"] = whole
+        names = [name for name in names if not name.startswith(stored)]
     try:
         parts = family.parts(raw)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -134,13 +121,7 @@ def _renamed(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _thirds(raw: dict) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Queries, keys and values, one after the other."""
-    size = raw["hidden_size"]
-    return {f"self_attn.{part}_proj": ((i * size, (i + 1) * size),) for i, part in enumerate("qkv")}
-
-
-def _groups(raw: dict) -> dict[str, tuple[tuple[int, int], ...]]:
+def _groups(raw: dict) -> dict[str, Spans]:
     """For each key/value head: the query heads that share it, its key, its value."""
     heads = raw["num_attention_heads"]
     groups = raw.get("num_key_value_heads") or heads
@@ -152,10 +133,6 @@ def _groups(raw: dict) -> dict[str, tuple[tuple[int, int], ...]]:
         f"self_attn.{part}_proj": tuple((group * step + a, group * step + b) for group in range(groups))
         for part, (a, b) in ends.items()
     }
-
-
-def _without_code(raw: dict, architecture: str) -> dict:
-    return {**{key: value for key, value in raw.items() if key not in _OWN_CODE}, "model_type": architecture}
 
 
 def _qwen_config(raw: dict) -> dict:
@@ -172,7 +149,7 @@ def _qwen_config(raw: dict) -> dict:
     if "seq_length" not in raw:
         kept["max_position_embeddings"] = raw.get("max_position_embeddings", 8192)
     dropout = {key: kept.pop(key) for key in ("emb_dropout_prob", "attn_dropout_prob") if key in kept}
-    return _without_code(
+    return without_code(
         {
             **kept,
             **{key: value for key, value in dropout.items() if value},
@@ -187,11 +164,11 @@ def _qwen_config(raw: dict) -> dict:
 
 def _internlm2_config(raw: dict) -> dict:
     kept = {key: value for key, value in raw.items() if key != "bias"}
-    return _without_code({**kept, "attention_bias": bool(raw.get("bias", True))}, "llama")
+    return without_code({**kept, "attention_bias": bool(raw.get("bias", True))}, "llama")
 
 
 def _baichuan_config(raw: dict) -> dict:
-    return _without_code({**raw, "max_position_embeddings": raw.get("max_position_embeddings") or 4096}, "llama")
+    return without_code({**raw, "max_position_embeddings": raw.get("max_position_embeddings") or 4096}, "llama")
 
 
 _ORIGINALS = {
@@ -210,7 +187,7 @@ _ORIGINALS = {
             (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
         ),
         "attn.c_attn",
-        _thirds,
+        thirds,
     ),
     "internlm2": Original(
         ("InternLM2ForCausalLM",),
@@ -228,7 +205,9 @@ _ORIGINALS = {
         "attention.wqkv",
         _groups,
     ),
+    internvl.KIND: internvl.CHAT,
+    internvl.TOWER_KIND: internvl.TOWER,
     "baichuan": Original(
-        ("BaiChuanForCausalLM", "BaichuanForCausalLM"), _baichuan_config, (), "self_attn.W_pack", _thirds
+        ("BaiChuanForCausalLM", "BaichuanForCausalLM"), _baichuan_config, (), "self_attn.W_pack", thirds
     ),
 }
