@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import zip_longest
 from typing import Any
 
+from fft.text.image_parts import MARK
 from fft.text.messages import message_of
 from fft.text.records import Malformed, decode_record, load_json
 
@@ -158,9 +160,25 @@ def _conversation(turns: list) -> dict[str, Any]:
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             raise Refused(400, f'"messages": the content of turn {number} must be a string or a list of parts.')
+        if isinstance(content, list) and content and all(isinstance(part, str) for part in content):
+            message["content"] = _parts(*content, turn=number)
     if messages[-1]["role"] == "assistant":  # it is gone on with
         return {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
     return {"messages": messages}
+
+
+def _parts(text: str, *images: str, turn: int) -> list[dict[str, Any]]:
+    """A text and the images that its marks stand for, as ``jllm`` has them, in OpenAI's form."""
+    texts = text.split(MARK)
+    if len(texts) != len(images) + 1:
+        raise Refused(400, f'"messages": turn {turn} has {len(texts) - 1} {MARK} and {len(images)} images.')
+    parts: list[dict[str, Any]] = []
+    for between, image in zip_longest(texts, images):
+        parts += [{"type": "text", "text": between}] if between else []
+        if image is not None and not image.startswith(("data:", "http://", "https://")):
+            raise Refused(400, f'"messages": an image of turn {turn} is no URL: give its bytes as a data: URL.')
+        parts += [{"type": "image_url", "image_url": {"url": image}}] if image is not None else []
+    return parts
 
 
 def told_answer(reply: Mapping[str, Any], many: bool = False) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import pytest
 from vision_generation import answers_of_transformers, make_vision_model, pictures, prompts_of
 from vision_models import FAMILIES
 
+from fft.images.processor_files import set_limits
+from fft.images.rules import ImageLimits
 from fft.serve.asked import Reading
 from fft.serve.engines import EngineOptions
 from fft.serve.engines.checked import check_model
@@ -23,12 +25,14 @@ def environment(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_transformers_own_processors(family, tmp_path):
+    """Of one family, with a limit that its directory does not have."""
     model, made = make_vision_model(tmp_path / "model", family), pictures(6)
+    limits = ImageLimits(max_pixels=9 * 14**2) if family == "qwen2_vl" else ImageLimits()
     for number, data in enumerate(made):
         (tmp_path / f"{number}.png").write_bytes(data)
     forms, meant = prompts_of(made)
     options = EngineOptions("vllm", engine_args=QUICK)
-    checked = check_model(str(model), options, images=ImageSettings(str(tmp_path)))
+    checked = check_model(str(model), options, images=ImageSettings(str(tmp_path), limits))
     renderer = Renderer.of(checked.tokenizer, checked.limit, images=checked.images)
     reading, sampling = Reading("prompt", Sampling(), images=True), Sampling(max_new_tokens=12)
     prompts = renderer.render_many([reading.ask(form).prompt for form in forms])
@@ -38,4 +42,5 @@ def test_answers_are_those_of_transformers_own_processors(family, tmp_path):
         found = [one.text for _, (one,) in answers(engine, asked)]
     finally:
         engine.close()
+    set_limits(model, checked.images.rules)
     assert found == answers_of_transformers(model, meant)

@@ -151,6 +151,8 @@ REFUSED = {
     b'{"messages": [{"role": ["user"], "content": "b"}]}': '"messages": turn 1 has the unknown role',
     b'{"messages": [{"user": 5}]}': '"messages": the content of turn 1 must be a string or a list of parts',
     b'{"messages": [{"role": "user"}]}': '"messages": the content of turn 1 must be',
+    b'{"messages": [{"user": ["<image>"]}]}': '"messages": turn 1 has 1 <image> and 0 images',
+    b'{"messages": [{"user": ["<image>", "a.png"]}]}': "an image of turn 1 is no URL: give its bytes as a data: URL",
     b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}': "turn 1 has the unknown key 'weight'",
     b'{"prompt": "a", "tools": [{}]}': '"tools" go with "messages"',
     b'{"prompt": ["a"]}': '"prompt" must be a string',
@@ -187,6 +189,15 @@ def test_what_is_not_understood_is_refused_in_one_sentence(body):
     assert REFUSED[body] in error["message"]
     assert "\n" not in error["message"]
     assert not stub.asked
+
+
+def test_a_text_and_its_images_become_parts():
+    stub = StubChat()
+    body = {"messages": [{"user": ["<image>a <image>", "data:x", "https://y"]}, {"assistant": "b"}, {"user": ["c"]}]}
+    assert ask(Generate(stub), body).status == 200
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in ("data:x", "https://y")]
+    contents = [[images[0], {"type": "text", "text": "a "}, images[1]], "b", [{"type": "text", "text": "c"}]]
+    assert [message["content"] for message in stub.asked[0]["messages"]] == contents
 
 
 def test_other_methods_and_types_are_refused():
