@@ -35,6 +35,7 @@ _QWEN2 = {
     **{"max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu"},
     **{"bos_token_id": None, "eos_token_id": 1, "sliding_window": None, "use_sliding_window": False},
 }
+_QWEN3 = _QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
 _CHAT = {
     **{"architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "downsample_ratio": 0.5},
     **{"auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}, "dynamic_image_size": True},
@@ -42,11 +43,11 @@ _CHAT = {
     **{"ps_version": "v2", "select_layer": -1, "template": "internvl2_5", "use_thumbnail": True},
     **{"torch_dtype": "bfloat16", "use_backbone_lora": 0, "use_llm_lora": 0},
 }
-KINDS = ("qwen2", "internlm2", "6b")
+KINDS = ("qwen2", "internlm2", "6b", "qwen3")
 
 
 def chat_config(kind: str) -> dict:
-    text = FAMILIES["internlm2"].config if kind == "internlm2" else _QWEN2
+    text = FAMILIES["internlm2"].config if kind == "internlm2" else _QWEN3 if kind == "qwen3" else _QWEN2
     big = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False} if kind == "6b" else {}
     members = {"llm_config": _OLD | text | {"vocab_size": V}, "vision_config": _OLD | _TOWER | big}
     return _CHAT | members
@@ -80,11 +81,13 @@ def _texts(kind: str) -> dict[str, Tensor]:
         family = FAMILIES["internlm2"]
         shapes = {name: (V, *shape[1:]) if shape[0] == 160 else shape for name, shape in family.shapes.items()}
         return draw(type(family)(family.config, shapes, family.forward))
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = Qwen2Config(**{k: v for k, v in _QWEN2.items() if k != "architectures"}, vocab_size=V)
-    return {name: value.double() for name, value in Qwen2ForCausalLM(config).state_dict().items()}
+    given = _QWEN3 if kind == "qwen3" else _QWEN2
+    config = AutoConfig.for_model(**{k: v for k, v in given.items() if k != "architectures"}, vocab_size=V)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return {name: value.double() for name, value in model.state_dict().items()}
 
 
 def write_chat_model(folder: Path, kind: str) -> dict[str, Tensor]:

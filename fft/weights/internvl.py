@@ -181,7 +181,8 @@ def complete_native(folder: Path, raw: dict) -> None:
     tokens = (vision["image_size"] // vision["patch_size"] * raw.get("downsample_ratio", 0.5)) ** 2
     _write(folder / "preprocessor_config.json", images)
     _write(folder / "processor_config.json", {"processor_class": "InternVLProcessor", "image_seq_length": int(tokens)})
-    (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+    begin = "{{ bos_token }}" if raw["llm_config"]["model_type"] == "internlm2" else ""  # as its own template begins
+    (folder / "chat_template.jinja").write_text(begin + _TEMPLATE, encoding="utf-8")
     if tokenizer.is_file():
         known = _token_ids(folder)
         names = {name: next((token for token in tokens if token in known), None) for name, tokens in _ROLES.items()}
