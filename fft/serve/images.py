@@ -55,5 +55,5 @@ def values_of(images: Sequence[ReadImage], rules: ImageRules, raw: bool = False)
 
 def stretches_of(ids: Sequence[int], images: Sequence[ReadImage], rules: ImageRules) -> list[tuple[int, int]]:
     """Where the tokens of each image begin in a prompt, and how many these are."""
-    counts = np.array([image.tokens for image in images])
+    counts = np.array([image.tokens for image in images], np.int64)
     return list(zip(image_begins(np.array(ids), counts, rules.image_token).tolist(), counts.tolist(), strict=True))

@@ -6,18 +6,22 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from generation import TEMPLATE, make_model
 from vision_generation import answers_of_transformers, make_vision_model, pictures, prompts_of
-from vision_models import FAMILIES
+from vision_models import FAMILIES, chat_of, theirs
 
 from fft.errors import UserError
 from fft.serve import batch_infer
 from fft.serve.engines import EngineOptions
 from fft.serve.engines.checked import check_model
 from fft.serve.engines.transformers_engine import TransformersEngine
+from fft.serve.images import stretches_of, values_of
+from fft.serve.prompts import Renderer
+from fft.text.chat import ImageSettings
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,32 @@ def test_answers_are_those_of_transformers_own_processors(model, images, tmp_pat
     assert [row["text"] for row in rows] == expected
     assert len(set(expected)) == len(expected)
     assert [{key: row[key] for key in form} for row, form in zip(rows, forms, strict=True)] == forms
+
+
+def test_ids_and_pixels_of_random_chats_are_those_of_transformers(model, tmp_path):
+    """Images of all kinds, in all forms; what follows the last turn is written for the model to answer."""
+    rng = np.random.default_rng(4)
+    checked = check_model(str(model), images=ImageSettings(str(tmp_path)))
+    renderer = Renderer.of(checked.tokenizer, checked.limit, images=checked.images)
+    begin = checked.tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    seen = 0
+    for number in range(40):
+        record, messages, images = chat_of(rng, tmp_path, number)
+        expected, values = theirs(model, messages[:-1], images)
+        found = renderer.render(record | {"messages": record["messages"][:-1]})
+        assert found == expected + begin
+        assert sum(count for _, count in stretches_of(found, found.images, checked.images.rules)) == found.count(
+            checked.images.rules.image_token
+        )
+        if images:
+            own = values_of(found.images, checked.images.rules)
+            assert own.keys() <= values.keys()
+            for name, value in own.items():
+                np.testing.assert_allclose(value, values[name], rtol=0, atol=1e-6)
+            raw = values_of(found.images, checked.images.rules, raw=True)["pixel_values"]
+            assert (raw.dtype, raw.shape) == (np.uint8, own["pixel_values"].shape)
+        seen += len(images)
+    assert seen > 30
 
 
 @pytest.fixture(scope="module")
