@@ -1,8 +1,10 @@
-"""A step against a plain PyTorch loop, ways to recompute, the loss against naive logits, the bubble by its formula.
+"""A step against a plain PyTorch loop, ways to recompute, the loss against naive logits, the bubble by its formula, and
+what a step asks of a device, counted.
 
 python -m benchmarks.step step        # trainer and loop in one process, step about step: some three minutes
 python -m benchmarks.step recompute   # the trainer with all activations kept, some of them, and none
 python -m benchmarks.step loss        # peak memory and time of the loss, each way in a process of its own
+python -m benchmarks.step bytes       # launches, bytes and host reads of a step's parts, and the time they should take
 python -m benchmarks.step bubble      # stages that sleep instead of computing: cores are not what is measured
 
 The plain loop is transformers' own model with its own attention, torch's cross-entropy, clipping and AdamW, on rows of
@@ -21,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.device.machine import unlaunched
 from fft.console import format_table, say
@@ -63,17 +65,18 @@ WAYS = {
 
 
 def main() -> int:
-    """Run one of the three."""
+    """Run one of them."""
     args = _parse()
     if args.role:
-        told = {"step-memory": step_memory, "loss": loss_peak, "bubble": bubble_of}[args.role](args)
+        roles = {"step-memory": step_memory, "loss": loss_peak, "bubble": bubble_of, "counts": counts_of}
+        told = roles[args.role](args)
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(told))
         return 0
     if args.what in WAYS:
         compare(args, *WAYS[args.what])
     else:
-        {"loss": compare_losses, "bubble": compare_bubbles}[args.what](args)
+        {"loss": compare_losses, "bubble": compare_bubbles, "bytes": count_bytes}[args.what](args)
     return 0
 
 
@@ -142,6 +145,23 @@ def loss_peak(args: argparse.Namespace) -> dict:
         loss = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
     loss.backward()
     return {"seconds": time.perf_counter() - begun, "peak": peak_memory() - before}
+
+
+def count_bytes(_: argparse.Namespace) -> None:
+    """Print what the parts of a micro-batch of Llama-3-8B launch and move, and the instructions of a small run."""
+    from benchmarks import step_costs
+
+    print(step_costs.table(step_costs.all_parts()))
+    port = str(random.SystemRandom().randint(20000, 50000))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+    print(step_costs.instructions_table(_in_own_process("--role", "counts", launcher=launcher)))
+
+
+def counts_of(_: argparse.Namespace) -> list[dict]:
+    """Launches, bytes and reads of every rank's instructions in a small run of as many stages as there are ranks."""
+    from benchmarks import step_costs
+
+    return step_costs.run_counts()
 
 
 def compare_bubbles(args: argparse.Namespace) -> None:
@@ -273,7 +293,7 @@ def _sizes(args: argparse.Namespace) -> list[str]:
     return [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
 
 
-def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> dict:
+def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> Any:
     command = [sys.executable, *launcher, "-m", "benchmarks.step", "-", *flags]
     done = subprocess.run(command, cwd=ROOT, env=unlaunched(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -283,14 +303,16 @@ def _in_own_process(*flags: str, launcher: tuple[str, ...] = ()) -> dict:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*WAYS, "loss", "bubble", "-"), metavar="step|recompute|loss|bubble")
+    parser.add_argument(
+        "what", choices=(*WAYS, "loss", "bubble", "bytes", "-"), metavar="step|recompute|loss|bubble|bytes"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--micro_batches", type=int, default=2, help="of a step")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--vocabulary", type=int, default=32_000, help="tokens of the vocabulary")
     parser.add_argument("--steps", type=int, default=8, help="steps counted, after two that are not")
-    parser.add_argument("--role", choices=("step-memory", "loss", "bubble"), help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=("step-memory", "loss", "bubble", "counts"), help=argparse.SUPPRESS)
     parser.add_argument("--stages", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     return parser.parse_args()
