@@ -15,15 +15,20 @@ from fft.errors import UserError
 from fft.models.directory import check_tensors
 from fft.models.experts import LoadBalance
 from fft.models.lora import is_adapter, reset_adapter, seed_of
+from fft.models.rotary import Turns
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.cross_entropy import Vocabulary
+from fft.ops.documents import Documents, UnderWay
 from fft.ops.experts import spread_all
-from fft.ops.sequence_parallel import SequenceParallel
+from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
 from fft.parallel.expert import ExpertParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor import TensorParallel, parallelise
 from fft.parallel.tensor_plan import Shard, heads_of
 from fft.weights.hf import WeightReader, is_finite
+
+#: Documents of a micro-batch, positions in them [1, tokens], and cosines and sines for each type of layer.
+Known = tuple[Documents | ShardedDocuments, Tensor, dict[str | None, Turns | None]]
 
 #: So marked, transformers leaves a parameter alone when it initialises a module.
 _LOADED = "_is_hf_initialized"
@@ -78,6 +83,8 @@ class StageBuilder:
         self.balance: LoadBalance | None = None
         if spec.routing is not None:
             self.balance = LoadBalance(spec.routing, None if sequence is None else sequence.group)
+        #: Of the micro-batches that its layers are computing.
+        self.under_way: UnderWay[Known] = UnderWay()
 
     @property
     def leads(self) -> bool:

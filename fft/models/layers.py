@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fft.errors import UserError
 from fft.models.baichuan import NormalizedHead
 from fft.models.carried import Carried, ModelLayer
-from fft.models.causal_lm import StageBuilder
+from fft.models.causal_lm import Known, StageBuilder
 from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns
 from fft.models.towers import trained_tower
@@ -52,31 +52,29 @@ class Positions:
         ranks = builder.ranks.tensor
         self.slopes = builder.spec.slopes() if ranks is None else builder.spec.slopes(ranks.rank, ranks.size)
         self._rotary: Rotary | None = None
-        self._seen: Tensor | None = None
-        self._known: tuple = ()
-        self._turns: dict[str | None, Turns | None] = {}
 
     def of(self, row: Carried, layer: int) -> tuple[Documents | ShardedDocuments, Tensor, Turns | None]:
         """Documents, in-document positions [1, tokens] and a layer's rotary (cos, sin) for the boundaries of a row."""
-        cu_seqlens, hidden = row.cu_seqlens, row.states
-        if self._rotary is None or self._seen is not cu_seqlens:
-            if self._rotary is None:
-                self._rotary = Rotary(self._builder.spec.skeleton, hidden.device)
-                # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
-                # what runs there in forward, and is kept, has to run in a recomputation, too.
-                spec = self._builder.spec
-                choose(hidden.device, hidden.dtype, self.attention, spec.attended_size, spec.caps_scores)
-            documents, ranks = Documents.from_padded(cu_seqlens), self._builder.ranks.sequence
-            if ranks is not None:
-                documents = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)
-            self._known = documents, documents.positions()[None]
-            self._seen, self._turns = cu_seqlens, {}
-        documents, positions = self._known
+        hidden = row.states
+        if self._rotary is None:
+            self._rotary = Rotary(self._builder.spec.skeleton, hidden.device)
+            # A kernel is compared with the reference when it is first chosen, which must not happen within a layer:
+            # what runs there in forward, and is kept, has to run in a recomputation, too.
+            spec = self._builder.spec
+            choose(hidden.device, hidden.dtype, self.attention, spec.attended_size, spec.caps_scores)
+        documents, positions, turns = self._builder.under_way.of(row.cu_seqlens, self._known)
         kind = self._rotary.kind(layer)
-        if kind not in self._turns:
+        if kind not in turns:
             own = positions if row.positions is None or not self._rotary.axes else row.positions[:, None]
-            self._turns[kind] = self._rotary.turns(hidden.detach(), own, kind)
-        return documents, positions, self._turns[kind]
+            turns[kind] = self._rotary.turns(hidden.detach(), own, kind)
+        return documents, positions, turns[kind]
+
+    def _known(self, documents: Documents) -> Known:
+        ranks = self._builder.ranks.sequence
+        if ranks is None:
+            return documents, documents.positions()[None], {}
+        sharded = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)
+        return sharded, sharded.positions()[None], {}
 
 
 class Embedding(ModelLayer):

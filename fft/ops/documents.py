@@ -1,11 +1,16 @@
 """Where the documents of a packed row of tokens begin and end, on the device and on the host, and which see which."""
 
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,13 @@ class Documents:
         return cls(torch.tensor(bounds, dtype=torch.int32, device=device), bounds)
 
     @classmethod
-    def from_padded(cls, cu_seqlens: Tensor) -> "Documents":
-        """Drop the repeated last entries that pad ``cu_seqlens`` to [tokens + 1] (one host synchronisation).
+    def from_padded(cls, cu_seqlens: Tensor, host: list[int] | None = None) -> "Documents":
+        """Drop the repeated last entries that pad ``cu_seqlens`` to [tokens + 1]; ``host``, if given, are its numbers.
 
-        What tokens there are from the last entry on are a blank document. Raises ValueError for another length.
+        Else the host waits for them. What tokens there are from the last entry on are a blank document. Raises
+        ValueError for another length.
         """
-        host = cu_seqlens.tolist()
+        host = cu_seqlens.tolist() if host is None else host
         bounds, tokens = tuple(host[: host.index(host[-1]) + 1]), len(host) - 1
         cu_seqlens = cu_seqlens[: len(bounds)]
         if bounds[-1] == tokens:
@@ -57,6 +63,37 @@ class Documents:
         lengths = self.cu_seqlens.diff().long()
         total = self.bounds[-1]
         return torch.arange(total, device=starts.device) - starts.repeat_interleave(lengths, output_size=total)
+
+
+class UnderWay(Generic[T]):
+    """What is known of the micro-batches between their forward and their backward, so that no host waits for it again.
+
+    A micro-batch is told by the memory of its boundaries: a recomputation is given another tensor, but that. It is kept
+    from other use by being held here. Of ``kept`` micro-batches something is known, the last ones.
+    """
+
+    def __init__(self, kept: int = 1) -> None:
+        self.kept = kept
+        self._known: OrderedDict[tuple[int, int], tuple[Tensor, T]] = OrderedDict()
+        self._expected: deque[list[int]] = deque()
+
+    def start(self) -> None:
+        """Expect no micro-batch any more."""
+        self._expected.clear()
+
+    def expect(self, cu_seqlens: list[int]) -> None:
+        """The boundaries of a micro-batch to come, after those already expected, are known on the host."""
+        self._expected.append(cu_seqlens)
+
+    def of(self, cu_seqlens: Tensor, make: Callable[[Documents], T]) -> T:
+        """What ``make`` makes of the documents in padded boundaries; made once for each micro-batch."""
+        name = cu_seqlens.data_ptr(), cu_seqlens._version
+        if name not in self._known:
+            host = self._expected.popleft() if self._expected else None
+            self._known[name] = cu_seqlens, make(Documents.from_padded(cu_seqlens, host))
+            while len(self._known) > self.kept:
+                self._known.popitem(last=False)
+        return self._known[name][1]
 
 
 @dataclass(frozen=True)

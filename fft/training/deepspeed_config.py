@@ -21,6 +21,7 @@ def deepspeed_config(args: TrainArguments, stage: int) -> dict:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp16" if args.dtype == "fp16" else "fp32",
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device, where it counts
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,
     }

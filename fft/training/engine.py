@@ -164,7 +164,8 @@ class StageEngine:
         self.role, self.device = role, engine.device
         #: The tower that the ranks of a replica have together.
         self.shared = shared
-        self._balance = builder.balance
+        self._balance, self._under_way = builder.balance, builder.under_way
+        self._under_way.kept = role.mesh.pipe  # as many may be between their forward and their backward
         self._trained = 0
         #: Of the stage's layers, under their Hugging Face names.
         self.parameters = canonical_parameters(engine.module)
@@ -188,10 +189,13 @@ class StageEngine:
             self.loss.scale = axis * engine.micro_batches / max(1, self._trained)
         if self._balance is not None:
             self._balance.start(engine.micro_batches, self.loss_scale)
-        return float(engine.train_batch(self._inputs(batches)))
+        loss = float(engine.train_batch(self._inputs(batches)))
+        engine.timers("train_batch").reset()  # which would keep two events of every step
+        return loss
 
     def _inputs(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Micro-batches as DeepSpeed takes them, with the features of their images where a tower is shared."""
+        self._under_way.start()
         if self.shared is None:
             return map(self._to_device, batches)
         batches = list(batches)
@@ -206,6 +210,7 @@ class StageEngine:
 
         With ``features`` of its images the first stage gets these, not the images.
         """
+        self._under_way.expect(batch.cu_seqlens.tolist())
         inputs, trained = (batch.input_ids, batch.cu_seqlens), np.flatnonzero(batch.labels != IGNORE)
         if (images := batch.images) is not None:
             inputs = *inputs, images.positions, images.index

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.ops.attention import packed_attention, register_with_transformers
 from fft.ops.backends import cpu, cuda, reference
 from fft.ops.cross_entropy import IGNORE, Vocabulary, linear_cross_entropy
-from fft.ops.documents import Documents, Segments
+from fft.ops.documents import Documents, Segments, UnderWay
 
 
 def documents_of(lengths) -> Documents:
@@ -99,6 +99,33 @@ def test_padded_boundaries():
     assert documents.bounds == (0, 3, 4, 9)
     assert documents.max_length == 5
     assert documents.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+
+
+def test_documents_of_a_micro_batch_under_way_are_looked_at_once(monkeypatch):
+    """A recomputation is given another tensor of the same memory; what the host was told is not read anywhere."""
+    first, second, third = (torch.tensor([0, n, *[9] * 8], dtype=torch.int32) for n in (3, 4, 5))
+    under_way, made = UnderWay(kept=2), []
+
+    def make(documents: Documents) -> list[int]:
+        made.append(documents.bounds)
+        return [documents.bounds[1]]
+
+    under_way.expect([0, 7, *[9] * 8])
+    under_way.start()
+    under_way.expect(first.tolist())
+    under_way.expect(second.tolist())
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "tolist", None)
+        ours = under_way.of(first, make)
+        assert ours == [3]
+        assert under_way.of(first.detach(), make) is ours
+        assert under_way.of(second, make) == [4]
+        assert under_way.of(first.detach(), make) is ours
+    assert under_way.of(third, make) == [5]  # of this nobody was told: a stage in the middle
+    assert made == [(0, 3, 9), (0, 4, 9), (0, 5, 9)]
+    assert under_way.of(first, make) is not ours  # two are known, the last ones
+    third[1] = 6
+    assert under_way.of(third, make) == [6]
 
 
 @pytest.mark.parametrize("causal", [True, False])

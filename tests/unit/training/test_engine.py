@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.fp16 import loss_scaler
 
 from fft.models.experts import LoadBalance, Routing
+from fft.ops.documents import UnderWay
 from fft.training import engine
 
 
@@ -33,9 +34,11 @@ def test_the_experts_balance_loss_is_scaled_as_the_loss_is(fp16, scale):
         optimizer=SimpleNamespace(loss_scale=1024),
         fp16_enabled=lambda: fp16,
         train_batch=lambda batches: weights.append(balance.weight) or 0.0,
+        timers=lambda name: SimpleNamespace(reset=lambda: None),
     )
     stage = engine.StageEngine.__new__(engine.StageEngine)
     stage.deepspeed, stage._balance, stage.role = deepspeed, balance, SimpleNamespace(last=False)
+    stage.shared, stage._under_way = None, UnderWay()
     stage.step([])
     assert weights == [0.5 * scale / (8 * 3)]
 
