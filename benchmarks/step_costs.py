@@ -40,15 +40,21 @@ DEVICES = (Rates("H100", 680e12, 2.85e12), Rates("A100", 250e12, 1.7e12), Rates(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a step: what was counted, and the multiply-adds x 2 of its products."""
+    """A part of a step: what was counted, the multiply-adds x 2 of its products, and bytes of the sums they add to."""
 
     name: str
     counts: Counts
     flops: float = 0.0
+    summed: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """What is moved besides products' operands."""
+        return self.counts.bytes + self.summed
 
     def milliseconds(self, rates: Rates) -> float:
         """At a device's rates, one after the other."""
-        return 1e3 * (self.flops / rates.flops + self.counts.bytes / rates.bandwidth)
+        return 1e3 * (self.flops / rates.flops + self.bytes / rates.bandwidth)
 
 
 @torch.library.custom_op("bench::rms_norm", mutates_args=())
@@ -192,7 +198,8 @@ def loss(fused: bool, cap: float | None = None, tokens: int = TOKENS, shards: in
     pieces = -(-tokens // cross_entropy.piece_rows(rows, each))
     name = f"loss, {'kernel' if fused else 'operators'}{', capped' if cap else ''}, {pieces} pieces"
     name += f", one of {shards} shards" if shards > 1 else ""
-    return Part(name, counting.counts, 6.0 * tokens * rows * HIDDEN), pieces
+    # The sum is read and written for each piece, in fp32.
+    return Part(name, counting.counts, 6.0 * tokens * rows * HIDDEN, 8 * pieces * rows * HIDDEN), pieces
 
 
 def logit_bytes(part: Part, rows: int) -> float:
@@ -311,7 +318,7 @@ def table(parts: Sequence[Part]) -> str:
             part.name,
             len(part.counts.launches),
             part.counts.products,
-            part.counts.bytes / 1e9,
+            part.bytes / 1e9,
             part.counts.reads.total(),
             *(part.milliseconds(device) for device in DEVICES),
         ]

@@ -200,13 +200,13 @@ class Head(ModelLayer):
     def forward(self, activations: Activations) -> tuple[Tensor, ...]:
         """See the class."""
         if isinstance(self.module, NormalizedHead):
-            return activations[0][0], self.module.rows()
+            return activations[0].squeeze(0), self.module.rows()
         bias = self.module.bias
-        return activations[0][0], _view(self.module.weight), *([] if bias is None else [_view(bias)])
+        return activations[0].squeeze(0), _view(self.module.weight), *([] if bias is None else [_view(bias)])
 
 
 def _tied_head(embedding: Embedding, activations: Activations) -> tuple[Tensor, Tensor]:
-    return activations[0][0], _view(embedding.weight)
+    return activations[0].squeeze(0), _view(embedding.weight)
 
 
 def _view(weight: Tensor) -> Tensor:

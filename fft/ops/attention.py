@@ -103,7 +103,7 @@ def hf_attention(
     widest = max(size, query.shape[-1])
     # Zeros beyond their ends change neither scores nor what is summed; kernels want heads of one size.
     padded = (x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in (query, key, value))
-    q, k, v = (x[0].transpose(0, 1) for x in padded)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in padded)  # an index would fill zeros in backward
     if alibi is not None:
         if position_ids is None:
             raise ValueError("ALiBi needs the positions of tokens in their documents")

@@ -21,6 +21,7 @@ from fft.errors import UserError
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import trained
 from fft.models.spec import ModelSpec
+from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
 from fft.training import run_folder
@@ -30,6 +31,7 @@ from fft.training.engine import (
     build_engine,
     check_device,
     check_kernels,
+    device_type,
     host_group,
     init_distributed,
     model_spec,
@@ -93,6 +95,8 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
         lines.append(f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens")
     _log("\n".join(lines))
     _log(f"kernels: {check_kernels(spec)}")
+    if advice := fused.missing(device_type(), args.fused_ops, plan.config.get_text_config().model_type):
+        _log(f"warning: {advice}")
     if args.lora_dim or args.freeze:
         _log(f"{trained(spec.skeleton.parameters()):,} parameters are trained, the others are frozen")
 

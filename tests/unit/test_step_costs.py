@@ -15,11 +15,11 @@ from benchmarks.step_costs import HIDDEN, VOCABULARY
 #: Most launches and most GB, those of matrix products and attention left out, of a micro-batch in a decoder layer.
 LAYER = {
     "layer, plain operators: forward": (38, 4.85),
-    "layer, plain operators: backward": (75, 10.9),
+    "layer, plain operators: backward": (71, 10.7),
     "layer, fused operators: forward": (14, 1.6),
-    "layer, fused operators: backward": (32, 3.2),
+    "layer, fused operators: backward": (26, 2.8),
     "layer, fused operators, recomputed selectively: forward": (14, 1.6),
-    "layer, fused operators, recomputed selectively: backward": (37, 4.6),
+    "layer, fused operators, recomputed selectively: backward": (31, 4.2),
 }
 #: Most launches a piece, most bytes a logit, of the loss: (by the kernel, cap, shards of the vocabulary).
 LOSS = {

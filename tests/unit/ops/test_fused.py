@@ -18,6 +18,7 @@ from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import pipeline_layers
 from fft.models.spec import ModelSpec
+from fft.ops import fused
 from fft.ops.fused import FAMILIES, check_operators, fuse, fused_ops, plain_ops
 from fft.training.engine import check_kernels, model_spec
 
@@ -140,6 +141,15 @@ def test_none_is_none(device):
 
 def test_a_cpu_has_none():
     assert fused_ops("cpu") is None
+
+
+def test_a_gpu_that_could_have_some_is_told_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(fused, "find_spec", lambda _: None)
+    assert "pip install 'flash-fine-tuning[liger]'" in fused.missing("cuda", "auto", "llama")
+    for nothing in (("cpu", "auto", "llama"), ("cuda", "none", "llama"), ("cuda", "auto", "phi")):
+        assert fused.missing(*nothing) is None
+    monkeypatch.setattr(fused, "find_spec", lambda _: "there")
+    assert fused.missing("cuda", "auto", "llama") is None
 
 
 @pytest.fixture
