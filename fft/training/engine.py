@@ -332,7 +332,7 @@ def build_engine(
     )
     if engine.using_bf16_optimizer:
         outer = weakref.proxy(engine.optimizer)  # it holds ours
-        optimizer.norm = lambda: outer._global_grad_norm
+        optimizer.norm = lambda: torch.as_tensor(outer._global_grad_norm)  # with experts it is a number
     if (sums := gradient_sums(engine)) is not None:
         loss.sum_into(sums, engine.micro_batches)
         sum_embeddings(module, sums)
