@@ -82,7 +82,7 @@ def measured(kind: str) -> TypeRow:
     return replace(
         row,
         halves=_yes(all(_can(decoder_half, layer, h) for layer in _layers(spec) for h in ("attention", "mlp"))),
-        tensor=_yes(_can(check_tensor_parallel, config, 2) and _can(spec.shards, 0, 2)),
+        tensor=_yes(_can(check_tensor_parallel, config, 2)),
         cut=", ".join(_cut(spec)),
         sequence=_yes(_can(check_recurrent, config, 2)),
         experts=_yes(bool(spec.experts) and _can(check_expert_parallel, config, 2)),
@@ -142,8 +142,6 @@ def _cut(spec: ModelSpec) -> Iterable[str]:
     """Which parameters of layers tensor-parallel ranks share out, or why they do not; embedding and head always are."""
     if not spec.config.base_model_tp_plan:
         return ["no plan"]
-    if not _can(spec.shards, 0, 2):
-        return ["biases of row-wise products"]
     shards = [name for name in spec.shards(0, 2) if ".layers." in name]
     attention = [name for name in shards if "attn" in name or ".attention." in name]
     experts = [name for name in shards if name in spec.experts]

@@ -88,7 +88,7 @@ def parallelise(
             regions[name] = module
             module.register_forward_hook(lambda _, __, output: ranks.leave(output))
         elif style == "rowwise":
-            module.register_forward_hook(lambda _, __, output: ranks.leave(output))
+            _sum_up(module, ranks)
         elif style == "replicated_with_grad_allreduce":
             # Whole on every rank, but used for its part of the heads.
             for parameter in filter(_is_trained, module.parameters()):
@@ -97,6 +97,25 @@ def parallelise(
         region.register_forward_pre_hook(lambda _, args, kwargs: _enter_all(ranks, args, kwargs), with_kwargs=True)
     for name, parameter in layer.named_parameters():
         mark(parameter, shards.get(name), ranks)
+
+
+def _sum_up(module: nn.Module, ranks: TensorParallel) -> None:
+    """Make the sum over ranks of what parts of a linear layer give; its bias, whole on every rank, is added once."""
+    kind = type(module)
+    if module._parameters.get("bias") is None:
+        module.register_forward_hook(lambda _, __, output: ranks.leave(output))
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        bias = module.get_parameter("bias")
+        module._parameters["bias"] = None
+        try:
+            part = kind.forward(module, hidden)
+        finally:
+            module._parameters["bias"] = bias
+        return ranks.leave(part) + bias
+
+    module.forward = forward
 
 
 def mark(parameter: nn.Parameter, shard: Shard | None, ranks: TensorParallel) -> None:

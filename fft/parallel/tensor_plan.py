@@ -159,8 +159,7 @@ def shard_of(
 ) -> Shard | None:
     """The part of a parameter that ``rank`` of ``size`` holds, None for all of it.
 
-    ``name`` is relative to the decoder, ``heads`` are the model's attention and key/value heads. Raises
-    :class:`UserError` for a parameter that cannot be shared out.
+    ``name`` is relative to the decoder, ``heads`` are the model's attention and key/value heads.
     """
     if size == 1:
         return None
@@ -183,11 +182,8 @@ def shard_of(
             return Shard(shape, 0, (span,), copies, rank % copies)
         return Shard(shape, outputs, (_share(shape[outputs], rank, size),))
     if style == "rowwise":
-        if kind == "bias":
-            raise UserError(
-                f"--model_parallel_size {size}: {name} is added to a sum over ranks, which this release does not "
-                "share out; set it to 1 and raise --pipe_parallel_size instead."
-            )
+        if kind == "bias":  # added once to the sum over ranks
+            return None
         return Shard(shape, len(shape) - 1, (_share(shape[-1], rank, size),))
     return None
 
