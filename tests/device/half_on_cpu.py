@@ -12,7 +12,7 @@ from fft.training import engine
 
 if __name__ == "__main__":
     CPU_Accelerator.is_fp16_supported = lambda self: True
-    settings, power = engine._deepspeed_config, int(sys.argv.pop())
+    settings, power = engine.deepspeed_config, int(sys.argv.pop())
     scaled = {"enabled": True, "initial_scale_power": power, "hysteresis": 1}
-    engine._deepspeed_config = lambda *given: settings(*given) | {"fp16": scaled}
+    engine.deepspeed_config = lambda *given: settings(*given) | {"fp16": scaled}
     cli()

@@ -40,6 +40,25 @@ def test_fp16_follows_fp32(train, reference, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_fp16_of_experts_over_ranks(model_dir, ragged_table, held_out, tmp_path):  # noqa: F811
+    """As with all experts on every rank; the last stage has none, and all ranks skip the step that overflows."""
+    runs = {}
+    for spread, power in ((1, FITS), (2, FITS), (2, TOO_LARGE)):
+        output = tmp_path / f"{spread}-{power}"
+        given = [*flags(model_dir("qwen3-moe"), ragged_table, output, held_out), "--dtype=fp16", "--max_steps=2"]
+        layout = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=4", "--partition_method=4,2"]
+        done = run_ranks(
+            4, *given, *layout, f"--expert_parallel_size={spread}", power, module="tests.device.half_on_cpu"
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[spread, power] = read_metrics(output / "run")[0]
+    for name, tolerance in (("loss", 1e-4), ("grad_norm", 1e-3)):
+        ours, theirs = ([step[name] for step in runs[spread, FITS]] for spread in (2, 1))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+    assert [step["skipped_steps"] for step in runs[2, TOO_LARGE]] == [1, 2]
+
+
+@pytest.mark.slow
 def test_skipped_steps_and_going_on_after_them(train, tmp_path):
     more = ["--max_steps", 10, "--save_steps", 2]
     steps, evaluated = train(tmp_path, TOO_LARGE, *more)

@@ -91,7 +91,6 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
         ("qwen2-moe", "data2-tensor2", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2-offload", "bf16", "thread"),
         ("qwen3-moe", "pipe2-expert2", "bf16", "thread"),
-        ("qwen2-moe", "data2-tensor2-expert2", "fp32", "thread"),
     ],
 )
 def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight, train, tmp_path):
