@@ -142,18 +142,19 @@ def layer(fused: bool, selective: bool = False, tokens: int = TOKENS) -> list[Pa
     from fft.models.recompute import selective as recompute
     from fft.models.spec import ModelSpec, copy_of
     from fft.ops.fused import FusedOps
-    from fft.planning.activations import _documents, _layer, _turns
-    from fft.planning.costs import layer_modules
+    from fft.planning.activations import _documents, _layer
+    from fft.planning.costs import planned_layers
+    from fft.planning.tower_activations import turns_of
 
     operators = FusedOps("stand-ins", lambda *given: _rms_norm(*given)[0], _rotary, _swiglu)
     spec = ModelSpec(AutoConfig.for_model("llama", **_MODEL), torch.bfloat16, fused=operators if fused else None)
-    path, module = layer_modules(spec)[1]
+    ((path, module),) = planned_layers(spec)[1].modules.items()
     module = copy_of(module)
     with torch.device("meta"):
         hidden = torch.empty(1, tokens, spec.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         positions = torch.empty(1, tokens, dtype=torch.int64)
         given = {"position_ids": positions, "documents": _documents(tokens, 1)}
-    given["position_embeddings"] = _turns(spec, path, tokens, torch.bfloat16)
+    given["position_embeddings"] = turns_of(spec, path, tokens, torch.bfloat16)
     run = partial(_layer, module, None, **given)
     with Counting() as counting:
         with counting.part("forward"):

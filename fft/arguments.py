@@ -13,6 +13,7 @@ from fft.flags import (
     BELOW_1,
     FROM_MINUS_1,
     NOT_NEGATIVE,
+    SHARE,
     SHARE_OF_STEPS,
     add_flags,
     check_bounds,
@@ -164,14 +165,11 @@ class TrainArguments:
         "so many neighbours of the sequence-parallel ranks exchange heads, rings of keys run across (1: rings only)", 1
     )
     encoder_pipe_parallel_size: int = flag(
-        "so many of the stages, the first, have a vision tower (0: all ranks of a replica share it; -1: cut with the "
-        "decoder)",
-        0,
-        bound=FROM_MINUS_1,
+        "first stages, for a vision tower (0: all ranks share it; -1: cut with the decoder)", 0, bound=FROM_MINUS_1
     )
     partition_method: str = flag(
         "stages by fast (equal time, as far as --device_memory goes, if it is given), mem (equal memory), parameters, "
-        "uniform, or layers per stage: 5,4,4",
+        "uniform, or layers per stage: 5,4,4; as in 11,2 those of the decoder's first and last alone, the rest by time",
         "fast",
     )
     split_dlayer: bool = flag("let attention and MLP of a decoder layer fall on different stages", False)
@@ -195,11 +193,9 @@ class TrainArguments:
         bound=NOT_NEGATIVE,
     )
     device_memory: float = flag(
-        "GB of a device: --dry_run ends with exit code 1 where a stage needs more, --partition_method fast avoids it "
-        "(0: any)",
-        0.0,
-        bound=NOT_NEGATIVE,
+        "GB of a device: a --dry_run that needs more ends with 1, fast cuts avoid it (0: any)", 0.0, bound=NOT_NEGATIVE
     )
+    image_tokens: float | None = flag("share of a row's tokens of images, for --dry_run (see docs)", None, bound=SHARE)
 
     eval_steps: int = flag(
         "evaluate every k steps, besides before the first and after the last (0: only those)",

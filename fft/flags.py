@@ -31,6 +31,7 @@ FROM_MINUS_1 = Bound("must be at least -1", lambda value: value >= -1)
 NOT_NEGATIVE = Bound("must not be negative", lambda value: value >= 0)
 BELOW_1 = Bound("must be at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE_OF_STEPS = Bound("must be a share of all steps, from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE = Bound("must be a share, more than 0 and at most 1", lambda value: 0 < value <= 1)
 _FINITE = Bound("must be a finite number", math.isfinite)
 #: What is counted, or shared out, is counted in 32 bits by somebody.
 _COUNTS = Bound("must be less than 2,147,483,648", lambda value: value < 1 << 31)
@@ -120,7 +121,7 @@ def check_bounds(arguments: Any) -> None:
     for spec in fields(arguments):
         value, bound = getattr(arguments, spec.name), spec.metadata["bound"]
         for wanted in (_OF_TYPE.get(type(value)), bound):
-            if wanted is not None and not wanted.holds(value):
+            if wanted is not None and value is not None and not wanted.holds(value):
                 shown = repr(value) if isinstance(value, str) else value
                 raise UserError(f"--{spec.name} {shown} {wanted.sentence}.")
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+#: Patches that a rank encodes at once.
+CHUNK = 16384
+
 
 def deal_images(grids: Sequence[np.ndarray], ranks: int, width: int) -> list[np.ndarray]:
     """Share images out so that each rank has about the same to do: the dearest first, to whom has least.

@@ -2,11 +2,12 @@
 
 The layer's own forward and backward run, cut for a tensor- and a sequence-parallel rank, on tensors that have shapes
 and no memory; every storage that is made is counted while it lives. What autograd keeps, and for how long, is
-therefore not estimated, for any architecture; only the attention kernel is replaced by one that returns shapes.
+therefore not estimated, for any architecture; only the attention kernel is one that returns shapes
+(:mod:`fft.ops.backends.meta`).
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,19 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fft.models.experts import balance_loss
+from fft.models.layers import DecoderLayer, Embedding, FinalNorm
 from fft.models.recompute import kept_of, selective
-from fft.models.rotary import Rotary, Turns, map_turns
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
-from fft.ops.backends import Backend
-from fft.ops.documents import Documents, Segments, Softmax, lse_dtype
+from fft.ops.backends import Backend, meta
+from fft.ops.documents import Documents, Softmax
 from fft.ops.experts import spread_all
 from fft.ops.sequence_parallel import PLAIN, SequenceParallel, ShardedDocuments
 from fft.parallel.expert import ExpertParallel
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.ring_plan import TokenShards, plan_shards
 from fft.parallel.tensor import TensorParallel, parallelise
-from fft.planning.costs import layer_modules
+from fft.planning.costs import TOWER, PlannedLayer, planned_layers, tower_layers
+from fft.planning.tower_activations import SeenRow, turns_of
 
 ONE_RANK = MeshSizes(1, 1)
 
@@ -48,39 +50,45 @@ class LayerActivations:
 
 
 def layer_activations(
-    spec: ModelSpec, tokens: int, split_dlayer: bool = False, mesh: MeshSizes = ONE_RANK
+    spec: ModelSpec,
+    tokens: int,
+    split_dlayer: bool = False,
+    mesh: MeshSizes = ONE_RANK,
+    images: SeenRow | None = None,
 ) -> list[LayerActivations]:
     """Activations of each pipeline layer but the head, for micro-batches of ``tokens`` over the ranks of ``mesh``.
 
-    The row is taken as one document, for which a ring exchanges most. Of experts that are spread over ranks each is
-    taken to be sent as many tokens as any other. Layers of one shape are run once.
+    The row is taken as one document, for which a ring exchanges most; ``images`` are those of a model that sees some.
+    Of experts that are spread over ranks each is taken to be sent as many tokens as any other. Layers of one shape are
+    run once.
     """
+    return _of_layers(spec, planned_layers(spec, split_dlayer)[:-1], tokens, mesh, images)
+
+
+def tower_activations(spec: ModelSpec, images: SeenRow) -> list[LayerActivations]:
+    """Of the layers of a tower, wherever it is, that encodes the images of a row."""
+    return _of_layers(spec, tower_layers(spec), 1, ONE_RANK, images)
+
+
+def _of_layers(
+    spec: ModelSpec, layers: Sequence[PlannedLayer], tokens: int, mesh: MeshSizes, images: SeenRow | None
+) -> list[LayerActivations]:
     known: dict[tuple, LayerActivations] = {}
     found = []
-    for path, module in layer_modules(spec, split_dlayer)[:-1]:
-        if isinstance(module, nn.ModuleList):
-            found.append(LayerActivations(0, 0, 0))
-            continue
-        parameters = ((name, p.requires_grad, *p.shape) for name, p in module.named_parameters())
-        shape = type(module), _kind(spec, path), *parameters
+    for number, layer in enumerate(layers):
+        parts = ((name, p.requires_grad, *p.shape) for m in layer.modules.values() for name, p in m.named_parameters())
+        taps = images is not None and images.taps_at(number)
+        shape = layer.kind, taps, _kind(spec, layer), *parts
         if shape not in known:
-            known[shape] = _run(spec, path, module, tokens, mesh)
+            known[shape] = _run(spec, layer, tokens, mesh, images, taps)
         found.append(known[shape])
     return found
 
 
-def _kind(spec: ModelSpec, path: str) -> str | None:
-    """The type of the decoder layer at ``path``, where a model has several."""
-    kinds, number = getattr(spec.text, "layer_types", None), path.rpartition(".")[2]
-    return kinds[int(number)] if kinds and number.isdecimal() else None
-
-
-def _turns(spec: ModelSpec, path: str, tokens: int, dtype: torch.dtype) -> Turns | None:
-    """Cosines and sines for the decoder layer at ``path``."""
-    number, rotary = path.rpartition(".")[2], Rotary(spec.skeleton)
-    kind = rotary.kind(int(number) if number.isdecimal() else 0)
-    turns = rotary.turns(torch.empty(0, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64), kind)
-    return map_turns(turns, lambda x: x.new_empty(1, tokens, x.shape[-1], device="meta"))
+def _kind(spec: ModelSpec, layer: PlannedLayer) -> str | None:
+    """The type of a decoder layer, where a model has several."""
+    kinds = getattr(spec.text, "layer_types", None)
+    return kinds[int(layer.path.rpartition(".")[2])] if kinds and layer.kind is DecoderLayer else None
 
 
 class Alive(TorchDispatchMode):
@@ -112,47 +120,72 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def _run(spec: ModelSpec, path: str, module: nn.Module, tokens: int, mesh: MeshSizes) -> LayerActivations:
-    module, dtype = copy_of(module), spec.dtype
+def _run(
+    spec: ModelSpec, layer: PlannedLayer, tokens: int, mesh: MeshSizes, images: SeenRow | None, taps: bool
+) -> LayerActivations:
+    if layer.kind in TOWER and images is not None:
+        copies = {path: copy_of(module) for path, module in layer.modules.items()}
+        parameters = [p for module in copies.values() for p in module.parameters()]
+        return passes_of(images.through(layer.kind, copies), images.existing, parameters, spec.dtype)
+    module, dtype, path = copy_of(layer.modules[layer.path]), spec.dtype, layer.path
     routing = spec.routing
     logits = None if routing is None else routing.watch(module)
     if any(parameter.ndim == 3 for parameter in module.parameters()):
         # On the meta device torch's grouped product of experts knows bf16 alone: the bytes of fp32 are twice as many.
         dtype = torch.bfloat16
         module.to(dtype)
-    scale = spec.dtype.itemsize // dtype.itemsize
     shards = cut(module, path, spec.shards(0, mesh.tensor, (0, mesh.expert)))
     if mesh.tensor > 1:
         parallelise(module, spec.within(path), spec.plan, shards, _SilentTensor(mesh.tensor))
     if mesh.expert > 1:
         spread_all(module, _SilentExperts(mesh.expert))
-    own, hidden_size = tokens // mesh.sequence, spec.text.hidden_size
+    own = tokens // mesh.sequence
     with torch.device("meta"):
-        hidden = torch.empty(1, own, hidden_size, dtype=dtype, requires_grad=True)
+        hidden = torch.empty(1, own, spec.text.hidden_size, dtype=dtype, requires_grad=True)
         ids = torch.empty(1, own, dtype=torch.int32)
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, mesh.sequence)
-    parameters, turns = list(module.parameters()), _turns(spec, path, own, dtype)
-    existing = [hidden, ids, *tree_leaves(turns), positions, *parameters]
+    turns = turns_of(spec, path, own, dtype)
+
+    def call() -> tuple[Tensor | None, ...]:
+        if layer.kind is Embedding:
+            embedded = module(ids)
+            return (embedded if images is None else images.placed(embedded),)
+        if layer.kind is FinalNorm:
+            return (module(hidden.clone()),)
+        loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
+        options = {"position_ids": positions, "position_embeddings": turns, "documents": documents}
+        run = partial(_layer, module, loss, **options, alibi=spec.slopes(0, mesh.tensor))
+        again = partial(selective, run, kept=kept_of(module)) if spec.selective else run
+        output, balance = again(hidden.clone())
+        return (images.tapped(output) if taps and images is not None else output), balance
+
+    existing = [hidden, ids, *tree_leaves(turns), positions, *(images.existing if images is not None else ())]
+    return passes_of(call, existing, list(module.parameters()), spec.dtype, spec.dtype.itemsize // dtype.itemsize)
+
+
+def passes_of(
+    call: Callable[[], Sequence[Tensor | None]],
+    existing: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
+    dtype: torch.dtype,
+    scale: int = 1,
+) -> LayerActivations:
+    """What the forward that ``call`` makes, and the backward from its outputs, hold; ``scale`` times the bytes.
+
+    ``existing`` are tensors that are there anyhow, as the ``parameters`` of a model of ``dtype`` are.
+    """
+    existing = [*existing, *parameters]
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
-        if spec.dtype == torch.float32:
+        if dtype == torch.float32:
             parameter.grad = torch.empty_like(parameter)  # of the micro-batch before: this one's are added
             existing.append(parameter.grad)
         else:
             parameter.register_post_accumulate_grad_hook(add_to_sum)
     with Alive(existing) as alive:
-        if isinstance(module, nn.Embedding):
-            outputs = module(ids), None
-        elif path == spec.norm:
-            outputs = module(hidden.clone()), None
-        else:
-            loss = None if logits is None or routing is None else lambda: balance_loss(logits(), routing.chosen, own)
-            options = {"position_ids": positions, "position_embeddings": turns, "documents": documents}
-            layer = partial(_layer, module, loss, **options, alibi=spec.slopes(0, mesh.tensor))
-            again = partial(selective, layer, kept=kept_of(module)) if spec.selective else layer
-            outputs = again(hidden.clone())
+        outputs = call()
         end = _End.apply(*outputs)
         forward = alive.most
         del outputs
@@ -179,18 +212,17 @@ def _layer(
 
 
 class _End(torch.autograd.Function):
-    """What comes after: it keeps nothing and sends a gradient back."""
+    """What comes after: it keeps nothing and sends gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor | None) -> Tensor:
-        ctx.like = output.shape, output.dtype, loss is not None
-        return output.new_empty(())
+    def forward(ctx: Any, *outputs: Tensor | None) -> Tensor:
+        ctx.like = [output if output is None else (output.shape, output.dtype) for output in outputs]
+        return next(output for output in outputs if output is not None).new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        shape, dtype, routed = ctx.like
-        return grad.new_empty(shape, dtype=dtype), grad.new_empty((), dtype=torch.float32) if routed else None
+        return tuple(like if like is None else grad.new_empty(like[0], dtype=like[1]) for like in ctx.like)
 
 
 def _documents(tokens: int, sequence: int) -> ShardedDocuments:
@@ -198,26 +230,6 @@ def _documents(tokens: int, sequence: int) -> ShardedDocuments:
     if sequence == 1:
         return ShardedDocuments(row, plan_shards(row.bounds, 1), _Alone(row))
     return ShardedDocuments(row, plan_shards(row.bounds, sequence), _SilentSequence(sequence))
-
-
-class _Shapes:
-    """An attention backend that returns shapes, and needs what FlashAttention-2 does.
-
-    That is an fp32 accumulator of dq, and dk and dv for every head before they are summed over those that share them.
-    """
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *segments.lengths, 0.0, True, False)
-        return out, lse
-
-    @staticmethod
-    def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _accumulator = torch.empty_like(q, dtype=lse_dtype(q))
-        _expanded = [x.new_empty(x.shape[0], *q.shape[1:]) for x in (k, v)] if q.shape[1] > k.shape[1] else []
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 class _Alone(SequenceParallel):
@@ -236,7 +248,7 @@ class _Alone(SequenceParallel):
         backend: Backend | None = None,
         softmax: Softmax = PLAIN,
     ) -> Tensor:
-        return packed_attention(q, k, v, self._row, scale, _Shapes, softmax)
+        return packed_attention(q, k, v, self._row, scale, meta, softmax)
 
 
 class _SilentTensor(TensorParallel):
@@ -283,4 +295,4 @@ class _SilentSequence(SequenceParallel):
         backend: Backend | None = None,
         softmax: Softmax = PLAIN,
     ) -> Tensor:
-        return super().attention(q, k, v, shards, scale, _Shapes, softmax)
+        return super().attention(q, k, v, shards, scale, meta, softmax)

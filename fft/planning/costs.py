@@ -1,25 +1,48 @@
 """What every pipeline layer costs, read off the model laid out on the meta device: arithmetic and parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from torch import nn
 
-from fft.models.layers import decoder_half
+from fft.images.rules import GRIDS
+from fft.models.carried import ModelLayer
+from fft.models.layers import DecoderLayer, Embedding, FinalNorm, Head, decoder_half
 from fft.models.spec import ModelSpec
 from fft.models.towers import trained_tower
+from fft.models.vision_layers import Merger, Patches, VisionBlock
 from fft.parallel.tensor_plan import Shard
+from fft.planning.image_load import ImageLoad, assumed_load
+
+#: The layers of a tower.
+TOWER = (Patches, VisionBlock, Merger)
+#: Modules of a tower's first layer whose weights patches are multiplied by; others are added, or looked up.
+_PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer of :func:`fft.models.layers.pipeline_layers`: its class, and its modules on the meta device by name."""
+
+    kind: type[ModelLayer]
+    modules: dict[str, nn.Module]
+
+    @property
+    def path(self) -> str:
+        """The name of its first module."""
+        return next(iter(self.modules))
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """One pipeline layer. ``flops`` are multiply-adds per token in forward, ``backward`` those in backward.
 
-    ``parameters`` are the whole model's, each counted once: a head that is the embedding has none. ``held`` is what one
-    tensor- and expert-parallel rank of the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of
-    the latter with two dimensions or more, ``experts`` of the latter those that ranks share out. Gradients of frozen
-    weights are not computed.
+    Those of a tower are of the patches that a token of a row has in the mean. ``parameters`` are the whole model's,
+    each counted once: a head that is the embedding has none. ``held`` is what one tensor- and expert-parallel rank of
+    the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of the latter with two dimensions or
+    more, ``experts`` of the latter those that ranks share out. Gradients of frozen weights are not computed.
+    ``repeated`` says how many ranks that share a row compute the same.
     """
 
     flops: float
@@ -29,47 +52,82 @@ class LayerCost:
     trained: int
     matrices: int
     experts: int = 0
+    kind: type[ModelLayer] = DecoderLayer
+    repeated: int = 1
+
+    @property
+    def time(self) -> float:
+        """Of a rank, in any unit that layers share."""
+        return (self.flops + self.backward) * self.repeated
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether ``--checkpoint_grad_interval`` may run it again."""
+        return self.kind in (VisionBlock, DecoderLayer)
 
 
-def layer_modules(spec: ModelSpec, split_dlayer: bool = False) -> list[tuple[str, nn.Module]]:
-    """Path and module, on the meta device, of each layer of :func:`fft.models.layers.pipeline_layers`.
-
-    Those of a tower are several modules, in a list.
-    """
-    halves = ("attention", "mlp") if split_dlayer else (None,)
-    decoder = [(f"{spec.base}.layers.{i}", half) for i in range(spec.text.num_hidden_layers) for half in halves]
-    paths = [spec.embedding, *decoder, spec.norm, spec.embedding if spec.tied else spec.output]
-    modules: list[tuple[str, nn.Module]] = [
-        (paths[0], nn.ModuleList(map(spec.skeleton.get_submodule, paths))) for paths in _tower_paths(spec)
-    ]
-    for path in paths:
-        path, half = path if isinstance(path, tuple) else (path, None)
-        modules.append((path, decoder_half(spec.skeleton.get_submodule(path), half)))
-    return modules
+def planned_layers(spec: ModelSpec, split_dlayer: bool = False) -> list[PlannedLayer]:
+    """The layers of :func:`fft.models.layers.pipeline_layers`, in their order."""
+    get = spec.skeleton.get_submodule
+    layers = [] if spec.shared_tower else tower_layers(spec)
+    layers.append(PlannedLayer(Embedding, {spec.embedding: get(spec.embedding)}))
+    for index in range(spec.text.num_hidden_layers):
+        path = f"{spec.base}.layers.{index}"
+        for half in ("attention", "mlp") if split_dlayer else (None,):
+            layers.append(PlannedLayer(DecoderLayer, {path: decoder_half(get(path), half)}))
+    layers.append(PlannedLayer(FinalNorm, {spec.norm: get(spec.norm)}))
+    head = spec.embedding if spec.tied else spec.output
+    return [*layers, PlannedLayer(Head, {head: get(head)})]
 
 
-def _tower_paths(spec: ModelSpec) -> list[list[str]]:
-    """The modules of each layer of a tower that is trained."""
-    if (tower := trained_tower(spec)) is None or spec.shared_tower:
-        return []
-    blocks = [[tower.block(i), *([tap] if (tap := tower.tap(i)) else [])] for i in range(tower.depth)]
-    return [[*tower.first], *blocks, [*tower.last]]
+def tower_layers(spec: ModelSpec) -> list[PlannedLayer]:
+    """Those of a tower that sees images, which are the first of the pipeline unless all stages share it."""
+    get, layers = spec.skeleton.get_submodule, []
+    if (tower := trained_tower(spec)) is not None:
+        layers.append(PlannedLayer(Patches, {path: get(path) for path in tower.first}))
+        for index in range(tower.depth):
+            paths = tower.block(index), tower.tap(index)
+            layers.append(PlannedLayer(VisionBlock, {path: get(path) for path in paths if path is not None}))
+        layers.append(PlannedLayer(Merger, {path: get(path) for path in tower.last}))
+    return layers
 
 
 def layer_costs(
-    spec: ModelSpec, seq_len: int, split_dlayer: bool = False, tensor: int = 1, expert: int = 1
+    spec: ModelSpec,
+    seq_len: int,
+    split_dlayer: bool = False,
+    tensor: int = 1,
+    expert: int = 1,
+    load: ImageLoad | None = None,
 ) -> list[LayerCost]:
     """Costs of each pipeline layer on one of ``tensor`` ranks, which has one in ``expert`` of the experts.
 
     Attention counts the average causal span of a ``seq_len`` row, a mixture of experts those experts that a token is
-    sent to; the embedding is a lookup and costs nothing.
+    sent to; the embedding is a lookup and costs nothing. A tower takes the images of ``load``, or what is assumed.
     """
-    modules = layer_modules(spec, split_dlayer)
     shards = spec.shards(0, tensor, (0, expert))
-    costs = [_cost(spec, path, module, seq_len, shards) for path, module in modules]
-    embedding, last = len(_tower_paths(spec)), costs[-1]
+    costs = (
+        []
+        if spec.images is None or spec.shared_tower
+        else tower_costs(spec, load or assumed_load(spec.images, seq_len))
+    )
+    for layer in planned_layers(spec, split_dlayer):
+        if layer.kind not in TOWER:
+            cost = _cost(layer, shards, _text_use(spec, layer.modules[layer.path]))
+            costs.append(_attending(cost, _scores(spec, layer, seq_len)))
+    embedding, last = next(i for i, cost in enumerate(costs) if cost.kind is Embedding), costs[-1]
     costs[embedding] = replace(costs[embedding], flops=0.0, backward=0.0)
     costs[-1] = replace(last, parameters=0 if spec.tied else last.parameters)
+    return costs
+
+
+def tower_costs(spec: ModelSpec, load: ImageLoad) -> list[LayerCost]:
+    """The same of each of :func:`tower_layers`, which take the images of ``load``, per token of a row."""
+    costs, use, block = [], _TowerUse(spec, load), 0
+    for layer in tower_layers(spec):
+        cost = _cost(layer, {}, use.of(layer), layer.kind is not Patches)
+        costs.append(_attending(cost, use.scores(block)) if layer.kind is VisionBlock else cost)
+        block += layer.kind is VisionBlock
     return costs
 
 
@@ -84,32 +142,81 @@ def multiply_adds(costs: Sequence[LayerCost]) -> tuple[list[float], list[float]]
     return [c.flops for c in costs], [c.backward if layer >= lowest else 0.0 for layer, c in enumerate(costs)]
 
 
-def _cost(spec: ModelSpec, path: str, module: nn.Module, seq_len: int, shards: Mapping[str, Shard]) -> LayerCost:
+#: How often a token of a row, in the mean, goes through the weights of a module: by its name in the model, and theirs.
+_Use = Callable[[str, str], float]
+
+
+def _cost(layer: PlannedLayer, shards: Mapping[str, Shard], use: _Use, inputs: bool = True) -> LayerCost:
+    """Without the scores of attention; ``inputs`` says whether what goes in has a gradient."""
     flops, backward, parameters, held, trained, matrices, experts = 0.0, 0.0, 0, 0, 0, 0, 0
-    share_used = _share_used(spec, module)
-    for name, parameter in module.named_parameters():
-        shape = tuple(parameter.shape)
-        shard = shards.get(f"{path}.{name}")
-        share = prod(shape if shard is None else shard.local_shape)
-        used = prod(shape) * (share_used if ".experts." in f".{name}" else 1.0)
-        flops += used
-        backward += used * (2 if parameter.requires_grad else 1)  # of what went in, and of the weight
-        parameters += prod(shape)
-        held += share
-        if parameter.requires_grad:
-            trained += share
-            matrices += share if len(shape) > 1 else 0
-            experts += share if shard is not None and shard.experts is not None else 0
-    attends = any(name.startswith("self_attn.") for name, _ in module.named_parameters())
-    if attends:
-        window = min(spec.window(int(path.rpartition(".")[2])) or seq_len, seq_len)
-        seen = window - window**2 / (2 * seq_len)  # keys, in the mean over a row's queries; half of it without a window
-        scores = 2 * spec.text.num_attention_heads * spec.head_size * seen  # q.k and weights.v
-        flops, backward = flops + scores, backward + 2 * scores
-    return LayerCost(flops, backward, parameters, held, trained, matrices, experts)
+    for path, module in layer.modules.items():
+        for name, parameter in module.named_parameters():
+            shape = tuple(parameter.shape)
+            shard = shards.get(f"{path}.{name}")
+            share = prod(shape if shard is None else shard.local_shape)
+            used = prod(shape) * use(path, name)
+            flops += used
+            backward += used * (inputs + parameter.requires_grad)  # of what went in, and of the weight
+            parameters += prod(shape)
+            held += share
+            if parameter.requires_grad:
+                trained += share
+                matrices += share if len(shape) > 1 else 0
+                experts += share if shard is not None and shard.experts is not None else 0
+    return LayerCost(flops, backward, parameters, held, trained, matrices, experts, layer.kind)
 
 
-def _share_used(spec: ModelSpec, module: nn.Module) -> float:
+def _attending(cost: LayerCost, scores: float) -> LayerCost:
+    return replace(cost, flops=cost.flops + scores, backward=cost.backward + 2 * scores)
+
+
+def _text_use(spec: ModelSpec, module: nn.Module) -> _Use:
     """Parameters of experts are [experts, ...]; a token goes through some of them."""
     experts = [p.shape[0] for name, p in module.named_parameters() if ".experts." in f".{name}"]
-    return spec.experts_per_token / experts[0] if experts else 1.0
+    share = spec.experts_per_token / experts[0] if experts else 1.0
+    return lambda _, name: share if ".experts." in f".{name}" else 1.0
+
+
+def _scores(spec: ModelSpec, layer: PlannedLayer, seq_len: int) -> float:
+    """q.k and weights.v of a decoder layer, or of the half of one that attends."""
+    module = layer.modules[layer.path]
+    if not any(name.startswith("self_attn.") for name, _ in module.named_parameters()):
+        return 0.0
+    window = min(spec.window(int(layer.path.rpartition(".")[2])) or seq_len, seq_len)
+    seen = window - window**2 / (2 * seq_len)  # keys, in the mean over a row's queries; half of it without a window
+    return 2 * spec.text.num_attention_heads * spec.head_size * seen
+
+
+class _TowerUse:
+    """What a row's images ask of a tower, per token of the row."""
+
+    def __init__(self, spec: ModelSpec, load: ImageLoad) -> None:
+        rules, vision = spec.images, spec.config.vision_config
+        if rules is None:
+            raise ValueError("a model that sees no images has no tower to be used")
+        self._patches, self._merged = load.per_token, load.per_token / rules.merge**2
+        self._classes = 0 if rules.family in GRIDS else 1  # a tile's token of its class
+        side = (rules.tile // rules.patch) ** 2
+        self._states = load.per_token * (1 + self._classes / side if self._classes else 1)
+        self._seen = load.seen + self._classes
+        self._whole = getattr(vision, "fullatt_block_indexes", None)
+        self._window = 0 if self._whole is None else (vision.window_size // rules.patch) ** 2
+        self._width = spec.tower_width
+
+    def of(self, layer: PlannedLayer) -> _Use:
+        """Of a layer's parameters."""
+        if layer.kind is VisionBlock:
+            return lambda path, _: self._states if path == layer.path else self._merged
+        if layer.kind is Merger:
+            return lambda *_: self._merged
+        modules = {path: dict(module.named_modules()) for path, module in layer.modules.items()}
+
+        def patches(path: str, name: str) -> float:
+            return self._patches if isinstance(modules[path][name.rpartition(".")[0]], _PRODUCTS) else 0.0
+
+        return patches
+
+    def scores(self, block: int) -> float:
+        """q.k and weights.v of a block: every patch sees all of its image, or of its window."""
+        within = self._whole is None or block in self._whole
+        return 2 * self._width * self._states * (self._seen if within else min(self._seen, self._window))

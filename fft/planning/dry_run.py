@@ -1,12 +1,18 @@
-"""``--dry_run``: the layout of a run, printed without the run: no ranks, no weights, no tables, no device."""
+"""``--dry_run``: the layout of a run, printed without the run: no ranks, no weights, no device, of tables no more than
+what their manifests say of images."""
 
 import os
 
+from transformers import PretrainedConfig
+
 from fft.arguments import TrainArguments
 from fft.errors import UserError
+from fft.images.rules import ImageRules
 from fft.models.spec import DTYPES, ModelSpec
+from fft.models.vision import PARTS, rules_of
+from fft.planning.image_load import SHARE, ImageLoad, assumed_load, load_of, manifests_of
 from fft.planning.layout import Layout, describe, plan_layout
-from fft.planning.preflight import lay_out
+from fft.planning.preflight import check_encoder_stages, lay_out
 
 
 def dry_run(args: TrainArguments) -> int:
@@ -14,11 +20,34 @@ def dry_run(args: TrainArguments) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         return 0
     config, mesh = lay_out(args, args.ranks or int(os.environ.get("WORLD_SIZE", "1")))
-    layout = plan_layout(args, ModelSpec(config, DTYPES[args.dtype]), mesh, host=False)
+    images, load = seen_images(args, config)
+    spec = ModelSpec(config, DTYPES[args.dtype], images=images, shared_tower=args.encoder_pipe_parallel_size == 0)
+    layout = plan_layout(args, spec, mesh, host=False, load=load)
     print(describe(args, config.model_type, layout))
     if args.device_memory:
         check_fits(layout, args.device_memory)
     return 0
+
+
+def seen_images(args: TrainArguments, config: PretrainedConfig) -> tuple[ImageRules | None, ImageLoad | None]:
+    """What the run would see of images, and what these weigh: as its flags say or, without such, its tables.
+
+    Raises :class:`UserError` for flags of images that the model does not see, and for tables that cannot be read.
+    """
+    if config.model_type not in PARTS:
+        if args.image_tokens is not None:
+            raise UserError(f"--image_tokens: a {config.model_type} sees no images; leave it out.")
+        check_encoder_stages(args, config, None)
+        return None, None
+    share, rules, load = args.image_tokens, None, None
+    unknown = rules_of(config, ImageRules("", 0, 0, 0, 0, 0, 0))
+    manifests = manifests_of(args.train_data) if args.train_data and share is None else []
+    if any(manifest is not None and manifest.vision is not None for manifest in manifests):
+        rules, load = unknown, load_of(args, unknown, manifests)
+    elif share is not None or (args.encoder_pipe_parallel_size and not manifests):
+        rules, load = unknown, assumed_load(unknown, args.seq_len, SHARE if share is None else share)
+    check_encoder_stages(args, config, rules)
+    return rules, load
 
 
 def check_fits(layout: Layout, gigabytes: float) -> None:

@@ -1,36 +1,59 @@
 """Which rank does what, and what it costs: stages and their memory, planned and printed before anything is launched."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fft.arguments import TrainArguments
 from fft.errors import UserError
+from fft.models.layers import Embedding, Head
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
+from fft.parallel.image_plan import CHUNK
 from fft.parallel.mesh import MeshSizes
-from fft.planning.activations import layer_activations
-from fft.planning.costs import LayerCost, first_trained, layer_costs, multiply_adds
-from fft.planning.memory import Circumstances, LayerMemory, StageMemory, loss_memory, stage_memory
+from fft.planning.activations import layer_activations, tower_activations
+from fft.planning.costs import TOWER, LayerCost, first_trained, layer_costs, multiply_adds, tower_costs
+from fft.planning.image_load import ImageLoad, assumed_load
+from fft.planning.memory import Circumstances, LayerMemory, SharedTowerMemory, StageMemory, loss_memory, stage_memory
 from fft.planning.partition import pipeline_bubble, stage_bounds
+from fft.planning.tower_activations import SeenRow
 
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The mesh, and of each pipeline stage its layers and the memory of a rank. ``bounds`` are stages + 1 indices."""
+    """The mesh, and of each pipeline stage its layers and the memory of a rank. ``bounds`` are stages + 1 indices.
+
+    ``load`` are the images of its rows; ``shared`` are the layers of a tower that all stages have.
+    """
 
     mesh: MeshSizes
     bounds: list[int]
     costs: list[LayerCost]
     memory: list[StageMemory]
+    load: ImageLoad | None = None
+    shared: tuple[LayerCost, ...] = ()
+
+    @property
+    def every(self) -> list[LayerCost]:
+        """All layers of the model, in the order in which they are run."""
+        return [*self.shared, *self.costs]
+
+    @property
+    def tower(self) -> int:
+        """How many layers of the pipeline are a tower's, its first."""
+        return sum(cost.kind in TOWER for cost in self.costs)
 
 
-def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bool) -> Layout:
+def plan_layout(
+    args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bool, load: ImageLoad | None = None
+) -> Layout:
     """Cut the model into stages by ``--partition_method``; ``host`` is for a device that is the CPU.
 
-    It is that of transformers' own operators. Raises :class:`UserError` for stages that cannot be, and for parameters
-    to train or to freeze that the model does not have.
+    It is that of transformers' own operators. The images that a model sees are those of ``load``, or what is assumed.
+    Raises :class:`UserError` for stages that cannot be, and for parameters to train or to freeze that the model does
+    not have.
     """
     spec = replace(spec, fused=None, lora=Lora.of(args), frozen=args.freeze, selective=args.checkpoint_grad_selective)
     if mesh.expert > 1 and not spec.experts:
@@ -38,10 +61,43 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
             f"--expert_parallel_size {mesh.expert}: the experts of a {spec.config.model_type} are computed in a "
             "way that is not shared out here: set it to 1, and raise --model_parallel_size or --pipe_parallel_size."
         )
-    costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor, mesh.expert)
+    load = None if spec.images is None else load or assumed_load(spec.images, args.seq_len)
+    costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor, mesh.expert, load)
+    ranks = mesh.sequence * mesh.tensor  # of a row: each of them runs the whole tower
+    costs = [replace(cost, repeated=ranks) if cost.kind in TOWER else cost for cost in costs]
+    shared = tuple(tower_costs(spec, load)) if load is not None and spec.shared_tower else ()
+    at = _circumstances(args, spec, mesh, host, costs)
+    if load is not None and shared:
+        learns = any(cost.trained for cost in shared)  # so that features have gradients
+        at = replace(
+            at,
+            tower=_shared(spec, load, at, shared, mesh.pipe * mesh.sequence, args.per_device_train_batch_size),
+            lowest=0 if learns else at.lowest,
+        )
+    layers = _layers(args, spec, mesh, at, costs, load)
+
+    def memory(stage: int, start: int, stop: int) -> StageMemory:
+        return stage_memory(layers, start, stop, stage, at)
+
+    bounds = stage_bounds(
+        args.partition_method,
+        [cost.time for cost in costs],
+        [cost.parameters for cost in costs],
+        mesh.pipe,
+        lambda *of: memory(*of).total,
+        args.device_memory * 1e9,
+        at.embedding,
+        max(0, args.encoder_pipe_parallel_size),
+    )
+    held = [memory(stage, *ends) for stage, ends in enumerate(pairwise(bounds))]
+    return Layout(mesh, bounds, costs, held, load, shared)
+
+
+def _circumstances(
+    args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bool, costs: list[LayerCost]
+) -> Circumstances:
     tokens = args.seq_len * args.per_device_train_batch_size
-    ran = layer_activations(spec, tokens, args.split_dlayer, mesh)
-    at = Circumstances(
+    return Circumstances(
         stages=mesh.pipe,
         micro_batches=args.gradient_accumulation_steps,
         replicas=mesh.data * mesh.sequence,
@@ -57,30 +113,56 @@ def plan_layout(args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bo
         offload=args.offload_optimizer,
         lowest=first_trained(costs),
         expert=mesh.expert,
+        embedding=next(i for i, cost in enumerate(costs) if cost.kind is Embedding),
     )
-    decoder = range(1, len(ran) - 1)
+
+
+def _shared(
+    spec: ModelSpec, load: ImageLoad, at: Circumstances, costs: Sequence[LayerCost], ranks: int, samples: int
+) -> SharedTowerMemory:
+    """A tower that all stages have: a rank's share of the images of a step, as many at once as it encodes at once."""
+    share = -(-load.most * samples * at.micro_batches // ranks)
+    chunks = max(1, -(-share // CHUNK))
+    row = SeenRow(spec, replace(load, most=-(-share // chunks)), 1, 1, 1)
+    ran = tower_activations(spec, row)
+    kept, trained = sum(layer.saved for layer in ran), sum(cost.trained for cost in costs)
+    alone = max(layer.saved + layer.forward for layer in ran)
+    saved, forward, backward = chunks * row.pixels, alone, 0
+    if trained and at.interval:  # a chunk at a time, once more
+        backward = kept + max(max(layer.forward, layer.backward) for layer in ran)
+    elif trained:
+        saved += chunks * kept
+        forward, backward = max(layer.forward for layer in ran), max(layer.backward for layer in ran)
+    held, matrices = sum(cost.held for cost in costs), sum(cost.matrices for cost in costs)
+    layer = LayerMemory(held, matrices, saved, forward, backward, trained=trained)
+    features = SeenRow(spec, load, samples, at.row, at.tokens).features
+    return SharedTowerMemory(layer, at.micro_batches * features)
+
+
+def _layers(
+    args: TrainArguments,
+    spec: ModelSpec,
+    mesh: MeshSizes,
+    at: Circumstances,
+    costs: list[LayerCost],
+    load: ImageLoad | None,
+) -> list[LayerMemory]:
+    """Every layer's memory; the last one is the head with its loss."""
+    row, taken = None, [None] * len(costs)
+    if load is not None:
+        row = SeenRow(spec, load, args.per_device_train_batch_size, at.row, at.tokens, 1 + args.split_dlayer)
+        taken = row.taken([cost.kind for cost in costs])
+    ran = layer_activations(spec, at.row, args.split_dlayer, mesh, row)
     layers = [
-        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, i in decoder, c.trained, c.experts)
-        for i, (c, a) in enumerate(zip(costs, ran, strict=False))  # the last one is the head
+        LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, c.recomputes, c.trained, c.experts, t)
+        for c, a, t in zip(costs, ran, taken, strict=False)
     ]
     vocabulary = costs[-1].held // at.hidden_size
     # ZeRO's own optimizer makes its sums after backward.
     summed = not args.offload_optimizer and (args.dtype == "bf16" or not at.zero)
     head = bool(costs[-1].trained), getattr(spec.text, "normalized_head", False), summed
-    layers.append(loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, *head))
-
-    def memory(stage: int, start: int, stop: int) -> StageMemory:
-        return stage_memory(layers, start, stop, stage, at)
-
-    bounds = stage_bounds(
-        args.partition_method,
-        [cost.flops + cost.backward for cost in costs],
-        [cost.parameters for cost in costs],
-        mesh.pipe,
-        lambda *of: memory(*of).total,
-        args.device_memory * 1e9,
-    )
-    return Layout(mesh, bounds, costs, [memory(stage, *ends) for stage, ends in enumerate(pairwise(bounds))])
+    loss = loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, *head)
+    return [*layers, replace(loss, taken=taken[-1])]
 
 
 def zero_stage(args: TrainArguments, mesh: MeshSizes) -> int:
@@ -92,25 +174,41 @@ def zero_stage(args: TrainArguments, mesh: MeshSizes) -> int:
 
 def bubble_of(args: TrainArguments, layout: Layout) -> float:
     """Share of a step that the layout's stages wait, by the arithmetic that each has to do."""
-    lowest, head = first_trained(layout.costs), len(layout.costs) - 1
+    lowest = first_trained(layout.costs)
     forward, backward = [], []
     for stage, ends in enumerate(pairwise(layout.bounds)):
         times = [0.0, 0.0]
         for layer in range(*ends):
             cost = layout.costs[layer]
             needs = stage > 0 or layer >= lowest  # a stage that receives goes back to what it received
-            again = cost.flops if args.checkpoint_grad_interval and 0 < layer < head - 1 and needs else 0.0
+            again = cost.flops if args.checkpoint_grad_interval and cost.recomputes and needs else 0.0
             # The loss forms the head's gradients in its forward.
-            times[0] += cost.flops + (cost.backward if layer == head else 0.0)
-            times[1] += again + (cost.backward if needs and layer != head else 0.0)
+            head = cost.kind is Head
+            times[0] += cost.repeated * (cost.flops + (cost.backward if head else 0.0))
+            times[1] += cost.repeated * (again + (cost.backward if needs and not head else 0.0))
         forward.append(times[0])
         backward.append(times[1])
-    return pipeline_bubble(layout.mesh.pipe, args.gradient_accumulation_steps, forward, backward)
+    stages, steps = layout.mesh.pipe, args.gradient_accumulation_steps
+    bubble = pipeline_bubble(stages, steps, forward, backward)
+    if not layout.shared:
+        return bubble
+    busy = steps * (sum(forward) + sum(backward))
+    encoding = steps * _encoding(args, layout)
+    return 1 - (busy + encoding) / (busy / (1 - bubble) + encoding)
+
+
+def _encoding(args: TrainArguments, layout: Layout) -> float:
+    """The time in which all ranks together encode the images of a micro-batch, and go back, by a tower they share."""
+    trained = any(cost.trained for cost in layout.shared)
+    backward = sum(multiply_adds(layout.every)[1][: len(layout.shared)])
+    forward = sum(cost.flops for cost in layout.shared)
+    again = forward if trained and args.checkpoint_grad_interval else 0.0
+    return layout.mesh.tensor * (forward + again + backward)  # tensor ranks do the same
 
 
 def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     """The layout as text: sizes, who sits where, a table of the stages, what a step computes and how long it waits."""
-    mesh, costs = layout.mesh, layout.costs
+    mesh, costs = layout.mesh, layout.every
     parameters, frozen = sum(cost.parameters for cost in costs), any(cost.trained < cost.held for cost in costs)
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
     sizes += f", experts over {mesh.expert}" if mesh.expert > 1 else ""
@@ -129,6 +227,8 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     flops = 2 * tokens * sum(map(sum, multiply_adds(costs)))
     bubble = bubble_of(args, layout)
     most = "at most " if args.ragged else ""
+    if layout.load is not None:
+        lines.append(_images(args, layout, layout.load))
     lines.append(
         f"a step: {most}{tokens:,} tokens, {_flops(flops)} of a forward and a backward, pipeline bubble {bubble:.1%}"
     )
@@ -138,16 +238,35 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
 def _table(layout: Layout) -> list[str]:
     """GB of one rank, by what they are for: the fullest moment is a backward or, with its copies, a step."""
     heads = ("stage", "layers", "parameters/rank", "weights+grads", "optimizer", "activations", "loss", "step", "total")
-    rows = [[*heads, "time"]]
-    whole = sum(cost.flops + cost.backward for cost in layout.costs)
+    rows = [[*heads, "time", *["of"] * bool(layout.tower)]]
+    whole = sum(cost.time for cost in layout.costs)
     for stage, (memory, (a, b)) in enumerate(zip(layout.memory, pairwise(layout.bounds), strict=True)):
         own = layout.costs[a:b]
         bytes_ = (memory.weights, memory.optimizer, memory.activations, memory.loss, memory.step, memory.total)
-        share = sum(cost.flops + cost.backward for cost in own) / whole
+        share = sum(cost.time for cost in own) / whole
         held = sum(cost.held for cost in own)
         rows.append([str(stage), f"{a}-{b - 1}", f"{held:,}", *(f"{x / _GB:.2f}" for x in bytes_), f"{share:.1%}"])
+        if layout.tower:
+            parts = dict.fromkeys("tower" if cost.kind in TOWER else "decoder" for cost in own)
+            rows[-1].append(" + ".join(parts))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _images(args: TrainArguments, layout: Layout, load: ImageLoad) -> str:
+    """What is known of a run's images, and who encodes them."""
+    whole = f"at most {load.most * args.per_device_train_batch_size:,} in a micro-batch"
+    counted = "as the tables' manifests count them" if load.known else "assumed, since no table has counted them"
+    said = f"images: {load.per_token:.2f} patches a token, {whole}, each sees {load.seen:,.0f}; {counted}"
+    if not layout.shared:
+        return said
+    ranks, held = layout.mesh.pipe * layout.mesh.sequence, sum(cost.held for cost in layout.shared)
+    encoding = _encoding(args, layout)
+    time = encoding / (encoding + sum(cost.time for cost in layout.costs))
+    return (
+        f"{said}\nthe tower, {_count(held)} parameters, is shared: every rank has all of it, counted above, and "
+        f"encodes 1/{ranks} of a step's images before the pipeline, {time:.1%} of its time"
+    )
 
 
 def _picture(mesh: MeshSizes) -> list[str]:

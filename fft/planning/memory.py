@@ -12,7 +12,26 @@ from fft.ops.cross_entropy import logit_bytes, piece_rows
 
 #: Elements of the bucket that DeepSpeed reduces gradients by (its default).
 _BUCKET = 500_000_000
-_FP32 = 4
+_FP32 = _INT32 = 4
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Bytes of a micro-batch that a layer takes: ``states``, ``taps`` that travel beside them, and ``ints``.
+
+    ``context`` is what the layers of its ``part`` of the model in a stage compute of the latter, once.
+    """
+
+    states: int
+    taps: int
+    ints: int
+    part: str
+    context: int
+
+    @property
+    def floats(self) -> int:
+        """All that is sent as one, and has a gradient."""
+        return self.states + self.taps
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,8 @@ class LayerMemory:
     ``saved`` is held from forward to backward; ``forward`` and ``backward`` are what those need besides at most.
     ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again. Of the
     elements ``held``, ``trained`` (None: all) have gradients and optimizer state, ``matrices`` of these are of two
-    dimensions or more, ``experts`` are some of the experts, which other ranks have the rest of.
+    dimensions or more, ``experts`` are some of the experts, which other ranks have the rest of. ``taken`` is what it
+    takes (None: what layers of texts do).
     """
 
     held: int
@@ -33,10 +53,23 @@ class LayerMemory:
     recomputes: bool = False
     trained: int | None = None
     experts: int = 0
+    taken: Taken | None = None
 
     def without_gradients(self) -> "LayerMemory":
         """Where nothing is trained up to here, nothing is kept for a backward."""
         return replace(self, saved=0, forward=self.saved + self.forward, backward=0)
+
+
+@dataclass(frozen=True)
+class SharedTowerMemory:
+    """A tower that every rank has, and the share of a step's images that a rank encodes, in bytes.
+
+    ``layer`` has its parameters; it saves what is kept of these images while the pipeline runs, and needs the rest of
+    its bytes before and after that. ``features`` are those of all images of a step, which the first stage has.
+    """
+
+    layer: LayerMemory
+    features: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +79,8 @@ class Circumstances:
     ``replicas`` share the optimizer's state (data x sequence), of experts every ``expert``-th; ``interval`` is
     ``--checkpoint_grad_interval``;
     ``itemsize`` 2 for bf16 and 4 for fp32; ``zero`` is ZeRO's stage; ``host`` is for a device that is the CPU;
-    ``offload`` for an optimizer in the machine's memory; ``lowest`` is the first layer of which something is trained.
+    ``offload`` for an optimizer in the machine's memory; ``lowest`` is the first layer of which something is trained,
+    ``embedding`` the one that looks ids up. ``tower`` is one that all stages share.
     """
 
     stages: int
@@ -64,6 +98,22 @@ class Circumstances:
     offload: bool = False
     lowest: int = 0
     expert: int = 1
+    embedding: int = 0
+    tower: "SharedTowerMemory | None" = None
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of the hidden states of a micro-batch."""
+        return self.tokens * self.hidden_size * self.itemsize
+
+    def taken(self, layers: Sequence[LayerMemory], index: int) -> Taken:
+        """What a layer takes: states, or ids; boundaries, of which positions, cosines and sines are made."""
+        if (known := layers[index].taken) is not None:
+            return known
+        ints, turns = _INT32 * (self.row + 1), self.tokens * (8 + 2 * self.head_size * self.itemsize)
+        if index == 0:
+            return Taken(0, 0, ints + _INT32 * self.tokens, "decoder", turns)
+        return Taken(self.hidden, 0, ints, "decoder", turns)
 
 
 @dataclass(frozen=True)
@@ -114,8 +164,8 @@ def loss_memory(
 def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: int, at: Circumstances) -> StageMemory:
     """Memory of a rank of pipeline ``stage`` that has layers ``start`` to ``stop`` of the model's ``layers``."""
     own = layers[start:stop]
-    both_ends = at.tied and start == 0 and stop == len(layers)  # a tied head is then the very embedding
-    counted = own[:-1] if both_ends else own
+    both_ends = at.tied and start <= at.embedding and stop == len(layers)  # a tied head is then the very embedding
+    counted = [*(own[:-1] if both_ends else own), *([at.tower.layer] if at.tower is not None else [])]
     held = sum(layer.held for layer in counted)
     trained = sum(layer.held if layer.trained is None else layer.trained for layer in counted)
     matrices = sum(layer.matrices for layer in counted)
@@ -127,8 +177,11 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     if stage == 0:  # what later stages receive has a gradient, whether anybody needs it or not
         own = [layer.without_gradients() if start + i < at.lowest else layer for i, layer in enumerate(own)]
     last = stop == len(layers)
-    peak = _passes(own, stage, last, at)
-    without = _passes(own[:-1], stage, last, at) if last else peak
+    takes = [at.taken(layers, layer) for layer in range(start, stop if last else stop + 1)]
+    peak = _passes(own, takes, stage, last, at)
+    without = _passes(own[:-1], takes, stage, last, at) if last else peak
+    if at.tower is not None:
+        peak, without = (_with_tower(at.tower, bytes_, stage) for bytes_ in (peak, without))
     if at.offload and not at.host:
         return StageMemory(weights, 0, without, peak - without, _step_offload(counted, at))
     if at.offload:  # to where the weights are, too
@@ -152,25 +205,28 @@ def _offloaded(layers: Sequence[LayerMemory], shared: int, at: Circumstances) ->
     return shared * (_FP32 + at.itemsize) // at.replicas + 2 * largest * at.itemsize
 
 
-def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstances) -> int:
-    """The most that forward and backward of micro-batches hold."""
-    hidden = at.tokens * at.hidden_size * at.itemsize
+def _passes(own: Sequence[LayerMemory], takes: Sequence[Taken], stage: int, last: bool, at: Circumstances) -> int:
+    """The most that forward and backward of micro-batches hold.
+
+    ``takes`` is what the stage's layers take and, unless it is the ``last``, the one after them.
+    """
+    received, sent = takes[0].floats, at.hidden if last else takes[-1].floats
     in_flight = min(at.micro_batches, at.stages - stage)
-    # Of a micro-batch: boundaries and the copy the forward gets, positions, cosines and sines; labels.
-    each = 8 * (at.row + 1) + at.tokens * (8 + 2 * at.head_size * at.itemsize) + (8 * at.tokens if last else 0)
-    each += 8 * at.tokens if stage == 0 else hidden  # ids twice, or what was received
-    each += hidden  # what was sent, or what the loss was computed from
-    buffers = (hidden if stage > 0 else 0) + (hidden if not last else 0)  # of the two directions
-    buffers += hidden if last and at.micro_batches > 1 else 0  # the last stage forgets its output one turn later
-    segments = _segments(own, at.interval)
-    between = each + sum(hidden if again else sum(x.saved for x in segment) for again, segment in segments)
+    # Of a micro-batch: what is no state (boundaries, ids, ...) and the copy the forward gets, what is computed of it
+    # (positions, cosines and sines), labels; what was received; what was sent, or what the loss was computed from.
+    contexts = {taken.part: taken.context for taken in (takes if last else takes[:-1])}
+    each = 2 * takes[0].ints + sum(contexts.values()) + (8 * at.tokens if last else 0) + received + sent
+    buffers = (received if stage else 0) + (sent if not last else 0)  # of the two directions
+    buffers += at.hidden if last and at.micro_batches > 1 else 0  # the last stage forgets its output one turn later
+    segments = _segments(own, takes, at.interval)
+    between = each + sum(taken if again else sum(x.saved for x in segment) for again, taken, segment in segments)
     others = (in_flight - 1) * between
     before, most = each, 0
-    for again, segment in segments:
+    for again, taken, segment in segments:
         if again:
             # Forward keeps the segment's input and forgets the rest; backward runs it again, and then has all of it.
-            before += hidden
-            most = max(most, before + hidden + max(x.forward + x.saved for x in segment))
+            before += taken
+            most = max(most, before + taken + max(x.forward + x.saved for x in segment))
         kept = before
         for layer in segment:
             kept += layer.saved
@@ -179,12 +235,23 @@ def _passes(own: Sequence[LayerMemory], stage: int, last: bool, at: Circumstance
     return buffers + others + most
 
 
-def _segments(own: Sequence[LayerMemory], interval: int) -> list[tuple[bool, Sequence[LayerMemory]]]:
-    """The stage in segments of ``interval`` layers; only segments of decoder layers alone are run again."""
+def _with_tower(tower: SharedTowerMemory, passes: int, stage: int) -> int:
+    """The most that is held while the pipeline passes, or before and after it, when the tower does."""
+    kept = tower.layer.saved + (2 * tower.features if stage == 0 else 0)  # and their gradients
+    return kept + max(passes, tower.layer.forward, tower.layer.backward)
+
+
+def _segments(
+    own: Sequence[LayerMemory], takes: Sequence[Taken], interval: int
+) -> list[tuple[bool, int, Sequence[LayerMemory]]]:
+    """The stage in segments of ``interval`` layers: whether it is run again, the bytes of its input, the layers.
+
+    Only segments that have no other layers than a decoder's, or a tower's blocks, are run again.
+    """
     if not interval:
-        return [(False, own)]
-    segments = [own[i : i + interval] for i in range(0, len(own), interval)]
-    return [(all(layer.recomputes for layer in segment), segment) for segment in segments]
+        return [(False, 0, own)]
+    segments = [(takes[i].states, own[i : i + interval]) for i in range(0, len(own), interval)]
+    return [(all(layer.recomputes for layer in segment), states, segment) for states, segment in segments]
 
 
 def _step(trained: int, matrices: int, at: Circumstances) -> int:

@@ -1,7 +1,9 @@
 """Cut a list of layers into pipeline stages."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 from fft.errors import UserError
 
@@ -86,52 +88,109 @@ def _reach(memory: Callable[[int, int, int], float], limit: float, layers: int, 
 
 def stage_bounds(
     method: str,
-    flops: Sequence[float],
+    times: Sequence[float],
     parameters: Sequence[int],
     stages: int,
     memory: Callable[[int, int, int], float],
     limit: float = 0.0,
+    tower: int = 0,
+    encoder: int = 0,
 ) -> list[int]:
     """Bounds of the stages by ``--partition_method``.
 
-    ``flops`` and ``parameters`` hold one number per pipeline layer, ``memory(stage, start, stop)`` is what a rank of a
+    ``times`` and ``parameters`` hold one number per pipeline layer, ``memory(stage, start, stop)`` is what a rank of a
     stage of such layers holds, in bytes, and may, if there is a ``limit``: ``fast`` is then the fastest cut that keeps
-    it, or what ``mem`` is where none does. ``method`` is one of :data:`METHODS` or layers per
-    stage as in ``5,4,4`` (their sum must be the number of layers). Raises :class:`UserError`.
+    it, or what ``mem`` is where none does. ``method`` is one of :data:`METHODS`, layers per stage as in ``5,4,4``
+    (their sum must be the number of layers), or, of more than two stages, those of the first and the last, as in
+    ``11,2``: what is between is cut by time. With ``encoder`` so many stages, the first, share the ``tower`` layers,
+    which are the first, and ``method`` is for the others; a list may also name all stages. Raises :class:`UserError`.
     """
-    layers = len(flops)
+    layers, cut = len(times), _Cut(times, parameters, memory, limit)
     if layers < stages:
         raise UserError(
             f"--pipe_parallel_size {stages} is more than the model's {layers} pipeline layers: use at most {layers}."
         )
-    if method == "fast" and not limit:
-        return partition_balanced(flops, stages)
-    if method == "fast":
-        try:
-            return partition_balanced(flops, stages, partial(_reach, memory, limit, layers))
-        except ValueError:
-            method = "mem"
-    if method == "mem":
-        return partition_lowest(flops, stages, memory)
-    if method == "parameters":
-        return partition_balanced(parameters, stages)
-    if method == "uniform":
-        return partition_balanced([1.0] * layers, stages)
+    _check_encoder(encoder, tower, stages, layers)
+    sizes = None if method in METHODS else _sizes(method)
+    begin, ends = 0, []
+    if encoder and (sizes is None or len(sizes) != stages):
+        begin, ends = tower, cut.by(method if sizes is None else "fast", 0, tower, range(encoder))
+    if sizes is None:
+        return [0, *ends, *cut.by(method, begin, layers, range(len(ends), stages))]
+    count, left = stages - len(ends), layers - begin
+    between = count - 2
+    if len(sizes) == 2 < count and min(sizes) > 0 and sum(sizes) + between <= left:
+        if tower and not encoder:
+            raise UserError(
+                f"--partition_method {method} names the layers of the decoder's first and last stage: say by "
+                "--encoder_pipe_parallel_size how many stages the vision tower has, or name all stages."
+            )
+        first, last = begin + sizes[0], layers - sizes[1]
+        return [0, *ends, first, *cut.by("fast", first, last, range(len(ends) + 1, stages - 1)), layers]
+    if len(sizes) != count or sum(sizes) != left or min(sizes) < 1:
+        what = "decoder stage" if ends else "stage"
+        two = f", or those of the first and the last, which leave {between} or more" if between > 0 else ""
+        raise UserError(
+            f"--partition_method {method} must name {count} positive counts (one a {what}) that sum to {left} layers "
+            f"(embedding, decoder layers or their halves, norm and head){two}."
+        )
+    bounds = [0, *ends, *(begin + size for size in accumulate(sizes))]
+    if encoder and bounds[encoder] != tower:
+        raise UserError(
+            f"--partition_method {method}: the first {encoder} counts must sum to the vision tower's {tower} layers, "
+            f"as --encoder_pipe_parallel_size {encoder} says."
+        )
+    return bounds
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Cuts some of a model's layers into stages; fields are as in :func:`stage_bounds`."""
+
+    times: Sequence[float]
+    parameters: Sequence[int]
+    memory: Callable[[int, int, int], float]
+    limit: float
+
+    def by(self, method: str, start: int, stop: int, stages: range) -> list[int]:
+        """Where each of ``stages`` ends, of layers ``start`` to ``stop``."""
+        times, count = self.times[start:stop], len(stages)
+
+        def memory(stage: int, first: int, end: int) -> float:
+            return self.memory(stages[stage], start + first, start + end)
+
+        if method == "fast":
+            reach = partial(_reach, memory, self.limit, len(times)) if self.limit else None
+            try:
+                bounds = partition_balanced(times, count, reach)
+            except ValueError:
+                bounds = partition_lowest(times, count, memory)
+        elif method == "mem":
+            bounds = partition_lowest(times, count, memory)
+        else:
+            costs = self.parameters[start:stop] if method == "parameters" else [1.0] * len(times)
+            bounds = partition_balanced(costs, count)
+        return [start + bound for bound in bounds[1:]]
+
+
+def _check_encoder(encoder: int, tower: int, stages: int, layers: int) -> None:
+    """That the first ``encoder`` stages can have the ``tower`` layers, and the others what remains."""
+    if encoder > tower:
+        raise UserError(f"--encoder_pipe_parallel_size {encoder} is more than the vision tower's {tower} layers.")
+    if encoder and not 1 <= stages - encoder <= layers - tower:
+        raise UserError(
+            f"--encoder_pipe_parallel_size {encoder} counts within --pipe_parallel_size {stages}: leave the decoder "
+            f"1 to {layers - tower} of the stages."
+        )
+
+
+def _sizes(method: str) -> list[int]:
     try:
-        sizes = [int(x) for x in method.split(",")]
+        return [int(x) for x in method.split(",")]
     except ValueError:
         raise UserError(
             f"--partition_method {method!r} is none of {', '.join(METHODS)} and no list of layers per stage like 5,4,4."
         ) from None
-    if len(sizes) != stages or sum(sizes) != layers or min(sizes) < 1:
-        raise UserError(
-            f"--partition_method {method} must name {stages} positive counts (one a stage) that sum to {layers} layers "
-            "(embedding, decoder layers or their halves, norm and head)."
-        )
-    bounds = [0]
-    for size in sizes:
-        bounds.append(bounds[-1] + size)
-    return bounds
 
 
 def pipeline_bubble(

@@ -28,13 +28,15 @@ from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, heads_of
 from fft.planning.identity import identity_of
+from fft.planning.image_load import ImageLoad, load_of
 from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose inputs have been checked. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps."""
+    """A run whose inputs have been checked. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps;
+    ``load`` is what its images weigh, where it has some."""
 
     config: PretrainedConfig
     weights: WeightReader | None
@@ -44,6 +46,7 @@ class Plan:
     evaluation: SampleReader | Blend | None
     total_samples: int
     total_steps: int
+    load: ImageLoad | None = None
 
     @property
     def images(self) -> ImageRules | None:
@@ -58,6 +61,8 @@ class Plan:
 
 def plan_run(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
+    if args.image_tokens is not None:
+        raise UserError("--image_tokens is for --dry_run: a run counts the images of its tables; leave it out.")
     config, mesh = lay_out(args, world)
     model, tokenizer = start_of(args), tokenizer_of(args)
     check_outputs(args, model, tokenizer)
@@ -70,7 +75,10 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
         readers = {flag: reader and reader.with_images(rules) for flag, reader in readers.items()}
     total_samples, total_steps = _length(args, readers["train_data"], mesh)
     data = readers["train_data"], readers["eval_data"]
-    return Plan(config, weights, tokenizer, mesh, *data, total_samples, total_steps)
+    check_encoder_stages(args, config, rules)
+    manifests = [[table.manifest for table in reader.tables] if reader else [] for reader in data]
+    load = None if rules is None else load_of(args, rules, *manifests)
+    return Plan(config, weights, tokenizer, mesh, *data, total_samples, total_steps, load)
 
 
 def doubts(args: TrainArguments, plan: Plan) -> list[str]:
@@ -104,6 +112,16 @@ def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSiz
     check_expert_parallel(config, mesh.expert)
     _check_sequence_parallel(args, config)
     return config, mesh
+
+
+def check_encoder_stages(args: TrainArguments, config: PretrainedConfig, images: ImageRules | None) -> None:
+    """Raise :class:`UserError` for ``--encoder_pipe_parallel_size`` where the run has no use for it."""
+    if images is not None or not args.encoder_pipe_parallel_size:
+        return
+    flag = f"--encoder_pipe_parallel_size {args.encoder_pipe_parallel_size}"
+    if config.model_type not in PARTS:
+        raise UserError(f"{flag}: a {config.model_type} has no vision tower: leave it out.")
+    raise UserError(f"{flag}: --train_data has no images, and the tower takes no part: leave it out.")
 
 
 def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> None:

@@ -193,7 +193,7 @@ def open_metrics(
     if dist.get_rank() == 0:
         run = Path(args.checkpoint) if args.checkpoint else None
         sinks = held.enter_context(open_sinks(run, start, dataclasses.asdict(args), log))
-    flops = flops_per_token(*multiply_adds(layout.costs))
+    flops = flops_per_token(*multiply_adds(layout.every))
     rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")
     peak = over_ranks(rate, dist.ReduceOp.SUM, device)
     metrics = Metrics(sinks, log, plan.total_steps, flops, peak, device)

@@ -16,11 +16,8 @@ from torch import Tensor
 from fft.data.image_batches import Chosen, ImageBatch
 from fft.models.vision_layers import HeldTower
 from fft.parallel.groups import own_group
-from fft.parallel.image_plan import deal_images
+from fft.parallel.image_plan import CHUNK, deal_images
 from fft.parallel.role import StageRole
-
-#: Patches that are encoded at once.
-_CHUNK = 16384
 
 
 @dataclass
@@ -156,7 +153,7 @@ class SharedTower:
             sizes.append(int(tokens[:-1].sum()) + 1)
             begin += sizes[-1]
             share = batch.grids[np.append(np.flatnonzero(owner == self._rank), len(owner))], batch.patches
-            if chunks and sum(len(patches) for _, patches in chunks[-1]) + len(batch.patches) <= _CHUNK:
+            if chunks and sum(len(patches) for _, patches in chunks[-1]) + len(batch.patches) <= CHUNK:
                 chunks[-1].append(share)
             else:
                 chunks.append([share])

@@ -64,7 +64,7 @@ def train(args: TrainArguments) -> int:
     check_device(args)
     plan = plan_run(args, world_size())
     spec = model_spec(args, plan.config, plan.images)
-    layout = plan_layout(args, spec, plan.mesh, on_host())
+    layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
     init_distributed()
     try:
         _announce(args, plan, spec, layout)

@@ -152,7 +152,6 @@ def test_what_launchers_add_is_accepted():
         (["--freeze", "a\nb"], "--freeze 'a\\nb' must be a line of text"),
         (["--decay_ratio", "1.5"], "--decay_ratio 1.5 must be a share of all steps, from 0 to 1"),
         (["--early_stop_patience", "2"], "--early_stop_patience counts evaluations"),
-        (["--encoder_pipe_parallel_size", "1"], "trains no vision encoders"),
         (["--lora_dim", "8", "--init"], "not with --init"),
         (["--lora_dim", "8", "--lora_alpha", "0"], "--lora_alpha 0 must be at least 1"),
         (["--init", "--from_ckpt", "c"], "exclude each other"),

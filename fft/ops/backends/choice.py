@@ -17,6 +17,7 @@ from fft.ops.backends import (
     flash_attention_2,
     flash_attention_3,
     flash_attention_4,
+    meta,
     npu,
     reference,
 )
@@ -68,9 +69,12 @@ def choose(
     """The backend called ``name``, once it has passed :func:`check_backend` with heads of ``size``.
 
     ``auto``: the first fused kernel of the device that takes the dtype, caps scores where they are ``capped``, is
-    installed and passes, with a warning for each that does not pass; the reference where the device has none. Raises
-    :class:`UserError` if a named kernel does not fit, is missing or does not pass, or if none of several passes.
+    installed and passes, with a warning for each that does not pass; the reference where the device has none. On the
+    meta device shapes are all. Raises :class:`UserError` if a named kernel does not fit, is missing or does not pass,
+    or if none of several passes.
     """
+    if device.type == "meta":
+        return meta
     if name == "reference":
         return reference
     if name != "auto":

@@ -139,6 +139,7 @@ FLAGS: dict[str, tuple[list, list]] = {
     "dry_run": ([True], []),
     "ranks": (["1", "2"], NUMBERS),
     "device_memory": (["80"], NUMBERS),
+    "image_tokens": (["0.5"], NUMBERS),
     "eval_steps": (["1"], NUMBERS),
     "early_stop_patience": (["1"], NUMBERS),
     "logging_steps": (["1"], NUMBERS),
