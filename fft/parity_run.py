@@ -76,7 +76,8 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     small.initializer_range = 0.2  # of this size, gradients tell one layer's mistake from another's rounding
     small.dtype = whole.dtype = torch.float32
     if small is not whole:
-        _shrink_tower(whole)
+        stays = given and args.partition_method.count(",") == args.pipe_parallel_size - 1  # it names all stages
+        _shrink_tower(whole, None if stays else max(4, (args.encoder_pipe_parallel_size or 0) - 2))
     return whole
 
 
@@ -98,17 +99,19 @@ def _shrink_experts(config: PretrainedConfig, experts: int) -> None:
             setattr(config, name, min(getattr(config, name), limit))
 
 
-def _shrink_tower(config: PretrainedConfig) -> None:
-    """A tower of a few layers with heads of 16, whose features have the width of the decoder that ``config`` has."""
+def _shrink_tower(config: PretrainedConfig, most: int | None) -> None:
+    """A tower of at most so many layers (None: as many as there are) with heads of 16, whose features have the width of
+    the decoder that ``config`` has."""
     vision, width = config.vision_config, config.get_text_config().hidden_size
     layers, heads = ("depth", "num_heads") if hasattr(vision, "depth") else ("num_hidden_layers", "num_attention_heads")
+    most = getattr(vision, layers) if most is None else min(getattr(vision, layers), most)
     own = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
-    small: dict[str, Any] = {layers: min(getattr(vision, layers), 4), heads: 2, own: 32, "initializer_range": 0.2}
+    small: dict[str, Any] = {layers: most, heads: 2, own: 32, "initializer_range": 0.2}
     small |= dict.fromkeys(("out_hidden_size", "hidden_size"), width) if own == "embed_dim" else {}
     small |= {"out_hidden_size": width} if hasattr(vision, "out_hidden_size") else {}
     small |= {"intermediate_size": 64} if hasattr(vision, "intermediate_size") else {}
     for name in ("fullatt_block_indexes", "deepstack_visual_indexes"):  # of each kind of block one is left
-        if hasattr(vision, name):
+        if hasattr(vision, name) and max(getattr(vision, name), default=0) >= most:
             small[name] = [1, 3]
     for name, value in small.items():
         setattr(vision, name, value)

@@ -2,7 +2,8 @@
 
 Model FLOPs utilisation is the FLOPs that the model's mathematics needs (a multiply-add is two; backward is twice the
 forward, but for weights that are frozen; activations that are computed again count once) over those that all devices
-could have done at their measured matrix rate.
+could have done at their measured matrix rate. A token of a run with images has besides its decoder's FLOPs those of a
+tower for as many patches as its tables' tokens have in the mean (:mod:`fft.planning.image_load`).
 """
 
 import contextlib

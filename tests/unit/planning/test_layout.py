@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from fft.ops.cross_entropy import HeadSum, linear_cross_entropy
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.activations import Alive, add_to_sum, layer_activations
 from fft.planning.costs import layer_costs, multiply_adds
-from fft.planning.dry_run import check_fits, dry_run
+from fft.planning.dry_run import check_fits, dry_run, seen_images
 from fft.planning.layout import bubble_of, describe, plan_layout
 from fft.planning.memory import Circumstances, LayerMemory, loss_memory, stage_memory
 from fft.planning.preflight import lay_out
@@ -40,7 +41,9 @@ def known(model: str) -> ModelSpec:
 def dry(*flags: str) -> tuple:
     args = parse_arguments(["--dry_run", *flags])
     config, mesh = lay_out(args, args.ranks)
-    return args, config.model_type, plan_layout(args, known(args.model), mesh, host=False)
+    images, load = seen_images(args, config)
+    made = known(args.model) if images is None else replace(known(args.model), images=images)
+    return args, config.model_type, plan_layout(args, made, mesh, host=False, load=load)
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("*b-*.yaml")), ids=lambda file: file.stem)
