@@ -1,6 +1,7 @@
 """Vision-language training beside its peers, a measurement a subcommand.
 
 python -m benchmarks.vision loader                # images a second of one core, from files to patches; installs a peer
+python -m benchmarks.vision step                  # seconds of a step, by where the tower is
 
 `loader` draws JPEGs, writes them into a token table (Qwen2-VL's rules, rows of 8,192 tokens) and into MosaicML's
 shards, and reads each once in a process of its own: ours to the uint8 patches and positions of micro-batches, the
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from benchmarks import vision_steps
 from benchmarks.loader import ROOT, peer_environment
 from fft.console import format_table, say
 from fft.data.manifest import FileInfo, Manifest, commit, read_manifest
@@ -167,6 +169,9 @@ def _parse() -> argparse.Namespace:
     loader.add_argument("--core", type=int, default=0, help="the core on which each process runs")
     loader.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="kept between runs")
     loader.add_argument("--only", nargs="+", choices=KINDS, help="default: all")
+    step = commands.add_parser("step", help="seconds of a step, by where the tower is")
+    step.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="kept between runs")
+    vision_steps.add_flags(step)
     return parser.parse_args()
 
 
