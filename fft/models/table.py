@@ -24,7 +24,7 @@ from fft.models.small import small_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES, check_supported
 from fft.models.vision import PARTS
-from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel
+from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, published_plan
 
 #: What a type can be. "differs" is a fault of ours, and stands in no page.
 EXACT, DIFFERS, REFUSED, UNTESTED = "exact", "differs", "refused", "untested"
@@ -140,7 +140,7 @@ def _mechanisms(spec: ModelSpec) -> Iterable[str]:
 
 def _cut(spec: ModelSpec) -> Iterable[str]:
     """Which parameters of layers tensor-parallel ranks share out, or why they do not; embedding and head always are."""
-    if not spec.config.base_model_tp_plan:
+    if not published_plan(spec.config):
         return ["no plan"]
     shards = [name for name in spec.shards(0, 2) if ".layers." in name]
     attention = [name for name in shards if "attn" in name or ".attention." in name]

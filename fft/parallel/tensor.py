@@ -6,7 +6,7 @@ Between layers every rank has the same hidden states.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from fft.parallel.groups import own_group
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.tensor_plan import Shard, style_of
+
+#: What experts that have biases call that behind their last product.
+_LAST_BIAS = "down_proj_bias"
 
 
 class TensorParallel:
@@ -80,13 +83,13 @@ def parallelise(
     regions: dict[str, nn.Module] = {}
     for name, module in layer.named_modules():
         style = style_of(f"{path}.{name}", plan)
-        if style == "colwise":
+        if style in ("colwise", "packed_colwise"):
             # One sum for all that a block's input goes into: q, k and v, or gate and up.
             block = name.rpartition(".")[0]
             regions[block] = layer.get_submodule(block)
         elif style == "moe_tp_experts":
             regions[name] = module
-            module.register_forward_hook(lambda _, __, output: ranks.leave(output))
+            _sum_up_experts(module, ranks, shards.get(f"{name}.{_LAST_BIAS}"))
         elif style == "rowwise":
             _sum_up(module, ranks)
         elif style == "replicated_with_grad_allreduce":
@@ -114,6 +117,25 @@ def _sum_up(module: nn.Module, ranks: TensorParallel) -> None:
         finally:
             module._parameters["bias"] = bias
         return ranks.leave(part) + bias
+
+    module.forward = forward
+
+
+def _sum_up_experts(module: nn.Module, ranks: TensorParallel, shard: Shard | None) -> None:
+    """The same of experts. Of the bias behind their last product a rank adds the columns that ``shard`` says it has."""
+    module.register_forward_hook(lambda _, __, output: ranks.leave(output))
+    if shard is None:
+        return
+    kind, parameters = type(module), cast(dict[str, Tensor | None], module._parameters)
+    ((start, stop),) = shard.spans
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        bias = module.get_parameter(_LAST_BIAS)
+        parameters[_LAST_BIAS] = nn.functional.pad(bias, (start, shard.shape[-1] - stop))
+        try:
+            return kind.forward(module, *args, **kwargs)
+        finally:
+            parameters[_LAST_BIAS] = bias
 
     module.forward = forward
 

@@ -25,6 +25,44 @@ _UNPUBLISHED = {
     "layers.*.mlp.shared_expert.up_proj": "colwise",
     "layers.*.mlp.shared_expert.down_proj": "rowwise",
 }
+_ATTENTION = {
+    **dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise"),
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+_MLP = {
+    **dict.fromkeys(("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"), "colwise"),
+    "layers.*.mlp.down_proj": "rowwise",
+}
+#: A gate beside what it opens, in one matrix: each rank has the same columns of both.
+_FUSED_MLP = {"layers.*.mlp.gate_up_proj": "packed_colwise", "layers.*.mlp.down_proj": "rowwise"}
+#: Norms of each head's queries and keys, of which every rank has some.
+_HEAD_NORMS = dict.fromkeys(
+    ("layers.*.self_attn.query_layernorm", "layers.*.self_attn.key_layernorm"), "replicated_with_grad_allreduce"
+)
+#: What of some model types no plan is published for, or one that holds it whole.
+_BY_TYPE = {
+    # A norm of its own for every head.
+    "cohere": dict.fromkeys(("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"), "colwise"),
+    **{name: _FUSED_MLP for name in ("glm", "glm4", "phi3")},
+    # Gate and up take turns along the last dimension of experts, whose inputs are the one before.
+    "gpt_oss": {
+        **_ATTENTION,
+        "layers.*.self_attn.sinks": "colwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.experts.gate_up_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj_bias": "rowwise",
+        "layers.*.mlp.experts.down_proj": "colwise",
+        "layers.*.mlp.experts.down_proj_bias": "rowwise",
+    },
+    "granitemoe": _ATTENTION,
+    "granitemoeshared": {
+        **_ATTENTION,
+        "layers.*.shared_mlp.input_linear": "packed_colwise",
+        "layers.*.shared_mlp.output_linear": "rowwise",
+    },
+    "hunyuan_v1_dense": {**_ATTENTION, **_HEAD_NORMS, **_MLP},
+    "hunyuan_v1_moe": {**_ATTENTION, **_HEAD_NORMS},
+}
 #: Modules that are cut by rows of the vocabulary, whatever a plan says.
 _VOCABULARY = ("embed_tokens", "embed_in", "lm_head", "embed_out")
 #: Decoders for which no plan is published, and those whose plan is theirs.
@@ -35,7 +73,7 @@ _ALIGNED = 8
 #: What configs call the number of a layer's experts.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
-_WHOLE = {"colwise": "lora_A", "rowwise": "lora_B"}
+_WHOLE = {"colwise": "lora_A", "packed_colwise": "lora_A", "rowwise": "lora_B"}
 
 
 @dataclass(frozen=True)
@@ -128,17 +166,17 @@ def heads_of(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def published_plan(config: PretrainedConfig) -> dict[str, str]:
-    """What transformers publishes for a decoder, or for one whose modules are the same; empty for others."""
+    """What transformers publishes for a decoder, or for one whose modules are the same, and what is known here besides;
+    empty for others."""
     kind = _SAME_AS.get(config.model_type)
-    return dict((CONFIG_MAPPING[kind] if kind else config).base_model_tp_plan or {})
+    published = (CONFIG_MAPPING[kind] if kind else config).base_model_tp_plan or {}
+    return {**published, **_BY_TYPE.get(config.model_type, {})}
 
 
 def plan_of(config: PretrainedConfig) -> dict[str, str]:
     """Style by module or parameter name, relative to the decoder, layer numbers as ``*``."""
     config = config.get_text_config()
     plan = {**_UNPUBLISHED, **published_plan(config)}
-    if config.model_type == "cohere":  # a norm of its own for every head
-        plan |= {"layers.*.self_attn.q_norm": "colwise", "layers.*.self_attn.k_norm": "colwise"}
     if plan.get("layers.*.self_attn.kv_b_proj") == "colwise":  # what it gets is made on every rank, for its heads
         names = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
         plan |= {f"layers.*.self_attn.{name}": "replicated_with_grad_allreduce" for name in names}
@@ -214,11 +252,13 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
             f"--model_parallel_size {size} cannot share out {heads} attention and {kv_heads} key/value heads: use "
             f"{', '.join(map(str, fitting))}."
         )
-    width = getattr(config, "moe_intermediate_size", 0)
+    keys = ("moe_intermediate_size", "intermediate_size") if any(getattr(config, c, None) for c in _COUNTS) else ()
+    key = next((name for name in keys if getattr(config, name, None)), "")
+    width = getattr(config, key, 0)
     if width % (_ALIGNED * size):
         raise UserError(
-            f"--model_parallel_size {size} cannot share out experts of moe_intermediate_size {width}: it must be a "
-            f"multiple of {_ALIGNED} for each rank."
+            f"--model_parallel_size {size} cannot share out experts of {key} {width}: it must be a multiple of "
+            f"{_ALIGNED} for each rank."
         )
 
 

@@ -26,6 +26,7 @@ LAYOUTS = {
     "ring": "--sequence_parallel_size=2 --gradient_accumulation_steps=4",
     "ulysses": "--sequence_parallel_size=2 --ulysses_degree=2 --gradient_accumulation_steps=4",
     "experts": "--expert_parallel_size=2 --gradient_accumulation_steps=2",
+    "both": "--model_parallel_size=2 --expert_parallel_size=2 --gradient_accumulation_steps=2",
     "data": "--gradient_accumulation_steps=2",
 }
 #: Those that a layout could get wrong in a way of their own. Where layers can have windows, they are of 4 tokens.
@@ -44,9 +45,11 @@ FAMILIES = {
     "glm4_moe": "tensor experts",
     "glm4_moe_lite": "tensor selective",
     "gpt_neox": "tensor ring",
-    "gpt_oss": "experts ulysses",
+    "gpt_oss": "tensor both ulysses",
     "granite": "split ring",
+    "granitemoeshared": "tensor experts",
     "granitemoe_swa": "tensor experts",
+    "hunyuan_v1_dense": "tensor split",
     "hyperclovax": "tensor recomputed",
     "jais2": "tensor recomputed",
     "laguna": "split experts",
@@ -93,7 +96,7 @@ def one(ragged_table, tmp_path_factory):
 def test_a_family_in_a_layout_is_one_process(family, layout, one, tmp_path):
     given, expected = one(family)
     kept = ["--checkpoint", tmp_path / "run", "--save_steps", STEPS]
-    done = run_ranks(2, *given, *kept, *LAYOUTS[layout].split())
+    done = run_ranks(4 if layout == "both" else 2, *given, *kept, *LAYOUTS[layout].split())
     assert done.returncode == 0, done.stderr[-3000:]
     assert faults(read_outcome(tmp_path / "run"), expected, RATE) == []
 
