@@ -8,6 +8,7 @@ from fft.console import say
 from fft.errors import Parser, UserError, positive
 from fft.images.rules import LIMITS
 from fft.serve.engines import add_engine_flags
+from fft.serve.images import add_image_flags
 from fft.serve.sampling import add_sampling_flags
 from spark_jobs.parameters import CHOICES
 from spark_jobs.token_table.picture import check_report, write_report
@@ -231,6 +232,7 @@ def generate_parser() -> Parser:
         default="fail",
         help="malformed rows end the job (default), or go to OUTPUT/_quarantine and are counted",
     )
+    add_image_flags(parser)
     add_sampling_flags(parser)
     add_engine_flags(parser)
     return parser

@@ -16,8 +16,11 @@ from fft.corpus.files import find_sources
 from fft.data.known import LeftOut
 from fft.data.manifest import Manifest
 from fft.errors import UserError
+from fft.images.rules import LIMITS
 from fft.serve.engines import EngineOptions
+from fft.serve.images import image_settings_of
 from fft.serve.sampling import Sampling, sampling_of
+from fft.text.chat import ImageSettings
 from spark_jobs.dataframes import is_frame, open_frames
 from spark_jobs.generation.answers import Asking
 from spark_jobs.generation.engine import Wanted
@@ -34,6 +37,7 @@ from spark_jobs.token_table.writer import TableWriter
 
 _SAMPLING = frozenset(field.name for field in fields(Sampling))
 _ENGINE = frozenset(field.name for field in fields(EngineOptions)) - {"name"} | {"engine"}
+_IMAGES = frozenset(("image_path", *LIMITS))
 #: What is counted of every part.
 _COUNTED = ("prompts_in", "prompts_out", "quarantined", "prompt_tokens", "finished stop", "finished length")
 
@@ -59,7 +63,9 @@ def generate_table(
     One row an answer: the columns of the prompt's row, and ``messages`` (the conversation, its last turn the answer),
     ``text``, ``finish_reason``, ``tokens`` and ``sample`` (0 to ``n`` - 1). Prompts are texts under ``prompt_key``, or
     conversations under ``messages`` or ``conversation``; ``chat`` and ``system`` are as in :mod:`fft.serve.prompts`.
-    ``settings`` are those of :class:`fft.serve.sampling.Sampling` and :class:`fft.serve.engines.EngineOptions`.
+    ``settings`` are those of :class:`fft.serve.sampling.Sampling` and :class:`fft.serve.engines.EngineOptions`. With
+    ``image_path``, a folder that workers see, too, prompts may have images, in all forms that the tokenize job reads,
+    within ``max_pixels``, ``min_pixels`` and ``max_tiles``; a column ``images`` has those of each conversation.
 
     The samples of a row depend on the seed and its id, without one on its place in the input: on no partitioning. Of an
     interrupted job, finished parts stay, and the same call goes on from them. ``num_engine`` engines work at a time: by
@@ -68,12 +74,12 @@ def generate_table(
     none, and when nothing could be answered. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    folder, wanted = local_path(output, "output"), Wanted(_model_path(model), _engine(settings))
-    sampling = sampling_of(settings)
+    folder, sampling = local_path(output, "output"), sampling_of(settings)
+    wanted = Wanted(_model_path(model), _engine(settings), images=_images(settings))
     given = [inputs] if isinstance(inputs, str | Path | DataFrame) else inputs
     unread = [path for path in given if is_frame(path)]
     paths = local_paths([path for path in given if not isinstance(path, DataFrame) and not is_frame(path)], "inputs")
-    left_out, keys = LeftOut(), PromptKeys(prompt_key, id_key)
+    left_out, keys = LeftOut(), PromptKeys.of(prompt_key, id_key, wanted.images is not None)
     sources = find_sources(paths, id_key, left_out)
     for _ in (file for source in sources for file in source.ids):
         left_out.add(f"partition column {id_key}")
@@ -116,10 +122,11 @@ def generate(
     rows stay, and a column ``error`` says why. Raises :class:`UserError` for parameters and columns that are none.
     """
     check_parameters(locals())
-    wanted, sampling = Wanted(_model_path(model), _engine(settings)), sampling_of(settings)
-    keys, fail = PromptKeys(prompt_key, id_key), on_error == "fail"
+    wanted = Wanted(_model_path(model), _engine(settings), images=_images(settings))
+    sampling, images = sampling_of(settings), wanted.images is not None
+    keys, fail = PromptKeys.of(prompt_key, id_key, images), on_error == "fail"
     schema = frame_schema(df, "DataFrame")
-    rows = fields_of([schema], [turns_in(schema, keys.turns)], prompt_key, ERROR)
+    rows = fields_of([schema], [turns_in(schema, keys.turns)], prompt_key, ERROR, images)
     work = GenerateRows(Asking(wanted, sampling, keys, chat, system), rows, schema.names, fail)
     out = spark_schema(rows.rows(sampling.logprobs is not None, not fail))
     profile = place_engines(df.sparkSession, 1, wanted.options.tensor_parallel_size).profile
@@ -128,7 +135,7 @@ def generate(
 
 def _engine(settings: Mapping[str, Any]) -> EngineOptions:
     """The settings of the engine. Raises :class:`UserError` for one that is neither of the engine nor of sampling."""
-    known = sorted(_ENGINE | _SAMPLING)
+    known = sorted(_ENGINE | _SAMPLING | _IMAGES)
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise UserError(f"`{unknown[0]}` is no setting of generation, which are {', '.join(known)}.")
@@ -136,6 +143,15 @@ def _engine(settings: Mapping[str, Any]) -> EngineOptions:
     if given.get("lora") is not None:
         given["lora"] = str(local_path(given["lora"], "lora").absolute())
     return EngineOptions(**given)
+
+
+def _images(settings: Mapping[str, Any]) -> ImageSettings | None:
+    """What is said of images. Raises :class:`UserError` for a folder that is none, and for numbers that are none."""
+    given = {name: settings.get(name) for name in _IMAGES}
+    check_parameters(given)
+    if given["image_path"] is not None:
+        given["image_path"] = local_path(given["image_path"], "image_path")
+    return image_settings_of(given)
 
 
 def _model_path(model: str | Path) -> str:
@@ -150,7 +166,9 @@ def _parameters(asking: Asking) -> dict[str, Any]:
     engine = {f"engine_{name}": value for name, value in asdict(asking.wanted.options).items() if name != "name"}
     keys = {"prompt_key": asking.keys.prompt, "id_key": asking.keys.id, "chat": asking.chat, "system": asking.system}
     model = {"model": asking.wanted.model, "engine": asking.wanted.options.name}
-    return model | keys | asdict(asking.sampling) | engine
+    images = asking.wanted.images
+    seen = {} if images is None else {"image_path": images.folder, **asdict(images.limits)}
+    return model | keys | asdict(asking.sampling) | engine | seen
 
 
 def _work(parameters: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> str:

@@ -65,16 +65,19 @@ class Reading:
             raise Malformed(f"{self.key!r} must be a text or a list of turns, not {type(prompt).__name__}")
         fields = {name: own for name, own in value.items() if name != self.key}
         self._check_fields(fields, PROMPT)
-        return Asked(self._with_images(prompt, value), {PROMPT: prompt}, fields, self.sampling)
-
-    def _with_images(self, prompt: str | list, record: Mapping[str, Any]) -> Any:
-        beside = {key: record[key] for key in IMAGE_KEYS if record.get(key) is not None} if self.images else {}
-        if not beside:
-            return prompt
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return {TURN_KEYS[0]: turns, **beside}
+        asked = with_images(prompt, value) if self.images else prompt
+        return Asked(asked, {PROMPT: prompt}, fields, self.sampling)
 
     def _check_fields(self, fields: Mapping[str, Any], *more: str) -> None:
         for name in (*self.reserved, *more):
             if name in fields:
                 raise Malformed(f"it has a field {name!r}, which the output needs for itself: rename it")
+
+
+def with_images(prompt: Any, record: Mapping[str, Any]) -> Any:
+    """A prompt of a record, a text or turns; with the images beside it, where there are any, as a conversation."""
+    beside = {key: record[key] for key in IMAGE_KEYS if record.get(key) is not None}
+    if not beside:
+        return prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {TURN_KEYS[0]: turns, **beside}

@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.overwrite)
     reserved = (TEXT, FINISH, *([LOGPROBS] if args.logprobs is not None else []))
     reserved += (ERROR,) if args.on_error == "quarantine" else ()
-    images = image_settings_of(args)
+    images = image_settings_of(vars(args))
     reading = Reading(args.prompt_key, sampling_of(args), reserved, images is not None)
     model = check_model(_model_folder(args.model), engine_options_of(args), images=images)
     left_out = LeftOut()

@@ -1,9 +1,9 @@
 """Images of prompts: the flags that have them read, and what engines take of them. Pixels are those of training."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +23,19 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=positive, help=f"{meaning} (default: the model's own limit)")
 
 
-def image_settings_of(args: argparse.Namespace) -> ImageSettings | None:
-    """What the flags say; None where no images are read. Raises :class:`UserError` for a folder that is none, and for
-    limits without it."""
-    limits = ImageLimits(**{spec.name: getattr(args, spec.name) for spec in fields(ImageLimits)})
-    if args.image_path is None:
-        if given := limits.given:
-            raise UserError(f"`{given[0]}` is a limit of images: give `image_path`, the folder in which they lie.")
+def image_settings_of(given: Mapping[str, Any]) -> ImageSettings | None:
+    """What the values of flags, by their names, say; None where no images are read.
+
+    Raises :class:`UserError` for a folder that is none, and for limits without it.
+    """
+    limits = ImageLimits(**{name: given.get(name) for name in LIMITS})
+    if given.get("image_path") is None:
+        if limits.given:
+            raise UserError(
+                f"`{limits.given[0]}` is a limit of images: give `image_path`, the folder in which they lie."
+            )
         return None
-    folder = Path(args.image_path)
+    folder = Path(given["image_path"])
     if not folder.is_dir():
         raise UserError(f"`image_path` {folder} is no folder: give the one in which the images of the prompts lie.")
     return ImageSettings(str(folder.absolute()), limits)

@@ -114,6 +114,10 @@ class ImageParts:
             raise Malformed("the chat template leaves out some of its images")
         raise Malformed(f"a text holds {self.token}, which stands for an image")
 
+    def marked(self, content: str) -> str:
+        """A content as :meth:`content` gives it, with marks in the place of images, as it is read from there again."""
+        return content.replace(self.written, f"{MARK}\n" if self.written.endswith("\n") else MARK)
+
     def _text_and_files(self, content: Sequence[object], where: str) -> tuple[str, list[Source]]:
         wrong = next((part for part in content if not isinstance(part, str)), None)
         if wrong is not None or not content:

@@ -7,20 +7,22 @@ is in the order of what went in, whatever finished first.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
 from fft.errors import UserError
+from fft.serve.asked import with_images
 from fft.serve.engines import Completion
 from fft.serve.prompts import Renderer
 from fft.serve.sampling import Sampling
 from fft.serve.window import Question, answers
+from fft.text.image_parts import ImageParts, Source
 from fft.text.messages import TURN_KEYS, RawConversation
 from fft.text.records import Malformed, dump_json
 from spark_jobs.generation.engine import Loaded, Wanted
-from spark_jobs.generation.fields import Fields
+from spark_jobs.generation.fields import IMAGES, Fields
 from spark_jobs.generation.prompts import Chunk, PromptKeys
 
 #: What stands between chunks, and comes out in its place.
@@ -41,7 +43,7 @@ class Asking:
 
     def renderer(self, loaded: Loaded) -> Renderer:
         """What makes ids of prompts. Raises :class:`UserError` for a chat with a model that has no template."""
-        return Renderer.of(loaded.tokenizer, loaded.engine.limit, self.chat, self.system)
+        return Renderer.of(loaded.tokenizer, loaded.engine.limit, self.chat, self.system, loaded.images)
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,17 @@ def _questions(loaded: Loaded, asking: Asking, items: Iterable[Chunk | Mark]) ->
                 yield Question(_Row(item, found), 0, None, asking.sampling)
             else:
                 unused: Counter[str] = Counter()
-                asked = AskedPrompt(
-                    renderer.conversation(cast("str | list | dict", prompt), unused), len(found), unused
-                )
-                yield Question(_Row(item, asked), _name(row, item, at, asking.keys.id), found, asking.sampling)
+                conversation = renderer.conversation(cast("str | list | dict", prompt), unused)
+                asked = AskedPrompt(_told(conversation, loaded.images), len(found), unused)
+                name = _name(row, item, at, asking.keys.id)
+                yield Question(_Row(item, asked), name, found, asking.sampling, found.images)
+
+
+def _told(asked: RawConversation, images: ImageParts | None) -> RawConversation:
+    """A conversation as it is told: with marks where there are images."""
+    if images is None or not asked.images:
+        return asked
+    return replace(asked, messages=[{**turn, "content": images.marked(turn["content"])} for turn in asked.messages])
 
 
 def _name(row: Mapping[str, Any] | Malformed, chunk: Chunk, at: int, key: str) -> str:
@@ -146,7 +155,12 @@ def _prompt_of(row: Mapping[str, Any], keys: PromptKeys) -> Any:
         return Malformed(f"both {keys.prompt} and {turns[0]} are there: choose one with prompt_key")
     if row.get(keys.prompt) is None:
         return Malformed(f"{keys.prompt} is null or missing")
-    return row[keys.prompt]
+    return with_images(row[keys.prompt], row) if keys.beside else row[keys.prompt]
+
+
+def _image(source: Source) -> dict[str, Any]:
+    """An image as data sets have it: its bytes, or the name of its file."""
+    return {"bytes": source, "path": None} if isinstance(source, bytes) else {"bytes": None, "path": source}
 
 
 def _row(fields: Fields, asked: RawConversation, answer: Completion, sample: int) -> dict[str, Any]:
@@ -163,5 +177,6 @@ def _row(fields: Fields, asked: RawConversation, answer: Completion, sample: int
         "finish_reason": answer.finish_reason,
         "tokens": answer.tokens,
         "sample": sample,
+        IMAGES: [_image(source) for source in asked.images] or None,
         "logprobs": None if answer.logprobs is None else json.dumps(answer.logprobs, ensure_ascii=False),
     }

@@ -9,12 +9,14 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pyspark import TaskContext
 
 from fft.serve.engines import Engine, EngineOptions
+from fft.text.chat import ImageSettings
+from fft.text.image_parts import ImageParts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,20 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a task generates with. ``threads`` are those of a CPU's engine; None leaves it to Spark."""
+    """What a task generates with. ``threads`` are those of a CPU's engine; None leaves it to Spark. With ``images``,
+    prompts may have some."""
 
     model: str
     options: EngineOptions
     threads: int | None = None
+    images: ImageSettings | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine, the tokenizer of its model, and whether it was started for this task."""
+    """An engine, the tokenizer of its model, whether it was started for this task, and what reads images of prompts."""
 
     engine: Engine
     tokenizer: "PreTrainedTokenizerBase"
     started: bool
+    images: ImageParts | None = None
 
 
 class _Keeper:
@@ -60,13 +65,12 @@ class _Keeper:
     def _load(self, wanted: Wanted, name: str) -> Loaded:
         _take_resources(wanted.threads)
         # Torch and the engine's libraries: in workers alone, and after the variables that they read.
-        from fft.serve.engines.choice import load_engine
-        from fft.serve.prompts import load_model_tokenizer
+        from fft.serve.engines.choice import check_model, start_engine
 
-        tokenizer = load_model_tokenizer(wanted.model)
-        engine = load_engine(wanted.model, wanted.options)
-        self._wanted, self._loaded = name, Loaded(engine, tokenizer, started=False)
-        return Loaded(engine, tokenizer, started=True)
+        checked = check_model(wanted.model, wanted.options, images=wanted.images)
+        self._loaded = Loaded(start_engine(checked), checked.tokenizer, False, checked.images)
+        self._wanted = name
+        return replace(self._loaded, started=True)
 
     def close(self) -> None:
         if self._loaded is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from fft.errors import UserError
+from fft.text.image_parts import IMAGE_KEYS
 from fft.text.messages import ROLES, TRAIN_KEYS, TURN_KEYS
 
 #: Columns of the answers. The whole conversation stands in ``messages``, as ``tokenize.py --task chat`` takes it.
@@ -20,6 +21,8 @@ MESSAGES = TURN_KEYS[0]
 ANSWERS = (MESSAGES, "text", "finish_reason", "tokens", "sample")
 #: A column of ours when log probabilities are asked for, and when malformed rows stay.
 LOGPROBS, ERROR = "logprobs", "error"
+#: And where prompts may have images: those of the conversation, in their order.
+IMAGES = IMAGE_KEYS[0]
 
 #: Marks a field whose values are written as JSON texts.
 _AS_JSON = {b"fft": b"json"}
@@ -28,10 +31,12 @@ _TRAINED = "weight"
 
 @dataclass(frozen=True)
 class Fields:
-    """``carried`` are the columns of the prompts' rows; ``turns`` what turns have beside role and content."""
+    """``carried`` are the columns of the prompts' rows; ``turns`` what turns have beside role and content. With
+    ``images``, a column has those of the conversation."""
 
     carried: pa.Schema
     turns: pa.Schema
+    images: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -44,6 +49,7 @@ class Fields:
         turn = pa.struct([("role", pa.string()), ("content", pa.string()), *self.turns])
         types = (pa.list_(turn), pa.string(), pa.string(), pa.int32(), pa.int32())
         own = [pa.field(name, kind) for name, kind in zip(ANSWERS, types, strict=True)]
+        own += [pa.field(IMAGES, pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])))] * self.images
         own += [pa.field(LOGPROBS, pa.string())] if logprobs else []
         own += [pa.field(ERROR, pa.string())] if error else []
         return pa.schema([*(field.remove_metadata() for field in self.carried), *own])
@@ -74,8 +80,14 @@ class Fields:
         return own
 
 
-def fields_of(schemas: Sequence[pa.Schema], turns: Sequence[pa.Schema], prompt_key: str, reserved: str = "") -> Fields:
-    """The fields of rows that come from several files, whose schemas these are.
+def fields_of(
+    schemas: Sequence[pa.Schema],
+    turns: Sequence[pa.Schema],
+    prompt_key: str,
+    reserved: str = "",
+    images: bool = False,
+) -> Fields:
+    """The fields of rows that come from several files, whose schemas these are; with ``images``, those are read.
 
     Raises :class:`UserError` when a column has the name of one of the answers', or when there is no prompt in it.
     """
@@ -88,10 +100,11 @@ def fields_of(schemas: Sequence[pa.Schema], turns: Sequence[pa.Schema], prompt_k
     taken = [name for name in (*ANSWERS[1:], LOGPROBS, reserved) if name in carried.names]
     if taken:
         raise UserError(f"`inputs` have a field {taken[0]!r}, which the output needs for itself: rename it.")
-    kept = [_settled(field) for field in carried if field.name not in TURN_KEYS]
+    replaced = (*TURN_KEYS, *(IMAGE_KEYS if images else ()))
+    kept = [_settled(field) for field in carried if field.name not in replaced]
     extras = [_settled(field) for field in merge(turns) if field.name not in ("role", "content", *ROLES, *TRAIN_KEYS)]
     flagged = any(name in TRAIN_KEYS for schema in turns for name in schema.names)
-    return Fields(pa.schema(kept), pa.schema([*extras, *([(_TRAINED, pa.int64())] if flagged else [])]))
+    return Fields(pa.schema(kept), pa.schema([*extras, *([(_TRAINED, pa.int64())] if flagged else [])]), images)
 
 
 def turns_in(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:

@@ -66,7 +66,7 @@ class Prompts:
             facts = placed.select(F.count("*"), F.sum(F.col("sort_key").cast("decimal(38,0)"))).collect()[0]
             origins.append({"input": frame.name, "rows": facts[0], "fingerprint": str(facts[1])})
             counted.append((frame, count_parts(frame.rows)))
-        return cls(splits, counted, fields_of(rows, turns, keys.prompt), origins)
+        return cls(splits, counted, fields_of(rows, turns, keys.prompt, images=bool(keys.beside)), origins)
 
     @property
     def parts(self) -> int:

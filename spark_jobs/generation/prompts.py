@@ -16,6 +16,7 @@ from fft.corpus.files import Source
 from fft.corpus.readers import naming, open_text, read_lines, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, cut_text, deal
 from fft.data.known import COMPRESSIONS
+from fft.text.image_parts import IMAGE_KEYS
 from fft.text.messages import TOOLS_KEY, TURN_KEYS, check_unicode
 from fft.text.nested import json_rows
 from fft.text.records import Malformed, decode_record, load_json
@@ -37,11 +38,25 @@ class PromptKeys(NamedTuple):
     messages: str = TURN_KEYS[0]
     conversation: str = TURN_KEYS[1]
     tools: str = TOOLS_KEY
+    #: Of images beside a prompt, where these are read.
+    images: str = ""
+    image: str = ""
+
+    @classmethod
+    def of(cls, prompt: str, id: str, images: bool) -> "PromptKeys":
+        """Those of a job; with ``images``, these are read."""
+        keys = cls(prompt, id)
+        return keys._replace(images=IMAGE_KEYS[0], image=IMAGE_KEYS[1]) if images else keys
 
     @property
     def turns(self) -> tuple[str, ...]:
         """Where there may be turns."""
         return self.prompt, self.messages, self.conversation
+
+    @property
+    def beside(self) -> list[str]:
+        """Where there may be images."""
+        return [name for name in (self.images, self.image) if name]
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ def read_chunks(part: int, splits: Sequence[Split], fields: Fields, keys: Prompt
 def rows_of(batch: pa.RecordBatch, keys: PromptKeys) -> tuple[list[dict[str, Any] | Malformed], list[bytes]]:
     """Of rows of parquet or of a DataFrame, the columns that are looked at: as objects, and as lines of JSON."""
     columns = batch.select([name for name in dict.fromkeys(keys) if name in batch.schema.names])
-    lines = list(json_rows(columns))
+    lines = list(json_rows(columns, [name for name in keys.beside if name in batch.schema.names]))
     return [_parse(line) for line in lines], lines
 
 

@@ -10,10 +10,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from vision_generation import answers_of_transformers, make_vision_model, pictures, prompts_of
 
 from examples.inputs import CHATML, SPECIAL
 from fft.data.manifest import read_manifest
@@ -237,3 +239,38 @@ def test_samples_are_trained_on(spark, model, tmp_path):
     assert tokens.lineage["counts"]["trained_tokens"] > count
     trained = pq.read_table(tmp_path / "tokens" / tokens.files[0].path).to_pylist()
     assert {row["doc_ids"][0] for row in trained} <= {f"p{i}" for i in range(20)}
+
+
+def test_prompts_with_images_are_answered_and_train(spark, tmp_path):
+    """In every form; what comes out has marks and a column of images, which the chat task takes."""
+    model, made = make_vision_model(tmp_path / "model", "qwen2_vl"), pictures(6)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, data in enumerate(made):
+        (folder / f"{number}.png").write_bytes(data)
+    forms, meant = prompts_of(made)
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"id": str(i)} | form) + "\n" for i, form in enumerate(forms))
+    )
+    settings = {"image_path": folder, "engine": "transformers", "max_new_tokens": 12}
+    manifest = generate_table(tmp_path / "in.jsonl", tmp_path / "out", model, **settings)
+    assert manifest.lineage["counts"]["prompts_in"] == len(forms) == manifest.rows
+    rows = sorted(rows_of(tmp_path / "out"), key=lambda row: int(row["id"]))
+    assert [row["text"] for row in rows] == answers_of_transformers(model, meant)
+    for row, (messages, images) in zip(rows, meant, strict=True):
+        held = [image["bytes"] or (folder / image["path"]).read_bytes() for image in row["images"] or ()]
+        assert held == images
+        marks = sum(turn["content"].count("<image>") for turn in row["messages"])
+        assert (marks, len(row["messages"])) == (len(images), len(messages) + (messages[-1]["role"] == "user"))
+    tokenized = tokenize_table(tmp_path / "out", tmp_path / "table", model, task="chat", image_path=folder)
+    assert tokenized.lineage["counts"]["documents_out"] == len(forms)
+
+    table = pa.table({"prompt": ["<image> a", "b"], "image": [{"bytes": made[2], "path": "x"}, None]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    answered = generate(spark.read.parquet(str(tmp_path / "in.parquet")), model=str(model), **settings).collect()
+    assert [row["messages"][0]["content"] for row in answered] == ["<image> a", "b"]
+    assert [row["images"] and bytes(row["images"][0]["bytes"]) for row in answered] == [made[2], None]
+    with pytest.raises(UserError, match=r"line 1: the content of turn 1 \(user\) is list, not a string"):
+        generate_table(tmp_path / "in.jsonl", tmp_path / "other", model, engine="transformers")
+    with pytest.raises(UserError, match="`max_tiles` is a limit of images"):
+        generate_table(tmp_path / "in.jsonl", tmp_path / "other", model, max_tiles=2)
