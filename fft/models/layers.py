@@ -69,8 +69,8 @@ class Positions:
             turns[kind] = self._rotary.turns(hidden.detach(), own, kind)
         return documents, positions, turns[kind]
 
-    def _known(self, documents: Documents) -> Known:
-        ranks = self._builder.ranks.sequence
+    def _known(self, cu_seqlens: Tensor, host: list[int] | None) -> Known:
+        documents, ranks = Documents.from_padded(cu_seqlens, host), self._builder.ranks.sequence
         if ranks is None:
             return documents, documents.positions()[None], {}
         sharded = ShardedDocuments(documents, ranks.shards(documents.bounds), ranks)

@@ -8,6 +8,7 @@ from fft.models.causal_lm import StageBuilder
 from fft.models.recompute import kept_of, selective
 from fft.models.towers import SeenImages, Tower
 from fft.ops.backends.choice import choose
+from fft.ops.documents import UnderWay
 
 
 class TowerPlan:
@@ -17,16 +18,17 @@ class TowerPlan:
         self.builder, self.tower, self.attention = builder, tower, builder.spec.attention
         #: Hidden size of the features.
         self.width = builder.spec.text.hidden_size
-        self._seen: SeenImages | None = None
+        self._chosen = False
+        self._seen: UnderWay[SeenImages] = UnderWay()
 
     def of(self, grids: Tensor, device: torch.device) -> SeenImages:
         """Of the images of these grids."""
-        if self._seen is None:
+        if not self._chosen:
             # A kernel is compared with the reference when it is first chosen, which must not happen within a layer.
+            self._chosen = True
             choose(device, self.builder.spec.dtype, self.attention, self.builder.spec.tower_head_size)
-        if self._seen is None or self._seen.grids is not grids:
-            self._seen = self.tower.see(grids, device, self.builder.spec.dtype)
-        return self._seen
+        self._seen.kept = self.builder.under_way.kept
+        return self._seen.of(grids, lambda grids, _: self.tower.see(grids, device, self.builder.spec.dtype))
 
 
 class _TowerLayer(ModelLayer):

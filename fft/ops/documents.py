@@ -68,8 +68,9 @@ class Documents:
 class UnderWay(Generic[T]):
     """What is known of the micro-batches between their forward and their backward, so that no host waits for it again.
 
-    A micro-batch is told by the memory of its boundaries: a recomputation is given another tensor, but that. It is kept
-    from other use by being held here. Of ``kept`` micro-batches something is known, the last ones.
+    A micro-batch is told by the memory of one of its tensors, such as its boundaries: a recomputation is given another
+    tensor, but that. It is kept from other use by being held here. Of ``kept`` micro-batches something is known, the
+    last ones.
     """
 
     def __init__(self, kept: int = 1) -> None:
@@ -81,16 +82,16 @@ class UnderWay(Generic[T]):
         """Expect no micro-batch any more."""
         self._expected.clear()
 
-    def expect(self, cu_seqlens: list[int]) -> None:
-        """The boundaries of a micro-batch to come, after those already expected, are known on the host."""
-        self._expected.append(cu_seqlens)
+    def expect(self, numbers: list[int]) -> None:
+        """What the tensor of a micro-batch to come, after those already expected, has is known on the host."""
+        self._expected.append(numbers)
 
-    def of(self, cu_seqlens: Tensor, make: Callable[[Documents], T]) -> T:
-        """What ``make`` makes of the documents in padded boundaries; made once for each micro-batch."""
-        name = cu_seqlens.data_ptr(), cu_seqlens._version
+    def of(self, tensor: Tensor, make: Callable[[Tensor, list[int] | None], T]) -> T:
+        """What ``make`` makes of a micro-batch's tensor and, if they are known, its numbers; once for each."""
+        name = tensor.data_ptr(), tensor._version
         if name not in self._known:
             host = self._expected.popleft() if self._expected else None
-            self._known[name] = cu_seqlens, make(Documents.from_padded(cu_seqlens, host))
+            self._known[name] = tensor, make(tensor, host)
             while len(self._known) > self.kept:
                 self._known.popitem(last=False)
         return self._known[name][1]

@@ -106,7 +106,8 @@ def test_documents_of_a_micro_batch_under_way_are_looked_at_once(monkeypatch):
     first, second, third = (torch.tensor([0, n, *[9] * 8], dtype=torch.int32) for n in (3, 4, 5))
     under_way, made = UnderWay(kept=2), []
 
-    def make(documents: Documents) -> list[int]:
+    def make(cu_seqlens: torch.Tensor, host: list[int] | None) -> list[int]:
+        documents = Documents.from_padded(cu_seqlens, host)
         made.append(documents.bounds)
         return [documents.bounds[1]]
 
