@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fft.errors import UserError
 from fft.ops.compare import disagreement
 from fft.ops.documents import lse_dtype
 
@@ -110,14 +111,25 @@ def _(logits: Tensor, targets: Tensor, bias: Tensor | None, cap: float | None, l
 
 @lru_cache(maxsize=16)
 def choose_logits(device: torch.device, dtype: torch.dtype) -> MakeLogits:
-    """The kernel for half types where ``device`` has it, and it is right; operators else. A wrong one is warned of."""
-    if device.type != "cuda" or dtype.itemsize > 2 or not find_spec("triton"):
-        return PlainLogits
-    wrong = disagreement(results(FusedLogits, device, dtype), dtype, "fails", "differs from its formula")
-    if wrong:
+    """The kernel for half types where ``device`` has it, and it is right; operators else. A wrong one is warned of.
+
+    Raises :class:`UserError` where a device's operators are wrong, too: one of them writes over what it reads.
+    """
+    if device.type == "cuda" and dtype.itemsize == 2 and find_spec("triton"):
+        wrong = _wrong(FusedLogits, device, dtype)
+        if not wrong:
+            return FusedLogits
         warnings.warn(f"passed over: the kernel of the loss on {device} {wrong}", stacklevel=2)
-        return PlainLogits
-    return FusedLogits
+    if device.type != "cpu" and (wrong := _wrong(PlainLogits, device, dtype)):
+        raise UserError(
+            f"the loss on {device} in {str(dtype).removeprefix('torch.')} {wrong}; install a torch for this device and "
+            "driver, or choose another --dtype."
+        )
+    return PlainLogits
+
+
+def _wrong(made: MakeLogits, device: torch.device, dtype: torch.dtype) -> str:
+    return disagreement(results(made, device, dtype), dtype, "fails", "differs from its formula")
 
 
 def results(made: MakeLogits, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from fft.errors import UserError
 from fft.ops import logits
 from fft.ops.compare import TOLERANCE
 
@@ -45,11 +46,21 @@ for dtype, allowed in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.
 
 
 def test_a_kernel_that_is_wrong_is_passed_over_with_a_warning(monkeypatch):
+    """And where the operators of a device are wrong, too, nothing is computed."""
+    gpu, wrong = torch.device("cuda", 0), {logits.FusedLogits}
+
+    def results(made, *_):
+        return iter([("score", torch.ones(2), torch.full((2,), 2.0 if made in wrong else 1.0, dtype=torch.float64))])
+
     monkeypatch.setattr(logits, "find_spec", lambda _: "there")
-    monkeypatch.setattr(logits, "results", lambda *_: iter([("score", torch.ones(2), torch.zeros(2).double() + 2)]))
+    monkeypatch.setattr(logits, "results", results)
+    choose = logits.choose_logits.__wrapped__
     with pytest.warns(UserWarning, match="differs from its formula: score by"):
-        assert logits.choose_logits.__wrapped__(torch.device("cuda", 0), torch.bfloat16) is logits.PlainLogits
-    monkeypatch.setattr(logits, "results", lambda *_: iter([("score", torch.ones(2), torch.ones(2).double())]))
-    assert logits.choose_logits.__wrapped__(torch.device("cuda", 0), torch.bfloat16) is logits.FusedLogits
-    assert logits.choose_logits.__wrapped__(CPU, torch.bfloat16) is logits.PlainLogits
-    assert logits.choose_logits.__wrapped__(torch.device("cuda", 0), torch.float32) is logits.PlainLogits
+        assert choose(gpu, torch.bfloat16) is logits.PlainLogits
+    wrong.add(logits.PlainLogits)
+    with pytest.raises(UserError, match=r"the loss on xpu:0 in bfloat16 differs from its formula: score by .*--dtype"):
+        choose(torch.device("xpu", 0), torch.bfloat16)
+    assert choose(CPU, torch.bfloat16) is logits.PlainLogits
+    wrong.clear()
+    assert choose(gpu, torch.bfloat16) is logits.FusedLogits
+    assert choose(gpu, torch.float32) is logits.PlainLogits
