@@ -264,8 +264,8 @@ def _images(args: TrainArguments, layout: Layout, load: ImageLoad) -> str:
     encoding = _encoding(args, layout)
     time = encoding / (encoding + sum(cost.time for cost in layout.costs))
     return (
-        f"{said}\nthe tower, {_count(held)} parameters, is shared: every rank has all of it, counted above, and "
-        f"encodes 1/{ranks} of a step's images before the pipeline, {time:.1%} of its time"
+        f"{said}\nthe tower, {_count(held)} parameters, is shared: every rank has all of it, which is in its GB, "
+        f"and encodes 1/{ranks} of a step's images before the pipeline, {time:.1%} of its time"
     )
 
 

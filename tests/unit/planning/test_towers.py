@@ -1,5 +1,6 @@
 """Layouts of models that see images: what towers cost and hold, which stages have them, what a dry run says of it."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fft.planning.activations import layer_activations
 from fft.planning.costs import TOWER, layer_costs, multiply_adds, planned_layers
 from fft.planning.dry_run import dry_run
 from fft.planning.image_load import ImageLoad, load_of, manifests_of
-from fft.planning.layout import bubble_of, plan_layout
+from fft.planning.layout import bubble_of, describe, plan_layout
 from fft.planning.partition import stage_bounds
 from fft.planning.tower_activations import SeenRow
 from fft.weights.hf import WeightReader
@@ -146,9 +147,29 @@ def test_what_is_frozen_of_a_tower(frozen, first):
     assert bubble_of(args, some) == 0
 
 
+@pytest.mark.parametrize("flags", [[], ["--checkpoint_grad_interval", "1"], ["--freeze", r"visual\."]])
+def test_a_shared_tower_is_held_by_all_and_encodes_before(flags):
+    """Its FLOPs are those of a tower in stages; what it waits for is less."""
+    given = ["--dry_run", "--model", "m", "--seq_len", "64", "--gradient_accumulation_steps", "8", *flags]
+    args = parse_arguments([*given, "--pipe_parallel_size", "2"])
+    staged = seeing("qwen3_vl", torch.bfloat16)
+    shared = replace(staged, shared_tower=True)
+    apart, both = (plan_layout(args, made, mesh_sizes(2, 2, 1, 1), host=False) for made in (staged, shared))
+    assert (apart.tower, both.tower, len(both.shared)) == (6, 0, 6)
+    assert apart.every == [*both.shared, *both.costs]
+    assert 0 < bubble_of(args, both) < 1
+    tower = sum(cost.held for cost in both.shared)
+    per_value = 2 if flags[:1] == ["--freeze"] else 6
+    held = [sum(cost.held for cost in both.costs[a:b]) for a, b in itertools.pairwise(both.bounds)]
+    assert [memory.weights for memory in both.memory] == [6 * values + per_value * tower for values in held]
+    said = describe(args, "qwen3_vl", both)
+    assert "is shared: every rank has all of it" in said
+    assert "encodes 1/2 of a step's images" in said
+
+
 def even(*cut, tower: int = 6, encoder: int = 0, layers: int = 20) -> list[int]:
     method, stages = cut
-    return stage_bounds(method, [1.0] * layers, [1] * layers, stages, lambda _, a, b: b - a, tower, encoder)
+    return stage_bounds(method, [1.0] * layers, [1] * layers, stages, lambda _, a, b: b - a, 0.0, tower, encoder)
 
 
 def test_encoder_stages_share_the_tower():
@@ -218,7 +239,6 @@ def test_a_dry_run_has_a_tower_where_images_are_said_to_be(capsys, tmp_path):
     assert "images" not in capsys.readouterr().out
     for flags, sentence in (
         (("--encoder_pipe_parallel_size", "1", "--train_data", str(texts)), "--train_data has no images"),
-        (("--encoder_pipe_parallel_size", "0", "--image_tokens", "1"), "no tower is shared by all stages yet"),
         (("--image_tokens", "0"), "--image_tokens 0.0 must be a share, more than 0"),
     ):
         with pytest.raises(UserError, match=sentence):
