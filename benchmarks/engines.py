@@ -16,11 +16,15 @@ from transformers import AutoConfig, PretrainedConfig
 from benchmarks.device.frame import release
 from fft.arguments import TrainArguments, parse_arguments
 from fft.data.batches import MicroBatch
+from fft.data.image_batches import Chosen, ImageBatch
+from fft.images.rules import ImageRules
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
+from fft.models.vision import rules_of
 from fft.parallel.mesh import mesh_sizes
 from fft.parallel.tensor_plan import Shard
+from fft.planning.image_load import ImageLoad
 from fft.planning.layout import Layout, plan_layout
 from fft.training.engine import StageEngine, build_engine, init_distributed, model_spec, on_host
 
@@ -32,7 +36,8 @@ class Workload:
     """A model and what a rank takes of it in a step: micro-batches of ``samples`` rows of ``seq_len`` tokens.
 
     Rows are documents of ``document`` tokens (None: each is one). ``flags`` are further flags of the trainer. With
-    ``noise`` weights are made at the cost of a copy, for models that would take minutes to draw.
+    ``noise`` weights are made at the cost of a copy, for models that would take minutes to draw. A model that sees
+    ``images`` by such rules has in a micro-batch images of so many ``patches`` each.
     """
 
     config: PretrainedConfig
@@ -42,6 +47,8 @@ class Workload:
     document: int | None = None
     flags: tuple[str, ...] = ()
     noise: bool = False
+    images: ImageRules | None = None
+    patches: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -66,10 +73,12 @@ class Workload:
             f"--per_device_train_batch_size={self.samples}",
         )
         args = parse_arguments([*fixed, *lengths, f"--dtype={'fp32' if on_host() else 'bf16'}", *self.flags])
-        spec = model_spec(args, self.config)
+        spec = model_spec(args, self.config, self.images)
         sizes = args.pipe_parallel_size, args.sequence_parallel_size, args.model_parallel_size
         mesh = mesh_sizes(int(os.environ.get("WORLD_SIZE", "1")), *sizes, args.expert_parallel_size)
-        return args, spec, plan_layout(args, spec, mesh, on_host())
+        patches = sum(self.patches)
+        load = ImageLoad(patches / self.tokens, float(max(self.patches, default=0)), patches // self.samples)
+        return args, spec, plan_layout(args, spec, mesh, on_host(), load)
 
     def build(self) -> tuple[Callable[[], float], StageEngine]:
         """A step on random tokens, which returns its loss once the device is done, and the engine that takes it.
@@ -81,7 +90,7 @@ class Workload:
         ranks = Ranks.join(spec, layout.mesh, args.ulysses_degree)
         builder = StageBuilder(spec, ranks, weights=Noise(spec) if self.noise else None)
         engine = build_engine(args, builder, layout.mesh, layout.bounds, 1)
-        batches = self.batches()
+        batches = self.batches() if engine.shared is None else self.batches(engine.shared.chosen)
 
         def step() -> float:
             loss = engine.step(batches)
@@ -90,12 +99,29 @@ class Workload:
 
         return step, engine
 
-    def batches(self) -> list[MicroBatch]:
-        """A step's micro-batches, of which every token is trained."""
+    def batches(self, chosen: Chosen | None = None) -> list[MicroBatch]:
+        """A step's micro-batches, of which every token is trained; with patches of those images that are ``chosen``."""
         ids = np.random.default_rng(0).integers(self.config.vocab_size, size=(self.micro_batches, self.tokens))
         bounds = np.full(self.tokens + 1, self.tokens, np.int32)
         bounds[: len(self.bounds)] = self.bounds
-        return [MicroBatch(row[None].astype(np.int32), np.roll(row, -1), bounds, self.tokens) for row in ids]
+        images = [None] * len(ids) if self.images is None else self._images(self.images, chosen)
+        return [
+            MicroBatch(row[None].astype(np.int32), np.roll(row, -1), bounds, self.tokens, seen)
+            for row, seen in zip(ids, images, strict=True)
+        ]
+
+    def _images(self, rules: ImageRules, chosen: Chosen | None) -> list[ImageBatch]:
+        """Of every micro-batch the same, at its begin, each two patches high."""
+        grids = np.array([*((1, 2, size // 2) for size in self.patches), (1, 2, 2)], np.int32)
+        tokens = sum(self.patches) // rules.merge**2
+        places = np.append(np.arange(tokens), -1)
+        index = np.stack([places, np.arange(tokens + 1)]).astype(np.int32)
+        positions = np.tile(np.arange(self.tokens, dtype=np.int32), (3, 1))
+        steps = [grids[:-1]] * self.micro_batches
+        own = [range(len(self.patches)) for _ in steps] if chosen is None else chosen(steps)
+        sizes = [sum(self.patches[number] for number in numbers) + rules.merge**2 for numbers in own]
+        pixels = (np.zeros((size, 3 * rules.patch**2), np.uint8) for size in sizes)
+        return [ImageBatch(positions, index, grids, patches) for patches in pixels]
 
 
 def join() -> None:
@@ -139,6 +165,16 @@ class Noise:
             return torch.ones(shape)
         count = math.prod(shape)
         return self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(shape)
+
+
+def qwen2_vl(hidden: int, layers: int, vocabulary: int, tower: int) -> tuple[PretrainedConfig, ImageRules]:
+    """A Qwen2-VL of any size, whose tower has so many blocks of the same width, and what it makes of images."""
+    text = llama(hidden, layers, vocabulary).to_dict() | {"model_type": "qwen2_vl_text"}
+    heads = max(1, hidden // 64)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
+    vision = {"depth": tower, "embed_dim": hidden, "hidden_size": hidden, "num_heads": heads, "patch_size": 14}
+    config = AutoConfig.for_model("qwen2_vl", text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return config, rules_of(config, ImageRules("qwen2_vl", 14, 2, 2, 0, 0, 0))
 
 
 def llama(hidden: int, layers: int, vocabulary: int) -> PretrainedConfig:

@@ -1,6 +1,6 @@
 """A rank's memory as the dry run predicts it, against what the rank of a real launch held at most.
 
-python -m benchmarks.memory           # twelve configurations on this machine's device, some six minutes on two cores
+python -m benchmarks.memory           # eighteen configurations on this machine's device, some ten minutes on two cores
 
 Measured is, on an accelerator, its allocator's peak; on a CPU the largest resident size less that before the model was
 built and what libraries were read in meanwhile, with malloc told to give freed memory back.
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.engines import Workload, join, llama, with_engine
+from benchmarks.engines import Workload, join, llama, qwen2_vl, with_engine
 from benchmarks.step import ROOT, peak_memory
 from fft.console import format_table, say
 from fft.training.engine import StageEngine
@@ -38,13 +38,23 @@ _CONFIGURATIONS = (
     (1, "bf16", 0, "--offload_optimizer"),
     (1, "fp32", 0, "--offload_optimizer"),
     (2, "fp32", 0, "--partition_method=3,8"),
+    # With images: a tower in stages with the decoder, in stages of its own, shared by all.
+    (1, "fp32", 0, "--encoder_pipe_parallel_size=-1"),
+    (2, "fp32", 0, "--encoder_pipe_parallel_size=1"),
+    (2, "bf16", 1, "--encoder_pipe_parallel_size=1"),
+    (1, "bf16", 0, "--encoder_pipe_parallel_size=0"),
+    (2, "fp32", 0, "--encoder_pipe_parallel_size=0"),
+    (2, "fp32", 1, "--encoder_pipe_parallel_size=0"),
 )
+#: Patches of each image of a micro-batch, of which a tower of so many blocks makes tokens.
+_PATCHES, _TOWER = (512, 1024, 256, 768), 6
 
 
 def main() -> int:
     """Launch each configuration, or be a rank of one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank_of", help=argparse.SUPPRESS)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many configurations")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
@@ -52,7 +62,7 @@ def main() -> int:
         (args.into / os.environ["RANK"]).write_text(json.dumps(told))
         return 0
     rows = []
-    for configuration in _CONFIGURATIONS:
+    for configuration in _CONFIGURATIONS[args.skip :]:
         pipe, dtype, interval, more = configuration
         say(f"pipe {pipe}, {dtype}, recomputing every {interval} {more} ...")
         for stage, told in enumerate(_launch(configuration)):
@@ -95,6 +105,9 @@ def measure(workload: Workload) -> dict:
 def _workload(pipe: int, dtype: str, interval: int, more: str) -> Workload:
     sizes = (f"--pipe_parallel_size={pipe}", f"--dtype={dtype}", f"--checkpoint_grad_interval={interval}")
     flags = (*sizes, *more.split())
+    if "encoder" in more:
+        config, rules = qwen2_vl(_SIZES["hidden"], _SIZES["layers"] // 2, _SIZES["vocabulary"], _TOWER)
+        return Workload(config, _SIZES["tokens"], _SIZES["micro_batches"], flags=flags, images=rules, patches=_PATCHES)
     config = llama(_SIZES["hidden"], _SIZES["layers"], _SIZES["vocabulary"])
     return Workload(config, _SIZES["tokens"], _SIZES["micro_batches"], flags=flags)
 
