@@ -195,7 +195,9 @@ class TrainArguments:
     device_memory: float = flag(
         "GB of a device: a --dry_run that needs more ends with 1, fast cuts avoid it (0: any)", 0.0, bound=NOT_NEGATIVE
     )
-    image_tokens: float | None = flag("share of a row's tokens of images, for --dry_run (see docs)", None, bound=SHARE)
+    image_tokens: float | None = flag(
+        "--dry_run with this share of tokens of images (docs/layouts.md)", None, bound=SHARE
+    )
 
     eval_steps: int = flag(
         "evaluate every k steps, besides before the first and after the last (0: only those)",

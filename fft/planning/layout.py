@@ -136,7 +136,7 @@ def _shared(
     held, matrices = sum(cost.held for cost in costs), sum(cost.matrices for cost in costs)
     layer = LayerMemory(held, matrices, saved, forward, backward, trained=trained)
     features = SeenRow(spec, load, samples, at.row, at.tokens).features
-    return SharedTowerMemory(layer, at.micro_batches * features)
+    return SharedTowerMemory(layer, at.micro_batches * features * (2 if trained else 1))
 
 
 def _layers(

@@ -65,7 +65,8 @@ class SharedTowerMemory:
     """A tower that every rank has, and the share of a step's images that a rank encodes, in bytes.
 
     ``layer`` has its parameters; it saves what is kept of these images while the pipeline runs, and needs the rest of
-    its bytes before and after that. ``features`` are those of all images of a step, which the first stage has.
+    its bytes before and after that. ``features`` are those of all images of a step, and their gradients, which the
+    first stage has.
     """
 
     layer: LayerMemory
@@ -237,7 +238,7 @@ def _passes(own: Sequence[LayerMemory], takes: Sequence[Taken], stage: int, last
 
 def _with_tower(tower: SharedTowerMemory, passes: int, stage: int) -> int:
     """The most that is held while the pipeline passes, or before and after it, when the tower does."""
-    kept = tower.layer.saved + (2 * tower.features if stage == 0 else 0)  # and their gradients
+    kept = tower.layer.saved + (tower.features if stage == 0 else 0)
     return kept + max(passes, tower.layer.forward, tower.layer.backward)
 
 
