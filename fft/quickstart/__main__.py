@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fft.console import say
-from fft.errors import Parser, UserError, positive, run_cli
+from fft.errors import Parser, positive, run_cli
 from fft.quickstart import results
-from fft.quickstart.plan import CONFIG, ROOT, Folders, build_stages, spark_rate
+from fft.quickstart.commands import ROOT, check_place, spark_rate
+from fft.quickstart.plan import CONFIG, Folders, build_stages
 from fft.quickstart.stages import Record, run_stages
 
 #: Nats a token by which the model must beat the unigram baseline.
@@ -44,13 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises :class:`UserError` outside a checkout, when the output folder holds something else, and when a stage fails.
     """
     args = build_parser().parse_args(argv)
-    if not (ROOT / CONFIG).is_file():
-        raise UserError(f"{ROOT / CONFIG} does not exist: the quickstart runs from a checkout of the repository.")
     folders = Folders(args.output.resolve())
-    if folders.output.exists() and not folders.output.is_dir():
-        raise UserError(f"--output {args.output} is a file: choose a folder.")
-    if folders.output.is_dir() and any(folders.output.iterdir()) and not folders.records.is_dir():
-        raise UserError(f"--output {args.output} holds something else than a quickstart: choose another folder.")
+    check_place(folders.output, folders.records, CONFIG)
     try:
         records = run_stages(build_stages(folders, args.max_steps), folders.records, say)
     except KeyboardInterrupt:

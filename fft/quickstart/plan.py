@@ -1,24 +1,18 @@
 """The quickstart's eight stages: which command makes what from what."""
 
 import json
-import os
-import socket
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import fft
-from fft.data.manifest import MANIFEST_NAME, read_manifest
+from fft.data.manifest import MANIFEST_NAME
 from fft.data.table import Table
-from fft.errors import UserError
 from fft.files import write_atomically
 from fft.quickstart import corpus, results
 from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
+from fft.quickstart.commands import ROOT, run_trainer, shown, spark_stage
 from fft.quickstart.stages import Stage, fingerprint, run_command
-
-#: The repository: Spark jobs and configuration are run from there.
-ROOT = Path(fft.__file__).resolve().parent.parent
 
 VOCAB_SIZE = 4096
 SEQ_LEN = 512
@@ -120,22 +114,22 @@ def _data_stages(folders: Folders) -> list[Stage]:
             (folders.tokenizer,),
             partial(_train_tokenizer, folders),
         ),
-        _spark(
+        spark_stage(
             "tokenize",
-            ("-i", _shown(folders.corpus), "-o", _shown(folders.tokens), "--tokenizer", _shown(folders.tokenizer)),
+            ("-i", shown(folders.corpus), "-o", shown(folders.tokens), "--tokenizer", shown(folders.tokenizer)),
             (folders.corpus, folders.tokenizer),
             folders.tokens,
         ),
-        _spark(
+        spark_stage(
             "shuffle",
-            ("-i", _shown(folders.tokens), "-o", _shown(folders.shuffled), "--seed", "0", "--holdout", str(HOLDOUT)),
+            ("-i", shown(folders.tokens), "-o", shown(folders.shuffled), "--seed", "0", "--holdout", str(HOLDOUT)),
             (folders.tokens,),
             folders.shuffled,
         ),
-        _spark(
+        spark_stage(
             "repartition",
             (
-                *("-i", _shown(folders.shuffled), "-o", _shown(folders.packed)),
+                *("-i", shown(folders.shuffled), "-o", shown(folders.packed)),
                 *("--max_len", str(SEQ_LEN), "--pack", "best-fit", "--num_partition", "4"),
             ),
             (folders.shuffled,),
@@ -150,14 +144,14 @@ def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
     manifests = tuple(table / MANIFEST_NAME for table in tables)
     train = [
         *("deepspeed", "--num_gpus", "2", "fft/train.py", "--config", CONFIG, "--init", "--model", MODEL),
-        *("--tokenizer", _shown(folders.tokenizer)),
-        *("--train_data", _shown(tables[0]), "--eval_data", _shown(tables[1])),
-        *("--output_dir", _shown(folders.model), "--checkpoint", _shown(folders.run), "--overwrite"),
+        *("--tokenizer", shown(folders.tokenizer)),
+        *("--train_data", shown(tables[0]), "--eval_data", shown(tables[1])),
+        *("--output_dir", shown(folders.model), "--checkpoint", shown(folders.run), "--overwrite"),
         *(("--max_steps", str(max_steps)) if max_steps is not None else ()),
     ]
     infer = [
-        *("python", "-m", "fft.serve.batch_infer", "--model", _shown(folders.model)),
-        *("--input", _shown(folders.prompts), "--output", _shown(folders.completions)),
+        *("python", "-m", "fft.serve.batch_infer", "--model", shown(folders.model)),
+        *("--input", shown(folders.prompts), "--output", shown(folders.completions)),
         *(part for name, value in SAMPLING.items() for part in (f"--{name}", str(value))),
         "--overwrite",
     ]
@@ -167,7 +161,7 @@ def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
             tuple(train),
             (*manifests, folders.tokenizer, ROOT / CONFIG, ROOT / MODEL),
             (folders.model, folders.run),
-            partial(_train, train),
+            partial(run_trainer, train),
         ),
         Stage(
             "generate",
@@ -186,40 +180,12 @@ def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
     ]
 
 
-def spark_rate(table: Path) -> tuple[int, float]:
-    """Tokens of a table, and tokens/s at which its job wrote it. Raises :class:`UserError` without a manifest."""
-    manifest = read_manifest(table)
-    if manifest is None:
-        raise UserError(f"{table} has no manifest: remove it and run the quickstart again.")
-    return manifest.tokens, manifest.lineage["timing"]["tokens_per_second"]
-
-
-def _spark(name: str, flags: tuple[str, ...], inputs: tuple[Path, ...], output: Path) -> Stage:
-    command = ("spark-submit", f"spark_jobs/{name}.py", *flags, "--overwrite")
-    # A laptop's host name often resolves to nothing; one machine needs no more than the loopback address.
-    variables = {"SPARK_LOCAL_IP": os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"), "PYSPARK_PYTHON": sys.executable}
-
-    def work() -> dict:
-        run_command(name, command, ROOT, variables)
-        return {}
-
-    return Stage(name, command, inputs, (output,), work)
-
-
 def _train_tokenizer(folders: Folders) -> dict:
     from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
     tokenizer = train_tokenizer(corpus.read_texts(folders.corpus), VOCAB_SIZE)
     save_tokenizer(tokenizer, folders.tokenizer)
     return {"entries": len(tokenizer)}
-
-
-def _train(command: list[str]) -> dict:
-    # DeepSpeed's own choice of port fails while another of its jobs runs on this machine.
-    launcher = ("--quiet", "--master_addr", "127.0.0.1", "--master_port", str(_free_port()))
-    # Two processes on any machine, also on one with a single GPU.
-    run_command("train", [command[0], *launcher, *command[1:]], ROOT, {"DS_ACCELERATOR": "cpu"})
-    return {}
 
 
 def _generate(folders: Folders, command: list[str]) -> dict:
@@ -234,14 +200,3 @@ def _report(folders: Folders) -> dict:
     baseline = unigram_cross_entropy(unigram_counts(train, VOCAB_SIZE), predicted_counts(validation, VOCAB_SIZE))
     results.plot_losses(results.read_metrics(folders.run / "metrics.jsonl"), baseline, folders.picture)
     return {"baseline": baseline}
-
-
-def _shown(path: Path) -> str:
-    """As a user in the repository's root would type it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

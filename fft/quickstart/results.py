@@ -69,10 +69,7 @@ def summary(
     ``completions`` are (prompt, text), ``folders`` maps a result's name to where it lies.
     """
     first, last = losses.validation[0][1], losses.validation[-1][1]
-    lines = ["stage            seconds  work"]
-    lines += [f"{name:<15}  {seconds:>7.1f}  {work}".rstrip() for name, seconds, work in stages]
-    lines += [f"{'all':<15}  {sum(seconds for _, seconds, _ in stages):>7.1f}", ""]
-    lines += ["tokens in the table"]
+    lines = [*stage_lines(stages), "", "tokens in the table"]
     lines += [f"  {name:<11}  {tokens:>12,}" for name, tokens in tables.items()]
     lines += ["", "loss, nats/token   first    last"]
     lines += [f"  {'training':<13}  {losses.train[0][1]:>7.3f} {losses.last_train:>7.3f}"]
@@ -82,6 +79,13 @@ def summary(
         lines += ["generated: prompt|continuation", _boxed(f"{prompt}|{text}"), ""]
     lines += [f"{name}: {path}" for name, path in folders.items()]
     return "\n".join(lines)
+
+
+def stage_lines(stages: Sequence[tuple[str, float, str]]) -> list[str]:
+    """Stages as (name, seconds, what was done at which rate), and their seconds in all."""
+    lines = ["stage            seconds  work"]
+    lines += [f"{name:<15}  {seconds:>7.1f}  {work}".rstrip() for name, seconds, work in stages]
+    return [*lines, f"{'all':<15}  {sum(seconds for _, seconds, _ in stages):>7.1f}"]
 
 
 def _boxed(text: str) -> str:

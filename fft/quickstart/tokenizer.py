@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer on a corpus and save it as Hugging Face does."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,8 +11,11 @@ from fft.data.owner import atomic_folder
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``vocab_size`` entries, all 256 bytes and the end-of-text token included.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_TEXT,)
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocab_size`` entries: the ``special_tokens``, of which the first ends a text, all
+    256 bytes, and as many pieces as the texts give.
 
     The same texts give the same tokenizer, whatever the number of threads.
     """
@@ -21,13 +24,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer, eos_token=special_tokens[0], clean_up_tokenization_spaces=False
     )
 
 

@@ -1,0 +1,67 @@
+"""The product's commands as stages of a quickstart: run from the repository, as a user would type them."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fft
+from fft.data.manifest import read_manifest
+from fft.errors import UserError
+from fft.quickstart.stages import Stage, run_command
+
+#: The repository: Spark jobs and configuration are run from there.
+ROOT = Path(fft.__file__).resolve().parent.parent
+
+
+def check_place(output: Path, records: Path, config: str) -> None:
+    """Raise :class:`UserError` outside a checkout with the file ``config``, and where ``output``, which a quickstart
+    with these ``records`` is to fill, holds something else."""
+    if not (ROOT / config).is_file():
+        raise UserError(f"{ROOT / config} does not exist: the quickstart runs from a checkout of the repository.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: choose a folder.")
+    if output.is_dir() and any(output.iterdir()) and not records.is_dir():
+        raise UserError(f"--output {output} holds something else than a quickstart: choose another folder.")
+
+
+def spark_stage(name: str, flags: tuple[str, ...], inputs: tuple[Path, ...], output: Path) -> Stage:
+    """The job ``name`` as a stage that makes ``output``."""
+    command = ("spark-submit", f"spark_jobs/{name}.py", *flags, "--overwrite")
+    # A laptop's host name often resolves to nothing; one machine needs no more than the loopback address.
+    variables = {"SPARK_LOCAL_IP": os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"), "PYSPARK_PYTHON": sys.executable}
+
+    def work() -> dict:
+        run_command(name, command, ROOT, variables)
+        return {}
+
+    return Stage(name, command, inputs, (output,), work)
+
+
+def run_trainer(command: Sequence[str]) -> dict:
+    """Run a command of DeepSpeed's launcher, on this machine's cores. Raises :class:`UserError` when it fails."""
+    # DeepSpeed's own choice of port fails while another of its jobs runs on this machine.
+    launcher = ("--quiet", "--master_addr", "127.0.0.1", "--master_port", str(_free_port()))
+    # As many processes as are asked for on any machine, also on one with a single GPU.
+    run_command("train", [command[0], *launcher, *command[1:]], ROOT, {"DS_ACCELERATOR": "cpu"})
+    return {}
+
+
+def spark_rate(table: Path) -> tuple[int, float]:
+    """Tokens of a table, and tokens/s at which its job wrote it. Raises :class:`UserError` without a manifest."""
+    manifest = read_manifest(table)
+    if manifest is None:
+        raise UserError(f"{table} has no manifest: remove it and run the quickstart again.")
+    return manifest.tokens, manifest.lineage["timing"]["tokens_per_second"]
+
+
+def shown(path: Path) -> str:
+    """As a user in the repository's root would type it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
