@@ -23,6 +23,7 @@ from fft.models.baichuan import BaichuanConfig, BaichuanForCausalLM
 from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
 from fft.models.supported import FAMILIES
+from fft.models.vision import PARTS
 from fft.weights import hf
 from fft.weights.files import weight_files
 from fft.weights.internvl import with_image_token
@@ -148,10 +149,10 @@ def stored_in(directory: Path) -> StoredNames:
     Raises :class:`UserError` for a config that cannot be read.
     """
     config = load_config(str(directory), init=False, weights=False)
-    return ModelSpec(config, torch.float32).stored if config.model_type in FAMILIES else StoredNames({})
+    return ModelSpec(config, torch.float32).stored if config.model_type in (*FAMILIES, *PARTS) else StoredNames({})
 
 
 def check_whole(config: PretrainedConfig, names: Iterable[str], where: object) -> None:
     """:func:`check_tensors` for a model of a type that is known; what others consist of is not known here."""
-    if config.model_type in FAMILIES:
+    if config.model_type in (*FAMILIES, *PARTS):
         check_tensors(ModelSpec(config, torch.float32), names, where)

@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from generation import TEMPLATE, make_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 from vision_generation import answers_of_transformers, make_vision_model, pictures, prompts_of
 from vision_models import FAMILIES, chat_of, theirs
 
@@ -200,3 +203,38 @@ def test_vllm_without_torchvision_is_left_to_transformers(qwen, monkeypatch):
         check_model(str(qwen), EngineOptions("vllm"))
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
     assert check_model(str(qwen)).engine == "vllm"
+
+
+def test_an_adapter_is_added_to_the_decoder(model, images, tmp_path):
+    """By the names that modules have, as PEFT and the trainer write them."""
+    folder, made = images
+    generator, matrices = torch.Generator().manual_seed(0), {}
+    reference = AutoModelForImageTextToText.from_pretrained(model)
+    for name, weight in reference.named_parameters():
+        if "language_model" in name and name.endswith(("q_proj.weight", "down_proj.weight")):
+            up, down = (
+                torch.randn(*shape, generator=generator) / 4 for shape in ((len(weight), 4), (4, weight.shape[1]))
+            )
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            matrices |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+            weight.data += 2 * up @ down
+    adapter, merged = tmp_path / "adapter", shutil.copytree(model, tmp_path / "merged")
+    adapter.mkdir()
+    save_file(matrices, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    reference.save_pretrained(merged)
+    forms, meant = prompts_of(made)
+    rows = infer(model, forms, tmp_path, folder, "--lora", adapter)
+    assert [row["text"] for row in rows] == answers_of_transformers(merged, meant)
+    assert [row["text"] for row in rows] != answers_of_transformers(model, meant)
+
+
+def test_weights_that_lack_a_part_of_the_tower_are_named(qwen, tmp_path):
+    copy = shutil.copytree(qwen, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if "merger" in name)
+    del weights[name]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"has no tensor {name}"):
+        check_model(str(copy))
