@@ -101,7 +101,8 @@ class Workload:
 
     def batches(self, chosen: Chosen | None = None) -> list[MicroBatch]:
         """A step's micro-batches, of which every token is trained; with patches of those images that are ``chosen``."""
-        ids = np.random.default_rng(0).integers(self.config.vocab_size, size=(self.micro_batches, self.tokens))
+        vocabulary = self.config.get_text_config().vocab_size
+        ids = np.random.default_rng(0).integers(vocabulary, size=(self.micro_batches, self.tokens))
         bounds = np.full(self.tokens + 1, self.tokens, np.int32)
         bounds[: len(self.bounds)] = self.bounds
         images = [None] * len(ids) if self.images is None else self._images(self.images, chosen)
