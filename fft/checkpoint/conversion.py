@@ -17,6 +17,7 @@ from fft.console import live
 from fft.data.owner import atomic_folder
 from fft.errors import UserError, one_line
 from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
+from fft.models.spec import ModelSpec
 from fft.weights import hf
 from fft.weights.names import StoredNames, Use, put
 
@@ -32,7 +33,8 @@ class LayerFiles:
     in halves, norm, head. Raises :class:`UserError` when the files are not those of such a model.
     """
 
-    def __init__(self, directory: Path, layers: int, tied: bool) -> None:
+    def __init__(self, directory: Path, spec: ModelSpec) -> None:
+        layers = spec.text.num_hidden_layers
         self.dtype: torch.dtype | None = None
         self._open: tuple[Path, dict[str, Tensor]] | None = None
         files: dict[int, Path] = {}
@@ -44,14 +46,14 @@ class LayerFiles:
                 raise UserError(f"{path}: tensor-parallel layer files are not read; merge them with DeepSpeed first.")
             files[int(found[1])] = path
         halves = 2 if 1 in files and not any("mlp." in key for key in self._read(files[1])) else 1
-        wanted = range(halves * layers + (2 if tied else 3))
+        wanted = range(halves * layers + (2 if spec.tied else 3))
         if set(files) != set(wanted):
             raise UserError(
                 f"{directory} has files of layers {', '.join(map(str, files))}; a model of {layers} decoder layers has "
                 f"0 to {wanted[-1]}: restore them or give its --model."
             )
-        decoder = [f"model.layers.{index}" for index in range(layers) for _ in range(halves)]
-        paths = ["model.embed_tokens", *decoder, "model.norm", "lm_head"]
+        decoder = [f"{spec.base}.layers.{index}" for index in range(layers) for _ in range(halves)]
+        paths = [spec.embedding, *decoder, spec.norm, spec.output]
         self._stored: dict[str, tuple[Path, str]] = {}
         for layer, file in sorted(files.items()):
             for key in self._read(file):
@@ -277,6 +279,6 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         if not (where / hf.CONFIG).is_file():
             raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
         config = load_config(str(where), init=False, weights=False)
-        return LayerFiles(path, config.num_hidden_layers, config.tie_word_embeddings), where
+        return LayerFiles(path, ModelSpec(config, torch.float32)), where
     masters = dtype == "fp32" and has_masters(path)
     return Masters(path, stored_in(path)) if masters else hf.WeightReader(path), model or path

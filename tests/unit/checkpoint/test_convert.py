@@ -12,12 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.checkpoint import conversion
 from fft.checkpoint.adapter import scale_of
-from fft.checkpoint.conversion import Merged
+from fft.checkpoint.conversion import LayerFiles, Merged
 from fft.checkpoint.convert import main
 from fft.data.owner import owned
 from fft.errors import UserError
-from fft.models.in_process import write_random_model
+from fft.models.causal_lm import StageBuilder
+from fft.models.in_process import InProcess, write_random_model
 from fft.models.small import small_config
+from fft.models.spec import ModelSpec
 from fft.weights.hf import WeightReader
 
 
@@ -345,3 +347,18 @@ def test_an_output_that_another_writes_is_refused(directory, convert, tmp_path):
     with owned(tmp_path / ".out.owner", "out"):
         assert "out is being written by another job" in convert(directory, refused=True)
     convert(directory)
+
+
+@pytest.mark.parametrize(
+    ("family", "split"), [("gpt_neox", False), ("llama", False), ("llama", True), ("phi", False), ("gemma2", False)]
+)
+def test_layer_files_of_deepspeed_have_the_names_of_their_family(family, split, tmp_path):
+    config = small_config(family)
+    write_random_model(config, tmp_path, 0)
+    files, spec = WeightReader(tmp_path), ModelSpec(config, torch.float32)
+    for number, layer in enumerate(InProcess(StageBuilder(spec, weights=files), split).modules):
+        torch.save(layer.state_dict(), tmp_path / f"layer_{number:02d}-model_states.pt")
+    found = LayerFiles(tmp_path, spec)
+    stored = {name: spec.stored.names(name)[0] for name in found.names}  # GPT-NeoX's head has another name in files
+    assert set(stored.values()) == set(files.names)
+    assert all(torch.equal(found.tensor(name), files.tensor(stored[name])) for name in found.names)
