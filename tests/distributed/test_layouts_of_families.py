@@ -31,7 +31,7 @@ LAYOUTS = {
 }
 #: Those that a layout could get wrong in a way of their own. Where layers can have windows, they are of 4 tokens.
 FAMILIES = {
-    "afmoe": "experts recomputed",
+    "afmoe": "experts selective",
     "apertus": "tensor recomputed",
     "cohere2": "tensor ring",
     "deepseek_v2": "tensor experts",
