@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env env-serve quickstart test test-serve mutants lint format docs dist bundle clean
+.PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve mutants lint format docs dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -68,6 +68,9 @@ $(SERVE_STAMP): constraints-serve.txt | prerequisites
 
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores)
 	@$(VENV)/bin/python -m fft.quickstart
+
+quickstart-vision: env  ## from drawn pictures to a model that answers about others, in runs/quickstart-vision
+	@$(VENV)/bin/python -m fft.quickstart.vision
 
 test: env env-serve lint  ## lint, then the unit, Spark, distributed and serving tests
 	@failed=0; \

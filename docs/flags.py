@@ -11,6 +11,7 @@ from fft.data import trace
 from fft.models import __main__ as models
 from fft.parallel import ring_plan, window_plan
 from fft.quickstart import __main__ as quickstart
+from fft.quickstart.vision import __main__ as quickstart_vision
 from fft.serve import batch_infer, server
 from fft.text import convert_tokenizer
 from spark_jobs import cli
@@ -40,6 +41,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     ring_plan.build_parser,
     window_plan.build_parser,
     quickstart.build_parser,
+    quickstart_vision.build_parser,
 )
 
 #: Groups that argparse makes by itself.
