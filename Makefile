@@ -26,7 +26,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 .PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve mutants lint format docs dist bundle clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
 	@echo
 	@echo "PYTHON=... chooses the interpreter of a new .venv (now: $(PYTHON)). A machine without a GPU saves 3 GB with"
 	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env"

@@ -14,6 +14,7 @@ from fft.quickstart.vision.pictures import CELL, PLACES
 from fft.quickstart.vision.plan import MODEL, VisionFolders, vision_stages
 from fft.quickstart.vision.scores import Score, commonest, draw_answers, scores, table
 from fft.serve import batch_infer
+from spark_jobs.cli import tokenize_parser
 
 
 @pytest.fixture
@@ -52,6 +53,8 @@ def test_programs_accept_their_commands(folders):
     assert (arguments.max_steps, arguments.pack, arguments.init) == (7, "best-fit", True)
     args = batch_infer.build_parser().parse_args(list(stages["answer"].command[3:]))
     assert args.image_path == str(folders.pictures / "images")
+    job = tokenize_parser().parse_args(list(stages["tokenize"].command[2:]))
+    assert (job.task, job.image_path, job.overwrite) == ("chat", args.image_path, True)
     assert "--max_steps" not in next(s for s in vision_stages(folders) if s.name == "train").command
 
 
