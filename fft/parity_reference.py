@@ -27,7 +27,7 @@ from fft.images.pixels import normalized
 from fft.images.positions import image_begins
 from fft.images.rules import GRIDS, ImageRules
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
-from fft.models.vision import auto_class, decoder_path
+from fft.models.vision import PARTS, auto_class, decoder_path
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.schedule import lr_multiplier
 
@@ -51,7 +51,8 @@ def document_losses(
     ``rules`` are those of the images that the documents have.
     """
     total, routed = torch.zeros(()), defaultdict(list)
-    balanced = getattr(model, "router_aux_loss_coef", None) is not None
+    says = _routed(model)
+    balanced = getattr(says, "router_aux_loss_coef", None) is not None
     input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
     seen = defaultdict(dict) if rules is None else images_of(batch, bounds, rules)
     for a, b in itertools.pairwise(bounds):
@@ -62,14 +63,20 @@ def document_losses(
             total = total + nn.functional.cross_entropy(outputs.logits[0], labels, reduction="sum", ignore_index=IGNORE)
             for layer, logits in enumerate(outputs.router_logits if balanced else ()):
                 routed[layer].append(logits)
-    made: Any = model  # of a class that says how many experts there are, beside the function that it uses
     balance = [
         sys.modules[type(model).__module__].load_balancing_loss_func(
-            (torch.cat(logits),), made.num_experts, made.num_experts_per_tok
+            (torch.cat(logits),), says.num_experts, says.num_experts_per_tok
         )
         for logits in routed.values()
     ]
     return total, torch.stack([torch.as_tensor(b) for b in balance]).mean() if balance else torch.zeros(())
+
+
+def _routed(model: PreTrainedModel) -> Any:
+    """What says how many experts there are, and the weight of their balance loss: the model, beside the function that
+    it uses, or, where it sees images, the config of its decoder.
+    """
+    return model.config.get_text_config() if model.config.model_type in PARTS else model
 
 
 @torch.no_grad()
@@ -158,7 +165,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
 def _backward(model: PreTrainedModel, batches: Sequence[MicroBatch], rules: ImageRules | None) -> float:
     """Gradients of a global batch, one micro-batch's graph at a time; returns its loss, without that of experts."""
     trained, total = sum(b.trained for b in batches), 0.0
-    weight = getattr(model, "router_aux_loss_coef", 0.0) / len(batches)
+    weight = getattr(_routed(model), "router_aux_loss_coef", 0.0) / len(batches)
     for batch in batches:
         loss, balance = document_losses(model, batch, rules)
         if (objective := loss / trained + weight * balance).requires_grad:

@@ -199,6 +199,8 @@ def small_config(family, vocabulary=160, layers=3):
     if family.startswith("qwen3"):
         vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
         text |= {"head_dim": 16}
+        if family == "qwen3_vl_moe":
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
         rotary |= {"mrope_interleaved": True}
     ids |= {"video_token_id": 154, "vision_start_token_id": 152, "vision_end_token_id": 153}
     return AutoConfig.for_model(family, text_config=text | {"rope_parameters": rotary}, vision_config=vision, **ids)

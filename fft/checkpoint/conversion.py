@@ -111,7 +111,7 @@ def master_of(stored: Tensor, uses: Sequence[Use], fragments: SavedFragments) ->
         return stored
     whole = torch.empty(stored.shape)
     for use in uses:
-        rows = torch.empty(use.rows.length, *stored.shape[1:])
+        rows = torch.empty(use.rows.own_shape)
         fragments.fill(rows.view(-1), use.parameter, MASTER, use.start * stored[:1].numel())
         put(whole, use, rows)
     return whole
@@ -171,7 +171,7 @@ class Merged:
             return weight
         delta = torch.zeros(weight.shape)
         for use in adapted:
-            put(delta, use, self._delta(use.parameter, (use.rows.length, *weight.shape[1:])))
+            put(delta, use, self._delta(use.parameter, use.rows.own_shape))
         return (weight.float() + delta).to(self._sums or weight.dtype)
 
     def _delta(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -47,6 +47,8 @@ class Weights(Protocol):
         """One of them."""
 
 
+#: Types of models of which it is known what files hold.
+_KNOWN = (*FAMILIES, *PARTS)
 #: What makes a directory an adapter's, in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
 _HEADS, _EMBEDDINGS = ("lm_head.weight", "embed_out.weight"), ("embed_tokens.weight", "embed_in.weight")
@@ -149,10 +151,10 @@ def stored_in(directory: Path) -> StoredNames:
     Raises :class:`UserError` for a config that cannot be read.
     """
     config = load_config(str(directory), init=False, weights=False)
-    return ModelSpec(config, torch.float32).stored if config.model_type in (*FAMILIES, *PARTS) else StoredNames({})
+    return ModelSpec(config, torch.float32).stored if config.model_type in _KNOWN else StoredNames({})
 
 
 def check_whole(config: PretrainedConfig, names: Iterable[str], where: object) -> None:
     """:func:`check_tensors` for a model of a type that is known; what others consist of is not known here."""
-    if config.model_type in (*FAMILIES, *PARTS):
+    if config.model_type in _KNOWN:
         check_tensors(ModelSpec(config, torch.float32), names, where)

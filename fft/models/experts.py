@@ -19,6 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fft.models.vision import PARTS
+
+#: What models, or configs of decoders, call the number of experts, that of a token's, and the weight of the loss.
+_SIZES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -38,7 +43,10 @@ class Routing:
     def of(cls, model: PreTrainedModel) -> "Routing | None":
         """As transformers records what it adds to the loss of ``model``; None where it adds nothing."""
         recorded = (model._can_record_outputs or {}).get("router_logits")
-        says = vars(model)
+        says: dict[str, Any] = vars(model)
+        if model.config.model_type in PARTS:  # which ask the decoder's config
+            text = model.config.get_text_config()
+            says = {name: getattr(text, name, None) for name in _SIZES}
         if recorded is None or says.get("router_aux_loss_coef") is None:
             return None
         layers = sum(isinstance(module, recorded.target_class) for module in model.modules())

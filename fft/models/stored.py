@@ -7,10 +7,11 @@ that pieces of parameters can be read, and written, without the rest.
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import PrefixChange, Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from fft.errors import UserError
 from fft.models.lora import is_adapter
+from fft.parallel.tensor_plan import swap
 from fft.weights.names import StoredNames, StoredRows
 
 #: Operations of conversions from parameters to what is stored.
@@ -47,6 +48,10 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
             key = rename_source_key(converted, renamings, [])[0]
             joined.setdefault(key, []).append((converter.source_patterns.index(pattern), name, shape))
             continue
+        if _is_swap(converter, shape):
+            key = rename_source_key(converted, renamings, [])[0]
+            pieces[name] = (_swapped(name, key, shape),)
+            continue
         first, *others = converter.target_patterns
         names = [converted, *(converted.replace(first, other, 1) for other in others)]
         if kind == [_CUT]:
@@ -63,6 +68,28 @@ def stored_names(model: PreTrainedModel) -> StoredNames:
             StoredRows(rename_source_key(key, renamings, [])[0], (rows, *shape[1:])) for key, rows in stored
         )
     return StoredNames(pieces | _joined(joined))
+
+
+def _is_swap(converter: WeightConverter, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter's last two dimensions are stored the other way around."""
+    operation = converter.operations[0]
+    alone = len(converter.operations) == len(converter.target_patterns) == 1
+    return (
+        alone
+        and isinstance(operation, Transpose)
+        and len(shape) > 2
+        and ({operation.dim0 % len(shape), operation.dim1 % len(shape)} == {len(shape) - 2, len(shape) - 1})
+    )
+
+
+def _swapped(name: str, key: str, shape: tuple[int, ...]) -> StoredRows:
+    """Raises :class:`UserError` for a parameter of which nobody can tell whether it is swapped."""
+    if shape[-1] == shape[-2]:
+        raise UserError(
+            f"{name} has as many rows as columns, {shape[-1]}, and files of such models have these swapped, or not, "
+            "which nothing tells: use a model of other sizes."
+        )
+    return StoredRows(key, swap(shape), swapped=True)
 
 
 def _rows(model: PreTrainedModel, name: str, rows: int, count: int) -> list[int]:

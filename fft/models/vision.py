@@ -12,11 +12,11 @@ from fft.images.rules import GRIDS, ImageRules
 #: Model types with a vision tower that are trained. Of the parts of the base model besides its decoder, the tower is
 #: the first; another one makes the decoder's hidden states of what it gives.
 PARTS = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("visual",)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), ("visual",)),
     "internvl": ("vision_tower", "multi_modal_projector"),
 }
 #: Types of the decoders within them that no language model has.
-DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 #: What those models call their decoder.
 _DECODER = "language_model"
 

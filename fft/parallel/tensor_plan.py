@@ -115,6 +115,11 @@ class Shard:
         """Elements of the flattened parameter that stand before what ``spans`` cut."""
         return 0 if self.experts is None else self.experts[0] * prod(self.shape[1:])
 
+    def swapped(self) -> "Shard":
+        """The same part where the last two dimensions are the other way around."""
+        dims = swap(tuple(range(len(self.shape))))
+        return replace(self, shape=swap(self.shape), dim=dims[self.dim])
+
     def of(self, whole: Tensor) -> Tensor:
         """The part, of the whole parameter."""
         whole = self._own(whole)
@@ -154,6 +159,12 @@ class Shard:
         if self.spans == ((0, self.shape[self.dim]),):
             return self._before
         return None
+
+
+def swap(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with its last two dimensions the other way around."""
+    *before, rows, columns = shape
+    return *before, columns, rows
 
 
 def heads_of(config: PretrainedConfig) -> tuple[int, int]:

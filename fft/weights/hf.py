@@ -136,14 +136,25 @@ class WeightReader:
         ``pieces`` are what files have of it, where they have no tensor of its name. Raises :class:`UserError` as
         :meth:`tensor` does, and for values that are no finite numbers.
         """
-        if name in self._tensors or not pieces:
+        if not pieces or (name in self._tensors and not (pieces[0].swapped and self._is_swapped(name, shape))):
             return self._numbers(name, shape, shard)
         values = []
         for piece in slices(pieces, shape, shard):
             value = self._numbers(piece.rows.name, piece.rows.shape, piece.shard)
+            value = value.transpose(-1, -2) if piece.rows.swapped else value
             values.append(value if piece.within is None else piece.within.of(value))
         local = shape if shard is None else shard.local_shape
         return (values[0] if len(values) == 1 else torch.cat(values)).view(local)
+
+    def _is_swapped(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether files have another shape of a parameter of ``shape`` that is swapped in most: transformers writes
+        such ones as they are.
+        """
+        place = self._tensors[name]
+        if not isinstance(place, str) or place not in self._files:
+            return True
+        with opened(self._files[place]) as tensors:
+            return tuple(tensors.get_slice(place).get_shape()) != shape
 
     def _numbers(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
         value = self.tensor(name, shape, shard)

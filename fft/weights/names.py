@@ -2,9 +2,9 @@
 
 For most models a parameter is one tensor of its name. Elsewhere it has another name; or its rows are those of several
 tensors (experts, which modules hold as one parameter); or they are some rows of one tensor (projections that files keep
-together). All are one thing: a parameter's rows, one after the other, are rows of stored tensors. Which they are is
-found in :mod:`fft.models.stored`; here is the arithmetic, for reading parts, for writing, and for finding a stored
-tensor's values in the optimizer's state.
+together). All are one thing: a parameter's rows, one after the other, are rows of stored tensors, whose columns may be
+swapped with what is counted before them. Which they are is found in :mod:`fft.models.stored`; here is the arithmetic,
+for reading parts, for writing, and for finding a stored tensor's values in the optimizer's state.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from math import prod
 
 from torch import Tensor
 
-from fft.parallel.tensor_plan import Shard
+from fft.parallel.tensor_plan import Shard, swap
 
 Span = tuple[int, int]
 
@@ -23,12 +23,19 @@ class StoredRows:
     """Rows ``spans`` of the stored tensor ``name`` of ``shape``, in this order; None: all of it.
 
     Rows are of the first dimension. Those of a parameter with more dimensions than ``shape`` are counted over its first
-    ones together: [experts, rows, columns] has experts * rows.
+    ones together: [experts, rows, columns] has experts * rows. What is ``swapped`` is all of a parameter of three
+    dimensions or more, of which files have the last two the other way around; ``shape`` is that in files.
     """
 
     name: str
     shape: tuple[int, ...]
     spans: tuple[Span, ...] | None = None
+    swapped: bool = False
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of these rows in the parameter."""
+        return (self.length, *(swap(self.shape) if self.swapped else self.shape)[1:])
 
     @property
     def ranges(self) -> tuple[Span, ...]:
@@ -91,7 +98,10 @@ class StoredNames:
 
     def uses(self, stored: str, shape: tuple[int, ...]) -> list[Use]:
         """Which parameters the rows of a stored tensor of ``shape`` belong to."""
-        return self._uses.get(stored) or [Use(stored, 0, StoredRows(stored, shape))]
+        found = self._uses.get(stored)
+        if found and found[0].rows.swapped and found[0].rows.own_shape == shape:  # it is stored as it is
+            return [Use(found[0].parameter, 0, StoredRows(stored, shape))]
+        return found or [Use(stored, 0, StoredRows(stored, shape))]
 
     def together(self, parameter: str) -> str:
         """The same for parameters that one stored tensor holds, which one rank must write."""
@@ -106,6 +116,9 @@ class StoredNames:
         for name, tensor in tensors.items():
             start = 0
             for piece in self.pieces(name) or (StoredRows(name, tuple(tensor.shape)),):
+                if piece.swapped:
+                    stored[piece.name] = tensor.transpose(-1, -2)
+                    continue
                 own = tensor.reshape(-1, *piece.shape[1:])[start : start + piece.length]
                 start += piece.length
                 if piece.spans is None:
@@ -128,10 +141,15 @@ class StoredNames:
 
 
 def slices(pieces: Iterable[StoredRows], shape: tuple[int, ...], shard: Shard | None) -> list[Slice]:
-    """What of stored tensors makes a parameter of ``shape``, or its ``shard``: concatenated, it has its rows."""
+    """What of stored tensors makes a parameter of ``shape``, or its ``shard``: concatenated, it has its rows.
+
+    What is swapped is still to be swapped.
+    """
     found, start = [], 0
     for piece in pieces:
         stop = start + piece.length
+        if piece.swapped:
+            return [Slice(piece, None if shard is None else shard.swapped())]
         leading = len(shape) - len(piece.shape) + 1  # dimensions that are counted together
         if shard is not None and shard.experts is not None:
             if piece == StoredRows(piece.name, shape):  # the parameter itself, by another name
@@ -183,7 +201,9 @@ def _rows(leading: tuple[int, ...], shard: Shard) -> list[Span]:
 
 def put(whole: Tensor, use: Use, rows: Tensor) -> None:
     """Put ``rows`` of a parameter where they are in the ``whole`` stored tensor."""
-    if use.rows.spans is None:
+    if use.rows.swapped:
+        whole.copy_(rows.view(use.rows.own_shape).transpose(-1, -2))
+    elif use.rows.spans is None:
         whole.copy_(rows.view(whole.shape))
     else:
         Shard(tuple(whole.shape), 0, use.rows.spans).put(whole, rows)

@@ -12,9 +12,11 @@ from fft.errors import UserError
 from fft.models.directory import check_tensors, load_config
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
+from fft.weights.hf import WeightReader, write_shard
+from fft.weights.names import put
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=(*FAMILIES, "qwen3_vl_moe"))
 def config(request):
     return small_config(request.param)
 
@@ -26,6 +28,45 @@ def test_files_hold_what_transformers_writes(config, tmp_path):
     spec = ModelSpec(config, torch.float32)
     assert {stored for name in spec.skeleton.state_dict() for stored in spec.stored.names(name)} == written
     check_tensors(spec, written, tmp_path)
+
+
+@pytest.mark.parametrize("hub", [True, False], ids=["as on the Hub", "as transformers writes"])
+def test_experts_are_read_however_files_hold_them(hub, tmp_path):
+    """Files on the Hub, which vLLM expects, have rows and columns of experts swapped; ours do, and transformers reads
+    them."""
+    config, experts = small_config("qwen3_vl_moe"), "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    model = AutoModelForImageTextToText.from_config(config)
+    state, spec = model.state_dict(), ModelSpec(config, torch.float32)
+    if hub:
+        stored = spec.stored.to_stored(state)
+        assert stored[experts].shape == (4, 64, 96)
+        write_shard(tmp_path, stored, 0, 1)
+        config.save_pretrained(tmp_path)
+        theirs = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(theirs[name], value) for name, value in state.items())
+    else:
+        model.save_pretrained(tmp_path)
+    reader = WeightReader(tmp_path)
+    for places in [(0, 1, (0, 1)), *[(rank, 2, (expert, 2)) for rank in range(2) for expert in range(2)]]:
+        shards = spec.shards(*places)
+        assert experts in shards or places[1] == 1
+        for name, value in state.items():
+            shard = shards.get(name)
+            expected = value if shard is None else shard.of(value)
+            assert torch.equal(reader.read(name, value.shape, shard, spec.stored.pieces(name)), expected), name
+    for name in (experts, experts.replace("gate_up", "down")):
+        value = reader.tensor(name)
+        (use,) = spec.stored.uses(name, tuple(value.shape))
+        whole = torch.empty_like(value)
+        put(whole, use, state[name].flatten())
+        assert torch.equal(whole, value)
+
+
+def test_square_experts_are_refused():
+    config = small_config("qwen3_vl_moe")
+    config.text_config.moe_intermediate_size = 64
+    with pytest.raises(UserError, match=r"experts.down_proj has as many rows as columns, 64"):
+        _ = ModelSpec(config, torch.float32).stored
 
 
 def test_the_parts_of_a_model_are_all_of_it(config):
