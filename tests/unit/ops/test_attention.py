@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fft.arguments import TrainArguments
 from fft.errors import UserError
 from fft.ops.attention import hf_attention, packed_attention
-from fft.ops.backends import choice, cpu, cuda, flash_attention_2, flash_attention_3, flash_attention_4, reference
+from fft.ops.backends import choice, cpu, cuda, flash_attention_2, flash_attention_3, flash_attention_4, meta, reference
 from fft.ops.backends.choice import check_backend, choose, kernel_name
 from fft.ops.documents import Documents, Segments
 
@@ -128,7 +128,7 @@ def test_each_device_gets_its_backend():
     device = torch.device("cpu")
     assert choose(device, torch.float32) is choose(device, torch.bfloat16) is cpu
     assert choose(device, torch.float64) is reference
-    assert choose(torch.device("meta"), torch.bfloat16) is reference
+    assert choose(torch.device("meta"), torch.bfloat16) is meta
 
 
 def test_a_backend_may_be_asked_for_by_name():
