@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fft.models.carried import Carried, ModelLayer
 from fft.models.causal_lm import StageBuilder
@@ -117,15 +118,19 @@ class HeldTower(ModelLayer):
         """Where it is."""
         return next(self.parameters()).device
 
-    def encode(self, patches: Tensor, grids: Tensor) -> Tensor:
+    def encode(self, patches: Tensor, grids: Tensor, again: bool = False) -> Tensor:
         """Features of images, and those for decoder layers, [tokens, kinds, hidden size].
 
-        ``patches`` and ``grids`` are those of :class:`~fft.models.carried.Carried`.
+        ``patches`` and ``grids`` are those of :class:`~fft.models.carried.Carried`. With ``again`` blocks keep their
+        inputs alone and run once more in backward.
         """
         none = grids.new_zeros(1)
         tensors: tuple[Tensor, ...] = (patches, none, none, none, none, grids)
         for layer in self._layers:
-            tensors = layer(tensors)
+            if again and isinstance(layer, VisionBlock) and torch.is_grad_enabled():
+                tensors = checkpoint(layer, tensors, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tensors = layer(tensors)
         row = Carried.of(tensors)
         return torch.stack([row.states, *row.taps], dim=1)
 

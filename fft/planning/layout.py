@@ -128,8 +128,11 @@ def _shared(
     kept, trained = sum(layer.saved for layer in ran), sum(cost.trained for cost in costs)
     alone = max(layer.saved + layer.forward for layer in ran)
     saved, forward, backward = chunks * row.pixels, alone, 0
-    if trained and at.interval:  # a chunk at a time, once more
-        backward = kept + max(max(layer.forward, layer.backward) for layer in ran)
+    if trained and at.interval:  # of blocks, the second layer to the last but one, their inputs
+        first, *blocks, last = ran
+        saved += chunks * (first.saved + len(blocks) * row.states + last.saved)
+        forward = max(layer.saved + layer.forward for layer in blocks)
+        backward = max(layer.saved + max(layer.forward, layer.backward) for layer in blocks)
     elif trained:
         saved += chunks * kept
         forward, backward = max(layer.forward for layer in ran), max(layer.backward for layer in ran)

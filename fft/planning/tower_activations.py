@@ -62,6 +62,11 @@ class SeenRow:
         return self._patches.nbytes
 
     @property
+    def states(self) -> int:
+        """Bytes of the states of the patches of all its images."""
+        return self._states.nbytes
+
+    @property
     def features(self) -> int:
         """Bytes of the features of all its images, those for decoder layers among them."""
         return (1 + len(self._taps)) * self._features.nbytes

@@ -22,7 +22,7 @@ from fft.parallel.role import StageRole
 
 @dataclass
 class _Chunk:
-    """Images that this rank encodes at once, and what came of them if it is kept for the backward."""
+    """Images that this rank encodes at once, and what came of them."""
 
     patches: Tensor
     grids: Tensor
@@ -46,7 +46,8 @@ class _Step:
 class SharedTower:
     """What the ranks of a replica do with their tower. Collective: every rank of the world creates it.
 
-    Of tensor-parallel ranks each does the same as the others. With ``again`` activations are not kept for the backward.
+    Of tensor-parallel ranks each does the same as the others. With ``again`` the tower's blocks keep their inputs alone
+    for the backward.
     """
 
     def __init__(self, role: StageRole, merge: int, width: int, again: bool) -> None:
@@ -83,11 +84,9 @@ class SharedTower:
         learns = torch.is_grad_enabled() and self._tower.is_trained
         made = []
         for chunk in step.chunks:
-            with torch.set_grad_enabled(learns and not self._again):
-                features = self._tower.encode(chunk.patches, chunk.grids)
-            if learns and not self._again:
-                chunk.features = features
-            made.append(features.detach()[chunk.own])
+            with torch.set_grad_enabled(learns):
+                chunk.features = self._tower.encode(chunk.patches, chunk.grids, self._again)
+            made.append(chunk.features.detach()[chunk.own])
         own = torch.cat(made)
         sends = [len(own) if rank < self._first else 0 for rank in range(self._ranks)]
         receives = [len(rows) if self._role.first else 0 for rows in step.rows]
@@ -120,10 +119,12 @@ class SharedTower:
         received = self._exchange(parts, sends, receives)
         gradients = received.view(self._first, len(own), *received.shape[1:]).sum(0)
         for chunk, share in zip(step.chunks, gradients.split([len(chunk.own) for chunk in step.chunks]), strict=True):
-            features = self._tower.encode(chunk.patches, chunk.grids) if chunk.features is None else chunk.features
-            whole = torch.zeros_like(features)
+            if chunk.features is None:
+                raise ValueError("images of which there are no features")
+            whole = torch.zeros_like(chunk.features)
             whole[chunk.own] = share
-            features.backward(whole)
+            chunk.features.backward(whole)
+            chunk.features = None  # and with it what its backward needed
 
     @property
     def _tower(self) -> HeldTower:
