@@ -27,7 +27,7 @@ from fft.images.pixels import normalized
 from fft.images.positions import image_begins
 from fft.images.rules import GRIDS, ImageRules
 from fft.models.lora import Lora, adapt, freeze, reset_adapters
-from fft.models.vision import PARTS, auto_class, decoder_path
+from fft.models.vision import PARTS, auto_class, decoder_path, vision_parts
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.schedule import lr_multiplier
 
@@ -128,7 +128,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     model = auto_class(plan.config).from_pretrained(directory, dtype=torch.float32)
     lora = Lora.of(args)
     if lora is not None:
-        adapt(model, f"{decoder_path(model)}.layers", lora)
+        adapt(model, f"{decoder_path(model)}.layers", lora, vision_parts(model))
         reset_adapters(model, args.seed)
     if args.freeze:
         freeze(model, args.freeze)

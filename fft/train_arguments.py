@@ -44,7 +44,11 @@ class TrainArguments:
         bound=NOT_NEGATIVE,
     )
     lora_alpha: int = flag("what an adapter adds is multiplied by this / --lora_dim", 16)
-    lora_module_name: str = flag("linear modules of the decoder layers that get adapters", LORA_MODULES)
+    lora_module_name: str = flag(
+        "linear modules of the decoder layers that get adapters; PART.NAME: those within a part of the model that sees "
+        "images, such as visual.qkv or vision_tower.q_proj",
+        LORA_MODULES,
+    )
     freeze: str | None = flag("do not train parameters whose name has one of these regular expressions, a,b,c", None)
 
     seq_len: int = flag("tokens of a sample", 2048, topic="How long, how much at a time", bound=AT_LEAST_1)

@@ -37,8 +37,11 @@ _UNCHANGED_BASE = (True, False, None, "gaussian", "eva")
 PREFIX = "base_model.model."
 
 
-def adapter_config(lora: Lora, base: Path) -> dict:
-    """Content of ``adapter_config.json``; ``base`` is the model directory that was adapted."""
+def adapter_config(lora: Lora, base: Path, targets: str | None = None) -> dict:
+    """Content of ``adapter_config.json``; ``base`` is the model directory that was adapted.
+
+    ``targets`` is a regular expression of what has adapters, where more has a name of the same end.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -46,7 +49,7 @@ def adapter_config(lora: Lora, base: Path) -> dict:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(lora.modules),
+        "target_modules": targets or sorted(lora.modules),
         "bias": "none",
         "inference_mode": True,
     }

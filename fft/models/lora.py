@@ -22,7 +22,9 @@ DOWN, UP = "lora_A", "lora_B"
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of rank ``rank`` on the linear layers with these last names."""
+    """Adapters of rank ``rank`` on the linear layers with these last names, of decoder layers; ``PART.NAME`` are those
+    within a part of the model that sees images, such as ``visual.qkv``.
+    """
 
     rank: int
     alpha: int
@@ -51,28 +53,37 @@ class LoraLinear(nn.Linear):
         return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
 
 
-def adapt(model: nn.Module, layers: str, lora: Lora) -> None:
-    """Freeze ``model`` and put adapters on the linear layers below ``layers``, the name of its decoder layers.
+def adapt(model: nn.Module, layers: str, lora: Lora, parts: tuple[str, ...] = ()) -> None:
+    """Freeze ``model`` and put adapters on the linear layers below ``layers``, the name of its decoder layers, and
+    below ``parts``, the names of those that see images.
 
     Raises :class:`UserError` for names that are none of theirs; of the default ones a model need not have all.
     """
     model.requires_grad_(False)
+    places = {f"{layers}.": "", **{f"{part}.": f"{_last(part)}." for part in parts}}
     linear = [
-        (path, module)
+        (place + _last(path), path, module)
         for path, module in model.named_modules()
-        if path.startswith(f"{layers}.") and isinstance(module, nn.Linear)
+        for prefix, place in places.items()
+        if path.startswith(prefix) and isinstance(module, nn.Linear)
     ]
-    known = {_last(path) for path, _ in linear}
+    known = {name for name, _, _ in linear}
     unknown = sorted(set(lora.modules) - known)
     if unknown and (",".join(lora.modules) != LORA_MODULES or not known & set(lora.modules)):
+        where = "nothing that is trained" if "." in unknown[0] else "no decoder layer"
         raise UserError(
-            f"--lora_module_name: no decoder layer has a linear module {unknown[0]!r}: choose among "
-            f"{', '.join(sorted(known))}."
+            f"--lora_module_name: {where} has a linear module {unknown[0]!r}: choose among {', '.join(sorted(known))}."
         )
-    for path, module in linear:
-        if _last(path) in lora.modules:
+    for name, path, module in linear:
+        if name in lora.modules:
             parent = model.get_submodule(path.rpartition(".")[0])
             setattr(parent, _last(path), LoraLinear(module, lora))
+
+
+def adapted(model: nn.Module) -> str:
+    """A regular expression of the names of what has adapters, and of nothing else in ``model``, as PEFT takes it."""
+    paths = [re.escape(path) for path, module in model.named_modules() if isinstance(module, LoraLinear)]
+    return "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\)", r"\\d+", path) for path in paths}))
 
 
 def is_adapter(path: str) -> bool:

@@ -75,7 +75,8 @@ class ModelSpec:
         separate_documents(model)
         try_out(model)
         if self.lora is not None:
-            adapt(model, f"{decoder_path(model)}.layers", self.lora)
+            seen = () if self.images is None else vision_parts(model)
+            adapt(model, f"{decoder_path(model)}.layers", self.lora, seen)
         if self.frozen:
             freeze(model, self.frozen)
         if self.fused is not None:

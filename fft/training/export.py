@@ -16,6 +16,7 @@ from fft.data.owner import atomic_folder
 from fft.files import staging_folder
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
+from fft.models.lora import adapted
 from fft.models.vision import vision_parts
 from fft.planning.preflight import Plan
 from fft.training.engine import StageEngine
@@ -34,7 +35,9 @@ class ModelExport:
         #: Content of ``adapter_config.json``; None where the model itself is trained.
         self._adapter: dict | None = None
         if builder.spec.lora is not None and self._base is not None:
-            self._adapter = adapter_config(builder.spec.lora, self._base)
+            skeleton = builder.spec.skeleton
+            targets = adapted(skeleton) if vision_parts(skeleton) else None  # whose layers are called as a decoder's
+            self._adapter = adapter_config(builder.spec.lora, self._base, targets)
 
     @cached_property
     def _apart(self) -> dict[str, Tensor]:
@@ -50,14 +53,13 @@ class ModelExport:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those that this stage writes: the last stage's copy of a tied embedding is the first stage's tensor."""
-        if self._adapter is not None:
-            return adapter_parameters(self._engine.parameters)
+        held = self._engine.parameters if self._adapter is None else adapter_parameters(self._engine.parameters)
         if self._engine.role.first:
-            return self._engine.parameters
+            return held
         spec = self._builder.spec  # a tower that this stage holds with others is the first's to write, too
         shared = tuple(f"{path}." for path in (vision_parts(spec.skeleton) if spec.shared_tower else ()))
         elsewhere = (*shared, *((spec.head,) if spec.tied else ()))
-        return {name: p for name, p in self._engine.parameters.items() if not name.startswith(elsewhere)}
+        return {name: p for name, p in held.items() if not name.startswith(elsewhere)}
 
     def weights(self) -> tuple[dict[str, Tensor], int] | None:
         """The tensors that this rank writes, and the number of its shard; None where another replica writes them.

@@ -51,11 +51,16 @@ CASES = {
     "frozen-tower": ("qwen3_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --freeze=visual\\."),
     "frozen-text": ("qwen2_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --freeze=^lm_head,language"),
     "lora": ("qwen3_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --lora_dim 4"),
-    "experts-data2": ("qwen3_vl_moe", 2, "--expert_parallel_size 2 --gradient_accumulation_steps 4"),
-    "experts-pipe2-tensor2": (
+    "experts-tensor2": (
         "qwen3_vl_moe",
         4,
-        "--pipe_parallel_size 2 --model_parallel_size 2 --gradient_accumulation_steps 8",
+        "--model_parallel_size 2 --expert_parallel_size 2 --gradient_accumulation_steps 4",
+    ),
+    "lora-both": (
+        "internvl",
+        2,
+        "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --lora_dim 4 "
+        "--lora_module_name=q_proj,vision_tower.q_proj,vision_tower.fc2,multi_modal_projector.linear_1",
     ),
     "ragged": ("qwen2_5_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --ragged --pack best-fit"),
 }

@@ -1,6 +1,7 @@
 """Models that see images: what of them is accepted, where their parts are, and what their files call them."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -8,10 +9,15 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 from vision_models import FAMILIES, small_config
 
+from fft.checkpoint import adapter
+from fft.checkpoint.conversion import Merged
 from fft.errors import UserError
-from fft.models.directory import check_tensors, load_config
+from fft.images.rules import ImageRules
+from fft.models.directory import check_tensors, load_config, stored_in
+from fft.models.lora import Lora, LoraLinear, adapt, adapted, reset_adapters
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
+from fft.models.vision import decoder_path, vision_parts
 from fft.weights.hf import WeightReader, write_shard
 from fft.weights.names import put
 
@@ -60,6 +66,69 @@ def test_experts_are_read_however_files_hold_them(hub, tmp_path):
         whole = torch.empty_like(value)
         put(whole, use, state[name].flatten())
         assert torch.equal(whole, value)
+
+
+IMAGE = [1, 2, 152, 151, 151, 151, 151, 153, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "targets"),
+    [
+        ("internvl", "q_proj,down_proj", 2),
+        ("internvl", "q_proj,vision_tower.q_proj,vision_tower.fc2,multi_modal_projector.linear_2", 4),
+        ("qwen3_vl", "visual.qkv,visual.linear_fc1", 4),
+        ("qwen2_vl", "visual.0,visual.proj,o_proj", 3),
+    ],
+)
+def test_adapters_are_where_their_names_say(family, names, targets, tmp_path):
+    """PEFT wraps what was trained and nothing else, also where tower and decoder call their layers alike; it and the
+    merged model give our logits."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config, lora = small_config(family), Lora(2, 6, tuple(names.split(",")))
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
+    ours, base = (AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval() for _ in range(2))
+    adapt(ours, f"{decoder_path(ours)}.layers", lora, vision_parts(ours))
+    reset_adapters(ours, seed=1)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.endswith("lora_B.weight"):
+                parameter.normal_()
+    (tmp_path / "adapter").mkdir()
+    write_shard(tmp_path / "adapter", adapter.adapter_parameters(dict(ours.named_parameters())), 0, 1)
+    facts = adapter.adapter_config(lora, tmp_path / "base", adapted(ours))
+    assert len(facts["target_modules"].split("|")) == targets
+    adapter.write_adapter(tmp_path / "adapter", 1, facts)
+    inputs = {"input_ids": torch.tensor([IMAGE]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    if family != "internvl":
+        inputs |= {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == 151).int()
+    merged = Merged(WeightReader(tmp_path / "base"), tmp_path / "adapter", stored=stored_in(tmp_path / "base"))
+    write_shard(tmp_path, {name: merged.tensor(name) for name in merged.names}, 0, 1)
+    config.save_pretrained(tmp_path)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        expected, plain = ours(**inputs).logits, base(**inputs).logits
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        wrapped = {name for name, _ in theirs.named_parameters() if "lora_" in name}
+        assert len(wrapped) == len(adapter.adapter_parameters(dict(ours.named_parameters())))
+        torch.testing.assert_close(theirs(**inputs).logits, expected)
+        whole = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(whole(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_adapters_of_a_tower_that_is_not_trained_are_refused():
+    config, lora = small_config("qwen3_vl"), Lora(2, 4, ("q_proj", "visual.qkv"))
+    with pytest.raises(UserError, match=r"nothing that is trained has a linear module 'visual.qkv': choose among down"):
+        ModelSpec(config, torch.float32, lora=lora)
+    rules = ImageRules("qwen3_vl", 4, 2, 2, 151, 152, 153)
+    made = ModelSpec(config, torch.float32, lora=lora, images=rules)
+    assert sum(isinstance(module, LoraLinear) for module in made.skeleton.modules()) == 3 + 4
+    with pytest.raises(
+        UserError, match=r"'visual.k': choose among .*, visual.linear_fc1, visual.linear_fc2, visual.pr"
+    ):
+        ModelSpec(config, torch.float32, lora=Lora(2, 4, ("visual.k",)), images=rules)
 
 
 def test_square_experts_are_refused():
