@@ -13,6 +13,7 @@ from conftest import write_table
 from forked import run_ranks, started
 from image_tables import rows_table, write_rows
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_parity import read_metrics
 from test_resume import outcome
 from test_vision_parity import LR, SEQ_LEN, flags, models, rows_of, rules_of, tables, tokens  # noqa: F401 - fixtures
@@ -26,6 +27,7 @@ from fft.planning.preflight import plan_run
 pytestmark = pytest.mark.slow
 #: The second half of the run begins in the middle of an epoch.
 STEPS, HALF = 6, 3
+ADAPTERS = ["--lora_dim=4", "--lora_module_name=q_proj,vision_tower.q_proj"]
 STAGED, SHARED = "--encoder_pipe_parallel_size=-1", "--encoder_pipe_parallel_size=0"
 
 
@@ -54,6 +56,7 @@ def run(models, tables):  # noqa: F811
         ("qwen3_vl", 2, ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8", "--dtype=bf16", SHARED]),
         ("qwen2_5_vl", 2, ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8", "--dtype=bf16", STAGED]),
         ("internvl", 2, ["--sequence_parallel_size=2", "--gradient_accumulation_steps=8", SHARED]),
+        ("internvl", 2, ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8", SHARED, *ADAPTERS]),
     ],
 )
 def test_on_the_same_layout_to_the_bit(family, ranks, more, run, tmp_path):
@@ -63,6 +66,25 @@ def test_on_the_same_layout_to_the_bit(family, ranks, more, run, tmp_path):
     np.testing.assert_array_equal(again[0], numbers)
     assert again[1] == evaluated
     assert all(torch.equal(again[2][name], value) for name, value in weights.items())
+
+
+def test_experts_go_on_and_are_converted_from_their_masters(run, launch, tmp_path):
+    """Files have rows and columns of experts swapped, the optimizer has not."""
+    experts = ["--expert_parallel_size=2", "--gradient_accumulation_steps=4", "--dtype=bf16"]
+    numbers, _, stored = run("qwen3_vl_moe", 2, tmp_path / "straight", *experts)
+    shutil.copytree(tmp_path / "straight" / "run", tmp_path / "again" / "run")
+    again, _, weights = run("qwen3_vl_moe", 2, tmp_path / "again", *experts, "--resume", f"step-{HALF}")
+    np.testing.assert_array_equal(again, numbers)
+    assert all(torch.equal(weights[name], value) for name, value in stored.items())
+    convert = ("python", "-m", "fft.checkpoint.convert")
+    done = launch(*convert, tmp_path / "straight" / "run", tmp_path / "fp32", "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr[-2000:]
+    masters = load_file(tmp_path / "fp32" / "model.safetensors")
+    assert masters.keys() == stored.keys()
+    assert all(torch.equal(masters[name].bfloat16(), value) for name, value in stored.items())
+    name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+    assert stored[name].shape == (4, 64, 96)
+    assert not torch.equal(masters[name], stored[name].float())
 
 
 def test_from_a_shared_tower_to_stages_and_back(run, tmp_path):
