@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from vision_models import save_model
 
+from fft.models.stored import stored_names
+from fft.weights.hf import write_shard
+
 #: Of a text model of any family; heads of 32, the smallest that vLLM takes.
 _TEXT = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -24,6 +27,10 @@ _TOWERS = {
         **{"window_size": 28, "fullatt_block_indexes": [1]},
     },
     "qwen3_vl": {
+        **{"hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "depth": 2},
+        **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    },
+    "qwen3_vl_moe": {
         **{"hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "depth": 2},
         **{"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     },
@@ -52,11 +59,20 @@ def make_vision_model(folder: Path, family: str, seed: int = 0) -> Path:
         settings = json.loads(file.read_text())
         file.write_text(json.dumps(settings | names | {"extra_special_tokens": names}))
     else:
-        rope = _ROPE | ({"mrope_interleaved": True} if family == "qwen3_vl" else {})
+        rope = _ROPE | ({"mrope_interleaved": True} if family.startswith("qwen3_vl") else {})
+        if family == "qwen3_vl_moe":
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
         text["rope_parameters"], given["video_token_id"] = rope, len(tokenizer) - 1
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](text_config=text, vision_config=tower, tie_word_embeddings=False, **given)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    if family == "qwen3_vl_moe":  # which transformers does not write as it is on the Hub
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "experts" in name or "mlp.gate" in name:
+                    weight.normal_(std=0.3)
+        write_shard(folder, stored_names(model).to_stored(model.state_dict()), 0, 1)
     return folder
 
 

@@ -65,7 +65,7 @@ def save_model(folder, family, template=None):
         processor = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6)
         config["image_seq_length"] = 4
     else:
-        patch = 8 if family == "qwen3_vl" else 7
+        patch = 8 if family.startswith("qwen3_vl") else 7
         config = {"vision_config": {"patch_size": patch, "spatial_merge_size": 2}}
         size = {"shortest_edge": 4 * (2 * patch) ** 2, "longest_edge": 40 * (2 * patch) ** 2}
         processor = Qwen2VLImageProcessorPil(patch_size=patch, size=size)

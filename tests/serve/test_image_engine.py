@@ -23,7 +23,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl_moe"])
 def test_answers_are_those_of_transformers_own_processors(family, tmp_path):
     """Of one family, with a limit that its directory does not have."""
     model, made = make_vision_model(tmp_path / "model", family), pictures(6)
