@@ -13,6 +13,7 @@ from torch import Tensor
 from fft.errors import UserError
 from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
+from fft.models.vision import PARTS
 from fft.weights import hf
 from fft.weights.files import opened
 
@@ -78,6 +79,14 @@ def scale_of(config: Mapping[str, object], where: object) -> float:
 def adapter_parameters(parameters: Mapping[str, _T]) -> dict[str, _T]:
     """Those of an adapter, out of a model's."""
     return {name: p for name, p in parameters.items() if is_adapter(name.removesuffix(".weight"))}
+
+
+def adapts_tower(directory: Path) -> bool:
+    """Whether an adapter is also of what makes hidden states of images. Raises :class:`UserError` where it cannot be
+    read.
+    """
+    parts = {part for own in PARTS.values() for part in own}
+    return any(not parts.isdisjoint(name.split(".")) for name in AdapterReader(directory).names)
 
 
 def write_adapter(staging: Path, shards: int, config: Mapping[str, object]) -> list[str]:

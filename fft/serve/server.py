@@ -171,23 +171,26 @@ def lora_settings(model: str, adapters: Sequence[str], given: Set[str]) -> dict[
 
     Raises :class:`UserError` for adapters that cannot be read, do not fit the model, or are more than plain LoRA.
     """
-    from fft.checkpoint.conversion import Merged
+    from fft.checkpoint.adapter import adapts_tower
+    from fft.checkpoint.conversion import merged
     from fft.weights.hf import WeightReader
 
     if "lora-modules" in given:
         raise UserError("--lora-modules beside --lora: name all adapters by --lora.")
-    modules, rooms = {}, []
+    modules, rooms, tower = {}, [], {}
     for adapter in adapters:
         name, _, directory = adapter.partition("=")
         if not name or not directory or name in (*_names_of(model), *modules):
             raise UserError(f"--lora {adapter}: give NAME=DIR, with a name of its own for each adapter.")
         rooms.append(adapter_room(directory))
         if not _is_quantized(Path(model)):
-            Merged(WeightReader(model), Path(directory))
+            merged(WeightReader(model), Path(directory), None, Path(model))
+        if adapts_tower(Path(directory)):  # which vLLM leaves out where it is not told
+            tower = {"enable-tower-connector-lora": True}
         modules[name] = json.dumps({"name": name, "path": directory, "base_model_name": _names_of(model)[0]})
     settings = {"max-lora-rank": max(rooms), "max-loras": len(modules)}
     chosen = {name: value for name, value in settings.items() if name not in given}
-    return {"enable-lora": True, "lora-modules": list(modules.values()), **chosen}
+    return {"enable-lora": True, "lora-modules": list(modules.values()), **tower, **chosen}
 
 
 def _names_of(model: str) -> list[str]:

@@ -205,7 +205,11 @@ def _start(model: "CheckedModel", limit: int) -> Any:
     if not model.config.tie_word_embeddings:  # a head of its own would be dropped where the config ties it
         given["hf_overrides"] = {"tie_word_embeddings": False}
     if options.lora is not None:
+        from fft.checkpoint.adapter import adapts_tower
+
         given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_room(options.lora)}
+        if adapts_tower(Path(options.lora)):  # which vLLM leaves out where it is not told
+            given["enable_tower_connector_lora"] = True
     return LLM(**given | image_limits(model, limit) | dict(options.engine_args)).llm_engine
 
 

@@ -18,6 +18,7 @@ from fft.models.lora import Lora, LoraLinear, adapt, adapted, reset_adapters
 from fft.models.spec import ModelSpec
 from fft.models.supported import check_supported
 from fft.models.vision import decoder_path, vision_parts
+from fft.serve.server import lora_settings
 from fft.weights.hf import WeightReader, write_shard
 from fft.weights.names import put
 
@@ -99,6 +100,8 @@ def test_adapters_are_where_their_names_say(family, names, targets, tmp_path):
     facts = adapter.adapter_config(lora, tmp_path / "base", adapted(ours))
     assert len(facts["target_modules"].split("|")) == targets
     adapter.write_adapter(tmp_path / "adapter", 1, facts)
+    served = lora_settings(str(tmp_path / "base"), [f"poet={tmp_path / 'adapter'}"], set())
+    assert ("enable-tower-connector-lora" in served) == ("." in names)
     inputs = {"input_ids": torch.tensor([IMAGE]), "pixel_values": torch.randn(1, 3, 16, 16)}
     if family != "internvl":
         inputs |= {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
