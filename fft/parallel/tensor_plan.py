@@ -65,8 +65,8 @@ _BY_TYPE = {
 }
 #: Modules that are cut by rows of the vocabulary, whatever a plan says.
 _VOCABULARY = ("embed_tokens", "embed_in", "lm_head", "embed_out")
-#: Decoders for which no plan is published, and those whose plan is theirs.
-_SAME_AS = {"qwen3_vl_text": "qwen3"}
+#: Decoders for which no plan is published, or one without norms of heads, and those whose plan is theirs.
+_SAME_AS = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 #: torch's grouped products of experts take rows of whole 16 bytes: 8 values of bf16.
 _ALIGNED = 8

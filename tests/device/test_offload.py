@@ -12,6 +12,9 @@ STEPS = 10
 #: bit of a float32: fft.parity's bounds. In bf16 all is equal until one such bit makes of a master another bf16; from
 #: then on the two differ as much as either does from float32.
 ALLOWED = {"fp32": (1e-5, 1e-4), "bf16": (2e-3, 2e-2)}
+#: Relative differences of gradients: in fp32 only the clipping may round otherwise. In bf16 the head's goes to its sum
+#: without being rounded; where the optimizer is offloaded it is a bf16 first.
+ROUNDED = {"fp32": 1e-6, "bf16": 2**-8}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +37,8 @@ def test_the_losses_are_the_same(dtype, taken, small, record_property):
     ours, theirs = taken(dtype, "--offload_optimizer"), taken(dtype)
     assert theirs.losses[-1] < theirs.losses[0] - 0.1  # a batch is learnt by heart
     assert ours.losses[0] == theirs.losses[0]
-    for name, x in theirs.gradients.items():  # of the first step, which only the clipping may round otherwise
-        assert (ours.gradients[name] - x).norm() <= 1e-6 * x.norm(), name
+    for name, x in theirs.gradients.items():  # of the first step
+        assert (ours.gradients[name] - x).norm() <= ROUNDED[dtype] * x.norm(), name
     for name, mine, other, allowed in zip(
         ("a loss", "a gradient norm"),
         (ours.losses, ours.norms),
