@@ -80,6 +80,8 @@ if os.environ.get("FFT_VISION_LAYOUTS") == "all":  # minutes: every family in ev
         for name in CASES
         for place in PLACES
         if (family, name, place) not in TRIED and not name.startswith(("frozen", "lora", "experts"))
+        # The experts' balance is that of a micro-batch: the reference's have one sample.
+        if (family, name) != ("qwen3_vl_moe", "one")
     ]
 
 
