@@ -63,7 +63,7 @@ def measure_steps(args: argparse.Namespace) -> None:
 
 
 def make_model(folder: Path) -> Path:
-    """A small Qwen2-VL, of whose arithmetic the tower has about a third."""
+    """A small Qwen2-VL, of whose arithmetic the tower has half."""
     if (folder / "config.json").exists():
         return folder
     text = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": LAYERS}
