@@ -146,7 +146,7 @@ def predict(place: str, model: Path, table: Path, args: argparse.Namespace) -> f
     given = dict(zip(*[iter(word.removeprefix("--") for word in flags(place, model, table, args))] * 2, strict=True))
     typed = {name: int(value) if value.lstrip("-").isdigit() else value for name, value in given.items()}
     settings = resolve({"output_dir": str(model / "unused"), **typed})
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     shared = settings.encoder_pipe_parallel_size == 0
     spec = ModelSpec(config, torch.float32, images=RULES, shared_tower=shared)
     load = load_of(settings, RULES, manifests_of(str(table)))

@@ -8,8 +8,7 @@ from typing import Any
 
 from fft.errors import Parser, UserError
 from fft.flags import add_flags, check_bounds, read_settings
-from fft.train_arguments import LORA_MODULES as LORA_MODULES
-from fft.train_arguments import TrainArguments as TrainArguments
+from fft.train_arguments import TrainArguments
 
 _EXAMPLES = """examples:
   # a model from scratch, two pipeline stages, on CPU or two GPUs

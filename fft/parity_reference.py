@@ -125,7 +125,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     train = plan.train
     if train is None:
         raise UserError("a comparison needs steps: give --train_data.")
-    model = auto_class(plan.config).from_pretrained(directory, dtype=torch.float32)
+    model = auto_class(plan.config).from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     lora = Lora.of(args)
     if lora is not None:
         adapt(model, f"{decoder_path(model)}.layers", lora, vision_parts(model))

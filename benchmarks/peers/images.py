@@ -6,14 +6,10 @@ KIND is fft (uint8 patches and positions of micro-batches), transformers (the PI
 memory), mosaic (MosaicML streaming's bytes through the same processor) or mosaic-rgb (the same, decoded and no more).
 """
 
-import importlib
 import io
-import json
-import os
 import shutil
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.peers.loaders import peak_bytes  # noqa: E402 - after sys.path
+from benchmarks.peers.loaders import peak_bytes, print_and_exit, stand_in_for_torchvision  # noqa: E402 - after sys.path
 from benchmarks.vision import RULES, SEQ_LEN  # noqa: E402
 
 
@@ -86,12 +82,7 @@ def read_mosaic_rgb(table: Path, work: Path) -> Iterator[int]:
 
 def stream(table: Path, work: Path, process: Callable[[bytes], object]) -> Iterator[int]:
     """MosaicML streaming, after its conversion to shards, shuffled by its default py1e, in this process."""
-    # streaming imports torchvision for its image datasets; the wheel for another torch would be gigabytes.
-    importlib.import_module("transformers")  # before it can see what stands for torchvision here
-    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
-    sys.modules |= {name: types.ModuleType(name) for name in names}
-    sys.modules["torchvision.datasets"].VisionDataset = object
-    sys.modules["torchvision.transforms.functional"].to_tensor = None
+    stand_in_for_torchvision()
     from streaming import MDSWriter, StreamingDataset
 
     shards = work / "mds-images"
@@ -121,9 +112,7 @@ def main() -> None:
         "busy": time.process_time() - busy,
         "peak_bytes": peak_bytes(),
     }
-    print(json.dumps(cost))
-    sys.stdout.flush()
-    os._exit(0)  # some peers' threads would keep the process
+    print_and_exit(cost)
 
 
 if __name__ == "__main__":

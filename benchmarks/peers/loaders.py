@@ -12,8 +12,10 @@ import os
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -71,18 +73,11 @@ def read_datasets(table: Path, seq_len: int, batch: int, work: Path) -> tuple[It
 
 def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
     """MosaicML streaming, after its conversion to shards, shuffled by its default py1e."""
-    import types
-
     import numpy as np
     import pyarrow.parquet as pq
     import torch
 
-    # streaming imports torchvision for its image datasets; the wheel for another torch would be gigabytes.
-    importlib.import_module("transformers")  # before it can see what stands for torchvision here
-    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
-    sys.modules |= {name: types.ModuleType(name) for name in names}
-    sys.modules["torchvision.datasets"].VisionDataset = object
-    sys.modules["torchvision.transforms.functional"].to_tensor = None
+    stand_in_for_torchvision()
     from streaming import MDSWriter, StreamingDataset
 
     shards = work / "mds"
@@ -123,10 +118,28 @@ def token_rows(path: str) -> Iterator[object]:
             yield torch.from_numpy(row.values.to_numpy().copy())
 
 
+def stand_in_for_torchvision() -> None:
+    """Let MosaicML's streaming be imported, which imports torchvision for its image datasets; the wheel for another
+    torch would be gigabytes.
+    """
+    importlib.import_module("transformers")  # before it can see what stands for torchvision here
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    sys.modules |= {name: types.ModuleType(name) for name in names}
+    sys.modules["torchvision.datasets"].VisionDataset = object
+    sys.modules["torchvision.transforms.functional"].to_tensor = None
+
+
 def peak_bytes() -> int:
     """Peak resident memory. (``ru_maxrss`` would count the parent's, from before this program was loaded.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def print_and_exit(cost: dict) -> NoReturn:
+    """End this process: some peers' threads would keep it."""
+    print(json.dumps(cost))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 KINDS = {
@@ -160,9 +173,7 @@ def main() -> None:
         "resume": resume() if resume else None,
         "peak_bytes": peak_bytes(),
     }
-    print(json.dumps(cost))
-    sys.stdout.flush()
-    os._exit(0)  # some peers' threads would keep the process
+    print_and_exit(cost)
 
 
 if __name__ == "__main__":

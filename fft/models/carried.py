@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,5 @@ def unpacked(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The inverse of :func:`packed` (one host synchronisation)."""
     flat, shapes, *rest = tensors
     sizes = [[size for size in shape if size] for shape in shapes.tolist()]
-    ends = [0, *torch.tensor([_product(size) for size in sizes]).cumsum(0).tolist()]
+    ends = accumulate(map(prod, sizes), initial=0)
     return *(flat[a:b].view(size) for (a, b), size in zip(pairwise(ends), sizes, strict=True)), *rest
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -94,7 +94,9 @@ def balance_by_transformers(model: PreTrainedModel) -> Tensor:
 
 def loaded(directory: Path) -> PreTrainedModel:
     """What transformers makes of a directory, in fp32."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
 
 
 def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:

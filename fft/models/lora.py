@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fft.arguments import LORA_MODULES, TrainArguments
 from fft.errors import UserError
+from fft.train_arguments import LORA_MODULES, TrainArguments
 
 #: Names of an adapter's matrices, A and B, within its linear layer.
 DOWN, UP = "lora_A", "lora_B"

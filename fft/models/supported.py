@@ -24,7 +24,6 @@ _PLANS = (
 #: Model types that publish no plan, whose modules are called as Llama's.
 _UNPUBLISHED = (
     *("diffllama", "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "olmoe"),
-    "qwen3_vl_text",
 )
 
 #: Mixtures of experts among them.
@@ -54,7 +53,7 @@ FAMILIES = (
     *("gemma3_text", "glm", "glm4", "gpt_neox", "granite", "granite_swa", "helium", "hyperclovax", "internlm3"),
     *("iquestcoder", "jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "olmo", "olmo2", "olmo3"),
     *("olmo_hybrid", "phi", "phi3", "qwen2", "qwen3", "qwen3_5_text", "seed_oss", "smollm3", "starcoder2"),
-    *("vaultgemma", "youtu", *(name for name in _UNPUBLISHED if name not in DECODERS), *EXPERTS),
+    *("vaultgemma", "youtu", *_UNPUBLISHED, *EXPERTS),
 )
 
 
@@ -65,7 +64,7 @@ def check_supported(config: PretrainedConfig, seq_len: int) -> None:
         config = config.get_text_config()
     name = config.model_type
     plan = set(getattr(config, "base_model_pp_plan", None) or ())
-    if plan not in _PLANS and (plan or name not in _UNPUBLISHED):
+    if plan not in _PLANS and (plan or name not in (*_UNPUBLISHED, *DECODERS)):
         raise UserError(
             f"model type {name!r} publishes no pipeline plan of embed_tokens, layers and norm: choose one of "
             f"{', '.join((*FAMILIES, *PARTS))}."
@@ -110,12 +109,9 @@ def check_tower(config: PretrainedConfig) -> None:
     kind = vision.hidden_act
     if kind not in ACT2FN:
         raise UserError(f"hidden_act {kind!r} in vision_config of the model's config.json is none that is known.")
-    asked = {key: getattr(config, key, value) for key, value in _FEATURES.items()}
-    for key, value in asked.items():
-        if value != _FEATURES[key]:
-            raise UserError(
-                f"{key} {value!r} in the model's config.json: only {_FEATURES[key]!r} is trained; use another model."
-            )
+    for key, only in _FEATURES.items():
+        if (value := getattr(config, key, only)) != only:
+            raise UserError(f"{key} {value!r} in the model's config.json: only {only!r} is trained; use another model.")
 
 
 def _check_dropout(config: PretrainedConfig) -> None:

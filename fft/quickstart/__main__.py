@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fft.console import say
-from fft.errors import Parser, positive, run_cli
+from fft.errors import run_cli
 from fft.quickstart import results
-from fft.quickstart.commands import ROOT, check_place, spark_rate
+from fft.quickstart.commands import check_place, quickstart_parser, spark_rate
 from fft.quickstart.plan import CONFIG, Folders, build_stages
 from fft.quickstart.stages import Record, run_stages
 
@@ -26,17 +26,13 @@ _EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    parser = Parser(
-        prog="python -m fft.quickstart",
-        description="Collect Python's own sources, tokenize, shuffle and pack them with Spark, train a small Llama on "
-        "two pipeline stages, and let it write.",
-        epilog=_EXAMPLES,
+    return quickstart_parser(
+        "fft.quickstart",
+        CONFIG,
+        "Collect Python's own sources, tokenize, shuffle and pack them with Spark, train a small Llama on two pipeline "
+        "stages, and let it write.",
+        _EXAMPLES,
     )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR", help="default: runs/quickstart"
-    )
-    parser.add_argument("--max_steps", type=positive, help=f"steps of the training (default: as in {CONFIG})")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     folders = Folders(args.output.resolve())
-    check_place(folders.output, folders.records, CONFIG)
+    check_place(folders, CONFIG)
     try:
         records = run_stages(build_stages(folders, args.max_steps), folders.records, say)
     except KeyboardInterrupt:

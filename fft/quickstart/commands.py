@@ -1,23 +1,64 @@
 """The product's commands as stages of a quickstart: run from the repository, as a user would type them."""
 
+import argparse
 import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import fft
 from fft.data.manifest import read_manifest
-from fft.errors import UserError
+from fft.errors import Parser, UserError, positive
 from fft.quickstart.stages import Stage, run_command
 
 #: The repository: Spark jobs and configuration are run from there.
 ROOT = Path(fft.__file__).resolve().parent.parent
 
 
-def check_place(output: Path, records: Path, config: str) -> None:
-    """Raise :class:`UserError` outside a checkout with the file ``config``, and where ``output``, which a quickstart
-    with these ``records`` is to fill, holds something else."""
+@dataclass(frozen=True)
+class QuickstartPlace:
+    """Where everything of a quickstart lies, below its output folder."""
+
+    output: Path
+
+    @property
+    def tokens(self) -> Path:
+        """Table with one row a document, or a chat."""
+        return self.output / "tokens"
+
+    @property
+    def run(self) -> Path:
+        """The trainer's run folder."""
+        return self.output / "run"
+
+    @property
+    def model(self) -> Path:
+        """Hugging Face model directory."""
+        return self.output / "model"
+
+    @property
+    def records(self) -> Path:
+        """Records of finished stages."""
+        return self.output / ".stages"
+
+
+def quickstart_parser(name: str, config: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Flags of the quickstart ``name``, a dotted module, whose training is configured by the file ``config``."""
+    folder = "-".join(name.split(".")[1:])
+    parser = Parser(prog=f"python -m {name}", description=description, epilog=epilog)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / folder, metavar="DIR", help=f"default: runs/{folder}"
+    )
+    parser.add_argument("--max_steps", type=positive, help=f"steps of the training (default: as in {config})")
+    return parser
+
+
+def check_place(place: QuickstartPlace, config: str) -> None:
+    """Raise :class:`UserError` outside a checkout with the file ``config``, and where the output folder of a quickstart
+    holds something else."""
+    output, records = place.output, place.records
     if not (ROOT / config).is_file():
         raise UserError(f"{ROOT / config} does not exist: the quickstart runs from a checkout of the repository.")
     if output.exists() and not output.is_dir():

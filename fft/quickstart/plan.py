@@ -11,7 +11,7 @@ from fft.data.table import Table
 from fft.files import write_atomically
 from fft.quickstart import corpus, results
 from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
-from fft.quickstart.commands import ROOT, run_trainer, shown, spark_stage
+from fft.quickstart.commands import ROOT, QuickstartPlace, run_trainer, shown, spark_stage
 from fft.quickstart.stages import Stage, fingerprint, run_command
 
 VOCAB_SIZE = 4096
@@ -30,10 +30,8 @@ SAMPLING = {"max_new_tokens": 96, "temperature": 0.6, "top_p": 0.9, "seed": 0}
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Where everything lies below the output folder."""
-
-    output: Path
+class Folders(QuickstartPlace):
+    """What else lies below the output folder."""
 
     @property
     def corpus(self) -> Path:
@@ -46,11 +44,6 @@ class Folders:
         return self.output / "tokenizer"
 
     @property
-    def tokens(self) -> Path:
-        """Table with one row a document."""
-        return self.output / "tokens"
-
-    @property
     def shuffled(self) -> Path:
         """The tables train and validation in their global order."""
         return self.output / "shuffled"
@@ -59,16 +52,6 @@ class Folders:
     def packed(self) -> Path:
         """The tables train and validation in rows of the model's length."""
         return self.output / "packed"
-
-    @property
-    def run(self) -> Path:
-        """The trainer's run folder."""
-        return self.output / "run"
-
-    @property
-    def model(self) -> Path:
-        """Hugging Face model directory."""
-        return self.output / "model"
 
     @property
     def prompts(self) -> Path:
@@ -84,11 +67,6 @@ class Folders:
     def picture(self) -> Path:
         """The loss curve."""
         return self.output / "loss.png"
-
-    @property
-    def records(self) -> Path:
-        """Records of finished stages."""
-        return self.output / ".stages"
 
 
 def build_stages(folders: Folders, max_steps: int | None = None) -> list[Stage]:

@@ -61,7 +61,9 @@ def test_stages_equal_one_process(ranks, layout, stages, directory, table, tmp_p
     assert [step["grad_norm"] for step in steps] == pytest.approx(expected.norms, rel=NORM)
     kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert kept == [f"step-{step}" for step in (STEPS - 1, STEPS)]
-    written = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / kept[-1], dtype=torch.float32)
+    written = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "run" / kept[-1], dtype=torch.float32, trust_remote_code=False
+    )
     for name, value in written.state_dict().items():
         off = (value - expected.weights[name]).abs() > WEIGHT * (1 + expected.weights[name].abs())
         assert off.float().mean() <= OUTLIERS, name

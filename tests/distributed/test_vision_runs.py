@@ -164,7 +164,9 @@ def test_what_is_written_has_the_names_of_the_hub(family, run, models, tmp_path)
             with safe_open(file, "pt") as tensors:
                 names.setdefault(folder, set()).update(tensors.keys())
     assert len(set(map(frozenset, names.values()))) == 1
-    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", output_loading_info=True)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", output_loading_info=True, trust_remote_code=False
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert read_metrics(tmp_path / "run")[0][-1]["step"] == STEPS
     assert type(loaded).__name__ == loaded.config.architectures[0]

@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from fft.console import say
-from fft.errors import Parser, positive, run_cli
+from fft.errors import run_cli
 from fft.quickstart import results
-from fft.quickstart.commands import ROOT, check_place, spark_rate
+from fft.quickstart.commands import check_place, quickstart_parser, spark_rate
 from fft.quickstart.stages import Record, run_stages
 from fft.quickstart.vision.plan import CONFIG, VisionFolders, vision_stages
 from fft.quickstart.vision.scores import Score, read_answers, table
@@ -26,16 +25,13 @@ _EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    parser = Parser(
-        prog="python -m fft.quickstart.vision",
-        description="Draw pictures of coloured shapes, make a table of chats about them with Spark, train a small "
-        "Qwen2-VL, and ask it about pictures that it has not seen.",
-        epilog=_EXAMPLES,
+    return quickstart_parser(
+        "fft.quickstart.vision",
+        CONFIG,
+        "Draw pictures of coloured shapes, make a table of chats about them with Spark, train a small Qwen2-VL, and "
+        "ask it about pictures that it has not seen.",
+        _EXAMPLES,
     )
-    folder = ROOT / "runs" / "quickstart-vision"
-    parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help="default: runs/quickstart-vision")
-    parser.add_argument("--max_steps", type=positive, help=f"steps of the training (default: as in {CONFIG})")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     folders = VisionFolders(args.output.resolve())
-    check_place(folders.output, folders.records, CONFIG)
+    check_place(folders, CONFIG)
     try:
         records = run_stages(vision_stages(folders, args.max_steps), folders.records, say)
     except KeyboardInterrupt:

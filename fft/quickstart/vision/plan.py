@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from fft.data.manifest import MANIFEST_NAME
-from fft.quickstart.commands import ROOT, run_trainer, shown, spark_stage
+from fft.quickstart.commands import ROOT, QuickstartPlace, run_trainer, shown, spark_stage
 from fft.quickstart.stages import Stage, run_command
 from fft.quickstart.vision import scores
 from fft.quickstart.vision.chats import ASKED, CHATS, IMAGES, read_chats, write_chats
@@ -23,10 +23,8 @@ _ANSWER = 32
 
 
 @dataclass(frozen=True)
-class VisionFolders:
-    """Where everything lies below the output folder."""
-
-    output: Path
+class VisionFolders(QuickstartPlace):
+    """What else lies below the output folder."""
 
     @property
     def pictures(self) -> Path:
@@ -39,21 +37,6 @@ class VisionFolders:
         return self.output / "start"
 
     @property
-    def tokens(self) -> Path:
-        """Table with one row a chat."""
-        return self.output / "tokens"
-
-    @property
-    def run(self) -> Path:
-        """The trainer's run folder."""
-        return self.output / "run"
-
-    @property
-    def model(self) -> Path:
-        """Hugging Face model directory."""
-        return self.output / "model"
-
-    @property
     def answers(self) -> Path:
         """What the model said of held-out pictures, and of blank ones."""
         return self.output / "answers.jsonl"
@@ -62,11 +45,6 @@ class VisionFolders:
     def sheet(self) -> Path:
         """Some of the pictures with their answers."""
         return self.output / "answers.png"
-
-    @property
-    def records(self) -> Path:
-        """Records of finished stages."""
-        return self.output / ".stages"
 
 
 def vision_stages(folders: VisionFolders, max_steps: int | None = None) -> list[Stage]:

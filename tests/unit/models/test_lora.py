@@ -8,12 +8,12 @@ from conftest import SMALL
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fft.arguments import LORA_MODULES
 from fft.checkpoint import adapter
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.lora import Lora, LoraLinear, adapt, reset_adapter, reset_adapters, trained
 from fft.models.spec import ModelSpec
+from fft.train_arguments import LORA_MODULES
 from fft.weights import hf
 
 DEFAULT = tuple(LORA_MODULES.split(","))

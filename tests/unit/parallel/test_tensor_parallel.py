@@ -16,7 +16,6 @@ import torch.distributed as dist
 from conftest import SMALL, VOCAB
 from transformers import AutoConfig
 
-from fft.arguments import LORA_MODULES
 from fft.models import small, supported
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.in_process import write_random_model
@@ -27,6 +26,7 @@ from fft.ops.cross_entropy import IGNORE, linear_cross_entropy
 from fft.ops.fused import plain_ops
 from fft.parallel.tensor import TensorParallel
 from fft.planning.costs import layer_costs
+from fft.train_arguments import LORA_MODULES
 from fft.weights.hf import WeightReader
 
 FAMILIES = {

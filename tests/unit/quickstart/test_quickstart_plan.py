@@ -5,7 +5,6 @@ from conftest import ROOT
 
 from fft.arguments import parse_arguments
 from fft.data.manifest import FileInfo, Manifest, commit
-from fft.errors import UserError
 from fft.quickstart import __main__ as quickstart
 from fft.quickstart.plan import MODEL, PROMPTS, SEQ_LEN, VOCAB_SIZE, Folders, build_stages
 from fft.quickstart.stages import Record
@@ -39,21 +38,6 @@ def test_the_model_fits_tokenizer_and_rows():
     config = json.loads((ROOT / MODEL).read_text())
     assert config["vocab_size"] == VOCAB_SIZE
     assert config["max_position_embeddings"] >= SEQ_LEN
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds something else than a quickstart"):
-        quickstart.main(["--output", str(tmp_path)])
-
-
-def test_an_interrupt_is_no_traceback(folders, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(quickstart, "run_stages", interrupt)
-    assert quickstart.main(["--output", str(folders.output)]) == 130
-    assert "goes on with the stage that was running" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("reached", "code"), [(5.4, 0), (5.6, 1)])

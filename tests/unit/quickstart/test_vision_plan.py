@@ -4,7 +4,6 @@ import pytest
 from conftest import ROOT
 
 from fft.arguments import parse_arguments
-from fft.errors import UserError
 from fft.images.grids import grid_of, tokens_of
 from fft.images.rules import ImageLimits, load_rules
 from fft.quickstart.stages import Record
@@ -91,21 +90,6 @@ def test_sheet_is_a_png(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     draw_answers(ANSWERS, tmp_path, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds something else than a quickstart"):
-        quickstart.main(["--output", str(tmp_path)])
-
-
-def test_an_interrupt_is_no_traceback(folders, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(quickstart, "run_stages", interrupt)
-    assert quickstart.main(["--output", str(folders.output)]) == 130
-    assert "goes on with the stage that was running" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seen", "code"), [(90, 0), (49, 1)])
