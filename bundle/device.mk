@@ -6,6 +6,8 @@ DEVICE_PYTHON ?= $(firstword $(wildcard fft-venv/bin/python .venv/bin/python) $(
 GROUP ?=
 PART ?=
 MINUTES ?= 8
+# Groups of tests at a time.
+JOBS ?= 1
 # A bare `make` in a bundle.
 ifeq ($(.DEFAULT_GOAL),)
 .DEFAULT_GOAL := rehearse
@@ -15,10 +17,10 @@ ON_DEVICE = PATH="$(dir $(DEVICE_PYTHON)):$$PATH" $(DEVICE_PYTHON)
 .PHONY: test-gpu test-npu bench-gpu bench-npu rehearse
 
 test-gpu:  ## what a GPU must prove, group by group; writes gpu-report.json (GROUP=ring chooses)
-	@$(ON_DEVICE) tests/device/run.py --device cuda --report gpu-report.json $(if $(GROUP),--group $(GROUP))
+	@$(ON_DEVICE) tests/device/run.py --device cuda --jobs $(JOBS) --report gpu-report.json $(if $(GROUP),--group $(GROUP))
 
 test-npu:  ## the same for an Ascend NPU; writes npu-report.json
-	@$(ON_DEVICE) tests/device/run.py --device npu --report npu-report.json $(if $(GROUP),--group $(GROUP))
+	@$(ON_DEVICE) tests/device/run.py --device npu --jobs $(JOBS) --report npu-report.json $(if $(GROUP),--group $(GROUP))
 
 bench-gpu:  ## how fast a GPU trains, in MINUTES=8 a call, the next goes on; writes gpu-bench.json (PART=step chooses)
 	@$(ON_DEVICE) -m benchmarks.device --device cuda --minutes $(MINUTES) --results gpu-bench.json $(if $(PART),--part $(PART))

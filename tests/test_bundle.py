@@ -133,8 +133,7 @@ def test_all_that_a_device_must_prove_is_rehearsed(bundle, installed, tmp_path):
     groups = {group["name"]: group for group in report["groups"]}
     assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "device").glob("test_*.py")} == groups.keys()
     assert {group["end"] for group in groups.values()} == {"passed"}
-    compiled = [test for test in groups["triton"]["tests"] if test["outcome"] == "passed"]
-    assert len(compiled) == 9
+    assert {test["outcome"] for test in groups["triton"]["tests"]} == {"passed"}  # there is a Triton: none is left out
     parts = json.loads((place / "rehearsal-bench.json").read_text())["parts"]
     assert all("rows" in case for cases in parts.values() for case in cases.values()), parts
     assert all(parts.values())

@@ -2,6 +2,7 @@
 
     python tests/device/run.py --device cuda                 # all groups; a table, and report.json beside it
     python tests/device/run.py --device cuda --group ring    # one of them
+    python tests/device/run.py --device cuda --jobs 4        # four at a time, where the device has room for them
 
 Needs torch with the device and what `bundle/install.sh` installs. A group that hangs is stopped, and the next begins.
 Exit codes: 0 all passed, 1 a test failed or a group was stopped, 2 there is no such device.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -64,19 +66,25 @@ def main() -> int:
     if facts is None:
         return 2
     groups: list[Group] = []
-    for name in args.group or LIMITS:
-        limit = LIMITS[name] * (PATIENCE if args.device == "cpu" else 1)
-        print(f"{name} (at most {limit} s) ...", file=sys.stderr, flush=True)
-        groups.append(run(name, args.device, limit))
-        print(f"  {line(groups[-1])}", file=sys.stderr, flush=True)
-        write(args.report, facts, groups)  # now: the machine may be gone before the last
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = [pool.submit(run, name, args.device, limit_of(name, args)) for name in args.group or LIMITS]
+        for done in as_completed(waiting):
+            groups.append(done.result())
+            print(line(groups[-1]), file=sys.stderr, flush=True)
+            write(args.report, facts, groups)  # now: the machine may be gone before the last
     print(table(facts, groups))
     print(f"written to {args.report}", file=sys.stderr)
     return 0 if all(group.end in ("passed", "nothing to run") for group in groups) else 1
 
 
+def limit_of(name: str, args: argparse.Namespace) -> int:
+    """Seconds for a group."""
+    return LIMITS[name] * args.jobs * (PATIENCE if args.device == "cpu" else 1)
+
+
 def run(name: str, device: str, limit: int) -> Group:
     """Run a group; what its tests told by then is kept where it is stopped."""
+    print(f"{name} (at most {limit} s) ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={HERE}", f"--confcutdir={HERE}"]
     environment = unlaunched()
     environment.pop(TF32, None)
@@ -150,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", choices=("cuda", "npu", "cpu"), required=True, help="cpu: a rehearsal in small sizes"
     )
     parser.add_argument("--group", nargs="*", choices=list(LIMITS), help="which groups (all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="groups at a time (%(default)s)")
     parser.add_argument("--report", type=Path, default=Path("report.json"), metavar="FILE", help="(%(default)s)")
     return parser
 

@@ -28,10 +28,11 @@ def test_every_image_has_a_rank_and_none_has_much_more(steps, ranks):
     for grid, owner in zip(steps, owners, strict=True):
         for one, rank in zip(grid, owner.tolist(), strict=True):
             loads[rank] += cost(one)
-    costs = [cost(one) for grid in steps for one in grid]
-    assert loads.sum() == sum(costs)
-    # Longest processing time first: at most 4/3 of the best there is, which is no less than either of these.
-    assert loads.max() <= 4 / 3 * max(sum(costs) / ranks, max(costs, default=0)) + 1
+    assert loads.sum() == sum(cost(one) for grid in steps for one in grid)
+    # Dearest first, to whom has least: each rank was the lightest when its last, and cheapest, image came.
+    for rank in range(ranks):
+        own = [cost(one) for grid, owner in zip(grids, owners, strict=True) for one in grid[owner == rank]]
+        assert loads[rank] - min(own, default=0) <= loads.min()
 
 
 def test_a_large_image_goes_alone():
