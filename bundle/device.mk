@@ -6,8 +6,11 @@ DEVICE_PYTHON ?= $(firstword $(wildcard fft-venv/bin/python .venv/bin/python) $(
 GROUP ?=
 PART ?=
 MINUTES ?= 8
-# Groups of tests at a time.
+# What is in the names of the benchmarks' cases: any, unless given.
+CASE ?=
+# Groups of tests at a time, and minutes for all of them.
 JOBS ?= 1
+TEST_MINUTES ?= 60
 # A bare `make` in a bundle.
 ifeq ($(.DEFAULT_GOAL),)
 .DEFAULT_GOAL := rehearse
@@ -17,18 +20,18 @@ ON_DEVICE = PATH="$(dir $(DEVICE_PYTHON)):$$PATH" $(DEVICE_PYTHON)
 .PHONY: test-gpu test-npu bench-gpu bench-npu rehearse
 
 test-gpu:  ## what a GPU must prove, group by group; writes gpu-report.json (GROUP=ring chooses)
-	@$(ON_DEVICE) tests/device/run.py --device cuda --jobs $(JOBS) --report gpu-report.json $(if $(GROUP),--group $(GROUP))
+	@$(ON_DEVICE) tests/device/run.py --device cuda --jobs $(JOBS) --minutes $(TEST_MINUTES) --report gpu-report.json $(if $(GROUP),--group $(GROUP))
 
 test-npu:  ## the same for an Ascend NPU; writes npu-report.json
-	@$(ON_DEVICE) tests/device/run.py --device npu --jobs $(JOBS) --report npu-report.json $(if $(GROUP),--group $(GROUP))
+	@$(ON_DEVICE) tests/device/run.py --device npu --jobs $(JOBS) --minutes $(TEST_MINUTES) --report npu-report.json $(if $(GROUP),--group $(GROUP))
 
 bench-gpu:  ## how fast a GPU trains, in MINUTES=8 a call, the next goes on; writes gpu-bench.json (PART=step chooses)
-	@$(ON_DEVICE) -m benchmarks.device --device cuda --minutes $(MINUTES) --results gpu-bench.json $(if $(PART),--part $(PART))
+	@$(ON_DEVICE) -m benchmarks.device --device cuda --minutes $(MINUTES) --results gpu-bench.json $(if $(PART),--part $(PART)) $(if $(CASE),--case "$(CASE)")
 
 bench-npu:  ## the same for an Ascend NPU; writes npu-bench.json
-	@$(ON_DEVICE) -m benchmarks.device --device npu --minutes $(MINUTES) --results npu-bench.json $(if $(PART),--part $(PART))
+	@$(ON_DEVICE) -m benchmarks.device --device npu --minutes $(MINUTES) --results npu-bench.json $(if $(PART),--part $(PART)) $(if $(CASE),--case "$(CASE)")
 
 rehearse:  ## all of the above on the CPU, in the smallest sizes: so that none of it is broken on arrival
 	@rm -f rehearsal-bench.json
 	@$(ON_DEVICE) tests/device/run.py --device cpu --report rehearsal-report.json $(if $(GROUP),--group $(GROUP))
-	@$(ON_DEVICE) -m benchmarks.device --device cpu --smallest --minutes 60 --results rehearsal-bench.json $(if $(PART),--part $(PART))
+	@$(ON_DEVICE) -m benchmarks.device --device cpu --smallest --minutes 60 --results rehearsal-bench.json $(if $(PART),--part $(PART)) $(if $(CASE),--case "$(CASE)")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.device --device cuda                # every part, at most 8 minutes; called again, it goes on
     python -m benchmarks.device --device cuda --part step    # one part
+    python -m benchmarks.device --device cuda --part step --case "8B, rows of 8192"   # cases with that in their names
     python -m benchmarks.device --device cpu --smallest      # a rehearsal: every line runs, no figure means anything
 
 Figures are kept in --results as soon as a case is measured. A case that fails is told with its reason, and is measured
@@ -99,6 +100,7 @@ def run_worker(
     """Run a process for the cases of a part; its exit code (None: it was ended), and the case it was at."""
     command = [sys.executable, "-m", "benchmarks.device", "--device", args.device, "--worker", part, "--results", told]
     command += ["--smallest"] if args.smallest else []
+    command += ["--case", *args.case] if args.case else []
     told.write_text(json.dumps({"measured": list(cases)}) + "\n", encoding="utf-8")
     environment = {**os.environ, "DS_ACCELERATOR": args.device}  # a rehearsal beside a GPU leaves that alone
     process = subprocess.Popen(
@@ -139,7 +141,7 @@ def work(args: argparse.Namespace) -> int:
         for name, case in importlib.import_module(f"benchmarks.device.{args.worker}").cases(
             Setting(device, args.smallest)
         ):
-            if name in measured:
+            if name in measured or not any(asked in name for asked in args.case or [""]):
                 continue
             print(f"{args.worker}: {name} ...", file=sys.stderr, flush=True)
             begun = time.time()
@@ -203,6 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cuda", "npu", "cpu"), required=True, help="what is measured")
     parser.add_argument("--part", nargs="*", choices=PARTS, help="which parts (all)")
+    parser.add_argument("--case", nargs="*", metavar="TEXT", help="cases whose name has one of these in it (all)")
     parser.add_argument("--smallest", action="store_true", help="the smallest sizes, to see that every line runs")
     parser.add_argument("--minutes", type=float, default=8, help="when to stop; the next call goes on (%(default)s)")
     parser.add_argument("--results", type=Path, default=Path("bench.json"), metavar="FILE", help="(%(default)s)")

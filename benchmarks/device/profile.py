@@ -4,6 +4,7 @@ A kernel's kind is told by the range that launched it (the loss, the optimizer, 
 the operator or by its own name. Shares add up to the step's time by the clock, of which host gaps are what is left.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _RANGES = {
     SUMS: ("torch::autograd::AccumulateGrad",),
     ATTENTION: ("_PackedAttention",),
 }
+#: Calls of the driver, as events of the host.
+_DRIVER = re.compile(r"cuda|cu[A-Z]|hip")
 #: Operators that are matrix products, and what is in the names of kernels: cuBLAS's, CUTLASS's, Triton's, CANN's.
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm")
 _NAMES = {
@@ -90,8 +93,8 @@ def alone(spans: Iterable[tuple[float, float]]) -> Iterator[float]:
 def work_of(profiled: profile) -> list[Work]:
     """What a profile saw the device do; where none but the CPU was watched, its operators without those they call."""
     events = profiled.events()
-    # Calls of the driver have numbers of their own, and are linked to the operator that made them.
-    hosts = {e.id: e for e in events if e.device_type == DeviceType.CPU and not e.linked_correlation_id}
+    # Calls of the driver have numbers of their own, which may be those of operators.
+    hosts = {e.id: e for e in events if e.device_type == DeviceType.CPU and not _DRIVER.match(e.name)}
     # Ranges of the host that the profiler draws on the device's line, too, are no work.
     kernels = [
         event

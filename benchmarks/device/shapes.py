@@ -36,10 +36,12 @@ _SMALLEST = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4
 _SMALLEST |= {"vocab_size": 256, "num_key_value_heads": 2}
 #: Ways to recompute, as flags of the trainer.
 RECOMPUTE = {"none": (), "selective": ("--checkpoint_grad_selective",), "full": ("--checkpoint_grad_interval=1",)}
+#: Layers that are measured at most: the whole model is extrapolated by the time of one, and building it takes a minute.
+_MOST_LAYERS = 8
 #: Tokens that a micro-batch has at least: shorter rows come several at a time.
 _MICRO_BATCH = 8192
 #: Seconds that a step should take at most, and the share of the matrix rate by which that is guessed.
-_LONGEST, _LIKELY = 10.0, 0.4
+_LONGEST, _LIKELY = 3.0, 0.4
 #: Share of the free memory that a plan may fill: it knows nothing of fragments.
 _FILLED = 0.92
 
@@ -108,7 +110,7 @@ def fitted(setting: Setting, case: Case) -> tuple[Workload, int]:
     flags = (*RECOMPUTE[case.recompute], f"--fused_ops={'auto' if case.fused else 'none'}")
     work = workload(case.shape, case.row, flags, micro_batches=2 if setting.smallest else 8, smallest=setting.smallest)
     work = dataclasses.replace(work, document=case.document)
-    layers = layers_that_fit(work, device_memory(setting.device))
+    layers = min(_MOST_LAYERS, layers_that_fit(work, device_memory(setting.device)))
     if layers and not setting.smallest:
         seconds = step_flops(with_layers(work, layers)) / work.micro_batches / (_LIKELY * matrix_rate(setting))
         work = dataclasses.replace(work, micro_batches=max(2, min(8, int(_LONGEST / seconds))))

@@ -49,7 +49,7 @@ class InProcess:
     def __call__(self, ids: Tensor, bounds: list[int]) -> tuple[Tensor, ...]:
         """What the head gives of token ids [1, tokens], documents ending at ``bounds``: hidden states, weight, bias."""
         total = ids.shape[1]
-        boundaries = torch.tensor(bounds + [total] * (total + 1 - len(bounds)), dtype=torch.int32)
+        boundaries = torch.tensor(bounds + [total] * (total + 1 - len(bounds)), dtype=torch.int32, device=ids.device)
         activations = ids.int(), boundaries
         for call in self._calls:
             activations = call(activations)
@@ -66,7 +66,8 @@ def documents(vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor]:
 
 def loss_by_layers(run: InProcess, vocabulary: int = VOCABULARY) -> Tensor:
     """Sum of the token losses of :func:`documents`, packed into a row."""
-    ids, labels = documents(vocabulary)
+    device = next(run.modules.parameters()).device
+    ids, labels = (x.to(device) for x in documents(vocabulary))
     hidden, weight, *bias = run(ids, BOUNDS)
     return linear_cross_entropy(hidden, weight, labels, run.vocabulary, *bias)
 
@@ -100,12 +101,16 @@ def loaded(directory: Path) -> PreTrainedModel:
 
 
 def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> None:
-    """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros."""
+    """A Hugging Face directory of random weights, norms and biases too, which would hide mistakes as ones and zeros.
+
+    So would routers of nothing but zeros, as some versions of transformers begin with: whom a tie falls to depends on
+    the device.
+    """
     torch.manual_seed(seed)
     model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            if tensor.ndim < 2:
+            if tensor.ndim < 2 or bool((tensor == tensor.flatten()[0]).all()):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
     model.save_pretrained(directory)
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 
 from fft.ops.cross_entropy import logit_bytes, piece_rows
 
-#: Elements of the bucket that DeepSpeed reduces gradients by (its default).
+#: Elements of the bucket that DeepSpeed reduces gradients by (its default), where its ZeRO optimizer does not.
 _BUCKET = 500_000_000
+#: Elements of each of the two buckets that its ZeRO optimizer takes for a step's gradients, full or not: of fp32
+#: weights, and of an optimizer in the machine's memory. By its default they would be 4 GB of a device.
+ZERO_BUCKET = 50_000_000
 _FP32 = _INT32 = 4
 
 
@@ -183,19 +186,21 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     without = _passes(own[:-1], takes, stage, last, at) if last else peak
     if at.tower is not None:
         peak, without = (_with_tower(at.tower, bytes_, stage) for bytes_ in (peak, without))
+    zero_fp32 = at.zero and at.itemsize == 4
+    # The first bucket is there as soon as backward begins; of one on the host only what is used is memory.
+    first_bucket = 0 if at.host or not (at.offload or zero_fp32) else _FP32 * ZERO_BUCKET
     if at.offload and not at.host:
-        return StageMemory(weights, 0, without, peak - without, _step_offload(counted, at))
+        return StageMemory(weights, first_bucket, without, peak - without, _step_offload(counted, at))
     if at.offload:  # to where the weights are, too
         optimizer += _offloaded(counted, shared, at)
-    zero_fp32 = at.zero and at.itemsize == 4
     step = _step_zero_fp32(trained, matrices + others, shared, at) if zero_fp32 else _step(trained, matrices, at)
-    return StageMemory(weights, optimizer, without, peak - without, step)
+    return StageMemory(weights, optimizer + first_bucket, without, peak - without, step)
 
 
 def _step_offload(layers: Sequence[LayerMemory], at: Circumstances) -> int:
-    """A bucket, through which gradients leave for the machine's memory, and a copy of the largest parameter at most."""
+    """A bucket, by which gradients leave for the machine's memory, and a copy of the largest parameter at most."""
     largest = max(layer.matrices for layer in layers)
-    return _FP32 * _BUCKET + largest * at.itemsize
+    return _FP32 * ZERO_BUCKET + largest * at.itemsize
 
 
 def _offloaded(layers: Sequence[LayerMemory], shared: int, at: Circumstances) -> int:
@@ -266,8 +271,8 @@ def _step_zero_fp32(trained: int, matrices: int, shared: int, at: Circumstances)
     """Besides the gradients counted already: they move to a bucket, from there to a copy of this rank's part, and that
     is copied flat for the optimizer. Of a bucket on the host only what is used is memory.
     """
-    used = _FP32 * min(trained, _BUCKET)
-    bucket = used if at.host else _FP32 * _BUCKET
+    used = _FP32 * min(trained, ZERO_BUCKET)
+    bucket = used if at.host else _FP32 * ZERO_BUCKET
     share = _FP32 * shared // at.replicas
     # Gradients that are another replica's to apply stay in the bucket; without any it is gone by the step.
     left = (bucket if at.replicas > 1 else 0) - _FP32 * trained

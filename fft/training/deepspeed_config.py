@@ -1,6 +1,7 @@
 """What DeepSpeed's engine is told of a run."""
 
 from fft.arguments import TrainArguments
+from fft.planning.memory import ZERO_BUCKET
 
 
 def deepspeed_config(args: TrainArguments, stage: int) -> dict:
@@ -11,7 +12,7 @@ def deepspeed_config(args: TrainArguments, stage: int) -> dict:
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.max_grad_norm if stage and not clips else 0.0,
-        "zero_optimization": {"stage": stage, **offload},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": ZERO_BUCKET, **offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # Each gradient is added to its fp32 sum, and gone, as soon as backward has made it.

@@ -15,7 +15,7 @@ class Taken:
     """Losses and gradient norms of some steps, the gradients of the first, what followed, and the most memory held.
 
     ``gradients`` are AdamW's first moments after one step, ``state`` weights, masters and moments after all. Bytes of
-    the device are ``held`` before the first step and, besides, at the ``peak`` of all; 0 on a CPU.
+    the device are ``held`` after the last step, and more than before the first at the ``peak`` of all; 0 on a CPU.
     """
 
     losses: list[float]
@@ -35,13 +35,16 @@ def take_steps(workload: Workload, steps: int) -> Taken:
         if memory is not None:
             memory.reset_peak_memory_stats()
             before = memory.memory_allocated()
-        losses, norms, gradients = [], [], {}
+        losses, norms, gradients, held, peak = [], [], {}, 0, before
         for _ in range(steps):
             losses.append(step())
             norms.append(engine.grad_norm)
+            if memory is not None:
+                held, peak = memory.memory_allocated(), max(peak, memory.max_memory_allocated())
             gradients = gradients or _state(engine, "exp_avg/")
-        peak = memory.max_memory_allocated() - before if memory is not None else 0
-        return Taken(losses, norms, gradients, _state(engine), before, peak)
+            if memory is not None:
+                memory.reset_peak_memory_stats()  # what was gathered was not the step's
+        return Taken(losses, norms, gradients, _state(engine), held, peak - before)
 
     return with_engine(workload, take)
 

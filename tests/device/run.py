@@ -3,6 +3,7 @@
     python tests/device/run.py --device cuda                 # all groups; a table, and report.json beside it
     python tests/device/run.py --device cuda --group ring    # one of them
     python tests/device/run.py --device cuda --jobs 4        # four at a time, where the device has room for them
+    python tests/device/run.py --device cuda --minutes 5     # what has not ended by then is stopped
 
 Needs torch with the device and what `bundle/install.sh` installs. A group that hangs is stopped, and the next begins.
 Exit codes: 0 all passed, 1 a test failed or a group was stopped, 2 there is no such device.
@@ -30,12 +31,13 @@ from benchmarks.device.machine import look, unlaunched  # noqa: E402 - found aft
 PATIENCE = 5
 #: Seconds that a group may take on a device. The file of a group is test_GROUP.py.
 LIMITS = {
+    "training": 180,
     "kernels": 240,
     "ring": 90,
     "operators": 120,
     "loss": 60,
     "recomputation": 150,
-    "training": 180,
+    "families": 150,
     "checkpoint": 300,
     "offload": 90,
     "memory": 240,
@@ -66,8 +68,9 @@ def main() -> int:
     if facts is None:
         return 2
     groups: list[Group] = []
+    deadline = time.monotonic() + 60 * args.minutes
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(run, name, args.device, limit_of(name, args)) for name in args.group or LIMITS]
+        waiting = [pool.submit(run, name, args, deadline) for name in args.group or LIMITS]
         for done in as_completed(waiting):
             groups.append(done.result())
             print(line(groups[-1]), file=sys.stderr, flush=True)
@@ -77,22 +80,23 @@ def main() -> int:
     return 0 if all(group.end in ("passed", "nothing to run") for group in groups) else 1
 
 
-def limit_of(name: str, args: argparse.Namespace) -> int:
-    """Seconds for a group."""
-    return LIMITS[name] * args.jobs * (PATIENCE if args.device == "cpu" else 1)
-
-
-def run(name: str, device: str, limit: int) -> Group:
+def run(name: str, args: argparse.Namespace, deadline: float) -> Group:
     """Run a group; what its tests told by then is kept where it is stopped."""
+    limit = LIMITS[name] * args.jobs * (PATIENCE if args.device == "cpu" else 1)
+    limit = round(min(limit, deadline - time.monotonic()))
+    if limit <= 0:
+        return Group(name, "not begun: time is up", 0.0)
     print(f"{name} (at most {limit} s) ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={HERE}", f"--confcutdir={HERE}"]
     environment = unlaunched()
     environment.pop(TF32, None)
+    # Groups side by side that each start a thread on every core are slower than one after another.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.jobs)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results")
-        command += ["-c", HERE / "pytest.ini", "--device", device, "--results", results, HERE / f"test_{name}.py"]
+        command += ["-c", HERE / "pytest.ini", "--device", args.device, "--results", results, HERE / f"test_{name}.py"]
         process = subprocess.Popen(
             list(map(str, command)), cwd=ROOT, env=environment, stdout=sys.stderr, start_new_session=True
         )
@@ -159,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--group", nargs="*", choices=list(LIMITS), help="which groups (all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="groups at a time (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, metavar="N", help="for all groups together (%(default)s)")
     parser.add_argument("--report", type=Path, default=Path("report.json"), metavar="FILE", help="(%(default)s)")
     return parser
 

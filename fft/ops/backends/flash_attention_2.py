@@ -6,11 +6,16 @@ Written against the published interface (flash-attn 2.8.3); it has not run on a 
 import torch
 from torch import Tensor
 
+from fft.ops.backends.limits import backward_within, forward_within
 from fft.ops.documents import Segments
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
+    return forward_within(_forward, q, k, v, segments)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     out, lse, *_ = _flash_attn_varlen_forward(
@@ -30,6 +35,12 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
+    return backward_within(_backward, dout, q, k, v, out, lse, segments)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fft.ops.backends.limits import backward_within, forward_within
 from fft.ops.documents import Segments
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`."""
+    return forward_within(_forward, q, k, v, segments)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **_options(segments))
@@ -23,6 +28,12 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`fft.ops.backends.Backend`. The package takes ``dout`` after ``out``."""
+    return backward_within(_backward, dout, q, k, v, out, lse, segments)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -22,7 +22,7 @@ from fft.planning.activations import Alive, add_to_sum, layer_activations
 from fft.planning.costs import layer_costs, multiply_adds
 from fft.planning.dry_run import check_fits, dry_run, seen_images
 from fft.planning.layout import bubble_of, describe, plan_layout
-from fft.planning.memory import Circumstances, LayerMemory, loss_memory, stage_memory
+from fft.planning.memory import ZERO_BUCKET, Circumstances, LayerMemory, loss_memory, stage_memory
 from fft.planning.preflight import lay_out
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -159,7 +159,7 @@ def test_an_early_stage_holds_more_and_recomputing_holds_less():
     assert kept[3].loss > 0
     assert kept[0].loss == 0
     assert kept[0].weights == 2 * 1000 * 8
-    assert kept[0].optimizer == 2 * 1000 * 12
+    assert kept[0].optimizer == 2 * 1000 * 12 + 4 * ZERO_BUCKET  # on a device, which has the bucket whole
 
 
 def test_equal_memory_gives_early_stages_fewer_layers():
