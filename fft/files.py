@@ -23,6 +23,8 @@ _WRITING, _OLD = "writing", "old"
 
 #: What file systems say that cannot bring a folder's names to the disk by themselves, as some mounted stores.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+#: What mounted stores say that cannot give a file another name.
+_NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 #: What file systems say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -70,13 +72,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield where to write what shall be the file ``path``: it gets that name at the end of the ``with`` block.
 
     A file that is there is replaced, or stays as it is when the block raises. Processes that write the same file at
-    once do not disturb each other: the last one's stays.
+    once do not disturb each other: the last one's stays. Where files cannot be renamed, as in a mounted store, whose
+    files appear when they are closed, it is copied.
     """
     aside = hidden(path, f"{os.getpid()}.{_WRITING}")
     try:
         yield aside
         sync(aside)
-        os.replace(aside, path)
+        try:
+            os.replace(aside, path)
+        except OSError as error:
+            if error.errno not in _NO_RENAME:
+                raise
+            shutil.copyfile(aside, path)
+            sync(path)
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)

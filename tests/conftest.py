@@ -12,6 +12,8 @@ from device.token_tables import write_table
 
 from fft.models import small
 
+pytest_plugins = ["object_store"]
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 VOCAB, SMALL = small.VOCABULARY, small.SIZES

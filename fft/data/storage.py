@@ -3,21 +3,35 @@
 All that is known of where bytes lie is known here; tables, their manifests and their versions are built upon it.
 Credentials are what the file systems find by themselves: the environment, a profile, the machine's role. Logs of Delta
 tables are read by ``deltalake``, which looks into the environment, too.
+
+Nothing is renamed, appended to or opened for reading and writing at once, so that all of it works in object stores. A
+store that is busy, or away for a moment, is asked again; see :func:`asking`.
 """
 
+import contextlib
 import os
 import posixpath
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 from pyarrow import fs
 
+from fft.data.asking import NewFile, asking, remove_file
 from fft.data.manifest import is_hidden
 from fft.errors import UserError, one_line
+from fft.files import write_atomically
+
+#: Schemes of Hadoop for stores that pyarrow knows under another.
+SCHEMES = {"s3a": "s3", "s3n": "s3"}
+#: Files that are removed at once.
+_REMOVED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -53,8 +67,18 @@ class Storage:
             return cls(str(Path(name)), str(Path(name).absolute()), fs.LocalFileSystem())
         url = str(name).rstrip("/")
         with reaching(url):
-            filesystem, root = fs.FileSystem.from_uri(url)
+            scheme, _, rest = url.partition("://")
+            filesystem, root = fs.FileSystem.from_uri(f"{SCHEMES.get(scheme, scheme)}://{rest}")
         return cls(url, root.rstrip("/"), filesystem)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the operating system has it: a disk, or whatever is mounted like one."""
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def below(self, name: str) -> "Storage":
+        """The folder, or file, of this name in it."""
+        return Storage(self.shown(name), self.path(name), self.filesystem)
 
     def path(self, name: str) -> str:
         """Where ``filesystem`` has the file of this name; one that begins with a slash may lie elsewhere."""
@@ -70,14 +94,14 @@ class Storage:
         Raises :class:`UserError` when there is nothing of this name, or it cannot be listed.
         """
         with reaching(self.name):
-            here = self.filesystem.get_file_info(self.root)
+            here = asking(partial(self.filesystem.get_file_info, self.root))
             if here.type == fs.FileType.NotFound:
                 raise UserError(f"{self.name} does not exist: give a folder of parquet files that Spark wrote.")
             if here.type == fs.FileType.File:
                 return Listing({"": here.size})
-            if isinstance(self.filesystem, fs.LocalFileSystem):
+            if self.is_local:
                 return _Walk(self.root).listing()
-            found = self.filesystem.get_file_info(fs.FileSelector(self.root, recursive=True))
+            found = asking(partial(self.filesystem.get_file_info, fs.FileSelector(self.root, recursive=True)))
         names = [(info.path.removeprefix(self.root).lstrip("/"), info) for info in found]
         sizes = {name: info.size for name, info in names if info.type == fs.FileType.File}
         folders = {name for name, info in names if info.type == fs.FileType.Directory}
@@ -88,12 +112,79 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name now. Raises :class:`UserError` when that cannot be told."""
         with reaching(self.name):
-            return self.filesystem.get_file_info(self.path(name)).type == fs.FileType.File
+            return self.info(name).type == fs.FileType.File
 
     def read(self, name: str) -> bytes:
         """The content of a small file of this name. Raises :class:`UserError` when it cannot be read."""
-        with reaching(self.name), self.filesystem.open_input_stream(self.path(name)) as stream:
+        with reaching(self.name):
+            return asking(partial(self._get, name))
+
+    def info(self, name: str = "") -> fs.FileInfo:
+        """What there is of this name: its kind, bytes, and when it was written by the clock of the store.
+
+        Raises :class:`OSError`, as all that follow do, where the file system does not answer.
+        """
+        return asking(partial(self.filesystem.get_file_info, self.path(name)))
+
+    def here(self) -> dict[str, int | None]:
+        """What lies directly in it: bytes of the files, None for folders. Nothing where there is no such folder."""
+        selector = fs.FileSelector(self.root, allow_not_found=True)
+        found = asking(partial(self.filesystem.get_file_info, selector))
+        return {one.base_name: None if one.type == fs.FileType.Directory else one.size for one in found}
+
+    def make(self) -> None:
+        """Have the folder there, where folders are more than the beginnings of names."""
+        if self.is_local:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Make a small file, of text as UTF-8: it appears whole or not at all, in the place of an older one.
+
+        It is there for good once this returns.
+        """
+        data = content if isinstance(content, bytes) else content.encode()
+        if self.is_local:
+            write_atomically(Path(self.path(name)), data)
+        else:
+            asking(partial(self._put, name, data))
+
+    def create(self, name: str) -> NewFile:
+        """Begin a file of any size; see :class:`NewFile`."""
+        return NewFile(self.filesystem, self.path(name))
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files; those that are not there do not matter."""
+        gone = [self.path(name) for name in names]
+        if self.is_local or len(gone) < 2:
+            for path in gone:
+                remove_file(self.filesystem, path)
+            return
+        with ThreadPoolExecutor(_REMOVED_AT_ONCE) as pool:
+            list(pool.map(partial(remove_file, self.filesystem), gone))
+
+    def delete_folder(self, name: str = "") -> None:
+        """Remove a folder with all that is in it, if it is there."""
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self.path(name))
+        elif self.info(name).type == fs.FileType.Directory:
+            asking(partial(self.filesystem.delete_dir, self.path(name)))
+
+    def delete_empty(self) -> None:
+        """Remove the folder if nothing is in it."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                Path(self.root).rmdir()
+        elif not self.here():
+            self.delete_folder()
+
+    def _get(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
             return stream.read()
+
+    def _put(self, name: str, data: bytes) -> None:
+        with self.filesystem.open_output_stream(self.path(name)) as stream:
+            stream.write(data)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:

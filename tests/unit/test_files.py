@@ -189,3 +189,13 @@ def test_what_was_never_finished_is_cleared_by_the_next_writer(tmp_path):
 def test_the_current_directory_has_a_name_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert staging_folder(".") == tmp_path.with_name(f".{tmp_path.name}.writing")
+
+
+def test_a_mount_that_cannot_rename_gets_the_file_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for content in ("one", "two"):
+        write_atomically(tmp_path / "file", content)
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", content)]

@@ -1,77 +1,26 @@
 """Tables of an S3 object store: a SeaweedFS server on loopback, found through the environment alone."""
 
-import json
-import socket
-import subprocess
-import time
-
 import deltalake
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import BIN, write_table
+from conftest import write_table
 from pyarrow import fs
 from samples import read_sample
 
 from fft.corpus.remote import find_remote
+from fft.data.asking import asking
 from fft.data.batches import BatchPlan, Loader
 from fft.data.blend import Blend, parse_tables
 from fft.data.delta import commit_delta
 from fft.data.known import LeftOut
 from fft.data.manifest import FileInfo, Manifest, begin_writing, commit
 from fft.data.reader import SampleReader
+from fft.data.storage import Storage
 from fft.data.table import Table
 from fft.errors import UserError
 
 ROWS = [np.arange(n, dtype=np.int32) for n in (3, 8, 5, 1, 8, 2)]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A server with a bucket ``lake``, which the environment names, and pyarrow's file system for it."""
-    folder = tmp_path_factory.mktemp("store")
-    credentials = [{"accessKey": "key", "secretKey": "secret"}]
-    access = {"identities": [{"name": "test", "credentials": credentials, "actions": ["Admin"]}]}
-    (folder / "access.json").write_text(json.dumps(access))
-    ports = {name: _free_port() for part in ("master", "volume", "filer", "s3") for name in (part, f"{part}.grpc")}
-    flags = [f"-{name.replace('.', '.port.') if '.' in name else f'{name}.port'}={n}" for name, n in ports.items()]
-    flags += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-s3.port.iceberg=0"]
-    flags += ["-s3.port.lance=0", f"-s3.config={folder / 'access.json'}", "-master.volumeSizeLimitMB=64"]
-    with pytest.MonkeyPatch.context() as patch, open(folder / "log", "wb") as log:
-        environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_ALLOW_HTTP": "true",
-        }
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with subprocess.Popen([BIN / "weed", "server", *flags], cwd=folder, stdout=log, stderr=log) as server:
-            filesystem = fs.S3FileSystem(endpoint_override=environment["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
-            try:
-                _create(filesystem, "lake", server)
-                yield filesystem
-            finally:
-                server.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _create(filesystem, bucket, server):
-    """As soon as the server is up; not when it has ended, nor after a minute."""
-    for _ in range(300):
-        try:
-            return filesystem.create_dir(bucket)
-        except OSError:
-            if server.poll() is not None:
-                break
-            time.sleep(0.2)
-    raise RuntimeError(f"weed server did not start: {server.args}")
 
 
 def upload(store, folder, name):
@@ -180,3 +129,76 @@ def test_what_is_wrong_in_the_store_is_named(store, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match=r"cannot be listed .*: check the address and this machine's credentials"):
         Table.open(url)
+
+
+@pytest.fixture(params=["local", "s3", "s3a"])
+def place(request, store, tmp_path):
+    """An empty place of each kind, and its URL or path."""
+    if request.param == "local":
+        return Storage.at(tmp_path / "place")
+    return Storage.at(f"{request.param}://lake/{tmp_path.name}/place")
+
+
+def test_files_are_written_listed_and_removed_alike(place):
+    assert place.here() == {}
+    place.make()
+    place.write("a.json", "1")
+    place.write("a.json", b"22")
+    place.below("deep").make()
+    place.below("deep").write("b", "3")
+    assert (place.here(), place.read("a.json"), place.exists("deep/b")) == ({"a.json": 2, "deep": None}, b"22", True)
+    assert place.info("a.json").mtime_ns > 0
+    place.delete(["a.json", "deep/b", "none"])
+    place.delete(["none"])
+    place.below("deep").delete_empty()
+    assert place.here() == {}
+    place.below("deep").make()
+    place.below("deep").write("c/d", "4") if not place.is_local else place.below("deep").write("c", "4")
+    place.below("deep").delete_empty()
+    assert list(place.here()) == ["deep"]
+    place.delete_folder("deep")
+    place.delete_folder("deep")
+    assert place.here() == {}
+
+
+def test_a_large_file_is_there_when_it_is_closed_or_not_at_all(place):
+    place.make()
+    whole, given_up = place.create("whole"), place.create("given-up")
+    for _ in range(12):  # more than one part of an upload
+        whole.stream.write(b"x" * (1 << 20))
+        given_up.stream.write(b"x" * (1 << 20))
+    assert place.is_local or place.here() == {}
+    assert whole.close() == 12 << 20
+    given_up.discard()
+    assert place.here() == {"whole": 12 << 20}
+
+
+def test_a_store_that_is_busy_is_asked_again(store, monkeypatch):
+    waited, said = [], []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def busy(times, text):
+        def ask():
+            said.append(text)
+            if len(said) <= times:
+                raise OSError(text)
+            return "done"
+
+        del said[:], waited[:]
+        return ask
+
+    for text in (
+        "AWS Error SLOW_DOWN during PutObject",
+        "AWS Error UNKNOWN (HTTP status 503)",
+        "curlCode: 7",
+        "Timed out",
+    ):
+        assert asking(busy(3, text)) == "done"
+        assert waited[0] < waited[2] < 2
+    with pytest.raises(OSError, match="503"):
+        asking(busy(99, "HTTP status 503"))
+    assert (len(said), len(waited)) == (7, 6)
+    for text in ("AWS Error ACCESS_DENIED", "No such file or directory", "HTTP status 403"):
+        with pytest.raises(OSError, match=text):
+            asking(busy(1, text))
+        assert not waited

@@ -1,0 +1,77 @@
+"""Ask file systems, of stores again where they are busy; and write a file of any size."""
+
+import contextlib
+import random
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from fft.files import sync
+
+T = TypeVar("T")
+
+#: What stores say that may answer when they are asked again: throttled, overloaded, or not reached.
+_PASSING = re.compile(
+    r"SLOW_?DOWN|THROTTL|SERVICE_UNAVAILABLE|UNAVAILABLE|INTERNAL_FAILURE|RESOURCE_EXHAUSTED|REQUEST_TIME|"
+    r"NETWORK_CONNECTION|HTTP status (?:429|5\d\d)|timed? ?out|connection (?:reset|refused|closed)|curlCode",
+    re.IGNORECASE,
+)
+#: How often a store is asked, and seconds before it is asked for the second time; then twice as long, and so on.
+_TRIES, _FIRST_WAIT = 7, 0.2
+
+
+def asking(ask: Callable[[], T]) -> T:
+    """What ``ask`` returns. Where a store says that it is busy, or is not reached, it is asked again, later and later.
+
+    Raises :class:`OSError`, or what else it says, at once for all other errors, and in the end.
+    """
+    for turn in range(1, _TRIES):
+        try:
+            return ask()
+        except (pa.ArrowException, OSError) as error:
+            if not _PASSING.search(str(error)):
+                raise
+        time.sleep(_FIRST_WAIT * 2 ** (turn - 1) * random.uniform(0.5, 1.5))
+    return ask()
+
+
+def remove_file(filesystem: fs.FileSystem, path: str) -> None:
+    """Remove a file; one that is not there does not matter. Raises :class:`OSError`."""
+    with contextlib.suppress(FileNotFoundError):
+        if isinstance(filesystem, fs.LocalFileSystem):
+            Path(path).unlink()
+        else:
+            asking(partial(filesystem.delete_file, path))
+
+
+class NewFile:
+    """A file that is being written, by its ``stream``; it is whole, and there for good, once :meth:`close` returns.
+
+    In a store it has its name only then, and what a process that is killed has sent is no file; on a disk it has it
+    from the beginning, so a name is given that nobody reads until it is told. Raises :class:`OSError`.
+    """
+
+    def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
+        self._filesystem, self._path = filesystem, path
+        self.stream = asking(partial(filesystem.open_output_stream, path))
+
+    def close(self) -> int:
+        """Finish it; returns its bytes."""
+        size = self.stream.tell()
+        self.stream.close()
+        if isinstance(self._filesystem, fs.LocalFileSystem):
+            sync(Path(self._path))
+        return size
+
+    def discard(self) -> None:
+        """Remove it, as far as that goes: stores finish what is not finished, so it is closed first."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self.stream.close()
+        with contextlib.suppress(OSError, pa.ArrowException):
+            remove_file(self._filesystem, self._path)
