@@ -72,7 +72,7 @@ def look_through(storage: Storage, listing: Listing, left_out: LeftOut) -> Found
     """
     lakes = lake_tables(listing)
     for table, kind in lakes.items():
-        refuse_others(f"`inputs` {storage.shown(table)}", kind)
+        refuse_others(storage.shown(table), kind, "`inputs` ")
     files: dict[str, list[str]] = defaultdict(list)
     others: dict[str, list[int]] = defaultdict(list)
     named = _named_by_links(listing)

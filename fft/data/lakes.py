@@ -30,13 +30,24 @@ def lake_tables(listing: Listing) -> dict[str, str]:
     return {folder: kind for folder, kind in sorted(found.items()) if not is_hidden(PurePosixPath(folder))}
 
 
-def refuse_others(table: str, kind: str | None) -> None:
-    """Raise :class:`UserError` for a table of a kind that is not read here; None is no such table."""
-    if kind not in (None, "Delta"):
-        raise UserError(
-            f"{table} is of {kind}, whose folder also holds files of older versions: have Spark read it (the table's "
-            "name in a catalog, or a DataFrame), or write it as parquet."
+class EngineOnly(UserError):
+    """A table of which files alone do not say the rows: an engine that has its ``format`` can read it.
+
+    ``table`` is its path or URL, ``version`` that of a Delta table.
+    """
+
+    def __init__(self, table: str, format_: str, version: int | None, why: str, where: str = "") -> None:
+        super().__init__(
+            f"{where}{table} {why}: have Spark read it (the table's name in a catalog, or a DataFrame), or write it as "
+            "parquet."
         )
+        self.table, self.format, self.version = table, format_, version
+
+
+def refuse_others(table: str, kind: str | None, where: str = "") -> None:
+    """Raise :class:`EngineOnly` for a table of a kind that is not read here; None is no such table."""
+    if kind not in (None, "Delta"):
+        raise EngineOnly(table, kind, None, f"is of {kind}, whose folder also holds files of older versions", where)
 
 
 def check_loose(storage: Storage, listing: Listing) -> None:

@@ -21,7 +21,7 @@ from fft.data.delta import check_version, commit_delta, is_delta, latest_version
 from fft.data.manifest import WRITING_NAME, begin_replacing, begin_writing, commit_all
 from fft.data.owner import OWNER_NAME, Owner, check_unowned, owned
 from fft.data.part_files import PartFolder, writing_to
-from fft.data.storage import check_names_utf8
+from fft.data.storage import Storage, check_names_utf8
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from fft.files import write_atomically
@@ -83,7 +83,7 @@ class Output:
     @cached_property
     def versions(self) -> dict[str, int | None]:
         """The latest versions of Delta tables that are there at the job's start, which new ones will replace."""
-        return {n: self.versions_read.get(n, latest_version(folder)) for n, folder in self.folders.items()}
+        return {n: self.versions_read.get(n, latest_version(Storage.at(folder))) for n, folder in self.folders.items()}
 
     def check(self) -> None:
         """Raise :class:`UserError` when another job writes there, when a finished table is there and ``overwrite`` is
@@ -138,7 +138,7 @@ class Output:
                     raise UserError(f"`output` {folder} exists and is no Delta table: give another folder.")
                 self._check_strangers([folder])
         for name, version in self.versions.items():  # seen for the first time now, before the work
-            check_version(self.folders[name], version)
+            check_version(Storage.at(self.folders[name]), version)
 
     @contextmanager
     def claim(self, lineage: dict) -> Iterator[dict[str, TableWriter]]:
@@ -202,12 +202,12 @@ class Output:
     def _publish(self, writers: Mapping[str, TableWriter]) -> None:
         if self.table_format == "delta":
             for name, folder in self.folders.items():
-                check_version(folder, self.versions[name])
+                check_version(Storage.at(folder), self.versions[name])
         for writer in writers.values():
             writer.publish()
         if self.table_format == "delta":
             for name, folder in self.folders.items():
-                commit_delta(folder, writers[name].manifest, self.versions[name])
+                commit_delta(Storage.at(folder), writers[name].manifest, self.versions[name])
         else:
             commit_all({folder: writers[name].manifest for name, folder in self.folders.items()})
 

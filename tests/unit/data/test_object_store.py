@@ -107,7 +107,7 @@ def test_raw_inputs_by_url_are_looked_through(store, tmp_path):
 def test_a_delta_table_that_our_jobs_committed(store, tmp_path):
     folder = write_table(tmp_path / "t", ROWS, files=2, row_group_size=2)
     manifest = finished(folder)
-    commit_delta(folder, manifest)
+    commit_delta(Storage.at(folder), manifest)
     table = Table.open(upload(store, folder, "ours"))
     assert (table.manifest, table.version) == (manifest, 0)
     check_same(table, Table.open(folder))

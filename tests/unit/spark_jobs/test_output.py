@@ -348,7 +348,7 @@ def test_a_commit_from_a_stale_version_is_refused_by_the_log_itself(tmp_path, mo
     run(out, SINGLE, 1, "delta")
 
     def commits(folder, *what):
-        append(folder, 7)
+        append(folder.root, 7)
         return delta.commit_delta(folder, *what)
 
     monkeypatch.setattr("spark_jobs.token_table.output.commit_delta", commits)
