@@ -78,6 +78,11 @@ def _dtype_to_keep(args: TrainArguments) -> str | None:
     if args.init or not (args.max_steps == 0 or (args.num_train_epochs == 0 and args.max_steps < 0)):
         return None
     folder, tag = Path(args.from_ckpt or args.model or ""), args.tag or "latest"
+    if "://" in (args.from_ckpt or args.model or ""):
+        raise UserError(
+            "--dtype is missing: a run without a step keeps the type of its model's config.json, but that of a store "
+            "is read later; give it."
+        )
     try:
         if args.from_ckpt:
             folder /= (folder / tag).read_text(encoding="utf-8").strip() if (folder / tag).is_file() else tag

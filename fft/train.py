@@ -21,7 +21,10 @@ from fft.errors import run_cli
 def main() -> int:
     """Parse, check what can be checked without starting anything, then train."""
     arguments = parse_arguments()
-    with build_parser().naming_flags():  # texts are read as the jobs read them, whose errors name parameters
+    from fft.data.views import naming_places  # not before: --help need not wait for pyarrow
+
+    # Texts are read as the jobs read them, whose errors name parameters.
+    with build_parser().naming_flags(), naming_places():
         if arguments.dry_run:
             from fft.planning.dry_run import dry_run
 

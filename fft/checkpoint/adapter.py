@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fft.data.views import origin
 from fft.errors import UserError
 from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
 from fft.models.vision import PARTS
 from fft.weights import hf
-from fft.weights.files import opened
+from fft.weights.files import load_tensors, opened
 
 #: A parameter, or its value.
 _T = TypeVar("_T", bound=Tensor)
@@ -46,7 +46,7 @@ def adapter_config(lora: Lora, base: Path, targets: str | None = None) -> dict:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.resolve()),
+        "base_model_name_or_path": origin(base.resolve()),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
@@ -92,7 +92,7 @@ def adapts_tower(directory: Path) -> bool:
 def write_adapter(staging: Path, shards: int, config: Mapping[str, object]) -> list[str]:
     """Make an adapter of the ``shards`` files that ranks wrote, which go; returns the names of the files made."""
     files = [staging / hf.shard_name(shard, shards) for shard in range(shards)]
-    tensors = {f"{PREFIX}{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = {f"{PREFIX}{name}": tensor for file in files for name, tensor in load_tensors(file).items()}
     hf.write_tensors(staging / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
     for file in files:
         file.unlink()

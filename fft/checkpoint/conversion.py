@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fft.checkpoint import adapter as adapters
@@ -19,6 +17,7 @@ from fft.errors import UserError, one_line
 from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
 from fft.models.spec import ModelSpec
 from fft.weights import hf
+from fft.weights.files import check_here, load_tensors
 from fft.weights.names import StoredNames, Use, put
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,6 +70,7 @@ class LayerFiles:
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         if self._open is None or self._open[0] != file:
+            check_here(file)
             try:
                 self._open = file, torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             except (RuntimeError, ValueError, EOFError, OSError) as error:
@@ -133,12 +133,7 @@ class Merged:
         config = adapters.read_config(adapter)
         self._scale = adapters.scale_of(config, self._where)
         self._transposed = bool(config.get("fan_in_fan_out"))
-        try:
-            self._adapter = load_file(adapter / adapters.WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{adapter / adapters.WEIGHTS} cannot be read ({one_line(error)}): save it again."
-            ) from error
+        self._adapter = load_tensors(adapter / adapters.WEIGHTS)
         if has_masters(adapter):
             fragments, plain = SavedFragments(adapter / folder.TRAINING), StoredNames({})
             for key, value in self._adapter.items():

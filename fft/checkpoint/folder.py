@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fft.data.owner import atomic_folder
+from fft.data.views import noted
 from fft.errors import UserError
 from fft.files import hidden, recover_folder, replace_folder, staging_folder, write_atomically
 
@@ -79,9 +80,19 @@ def note_sums(staging: Path, names: Iterable[str], writer: int | str) -> None:
     """Leave the checksums of the files that ``writer``, a rank, wrote, for :func:`publish_checkpoint`."""
     lines = []
     for name in names:
-        with open(staging / name, "rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
+        lines.append(f"{digest(staging / name)}  {name}\n")
     write_atomically(staging / f"{SUMS}.{writer}", "".join(lines))
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file, here or noted as a store's. Raises :class:`OSError`, of a store :class:`UserError`."""
+    stored, found = noted(file), hashlib.sha256()
+    if stored is None:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    for piece in stored.chunks():
+        found.update(piece)
+    return found.hexdigest()
 
 
 def _gather_sums(staging: Path) -> None:
@@ -115,10 +126,9 @@ def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
         return f"{checkpoint / unlisted[0]} is missing from {SUMS}"
     for name in sorted(sums)[share::shares]:
         try:
-            with open(checkpoint / name, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            return f"{checkpoint / name} cannot be read ({error.strerror})"
+            found = digest(checkpoint / name)
+        except (OSError, UserError) as error:
+            return f"{checkpoint / name} cannot be read ({getattr(error, 'strerror', None) or error})"
         if found != sums[name]:
             return f"{checkpoint / name} is not what was written: its checksum differs from that in {SUMS}"
     return None

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fft.errors import UserError
 from fft.parallel.tensor_plan import Shard
+from fft.weights.files import TensorFile, tensors_of
+from fft.weights.in_store import StoredSlice
 
 #: Metadata of a rank's file: for each parameter what :meth:`Fragment.to_list` gives.
 FRAGMENTS = "fragments"
@@ -70,9 +71,9 @@ class SavedFragments:
 
     def __init__(self, training: Path) -> None:
         self._training = training
-        self._fragments: dict[str, list[tuple[Fragment, safe_open]]] = defaultdict(list)
+        self._fragments: dict[str, list[tuple[Fragment, TensorFile]]] = defaultdict(list)
         for file in sorted(training.glob("rank-*.safetensors")):
-            tensors = safe_open(file, framework="pt")
+            tensors = tensors_of(file)
             for name, values in json.loads(tensors.metadata()[FRAGMENTS]).items():
                 self._fragments[name].append((Fragment.from_list(values), tensors))
 
@@ -105,7 +106,7 @@ class SavedFragments:
             )
 
 
-def _look_up(target: Tensor, first: int, shard: Shard | None, saved: Fragment, values: Tensor) -> int:
+def _look_up(target: Tensor, first: int, shard: Shard | None, saved: Fragment, values: Tensor | StoredSlice) -> int:
     """Fill what ``saved`` has of ``target``, elements from ``first`` on of a part; returns how many."""
     index = torch.arange(first, first + len(target))
     if shard is not None:

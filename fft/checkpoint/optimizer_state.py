@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fft.checkpoint.fragments import FRAGMENTS, MASTER, Fragment, SavedFragments, rank_file
 from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
+from fft.weights.files import opened
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANDOM = "random/cpu"
@@ -91,7 +91,7 @@ def restore(
 
 def restore_random(training: Path, rank: int, device: torch.device) -> None:
     """Take up the random states that ``rank`` had."""
-    with safe_open(training / rank_file(rank), framework="pt") as tensors:
+    with opened(training / rank_file(rank)) as tensors:
         torch.set_rng_state(tensors.get_tensor(_RANDOM))
         if device.type != "cpu" and _DEVICE_RANDOM in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
             torch.get_device_module(device).set_rng_state(tensors.get_tensor(_DEVICE_RANDOM))

@@ -18,6 +18,7 @@ from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
 from fft.data.storage import is_url
 from fft.data.table import Table
+from fft.data.views import view
 from fft.errors import UserError
 from fft.images.rules import ImageLimits, ImageRules, check_rules, has_processor, load_rules
 from fft.models.directory import ADAPTER_CONFIG, load_config
@@ -154,7 +155,7 @@ def start_of(args: TrainArguments) -> str:
     Raises :class:`UserError` when the checkpoint is none, or an adapter.
     """
     if not args.from_ckpt:
-        return args.model
+        return _readable(args.model)
     steps = checkpoint_steps(args.from_ckpt)
     tag = tag_of(args.from_ckpt, args.tag) if args.tag else checkpoint_tag(steps[-1]) if steps else "step-*"
     path = Path(args.from_ckpt) / tag
@@ -169,13 +170,22 @@ def start_of(args: TrainArguments) -> str:
     return str(path)
 
 
+def _readable(place: str) -> str:
+    """The path of a directory, of one in a store that of its view."""
+    return str(view(place)) if is_url(place) else place
+
+
 def tokenizer_of(args: TrainArguments) -> str | None:
     """The directory of a run's tokenizer: --tokenizer's, or the model's if it has one.
 
     Raises :class:`UserError` when there is none where --tokenizer says.
     """
     model = start_of(args)
-    tokenizer = args.tokenizer or (model if (Path(model) / "tokenizer_config.json").is_file() else None)
+    tokenizer = (
+        _readable(args.tokenizer)
+        if args.tokenizer
+        else (model if (Path(model) / "tokenizer_config.json").is_file() else None)
+    )
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer_config.json").is_file():
         raise UserError(f"--tokenizer {tokenizer} is no tokenizer directory: it has no tokenizer_config.json.")
     return tokenizer

@@ -11,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fft.data.views import noted
 from fft.errors import UserError, one_line
+from fft.weights.in_store import StoredTensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,6 +57,16 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"{index} is no index of safetensors files ({error!r}): restore the model directory."
         ) from error
     return found
+
+
+def check_here(file: Path) -> None:
+    """Raise :class:`UserError` for a file that lies in a store, for formats that are read whole."""
+    stored = noted(file)
+    if stored is not None:
+        raise UserError(
+            f"{stored.name}: only safetensors are read from a store, since they are read by ranges: copy the folder "
+            "to a disk."
+        )
 
 
 class _Pickled:
@@ -103,18 +115,39 @@ class _Mapped:
         return self._tensor[index]
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[safe_open | _Pickled]:
-    """A file of weights. Raises :class:`UserError` when it cannot be read."""
-    if file.suffix == ".bin":
-        yield _Pickled(file)
-        return
+#: A safetensors file, here or in a store.
+TensorFile = safe_open | StoredTensors
+
+
+def tensors_of(file: Path) -> TensorFile:
+    """A safetensors file, here or noted as a store's. Raises :class:`UserError` when it cannot be read."""
+    if (stored := noted(file)) is not None:
+        return StoredTensors(stored)
     try:
-        shard = safe_open(file, framework="pt")
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         said = str(error).rstrip(".")
         raise UserError(
             f"{file} is no readable safetensors file ({said}): it may be cut off or a Git LFS pointer; fetch it again."
         ) from error
-    with shard:
-        yield shard
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[TensorFile | _Pickled]:
+    """A file of weights in either format. Raises :class:`UserError` when it cannot be read."""
+    if file.suffix == ".bin":
+        check_here(file)
+        yield _Pickled(file)
+        return
+    tensors = tensors_of(file)
+    if isinstance(tensors, StoredTensors):
+        yield tensors
+        return
+    with tensors:
+        yield tensors
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a small file of weights. Raises :class:`UserError` when it cannot be read."""
+    with opened(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - safe_open is no mapping

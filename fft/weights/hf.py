@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fft.data.views import noted
 from fft.errors import UserError, one_line
 from fft.files import sync
 from fft.images.processor_files import set_limits
@@ -277,7 +278,7 @@ def write_index(staging: Path, shards: int) -> None:
     weight_map, size = {}, 0
     for shard in range(shards):
         file = shard_name(shard, shards)
-        with safe_open(staging / file, framework="pt") as tensors:
+        with opened(staging / file) as tensors:
             weight_map.update(dict.fromkeys(tensors.keys(), file))
         size += _tensor_bytes(staging / file)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -323,5 +324,7 @@ def _files(folder: Path) -> set[str]:
 
 def _tensor_bytes(file: Path) -> int:
     """Size of a safetensors file without its header, whose length its first eight bytes tell."""
+    if (stored := noted(file)) is not None:
+        return stored.size - len(stored.head)
     with open(file, "rb") as stream:
         return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
