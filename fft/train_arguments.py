@@ -112,7 +112,7 @@ class TrainArguments:
         "that is installed and right (docs/attention.md)",
         "auto",
         choices=(
-            *("auto", "reference", "cpu", "cuda"),
+            *("auto", "reference", "cpu", "cuda", "cudnn"),
             *("flash_attention_2", "flash_attention_3", "flash_attention_4", "npu"),
         ),
     )

@@ -26,6 +26,7 @@ KEPT = frozenset(
         "aten::bmm",
         "aten::_grouped_mm",
         "aten::_flash_attention_forward",
+        "aten::_scaled_dot_product_cudnn_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "flash_attn::_flash_attn_varlen_forward",
         "flash_attn_3::fwd",

@@ -14,6 +14,7 @@ from fft.ops.backends import (
     Backend,
     cpu,
     cuda,
+    cudnn,
     flash_attention_2,
     flash_attention_3,
     flash_attention_4,
@@ -31,13 +32,16 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend, where it runs, on what, the package it needs besides torch, and whether it can cap scores."""
+    """A backend, where it runs, on what, the package it needs besides torch, whether it can cap scores, and whether it
+    is for those who ask for it by name alone.
+    """
 
     backend: Backend
     device: str
     dtypes: tuple[torch.dtype, ...]
     package: str | None = None
     caps: bool = False
+    asked: bool = False
 
     def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether it runs there, on that."""
@@ -58,6 +62,7 @@ KERNELS = {
     "flash_attention_3": Kernel(flash_attention_3, "cuda", _HALF, "flash-attn-3", caps=True),
     "flash_attention_2": Kernel(flash_attention_2, "cuda", _HALF, "flash-attn", caps=True),
     "cuda": Kernel(cuda, "cuda", _HALF),
+    "cudnn": Kernel(cudnn, "cuda", _HALF, asked=True),
     "npu": Kernel(npu, "npu", _HALF),
 }
 
@@ -95,7 +100,7 @@ def choose(
             raise UserError(f"--attention {name} needs the package {kernel.package}: install it or leave it at auto.")
         check_backend(kernel.backend, device, dtype, size, capped)
         return kernel.backend
-    able = [kernel for kernel in KERNELS.values() if kernel.caps or not capped]
+    able = [kernel for kernel in KERNELS.values() if not kernel.asked and (kernel.caps or not capped)]
     fitting = [kernel for kernel in able if kernel.fits(device, dtype) and kernel.is_installed()]
     for kernel in fitting:
         try:
@@ -131,7 +136,10 @@ def _results(
     """Every result's name, the backend's, and the reference's."""
     packed, others = (0, 1, 40, 130, 200), (0, 70, 71, 100, 300)
     generator = torch.Generator().manual_seed(0)
-    for queries, keys, causal in ((packed, packed, True), (packed, others, False), ((0, 1, 2, 3, 4), others, False)):
+    cases = [(packed, packed, True), (packed, others, False), ((0, 1, 2, 3, 4), others, False)]
+    if backend is cudnn:  # short documents are not its own
+        cases.append(((0, cudnn.LONG, long := 2 * cudnn.LONG + 2), (0, cudnn.LONG, long), True))
+    for queries, keys, causal in cases:
         shapes = ((n, heads, size) for n, heads in ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2), (queries[-1], 4)))
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
         results = []
