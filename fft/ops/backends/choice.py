@@ -138,7 +138,8 @@ def _results(
     generator = torch.Generator().manual_seed(0)
     cases = [(packed, packed, True), (packed, others, False), ((0, 1, 2, 3, 4), others, False)]
     if backend is cudnn:  # short documents are not its own
-        cases.append(((0, cudnn.LONG, long := 2 * cudnn.LONG + 2), (0, cudnn.LONG, long), True))
+        long = (0, cudnn.LONG, 2 * cudnn.LONG + 2)
+        cases = [*cases, (long, long, True)]
     for queries, keys, causal in cases:
         shapes = ((n, heads, size) for n, heads in ((queries[-1], 4), (keys[-1], 2), (keys[-1], 2), (queries[-1], 4)))
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]

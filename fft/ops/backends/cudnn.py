@@ -3,8 +3,8 @@
 PyTorch also hands all documents of a row to cuDNN in one call, but up to 2.12 at least it plans that call anew each
 time, tens of milliseconds, and its backward takes the width of heads for the longest document (pytorch 186142). What is
 planned here is kept, one plan a length. So that lengths are few, a document is computed longer than it is: as causal,
-it does not see what follows in the row, and what that sees is thrown away. Short documents, wide heads, and what is not causal, are
-PyTorch's FlashAttention's. Compared, before it is used, like all others; it has not run on a GPU.
+it does not see what follows in the row, and what that sees is thrown away. Short documents, wide heads, and what is not
+causal, are PyTorch's FlashAttention's. Compared, before it is used, like all others; it has not run on a GPU.
 """
 
 import torch
