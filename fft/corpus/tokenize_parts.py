@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from fft.corpus.accounts import UNUSED
 from fft.corpus.records import first_malformed, read_records
@@ -22,26 +24,30 @@ _HELD_BYTES = 64 << 20
 Records = Sequence[tuple[bytes | None, str | None]]
 
 
-class PartTokenizer:
-    """Encodes records into one part, and counts what becomes of them in ``tallies``, and in ``unused`` the keys (or
-    columns) that nothing uses."""
+class RecordTokenizer:
+    """Encodes records, and counts what becomes of them in ``tallies``, and in ``unused`` the keys (or columns) that
+    nothing uses.
+
+    ``write`` takes the rows of their documents; ``reject`` takes source, reason and record of those that are malformed,
+    of which without it the first ends the work.
+    """
 
     def __init__(
         self,
         record_encoder: RecordEncoder[Any],
         encoder: Encoder,
-        sink: PartFile,
-        rejects: RejectFile | None,
+        write: Callable[[pa.RecordBatch], None],
+        reject: Callable[[str, str, bytes | None], None] | None,
     ) -> None:
-        self._record_encoder, self._encoder, self._sink, self._rejects = record_encoder, encoder, sink, rejects
+        self._record_encoder, self._encoder, self._to, self._reject = record_encoder, encoder, write, reject
         self.tallies: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
 
     def add(self, records: Records, kind: str, dataset: str, source: str, numbered: bool = True) -> None:
         """Write the documents among ``records``, which are of a ``kind`` and come from ``source``, a file or a table.
 
-        Raises :class:`UserError` at a malformed record where there is no :class:`RejectFile`; that of a file is
-        ``numbered``: the driver finds its line, see :func:`name_malformed`.
+        Raises :class:`UserError` at a malformed record where nothing takes it; that of a file is ``numbered``: the
+        driver finds its line, see :func:`name_malformed`.
         """
         documents, held = [], 0
         for record, doc_id in records:
@@ -49,11 +55,11 @@ class PartTokenizer:
                 documents.append(self._record_encoder.parse(kind, record, doc_id, self.unused))
                 held += self._record_encoder.held(documents[-1][0])
             except Malformed as error:
-                if self._rejects is None:
+                if self._reject is None:
                     where = _MALFORMED_MARK + json.dumps([source, str(error)])
                     named = f"{source}, id {doc_id}".encode(errors="backslashreplace").decode()
                     raise UserError(where if numbered else _malformed(named, str(error))) from error
-                self._rejects.add(source, str(error), record)
+                self._reject(source, str(error), record)
                 self.tallies["quarantined"] += 1
             if held >= _HELD_BYTES:
                 self._write(documents, dataset)
@@ -65,7 +71,7 @@ class PartTokenizer:
 
     def _write(self, documents: Sequence[tuple[Any, str]], dataset: str) -> None:
         rows, counts = self._record_encoder.token_rows(documents, self._encoder)
-        self._sink.write(rows)
+        self._to(rows)
         tokens = len(rows.column("input_ids").flatten())
         self.tallies.update(counts)
         self.tallies.update(dataset_tallies(dataset, rows.num_rows, tokens))
@@ -75,10 +81,27 @@ class PartTokenizer:
         for records in read_records(split, self._record_encoder, self.unused):
             self.add(records, split.kind, split.dataset, split.path)
 
+    def sums(self) -> dict[str, int]:
+        """All that was counted."""
+        return {**self.tallies, **{f"{UNUSED}{key}": count for key, count in self.unused.items()}}
+
+
+class PartTokenizer(RecordTokenizer):
+    """Encodes records into one part; what is malformed goes to the ``rejects``, if there are any."""
+
+    def __init__(
+        self,
+        record_encoder: RecordEncoder[Any],
+        encoder: Encoder,
+        sink: PartFile,
+        rejects: RejectFile | None,
+    ) -> None:
+        super().__init__(record_encoder, encoder, sink.write, None if rejects is None else rejects.add)
+        self._sink = sink
+
     def finish(self, rejects: str = "") -> Part:
         """Close the part; see :meth:`PartFile.finish`."""
-        self.tallies.update({f"{UNUSED}{key}": count for key, count in self.unused.items()})
-        return self._sink.finish(self.tallies, rejects)
+        return self._sink.finish(self.sums(), rejects)
 
 
 def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: int, splits: Sequence[Split]) -> Part:
