@@ -87,7 +87,7 @@ def _add_row_flags(parser: Parser) -> None:
         parser.add_argument(f"--{name}", type=positive, help=f"{meaning} (default: the model's own limit)")
 
 
-def tokenize(argv: Sequence[str] | None = None) -> None:
+def run_tokenize(argv: Sequence[str] | None = None) -> None:
     """``spark_jobs/tokenize.py``."""
     _run(tokenize_parser(), argv, "tokenize_table")
 
@@ -134,7 +134,7 @@ def shuffle_parser() -> Parser:
     return parser
 
 
-def shuffle(argv: Sequence[str] | None = None) -> None:
+def run_shuffle(argv: Sequence[str] | None = None) -> None:
     """``spark_jobs/shuffle.py``."""
     _run(shuffle_parser(), argv, "shuffle_tables")
 
@@ -173,7 +173,7 @@ def repartition_parser() -> Parser:
     return parser
 
 
-def repartition(argv: Sequence[str] | None = None) -> None:
+def run_repartition(argv: Sequence[str] | None = None) -> None:
     """``spark_jobs/repartition.py``."""
     _run(repartition_parser(), argv, "repartition_table")
 

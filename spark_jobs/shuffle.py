@@ -12,7 +12,7 @@ if __name__ == "__main__":
         sys.path.insert(0, os.path.dirname(_HERE))
 
 from fft.errors import run_cli
-from spark_jobs.cli import shuffle as main
+from spark_jobs.cli import run_shuffle as main
 
 if __name__ == "__main__":
     run_cli(main)

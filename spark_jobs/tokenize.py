@@ -21,7 +21,7 @@ else:
             sys.path.insert(0, os.path.dirname(_HERE))
 
     from fft.errors import run_cli
-    from spark_jobs.cli import tokenize as main
+    from spark_jobs.cli import run_tokenize as main
 
     if __name__ == "__main__":
         run_cli(main)

@@ -1,15 +1,17 @@
 """How rows, and what became of parts, travel between Spark and the functions that its tasks run."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from fft.data.part_files import Part
+from fft.data.worker_notes import Work
 from spark_jobs.runtime.session import places_rows_by_number
 
 #: Rows of a batch that was sorted in a worker.
@@ -73,7 +75,7 @@ class SortedFirst:
     """``work`` on the rows of a task in the order of ``keys``, which are sorted here, in memory."""
 
     keys: tuple[str, ...]
-    work: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+    work: Work
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """See the class."""
@@ -82,6 +84,20 @@ class SortedFirst:
             rows = pa.Table.from_batches(held)
             order = pc.sort_indices(rows, [(key, "ascending") for key in self.keys])
             yield from self.work(iter(rows.take(order).to_batches(max_chunksize=_SORTED_BATCH)))
+
+
+def map_in_order(
+    df: DataFrame, work: Work, order: Sequence[str], schema: str, profile: ResourceProfile | None = None
+) -> DataFrame:
+    """``work`` by ``mapInArrow`` on the rows of each task in the order of some columns.
+
+    (Sail drops a sort whose result goes to a Python function, so there the function sorts.)
+    """
+    if places_rows_by_number(df.sparkSession):
+        df = df.sortWithinPartitions(*order)
+    else:
+        work = SortedFirst(tuple(order), work)
+    return df.mapInArrow(work, schema, profile=profile)
 
 
 def create_tasks(spark: SparkSession, rows: Sequence[tuple], schema: str, tasks: int) -> DataFrame:

@@ -164,28 +164,33 @@ class TokenRows:
                 held = [name for name in (*self.lists, DOC_IDS, MASK) if name in there]
                 size = _ROWS_WITH_IMAGES if IMAGES in held else _ROWS
                 for rows in read_row_groups(split.path, split.start, split.stop, held, size):
-                    complete = self._complete(rows, split)
+                    complete = complete_rows(rows, self.lists, [split.dataset] * rows.num_rows, split.path)
                     meter.add(rows.num_rows, complete.column("input_ids").nbytes // 4)
                     yield complete
 
-    def _complete(self, rows: pa.RecordBatch, split: Split) -> pa.RecordBatch:
-        lists = token_lists(rows, split.path)
-        ids = lists["input_ids"]
-        packed = {name: lists_to_bytes(column, split.path) for name, column in lists.items()}
-        if IMAGES in self.lists:
-            packed |= _packed_images(rows, split.path)
-        if "labels" in self.lists and "labels" not in packed:
-            packed["labels"] = packed["input_ids"]
-        if "cu_seqlens" in self.lists and "cu_seqlens" not in packed:
-            lengths = ids.value_lengths().to_numpy()
-            bounds = np.stack([np.zeros_like(lengths), lengths], axis=1).ravel()
-            packed["cu_seqlens"] = lists_to_bytes(int_lists(bounds, np.arange(0, 2 * len(ids) + 1, 2)), split.path)
-        columns = {
-            "dataset": pa.array([split.dataset] * rows.num_rows, pa.string()),
-            "doc_ids": doc_ids(rows, packed["input_ids"], split.path),
-            **{name: packed[name] for name in self.lists},
-        }
-        return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+
+def complete_rows(rows: pa.RecordBatch, lists: Sequence[str], names: Sequence[str], where: str) -> pa.RecordBatch:
+    """Rows of a token table in the form of :func:`read_tokens`: their dataset has one of the ``names`` each.
+
+    Raises :class:`UserError` naming ``where`` for rows that are none of a token table.
+    """
+    found = token_lists(rows, where)
+    ids = found["input_ids"]
+    packed = {name: lists_to_bytes(column, where) for name, column in found.items()}
+    if IMAGES in lists:
+        packed |= _packed_images(rows, where)
+    if "labels" in lists and "labels" not in packed:
+        packed["labels"] = packed["input_ids"]
+    if "cu_seqlens" in lists and "cu_seqlens" not in packed:
+        lengths = ids.value_lengths().to_numpy()
+        bounds = np.stack([np.zeros_like(lengths), lengths], axis=1).ravel()
+        packed["cu_seqlens"] = lists_to_bytes(int_lists(bounds, np.arange(0, 2 * len(ids) + 1, 2)), where)
+    columns = {
+        "dataset": pa.array(names, pa.string()),
+        "doc_ids": doc_ids(rows, packed["input_ids"], where),
+        **{name: packed[name] for name in lists},
+    }
+    return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
 
 
 def not_read(datasets: Sequence[Dataset]) -> tuple[dict[str, Any], list[str]]:

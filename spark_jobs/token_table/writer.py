@@ -12,8 +12,8 @@ from fft.console import progress
 from fft.data.manifest import FileInfo, Manifest
 from fft.data.part_files import QUARANTINE, Part, PartFolder, files_of, name_parts, publish_files, sum_tallies
 from fft.data.worker_notes import Stoppable, Work
-from spark_jobs.runtime.session import places_rows_by_number, user_errors
-from spark_jobs.runtime.tasks import PART_SCHEMA, SortedFirst
+from spark_jobs.runtime.session import user_errors
+from spark_jobs.runtime.tasks import PART_SCHEMA, map_in_order
 from spark_jobs.token_table.kept import take_back
 
 
@@ -45,18 +45,12 @@ class TableWriter:
 
         How many ``parts`` there are, and how many ``tokens`` if that is known, is for the progress line, which begins
         with the ``title``; a ``profile`` says what each task takes of a machine. A task that failed and ran again, or
-        ran twice, leaves files of which nobody knows: they are removed then, too. (Sail drops a sort whose result goes
-        to a Python function, so there the function sorts.) Raises the :class:`UserError` of a task, and one when the
-        driver does not see a file.
+        ran twice, leaves files of which nobody knows: they are removed then, too. Raises the :class:`UserError` of a
+        task, and one when the driver does not see a file.
         """
         notes = self.target.notes
         with user_errors(), progress(title, notes, parts, tokens):
-            work = Stoppable(work, notes)
-            if places_rows_by_number(df.sparkSession):
-                df = df.sortWithinPartitions(*order)
-            else:
-                work = SortedFirst(tuple(order), work)
-            rows = df.mapInArrow(work, PART_SCHEMA, profile=profile).collect()
+            rows = map_in_order(df, Stoppable(work, notes), order, PART_SCHEMA, profile).collect()
         notes.check()
         self.add([Part(**row.asDict()) for row in rows])
 

@@ -14,7 +14,7 @@ from fft.errors import UserError
 from spark.chat_templates import STYLES, save_chat_tokenizer
 from spark.helpers import hashes_of, rows_of
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
-from spark_jobs.cli import tokenize as main
+from spark_jobs.cli import run_tokenize as main
 
 END = "<|im_end|>"
 

@@ -11,7 +11,7 @@ from fft.data.table import Table
 from fft.errors import UserError
 from spark.helpers import rows_of
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
-from spark_jobs.cli import tokenize as main
+from spark_jobs.cli import run_tokenize as main
 
 
 def ids_of(folder, version=None) -> list:

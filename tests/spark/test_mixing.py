@@ -9,7 +9,7 @@ import pytest
 from fft.errors import UserError
 from spark.helpers import files_of, rows_of, write_foreign
 from spark_jobs import shuffle_tables
-from spark_jobs.cli import shuffle as main
+from spark_jobs.cli import run_shuffle as main
 
 
 @pytest.fixture(scope="module")

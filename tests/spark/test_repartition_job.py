@@ -13,7 +13,7 @@ from fft.data.table import Table
 from fft.errors import UserError
 from spark.helpers import files_of, hashes_of, rows_of, write_foreign
 from spark_jobs import repartition_table
-from spark_jobs.cli import repartition as main
+from spark_jobs.cli import run_repartition as main
 
 
 def documents_of(rows):

@@ -14,7 +14,7 @@ from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from spark.helpers import hashes_of, rows_of, write_foreign
 from spark_jobs import shuffle_tables
-from spark_jobs.cli import shuffle as main
+from spark_jobs.cli import run_shuffle as main
 from spark_jobs.shuffle_job import WriteRows
 
 #: How the shuffle orders twelve rows of one token each with seed 0.

@@ -17,7 +17,7 @@ from fft.errors import UserError
 from fft.text import encoder
 from spark.helpers import END, rows_of, save_tokenizer
 from spark_jobs import tokenize_table
-from spark_jobs.cli import tokenize as main
+from spark_jobs.cli import run_tokenize as main
 
 
 def ids_by_name(table):

@@ -12,7 +12,7 @@ from fft.data.image_tallies import image_facts, tally_images
 from fft.data.lengths import document_lengths, histogram_of, tally_lengths
 from fft.data.manifest import FileInfo, Manifest
 from fft.errors import UserError
-from spark_jobs.cli import shuffle
+from spark_jobs.cli import run_shuffle
 from spark_jobs.token_table.picture import check_report, write_report
 
 ROWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6)
@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_job(tmp_path):
     with pytest.raises(UserError, match=r"--report .*r\.pdf must end in \.html or \.png"):
         check_report(tmp_path / "r.pdf", False)
     with pytest.raises(UserError, match="there is no folder"):
-        shuffle(["-i", "none", "-o", "out", "--report", str(tmp_path / "none" / "r.png")])
+        run_shuffle(["-i", "none", "-o", "out", "--report", str(tmp_path / "none" / "r.png")])
     (tmp_path / "r.png").touch()
     with pytest.raises(UserError, match="exists: give --overwrite"):
         check_report(tmp_path / "r.png", False)
