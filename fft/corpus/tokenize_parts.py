@@ -81,9 +81,10 @@ class RecordTokenizer:
         for records in read_records(split, self._record_encoder, self.unused):
             self.add(records, split.kind, split.dataset, split.path)
 
-    def sums(self) -> dict[str, int]:
-        """All that was counted."""
-        return {**self.tallies, **{f"{UNUSED}{key}": count for key, count in self.unused.items()}}
+    def close(self) -> Counter[str]:
+        """All that was counted, the unused keys as well: once, at the end."""
+        self.tallies.update({f"{UNUSED}{key}": count for key, count in self.unused.items()})
+        return self.tallies
 
 
 class PartTokenizer(RecordTokenizer):
@@ -101,7 +102,7 @@ class PartTokenizer(RecordTokenizer):
 
     def finish(self, rejects: str = "") -> Part:
         """Close the part; see :meth:`PartFile.finish`."""
-        return self._sink.finish(self.sums(), rejects)
+        return self._sink.finish(self.close(), rejects)
 
 
 def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: int, splits: Sequence[Split]) -> Part:
