@@ -25,18 +25,18 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> dict[st
 
 
 def with_copies(df: DataFrame, weights: Mapping[str, float], seed: int, name: Column) -> DataFrame:
-    """Each row as often as its dataset's weight says, numbered from 0 in a column ``copy``.
+    """Each row as often as its dataset's weight says, or once if it has none, numbered from 0 in a column ``copy``.
 
     Weight 2.3: every row twice, and three in ten documents, chosen by a hash of their name, a third time. Rows that
     are not ``kept`` are there to meet every copy of any other row, so they have as many as the largest weight asks for.
     """
     if all(weight == 1 for weight in weights.values()):
         return df.withColumn("copy", F.lit(0))
-    copies = F.lit(0)
+    copies = F.lit(1)
     for dataset, weight in weights.items():
         once_more = below_fraction("weight", seed, weight - math.floor(weight), F.col("dataset"), name)
         own = F.lit(math.floor(weight)) + F.when(once_more, 1).otherwise(0)
         copies = F.when(F.col("dataset") == dataset, own).otherwise(copies)
-    most = F.lit(math.ceil(max(weights.values())))
+    most = F.lit(math.ceil(max(1, *weights.values())))
     counted = df.withColumn("copies", F.when(F.col("kept"), copies).otherwise(most)).where(F.col("copies") > 0)
     return counted.withColumn("copy", F.explode(F.sequence(F.lit(0), F.col("copies") - 1))).drop("copies")

@@ -13,6 +13,8 @@ CHOICES = {
     "on_error": ("fail", "quarantine"),
     "table_format": ("parquet", "delta"),
     "pack": ("best-fit", "concat", "none"),
+    "method": ("best-fit", "concat", "none"),
+    "split": ("train", "validation"),
     "chat": ("auto", "yes", "no"),
 }
 #: Parameters that count something, if they are given.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from fft.console import format_table, progress, say
@@ -17,14 +17,14 @@ from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
 from spark_jobs.parameters import check_parameters
-from spark_jobs.runtime.hashing import balance, row_hash
+from spark_jobs.placing import BUCKETS_PER_PARTITION, bucket_tokens, in_partitions, partition_order
+from spark_jobs.runtime.hashing import balance
 from spark_jobs.runtime.session import get_session, job_settings
-from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
+from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_table.output import Output, local_path
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import (
     Dataset,
-    byte_columns,
     common_tokenizer,
     common_vision,
     find_tables,
@@ -39,8 +39,6 @@ _TOKENS_PER_PARTITION, _IMAGE_BYTES_PER_PARTITION = 1 << 25, 1 << 29
 _PARTITIONS = (4, 2048)
 _ROWS_TO_PACK = 64
 _MAX_SPREAD = 1.02
-#: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred.
-_BUCKETS_PER_PARTITION = 64
 
 
 def repartition_table(
@@ -137,18 +135,20 @@ def _repartition(
     start = time.monotonic()
     partitions, notes = packing.partitions(dataset.table.tokens, dataset.table.image_bytes), writer.target.notes
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
-    buckets = partitions * _BUCKETS_PER_PARTITION
+    buckets = partitions * BUCKETS_PER_PARTITION
     with progress(f"{title}: weighing", notes, 0, dataset.table.tokens):
-        weights, full = bucket_tokens(rows, packing.seed, buckets)
+        found = bucket_tokens(rows, packing.seed, buckets).collect()
     notes.check()
+    weights, full = {row["bucket"]: row["tokens"] for row in found}, sum(row["rows"] for row in found)
     if not weights:
         raise UserError(f"{dataset.path} holds no tokens: all of its {dataset.table.rows} rows are empty.")
     assigned = spark.createDataFrame(sorted(balance(weights, partitions).items()), "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
-    order = ["part", "sort_key", "name", *byte_columns(placed)]
     vision = common_vision([dataset])
     packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision)
-    writer.write(placed, PackParts(writer.target, packer), order, partitions, title, dataset.table.tokens)
+    writer.write(
+        placed, PackParts(writer.target, packer), partition_order(placed), partitions, title, dataset.table.tokens
+    )
     tokens, tokens_in = writer.tokens, sum(weights.values())
     if tokens != tokens_in:
         raise UserError(f"{dataset.path} changed while it was read ({tokens_in} tokens, then {tokens}): run again.")
@@ -164,30 +164,6 @@ def _repartition(
     timing, tokenizer = timing_of(start, tokens), common_tokenizer([dataset])
     facts = None if vision is None else vision.facts()
     return finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed, facts)
-
-
-def _bucket(seed: int, buckets: int) -> Column:
-    key = row_hash("bucket", seed, F.array_join("doc_ids", "\n"), F.col("input_ids"))
-    return F.pmod(key, F.lit(buckets)).cast("int")
-
-
-def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> tuple[dict[int, int], int]:
-    """Tokens of each hash bucket, and the number of all rows."""
-    tokens = F.floor(F.length("input_ids") / 4).cast("long")
-    sums = df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(
-        F.sum(tokens).alias("tokens"), F.count("*").alias("rows")
-    )
-    found = sums.collect()
-    return {row["bucket"]: row["tokens"] for row in found}, sum(row["rows"] for row in found)
-
-
-def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
-    """Rows in their bucket's part, to be in the order of ``sort_key`` there; ``assigned`` maps bucket to part."""
-    ints = byte_columns(df)
-    sort_key = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
-    placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
-    named = placed.withColumn("sort_key", sort_key).withColumn("name", F.array_join("doc_ids", "\n"))
-    return named.select("part", "sort_key", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,11 @@ if __name__ == "__main__":
     if os.path.dirname(_HERE) not in sys.path:
         sys.path.insert(0, os.path.dirname(_HERE))
 
-from fft.errors import run_cli
-from spark_jobs.cli import run_shuffle as main
+    from fft.errors import run_cli
+    from spark_jobs.cli import run_shuffle
 
-if __name__ == "__main__":
-    run_cli(main)
+    run_cli(run_shuffle)
+elif __name__ == "spark_jobs.shuffle":  # imported, it is the transform of that name
+    from spark_jobs.transforms import shuffle
+
+    sys.modules[__name__] = shuffle  # pyrefly: ignore[unsupported-operation] imports take what they find here

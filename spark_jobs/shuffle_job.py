@@ -4,32 +4,27 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
-from fft.data.arrow_lists import bytes_to_lists, unpack_bytes
-from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
-from spark_jobs.mixing import check_weights, with_copies
+from spark_jobs.mixing import check_weights
 from spark_jobs.parameters import check_parameters
-from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
+from spark_jobs.placing import RowChoice, Shuffling, as_token_rows
 from spark_jobs.runtime.session import get_session, job_settings
-from spark_jobs.runtime.tasks import by_part, part_to_row, to_tasks
+from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_table.output import Output, local_path, local_paths
 from spark_jobs.token_table.read import (
     Dataset,
-    byte_columns,
     common_tokenizer,
     common_vision,
     find_tables,
@@ -88,7 +83,7 @@ def shuffle_tables(
     start = time.monotonic()
     with table.claim(lineage) as writers, job_settings(spark):
         notes = next(iter(writers.values())).target.notes
-        rows = read_tokens(spark, datasets, notes).withColumn("name", F.array_join("doc_ids", "\n"))
+        rows = read_tokens(spark, datasets, notes)
         for name, share in shares.items():
             _write_split(writers[name], rows, datasets, name, share, mixing)
         counts = _counts(writers.values(), datasets, mixing)
@@ -121,15 +116,13 @@ def _write_split(
     weights = mixing.weights
     if name == "validation":  # held-out rows occur once: repeating them would only make an evaluation slower
         weights = {dataset: float(weight > 0) for dataset, weight in weights.items()}
-    chosen = rows.transform(rows_of_split, mixing.seed, mixing.holdout, name, mixing.dedup)
-    copied = chosen.transform(with_copies, weights, mixing.seed, F.col("name"))
     tokens = sum(dataset.table.tokens * weights[dataset.name] for dataset in datasets)
     image_bytes = sum(dataset.table.image_bytes * weights[dataset.name] for dataset in datasets)
     blocks = _blocks(mixing.num_block, share, tokens, image_bytes)
-    placed = copied.transform(in_seeded_order, mixing.seed, blocks, mixing.dedup)
-    work = WriteRows(writer.target, tuple(byte_columns(rows)) if mixing.dedup else ())
-    order = ["part", "sort_key", *byte_columns(rows), "kept", "dataset", "name"]
-    writer.write(placed, work, order, blocks, f"shuffle {name}".strip(), int(tokens * share))
+    shuffling = Shuffling(mixing.seed, mixing.holdout, name, weights, mixing.dedup)
+    work = WriteRows(writer.target, shuffling.choice(rows))
+    placed, title = shuffling.place(rows, blocks), f"shuffle {name}".strip()
+    writer.write(placed, work, shuffling.order(rows), blocks, title, int(tokens * share))
     if not writer.files:
         if not mixing.holdout:
             raise UserError(f"`inputs` leaves no row for the output: all {_rows(datasets)} are without tokens.")
@@ -152,45 +145,15 @@ def _rows(datasets: Sequence[Dataset]) -> int:
     return sum(dataset.table.rows for dataset in datasets)
 
 
-def rows_of_split(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
-    """The rows of a split, ``kept``; in the training split of a ``dedup``, the held-out rows too, which are not kept.
-
-    They are sorted before training rows of equal content, which they take with them.
-    """
-    if not holdout:
-        return df.withColumn("kept", F.lit(True))
-    held_out = is_held_out(seed, F.col("name"), holdout)
-    if split == "validation":
-        return df.where(held_out).withColumn("kept", F.lit(True))
-    if not dedup:
-        return df.where(~held_out).withColumn("kept", F.lit(True))
-    return df.withColumn("kept", ~held_out)
-
-
-def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
-    """Rows in ``num_block`` parts that, one after the other, are in the order of ``sort_key``, a hash of each row.
-
-    The hash covers seed, copy, dataset, document ids and content, so that equal ids lose nothing and tie only when
-    the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours. Lists are
-    bytes, which travel through the exchange several times faster than arrays.
-    """
-    key = [F.col("copy"), *(F.col(name) for name in byte_columns(df))]
-    if not by_content:
-        key += [F.col("dataset"), F.col("name")]
-    placed = df.withColumn("sort_key", row_hash("shuffle", seed, *key))
-    return placed.withColumn("part", block_of(F.col("sort_key"), num_block)).transform(to_tasks, num_block)
-
-
 @dataclass(frozen=True)
 class WriteRows:
     """A function for ``mapInArrow``: sorted rows of parts in; files written.
 
-    Left out are rows that are not ``kept``; and, counted, empty rows and, if ``unique`` names columns, rows that equal
-    the one before in them.
+    Left out are those that do not stay by ``choice``, and what that counts is counted.
     """
 
     target: PartFolder
-    unique: tuple[str, ...] = ()
+    choice: RowChoice = field(default_factory=RowChoice)
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write all parts of a task."""
@@ -199,44 +162,13 @@ class WriteRows:
             before = None
             with PartFile(self.target, part) as sink:
                 for batch in rows:
-                    chosen, counts = self._choose(batch, before)
+                    chosen, counts = self.choice.of(batch, before)
                     before = batch.slice(batch.num_rows - 1)
-                    tallies.update(counts)
+                    tallies.update({**counts, **_per_dataset(chosen)})
                     if chosen.num_rows:
                         sink.write(as_token_rows(chosen))
                 done = sink.finish(tallies)
             yield part_to_row(done)
-
-    def _choose(self, batch: pa.RecordBatch, before: pa.RecordBatch | None) -> tuple[pa.RecordBatch, dict[str, int]]:
-        kept = batch.column("kept").to_numpy(zero_copy_only=False)
-        full = pc.greater(pc.binary_length(batch.column("input_ids")), 0).to_numpy(zero_copy_only=False)
-        repeated = np.zeros(batch.num_rows, bool)
-        if self.unique:
-            repeated = full & _equal_to_previous(batch, before, ("sort_key", *self.unique))
-        chosen = batch.filter(pa.array(kept & full & ~repeated))
-        counts = {
-            "rows_out": chosen.num_rows,
-            "empty": int((kept & ~full).sum()),
-            "duplicates": int((kept & repeated).sum()),
-        }
-        return chosen, {**counts, **_per_dataset(chosen)}
-
-
-def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, columns: Sequence[str]) -> np.ndarray:
-    same = np.ones(batch.num_rows, bool)
-    same[0] = before is not None and all(batch.column(c)[0] == before.column(c)[0] for c in columns)
-    for name in columns:
-        column = batch.column(name)
-        same[1:] &= pc.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
-    return same
-
-
-def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The columns of a token table, lists of bytes as lists of ids."""
-    names = [name for name in (*LISTS, DOC_IDS, GRIDS, IMAGES) if name in batch.schema.names]
-    unpacked = {DOC_IDS: lambda column: column, IMAGES: unpack_bytes}
-    columns = [unpacked.get(name, bytes_to_lists)(batch.column(name)) for name in names]
-    return pa.RecordBatch.from_arrays(columns, names)
 
 
 def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:

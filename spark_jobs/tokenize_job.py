@@ -1,10 +1,9 @@
 """The tokenize job: records of raw files to a token table, one row a document."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,16 @@ from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import PartFile, PartFolder, RejectFile
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
-from fft.text.chat import ImageSettings, load_chat
 from fft.text.encoder import Encoder
-from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, columns_read, count_parts, in_parts, is_frame, open_frames, records_of
+from spark_jobs.encoders import Load, check_sources, encoder_loader, image_settings
 from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_table.output import Output, local_path, local_paths
 from spark_jobs.token_table.writer import TableWriter
-
-Load = Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
 
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
@@ -78,16 +74,14 @@ def tokenize_table(
     sources = find_sources(paths, id_key, left_out)
     table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
-    directory = local_path(tokenizer, "tokenizer")
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
-    images = _image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
-    if task == "chat":
-        _check_chat(sources, text_key, eos, parse_special_tokens)
-        load: Load = partial(load_chat, directory, id_key, max_len, images)
-        parameters |= {} if images is None else {"image_path": str(image_path), **asdict(images.limits)}
-    else:
-        load = partial(load_pretrain, directory, Keys(text_key, id_key), max_len, eos, parse_special_tokens)
+    images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
+    check_sources(sources, task)
+    load = encoder_loader(tokenizer, task, Keys(text_key, id_key), max_len, eos, parse_special_tokens, images)
+    if task != "chat":
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
+    elif images is not None:
+        parameters |= {"image_path": str(image_path), **asdict(images.limits)}
     record_encoder, info, spark = _load_beside_spark(load, spark)
     start = time.monotonic()
     frames = open_frames(spark, unread, id_key, left_out)
@@ -156,30 +150,6 @@ def _write(
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
-
-
-def _image_settings(image_path: str | Path | None, limits: ImageLimits, task: str) -> ImageSettings | None:
-    """None where no images are read. Raises :class:`UserError` for what is no folder, and for what needs it."""
-    if image_path is None:
-        if given := limits.given:
-            raise UserError(f"`{given[0]}` is a limit of images: give `image_path`, the folder in which they lie.")
-        return None
-    if task != "chat":
-        raise UserError('`image_path` is for `task="chat"`: texts have no images; leave it out.')
-    folder = local_path(image_path, "image_path")
-    if not folder.is_dir():
-        raise UserError(f"`image_path` {folder} is no folder: give the one in which the images of the chats lie.")
-    return ImageSettings(str(folder.absolute()), limits)
-
-
-def _check_chat(sources: Sequence[Source], text_key: str, eos: str, parse_special_tokens: bool) -> None:
-    for source in sources:
-        if source.kind == "text":
-            raise UserError(f'`inputs` {source.path} holds plain text, but `task="chat"` needs JSON lines or parquet.')
-    changed = {"text_key": text_key != "text", "eos": eos != "auto", "parse_special_tokens": parse_special_tokens}
-    for name, given in changed.items():
-        if given:
-            raise UserError(f'`{name}` is for `task="pretrain"`: the chat template decides; leave it out.')
 
 
 @dataclass(frozen=True)

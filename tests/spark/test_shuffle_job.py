@@ -15,6 +15,7 @@ from fft.errors import UserError
 from spark.helpers import hashes_of, rows_of, write_foreign
 from spark_jobs import shuffle_tables
 from spark_jobs.cli import run_shuffle as main
+from spark_jobs.placing import RowChoice
 from spark_jobs.shuffle_job import WriteRows
 
 #: How the shuffle orders twelve rows of one token each with seed 0.
@@ -106,7 +107,7 @@ def test_duplicates_are_found_wherever_batches_end(cuts, tmp_path):
     bounds = [0, *cuts, len(ids)]
     batches = [whole.slice(a, b - a) for a, b in itertools.pairwise(bounds)]
     target = PartFolder(tmp_path, WorkerNotes(str(tmp_path)))
-    done = pa.Table.from_batches(list(WriteRows(target, ("input_ids",))(iter(batches)))).to_pylist()
+    done = pa.Table.from_batches(list(WriteRows(target, RowChoice(("input_ids",)))(iter(batches)))).to_pylist()
     rows = [row for part in done for row in pq.read_table(tmp_path / part["name"]).to_pylist()]
     assert names_of(rows) == ["d0", "d4", "d7"]  # d1 is held out, and takes d2 and d3 with it
     tallies = [dict(part["tallies"]) for part in done]

@@ -21,6 +21,7 @@ LONG_SIGNATURES = {
     "spark_jobs/tokenize_job.py: tokenize_table": "what flags are on the command line are keywords in a notebook",
     "spark_jobs/shuffle_job.py: shuffle_tables": "what flags are on the command line are keywords in a notebook",
     "spark_jobs/repartition_job.py: repartition_table": "what flags are on the command line are keywords in a notebook",
+    "spark_jobs/transforms.py: tokenize": "what flags are on the command line are keywords in a notebook",
     "spark_jobs/generate_job.py: generate_table": "what flags are on the command line are keywords in a notebook",
     "fft/ops/attention.py: hf_attention": "transformers dictates it",
     "fft/ops/vision_attention.py: tower_attention": "transformers dictates it",

@@ -1,0 +1,147 @@
+"""Which part and which place in it each row of a token table gets: shuffles, held-out splits, partitions.
+
+Rows come in the form of :func:`spark_jobs.token_table.read.read_tokens`, with lists as bytes, which travel through an
+exchange several times faster than arrays.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from fft.data.arrow_lists import bytes_to_lists, unpack_bytes
+from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS
+from spark_jobs.mixing import with_copies
+from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
+from spark_jobs.runtime.tasks import to_tasks
+from spark_jobs.token_table.read import byte_columns
+
+#: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred.
+BUCKETS_PER_PARTITION = 64
+
+
+@dataclass(frozen=True)
+class Shuffling:
+    """What decides the rows and the order of a shuffle: ``split`` is "validation" for rows that are held out, any other
+    name for those that are not; ``weights`` say how often rows of a dataset occur, once if it is not there."""
+
+    seed: int
+    holdout: float
+    split: str
+    weights: Mapping[str, float]
+    dedup: bool
+
+    def place(self, rows: DataFrame, num_block: int) -> DataFrame:
+        """The rows of the split, as often as they occur, in ``num_block`` parts; to be in :meth:`order` there."""
+        named = rows.withColumn("name", F.array_join("doc_ids", "\n"))
+        chosen = named.transform(rows_of_split, self.seed, self.holdout, self.split, self.dedup)
+        copied = chosen.transform(with_copies, self.weights, self.seed, F.col("name"))
+        return copied.transform(in_seeded_order, self.seed, num_block, self.dedup)
+
+    def order(self, rows: DataFrame) -> list[str]:
+        """Columns by whose order a part's rows are written."""
+        return ["part", "sort_key", *byte_columns(rows), "kept", "dataset", "name"]
+
+    def choice(self, rows: DataFrame) -> "RowChoice":
+        """Which of the rows stay, of those in order."""
+        return RowChoice(tuple(byte_columns(rows)) if self.dedup else ())
+
+
+def rows_of_split(df: DataFrame, seed: int, holdout: float, split: str, dedup: bool) -> DataFrame:
+    """The rows of a split, ``kept``; in the training split of a ``dedup``, the held-out rows too, which are not kept.
+
+    They are sorted before training rows of equal content, which they take with them.
+    """
+    if not holdout:
+        return df.withColumn("kept", F.lit(True))
+    held_out = is_held_out(seed, F.col("name"), holdout)
+    if split == "validation":
+        return df.where(held_out).withColumn("kept", F.lit(True))
+    if not dedup:
+        return df.where(~held_out).withColumn("kept", F.lit(True))
+    return df.withColumn("kept", ~held_out)
+
+
+def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
+    """Rows in ``num_block`` parts that, one after the other, are in the order of ``sort_key``, a hash of each row.
+
+    The hash covers seed, copy, dataset, document ids and content, so that equal ids lose nothing and tie only when
+    the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours.
+    """
+    key = [F.col("copy"), *(F.col(name) for name in byte_columns(df))]
+    if not by_content:
+        key += [F.col("dataset"), F.col("name")]
+    placed = df.withColumn("sort_key", row_hash("shuffle", seed, *key))
+    return placed.withColumn("part", block_of(F.col("sort_key"), num_block)).transform(to_tasks, num_block)
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Which of a part's rows, in order, stay: those that are ``kept``, have tokens and, if ``unique`` names columns, do
+    not equal the one before in them."""
+
+    unique: tuple[str, ...] = ()
+
+    def of(self, batch: pa.RecordBatch, before: pa.RecordBatch | None) -> tuple[pa.RecordBatch, dict[str, int]]:
+        """The rows of a batch that stay, in the same form, and counts; ``before`` is the row before the first."""
+        kept = batch.column("kept").to_numpy(zero_copy_only=False)
+        full = pc.greater(pc.binary_length(batch.column("input_ids")), 0).to_numpy(zero_copy_only=False)
+        repeated = np.zeros(batch.num_rows, bool)
+        if self.unique:
+            repeated = full & _equal_to_previous(batch, before, ("sort_key", *self.unique))
+        chosen = batch.filter(pa.array(kept & full & ~repeated))
+        counts = {
+            "rows_out": chosen.num_rows,
+            "empty": int((kept & ~full).sum()),
+            "duplicates": int((kept & repeated).sum()),
+        }
+        return chosen, counts
+
+
+def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, columns: Sequence[str]) -> np.ndarray:
+    same = np.ones(batch.num_rows, bool)
+    same[0] = before is not None and all(batch.column(c)[0] == before.column(c)[0] for c in columns)
+    for name in columns:
+        column = batch.column(name)
+        same[1:] &= pc.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
+    return same
+
+
+def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The columns of a token table, lists of bytes as lists of ids."""
+    names = [name for name in (*LISTS, DOC_IDS, GRIDS, IMAGES) if name in batch.schema.names]
+    unpacked = {DOC_IDS: lambda column: column, IMAGES: unpack_bytes}
+    columns = [unpacked.get(name, bytes_to_lists)(batch.column(name)) for name in names]
+    return pa.RecordBatch.from_arrays(columns, names)
+
+
+def _bucket(seed: int, buckets: int) -> Column:
+    key = row_hash("bucket", seed, F.array_join("doc_ids", "\n"), F.col("input_ids"))
+    return F.pmod(key, F.lit(buckets)).cast("int")
+
+
+def bucket_tokens(df: DataFrame, seed: int, buckets: int) -> DataFrame:
+    """``bucket``, and the ``tokens`` and ``rows`` of each hash bucket."""
+    tokens = F.floor(F.length("input_ids") / 4).cast("long")
+    return df.groupBy(_bucket(seed, buckets).alias("bucket")).agg(
+        F.sum(tokens).alias("tokens"), F.count("*").alias("rows")
+    )
+
+
+def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, num_partition: int) -> DataFrame:
+    """Rows in their bucket's part, to be in the order of :func:`partition_order` there; ``assigned`` maps ``bucket`` to
+    ``part``."""
+    ints = byte_columns(df)
+    sort_key = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
+    placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
+    named = placed.withColumn("sort_key", sort_key).withColumn("name", F.array_join("doc_ids", "\n"))
+    return named.select("part", "sort_key", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
+
+
+def partition_order(placed: DataFrame) -> list[str]:
+    """Columns by whose order a partition's rows are packed."""
+    return ["part", "sort_key", "name", *byte_columns(placed)]

@@ -1,0 +1,194 @@
+"""Functions for ``mapInArrow`` whose rows are those of token tables: what transforms are, and jobs on Spark's writer.
+
+The same functions that write part files make them, see :mod:`fft.corpus.tokenize_parts`, :mod:`spark_jobs.placing` and
+:mod:`spark_jobs.token_table.pack_rows`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from fft.corpus.tokenize_parts import RecordTokenizer
+from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, MASK
+from fft.errors import UserError
+from fft.text.encoder import Encoder
+from fft.text.records import RecordEncoder
+from spark_jobs.dataframes import records_of
+from spark_jobs.placing import RowChoice, as_token_rows
+from spark_jobs.runtime.hashing import balance
+from spark_jobs.runtime.tasks import by_part
+from spark_jobs.token_table.pack_rows import Packer
+from spark_jobs.token_table.read import CARRIED, complete_rows
+
+#: Columns of malformed records that stay: why, and what they are.
+ERROR, RECORD = "error", "record"
+_TYPES = dict.fromkeys((*LISTS, GRIDS), "array<int>") | {DOC_IDS: "array<string>", IMAGES: "array<binary>"}
+_ARROW = {"array<int>": pa.list_(pa.int32()), "array<string>": pa.list_(pa.string()), "string": pa.string()}
+_ARROW["array<binary>"] = pa.list_(pa.binary())
+
+
+def token_schema(columns: Sequence[str]) -> str:
+    """Spark's schema of columns of a token table."""
+    return ", ".join(f"{name} {_TYPES.get(name, 'string')}" for name in columns)
+
+
+def token_columns(df: DataFrame, packed: bool = False) -> list[str]:
+    """The columns that rows of a token table have, in order, ``packed`` or not. Raises :class:`UserError` for no
+    ``input_ids``, and for malformed records that :func:`spark_jobs.transforms.tokenize` has left there."""
+    if "input_ids" not in df.columns:
+        raise UserError(f"the DataFrame has no column input_ids (it has {', '.join(df.columns)}): tokenize it first.")
+    if {ERROR, RECORD} <= {*df.columns}:
+        raise UserError(
+            f"the DataFrame has the columns {ERROR} and {RECORD} of malformed records: take the others, "
+            f'`.where("{ERROR} is null").drop("{ERROR}", "{RECORD}")`.'
+        )
+    there = [name for name in CARRIED if name in df.columns or (packed and name == "cu_seqlens")]
+    lists = [name for name in there if name in LISTS]
+    return [*lists, DOC_IDS, *(name for name in there if name not in lists)]
+
+
+def token_bytes(df: DataFrame) -> DataFrame:
+    """Rows of a DataFrame as :func:`spark_jobs.token_table.read.read_tokens` has those of tables; ``dataset`` is its
+    column of that name, else the same for all. Raises as :func:`token_columns`."""
+    lists = tuple(name for name in token_columns(df) if name != DOC_IDS)
+    schema = ", ".join(f"{name} binary" for name in lists)
+    return own_columns(df).mapInArrow(ByteRows(lists), f"dataset string, doc_ids array<string>, {schema}")
+
+
+def own_columns(df: DataFrame) -> DataFrame:
+    """The columns that are read of a DataFrame's."""
+    names = [name for name in (*CARRIED, DOC_IDS, MASK) if name in df.columns]
+    dataset = F.col("dataset").cast("string") if "dataset" in df.columns else F.lit("")
+    return df.select(*names, F.coalesce(dataset, F.lit("")).alias("dataset"))
+
+
+@dataclass(frozen=True)
+class ByteRows:
+    """Token rows as rows of bytes, the ``lists``."""
+
+    lists: tuple[str, ...]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        for batch in batches:
+            yield complete_rows(batch, self.lists, batch.column("dataset").to_pylist(), "the DataFrame")
+
+
+@dataclass
+class _Collected:
+    """Rows of a batch's documents, and its malformed records."""
+
+    columns: tuple[str, ...]
+    fail: bool
+    rows: list[pa.RecordBatch] = field(default_factory=list)
+    rejects: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def reject(self, source: str, reason: str, record: bytes | None) -> None:
+        text = None if record is None else record.decode("utf-8", "backslashreplace")
+        self.rejects.append((reason, text))
+
+    def take(self) -> Iterator[pa.RecordBatch]:
+        rows, rejects, self.rows, self.rejects = self.rows, self.rejects, [], []
+        if self.fail:
+            yield from rows
+            return
+        for batch in rows:
+            none = pa.nulls(batch.num_rows, pa.string())
+            yield pa.RecordBatch.from_arrays([*batch.columns, none, none], [*self.columns, ERROR, RECORD])
+        if rejects:
+            empty = [pa.nulls(len(rejects), _ARROW[_TYPES[name]]) for name in self.columns]
+            reasons, records = (pa.array(list(texts), pa.string()) for texts in zip(*rejects, strict=True))
+            yield pa.RecordBatch.from_arrays([*empty, reasons, records], [*self.columns, ERROR, RECORD])
+
+
+@dataclass(frozen=True)
+class EncodeRows:
+    """Records of an input of this ``name`` and ``kind``, its ``columns``, as token rows.
+
+    With ``fail``, a malformed record ends the work; else it stays, with nulls but for :data:`ERROR` and :data:`RECORD`.
+    """
+
+    record_encoder: RecordEncoder[Any]
+    fail: bool
+    name: str
+    kind: str
+    columns: Sequence[str]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        made = _Collected(self.record_encoder.columns_out, self.fail)
+        reject = None if self.fail else made.reject
+        encoder = Encoder(self.record_encoder.recipe)
+        for batch in batches:
+            # A tokenizer a batch: what it counts is of no use here, and would grow where a stream does not end.
+            tokenizer = RecordTokenizer(self.record_encoder, encoder, made.rows.append, reject)
+            records = records_of(batch, self.kind, self.columns, self.record_encoder)
+            tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
+            yield from made.take()
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Rows in the order of a shuffle as token rows, those that stay by ``choice``."""
+
+    choice: RowChoice
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        before = None
+        for batch in batches:
+            if batch.num_rows:
+                chosen, _ = self.choice.of(batch, before)
+                before = batch.slice(batch.num_rows - 1)
+                yield as_token_rows(chosen)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of parts, in order, as packed token rows, each part by itself."""
+
+    packer: Packer
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        for _, rows in by_part(batches):
+            yield from self.packer(rows)
+
+
+@dataclass(frozen=True)
+class PackedInPlace:
+    """Token rows as packed ones, in the order in which they come."""
+
+    packer: Packer
+    lists: tuple[str, ...]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        return self.packer(self._bytes(batches))
+
+    def _bytes(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in ByteRows(self.lists)(batches):
+            full = batch.filter(pc.greater(pc.binary_length(batch.column("input_ids")), 0))
+            if full.num_rows:
+                part = pa.array([0] * full.num_rows, pa.int32())
+                yield full.append_column("part", part)
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """One row with a list of all buckets and their tokens, as rows of ``bucket`` and ``part``."""
+
+    parts: int
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        for batch in batches:
+            for row in batch.column("weights").to_pylist():
+                assigned = balance({one["bucket"]: one["tokens"] for one in row}, self.parts)
+                buckets, parts = list(assigned), list(assigned.values())
+                yield pa.record_batch({"bucket": pa.array(buckets, pa.int32()), "part": pa.array(parts, pa.int32())})
