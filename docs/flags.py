@@ -12,6 +12,7 @@ from fft.models import __main__ as models
 from fft.parallel import ring_plan, window_plan
 from fft.quickstart import __main__ as quickstart
 from fft.quickstart.vision import __main__ as quickstart_vision
+from fft.report import __main__ as report
 from fft.serve import batch_infer, server
 from fft.text import convert_tokenizer
 from spark_jobs import cli
@@ -34,6 +35,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     parity.build_parser,
     models.build_parser,
     trace.build_parser,
+    report.build_parser,
     convert.build_parser,
     convert_tokenizer.build_parser,
     batch_infer.build_parser,

@@ -19,14 +19,20 @@ def dry_run(args: TrainArguments) -> int:
     """Print the layout of ``--ranks``. Raises :class:`UserError` where it is impossible, or exceeds the device."""
     if int(os.environ.get("RANK", "0")) > 0:
         return 0
-    config, mesh = lay_out(args, args.ranks or int(os.environ.get("WORLD_SIZE", "1")))
-    images, load = seen_images(args, config)
-    spec = ModelSpec(config, DTYPES[args.dtype], images=images, shared_tower=args.encoder_pipe_parallel_size == 0)
-    layout = plan_layout(args, spec, mesh, host=False, load=load)
-    print(describe(args, config.model_type, layout))
+    layout, told = planned(args, args.ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    print(told)
     if args.device_memory:
         check_fits(layout, args.device_memory)
     return 0
+
+
+def planned(args: TrainArguments, ranks: int) -> tuple[Layout, str]:
+    """The layout of so many ranks, and what there is to say of it. Raises :class:`UserError` where it is impossible."""
+    config, mesh = lay_out(args, ranks)
+    images, load = seen_images(args, config)
+    spec = ModelSpec(config, DTYPES[args.dtype], images=images, shared_tower=args.encoder_pipe_parallel_size == 0)
+    layout = plan_layout(args, spec, mesh, host=False, load=load)
+    return layout, describe(args, config.model_type, layout)
 
 
 def seen_images(args: TrainArguments, config: PretrainedConfig) -> tuple[ImageRules | None, ImageLoad | None]:

@@ -1,0 +1,52 @@
+"""``python -m fft.report RUN``: a run's curves, data, checkpoints, settings and plan on one page of HTML."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fft.console import say
+from fft.errors import Parser, UserError, run_cli
+from fft.files import write_atomically
+from fft.report.page import COLOURS, page_of
+from fft.report.run import read_run
+
+_ABOUT = """\
+Write a page about a run, or about several beside one another, that opens in any browser and needs no network.
+
+    python -m fft.report runs/a                       # runs/a.html
+    python -m fft.report runs/a runs/b -o both.html   # their curves in one picture, their settings side by side
+
+It reads what --checkpoint RUN keeps: metrics.jsonl, arguments, data and environment, checkpoints. A run that is under
+way may be looked at, too.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(prog="python -m fft.report", description=_ABOUT)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that --checkpoint named")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (the first RUN with .html)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page. Raises :class:`UserError` for folders that are no runs, and for a page that is there."""
+    args = build_parser().parse_args(argv)
+    if len(args.runs) > len(COLOURS):
+        raise UserError(f"{len(args.runs)} runs are too many for one picture: give {len(COLOURS)} at most.")
+    output = args.output or args.runs[0].with_name(f"{args.runs[0].resolve().name}.html")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output} exists: give --overwrite to replace it, or another name with -o.")
+    runs = [read_run(run) for run in args.runs]
+    page = page_of(runs)
+    try:
+        write_atomically(output, page)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): name another place with -o.") from error
+    say(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

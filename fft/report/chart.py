@@ -1,0 +1,120 @@
+"""Lines over steps as SVG: no script, no font, no picture from elsewhere."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+Point = tuple[float, float]
+#: Size of a chart and room for its labels, in pixels.
+WIDTH, HEIGHT = 520, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 10, 28
+#: Points of a line at most: two a pixel.
+_MOST = 2 * (WIDTH - _LEFT - _RIGHT)
+#: A line of more points is drawn pale, with the mean of every so many of them over it.
+_SMOOTHED, _WINDOWS = 200, 100
+#: A value further from the middle half than so many times its width is cut off at the edge: one spike hides no curve.
+_FENCE = 6.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points by step, finite ones alone; ``colour`` is a number of the page's; with ``marks`` they are dots."""
+
+    label: str
+    points: Sequence[Point]
+    colour: int = 0
+    marks: bool = False
+
+
+def chart(title: str, lines: Sequence[Line], told: Callable[[float], str]) -> str:
+    """The SVG of lines; ``told`` writes a value. Without any point an empty string."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    low, high = _range([y for line in lines for _, y in line.points])
+    first = min(line.points[0][0] for line in lines)
+    last = max(line.points[-1][0] for line in lines)
+    across = _scale(first, last if last > first else first + 1, _LEFT, WIDTH - _RIGHT)
+    up = _scale(low, high, HEIGHT - _BOTTOM, _TOP)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for value in ticks(low, high, 5):
+        y = up(value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(told(value))}</text>')
+    for value in ticks(first, last, 6):
+        if value == int(value):
+            where = f'x="{across(value):.1f}" y="{HEIGHT - 8}"'
+            parts.append(f'<text {where} text-anchor="middle">{int(value):,}</text>')
+    parts += [_drawn(line, across, up, told) for line in lines]
+    return "".join([*parts, "</svg>"])
+
+
+def _drawn(
+    line: Line, across: Callable[[float], float], up: Callable[[float], float], told: Callable[[float], str]
+) -> str:
+    def placed(points: Sequence[Point]) -> list[Point]:
+        return [(across(x), min(max(up(y), _TOP), HEIGHT - _BOTTOM)) for x, y in points]
+
+    def path(points: Sequence[Point], style: str) -> str:
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed(points))
+        return f'<polyline class="c{line.colour}{style}" points="{places}">{title}</polyline>'
+
+    step, value = line.points[-1]
+    title = f"<title>{escape(line.label)}: {escape(told(value))} at step {step:,.0f}</title>"
+    points = thinned(line.points, _MOST)
+    if line.marks or len(points) == 1:
+        dots = (
+            f'<circle class="c{line.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">{title}</circle>'
+            for x, y in placed(points)
+        )
+        return "".join(dots)
+    if len(line.points) <= _SMOOTHED:
+        return path(points, "")
+    return path(points, " pale") + path(means(line.points, len(line.points) // _WINDOWS), "")
+
+
+def means(points: Sequence[Point], size: int) -> list[Point]:
+    """Of every ``size`` points in their order the mean, the last of fewer."""
+    stretches = (points[begin : begin + size] for begin in range(0, len(points), size))
+    return [(sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some)) for some in stretches]
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
+    """At most about ``most`` of the points: of each stretch the lowest and the highest, in their order."""
+    if len(points) <= most:
+        return list(points)
+    size = math.ceil(2 * len(points) / most)
+    kept = []
+    for begin in range(0, len(points), size):
+        stretch = points[begin : begin + size]
+        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+    return kept
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers from ``low`` to ``high``, about ``count`` of them."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    begin = math.ceil(low / step - 1e-9)
+    # Each is the nearest float of its decimal: 3 * 0.1 is not.
+    digits = max(0, -math.floor(math.log10(step)))
+    return [round(number * step, digits) for number in range(begin, math.floor(high / step + 1e-9) + 1)]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """From where to where the axis goes: all values, but not what is far off most of them."""
+    ordered = sorted(values)
+    quarter, three = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
+    fence = _FENCE * (three - quarter) or math.inf
+    low, high = max(ordered[0], quarter - fence), min(ordered[-1], three + fence)
+    if high > low:
+        return low, high
+    return low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
+
+
+def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    return lambda value: begin + (value - low) / (high - low) * (end - begin)
