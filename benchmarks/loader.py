@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.console import format_table, say
-from fft.data.manifest import FileInfo, Manifest, commit, read_manifest
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Without their dependencies, of which some name another torch; what they import is named, or is here already.

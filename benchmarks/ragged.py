@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from fft.console import format_table, say
 from fft.data.batches import BatchPlan, step_batches
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.parallel.ring_plan import row_multiple

@@ -25,7 +25,8 @@ from PIL import Image
 from benchmarks import vision_steps
 from benchmarks.loader import ROOT, peer_environment
 from fft.console import format_table, say
-from fft.data.manifest import FileInfo, Manifest, commit, read_manifest
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest, read_manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.data.worker_notes import WorkerNotes
 from fft.images.grids import grid_of, tokens_of

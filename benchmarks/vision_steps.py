@@ -18,8 +18,9 @@ from transformers import AutoConfig
 from benchmarks.loader import ROOT
 from fft.arguments import TrainArguments, resolve
 from fft.console import format_table, say
+from fft.data.commits import commit
 from fft.data.image_tallies import image_facts, tally_images
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.images.grids import grid_of, tokens_of
 from fft.images.rules import ImageRules
 from fft.models.in_process import write_random_model

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from fft.data.worker_notes import Amount, WorkerNotes
-
 
 def say(text: str) -> None:
     """One line for the user."""
@@ -63,33 +61,14 @@ def live(line: Callable[[float], str], last: bool = False, interval: float = 1.0
 
 
 @contextmanager
-def progress(
-    name: str, notes: WorkerNotes, parts: int, tokens: int | None = None, interval: float = 1.0
-) -> Iterator[None]:
-    """Show what tasks have noted in ``notes``, of ``parts`` and, if known, ``tokens`` in all; then clear it."""
-
-    def line(seconds: float) -> str:
-        return progress_line(name, notes.amount("read"), notes.amount("written"), parts, tokens, seconds)
-
-    try:
-        with live(line, interval=interval):
-            yield
-    finally:
-        notes.clear()
+def progress(name: str, tasks: Callable[[], tuple[int, int]], interval: float = 1.0) -> Iterator[None]:
+    """Show how many ``tasks`` have ended, of how many; then clear it."""
+    with live(lambda seconds: progress_line(name, *tasks(), seconds), interval=interval):
+        yield
 
 
-def progress_line(name: str, read: Amount, written: Amount, parts: int, tokens: int | None, seconds: float) -> str:
-    """For example ``shuffle: 1,200 rows, 2.4 of 9.6 M tokens written, 1.2 M tokens/s, 6 s left``.
-
-    Where all rows are read before the first is written, that is half of the work. Without a number of ``tokens`` to
-    expect, the share of parts that are finished says how much is left.
-    """
-    verb, now = ("written", written) if written.rows or not read.rows else ("read", read)
-    amount = f"{now.tokens / 1e6:,.1f}{f' of {tokens / 1e6:,.1f}' if tokens else ''} M tokens {verb}"
-    if tokens:
-        passes = [done.tokens / tokens for done, counts in ((read, read.rows), (written, parts)) if counts]
-        share = sum(min(p, 1.0) for p in passes) / max(1, len(passes))
-    else:
-        share = min(written.parts / parts, 1.0)
-    left = f"{seconds / share * (1 - share):,.0f} s left" if share else f"{seconds:,.0f} s so far"
-    return f"{name}: {now.rows:,} rows, {amount}, {now.tokens / seconds / 1e6:,.1f} M tokens/s, {left}"
+def progress_line(name: str, ended: int, tasks: int, seconds: float) -> str:
+    """For example ``shuffle: 12 of 64 tasks, 26 s left``; without tasks, and before one has ended, the time so far."""
+    done = f"{ended:,} of {tasks:,} tasks, " if tasks else ""
+    left = f"{seconds / ended * (tasks - ended):,.0f} s left" if ended else f"{seconds:,.0f} s so far"
+    return f"{name}: {done}{left}"

@@ -35,6 +35,11 @@ class UserError(Exception):
     exit_code = EXIT_BAD_INPUT
 
 
+class StorageError(UserError):
+    """A storage did not do what it was asked. Tried again it may: a task that meets this fails, so that the engine runs
+    it once more, there or elsewhere. What the last one says is for the user."""
+
+
 def one_line(error: Exception) -> str:
     """What another program's error says, fit to stand inside a sentence."""
     letters = (

@@ -184,7 +184,7 @@ def _work(parameters: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> st
 
 def _tell_waiting(table: Output, parts: int) -> None:
     """Say what is finished already. Raises :class:`UserError` where finished parts of other work would be lost."""
-    found = waiting(table.folder)
+    found = waiting(Path(table.folder))
     mine = found.pop(table.work, 0)
     if any(found.values()) and not table.overwrite:
         raise UserError(

@@ -1,6 +1,7 @@
 """The repartition job: partitions of equal token count, documents packed to rows of a fixed length."""
 
 import math
+import posixpath
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,9 +11,9 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from fft.console import format_table, progress, say
+from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
-from fft.data.delta import split_version
+from fft.data.delta import split_name
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
@@ -21,7 +22,8 @@ from spark_jobs.placing import BUCKETS_PER_PARTITION, bucket_tokens, in_partitio
 from spark_jobs.runtime.hashing import balance
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
-from spark_jobs.token_table.output import Output, local_path
+from spark_jobs.runtime.watching import watched
+from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import (
     Dataset,
@@ -63,14 +65,14 @@ def repartition_table(
     finished token table. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    source = local_path(input, "input")
+    source = place_at(input, "input")
     if output is None and not overwrite:
         raise UserError(
             f"without `output` {source} itself is replaced: "
             "allow that with `overwrite=True`, or give a folder with `output`."
         )
     tables = find_tables(source, "input")
-    names = [""] if tables == [source] else [table.name for table in tables]
+    names = [""] if tables == [source] else [posixpath.basename(table) for table in tables]
     if names != [""] and not set(names) <= set(SPLITS):
         raise UserError(
             f"`input` {source} holds the tables {', '.join(names)}: "
@@ -87,7 +89,7 @@ def repartition_table(
     if output is None:
         table = _in_place(source, datasets)
     else:
-        table = Output(local_path(output, "output"), names, [source], overwrite, table_format)
+        table = Output(place_at(output, "output"), names, [source], overwrite, table_format)
     table.check()
     spark = spark or get_session("repartition")
     manifests = {}
@@ -121,9 +123,9 @@ class Packing:
         return min(wanted, max(1, tokens // (_ROWS_TO_PACK * self.max_len)))
 
 
-def _in_place(source: Path, datasets: Mapping[str, Dataset]) -> Output:
+def _in_place(source: str, datasets: Mapping[str, Dataset]) -> Output:
     """The tables that are read as what is replaced, once the new ones are whole."""
-    folder, pinned = split_version(source)
+    folder, pinned = split_name(source)
     versions = {name: d.table.version for name, d in datasets.items() if d.table.version is not None}
     table_format = "delta" if len(versions) == len(datasets) else "parquet"
     return Output(folder, list(datasets), [], True, table_format, versions if pinned is None else {})
@@ -136,7 +138,7 @@ def _repartition(
     partitions, notes = packing.partitions(dataset.table.tokens, dataset.table.image_bytes), writer.target.notes
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
     buckets = partitions * BUCKETS_PER_PARTITION
-    with progress(f"{title}: weighing", notes, 0, dataset.table.tokens):
+    with watched(spark, f"{title}: weighing"):
         found = bucket_tokens(rows, packing.seed, buckets).collect()
     notes.check()
     weights, full = {row["bucket"]: row["tokens"] for row in found}, sum(row["rows"] for row in found)
@@ -146,9 +148,7 @@ def _repartition(
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
     vision = common_vision([dataset])
     packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision)
-    writer.write(
-        placed, PackParts(writer.target, packer), partition_order(placed), partitions, title, dataset.table.tokens
-    )
+    writer.write(placed, PackParts(writer.target, packer), partition_order(placed), title)
     tokens, tokens_in = writer.tokens, sum(weights.values())
     if tokens != tokens_in:
         raise UserError(f"{dataset.path} changed while it was read ({tokens_in} tokens, then {tokens}): run again.")
@@ -186,14 +186,15 @@ class PackParts:
 _HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")
 
 
-def _say_results(manifests: Mapping[str, Manifest], folder: Path, notes: list[str]) -> None:
+def _say_results(manifests: Mapping[str, Manifest], folder: str | Path, notes: list[str]) -> None:
     say(format_table(_HEADER, [_line(name or "-", manifest) for name, manifest in manifests.items()]))
     for name, manifest in manifests.items():
         spread, empty = manifest.lineage["counts"]["max_over_min"], manifest.lineage["counts"]["empty"]
         if empty:
             say(f"{empty} rows without tokens were left out")
         if spread > _MAX_SPREAD:
-            say(f"note: partitions of {folder / name} differ by {spread:.2f}: for few documents, lower num_partition.")
+            where = posixpath.join(folder, name)
+            say(f"note: partitions of {where} differ by {spread:.2f}: for few documents, lower num_partition.")
     for note in notes:
         say(note)
 

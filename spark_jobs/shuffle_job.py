@@ -22,7 +22,7 @@ from spark_jobs.parameters import check_parameters
 from spark_jobs.placing import RowChoice, Shuffling, as_token_rows
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
-from spark_jobs.token_table.output import Output, local_path, local_paths
+from spark_jobs.token_table.output import Output, place_at, places_at
 from spark_jobs.token_table.read import (
     Dataset,
     common_tokenizer,
@@ -65,8 +65,8 @@ def shuffle_tables(
     token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    folder = local_path(output, "output")
-    paths = [table for path in local_paths(inputs, "inputs") for table in find_tables(path, "inputs")]
+    folder = place_at(output, "output")
+    paths = [table for path in places_at(inputs, "inputs") for table in find_tables(path, "inputs")]
     datasets = open_datasets(paths)
     tokenizer, vision = common_tokenizer(datasets), common_vision(datasets)
     facts = None if vision is None else vision.facts()
@@ -121,8 +121,7 @@ def _write_split(
     blocks = _blocks(mixing.num_block, share, tokens, image_bytes)
     shuffling = Shuffling(mixing.seed, mixing.holdout, name, weights, mixing.dedup)
     work = WriteRows(writer.target, shuffling.choice(rows))
-    placed, title = shuffling.place(rows, blocks), f"shuffle {name}".strip()
-    writer.write(placed, work, shuffling.order(rows), blocks, title, int(tokens * share))
+    writer.write(shuffling.place(rows, blocks), work, shuffling.order(rows), f"shuffle {name}".strip())
     if not writer.files:
         if not mixing.holdout:
             raise UserError(f"`inputs` leaves no row for the output: all {_rows(datasets)} are without tokens.")
@@ -194,7 +193,7 @@ def _seq_len(datasets: Sequence[Dataset]) -> int | None:
     return max(known) if len(known) == len(lengths) else None
 
 
-def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: Path, notes: list[str]) -> None:
+def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: str, notes: list[str]) -> None:
     lines = []
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]

@@ -28,7 +28,7 @@ from spark_jobs.encoders import Load, check_sources, encoder_loader, image_setti
 from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
-from spark_jobs.token_table.output import Output, local_path, local_paths
+from spark_jobs.token_table.output import Output, local_paths, place_at
 from spark_jobs.token_table.writer import TableWriter
 
 #: A part's splits lie in different files, or follow each other in one.
@@ -68,11 +68,12 @@ def tokenize_table(
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    folder = local_path(output, "output")
+    folder = place_at(output, "output")
     unread, paths = _by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
     left_out = LeftOut()
     sources = find_sources(paths, id_key, left_out)
-    table = Output(folder, [""], paths, overwrite, table_format)
+    urls = [str(path) for path in unread if "://" in str(path)]
+    table = Output(folder, [""], [*paths, *urls], overwrite, table_format)
     table.check()
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
@@ -140,14 +141,14 @@ def _write(
         if splits:
             parts = splits[-1].part + 1
             tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
-            writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, parts, "tokenize")
+            writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, "tokenize")
         for frame in frames:
             rows, columns = columns_read(frame, record_encoder)
             parts, first = count_parts(rows), 1 + max((part.part for part in writer.parts), default=-1)
             work = TokenizeFrame(
                 record_encoder, writer.target, fail, frame.name, frame.kind, columns, frame.schema.names
             )
-            writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, parts, f"tokenize {frame.name}")
+            writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
 
@@ -197,7 +198,7 @@ class TokenizeFrame(TokenizeParts):
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 
-def _say_results(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
+def _say_results(manifest: Manifest, folder: str, notes: Sequence[str]) -> None:
     engine, counts, timing = (manifest.lineage[name] for name in ("engine", "counts", "timing"))
     header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "bytes", "seconds", "tokens/s")
     row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]

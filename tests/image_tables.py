@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.data.table import Table
 from fft.images.grids import grid_of, tokens_of
 from fft.images.rules import ImageRules

@@ -1,6 +1,8 @@
 """An S3 object store of the tests: a SeaweedFS server on loopback, found through the environment alone."""
 
+import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -79,3 +81,18 @@ def _create(filesystem, bucket, server):
                 break
             time.sleep(0.2)
     raise RuntimeError(f"weed server did not start: {server.args}")
+
+
+def refuse_like_a_mounted_store(patch):
+    """Have the operating system refuse what such a mount does: append, reading and writing at once, links, renaming."""
+    opened = os.open
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    def may_open(path, flags, *more, **given):
+        return refuse() if flags & (os.O_RDWR | os.O_APPEND) else opened(path, flags, *more, **given)
+
+    patch.setattr(os, "open", may_open)
+    for name in ("link", "rename", "replace"):
+        patch.setattr(os, name, refuse)

@@ -20,6 +20,7 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from fft.corpus.files import Source, kind_of, spans_of
 from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
 from fft.corpus.tokenize_parts import name_malformed, tokenize_part
-from fft.data.manifest import Manifest, TokenizerInfo, commit, read_manifest
+from fft.data.commits import commit
+from fft.data.manifest import Manifest, TokenizerInfo, read_manifest
 from fft.data.owner import Owner, owned, staged_folder
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
@@ -208,9 +210,11 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     name = str(text.path)
     source = Source(text.path, "json", (text.path,))
     splits = deal(spans_of([source], text.encoder))
-    target = PartFolder(folder.absolute(), WorkerNotes(str(folder.absolute())))
-    with progress(f"tokenize {name}", target.notes, splits[-1].part + 1):
-        parts = publish_parts(target, _write_parts(text.encoder, target, splits))
+    target, done = PartFolder(folder.absolute(), WorkerNotes(str(folder.absolute()))), []
+    with progress(f"tokenize {name}", lambda: (len(done), splits[-1].part + 1)):
+        for part in _write_parts(text.encoder, target, splits):
+            done.append(part)
+        parts = publish_parts(target, done)
     tallies = sum_tallies(parts)
     counts = document_counts(tallies, [name], text.encoder)
     lineage = {**lineage_of("tokenize", [source.origin], text.parameters), "engine": engine_of(tallies)}
@@ -223,7 +227,7 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     return manifest
 
 
-def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[Split]) -> list[Part]:
+def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[Split]) -> Iterator[Part]:
     """Every part by one of as many processes as there are cores."""
     own: dict[int, list[Split]] = {}
     for split in splits:
@@ -235,9 +239,9 @@ def _write_parts(encoder: RecordEncoder[Any], target: PartFolder, splits: list[S
     try:
         with watched, ProcessPoolExecutor(cores, context, _end_with, (watched,)) as pool, held:
             tasks = [pool.submit(tokenize_part, encoder, target, part, theirs) for part, theirs in own.items()]
-            parts = [task.result() for task in as_completed(tasks)]
+            for task in as_completed(tasks):
+                yield task.result()
             pool.shutdown()
-        return parts
     except UserError as error:
         remedy = "mend it, or make a table with spark_jobs/tokenize.py --on_error quarantine."
         raise name_malformed(error, encoder, remedy) from error

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.data.asking import of_storage
 from fft.data.footer import check_names
-from fft.errors import UserError
+from fft.errors import StorageError, UserError
 
 _BLOCK = 4 << 20
 #: Between documents of a plain text: one blank line or more, with any line ends.
@@ -36,7 +37,8 @@ def naming(path: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): {_remedy(error)}") from error
+        kind = StorageError if of_storage(error) else UserError
+        raise kind(f"{path} cannot be read ({reason}): {_remedy(error)}") from error
 
 
 def _remedy(error: Exception) -> str:

@@ -22,8 +22,10 @@ _PASSING = re.compile(
     r"NETWORK_CONNECTION|HTTP status (?:429|5\d\d)|timed? ?out|connection (?:reset|refused|closed)|curlCode",
     re.IGNORECASE,
 )
+#: What pyarrow says of any error of a store.
+_OF_STORES = re.compile(r"AWS Error|google::cloud|Azure|HDFS", re.IGNORECASE)
 #: How often a store is asked, and seconds before it is asked for the second time; then twice as long, and so on.
-_TRIES, _FIRST_WAIT = 7, 0.2
+_TRIES, _FIRST_WAIT = 6, 0.2
 
 
 def asking(ask: Callable[[], T]) -> T:
@@ -39,6 +41,13 @@ def asking(ask: Callable[[], T]) -> T:
                 raise
         time.sleep(_FIRST_WAIT * 2 ** (turn - 1) * random.uniform(0.5, 1.5))
     return ask()
+
+
+def of_storage(error: Exception) -> bool:
+    """Whether an error tells of a storage, and not of what a file holds: of both, libraries say :class:`OSError`."""
+    return isinstance(error, OSError) and (
+        error.errno is not None or _OF_STORES.search(str(error)) is not None or _PASSING.search(str(error)) is not None
+    )
 
 
 def remove_file(filesystem: fs.FileSystem, path: str) -> None:

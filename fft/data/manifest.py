@@ -15,13 +15,11 @@ Depends on no other package, so that Spark jobs and the trainer share it.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
 from fft.errors import UserError
-from fft.files import atomic_file, sync, write_atomically
 
 #: Tables of texts have the first format version, which older releases read; those with images the second.
 FORMAT_VERSION, _OF_TEXTS = 2, 1
@@ -31,7 +29,7 @@ WRITING_NAME = "_fft_writing.json"
 UNFINISHED = frozenset((WRITING_NAME, "_temporary"))
 
 #: Key of a mark; see :func:`replacing`.
-_REPLACING = "replacing"
+REPLACING = "replacing"
 
 #: Files that decide which ids a text gets. Chat templates and the like may change without changing a table.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -138,7 +136,7 @@ def replacing(mark: bytes | None) -> str | None:
         facts = json.loads(mark) if mark is not None else None
     except ValueError:
         return None
-    return facts.get(_REPLACING) if isinstance(facts, dict) else None
+    return facts.get(REPLACING) if isinstance(facts, dict) else None
 
 
 def manifest_of(table: str, content: bytes | None, mark: bytes | None, found: Collection[str]) -> Manifest | None:
@@ -153,39 +151,6 @@ def manifest_of(table: str, content: bytes | None, mark: bytes | None, found: Co
     if set(found) - ({WRITING_NAME} if replacing(mark) is not None else set()):
         raise UserError(f"{table} is unfinished: the job that wrote it was interrupted; run that job again.")
     return None
-
-
-def begin_writing(table: str | os.PathLike, lineage: dict) -> None:
-    """Mark the folder as being written; a manifest that was there no longer holds and is removed."""
-    folder = Path(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WRITING_NAME, json.dumps(lineage, indent=1, sort_keys=True))
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-
-
-def begin_replacing(table: str | os.PathLike, lineage: dict, ending: str) -> None:
-    """Mark the folder, whose table stays until :func:`commit_all`. ``ending`` is that of the names of the new files."""
-    content = json.dumps({**lineage, _REPLACING: ending}, indent=1, sort_keys=True)
-    write_atomically(Path(table) / WRITING_NAME, content)
-
-
-def commit(table: str | os.PathLike, manifest: Manifest) -> None:
-    """Publish the table: the manifest appears whole or not at all, then the writing mark goes."""
-    folder = Path(table)
-    commit_all({folder: manifest})
-    (folder / WRITING_NAME).unlink(missing_ok=True)
-
-
-def commit_all(tables: Mapping[Path, Manifest]) -> None:
-    """Publish tables whose files are there: each manifest appears whole or not at all, in the place of an older one.
-
-    All are on the disk before the first appears, so that a full one stops them all. Marks stay.
-    """
-    with ExitStack() as staged:
-        for folder, manifest in tables.items():
-            aside = staged.enter_context(atomic_file(folder / MANIFEST_NAME))
-            aside.write_text(manifest.to_json(), encoding="utf-8")
-            sync(aside)
 
 
 def in_order(name: str) -> list[str]:

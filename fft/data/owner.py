@@ -41,9 +41,11 @@ class Occupied(UserError):
 
 
 class Owner:
-    """Holds a mark until :meth:`release`, or until this process ends. See :func:`owned`."""
+    """Holds a mark, of the name ``mark`` in the folder, until :meth:`release`, or until this process ends. See
+    :func:`owned`."""
 
     def __init__(self, path: Path, what: str, mark: int, owner: str) -> None:
+        self.mark = path.name
         self.id, self.path, self._what, self._mark, self._stop = owner, path, what, mark, threading.Event()
         threading.Thread(target=self._renew, daemon=True, name=f"owner of {path}").start()
 
@@ -54,10 +56,7 @@ class Owner:
     def check(self) -> None:
         """Raise :class:`UserError` when another job has taken over meanwhile, as one may when this one was asleep."""
         if not self.holds():
-            raise UserError(
-                f"{self._what} was taken over by another job while this one stood still: its mark {self.path} is no "
-                "longer there. Nothing of that job's was touched; run this one again when it is done."
-            )
+            raise taken_over(self._what, str(self.path))
 
     def release(self) -> None:
         """Let go, and remove the mark."""
@@ -144,10 +143,39 @@ def check_unowned(path: Path, what: str) -> None:
             _unlock(found)
 
 
+def facts_of_job(owner: str) -> dict[str, Any]:
+    """What a mark says of this process."""
+    facts = {"owner": owner, "process": os.getpid(), "started": _started(os.getpid())}
+    return facts | {"host": socket.gethostname(), "machine": _machine(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
+
+
+def lives_here(facts: dict[str, Any]) -> bool | None:
+    """Whether the job of a mark lives on this machine; None if it is of another one."""
+    if facts.get("machine") != _machine():
+        return None
+    return _started(facts.get("process")) == facts.get("started")
+
+
+def occupied(what: str, facts: dict[str, Any], mark: str, idle: float) -> Occupied:
+    """The error that says that a job lives, ``idle`` seconds after it has renewed its mark."""
+    return Occupied(
+        f"{what} is being written by another job: process {facts.get('process')} on {facts.get('host')}, since "
+        f"{facts.get('since')}, whose mark {mark} was renewed {idle:.0f} s ago. Wait for it, or give another folder. "
+        f"If it is dead, this one takes over {DEAD_AFTER:.0f} s after the last renewal, or once you remove the mark."
+    )
+
+
+def taken_over(what: str, mark: str) -> UserError:
+    """The error that says that another job has become the owner."""
+    return UserError(
+        f"{what} was taken over by another job while this one stood still: its mark {mark} is no longer there. Nothing "
+        "of that job's was touched; run this one again when it is done."
+    )
+
+
 def _take(path: Path, what: str) -> Owner:
     owner = uuid.uuid4().hex[:12]
-    facts = {"owner": owner, "process": os.getpid(), "started": _started(os.getpid())}
-    facts |= {"host": socket.gethostname(), "machine": _machine(), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
+    facts = facts_of_job(owner)
     aside = hidden(path, f"{owner}.writing")
     mark = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -199,31 +227,24 @@ def _check_dead(mark: int, path: Path, what: str) -> bool:
         return False
     facts = _read(path)
     idle = max(0.0, time.time() - there.st_mtime)
-    if not free:
-        lives = True
-    elif facts.get("machine") == _machine():
-        lives = _started(facts.get("process")) == facts.get("started")
-    else:
+    lives = lives_here(facts) if free else True
+    if lives is None:
         idle = max(0.0, _now(path) - there.st_mtime)
         lives = idle < DEAD_AFTER
     if not lives:
         return True
-    raise Occupied(
-        f"{what} is being written by another job: process {facts.get('process')} on {facts.get('host')}, since "
-        f"{facts.get('since')}, whose mark {path} was renewed {idle:.0f} s ago. Wait for it, or give another folder. "
-        f"If it is dead, this one takes over {DEAD_AFTER:.0f} s after the last renewal, or once you remove the mark."
-    )
+    raise occupied(what, facts, str(path), idle)
 
 
 def _open(path: Path) -> int | None:
     for access in (os.O_RDWR, os.O_RDONLY):  # another user's may be read only
-        with contextlib.suppress(OSError):
+        try:
             return os.open(path, access)
-    if os.path.lexists(path):
-        raise UserError(
-            f"{path}, the mark of a job, cannot be read: see whose it is, and remove it if that job is dead."
-        )
-    return None
+        except FileNotFoundError:  # it may be there again by now, as another job's
+            return None
+        except OSError:
+            continue
+    raise UserError(f"{path}, the mark of a job, cannot be read: see whose it is, and remove it if that job is dead.")
 
 
 def _lock(mark: int) -> bool:

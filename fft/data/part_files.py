@@ -9,11 +9,13 @@ A part is a numbered output file. Batches carry its number in a column ``part``,
 import contextlib
 import json
 import os
+import posixpath
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fft.data.asking import NewFile
 from fft.data.image_tallies import tally_images
 from fft.data.known import GRIDS, IMAGES
 from fft.data.lengths import document_lengths, tally_lengths
 from fft.data.manifest import FileInfo
+from fft.data.storage import Storage, is_url
 from fft.data.worker_notes import WRITING, WorkerNotes
-from fft.errors import UserError
+from fft.errors import StorageError, UserError, one_line
 from fft.files import sync
 
 #: A row group is what a reader decodes at once: this many rows, or fewer when they are long (4 MB of ids).
@@ -42,22 +46,31 @@ QUARANTINE = "_quarantine"
 
 @dataclass(frozen=True)
 class PartFolder:
-    """Where workers write the parts of one table: an absolute path, and notes to the driver, which all of a job's
-    tables share.
+    """Where workers write the parts of one table: an absolute path or a URL, and notes to the driver, which all of a
+    job's tables share.
 
-    While they are written, files have hidden names with the ``tag`` of the notes, which is the job's, and one of the
-    try: no two jobs and no two tries write the same file. Finished parts are ``part-NNNNN{suffix}.parquet``: without a
-    suffix in a folder that holds no other table, so that the same table has the same names everywhere; else with the
-    job's tag, since the older table stays until the new one is whole.
+    On a disk, files have hidden names while they are written, with the ``tag`` of the notes, which is the job's, and
+    one of the try: no two jobs and no two tries write the same file. Finished parts are ``part-NNNNN{suffix}.parquet``:
+    without a suffix in a folder that holds no other table, so that the same table has the same names everywhere; else
+    with the job's tag, since the older table stays until the new one is whole.
+
+    Where files cannot be renamed, in a store or one that is mounted, parts are ``direct``: files have their final names
+    from the beginning, ``part-NNNNN-TRY{suffix}.parquet``. Which of them are the table, its manifest says.
 
     With ``kept``, a folder in this one, finished files wait there under their hidden names; the same work finds them
     when its job was interrupted, see ``spark_jobs.token_table.kept``.
     """
 
-    folder: Path
+    folder: Path | str
     notes: WorkerNotes
     suffix: str = ""
     kept: str = ""
+    direct: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        """The folder, as this machine reaches it."""
+        return Storage.at(self.folder)
 
     @property
     def tag(self) -> str:
@@ -66,18 +79,22 @@ class PartFolder:
 
     @property
     def parts(self) -> Path:
-        """Where parts lie until they are published."""
-        return self.folder / self.kept
+        """Where parts lie until they are published, on a disk."""
+        return Path(self.folder) / self.kept
 
-    @property
-    def rejects(self) -> Path:
-        """The same of records set aside."""
-        return self.folder / (self.kept or QUARANTINE)
+    def new_name(self, part: int, ending: str) -> str:
+        """A name for a file of a part that no other try has."""
+        if self.direct:
+            return f"part-{part:05d}-{uuid.uuid4().hex[:8]}{self.suffix}{ending}"
+        return f".part-{part:05d}{self.tag}.{uuid.uuid4().hex}{WRITING}"
 
-    def unfinished(self) -> Iterator[Path]:
-        """What this job has under hidden names: parts that are not published, and what failed tries and notes left."""
-        for where in (self.folder, self.folder / QUARANTINE):
-            yield from where.glob(f".part-*{self.tag}.*{WRITING}")
+    def own(self) -> list[str]:
+        """Files that carry this job's tag: on a disk those under hidden names, which are not published, and what failed
+        tries and notes left; else all."""
+        pattern = f"part-*{self.tag}.*" if self.direct else f".part-*{self.tag}.*{WRITING}"
+        storage = self.storage
+        aside = [posixpath.join(QUARANTINE, name) for name in storage.below(QUARANTINE).here()]
+        return [name for name in (*storage.here(), *aside) if fnmatchcase(posixpath.basename(name), pattern)]
 
 
 @dataclass(frozen=True)
@@ -94,23 +111,21 @@ class Part:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Raise what a file system cannot do as a :class:`UserError` that names the folder."""
+def writing_to(folder: Path | str) -> Iterator[None]:
+    """Raise what a file system cannot do as a :class:`StorageError` that names the folder."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} cannot be written to ({error}): `output` must lie under this path on all machines of the "
-            "cluster, and stay there while the job runs."
-        ) from error
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written to ({error}): make room there, or have it permitted, and run the job again."
-        ) from error
+        remedy = "make room there, or have it permitted, and run the job again."
+        if isinstance(error, FileNotFoundError) and not is_url(folder):
+            remedy = (
+                "`output` must lie under this path on all machines of the cluster, and stay there while the job runs."
+            )
+        raise StorageError(f"{folder} cannot be written to ({one_line(error)}): {remedy}") from error
 
 
 class PartFile:
-    """A parquet file that appears in the ``target`` under a hidden temporary name; see :func:`name_parts`.
+    """A parquet file that appears in the ``target`` under a name that nobody reads yet; see :func:`name_parts`.
 
     Row groups are filled up to :data:`ROW_GROUP_ROWS` rows, :data:`ROW_GROUP_TOKENS` tokens or, of images,
     :data:`ROW_GROUP_IMAGE_BYTES` whatever the batches are.
@@ -118,8 +133,9 @@ class PartFile:
     """
 
     def __init__(self, target: PartFolder, part: int) -> None:
-        self.part, self.name = part, hidden_name(target, part)
-        self._path, self._meter = target.parts / self.name, target.notes.meter("written")
+        self.part, self.name = part, target.new_name(part, ".parquet")
+        self._target = target
+        self._file: NewFile | None = None
         self._sink: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
         self._finished = False
@@ -137,7 +153,6 @@ class PartFile:
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows."""
         lengths, first = self.tokens_of(batch), 0
-        self._meter.add(batch.num_rows, int(lengths.sum()))
         sizes = _image_bytes(batch) if {IMAGES, GRIDS} <= {*batch.schema.names} else None
         while first < batch.num_rows:
             window = slice(first, first + ROW_GROUP_ROWS - self._waiting_rows)
@@ -163,13 +178,11 @@ class PartFile:
         What :meth:`tally` has counted is added to the tallies.
         """
         self._flush()
-        self._meter.add(parts=1)
-        if self._sink is None:
+        if self._sink is None or self._file is None:
             return Part(self.part, "", 0, 0, 0, dict(tallies), rejects)
-        with writing_to(self._path.parent):
+        with writing_to(self._target.folder):
             self._sink.close()
-            sync(self._path)
-            size = self._path.stat().st_size
+            size = self._file.close()
         self._finished = True
         return Part(self.part, self.name, self._rows, self._tokens, size, {**tallies, **self._counts}, rejects)
 
@@ -177,20 +190,24 @@ class PartFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._sink is not None and not self._finished:  # the task fails
-            with contextlib.suppress(OSError, pa.ArrowException):  # of a full disk, which it has said already
-                self._sink.close()
-            self._path.unlink(missing_ok=True)
+        if self._file is not None and not self._finished:  # the task fails
+            if self._sink is not None:
+                with contextlib.suppress(OSError, pa.ArrowException):  # of a full disk, which it has said already
+                    self._sink.close()
+            self._file.discard()
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
         self._counts += self.tally(table)
-        with writing_to(self._path.parent):
+        with writing_to(self._target.folder):
+            if self._file is None:
+                self._file = self._target.storage.create(posixpath.join(self._target.kept, self.name))
             if self._sink is None:
                 # Without Arrow's own schema: engines name the items of lists differently.
-                self._sink = pq.ParquetWriter(self._path, table.schema, compression=COMPRESSION, store_schema=False)
+                options = {"compression": COMPRESSION, "store_schema": False}
+                self._sink = pq.ParquetWriter(self._file.stream, table.schema, **options)
             self._sink.write_table(table, row_group_size=table.num_rows)
         self._rows, self._tokens = self._rows + self._waiting_rows, self._tokens + self._waiting_tokens
         self._waiting, self._waiting_rows, self._waiting_tokens, self._waiting_bytes = [], 0, 0, 0
@@ -205,38 +222,37 @@ def _image_bytes(batch: pa.RecordBatch) -> np.ndarray:
 
 
 class RejectFile:
-    """JSON lines of what could not be used, {file, reason, record}, in :data:`QUARANTINE` under a hidden name."""
+    """JSON lines of what could not be used, {file, reason, record}, in :data:`QUARANTINE`, named as parts are."""
 
     def __init__(self, target: PartFolder, part: int) -> None:
-        self._path = target.rejects / hidden_name(target, part)
+        self._target, self._name = target, target.new_name(part, ".json")
+        self._file: NewFile | None = None
 
     def add(self, file: str, reason: str, record: bytes | None) -> None:
         """Set one record aside."""
         text = None if record is None else record.decode("utf-8", "backslashreplace")
-        with writing_to(self._path.parent):
-            self._path.parent.mkdir(exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as stream:  # rejects are few: open it for each
-                stream.write(json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n")
+        with writing_to(self._target.folder):
+            if self._file is None:
+                place = self._target.storage.below(self._target.kept or QUARANTINE)
+                place.make()
+                self._file = place.create(self._name)
+            line = json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n"
+            self._file.stream.write(line.encode())
 
     def finish(self) -> str:
-        """The file's name, once it is on the disk; "" when there is none."""
-        if not self._path.exists():
+        """The file's name, once it is there for good; "" when there is none."""
+        if self._file is None:
             return ""
-        with writing_to(self._path.parent):
-            sync(self._path)
-        return self._path.name
+        with writing_to(self._target.folder):
+            self._file.close()
+        return self._name
 
     def __enter__(self) -> "RejectFile":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:  # the task fails
-            self._path.unlink(missing_ok=True)
-
-
-def hidden_name(target: PartFolder, part: int) -> str:
-    """A name for a file of a part that no other try has."""
-    return f".part-{part:05d}{target.tag}.{uuid.uuid4().hex}{WRITING}"
+        if kind is not None and self._file is not None:  # the task fails
+            self._file.discard()
 
 
 def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], dict[Path, Path]]:
@@ -244,52 +260,62 @@ def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], d
 
     Raises :class:`UserError` when a file cannot be seen from here as its task has left it.
     """
-    named, renames = [], {}
-    for part in sorted(parts, key=lambda p: p.part):
+    ordered = sorted(parts, key=lambda p: p.part)
+    aside = target.kept or QUARANTINE
+    sizes, rejected = (target.storage.below(name).here() for name in (target.kept, aside))
+    for part in ordered:
+        if part.name:
+            _check_seen(target.storage.shown(posixpath.join(target.kept, part.name)), sizes.get(part.name), part.bytes)
+        if part.rejects:
+            _check_seen(target.storage.shown(f"{aside}/{part.rejects}"), rejected.get(part.rejects))
+    if target.direct:
+        return ordered, {}
+    named, renames, folder = [], {}, Path(target.folder)
+    for part in ordered:
         name, rejects = f"part-{part.part:05d}{target.suffix}.parquet", f"part-{part.part:05d}{target.suffix}.json"
         if part.name:
-            _check_seen(target.parts / part.name, part.bytes)
-            renames[target.parts / part.name] = target.folder / name
+            renames[target.parts / part.name] = folder / name
         if part.rejects:
-            _check_seen(target.rejects / part.rejects)
-            renames[target.rejects / part.rejects] = target.folder / QUARANTINE / rejects
+            renames[folder / aside / part.rejects] = folder / QUARANTINE / rejects
         named.append(replace(part, name=name if part.name else "", rejects=rejects if part.rejects else ""))
     return named, renames
 
 
-def _check_seen(file: Path, size: int | None = None) -> None:
-    try:
-        found = file.stat().st_size
-    except FileNotFoundError:
-        found = None
+def _check_seen(file: str, found: int | None, size: int | None = None) -> None:
     if found is None or size not in (None, found):
         what = "is not there" if found is None else f"has {found} bytes, not {size},"
         raise UserError(
-            f"{file}, which a worker wrote, {what} for the driver: "
-            "`output` must lie on storage that all machines of the cluster mount alike."
+            f"{file}, which a worker wrote, {what} for the driver: `output` must lie on storage that all machines of "
+            "the cluster mount alike, or be a URL that all can write to (s3://bucket/table)."
         )
 
 
-def publish_files(target: PartFolder, renames: Mapping[Path, Path]) -> None:
-    """Give files their final names, for good once this returns; and drop what failed tries left."""
+def publish_files(target: PartFolder, renames: Mapping[Path, Path], parts: Sequence[Part]) -> None:
+    """Give files their final names, for good once this returns; and drop what failed tries left beside ``parts``."""
     for folder in {final.parent for final in renames.values()}:
         folder.mkdir(exist_ok=True)
     for source, final in renames.items():
         os.replace(source, final)
-    for leftover in target.unfinished():
-        leftover.unlink(missing_ok=True)
-    quarantine = target.folder / QUARANTINE
-    with contextlib.suppress(OSError):
-        quarantine.rmdir()  # if nothing is set aside
-    for folder in (quarantine, target.folder):
-        if folder.exists():
-            sync(folder)
+    storage, own = target.storage, {*own_files(parts)}
+    storage.delete([name for name in target.own() if name not in own])
+    quarantine = storage.below(QUARANTINE)
+    if not any(part.rejects for part in parts):
+        quarantine.delete_empty()
+    if renames:
+        for folder in (Path(quarantine.root), Path(storage.root)):
+            if folder.exists():
+                sync(folder)
+
+
+def own_files(parts: Sequence[Part]) -> set[str]:
+    """The names of all files of parts, those of what is set aside, too, relative to the table."""
+    return {name for p in parts for name in (p.name, p.rejects and f"{QUARANTINE}/{p.rejects}") if name}
 
 
 def publish_parts(target: PartFolder, parts: Sequence[Part]) -> list[Part]:
     """:func:`name_parts` and :func:`publish_files`: the parts under their final names. Raises as the former."""
     named, renames = name_parts(target, parts)
-    publish_files(target, renames)
+    publish_files(target, renames, named)
     return named
 
 

@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
 
 from fft.data.asking import NewFile, asking, remove_file
 from fft.data.manifest import is_hidden
-from fft.errors import UserError, one_line
+from fft.errors import StorageError, UserError, one_line
 from fft.files import write_atomically
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
@@ -57,11 +58,13 @@ class Storage:
     filesystem: fs.FileSystem
 
     @classmethod
-    def at(cls, name: str | os.PathLike[str]) -> "Storage":
-        """The storage that a path or URL names.
+    def at(cls, name: "str | os.PathLike[str] | Storage") -> "Storage":
+        """The storage that a path or URL names; one that is given is returned.
 
         Raises :class:`UserError` for a URL of no known file system, and for a name that is no UTF-8.
         """
+        if isinstance(name, Storage):
+            return name
         check_names_utf8([str(name)])
         if not is_url(name):
             return cls(str(Path(name)), str(Path(name).absolute()), fs.LocalFileSystem())
@@ -75,6 +78,20 @@ class Storage:
     def is_local(self) -> bool:
         """Whether the operating system has it: a disk, or whatever is mounted like one."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
+    def location(self) -> str:
+        """What names it on every machine: an absolute path, or the URL."""
+        return self.root if self.is_local else self.name
+
+    def location_of(self, name: str) -> str:
+        """The same of the file of this name; see :meth:`at`."""
+        return self.path(name) if self.is_local else posixpath.join(self.name, quote(name))
+
+    @property
+    def address(self) -> str:
+        """What two names of one place have in common."""
+        return os.path.realpath(self.root) if self.is_local else f"{self.filesystem.type_name}://{self.root}"
 
     def below(self, name: str) -> "Storage":
         """The folder, or file, of this name in it."""
@@ -117,13 +134,14 @@ class Storage:
     def read(self, name: str) -> bytes:
         """The content of a small file of this name. Raises :class:`UserError` when it cannot be read."""
         with reaching(self.name):
-            return asking(partial(self._get, name))
+            return self.fetch(name)
+
+    def fetch(self, name: str) -> bytes:
+        """The same. Raises :class:`OSError`, as all that follow do, where the file system does not give it."""
+        return asking(partial(self._get, name))
 
     def info(self, name: str = "") -> fs.FileInfo:
-        """What there is of this name: its kind, bytes, and when it was written by the clock of the store.
-
-        Raises :class:`OSError`, as all that follow do, where the file system does not answer.
-        """
+        """What there is of this name: its kind, bytes, and when it was written by the clock of the store."""
         return asking(partial(self.filesystem.get_file_info, self.path(name)))
 
     def here(self) -> dict[str, int | None]:
@@ -208,11 +226,11 @@ def check_names_utf8(paths: Iterable[str], parameter: str = "") -> None:
 
 @contextmanager
 def reaching(name: str) -> Iterator[None]:
-    """Around what asks a file system for ``name``. Raises :class:`UserError` where it does not answer."""
+    """Around what asks a file system for ``name``. Raises :class:`StorageError` where it does not answer."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
+        raise StorageError(
             f"{name} cannot be listed ({one_line(error)}): check the address and this machine's credentials."
         ) from error
 

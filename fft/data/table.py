@@ -22,7 +22,7 @@ from fft.data.lengths import bound_steps
 from fft.data.manifest import MANIFEST_NAME, Manifest, is_hidden
 from fft.data.row_images import RowImages
 from fft.data.storage import Listing, Storage, check_names_utf8, printable
-from fft.data.table_files import parquet_files, untagged
+from fft.data.table_files import check_against_manifest, parquet_files, untagged
 from fft.errors import UserError, one_line
 from fft.images.rules import FAMILIES, ImageRules
 
@@ -72,7 +72,7 @@ class Table:
     columns: frozenset[str]
     manifest: Manifest | None
     version: int | None
-    filesystem: FileSystem
+    storage: Storage
     unread: LeftOut
 
     @classmethod
@@ -98,7 +98,7 @@ class Table:
             if manifest is None:
                 check_loose(storage, listing)
         if manifest is not None:
-            _check_against_manifest(storage, listing, manifest)
+            check_against_manifest(storage, listing, manifest)
         root, files = storage.name, [storage.path(name) for name in names]
         check_names_utf8(files)
         if not files:
@@ -127,12 +127,28 @@ class Table:
         groups = [g for g in groups if g.tokens > 0]
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
-        return cls(root, tuple(groups), columns or frozenset(), manifest, version, storage.filesystem, unread)
+        return cls(root, tuple(groups), columns or frozenset(), manifest, version, storage, unread)
+
+    @property
+    def filesystem(self) -> FileSystem:
+        """Where its files lie."""
+        return self.storage.filesystem
 
     @property
     def source(self) -> str:
         """The path, with the version where there is one: what to open to find the same content again."""
         return self.path if self.version is None else f"{self.path}@v{self.version}"
+
+    @property
+    def locations(self) -> list[str]:
+        """What names the file of each row group on every machine: a path, or a URL."""
+        root = self.storage.root
+        return [
+            self.storage.location_of(group.path.removeprefix(root).removeprefix("/"))
+            if group.path.startswith(root)
+            else group.path
+            for group in self.row_groups
+        ]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,7 +156,7 @@ class Table:
 
         A table that an equal one has replaced keeps it, though the new files have another job's id in their names.
         """
-        names = (os.path.relpath(g.path, self.path) for g in self.row_groups)
+        names = (os.path.relpath(g.path, self.storage.root) for g in self.row_groups)
         names = names if self.version is not None else map(untagged, names)
         facts = [
             (n, g.index, g.rows, g.tokens, g.bytes, *([g.image_bytes] if self.has_images else []))
@@ -294,18 +310,6 @@ def _padding_error(where: str) -> UserError:
         f"{where}: {MASK} says that some tokens are padding: write the table again with spark_jobs/repartition.py, "
         "which leaves them out."
     )
-
-
-def _check_against_manifest(storage: Storage, listing: Listing, manifest: Manifest) -> None:
-    for info in manifest.files:
-        size, file = listing.sizes.get(info.path), storage.shown(info.path)
-        if size is None:
-            raise UserError(f"{file} is in the table's manifest but is missing: restore it or write the table again.")
-        if size != info.bytes:
-            raise UserError(
-                f"{file} has {size} bytes, its manifest says {info.bytes}: the table was changed after "
-                "it was written; write it again."
-            )
 
 
 def _document_ends(

@@ -17,6 +17,8 @@ from fft.data.manifest import (
 from fft.data.storage import Listing, Storage
 from fft.errors import UserError
 
+#: What a task in a store has written, and nobody named: a try that failed, or ended when its job was over.
+_TRY = re.compile(r"part-\d{5,}-[0-9a-f]{8}-[0-9a-f]{12}\.parquet")
 #: What says of a folder that it is a table by itself.
 _MARKS = (MANIFEST_NAME, WRITING_NAME, "_delta_log")
 
@@ -25,9 +27,9 @@ def parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manife
     """The files of a table in name order, and its manifest if it has one.
 
     Folders may be named like files: Spark users write ``corpus.parquet``. With a manifest, its files are the table.
-    Others are passed over where they belong to a table of their own, or to a job that is replacing this one (or was
-    interrupted, which its mark tells); else they are refused by name, and so are an unfinished table, and folders whose
-    subfolders are tables of ours. Raises :class:`UserError`.
+    Others are passed over where they belong to a table of their own, to a task that failed in a store, or to a job that
+    is replacing this one (or was interrupted, which its mark tells); else they are refused by name, and so are an
+    unfinished table, and folders whose subfolders are tables of ours. Raises :class:`UserError`.
     """
     if "" in listing.sizes:
         return [""], None
@@ -41,7 +43,11 @@ def parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manife
     tables = [folder for folder in folders if any(f"{folder}/{name}" in there for name in _MARKS)]
     if manifest is not None:
         known = {info.path for info in manifest.files}
-        strays = [name for name in names if name not in known and posixpath.dirname(name) not in tables]
+        strays = [
+            name
+            for name in names
+            if name not in known and posixpath.dirname(name) not in tables and not _TRY.fullmatch(name)
+        ]
         if strays and mark is None:
             file = storage.shown(strays[0])
             raise UserError(f"{file} is not in the manifest of {storage.name}: remove it or write the table again.")
@@ -54,5 +60,18 @@ def parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manife
 
 
 def untagged(name: str) -> str:
-    """A file's name without the id of the job that wrote it."""
-    return re.sub(r"(part-\d{5,})-[0-9a-f]{12}\.parquet$", r"\1.parquet", name)
+    """A file's name without the ids of the job, and of the try, that wrote it."""
+    return re.sub(r"(part-\d{5,})(-[0-9a-f]{8})?-[0-9a-f]{12}\.parquet$", r"\1.parquet", name)
+
+
+def check_against_manifest(storage: Storage, listing: Listing, manifest: Manifest) -> None:
+    """Raise :class:`UserError` where a file of the manifest is missing, or has another size."""
+    for info in manifest.files:
+        size, file = listing.sizes.get(info.path), storage.shown(info.path)
+        if size is None:
+            raise UserError(f"{file} is in the table's manifest but is missing: restore it or write the table again.")
+        if size != info.bytes:
+            raise UserError(
+                f"{file} has {size} bytes, its manifest says {info.bytes}: the table was changed after "
+                "it was written; write it again."
+            )

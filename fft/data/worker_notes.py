@@ -1,125 +1,78 @@
-"""What workers tell the driver while they work, on any engine: an error, and how far they are.
+"""What workers tell the driver, on any engine, when their input is wrong: a small file beside the output.
 
-Both are small files under hidden temporary names beside the output, which the end of a job removes.
+All of them see it, since all write there. What a storage does not do is none of it: that goes to the engine, which
+tries again, see :class:`fft.errors.StorageError`.
 """
 
-import os
-import struct
-import time
-import uuid
+import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
+from pyarrow import fs
 
-from fft.errors import UserError
+from fft.data.storage import Storage, reaching
+from fft.errors import StorageError, UserError
 
 Work = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 #: Ending of names that are no part of a table.
 WRITING = ".writing"
-_NUMBERS = struct.Struct("<3q")
-#: Seconds between two notes of a task.
-_INTERVAL = 0.5
-
-
-@dataclass(frozen=True)
-class Amount:
-    """Rows and tokens so far, and parts that are finished."""
-
-    rows: int = 0
-    tokens: int = 0
-    parts: int = 0
-
-    def __add__(self, other: "Amount") -> "Amount":
-        return Amount(self.rows + other.rows, self.tokens + other.tokens, self.parts + other.parts)
-
-
-class Meter:
-    """Notes what one task has done; the notes of a task that failed stay, and count twice when it runs again."""
-
-    def __init__(self, path: str) -> None:
-        self._path, self._amount, self._noted = path, Amount(), time.monotonic()
-
-    def add(self, rows: int = 0, tokens: int = 0, parts: int = 0) -> None:
-        """Count what has been done since the last call."""
-        self._amount += Amount(rows, tokens, parts)
-        if parts or time.monotonic() - self._noted > _INTERVAL:
-            self._noted, amount = time.monotonic(), self._amount
-            try:
-                Path(self._path).write_bytes(_NUMBERS.pack(amount.rows, amount.tokens, amount.parts))
-            except OSError:  # a full disk, say: the output itself meets it, and says so
-                self._noted += 60
 
 
 @dataclass(frozen=True)
 class WorkerNotes:
-    """Files in ``folder`` whose names contain ``tag``: jobs that write versions of one table keep out of each other."""
+    """A file in ``folder``, an absolute path or a URL, whose name contains ``tag``: jobs that write versions of one
+    table keep out of each other. Where a worker does not find the file ``seen``, it is not where the driver is."""
 
     folder: str
     tag: str = ""
-
-    def meter(self, what: str) -> Meter:
-        """A new meter of a task that has done ``what``: "read" or "written"."""
-        return Meter(f"{self._prefix}.{what}.{uuid.uuid4().hex}{WRITING}")
-
-    def amount(self, what: str) -> Amount:
-        """All tasks' notes together."""
-        total = Amount()
-        for path in self._files(what):
-            try:
-                note = path.read_bytes()
-            except FileNotFoundError:
-                continue  # the job has just ended
-            if len(note) == _NUMBERS.size:  # else it is being written
-                total += Amount(*_NUMBERS.unpack(note))
-        return total
-
-    def clear(self) -> None:
-        """Remove all notes."""
-        for path in self._files("*"):
-            path.unlink(missing_ok=True)
+    seen: str = ""
 
     def failed(self) -> bool:
-        """Whether a task has met an error."""
-        return os.path.exists(self._error)
+        """Whether a task has met an error. Raises :class:`StorageError` where it does not see what the driver sees."""
+        storage = Storage.at(self.folder)
+        with reaching(self.folder):
+            error = storage.info(self._error)
+            there = not self.seen or storage.info(self.seen).type != fs.FileType.NotFound
+        if not there:
+            raise StorageError(
+                f"a worker on {socket.gethostname()} does not find {storage.shown(self.seen)}, the mark of this job: "
+                "`output` must lie on storage that all machines of the cluster mount alike, or be a URL that all can "
+                "write to (s3://bucket/table)."
+            )
+        return error.type != fs.FileType.NotFound
 
     def fail(self, error: UserError) -> None:
         """Say why; the first to say it is heard. Raises ``error`` itself when nothing can be written here."""
+        storage = Storage.at(self.folder)
         try:
-            with open(self._error, "x", encoding="utf-8") as stream:
-                stream.write(str(error))
-        except FileExistsError:
-            return
-        except OSError:
+            if not storage.exists(self._error):
+                storage.write(self._error, str(error))
+        except (OSError, pa.ArrowException, StorageError):
             raise error from None
 
     def check(self) -> None:
         """Raise what a worker said, if one did, and remove it. For the driver, when all tasks have ended."""
-        if self.failed():
-            with open(self._error, encoding="utf-8") as stream:
-                reason = stream.read()
-            os.unlink(self._error)
+        storage = Storage.at(self.folder)
+        if storage.exists(self._error):
+            reason = storage.read(self._error).decode()
+            with contextlib.suppress(OSError):
+                storage.delete([self._error])
             raise UserError(reason)
 
     @property
-    def _prefix(self) -> str:
-        return f"{self.folder}/.part-notes{self.tag}"
-
-    @property
     def _error(self) -> str:
-        return f"{self._prefix}.error{WRITING}"
-
-    def _files(self, what: str) -> Iterator[Path]:
-        return Path(self.folder).glob(f".part-notes{self.tag}.{what}.{'[0-9a-f]' * 32}{WRITING}")
+        return f".part-notes{self.tag}.error{WRITING}"
 
 
 @dataclass(frozen=True)
 class Stoppable:
     """``work`` for ``mapInArrow`` that ends at a :class:`UserError`, and does nothing where another task has met one.
 
-    Such a task does not fail: the engine would try it again, to fail again, and print stacks of two languages.
+    Such a task does not fail: the engine would try it again, to fail again, and print stacks of two languages. It does
+    at a :class:`StorageError`.
     """
 
     work: Work
@@ -130,6 +83,8 @@ class Stoppable:
         if not self.notes.failed():
             try:
                 yield from self.work(batches)
+            except StorageError:
+                raise
             except UserError as error:
                 self.notes.fail(error)
         for _ in batches:  # engines expect a task to take all of its input

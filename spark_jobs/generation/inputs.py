@@ -83,11 +83,11 @@ class Prompts:
         if self.splits:
             tasks = create_tasks(spark, [split.row() for split in self.splits], SPLIT, min(place.tasks, first))
             work = GenerateParts(asking, self.fields, target, fail)
-            writer.write(tasks, work, _ORDER, first, "generate", profile=place.profile)
+            writer.write(tasks, work, _ORDER, "generate", profile=place.profile)
         for frame, parts in self.frames:
             rows = to_tasks(numbered(frame, parts, first), min(place.tasks, parts))
             work = GenerateFrameParts(asking, self.fields, target, fail, frame.name, frame.schema.names)
-            writer.write(rows, work, FRAME_ORDER, parts, f"generate {frame.name}", profile=place.profile)
+            writer.write(rows, work, FRAME_ORDER, f"generate {frame.name}", profile=place.profile)
             first += parts
 
 

@@ -175,7 +175,7 @@ def user_errors() -> Iterator[None]:
 
 def _sentence(text: str) -> str | None:
     """What an error of Spark's says, where it is the user's to mend."""
-    if found := re.search(r"^fft\.errors\.UserError: (.*)$", text, re.MULTILINE):
+    if found := re.search(r"^fft\.errors\.(?:User|Storage)Error: (.*)$", text, re.MULTILINE):
         return found[1]
     if lacking := re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text):
         ours = lacking[1].partition(".")[0] in ("fft", "spark_jobs")

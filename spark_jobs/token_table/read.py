@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import fs
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.corpus.readers import read_row_groups, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, deal
 from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes, pack_bytes
-from fft.data.delta import split_version
+from fft.data.delta import split_name
 from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, LOGS, MASK
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo, is_hidden
+from fft.data.storage import Storage, reaching
 from fft.data.table import Table
 from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
@@ -26,6 +27,8 @@ from spark_jobs.token_table.rows import doc_ids, token_lists
 
 #: Columns that make up a row's content.
 CARRIED = (*LISTS, GRIDS, IMAGES)
+#: What says of a folder that it is a table.
+_SIGNS = {MANIFEST_NAME, WRITING_NAME, "_temporary", *LOGS}
 #: Rows that are read, and go to the engine, at once.
 _ROWS, _ROWS_WITH_IMAGES = 256, 16
 
@@ -37,47 +40,53 @@ class Dataset:
     name: str
     table: Table
 
-    @cached_property
-    def path(self) -> Path:
+    @property
+    def path(self) -> str:
         """Where it lies."""
-        return Path(self.table.path)
+        return self.table.path
 
 
-def is_table(folder: Path) -> bool:
+def is_table(place: Storage) -> bool:
     """Parquet files lie directly in it, or a job of ours wrote it (perhaps only began to)."""
-    names = (MANIFEST_NAME, WRITING_NAME, "_temporary", *LOGS)
-    return any((folder / name).exists() for name in names) or any(folder.glob("*.parquet"))
+    here = place.here()
+    return not here.keys().isdisjoint(_SIGNS) or any(name.endswith(".parquet") for name in here)
 
 
-def _holds_files(folder: Path) -> bool:
+def _holds_files(place: Storage) -> bool:
     """Parquet files lie in it, or below, as of a table that is partitioned."""
-    return any(not is_hidden(file.relative_to(folder)) for file in folder.rglob("*.parquet"))
+    return any(name.endswith(".parquet") and not is_hidden(PurePosixPath(name)) for name in place.list().sizes)
 
 
-def find_tables(path: Path, parameter: str) -> list[Path]:
-    """The table at ``path``, or the tables directly below it, in name order: all folders that hold parquet files.
+def find_tables(path: str | Path, parameter: str) -> list[str]:
+    """The table at ``path``, which may be a URL, or the tables directly below it, in name order: all folders that hold
+    parquet files.
 
     Raises :class:`UserError`, which names the ``parameter``, when there is none.
     """
-    if split_version(path)[1] is not None:
-        return [path]
-    if not path.exists():
-        raise UserError(f"`{parameter}` {path} does not exist: give a token table or a folder of them.")
-    if path.is_file() or is_table(path):
-        return [path]
-    below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
-    tables = [folder for folder in below if is_table(folder) or _holds_files(folder)]
+    name = str(path)
+    if split_name(name)[1] is not None:
+        return [name]
+    place = Storage.at(name)
+    with reaching(name):
+        kind = place.info().type
+        if kind == fs.FileType.NotFound:
+            raise UserError(f"`{parameter}` {name} does not exist: give a token table or a folder of them.")
+        if kind == fs.FileType.File or is_table(place):
+            return [name]
+        found = sorted(place.here().items())
+        below = [place.below(one) for one, size in found if size is None and not one.startswith(("_", "."))]
+        tables = [folder.name for folder in below if is_table(folder) or _holds_files(folder)]
     if not tables:
-        raise UserError(f"`{parameter}` {path} holds no token table: write one with spark_jobs/tokenize.py.")
+        raise UserError(f"`{parameter}` {name} holds no token table: write one with spark_jobs/tokenize.py.")
     return tables
 
 
-def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
+def open_datasets(paths: Sequence[str | Path]) -> list[Dataset]:
     """Open tables under names that depend on where they lie only as far as needed to tell them apart.
 
     Raises :class:`UserError` for a table that is given twice, and for what is no finished table.
     """
-    folders = [split_version(path)[0].resolve() for path in paths]
+    folders = [Storage.at(split_name(str(path))[0]).address for path in paths]
     repeated = {path for path in folders if folders.count(path) > 1}
     if repeated:
         raise UserError(f"`inputs` names {min(repeated)} more than once: give each table once.")
@@ -87,8 +96,8 @@ def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
     return [Dataset(_name(folder, depth), Table.open(path)) for folder, path in zip(folders, paths, strict=True)]
 
 
-def _name(path: Path, depth: int) -> str:
-    return "/".join(path.parts[-depth:])
+def _name(address: str, depth: int) -> str:
+    return "/".join(PurePosixPath(address).parts[-depth:])
 
 
 def common_tokenizer(datasets: Sequence[Dataset]) -> TokenizerInfo | None:
@@ -135,16 +144,14 @@ def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerN
     columns = frozenset().union(*(d.table.columns for d in datasets))
     lists = tuple(name for name in CARRIED if name in columns)
     spans = [
-        Span(dataset.name, "parquet", group.path, group.index, group.index + 1, group.tokens * 4 + group.image_bytes)
+        Span(dataset.name, "parquet", file, group.index, group.index + 1, group.tokens * 4 + group.image_bytes)
         for dataset in datasets
-        for group in dataset.table.row_groups
+        for file, group in zip(dataset.table.locations, dataset.table.row_groups, strict=True)
     ]
     splits = deal(spans)
     tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
     schema = ", ".join(f"{name} binary" for name in lists)
-    return tasks.mapInArrow(
-        Stoppable(TokenRows(lists, notes), notes), f"dataset string, doc_ids array<string>, {schema}"
-    )
+    return tasks.mapInArrow(Stoppable(TokenRows(lists), notes), f"dataset string, doc_ids array<string>, {schema}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +159,9 @@ class TokenRows:
     """A function for ``mapInArrow``: splits of token tables in, rows out."""
 
     lists: tuple[str, ...]
-    notes: WorkerNotes
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Read what each split names."""
-        meter = self.notes.meter("read")
         for batch in batches:
             for row in batch.to_pylist():
                 split = Split(**row)
@@ -164,9 +169,7 @@ class TokenRows:
                 held = [name for name in (*self.lists, DOC_IDS, MASK) if name in there]
                 size = _ROWS_WITH_IMAGES if IMAGES in held else _ROWS
                 for rows in read_row_groups(split.path, split.start, split.stop, held, size):
-                    complete = complete_rows(rows, self.lists, [split.dataset] * rows.num_rows, split.path)
-                    meter.add(rows.num_rows, complete.column("input_ids").nbytes // 4)
-                    yield complete
+                    yield complete_rows(rows, self.lists, [split.dataset] * rows.num_rows, split.path)
 
 
 def complete_rows(rows: pa.RecordBatch, lists: Sequence[str], names: Sequence[str], where: str) -> pa.RecordBatch:

@@ -3,17 +3,27 @@
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
 from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 
-from fft.console import progress
 from fft.data.manifest import FileInfo, Manifest
-from fft.data.part_files import QUARANTINE, Part, PartFolder, files_of, name_parts, publish_files, sum_tallies
+from fft.data.part_files import (
+    QUARANTINE,
+    Part,
+    PartFolder,
+    files_of,
+    name_parts,
+    own_files,
+    publish_files,
+    sum_tallies,
+)
 from fft.data.worker_notes import Stoppable, Work
 from spark_jobs.runtime.session import user_errors
 from spark_jobs.runtime.tasks import PART_SCHEMA, map_in_order
+from spark_jobs.runtime.watching import watched
 from spark_jobs.token_table.kept import take_back
 
 
@@ -35,21 +45,18 @@ class TableWriter:
         df: DataFrame,
         work: Work,
         order: Sequence[str],
-        parts: int,
         title: str,
-        tokens: int | None = None,
         profile: ResourceProfile | None = None,
     ) -> None:
         """Run ``work`` on the tasks of ``df``, each in the order of some columns: it writes files into the target,
         and yields a row of :data:`PART_SCHEMA` for each. They get their names with the manifest.
 
-        How many ``parts`` there are, and how many ``tokens`` if that is known, is for the progress line, which begins
-        with the ``title``; a ``profile`` says what each task takes of a machine. A task that failed and ran again, or
-        ran twice, leaves files of which nobody knows: they are removed then, too. Raises the :class:`UserError` of a
-        task, and one when the driver does not see a file.
+        The progress line begins with the ``title``; a ``profile`` says what each task takes of a machine. A task that
+        failed and ran again, or ran twice, leaves files of which nobody knows: they are removed then, too. Raises the
+        :class:`UserError` of a task, and one when the driver does not see a file.
         """
         notes = self.target.notes
-        with user_errors(), progress(title, notes, parts, tokens):
+        with user_errors(), watched(df.sparkSession, title):
             rows = map_in_order(df, Stoppable(work, notes), order, PART_SCHEMA, profile).collect()
         notes.check()
         self.add([Part(**row.asDict()) for row in rows])
@@ -88,24 +95,23 @@ class TableWriter:
 
     def publish(self) -> None:
         """Give all files their names; they are no table yet. Raises :class:`OSError`."""
-        publish_files(self.target, self._renames)
+        publish_files(self.target, self._renames, self.parts)
 
-    def own_files(self) -> set[Path]:
-        """The files of the table, published or not, and what it has set aside."""
-        return set(self._renames.values())
+    def own_files(self) -> set[str]:
+        """The files of the table, published or not, and what it has set aside, relative to its folder."""
+        return own_files(self.parts)
 
     def discard(self, kept: set[str], known_by_name: bool) -> None:
         """Remove this job's files but for those that are ``kept`` by name, as far as that goes.
 
         Published ones without the job's id in their names are removed only if they can be ``known_by_name`` alone.
         """
-        with contextlib.suppress(OSError):
-            for path in self.target.unfinished():
-                path.unlink(missing_ok=True)
+        published = kept | {f"{QUARANTINE}/{PurePosixPath(name).stem}.json" for name in kept}
+        with contextlib.suppress(OSError, pa.ArrowException):
+            storage = self.target.storage
+            storage.delete([name for name in self.target.own() if name not in published])
             if self.target.kept and known_by_name:
                 take_back(self.target, self._renames, kept)
             elif not self.target.kept and (self.target.suffix or known_by_name):
-                for path in self.own_files():
-                    if path.name not in kept:
-                        path.unlink(missing_ok=True)
-            (self.target.folder / QUARANTINE).rmdir()
+                storage.delete([name for name in self.own_files() if name not in published])
+            storage.below(QUARANTINE).delete_empty()

@@ -12,7 +12,8 @@ from conftest import SMALL, VOCAB, write_table
 from samples import read_sample
 
 from fft.arguments import parse_arguments
-from fft.data.manifest import FileInfo, Manifest, TokenizerInfo, begin_writing, commit, tokenizer_sha256
+from fft.data.commits import begin_writing, commit
+from fft.data.manifest import FileInfo, Manifest, TokenizerInfo, tokenizer_sha256
 from fft.errors import UserError
 from fft.planning.preflight import plan_run
 from fft.train import cli

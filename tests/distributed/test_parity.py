@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import parse_arguments
 from fft.checkpoint import adapter
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.models import small
 from fft.models.in_process import write_random_model
 from fft.parity_reference import one_process

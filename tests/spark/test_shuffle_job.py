@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fft.data.manifest import WRITING_NAME, begin_writing, read_manifest
+from fft.data.commits import begin_writing
+from fft.data.manifest import WRITING_NAME, read_manifest
 from fft.data.part_files import PartFolder
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError

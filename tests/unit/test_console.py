@@ -5,7 +5,6 @@ import threading
 import pytest
 
 from fft.console import format_table, live, progress, progress_line
-from fft.data.worker_notes import Amount, WorkerNotes
 
 
 def test_a_table_is_aligned():
@@ -13,25 +12,17 @@ def test_a_table_is_aligned():
     assert text.splitlines() == ["name        rows", "---------  -----", "a          1,234", "long name   5.50"]
 
 
-def test_a_progress_line_has_rate_and_time_left():
-    nothing, half = Amount(), Amount(10, 6_000_000, 2)
-    line = progress_line("x", nothing, half, 4, None, 2)
-    assert line == "x: 10 rows, 6.0 M tokens written, 3.0 M tokens/s, 2 s left"
-    line = progress_line("x", half, nothing, 4, 12_000_000, 2)
-    assert line == "x: 10 rows, 6.0 of 12.0 M tokens read, 3.0 M tokens/s, 6 s left"
-    line = progress_line("x", Amount(20, 12_000_000, 0), half, 4, 12_000_000, 3)
-    assert line == "x: 10 rows, 6.0 of 12.0 M tokens written, 2.0 M tokens/s, 1 s left"
-    line = progress_line("x", nothing, nothing, 4, None, 2)
-    assert line == "x: 0 rows, 0.0 M tokens written, 0.0 M tokens/s, 2 s so far"
+def test_a_progress_line_has_what_is_done_and_the_time_left():
+    assert progress_line("x", 3, 1200, 6) == "x: 3 of 1,200 tasks, 2,394 s left"
+    assert progress_line("x", 0, 4, 2) == "x: 0 of 4 tasks, 2 s so far"
+    assert progress_line("x", 0, 0, 2) == "x: 2 s so far"
 
 
-def test_progress_shows_what_tasks_note(tmp_path, monkeypatch, capsys):
-    notes = WorkerNotes(str(tmp_path))
-    notes.meter("written").add(5, 2_000_000, parts=1)
+def test_progress_shows_how_many_tasks_have_ended(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     shown = ""
-    with progress("job", notes, parts=2, interval=0.01):
-        while "job: 5 rows, 2.0 M tokens written" not in shown:
+    with progress("job", lambda: (1, 2), interval=0.01):
+        while "job: 1 of 2 tasks" not in shown:
             shown += capsys.readouterr().err
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from samples import read_sample
 
 from fft.data.batches import BatchPlan, micro_batch, step_batches
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.data.reader import SampleReader
 from fft.data.table import IGNORE, Table
 

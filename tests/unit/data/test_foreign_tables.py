@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_table
 
+from fft.data.commits import commit
 from fft.data.known import REFUSED
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.errors import UserError

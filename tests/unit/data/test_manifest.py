@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fft.data import manifest as module
+from fft.data.commits import begin_writing, commit
 from fft.data.manifest import (
     MANIFEST_NAME,
     WRITING_NAME,
     FileInfo,
     Manifest,
     TokenizerInfo,
-    begin_writing,
-    commit,
     read_manifest,
     tokenizer_sha256,
 )

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, commit_all
+from fft.data.commits import commit_all
+from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest
 from fft.data.part_files import QUARANTINE, PartFile, PartFolder, RejectFile, publish_parts
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
@@ -37,7 +38,6 @@ def names(folder: Path) -> list[str]:
 def test_finished_parts_get_their_names_and_failed_tries_go(target, tmp_path):
     write(target, 1, rejects=True)  # of a task that failed afterwards, and ran again
     parts = [write(target, 1, rejects=True), write(target)]
-    target.notes.meter("read").add(1, 1, parts=1)
     named = publish_parts(target, parts)
     assert [part.name for part in named] == ["part-00000.parquet", "part-00001.parquet"]
     assert names(tmp_path) == [f"{QUARANTINE}/part-00001.json", "part-00000.parquet", "part-00001.parquet"]
@@ -112,7 +112,7 @@ def test_all_is_on_the_disk_before_the_manifest_has_its_name(target, tmp_path, m
     del done[:]
     (tmp_path / "other").mkdir()
     manifest = Manifest((FileInfo(named.name, 2, 3, named.bytes),), 2, 3)
-    commit_all({tmp_path: manifest, tmp_path / "other": manifest})
+    commit_all([(tmp_path, manifest), (tmp_path / "other", manifest)])
     kinds = [kind for kind, _ in done]
     assert kinds.index("name") < kinds.index("folder")
     assert kinds[: kinds.index("name")].count("file") >= 2  # both, so that the first has no name when the second fails
@@ -123,7 +123,7 @@ def test_a_full_disk_is_named_and_nothing_half_is_left(target, tmp_path, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fft.data.part_files.sync", full)
+    monkeypatch.setattr("fft.data.asking.sync", full)
     for rejects in (False, True):
         with pytest.raises(UserError, match=r"cannot be written to \(.*No space left on device\): make room there"):
             write(target, rejects=rejects)
@@ -144,7 +144,7 @@ def test_tables_that_are_published_together_all_fit_or_none_is(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        commit_all(dict.fromkeys(folders, manifest))
+        commit_all([(folder, manifest) for folder in folders])
     assert names(tmp_path) == []
 
 

@@ -12,7 +12,8 @@ from conftest import write_table
 from pyarrow import fs
 from samples import read_sample
 
-from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, begin_writing, commit
+from fft.data.commits import begin_writing, commit
+from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest
 from fft.data.reader import SampleReader
 from fft.data.storage import Storage
 from fft.data.table import Table

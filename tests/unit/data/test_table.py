@@ -7,7 +7,8 @@ import pytest
 from conftest import write_table
 from samples import read_sample
 
-from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, begin_writing, commit
+from fft.data.commits import begin_writing, commit
+from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest
 from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.errors import UserError

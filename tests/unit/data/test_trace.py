@@ -11,7 +11,8 @@ from samples import read_sample
 
 from fft.data import trace
 from fft.data.blend import Blend
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.data.reader import SampleReader
 from fft.data.table import Table
 from fft.data.trace import documents_of_step, steps_of_document

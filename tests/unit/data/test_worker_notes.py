@@ -1,10 +1,10 @@
-"""What workers tell the driver: one error is heard, and how far they are."""
+"""What workers tell the driver: one error is heard."""
 
 import pyarrow as pa
 import pytest
 
-from fft.data.worker_notes import Amount, Stoppable, WorkerNotes
-from fft.errors import UserError
+from fft.data.worker_notes import Stoppable, WorkerNotes
+from fft.errors import StorageError, UserError
 
 BATCHES = [pa.RecordBatch.from_pydict({"x": [i]}) for i in range(3)]
 
@@ -39,19 +39,21 @@ def test_without_room_for_the_error_the_task_fails(tmp_path):
         list(Stoppable(fails_at_second, WorkerNotes(str(tmp_path / "gone")))(iter(BATCHES)))
 
 
-def test_notes_are_summed_and_cleared(tmp_path):
-    notes, other = WorkerNotes(str(tmp_path), "-1"), WorkerNotes(str(tmp_path), "-2")
-    for meter in (notes.meter("read"), notes.meter("read"), notes.meter("written"), other.meter("read")):
-        meter.add(3, 40)
-        meter.add(1, 2, parts=1)
-    assert notes.amount("read") == Amount(8, 84, 2)
-    assert notes.amount("written") == Amount(4, 42, 1)
-    (tmp_path / next(p.name for p in tmp_path.iterdir() if "-1.read" in p.name)).write_bytes(b"")  # while it is written
-    assert notes.amount("read") == Amount(4, 42, 1)
-    notes.clear()
-    assert notes.amount("read") == Amount()
-    assert other.amount("read") == Amount(4, 42, 1)
+def test_what_a_storage_does_not_do_fails_the_task_which_is_tried_again(tmp_path):
+    def fails(batches):
+        raise StorageError("busy")
+
+    notes = WorkerNotes(str(tmp_path))
+    with pytest.raises(StorageError, match="busy"):
+        list(Stoppable(fails, notes)(iter(BATCHES)))
+    assert not notes.failed()
 
 
-def test_a_task_that_cannot_note_goes_on(tmp_path):
-    WorkerNotes(str(tmp_path / "gone")).meter("read").add(1, 1, parts=1)
+def test_a_worker_that_does_not_see_the_jobs_mark_says_so(tmp_path):
+    notes = WorkerNotes(str(tmp_path), seen="mark")
+    with pytest.raises(
+        StorageError, match=r"a worker on .* does not find .*/mark, the mark of this job: `output` must"
+    ):
+        list(Stoppable(lambda batches: batches, notes)(iter(BATCHES)))
+    (tmp_path / "mark").touch()
+    assert list(Stoppable(lambda batches: batches, notes)(iter(BATCHES))) == BATCHES

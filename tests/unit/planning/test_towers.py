@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 from vision_models import FAMILIES, small_config
 
 from fft.arguments import parse_arguments
+from fft.data.commits import commit
 from fft.data.image_tallies import image_facts, tally_images
-from fft.data.manifest import commit
 from fft.errors import UserError
 from fft.models.carried import packed
 from fft.models.causal_lm import StageBuilder

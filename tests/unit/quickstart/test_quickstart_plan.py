@@ -4,7 +4,8 @@ import pytest
 from conftest import ROOT
 
 from fft.arguments import parse_arguments
-from fft.data.manifest import FileInfo, Manifest, commit
+from fft.data.commits import commit
+from fft.data.manifest import FileInfo, Manifest
 from fft.quickstart import __main__ as quickstart
 from fft.quickstart.plan import MODEL, PROMPTS, SEQ_LEN, VOCAB_SIZE, Folders, build_stages
 from fft.quickstart.stages import Record

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fft.data import delta
-from fft.data.manifest import WRITING_NAME, Manifest, begin_replacing, read_manifest
+from fft.data.commits import begin_replacing
+from fft.data.manifest import WRITING_NAME, Manifest, read_manifest
 from fft.data.owner import OWNER_NAME, Occupied
 from fft.data.part_files import QUARANTINE, PartFile, RejectFile
 from fft.data.table import Table
