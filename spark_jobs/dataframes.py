@@ -1,13 +1,16 @@
-"""Inputs that only the engine can read: DataFrames, catalog tables, and paths of file systems that are not mounted.
+"""Inputs that only the engine can read: DataFrames, catalog tables, tables of Iceberg and the like, and URLs of file
+systems that nothing else reaches.
 
 Their rows have no order of their own, so a hash of its content gives each one a sort key: any engine, and any number of
 its tasks, makes the same parts.
 """
 
+import posixpath
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -19,19 +22,23 @@ from pyspark.sql.types import DataType, StructType
 
 from fft.console import say
 from fft.corpus.files import kind_of
-from fft.corpus.remote import Remote, find_remote
 from fft.corpus.splits import chunk_size
 from fft.data.footer import check_names
-from fft.data.known import LeftOut
+from fft.data.known import KINDS, file_class
+from fft.data.lakes import EngineOnly
+from fft.data.storage import is_url
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 from spark_jobs.runtime.hashing import row_hash
+from spark_jobs.runtime.session import user_errors
 from spark_jobs.runtime.tasks import to_tasks
 
 #: Columns by whose order a part's rows are written.
 ORDER = ("part", "sort_key", "tie")
 _TABLE_NAME = re.compile(r"\w+(\.\w+){1,2}")
 _SAFE_NAME = re.compile(r"\w+")
+#: Folders in which the engine looks for the log of a Delta table, where only it can.
+_FOLDERS = 50
 #: Column of a record that is read as text: a JSON line, or a document.
 _RECORD = "value"
 
@@ -46,23 +53,27 @@ class Frame:
     schema: StructType
 
 
+def by_reader(inputs: Sequence[str | Path | DataFrame]) -> tuple[list[object], list[str]]:
+    """DataFrames and names of catalog tables, which the engine reads; and paths and URLs, whose files tasks read."""
+    frames = [path for path in inputs if is_frame(path)]
+    files = [str(path) for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)]
+    return [*frames], [re.sub("^file:(//(?=/))?", "", path) for path in files]
+
+
 def is_frame(path: object) -> bool:
-    """Whether an input is a DataFrame, a URL, or what looks like the name of a catalog table and is no path."""
+    """Whether an input is a DataFrame, or what looks like the name of a catalog table and is no path."""
     if isinstance(path, DataFrame):
         return True
     text = str(path)
-    if text.startswith("file:"):
-        return False
-    unknown = not Path(text).exists() and kind_of(Path(text)) is None
-    return "://" in text or (unknown and _TABLE_NAME.fullmatch(text) is not None)
+    return not Path(text).exists() and kind_of(Path(text)) is None and _TABLE_NAME.fullmatch(text) is not None
 
 
-def open_frames(spark: SparkSession, inputs: Sequence[object], id_key: str, left_out: LeftOut) -> list[Frame]:
-    """The rows behind inputs for which :func:`is_frame` is true; what lies there and is not read is counted.
+def open_frames(spark: SparkSession, inputs: Sequence[object]) -> list[Frame]:
+    """The rows behind what :func:`by_reader` leaves to the engine, and behind what ``find_sources`` does.
 
     Raises :class:`UserError` when the engine cannot find or read one, and for one that is given twice.
     """
-    named = [str(path) for path in inputs if not isinstance(path, DataFrame)]
+    named = [str(path) for path in inputs if isinstance(path, str | Path)]
     repeated = next((name for name in named if named.count(name) > 1), None)
     if repeated is not None:
         raise UserError(f"`inputs` gives {repeated} twice: give it once.")
@@ -70,45 +81,81 @@ def open_frames(spark: SparkSession, inputs: Sequence[object], id_key: str, left
     for path in inputs:
         if isinstance(path, DataFrame):
             frames.append(Frame("DataFrame", "parquet", path, path.schema))
-        elif "://" in str(path):
-            frames += [_read(spark, found) for found in find_remote(str(path), id_key, left_out)]
+        elif isinstance(path, EngineOnly) and path.format:
+            frames.append(_read_lake(spark, path))
+        elif isinstance(path, EngineOnly):
+            frames += _read_unreached(spark, path.table)
         else:
-            frames.append(_read(spark, Remote(str(path), "table", ())))
+            frames.append(_opened(str(path), "parquet", lambda name=str(path): spark.table(name)))
     return frames
 
 
-def _read(spark: SparkSession, found: Remote) -> Frame:
+def _opened(name: str, kind: str, read: Callable[[], DataFrame]) -> Frame:
+    """Rows of an input. Raises :class:`UserError` where the engine does not find it."""
     try:
-        if found.kind == "table":
-            rows = spark.table(found.name)
-        elif found.kind == "json":
-            rows = spark.read.text([*found.urls])
-        elif found.kind == "text":
-            rows = spark.read.text([*found.urls], lineSep="\n\n")
-        else:  # a column that only some of the files have is read where it is
-            rows = spark.read.load([*found.urls], format="parquet", mergeSchema=True)
-        schema = rows.schema  # what cannot be read is met here
-        if found.unseen and found.kind == "parquet":
-            _check_no_log(spark, found.name)
-    except UserError:
-        raise
+        rows = read()
+        return Frame(name, kind, rows, rows.schema)  # what cannot be read is met here
     except Exception as error:  # classic Spark raises py4j's own errors, Connect has others
         raise UserError(
-            f"`inputs` {found.name} is no existing path, and no table or URL that Spark can read: {_reason(error)}"
+            f"`inputs` {name} is no existing path, and no table or URL that Spark can read: {_reason(error)}"
         ) from error
-    return Frame(found.name, found.kind if found.kind in ("json", "text") else "parquet", rows, schema)
 
 
-def _check_no_log(spark: SparkSession, url: str) -> None:
+def _read_lake(spark: SparkSession, table: EngineOnly) -> Frame:
+    """A table of a format that the engine may have. Raises the refusal itself where it does not."""
+    reader, name = spark.read.format(table.format.lower()), table.table
+    if table.version is not None:
+        reader, name = reader.option("versionAsOf", table.version), f"{name}@v{table.version}"
     try:
-        spark.read.text(f"{url.rstrip('/')}/_delta_log").limit(1).collect()
+        rows = reader.load(table.table if is_url(table.table) else f"file://{Path(table.table).absolute()}")
+        frame = Frame(name, "parquet", rows, rows.schema)
+    except Exception as error:
+        raise table from error
+    say(f"note: {name} is read by the engine, as a table of {table.format}")
+    return frame
+
+
+def _read_unreached(spark: SparkSession, url: str) -> list[Frame]:
+    """A file, folder or wild card of a file system that nothing but the engine reaches: files by their kinds."""
+    files = _files_seen(spark, url)
+    tables = [
+        folder for folder in sorted({posixpath.dirname(file) for file in files} | {url}) if _has_log(spark, folder)
+    ]
+    if tables:
+        raise UserError(
+            f"`inputs` {tables[0]} is a Delta table whose log is not readable here: have Spark read it (the table's "
+            "name in a catalog, or a DataFrame)."
+        )
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_kind[kind_of(PurePosixPath(file)) or file_class(PurePosixPath(file))].append(file)
+    frames = []
+    for kind, urls in by_kind.items():
+        if kind not in KINDS.values():
+            say(f"not read of {url}: {len(urls):,} {kind}")
+        elif kind == "parquet":  # a column that only some of the files have is read where it is
+            frames.append(_opened(url, kind, lambda urls=urls: spark.read.option("mergeSchema", True).parquet(*urls)))
+        else:
+            end = "\n\n" if kind == "text" else None
+            frames.append(_opened(url, kind, lambda urls=urls, end=end: spark.read.text(urls, lineSep=end)))
+    if not frames:
+        raise UserError(f"`inputs` {url} holds no documents that are read here.")
+    return frames
+
+
+def _files_seen(spark: SparkSession, url: str) -> list[str]:
+    """The files that the engine finds there. Raises :class:`UserError` where it finds no such place."""
+    listing = spark.read.format("binaryFile").option("recursiveFileLookup", True)
+    found = _opened(url, "parquet", lambda: listing.load(url).select("path"))
+    with user_errors():
+        return sorted(row["path"] for row in found.rows.collect())
+
+
+def _has_log(spark: SparkSession, folder: str) -> bool:
+    try:
+        return bool(spark.read.text(f"{folder.rstrip('/')}/_delta_log").limit(1).collect())
     except Exception:
-        say(f"note: {url} is read as loose files; only the engine can look there for Delta tables below it")
-        return
-    raise UserError(
-        f"`inputs` {url} is a Delta table whose log is not readable here: have Spark read it (the table's name in a "
-        "catalog, or a DataFrame)."
-    )
+        return False
 
 
 def _reason(error: Exception) -> str:

@@ -55,4 +55,4 @@ def check_sources(sources: Sequence[Source], task: str) -> None:
     """Raise :class:`UserError` for plain text that shall be chats."""
     for source in sources:
         if task == "chat" and source.kind == "text":
-            raise UserError(f'`inputs` {source.path} holds plain text, but `task="chat"` needs JSON lines or parquet.')
+            raise UserError(f'`inputs` {source.name} holds plain text, but `task="chat"` needs JSON lines or parquet.')

@@ -15,13 +15,14 @@ from fft.corpus.accounts import UNUSED, finished_manifest, lineage_of, timing_of
 from fft.corpus.files import find_sources
 from fft.data.known import LeftOut
 from fft.data.manifest import Manifest
+from fft.data.storage import is_url
 from fft.errors import UserError
 from fft.images.rules import LIMITS
 from fft.serve.engines import EngineOptions
 from fft.serve.images import image_settings_of
 from fft.serve.sampling import Sampling, sampling_of
 from fft.text.chat import ImageSettings
-from spark_jobs.dataframes import is_frame, open_frames
+from spark_jobs.dataframes import by_reader, open_frames
 from spark_jobs.generation.answers import Asking
 from spark_jobs.generation.engine import Wanted
 from spark_jobs.generation.fields import ERROR, fields_of, turns_in
@@ -32,7 +33,7 @@ from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.placement import place_engines
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.token_table.kept import waiting
-from spark_jobs.token_table.output import Output, local_path, local_paths
+from spark_jobs.token_table.output import Output, local_path
 from spark_jobs.token_table.writer import TableWriter
 
 _SAMPLING = frozenset(field.name for field in fields(Sampling))
@@ -77,17 +78,16 @@ def generate_table(
     folder, sampling = local_path(output, "output"), sampling_of(settings)
     wanted = Wanted(_model_path(model), _engine(settings), images=_images(settings))
     given = [inputs] if isinstance(inputs, str | Path | DataFrame) else inputs
-    unread = [path for path in given if is_frame(path)]
-    paths = local_paths([path for path in given if not isinstance(path, DataFrame) and not is_frame(path)], "inputs")
+    unread, paths = by_reader(given)
     left_out, keys = LeftOut(), PromptKeys.of(prompt_key, id_key, wanted.images is not None)
-    sources = find_sources(paths, id_key, left_out)
-    for _ in (file for source in sources for file in source.ids):
+    sources = find_sources(paths, id_key, left_out, for_engine := [])
+    for _ in (file for source in sources for file in source.files if file.doc_id is not None):
         left_out.add(f"partition column {id_key}")
-    table = Output(folder, [""], paths, overwrite, table_format)
+    table = Output(folder, [""], [Path(path) for path in paths if not is_url(path)], overwrite, table_format)
     table.check()
     start = time.monotonic()
     spark = spark or get_session("generate")
-    prompts = Prompts.find(spark, sources, open_frames(spark, unread, id_key, left_out), keys, num_engine)
+    prompts = Prompts.find(spark, sources, open_frames(spark, [*unread, *for_engine]), keys, num_engine)
     placement = place_engines(spark, prompts.parts, wanted.options.tensor_parallel_size, num_engine)
     asking = Asking(replace(wanted, threads=placement.threads), sampling, keys, chat, system)
     parameters = _parameters(asking)

@@ -23,12 +23,12 @@ from fft.images.rules import ImageLimits
 from fft.text.encoder import Encoder
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
-from spark_jobs.dataframes import Frame, columns_read, count_parts, in_parts, is_frame, open_frames, records_of
+from spark_jobs.dataframes import Frame, by_reader, columns_read, count_parts, in_parts, open_frames, records_of
 from spark_jobs.encoders import Load, check_sources, encoder_loader, image_settings
 from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
-from spark_jobs.token_table.output import Output, local_paths, place_at
+from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.writer import TableWriter
 
 #: A part's splits lie in different files, or follow each other in one.
@@ -57,7 +57,7 @@ def tokenize_table(
 ) -> Manifest:
     """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
 
-    An input may also name a catalog table (``catalog.schema.table``) or be a URL that Spark can read.
+    An input may also name a catalog table (``catalog.schema.table``), or be a URL, also with wild cards.
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
     ``labels``: see :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts only.
@@ -69,11 +69,10 @@ def tokenize_table(
     """
     check_parameters(locals())
     folder = place_at(output, "output")
-    unread, paths = _by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
+    unread, paths = by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
     left_out = LeftOut()
-    sources = find_sources(paths, id_key, left_out)
-    urls = [str(path) for path in unread if "://" in str(path)]
-    table = Output(folder, [""], [*paths, *urls], overwrite, table_format)
+    sources = find_sources(paths, id_key, left_out, for_engine := [])
+    table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
@@ -85,7 +84,7 @@ def tokenize_table(
         parameters |= {"image_path": str(image_path), **asdict(images.limits)}
     record_encoder, info, spark = _load_beside_spark(load, spark)
     start = time.monotonic()
-    frames = open_frames(spark, unread, id_key, left_out)
+    frames = open_frames(spark, [*unread, *for_engine])
     origins = [*(source.origin for source in sources), *({"input": frame.name} for frame in frames)]
     lineage = lineage_of("tokenize", origins, parameters)
     with table.claim(lineage) as writers, job_settings(spark):
@@ -119,13 +118,6 @@ def _load_beside_spark(
         loading = pool.submit(load)
         spark = spark or get_session("tokenize")
         return *loading.result(), spark
-
-
-def _by_reader(inputs: Sequence[str | Path | DataFrame]) -> tuple[list[object], list[Path]]:
-    """The inputs that the engine has to read, and the paths of those that tasks read themselves."""
-    frames = [path for path in inputs if is_frame(path)]
-    files = [path for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)]
-    return [*frames], local_paths(files, "inputs")
 
 
 def _write(

@@ -208,7 +208,7 @@ def _make(text: TextInput, seen: list[str | int], folder: Path, owner: Owner) ->
 def _tokenize(text: TextInput, folder: Path) -> Manifest:
     begin = time.monotonic()
     name = str(text.path)
-    source = Source(text.path, "json", (text.path,))
+    source = Source.of_file(text.path, "json")
     splits = deal(spans_of([source], text.encoder))
     target, done = PartFolder(folder.absolute(), WorkerNotes(str(folder.absolute()))), []
     with progress(f"tokenize {name}", lambda: (len(done), splits[-1].part + 1)):

@@ -7,13 +7,15 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.corpus.urls import storage_of
 from fft.data.asking import of_storage
 from fft.data.footer import check_names
+from fft.data.storage import is_url
 from fft.errors import StorageError, UserError
 
 _BLOCK = 4 << 20
@@ -38,10 +40,12 @@ def naming(path: str) -> Iterator[None]:
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = StorageError if of_storage(error) else UserError
-        raise kind(f"{path} cannot be read ({reason}): {_remedy(error)}") from error
+        raise kind(f"{path} cannot be read ({reason}): {_remedy(path, error)}") from error
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(path: str, error: Exception) -> str:
+    if is_url(path) and isinstance(error, OSError):
+        return "it must stay there while the job runs, and all machines of the cluster must be permitted to read it."
     if isinstance(error, FileNotFoundError):
         return "it must lie under this path on all machines of the cluster, and stay there while the job runs."
     if isinstance(error, PermissionError):
@@ -52,15 +56,30 @@ def _remedy(error: Exception) -> str:
 
 
 def open_text(path: str) -> io.BufferedIOBase:
-    """The bytes of a plain or compressed text file."""
-    suffix = Path(path).suffix.lower()
+    """The bytes of a plain or compressed text file, by a path or a URL."""
+    suffix = PurePosixPath(path).suffix.lower()
+    source = _open_url(path) if is_url(path) else path
     if suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.open(source, "rb")
     if suffix == ".bz2":
-        return bz2.open(path, "rb")
+        return bz2.BZ2File(source)
     if suffix == ".zst":
-        return io.BufferedReader(pa.input_stream(path, compression="zstd"), _BLOCK)
-    return open(path, "rb")
+        return io.BufferedReader(pa.input_stream(source, compression="zstd"), _BLOCK)
+    return open(source, "rb") if isinstance(source, str) else source
+
+
+def _open_url(url: str) -> io.BufferedReader:
+    """A file of a store, of which a block is asked for at a time."""
+    storage = storage_of(url)
+    return io.BufferedReader(storage.filesystem.open_input_file(storage.root), _BLOCK)
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """A parquet file by a path or a URL. Of a store, a row group's columns are asked for at once."""
+    if not is_url(path):
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    storage = storage_of(path)
+    return pq.ParquetFile(storage.root, filesystem=storage.filesystem, pre_buffer=True)
 
 
 def _unmarked(record: bytes, begin: int) -> bytes:
@@ -112,24 +131,26 @@ def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 def read_row_groups(path: str, first: int, last: int, columns: list[str], rows: int = 256) -> Iterator[pa.RecordBatch]:
     """Rows of row groups [first, last) of a parquet file."""
-    with naming(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        yield from file.iter_batches(rows, row_groups=list(range(first, last)), columns=columns, use_threads=False)
+    with naming(path), open_parquet(path) as file:
+        for group in range(first, last):
+            yield from file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+
+
+def footer_of(path: str) -> tuple[pa.Schema, list[int]]:
+    """Columns of a parquet file, and the compressed bytes of its row groups.
+
+    Raises :class:`UserError` when it cannot be read, or two columns have one name.
+    """
+    with naming(path), open_parquet(path) as file:
+        metadata, schema = file.metadata, file.schema_arrow
+    check_names(schema.names, path)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return schema, [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]
 
 
 def schema_of(path: str) -> pa.Schema:
     """Columns of a parquet file. Raises :class:`UserError` when it cannot be read, or two of them have one name."""
-    with naming(path):
-        schema = pq.read_schema(path)
-    check_names(schema.names, path)
-    return schema
-
-
-def row_group_sizes(path: str) -> list[int]:
-    """Compressed bytes of a parquet file's row groups."""
-    with naming(path):
-        metadata = pq.read_metadata(path)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]
+    return footer_of(path)[0]
 
 
 READERS: dict[str, Callable[[str, int, int], Iterator[bytes]]] = {"json": read_lines, "text": read_documents}

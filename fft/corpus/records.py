@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fft.corpus.files import kind_of
-from fft.corpus.readers import READERS, read_row_groups, row_group_sizes, schema_of
+from fft.corpus.readers import READERS, footer_of, read_row_groups, schema_of
 from fft.corpus.splits import Split
 from fft.text.records import Malformed, RecordEncoder
 
@@ -61,6 +61,6 @@ def _numbered(path: str, kind: str, record_encoder: RecordEncoder[Any]) -> Itera
     if kind == "json":
         yield from ((line, None) for line in READERS["json"](path, 0, 0))
         return
-    columns = record_encoder.columns(schema_of(path), path)
-    for batch in read_row_groups(path, 0, len(row_group_sizes(path)), columns):
+    schema, sizes = footer_of(path)
+    for batch in read_row_groups(path, 0, len(sizes), record_encoder.columns(schema, path)):
         yield from record_encoder.rows(batch)

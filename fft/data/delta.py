@@ -9,7 +9,7 @@ rows, by deletion vectors or column mapping, are for an engine; features that it
 import hashlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +39,15 @@ class Snapshot:
     """One version of a table: its files in name order, and the manifest if a job of ours committed it.
 
     ``names`` are relative to the table's folder; of files that lie elsewhere, as a clone's may, they are paths.
-    ``partitions`` has, of each file of a partitioned table, the values of the columns that are not in it.
+    ``partitions`` has, of each file of a partitioned table, the values of the columns that are not in it; ``sizes``
+    their bytes.
     """
 
     version: int
     names: tuple[str, ...]
     manifest: Manifest | None
     partitions: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def split_version(path: str | Path) -> tuple[Path, int | None]:
@@ -75,17 +77,28 @@ def read_snapshot(table: Storage, version: int | None = None, listing: Listing |
     if found := _beside_files(log):
         raise EngineOnly(table.name, "Delta", log.version(), f"uses {' and '.join(found)}, which is not read here")
     names = tuple(sorted((_name(uri, log.table_uri, table) for uri in log.file_uris()), key=in_order))
-    sizes = (listing or table.list()).sizes
-    missing = next((name for name in names if name not in sizes and not table.exists(name)), None)
-    if missing is not None:
-        raise UserError(
-            f"{table.shown(missing)} is in the Delta log of {table.name} but is missing: was the table vacuumed?"
-        )
+    sizes = _sizes(table, names, listing or table.list())
     # deltalake 1.6 numbers the history of an older version wrongly; that of the latest is right.
     history = (_open(table) if version is not None else log).history()
     text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == log.version()), None)
     manifest = Manifest.from_json(text, f"the Delta log of {table.name}") if text else None
-    return Snapshot(log.version(), names, manifest, _partitions(log))
+    return Snapshot(log.version(), names, manifest, _partitions(log), sizes)
+
+
+def _sizes(table: Storage, names: Iterable[str], listing: Listing) -> dict[str, int]:
+    """Bytes of the files, of which some may lie elsewhere. Raises :class:`UserError` for one that is missing."""
+    sizes = {}
+    for name in names:
+        if name in listing.sizes:
+            sizes[name] = listing.sizes[name]
+            continue
+        with reaching(table.name):
+            info = table.filesystem.get_file_info(table.path(name))
+        if info.type != fs.FileType.File:
+            file = table.shown(name)
+            raise UserError(f"{file} is in the Delta log of {table.name} but is missing: was the table vacuumed?")
+        sizes[name] = info.size
+    return sizes
 
 
 def _beside_files(log: "deltalake.DeltaTable") -> list[str]:

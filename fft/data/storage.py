@@ -11,6 +11,7 @@ store that is busy, or away for a moment, is asked again; see :func:`asking`.
 import contextlib
 import os
 import posixpath
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -206,8 +207,8 @@ class Storage:
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names its file system."""
-    return "://" in str(path)
+    """Whether a path names its file system, with two slashes or, as ``dbfs:/x`` and ``Path("s3://x")`` do, with one."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def printable(name: str) -> str:

@@ -129,7 +129,7 @@ def _run(args: argparse.Namespace) -> None:
     renderer = Renderer.of(model.tokenizer, model.limit, args.chat, args.system, model.images)
     rows = PromptRows(find_inputs(args.inputs, left_out), reading, renderer, args.on_error == "quarantine")
     for file in rows.files:
-        if os.path.realpath(file.storage.root) == os.path.realpath(output):
+        if os.path.realpath(file.name) == os.path.realpath(output):
             raise UserError(f"`output` {output} is an input, too: name another file.")
     for note in left_out.notes():
         say(note)

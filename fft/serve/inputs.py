@@ -2,22 +2,19 @@
 Delta tables and object stores, by wild cards. What is read, left out and refused is that of the jobs' inputs."""
 
 import glob
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fft.corpus.files import find_sources, kind_of
-from fft.corpus.readers import naming, read_lines
-from fft.corpus.remote import SCHEMES, find_remote
-from fft.data.footer import check_names
+from fft.corpus.files import find_sources
+from fft.corpus.readers import naming, open_parquet, read_lines, schema_of
 from fft.data.known import LeftOut
-from fft.data.manifest import in_order, is_hidden
-from fft.data.storage import Storage, is_url, reaching
+from fft.data.lakes import EngineOnly
+from fft.data.manifest import in_order
+from fft.data.storage import is_url
 from fft.errors import UserError
 from fft.text.records import Malformed, decode_record, load_json
 
@@ -27,18 +24,14 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file: what to call it, its kind ("json", "text" or "parquet"), and where it lies."""
+    """One file: its path or URL, and its kind ("json", "text" or "parquet")."""
 
     name: str
     kind: str
-    storage: Storage
 
     def schema(self) -> pa.Schema:
         """Columns of a parquet file. Raises :class:`UserError` when it cannot be read, or two of them have one name."""
-        with naming(self.name), self.storage.filesystem.open_input_file(self.storage.root) as stream:
-            schema = pq.read_schema(stream)
-        check_names(schema.names, self.name)
-        return schema
+        return schema_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -58,35 +51,19 @@ def find_inputs(inputs: Sequence[str], left_out: LeftOut) -> list[InputFile]:
     """
     found: list[InputFile] = []
     for name in inputs:
-        if is_url(name):
-            found += _remote_files(name, left_out)
-            continue
-        paths = [Path(name)]
-        if not paths[0].exists() and glob.has_magic(name):
-            paths = [Path(path) for path in sorted(glob.glob(name, recursive=True), key=in_order)]
+        paths = [name]
+        if not is_url(name) and not Path(name).exists() and glob.has_magic(name):
+            paths = sorted(glob.glob(name, recursive=True), key=in_order)
             if not paths:
                 raise UserError(f"`inputs` {name}: there is no file of such a name.")
-        for source in find_sources(paths, "", left_out):
-            found += [InputFile(str(file), source.kind, Storage.at(file.absolute())) for file in source.files]
-    return found
-
-
-def _remote_files(name: str, left_out: LeftOut) -> Iterator[InputFile]:
-    for remote in find_remote(name, "", left_out):
-        if remote.unseen:
+        unread: list[EngineOnly] = []
+        for source in find_sources(paths, "", left_out, unread):
+            found += [InputFile(file.path, source.kind) for file in source.files]
+        for one in unread:
+            if one.format:
+                raise one
             raise UserError(f"`inputs` {name} cannot be reached from here: copy it to a folder or an object store.")
-        for url in remote.urls:
-            scheme, _, rest = url.partition("://")
-            storage = Storage.at(f"{SCHEMES.get(scheme, scheme)}://{rest}")
-            sizes = storage.list().sizes
-            for below in sorted(sizes, key=in_order):
-                path = PurePosixPath(below)
-                if not below or (kind_of(path) == remote.kind and not is_hidden(path)):
-                    yield InputFile(
-                        f"{url}/{below}" if below else url,
-                        remote.kind,
-                        Storage(url, storage.path(below), storage.filesystem),
-                    )
+    return found
 
 
 def read_rows(files: Sequence[InputFile]) -> Iterator[PromptRecord]:
@@ -99,7 +76,7 @@ def read_rows(files: Sequence[InputFile]) -> Iterator[PromptRecord]:
 
 
 def _line_rows(file: InputFile) -> Iterator[PromptRecord]:
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in enumerate(read_lines(file.name, 0, 0), 1):
         if not line.strip():
             continue
         where, value = f"{file.name}, line {number}", None
@@ -111,20 +88,10 @@ def _line_rows(file: InputFile) -> Iterator[PromptRecord]:
         yield PromptRecord(where, value, line)
 
 
-def _lines(file: InputFile) -> Iterator[bytes]:
-    storage = file.storage
-    if not is_url(storage.name):
-        yield from read_lines(storage.root, 0, 0)
-        return
-    with reaching(file.name), naming(file.name), storage.filesystem.open_input_stream(storage.root) as stream:
-        for number, line in enumerate(io.BufferedReader(stream)):
-            yield (line if number else line.removeprefix(b"\xef\xbb\xbf")).rstrip(b"\r\n")
-
-
 def _parquet_rows(file: InputFile) -> Iterator[PromptRecord]:
     number = 0
-    with naming(file.name), file.storage.filesystem.open_input_file(file.storage.root) as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(_ROWS, use_threads=False):
+    with naming(file.name), open_parquet(file.name) as opened:
+        for batch in opened.iter_batches(_ROWS, use_threads=False):
             for value in _values(batch):
                 number += 1
                 yield PromptRecord(f"{file.name}, row {number}", value, repr(value).encode(errors="surrogatepass"))

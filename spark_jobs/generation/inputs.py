@@ -9,6 +9,8 @@ from pyspark.sql import functions as F
 
 from fft.corpus.files import Source
 from fft.corpus.splits import SPLIT, Split
+from fft.corpus.urls import storage_of
+from fft.data.storage import reaching
 from fft.errors import UserError
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, count_parts
@@ -93,4 +95,7 @@ class Prompts:
 
 def _changed(source: Source) -> int:
     """When its files were changed last, in nanoseconds: parts of other prompts must not be taken for these."""
-    return max(file.stat().st_mtime_ns for file in source.files)
+    storages = [storage_of(file.path) for file in source.files]
+    with reaching(source.name):
+        found = storages[0].filesystem.get_file_info([storage.root for storage in storages])
+    return max(info.mtime_ns or 0 for info in found)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
 from fft.corpus.files import Source
-from fft.corpus.readers import naming, open_text, read_lines, schema_of
+from fft.corpus.readers import naming, open_parquet, open_text, read_lines, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, cut_text, deal
 from fft.data.known import COMPRESSIONS
 from fft.text.image_parts import IMAGE_KEYS
@@ -100,21 +99,19 @@ def prompt_splits(sources: Sequence[Source]) -> list[Split]:
     chunk = max(1, min(PART_BYTES, -(-total // FEWEST_PARTS)))
     spans = []
     for source in sources:
-        name = str(source.path)
         for file in source.files:
-            path, size = str(file.absolute()), file.stat().st_size
             if source.kind == "parquet":
-                spans += _cut_rows(name, path, size, chunk)
-            elif file.suffix.lower() in COMPRESSIONS:
-                spans.append(Span(name, source.kind, path, 0, 0, size))
+                spans += _cut_rows(source.name, file.path, file.size, chunk)
+            elif file.path.lower().endswith(COMPRESSIONS):
+                spans.append(Span(source.name, source.kind, file.path, 0, 0, file.size))
             else:
-                spans += cut_text(name, source.kind, path, size, chunk)
+                spans += cut_text(source.name, source.kind, file.path, file.size, chunk)
     return deal(spans, chunk)
 
 
 def _cut_rows(dataset: str, path: str, size: int, chunk: int) -> list[Span]:
-    with naming(path):
-        rows = pq.read_metadata(path).num_rows
+    with naming(path), open_parquet(path) as file:
+        rows = file.metadata.num_rows
     pieces = min(max(-(-size // chunk), -(-rows // PART_ROWS)), rows)
     bounds = [rows * i // pieces for i in range(pieces + 1)] if pieces else []
     return [Span(dataset, "parquet", path, a, b, size // pieces) for a, b in itertools.pairwise(bounds)]
@@ -139,7 +136,7 @@ def rows_of(batch: pa.RecordBatch, keys: PromptKeys) -> tuple[list[dict[str, Any
 
 def _parquet_chunks(split: Split, fields: Fields, keys: PromptKeys) -> Iterator[_Read]:
     at = 0
-    with naming(split.path), pq.ParquetFile(split.path, pre_buffer=False, buffer_size=1 << 20) as file:
+    with naming(split.path), open_parquet(split.path) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         for group, size in enumerate(sizes):
             first, last = max(split.start - at, 0), min(split.stop - at, size)
@@ -238,7 +235,7 @@ def schemas_of(
     rows, turns = [], []
     for source in sources:
         if source.kind == "parquet":
-            found = [schema_of(str(file)) for file in source.files]
+            found = [schema_of(file.path) for file in source.files]
             rows += found
             turns += [turns_in(schema, keys.turns) for schema in found]
         elif source.kind == "text":

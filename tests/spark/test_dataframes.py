@@ -2,8 +2,13 @@
 
 import json
 
+import deltalake
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from delta_logs import delete_rows, write_with_features
 
+from fft.data.lakes import EngineOnly
 from fft.errors import UserError
 from spark.helpers import files_of, rows_of
 from spark_jobs import tokenize_table
@@ -55,11 +60,29 @@ def test_a_catalog_table_and_a_file_together(frame, spark, expected, tokenizer, 
     assert sum(counts["lengths"].values()) == len(TEXTS)
 
 
-def test_json_lines_behind_a_url(expected, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("spark_jobs.dataframes.is_frame", lambda path: True)
-    monkeypatch.setattr("spark_jobs.tokenize_job.is_frame", lambda path: True)  # file: URLs are read as files otherwise
-    tokenize_table(f"file://{tmp_path}/expected.jsonl", tmp_path / "out", tokenizer)
+def test_what_only_the_engine_reaches_is_read_by_it(spark, expected, tokenizer, tmp_path, monkeypatch, capsys):
+    """A folder by the kinds of its files, and no Delta table as loose files."""
+    lake = tmp_path / "lake"
+    (lake / "deep" / "er").mkdir(parents=True)
+    records = [json.loads(line) for line in (tmp_path / "expected.jsonl").read_text().splitlines()]
+    (lake / "a.csv").write_text("a,b")
+    (lake / "deep" / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:100]))
+    pq.write_table(pa.Table.from_pylist(records[100:]), lake / "deep" / "er" / "b.parquet")
+    unread = EngineOnly(f"file://{lake}", "", None, "")
+    monkeypatch.setattr("spark_jobs.tokenize_job.by_reader", lambda inputs: ([unread], []))
+    tokenize_table("", tmp_path / "out", tokenizer)
     assert ids_by_name(tmp_path / "out") == expected
+    assert "1 .csv files" in capsys.readouterr().err
+    deltalake.write_deltalake(str(lake / "deep" / "er"), pa.table({"id": ["new"], "text": ["new"]}))
+    with pytest.raises(UserError, match="lake/deep/er is a Delta table whose log is not readable here"):
+        tokenize_table("", tmp_path / "none", tokenizer)
+
+
+def test_a_table_of_a_format_that_the_engine_lacks_is_refused_by_name(spark, tokenizer, tmp_path):
+    table = write_with_features(tmp_path / "dv", pa.table({"text": ["a", "b"]}), "deletionVectors")
+    delete_rows(table, [0])
+    with pytest.raises(UserError, match="dv uses deletion vectors, which is not read here: have Spark read it"):
+        tokenize_table(table, tmp_path / "none", tokenizer)
 
 
 def test_chats_of_a_table(spark, tokenizer, tmp_path):

@@ -1,10 +1,9 @@
 """Delta tables, with nothing but ``deltalake``: versions, one commit for all, and what is refused."""
 
-import json
-
 import deltalake
 import pyarrow as pa
 import pytest
+from delta_logs import delete_rows, write_with_features
 
 from fft.data.reader import SampleReader
 from fft.data.table import Table
@@ -100,17 +99,10 @@ def test_what_cannot_be_read_is_refused(spark, raw, tokenizer, tmp_path):
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(UserError, match="exists and is no Delta table"):
         main(["-i", str(raw), "-o", str(tmp_path / "full"), "--tokenizer", str(tokenizer), "--format", "delta"])
-    mapped = tmp_path / "mapped"
-    deltalake.write_deltalake(str(mapped), pa.table({"text": ["a"]}))
-    log = mapped / "_delta_log" / f"{0:020}.json"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    for line in lines:
-        if "protocol" in line:
-            line["protocol"] = {"minReaderVersion": 3, "minWriterVersion": 7}
-            line["protocol"] |= {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
-    log.write_text("\n".join(map(json.dumps, lines)))
+    deleted = write_with_features(tmp_path / "deleted", pa.table({"input_ids": [[1], [2]]}), "deletionVectors")
+    delete_rows(deleted, [0])
     with pytest.raises(UserError, match="uses deletion vectors"):
-        Table.open(mapped)
+        shuffle_tables(deleted, tmp_path / "none")
 
 
 def test_in_place_is_a_new_version(spark, tokenizer, raw, tmp_path):

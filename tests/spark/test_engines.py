@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import deltalake
+import pyarrow as pa
 import pytest
+from delta_logs import delete_rows, map_columns, write_with_features
 
-from spark.helpers import files_of
+from spark.helpers import files_of, rows_of
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +51,36 @@ def test_all_jobs_write_the_same_bytes(on_sail, spark, corpus, tokenizer, tokens
     for split in ("train", "validation"):
         assert same_files(tmp_path / "s" / split, shuffled / split)
         assert same_files(tmp_path / "r" / split, packed / split)
+
+
+ICEBERG = """
+import sys
+from spark_jobs.runtime.session import get_session
+for mode, text in (("error", "old"), ("overwrite", "new"), ("append", "newer")):
+    rows = get_session("test").createDataFrame([(f"ice {text}", text)], "id string, text string")
+    rows.write.format("iceberg").mode(mode).save(sys.argv[1])
+"""
+
+
+def test_tables_of_which_files_alone_do_not_say_the_rows_are_read_by_the_engine(on_sail, launch, tokenizer, tmp_path):
+    """Deletion vectors, column mapping and Iceberg, below a folder; Hudi, which Sail does not have, is refused."""
+    lake = tmp_path / "lake"  # Sail 0.7 finds no table whose path has a blank
+    rows = pa.table({"id": ["a", "b", "c"], "text": ["one", "two", "three"]})
+    delete_rows(write_with_features(lake / "deleted", rows, "deletionVectors"), [0, 2])
+    deltalake.write_deltalake(str(lake / "mapped"), rows.rename_columns(["text", "id"]))
+    map_columns(lake / "mapped", {"text": "id", "id": "text"})
+    made = launch(sys.executable, "-c", ICEBERG, lake / "ice", env={"FFT_ENGINE": "sail"})
+    assert made.returncode == 0, made.stderr
+    (lake / "d.jsonl").write_text('{"id": "d", "text": "four"}')
+    done = on_sail("tokenize", "-i", lake, "-o", tmp_path / "out", "--tokenizer", tokenizer)
+    assert done.returncode == 0, done.stderr
+    assert f"note: {lake / 'deleted'}@v1 is read by the engine, as a table of Delta" in done.stderr
+    ids = sorted(name for row in rows_of(tmp_path / "out") for name in row["doc_ids"])
+    assert ids == sorted(["a", "b", "c", "b", "d", "ice new", "ice newer"])
+    (lake / "hudi" / ".hoodie").mkdir(parents=True)
+    done = on_sail("tokenize", "-i", lake, "-o", tmp_path / "none", "--tokenizer", tokenizer)
+    assert done.returncode == 2
+    assert f"{lake / 'hudi'} is of Hudi, whose folder also holds files of older versions" in done.stderr
 
 
 def test_bad_input_is_one_sentence_on_sail_too(on_sail, tokenizer, tmp_path):

@@ -10,14 +10,15 @@ import deltalake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from delta_logs import delete_rows, write_with_features
 from samples import TextKeys
 
-from fft.corpus.files import find_sources, kind_of, spans_of
+from fft.corpus.files import SourceFile, find_sources, kind_of, spans_of
 from fft.corpus.readers import read_lines, read_row_groups
 from fft.corpus.records import read_records
-from fft.corpus.remote import find_remote
 from fft.corpus.splits import deal
 from fft.data.known import LeftOut, partition_of
+from fft.data.lakes import EngineOnly
 from fft.errors import UserError
 
 
@@ -37,7 +38,7 @@ def fill(folder: Path, *names: str) -> Path:
 
 def files_read(*inputs: Path, left_out: LeftOut | None = None) -> list[str]:
     sources = find_sources(inputs, left_out=left_out)
-    return [os.path.relpath(file, inputs[0]) for source in sources for file in source.files]
+    return [os.path.relpath(file.path, inputs[0]) for source in sources for file in source.files]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_delta_tables_at_any_depth_are_read_by_their_log(partition, tmp_path):
     fill(tmp_path, "t/a.jsonl")
     table = delta(tmp_path / "t" / "b" / "c", partition_by=partition)
     sources = find_sources([tmp_path / "t"])
-    assert {str(source.path) for source in sources} == {str(tmp_path / "t"), f"{table}@v1"}
+    assert {source.name for source in sources} == {str(tmp_path / "t"), f"{table}@v1"}
     assert texts([source for source in sources if source.kind == "parquet"]) == [(b"new", "new")]
     assert texts(find_sources([Path(f"{table}@v0")])) == [(b"old", "old")]
     assert refusal(find_sources, [next(table.rglob("*.parquet"))]).endswith(
@@ -163,10 +164,10 @@ def test_other_tables_are_refused_by_name(kind, mark, tmp_path):
     table = fill(tmp_path, "t/b/c/data/a.parquet", f"t/b/c/{mark}") / "t" / "b" / "c"
     for path in (tmp_path / "t", table):
         assert refusal(find_sources, [path]).startswith(f"`inputs` {table} is of {kind}, whose folder also holds")
-        assert f"is of {kind}" in refusal(find_remote, f"file://{path}", "id", LeftOut())
+        assert f"is of {kind}" in refusal(find_sources, [f"file://{path}"])
     for path in (table / "data", table / "data" / "a.parquet"):
         assert f"lies in the {kind} table {table}" in refusal(find_sources, [path])
-        assert f"lies in the {kind} table {table}" in refusal(find_remote, f"file://{path}", "id", LeftOut())
+        assert f"lies in the {kind} table {table}" in refusal(find_sources, [f"file://{path}"])
 
 
 def test_ids_of_partitions_are_read_and_other_columns_counted(tmp_path):
@@ -222,31 +223,58 @@ def test_what_cannot_be_read_is_said_with_what_to_do(tmp_path, monkeypatch):
     assert "have its reading permitted" in refusal(lines, tmp_path / "none.jsonl")
 
 
-def remote(url: str, left_out: LeftOut | None = None) -> dict[tuple[str, str], int]:
-    found = find_remote(url, "id", LeftOut() if left_out is None else left_out)
-    assert not any(one.unseen for one in found)
-    return {(one.name, one.kind): len(one.urls) for one in found}
+def by_url(url: str, left_out: LeftOut | None = None) -> dict[tuple[str, str], int]:
+    return {(one.name, one.kind): len(one.files) for one in find_sources([url], left_out=left_out)}
 
 
 def test_urls_are_looked_through_like_paths(tmp_path):
-    fill(tmp_path, "t/a.jsonl", "t/b.jsonl", "t/c.txt", "t/d.csv", "u/e.jsonl", "u/_f.jsonl")
+    fill(tmp_path, "t/a.jsonl", "t/b.jsonl", "t/c.txt", "t/d.csv", "u/e.jsonl", "u/_f.jsonl", "a b/%41/g#.jsonl")
     delta(tmp_path / "t" / "deep" / "er")
     url, left_out = f"file://{tmp_path}", LeftOut()
-    assert remote(f"{url}/t/", left_out) == {
+    assert by_url(f"{url}/t/", left_out) == {
         (f"{url}/t/deep/er@v1", "parquet"): 1,
         (f"{url}/t", "json"): 2,
         (f"{url}/t", "text"): 1,
     }
     assert left_out.files == {".csv files": 1}
-    assert remote(f"{url}/t/deep/er") == {(f"{url}/t/deep/er@v1", "parquet"): 1}
-    assert remote(f"{url}/t/deep/er@v0") == {(f"{url}/t/deep/er@v0", "parquet"): 1}
-    assert remote(f"{url}/t/a.jsonl") == {(f"{url}/t/a.jsonl", "json"): 1}
-    assert remote(f"{url}/?/[a-e].jsonl") == {(f"{url}/?/[a-e].jsonl", "json"): 3}
-    assert remote(f"{url}/{{t/a,u/*}}.jsonl") == {(f"{url}/{{t/a,u/*}}.jsonl", "json"): 2}
-    assert remote(f"{url}/t/d*")[f"{url}/t/deep/er@v1", "parquet"] == 1
-    assert "lies in the Delta table" in refusal(find_remote, f"{url}/t/deep/er/*.parquet", "id", LeftOut())
-    assert "holds no documents" in refusal(find_remote, f"{url}/none/*.jsonl", "id", LeftOut())
-    deltalake.write_deltalake(str(tmp_path / "p"), pa.table({"id": ["a"], "text": ["b"]}), partition_by=["id"])
-    assert "is partitioned by id, which its files lack" in refusal(find_remote, f"{url}/p", "id", LeftOut())
-    assert next(iter(find_remote("nosuch://bucket/a.jsonl", "id", LeftOut()))).unseen
-    assert "its versions cannot be read here" in refusal(find_remote, "nosuch://bucket/a@v1", "id", LeftOut())
+    assert by_url(f"{url}/t/deep/er") == {(f"{url}/t/deep/er@v1", "parquet"): 1}
+    assert by_url(f"{url}/t/deep/er@v0") == {(f"{url}/t/deep/er@v0", "parquet"): 1}
+    assert by_url(f"{url}/t/a.jsonl") == {(f"{url}/t/a.jsonl", "json"): 1}
+    assert by_url(f"{url}/?/[a-e].jsonl") == {(f"{url}/?/[a-e].jsonl", "json"): 3}
+    assert by_url(f"{url}/{{t/a,u/*}}.jsonl") == {(f"{url}/{{t/a,u/*}}.jsonl", "json"): 2}
+    assert by_url(f"{url}/t/d*")[f"{url}/t/deep/er@v1", "parquet"] == 1
+    for name in ("a b/%41/g#.jsonl", "a b/%41", "a b/*/g#*"):  # as they stand, nothing is an escape
+        assert by_url(f"{url}/{name}") == {(f"{url}/{name}", "json"): 1}
+        assert find_sources([f"{url}/{name}"])[0].files == (SourceFile(f"{tmp_path}/a b/%41/g#.jsonl", 14),)
+    assert "lies in the Delta table" in refusal(find_sources, [f"{url}/t/deep/er/*.parquet"])
+    assert "holds no documents" in refusal(find_sources, [f"{url}/none/*.jsonl"])
+    assert "does not exist" in refusal(find_sources, [f"{url}/none"])
+    assert "is of no known kind" in refusal(find_sources, [f"{url}/t/d.csv"])
+
+
+def test_ids_of_partitions_are_read_by_url_too(tmp_path):
+    deltalake.write_deltalake(str(tmp_path / "p"), pa.table({"id": ["a b"], "text": ["b"]}), partition_by=["id"])
+    fill(tmp_path, "q/id=a/x.txt")
+    (tmp_path / "q/id=c").mkdir()
+    pq.write_table(pa.table({"text": ["d"]}), tmp_path / "q/id=c/x.parquet")
+    assert texts(find_sources([f"file://{tmp_path}/p"])) == [(b"b", "a b")]
+    assert texts(find_sources([f"file://{tmp_path}/q/*/*.parquet"])) == [(b"d", "c")]
+
+
+def test_what_nothing_here_reaches_is_left_to_an_engine_or_refused(tmp_path):
+    table = write_with_features(tmp_path / "t" / "deep", pa.table({"text": ["a", "b"]}), "deletionVectors")
+    delete_rows(table, [0])
+    fill(tmp_path, "t/ice/metadata/v1.metadata.json", "t/a.jsonl")
+    for_engine: list[EngineOnly] = []
+    urls = ["dbfs:/x/a.jsonl", "nosuch://bucket/t@v3"]
+    sources = find_sources([tmp_path / "t", *urls], for_engine=for_engine)
+    assert [(source.name, source.kind) for source in sources] == [(str(tmp_path / "t"), "json")]
+    assert [(one.table, one.format, one.version) for one in for_engine] == [
+        (str(table), "Delta", 1),
+        (str(tmp_path / "t" / "ice"), "Iceberg", None),
+        ("dbfs:///x/a.jsonl", "", None),
+        ("nosuch://bucket/t", "Delta", 3),
+    ]
+    assert "uses deletion vectors" in refusal(find_sources, [table])
+    for url in urls:
+        assert "cannot be reached from here" in refusal(find_sources, [url])

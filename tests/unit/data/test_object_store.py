@@ -1,14 +1,23 @@
 """Tables of an S3 object store: a SeaweedFS server on loopback, found through the environment alone."""
 
+import bz2
+import gzip
+import json
+from collections import Counter
+
 import deltalake
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_table
 from pyarrow import fs
-from samples import read_sample
+from samples import TextKeys, read_sample
 
-from fft.corpus.remote import find_remote
+from fft.corpus.files import SourceFile, find_sources, spans_of
+from fft.corpus.readers import read_lines
+from fft.corpus.records import read_records
+from fft.corpus.splits import deal
 from fft.data.asking import asking
 from fft.data.batches import BatchPlan, Loader
 from fft.data.blend import Blend, parse_tables
@@ -92,17 +101,54 @@ def test_raw_inputs_by_url_are_looked_through(store, tmp_path):
         deltalake.write_deltalake("s3://lake/raw/deep/er", pa.table({"text": [name]}), mode="overwrite")
     for scheme in ("s3", "s3a"):
         left_out, url = LeftOut(), f"{scheme}://lake/raw"
-        table, texts = find_remote(f"{url}/", "id", left_out)
+        table, texts = find_sources([f"{url}/"], left_out=left_out)
         assert (table.name, texts.name) == (f"{url}/deep/er@v1", url)
-        assert (len(table.urls), texts.urls) == (1, [f"{url}/a.jsonl", f"{url}/b.jsonl"])
-        assert table.urls[0].startswith(f"{url}/deep/er/part-")
+        assert len(table.files) == 1
+        assert texts.files == (SourceFile(f"{url}/a.jsonl", 2), SourceFile(f"{url}/b.jsonl", 2))
+        assert table.files[0].path.startswith(f"{url}/deep/er/part-")
         assert left_out.files == {".csv files": 1, "files of hidden names (_ or .)": 1}
-        assert [one.urls for one in find_remote(f"{url}/?.json*", "id", LeftOut())] == [texts.urls]
-        assert find_remote(f"{url}/deep/er@v0", "id", LeftOut())[0].urls != table.urls
-        with pytest.raises(UserError, match="lies in the Delta table lake/raw/deep/er, of which it"):
-            find_remote(table.urls[0], "id", LeftOut())
-        with pytest.raises(UserError, match=f"{scheme}://lake/none does not exist"):
-            find_remote(f"{scheme}://lake/none", "id", LeftOut())
+        assert [one.files for one in find_sources([f"{url}/?.json*"])] == [texts.files]
+        assert find_sources([f"{url}/deep/er@v0"])[0].files != table.files
+        for given, said in (
+            ([table.files[0].path], "lies in the Delta table lake/raw/deep/er, of which it"),
+            ([f"{scheme}://lake/none"], f"{scheme}://lake/none does not exist"),
+            ([url, "s3://lake/raw/a.jsonl"], "a.jsonl twice, by "),
+        ):
+            with pytest.raises(UserError, match=said):
+                find_sources(given)
+
+
+def test_records_of_the_store_are_those_of_a_local_copy(store, tmp_path):
+    """Cut at the same bytes, by names that a URL would have to escape; whatever packed them."""
+    rows = [{"id": str(i), "text": f"document {i} " + "x" * (i % 50)} for i in range(3000)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    folder = tmp_path / "a b" / "100%41#"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "c.jsonl.bz2").write_bytes(bz2.compress(lines))
+    (folder / "d.jsonl.zst").write_bytes(pa.compress(lines, "zstd", asbytes=True))
+    (folder / "e.txt").write_text("\n\n".join(row["text"] for row in rows))
+    for file in ("id=a b/f.parquet", "id=c/f.parquet"):
+        (folder / file).parent.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows).drop("id"), folder / file, row_group_size=700)
+    upload(store, tmp_path / "a b", "copied/a b")
+
+    def read(*given):
+        splits = deal(spans_of(find_sources(given), TextKeys()))
+        return [(split.part, [*read_records(split, TextKeys(), Counter())]) for split in splits]
+
+    local = read(folder)
+    assert len({part for part, _ in local}) > 5
+    assert read("s3a://lake/copied/a b/100%41#") == read("s3://lake/copied/*/100*") == local
+
+
+def test_a_file_that_goes_while_it_is_read_is_named(store, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    (source,) = find_sources([upload(store, tmp_path, "gone")])
+    store.delete_file("lake/gone/a.jsonl")
+    with pytest.raises(UserError, match=r"s3://lake/gone/a\.jsonl cannot be read .* it must stay there while the job"):
+        list(read_lines(source.files[0].path, 0, 0))
 
 
 def test_a_delta_table_that_our_jobs_committed(store, tmp_path):
