@@ -4,6 +4,7 @@ Rows come in the form of :func:`spark_jobs.token_table.read.read_tokens`, with l
 exchange several times faster than arrays.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,23 @@ from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.tasks import to_tasks
 from spark_jobs.token_table.read import byte_columns
 
-#: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred.
-BUCKETS_PER_PARTITION = 64
+#: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred. Of many partitions,
+#: whose buckets each hold many documents, fewer do as well, and the driver knows all of them.
+_BUCKETS_PER_PARTITION, _FEWEST_PER_PARTITION, _BUCKETS = 64, 8, 1 << 20
+#: A table has so many parts at most, until they hold that many tokens or bytes of images: what a task can sort.
+_PARTS, _MOST_TOKENS, _MOST_IMAGE_BYTES = 2048, 1 << 28, 1 << 30
+
+
+def parts_for(tokens: float, image_bytes: float, usual: tuple[int, int], fewest: int) -> int:
+    """How many parts a table is written in; ``usual`` are the tokens and bytes of images of one."""
+    wanted = math.ceil(max(tokens / usual[0], image_bytes / usual[1]))
+    needed = math.ceil(max(tokens / _MOST_TOKENS, image_bytes / _MOST_IMAGE_BYTES))
+    return max(min(max(wanted, fewest), _PARTS), needed)
+
+
+def buckets_for(partitions: int) -> int:
+    """How many buckets are dealt to so many partitions."""
+    return partitions * max(_FEWEST_PER_PARTITION, min(_BUCKETS_PER_PARTITION, _BUCKETS // partitions))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The repartition job: partitions of equal token count, documents packed to rows of a fixed length."""
 
-import math
 import posixpath
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
 from spark_jobs.parameters import check_parameters
-from spark_jobs.placing import BUCKETS_PER_PARTITION, bucket_tokens, in_partitions, partition_order
+from spark_jobs.placing import bucket_tokens, buckets_for, in_partitions, partition_order, parts_for
 from spark_jobs.runtime.hashing import balance
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
@@ -38,7 +37,7 @@ from spark_jobs.token_table.remains import SPLITS
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_PARTITION, _IMAGE_BYTES_PER_PARTITION = 1 << 25, 1 << 29
-_PARTITIONS = (4, 2048)
+_FEWEST_PARTITIONS = 4
 _ROWS_TO_PACK = 64
 _MAX_SPREAD = 1.02
 
@@ -116,9 +115,8 @@ class Packing:
         """Files of a table with so many tokens and bytes of images."""
         if self.num_partition is not None:
             return self.num_partition
-        low, high = _PARTITIONS
-        wanted = math.ceil(max(tokens / _TOKENS_PER_PARTITION, image_bytes / _IMAGE_BYTES_PER_PARTITION))
-        wanted = min(max(wanted, low), high)
+        usual = (_TOKENS_PER_PARTITION, _IMAGE_BYTES_PER_PARTITION)
+        wanted = parts_for(tokens, image_bytes, usual, _FEWEST_PARTITIONS)
         # A small table keeps enough rows together to pack them well.
         return min(wanted, max(1, tokens // (_ROWS_TO_PACK * self.max_len)))
 
@@ -137,7 +135,7 @@ def _repartition(
     start = time.monotonic()
     partitions, notes = packing.partitions(dataset.table.tokens, dataset.table.image_bytes), writer.target.notes
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
-    buckets = partitions * BUCKETS_PER_PARTITION
+    buckets = buckets_for(partitions)
     with watched(spark, f"{title}: weighing"):
         found = bucket_tokens(rows, packing.seed, buckets).collect()
     notes.check()

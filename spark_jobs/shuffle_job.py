@@ -19,7 +19,7 @@ from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallie
 from fft.errors import UserError
 from spark_jobs.mixing import check_weights
 from spark_jobs.parameters import check_parameters
-from spark_jobs.placing import RowChoice, Shuffling, as_token_rows
+from spark_jobs.placing import RowChoice, Shuffling, as_token_rows, parts_for
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_table.output import Output, place_at, places_at
@@ -37,7 +37,7 @@ from spark_jobs.token_table.writer import TableWriter
 _TOKENS_PER_BLOCK = 1 << 23
 #: Of images, a few times what a process may hold, as Sail's sort does.
 _IMAGE_BYTES_PER_BLOCK = 1 << 28
-_BLOCKS = (8, 2048)
+_FEWEST_BLOCKS = 8
 
 
 def shuffle_tables(
@@ -181,9 +181,7 @@ def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
 
 def _blocks(num_block: int | None, share: float, tokens: float, image_bytes: float) -> int:
     if num_block is None:
-        low, high = _BLOCKS
-        wanted = math.ceil(max(tokens / _TOKENS_PER_BLOCK, image_bytes / _IMAGE_BYTES_PER_BLOCK))
-        num_block = min(max(wanted, low), high)
+        num_block = parts_for(tokens, image_bytes, (_TOKENS_PER_BLOCK, _IMAGE_BYTES_PER_BLOCK), _FEWEST_BLOCKS)
     return max(1, math.ceil(num_block * share))
 
 

@@ -24,7 +24,7 @@ from spark_jobs.dataframes import Frame, columns_read
 from spark_jobs.encoders import encoder_loader, image_settings
 from spark_jobs.mixing import check_weights
 from spark_jobs.parameters import check_parameters
-from spark_jobs.placing import BUCKETS_PER_PARTITION, Shuffling, bucket_tokens, in_partitions, partition_order
+from spark_jobs.placing import Shuffling, bucket_tokens, buckets_for, in_partitions, partition_order
 from spark_jobs.runtime.tasks import map_in_order
 from spark_jobs.token_rows import (
     ERROR,
@@ -148,7 +148,7 @@ def pack(max_len: int, *, method: str = "best-fit", num_partition: int | None = 
         if num_partition is None:
             return own_columns(df).mapInArrow(PackedInPlace(packer, lists), schema)
         _check_whole(df, "pack, with `num_partition`,")
-        rows, buckets = token_bytes(df).where(F.length("input_ids") > 0), num_partition * BUCKETS_PER_PARTITION
+        rows, buckets = token_bytes(df).where(F.length("input_ids") > 0), buckets_for(num_partition)
         weights = bucket_tokens(rows, seed, buckets).agg(F.collect_list(F.struct("bucket", "tokens")).alias("weights"))
         assigned = weights.mapInArrow(Balanced(num_partition), "bucket int, part int")
         placed = in_partitions(rows, assigned, seed, buckets, num_partition)

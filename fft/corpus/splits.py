@@ -6,6 +6,10 @@ from dataclasses import astuple, dataclass
 
 #: Input bytes of a part, and the fewest parts: enough to occupy a few cores with little input.
 PART_BYTES, FEWEST_PARTS = 64 << 20, 8
+#: Parts of a large input, about: they are larger, so that a driver and a manifest can hold them all.
+MOST_PARTS = 20_000
+#: Files of a part at most: each costs a while to open, however small it is.
+PART_FILES = 1_000
 #: Schema of :func:`Split.row` after ``part``.
 SPLIT = "dataset string, kind string, path string, start bigint, stop bigint, doc_id string"
 
@@ -53,17 +57,21 @@ def cut_text(dataset: str, kind: str, path: str, size: int, chunk: int) -> list[
 
 def chunk_size(total: int) -> int:
     """Bytes into which large files are cut when the whole input has ``total``."""
-    return max(1, min(PART_BYTES, -(-total // FEWEST_PARTS)))
+    return max(1, min(max(PART_BYTES, -(-total // MOST_PARTS)), -(-total // FEWEST_PARTS)))
 
 
 def deal(spans: Sequence[Span], target: int | None = None) -> list[Split]:
-    """Spans to parts of about ``target`` bytes, in order, neighbours together; numbered from 0 without gaps."""
+    """Spans to parts of about ``target`` bytes, and no more than :data:`PART_FILES` files, in order, neighbours
+    together; numbered from 0 without gaps."""
     target = target or chunk_size(sum(span.size for span in spans))
     splits, before, last, part = [], 0, None, -1
+    path, files = "", 0
     for span in spans:
         bin_ = (before + span.size // 2) // target
-        if bin_ != last:
-            part, last = part + 1, bin_
+        files += span.path != path
+        if bin_ != last or files > PART_FILES:
+            part, last, files = part + 1, bin_, 1
+        path = span.path
         splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop, span.doc_id))
         before += span.size
     return splits

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fft.corpus.readers import read_documents, read_lines
-from fft.corpus.splits import FEWEST_PARTS, PART_BYTES, Span, Split, chunk_size, cut_text, deal
+from fft.corpus.splits import FEWEST_PARTS, MOST_PARTS, PART_BYTES, PART_FILES, Span, Split, chunk_size, cut_text, deal
 from fft.data.part_files import ROW_GROUP_ROWS, PartFile, PartFolder
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
@@ -189,3 +190,15 @@ def test_streams_of_parts():
     )
     seen = [(part, sum(b.num_rows for b in rows)) for part, rows in by_part(iter([batch([1, 1]), both, batch([5], 3)]))]
     assert seen == [(0, 3), (2, 2), (3, 1)]
+
+
+def test_large_inputs_have_larger_parts_and_small_files_more_parts():
+    """100 TB are some 20,000 parts, whatever the sizes of their files; no part opens more than 1,000 files."""
+    assert chunk_size(100 << 40) == -(-(100 << 40) // MOST_PARTS)
+    assert chunk_size(MOST_PARTS * PART_BYTES) == PART_BYTES
+    spans = [Span("d", "parquet", str(i // 4), i % 4, i % 4 + 1, 1 << 30) for i in range(100_000)]
+    assert deal(spans)[-1].part + 1 == pytest.approx(MOST_PARTS, rel=0.1)
+    numbers = [split.part for split in deal([Span("d", "json", str(i), 0, 0, 30) for i in range(20_500)])]
+    assert max(Counter(numbers).values()) == PART_FILES
+    assert numbers == sorted(numbers)
+    assert {*numbers} == {*range(numbers[-1] + 1)}
