@@ -122,6 +122,11 @@ class TrainArguments:
         "auto",
         choices=("auto", "none"),
     )
+    compile: bool = flag(
+        "compile decoder layers, each as one graph, on NVIDIA GPUs: in place of --fused_ops, and for families that it "
+        "does not know, too (docs/training.md)",
+        False,
+    )
     zero_stage: str = flag(
         "1 shares masters and moments out over the data- and sequence-parallel ranks; 0 gives every rank all of them, "
         "in fp32 only; auto is 0 for fp32 on a single such rank, and 1 otherwise",

@@ -3,33 +3,30 @@
 A graph holds what a launch was given: the tensors' addresses and the numbers that the host knows, here the number of
 documents and the tokens of the longest. Boundaries are a tensor, so a graph made for 64 documents of at most a row's
 tokens (those that are not there are empty) serves every row of that length with up to 64: that is measured, too. The
-compiled layer is one graph, in which attention is an operator that is not looked into.
+compiled layer is one graph, as ``--compile`` makes it, in which attention is an operator that is not looked into.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from benchmarks.device.frame import Cases, Row, Setting, free, milliseconds, peak_bytes
 from benchmarks.device.hardware import matrix_rate
 from benchmarks.device.shapes import model_config
 from benchmarks.engines import Noise
 from fft.models.causal_lm import StageBuilder
+from fft.models.compiled import compiler_of
 from fft.models.rotary import Rotary
 from fft.models.spec import ModelSpec
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents, Segments
+from fft.ops.documents import Documents
 from fft.ops.fused import fused_ops
 from fft.planning.costs import layer_costs
 
-#: Where a layer is compiled, the name of its attention.
-_OPERATOR = "packed_operator"
 #: Documents that a graph for any row has room for.
 _ROOM = 64
 WAYS = ("eager", "fused", "compiled", "graph", "fused graph", "fused graph, any documents")
@@ -54,11 +51,10 @@ class Layer(nn.Module):
         self.spec = ModelSpec(config, torch.bfloat16, fused=operators)
         builder = StageBuilder(self.spec, weights=Noise(self.spec))
         self.module = builder.build("model.layers.0").to(device)
-        if compiled:
-            self.module.self_attn.config._attn_implementation = _OPERATOR
         # Tensors that the layer reads: another row's are copied into them.
-        self.documents = Documents.of(bounds, device)
-        self.positions = self.documents.positions()[None]
+        documents = Documents.of(bounds, device)
+        self.documents = documents.boundaries if compiled else documents
+        self.positions = documents.positions()[None]
         hidden = torch.empty(1, bounds[-1], config.hidden_size, dtype=torch.bfloat16, device=device)
         rotary = Rotary(self.spec.skeleton, device)
         self.rotary = rotary.turns(hidden, self.positions, rotary.kind(0))
@@ -121,9 +117,7 @@ def passes(run: nn.Module, hidden: Tensor, grad: Tensor) -> Callable[[], tuple[T
 def prepared(layer: Layer, hidden: Tensor, way: str) -> nn.Module:
     """The layer, compiled or captured."""
     if way == "compiled":
-        # A rehearsal traces forward and backward, and does without the half minute of a C++ compiler.
-        backend = "inductor" if hidden.device.type != "cpu" else "aot_eager"
-        return torch.compile(layer, dynamic=False, fullgraph=True, backend=backend)
+        layer.compile(fullgraph=True, backend=compiler_of(hidden.device.type))
     if "graph" in way:
         # Captured on other memory than it will be given, as in training, so that its input is copied.
         return torch.cuda.make_graphed_callables(layer, (hidden.detach().clone().requires_grad_(),))
@@ -145,66 +139,3 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     """Of two tensors, relative to the second's norm."""
     ours, theirs = ours.float(), theirs.float()
     return float((ours - theirs).norm() / theirs.norm())
-
-
-@torch.library.custom_op("fft_benchmarks::attention", mutates_args=())
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of the device's backend, for documents whose boundaries are also on the host."""
-    segments = Segments.within(Documents(cu_seqlens, tuple(bounds)), scale)
-    out, lse = choose(q.device, q.dtype, size=q.shape[-1]).forward(q, k, v, segments)
-    return out.contiguous(), lse.contiguous()
-
-
-@attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("fft_benchmarks::attention_backward", mutates_args=())
-def attention_backward(
-    inputs: Sequence[Tensor], cu_seqlens: Tensor, bounds: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; ``inputs`` are the output's gradient, q, k, v, output and log-sum-exp."""
-    segments = Segments.within(Documents(cu_seqlens, tuple(bounds)), scale)
-    dq, dk, dv = choose(inputs[1].device, inputs[1].dtype, size=inputs[1].shape[-1]).backward(*inputs, segments)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
-@attention_backward.register_fake
-def _(
-    inputs: Sequence[Tensor], cu_seqlens: Tensor, bounds: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        inputs[1].new_empty(inputs[1].shape),
-        inputs[2].new_empty(inputs[2].shape),
-        inputs[3].new_empty(inputs[3].shape),
-    )
-
-
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.bounds, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-
-def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *kept, cu_seqlens = ctx.saved_tensors
-    gradients = attention_backward([dout.contiguous(), *kept], cu_seqlens, ctx.bounds, ctx.scale)
-    return *gradients, None, None, None
-
-
-attention.register_autograd(_gradients, setup_context=_keep)
-
-
-def _as_operator(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **options: Any
-) -> tuple[Tensor, None]:
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    documents = options["documents"]
-    return attention(q, k, v, documents.cu_seqlens, documents.bounds, scaling)[0][None], None
-
-
-AttentionInterface.register(_OPERATOR, _as_operator)

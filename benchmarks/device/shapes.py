@@ -48,19 +48,23 @@ _FILLED = 0.92
 
 @dataclass(frozen=True)
 class Case:
-    """A model, tokens a row and of a document (None: a row is one), recomputation, and whether operators are fused."""
+    """A model, tokens a row and of a document (None: a row is one), recomputation, and whether operators are fused or
+    layers compiled.
+    """
 
     shape: str
     row: int
     recompute: str = "none"
     fused: bool = True
     document: int | None = None
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         """Of no other case."""
         parts = [self.shape, f"rows of {self.row}", f"recompute {self.recompute}"]
         parts += [] if self.fused else ["plain operators"]
+        parts += ["compiled"] if self.compiled else []
         return ", ".join(parts + ([f"documents of {self.document}"] if self.document else []))
 
 
@@ -108,6 +112,7 @@ def operators(setting: Setting, fused: bool) -> str:
 def fitted(setting: Setting, case: Case) -> tuple[Workload, int]:
     """A step of the whole model, of fewer micro-batches than eight where it would take long; how many layers fit."""
     flags = (*RECOMPUTE[case.recompute], f"--fused_ops={'auto' if case.fused else 'none'}")
+    flags = (*flags, "--compile") if case.compiled else flags
     work = workload(case.shape, case.row, flags, micro_batches=2 if setting.smallest else 8, smallest=setting.smallest)
     work = dataclasses.replace(work, document=case.document)
     layers = min(_MOST_LAYERS, layers_that_fit(work, device_memory(setting.device)))

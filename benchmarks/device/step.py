@@ -36,6 +36,7 @@ FIRST = (
     Case("8B", 8192, "selective"),
     Case("8B", 8192, "full"),
     Case("8B", 8192, fused=False),
+    Case("8B", 8192, compiled=True),
     Case("8B", 32768, "selective"),
     Case("8B", 4096),
     Case("8B", 2048),
@@ -46,6 +47,8 @@ LATER = (
     Case("8B", 32768, "full"),
     Case("8B", 32768, "selective", fused=False),
     Case("8B", 32768, "selective", document=2048),
+    Case("8B", 8192, "selective", compiled=True),
+    Case("1B", 2048, compiled=True),
     *(Case("8B", 4096, way) for way in ("selective", "full")),
     Case("8B", 4096, fused=False),
     *(Case(shape, row) for shape in ("3B", "1B") for row in (8192, 4096, 2048)),
@@ -59,6 +62,7 @@ SMALLEST = (
     Case("8B", 128),
     Case("1B", 128, "full", document=32),
     Case("8B", 128, fused=False),
+    Case("8B", 128, compiled=True),
 )
 SMALLEST_PROFILED = (Case("8B", 128, "selective"),)
 
@@ -78,7 +82,7 @@ def cases(setting: Setting) -> Cases:
 def measure(setting: Setting, case: Case) -> list[Row]:
     """The row of a case."""
     told: Row = {"model": case.shape, "row": str(case.row), "document": str(case.document or case.row)}
-    told |= {"recompute": case.recompute, "operators": operators(setting, case.fused)}
+    told |= {"recompute": case.recompute, "operators": "compiled" if case.compiled else operators(setting, case.fused)}
     if not case.fused and told["operators"] == operators(setting, True):
         return [told | {"layers": "no fused operators here: the other rows are without"}]
     whole, layers = fitted(setting, case)

@@ -12,6 +12,7 @@ transformers, let every stage do so without asking another.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -58,17 +59,25 @@ class Routing:
 
         Call the result after the layer's forward.
         """
-        routers = [module for module in layer.modules() if isinstance(module, self.router)]
+        routers: list[Any] = [module for module in layer.modules() if isinstance(module, self.router)]
         if not routers:
             return None
-        seen: list[Tensor] = []
+        router = routers[0]
+        # No hook: those have numbers of their own, and a compiler would make another graph for each layer.
+        router.logits_output, router.forward = self.output, MethodType(_noting, router)
 
-        def remember(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> None:
-            logits = output[self.output] if isinstance(output, tuple) else output
-            seen.append(logits.reshape(-1, logits.shape[-1]))
+        def taken() -> Tensor:
+            logits, router.noted = router.noted, None
+            return logits.reshape(-1, logits.shape[-1])
 
-        routers[0].register_forward_hook(remember)
-        return seen.pop
+        return taken
+
+
+def _noting(router: Any, *args: Any, **kwargs: Any) -> Any:
+    """A router's forward, whose logits are noted."""
+    output = type(router).forward(router, *args, **kwargs)
+    router.noted = output[router.logits_output] if isinstance(output, tuple) else output
+    return output
 
 
 class LoadBalance:

@@ -7,7 +7,7 @@ int32 [tokens + 1]. A model that sees images has the layers of its tower before 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -15,12 +15,13 @@ from fft.errors import UserError
 from fft.models.baichuan import NormalizedHead
 from fft.models.carried import Carried, ModelLayer
 from fft.models.causal_lm import Known, StageBuilder
+from fft.models.compiled import compiled
 from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns
 from fft.models.towers import trained_tower
 from fft.models.vision_layers import HeldTower, Merger, Patches, TowerPlan, VisionBlock
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents
+from fft.ops.documents import Boundaries, Documents
 from fft.ops.sequence_parallel import ShardedDocuments
 
 Activations = tuple[Tensor, ...]
@@ -134,27 +135,38 @@ class DecoderLayer(ModelLayer):
         self.module = builder.build(self.path, layer)
         self.named, self._ends = {self.path: self.module}, half != "attention"
         self._index, self._positions = index, positions
-        self._kept = kept_of(self.module) if builder.spec.selective else None
         self._balance, routing = builder.balance, builder.spec.routing
         self._logits = None if routing is None else routing.watch(self.module)
+        self._compiles = builder.spec.compiler is not None
+        # Logits that are noted on the side are no part of what a graph recomputes: then its compiler decides what is.
+        told = builder.spec.selective and not (self._compiles and self._logits)
+        self._kept = kept_of(self.module) if told else None
+        self._computed = compiled(self._layer, builder.spec.compiler)
 
     def forward(self, activations: Activations) -> Activations:
         """One decoder layer."""
         row = Carried.of(activations)
-        hidden, positions = row.states, self._positions.of(row, self._index)
-        if self._kept is not None:
-            hidden = selective(self._layer, hidden, *positions, kept=self._kept)
-        else:
-            hidden = self._layer(hidden, *positions)
+        documents, *positions = self._positions.of(row, self._index)
+        seen = documents.boundaries if self._compiles and isinstance(documents, Documents) else documents
+        hidden, logits = self._computed(row.states, seen, *positions)
+        if logits is not None and self._balance is not None:
+            hidden = self._balance.attach(hidden, logits, documents.real)
         return (row.tapped(hidden) if self._ends else replace(row, hidden=hidden)).tensors()
 
-    def _layer(
+    def _layer(self, hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`_once` gives, whichever activations are computed again."""
+        if self._kept is None:
+            return self._once(hidden, *given)
+        return selective(self._once, hidden, *given, kept=self._kept)
+
+    def _once(
         self,
         hidden: Tensor,
-        documents: Documents | ShardedDocuments,
+        documents: Documents | ShardedDocuments | Boundaries,
         position_ids: Tensor,
         position_embeddings: Turns | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and, of a layer whose experts are kept in balance, the router's logits."""
         hidden = self.module(
             hidden,
             attention_mask=None,
@@ -164,9 +176,7 @@ class DecoderLayer(ModelLayer):
             attention=self._positions.attention,
             alibi=self._positions.slopes,
         )
-        if self._logits is None or self._balance is None:
-            return hidden
-        return self._balance.attach(hidden, self._logits(), documents.real)
+        return hidden, None if self._logits is None else self._logits()
 
 
 class FinalNorm(ModelLayer):

@@ -28,6 +28,7 @@ KEPT = frozenset(
         "aten::_flash_attention_forward",
         "aten::_scaled_dot_product_cudnn_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "fft::packed_attention",
         "flash_attn::_flash_attn_varlen_forward",
         "flash_attn_3::fwd",
         "npu::npu_fusion_attention",

@@ -38,7 +38,8 @@ class ModelSpec:
     With ``images`` it sees those that such rules made; otherwise the tower of a model that could is left as it is.
     With ``shared_tower`` every stage has it whole, and none of its layers is one of the pipeline.
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
-    ``selective`` is for :mod:`fft.models.recompute`. What is not read from files has its first values from ``seed``.
+    ``selective`` is for :mod:`fft.models.recompute`, ``compiler`` is the backend of torch.compile for decoder layers.
+    What is not read from files has its first values from ``seed``.
     Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
     transformers can make no model, or none that runs.
     """
@@ -51,6 +52,7 @@ class ModelSpec:
     lora: Lora | None = None
     frozen: str | None = None
     selective: bool = False
+    compiler: str | None = None
     images: ImageRules | None = None
     shared_tower: bool = False
     #: The whole model on the meta device (shapes, no memory), which nobody changes: modules are built from copies.

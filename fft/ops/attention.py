@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fft.ops.alibi import widened
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents, Segments, Softmax
+from fft.ops.documents import Boundaries, Documents, Segments, Softmax
+from fft.ops.packed_operator import opaque_attention
 from fft.ops.ring import NOBODY, Ring, gradient_of_sinks, ring_attention, with_sinks
 from fft.ops.sequence_parallel import PLAIN, ShardedDocuments
 from fft.parallel.ring_plan import plan_shards
@@ -78,7 +79,7 @@ def hf_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    documents: Documents | ShardedDocuments,
+    documents: Documents | ShardedDocuments | Boundaries,
     attention: str = "auto",
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -91,8 +92,9 @@ def hf_attention(
     """:func:`packed_attention` in the calling convention of transformers.
 
     Takes [1, heads, tokens, head size] and returns [1, tokens, heads, head size] and None for the weights. Collective
-    where the documents are sharded. ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`. With
-    ``alibi``, slopes of this rank's heads, ``position_ids`` are the tokens' in their documents [1, tokens].
+    where the documents are sharded; with :class:`~fft.ops.documents.Boundaries` in their place it can be compiled.
+    ``attention`` names the backend, see :func:`fft.ops.backends.choice.choose`. With ``alibi``, slopes of this rank's
+    heads, ``position_ids`` are the tokens' in their documents [1, tokens].
     ``sliding_window``, which is the module's own if it does not say, attention sinks (``s_aux``) and ``softcap`` are
     those of :class:`~fft.ops.documents.Softmax`; heads of keys and values may differ in size. Raises ValueError for
     what a model may ask for and would silently not get: a mask, or dropout.
@@ -110,8 +112,10 @@ def hf_attention(
         q, k, v = widened(q, k, v, position_ids[0], alibi, scaling)
     if sliding_window == _UNSAID:  # Qwen2-MoE leaves it to the mask, which is not made here
         sliding_window = getattr(module, "sliding_window", None)
-    backend = choose(q.device, q.dtype, attention, q.shape[-1], softcap is not None)
     softmax = Softmax(sliding_window or None, s_aux, softcap)
+    if isinstance(documents, Boundaries):
+        return opaque_attention(q, k, v, documents, scaling, attention, softmax)[None, ..., :size], None
+    backend = choose(q.device, q.dtype, attention, q.shape[-1], softcap is not None)
     if isinstance(documents, ShardedDocuments):
         out = documents.parallel.attention(q, k, v, documents.shards, scaling, backend, softmax)
     else:

@@ -5,12 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class Boundaries(NamedTuple):
+    """Those of documents as compiled layers take them: int32 [documents + 1], on the device and on the host."""
+
+    cu_seqlens: Tensor
+    host: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ class Documents:
     def max_length(self) -> int:
         """Tokens of the longest document."""
         return max(b - a for a, b in pairwise(self.bounds))
+
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """For compiled layers, whose graphs hold for any number of documents."""
+        made = Boundaries(self.cu_seqlens, torch.tensor(self.bounds, dtype=torch.int32))
+        for tensor in made:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return made
 
     def positions(self) -> Tensor:
         """Position of every token within its document, int64 [tokens]."""

@@ -21,6 +21,7 @@ from fft.data.table import Table
 from fft.data.views import view
 from fft.errors import UserError
 from fft.images.rules import ImageLimits, ImageRules, check_rules, has_processor, load_rules
+from fft.models.compiled import check_compiles
 from fft.models.directory import ADAPTER_CONFIG, load_config
 from fft.models.recurrent import check_recurrent
 from fft.models.supported import check_supported
@@ -112,6 +113,9 @@ def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSiz
     check_tensor_parallel(config, mesh.tensor)
     check_expert_parallel(config, mesh.expert)
     _check_sequence_parallel(args, config)
+    if args.compile:
+        names = ("sequence_parallel_size", "model_parallel_size", "expert_parallel_size")
+        check_compiles(config, {f"--{name}": getattr(args, name) for name in names})
     return config, mesh
 
 

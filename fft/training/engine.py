@@ -10,24 +10,22 @@ import os
 import socket
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import optimizer_state
 from fft.data.batches import MicroBatch
-from fft.data.table import IGNORE
 from fft.errors import UserError
 from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
+from fft.models.compiled import compiler_of
 from fft.models.layers import DecoderLayer, canonical_parameters, held_tower, pipeline_layers
 from fft.models.lora import Lora
 from fft.models.spec import DTYPES, ModelSpec
@@ -40,6 +38,7 @@ from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
 from fft.training.compiling import compile_alone
 from fft.training.deepspeed_config import deepspeed_config
+from fft.training.inputs import Sender, Sent
 from fft.training.loss import TokenMeanLoss
 from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
@@ -101,8 +100,9 @@ def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRule
 
     Raises :class:`UserError` for names that it does not have.
     """
-    operators = fused.fused_ops(device_type(), args.fused_ops)
+    operators = None if args.compile else fused.fused_ops(device_type(), args.fused_ops)
     train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
+    compiler = compiler_of(device_type()) if args.compile else None
     return ModelSpec(
         config,
         DTYPES[args.dtype],
@@ -110,6 +110,7 @@ def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRule
         args.attention,
         operators,
         **train,
+        compiler=compiler,
         images=images,
         shared_tower=args.encoder_pipe_parallel_size == 0,
     )
@@ -126,6 +127,8 @@ def check_kernels(spec: ModelSpec) -> str:
     if spec.fused is not None:
         fused.check_operators(spec.fused, device, spec.dtype)
         names.append(f"fused operators {spec.fused.name}")
+    if spec.compiler is not None:
+        names.append(f"decoder layers by torch.compile ({spec.compiler})")
     return ", ".join(names)
 
 
@@ -164,8 +167,8 @@ class StageEngine:
         self.role, self.device = role, engine.device
         #: The tower that the ranks of a replica have together.
         self.shared = shared
-        self._balance, self._under_way = builder.balance, builder.under_way
-        self._under_way.kept = role.mesh.pipe  # as many may be between their forward and their backward
+        self._balance, self._sender = builder.balance, Sender(builder.under_way, engine.device, shared)
+        builder.under_way.kept = role.mesh.pipe  # as many may be between their forward and their backward
         self._trained = 0
         #: Of the stage's layers, under their Hugging Face names.
         self.parameters = canonical_parameters(engine.module)
@@ -189,39 +192,9 @@ class StageEngine:
             self.loss.scale = axis * engine.micro_batches / max(1, self._trained)
         if self._balance is not None:
             self._balance.start(engine.micro_batches, self.loss_scale)
-        loss = float(engine.train_batch(self._inputs(batches)))
+        loss = float(engine.train_batch(self._sender.send(batches)))
         engine.timers("train_batch").reset()  # which would keep two events of every step
         return loss
-
-    def _inputs(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """Micro-batches as DeepSpeed takes them, with the features of their images where a tower is shared."""
-        self._under_way.start()
-        if self.shared is None:
-            return map(self._to_device, batches)
-        batches = list(batches)
-        images = [batch.images for batch in batches if batch.images is not None]
-        features = self.shared.encode(images, together=torch.is_grad_enabled())
-        return map(self._to_device, batches, features or repeat(()))
-
-    def _to_device(
-        self, batch: MicroBatch, features: Sequence[Tensor] | None = None
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """As DeepSpeed's engine takes it: (inputs of the first stage, targets of the last), under way to the device.
-
-        With ``features`` of its images the first stage gets these, not the images.
-        """
-        self._under_way.expect(batch.cu_seqlens.tolist())
-        inputs, trained = (batch.input_ids, batch.cu_seqlens), np.flatnonzero(batch.labels != IGNORE)
-        if (images := batch.images) is not None:
-            inputs = *inputs, images.positions, images.index
-            inputs = inputs if features is not None else (images.patches, *inputs, images.grids)
-        sent = *(features or ()), *map(self._sent, inputs)
-        return sent, tuple(map(self._sent, (trained, batch.labels[trained])))
-
-    def _sent(self, array: np.ndarray) -> Tensor:
-        """To the device, which the host does not wait for: the engine's own copies then stay there."""
-        x = torch.from_numpy(array)
-        return x if on_host() else deepspeed.get_accelerator().pin_memory(x).to(self.device, non_blocking=True)
 
     def trained_nothing(self) -> bool:
         """Whether the last step had no token to train on, which the last stage knows. Collective."""
@@ -233,16 +206,16 @@ class StageEngine:
         """Sum of the token losses of so many micro-batches, on ranks of the last stage. Collective."""
         self.loss.scale = 1.0
         if self.shared is None:
-            return self._evaluate(self._inputs(batches), micro_batches)
+            return self._evaluate(self._sender.send(batches), micro_batches)
         total, iterator = 0.0, iter(batches)
         for first in range(0, micro_batches, _ENCODED):
             count = min(_ENCODED, micro_batches - first)
             with torch.no_grad():
-                inputs = self._inputs([*islice(iterator, count)])
+                inputs = self._sender.send([*islice(iterator, count)])
             total += self._evaluate(inputs, count)
         return total
 
-    def _evaluate(self, inputs: Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]], micro_batches: int) -> float:
+    def _evaluate(self, inputs: Iterator[Sent], micro_batches: int) -> float:
         losses = self.deepspeed.eval_batch(
             inputs, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches
         )

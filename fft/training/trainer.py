@@ -95,7 +95,8 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
         lines.append(f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens")
     _log("\n".join(lines))
     _log(f"kernels: {check_kernels(spec)}")
-    if advice := fused.missing(device_type(), args.fused_ops, plan.config.get_text_config().model_type):
+    asked = "none" if args.compile else args.fused_ops
+    if advice := fused.missing(device_type(), asked, plan.config.get_text_config().model_type):
         _log(f"warning: {advice}")
     if args.lora_dim or args.freeze:
         _log(f"{trained(spec.skeleton.parameters()):,} parameters are trained, the others are frozen")

@@ -38,6 +38,7 @@ LIMITS = {
     "loss": 60,
     "recomputation": 150,
     "families": 150,
+    "compile": 150,
     "checkpoint": 300,
     "offload": 90,
     "memory": 240,
