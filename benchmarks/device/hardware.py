@@ -5,25 +5,7 @@ import functools
 import torch
 
 from benchmarks.device.frame import Cases, Row, Setting, milliseconds
-
-#: Dense bf16 TFLOP/s by what a device's name contains; the first that fits counts. NVIDIA's datasheets of the A100,
-#: H100, H200, HGX B200 and GB200, most of which print twice as much, with sparsity; Huawei's of the Atlas 800T A2: 2.5
-#: PFLOPS of eight.
-DATASHEET = {
-    "A100": 312.0,
-    "A800": 312.0,
-    "H100 PCIe": 756.5,
-    "H100 NVL": 835.5,
-    "H100": 989.4,
-    "H800": 989.4,
-    "H200 NVL": 835.5,
-    "GH200": 989.4,
-    "H200": 989.4,
-    "H20": 148.0,
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "910B3": 313.0,
-}
+from fft.training.work import datasheet_rate, device_name
 
 
 def cases(setting: Setting) -> Cases:
@@ -34,7 +16,7 @@ def cases(setting: Setting) -> Cases:
 @functools.cache
 def hardware(setting: Setting) -> Row:
     """Name, datasheet and measured rates of the device: measured once in a process."""
-    known = datasheet_rate(setting)
+    known = datasheet_rate(setting.device)
     return {
         "device": device_name(setting.device),
         "datasheet TFLOP/s": "unknown" if known is None else known / 1e12,
@@ -44,23 +26,12 @@ def hardware(setting: Setting) -> Row:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """As its driver has it."""
-    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-
-
 def device_memory(device: torch.device) -> int:
     """Bytes that are free on it, with what this process's allocator keeps for later (of a CPU's, 1 GB)."""
     if device.type == "cpu":
         return 10**9
     module = torch.get_device_module(device)
     return module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated()
-
-
-def datasheet_rate(setting: Setting) -> float | None:
-    """FLOPs a second in bf16 by the datasheet, None where we have none."""
-    name = device_name(setting.device)
-    return next((1e12 * rate for part, rate in DATASHEET.items() if part in name), None)
 
 
 @functools.cache

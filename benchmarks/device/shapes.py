@@ -3,7 +3,6 @@
 import bisect
 import copy
 import dataclasses
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from benchmarks.device.hardware import device_memory, matrix_rate
 from benchmarks.engines import Workload
 from fft.ops.fused import fused_ops
 from fft.planning.costs import layer_costs
-from fft.training.metrics import flops_per_token
+from fft.training.work import Work
 
 #: Of all: Llama 3's vocabulary, head counts and rotary embedding.
 _LLAMA_3 = {
@@ -124,7 +123,5 @@ def fitted(setting: Setting, case: Case) -> tuple[Workload, int]:
 
 def step_flops(work: Workload) -> float:
     """FLOPs that the mathematics of a step needs."""
-    spec, bounds = work.plan()[1], work.bounds
-    # Causal attention costs a document half the square of its length: what rows of this length would cost a token.
-    span = sum((b - a) ** 2 for a, b in itertools.pairwise(bounds)) / work.tokens
-    return work.micro_batches * work.tokens * flops_per_token([cost.flops for cost in layer_costs(spec, span)])
+    made = Work.of(layer_costs(work.plan()[1], work.seq_len), work.seq_len)
+    return work.micro_batches * made.flops(work.tokens, work.bounds)

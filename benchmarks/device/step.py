@@ -9,9 +9,10 @@ import functools
 
 from benchmarks.device import layer, profile
 from benchmarks.device.frame import Cases, Row, Setting, milliseconds, peak_bytes
-from benchmarks.device.hardware import datasheet_rate, matrix_rate
+from benchmarks.device.hardware import matrix_rate
 from benchmarks.device.shapes import Case, fitted, operators, planned_bytes, step_flops, with_layers
 from benchmarks.engines import Workload, with_engine
+from fft.training.work import datasheet_rate
 
 #: ms of a layer and a micro-batch, and MFU of the datasheet's rate, that were predicted for an H100 and 8B, with fused
 #: operators and FlashAttention-2, before any was measured: by tokens a row, recomputation, fused operators.
@@ -116,7 +117,7 @@ def _time(setting: Setting, work: Workload) -> tuple[float, int]:
 
 def utilisation(setting: Setting, what: str, rate: float) -> Row:
     """FLOPs a second as shares of what the datasheet promises and of what products were measured to reach."""
-    known = datasheet_rate(setting)
+    known = datasheet_rate(setting.device)
     return {
         f"{what} MFU %": "unknown" if known is None else 100 * rate / known,
         f"{what} of matrix rate %": 100 * rate / matrix_rate(setting),

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fft.images.rules import GRIDS
@@ -42,7 +44,8 @@ class LayerCost:
     each counted once: a head that is the embedding has none. ``held`` is what one tensor- and expert-parallel rank of
     the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of the latter with two dimensions or
     more, ``experts`` of the latter those that ranks share out. Gradients of frozen weights are not computed.
-    ``repeated`` says how many ranks that share a row compute the same.
+    ``repeated`` says how many ranks that share a row compute the same. ``pair`` are the multiply-adds in forward for a
+    query and a key that it sees, of a decoder layer whose ``window`` has so many (None: all before it).
     """
 
     flops: float
@@ -54,6 +57,8 @@ class LayerCost:
     experts: int = 0
     kind: type[ModelLayer] = DecoderLayer
     repeated: int = 1
+    pair: float = 0.0
+    window: int | None = None
 
     @property
     def time(self) -> float:
@@ -113,8 +118,8 @@ def layer_costs(
     )
     for layer in planned_layers(spec, split_dlayer):
         if layer.kind not in TOWER:
-            cost = _cost(layer, shards, _text_use(spec, layer.modules[layer.path]))
-            costs.append(_attending(cost, _scores(spec, layer, seq_len)))
+            cost = replace(_cost(layer, shards, _text_use(spec, layer.modules[layer.path])), **_attention(spec, layer))
+            costs.append(_attending(cost, cost.pair * float(pairs(seq_len, cost.window)) / seq_len))
     embedding, last = next(i for i, cost in enumerate(costs) if cost.kind is Embedding), costs[-1]
     costs[embedding] = replace(costs[embedding], flops=0.0, backward=0.0)
     costs[-1] = replace(last, parameters=0 if spec.tied else last.parameters)
@@ -177,14 +182,19 @@ def _text_use(spec: ModelSpec, module: nn.Module) -> _Use:
     return lambda _, name: share if ".experts." in f".{name}" else 1.0
 
 
-def _scores(spec: ModelSpec, layer: PlannedLayer, seq_len: int) -> float:
+def pairs(tokens: float | np.ndarray, window: int | None = None) -> np.ndarray:
+    """Queries times the keys that they see in documents of so many tokens: half of the square without a window."""
+    seen = np.minimum(tokens if window is None else window, tokens)
+    return seen * np.asarray(tokens) - seen**2 / 2
+
+
+def _attention(spec: ModelSpec, layer: PlannedLayer) -> dict[str, Any]:
     """q.k and weights.v of a decoder layer, or of the half of one that attends."""
     module = layer.modules[layer.path]
     if not any(name.startswith("self_attn.") for name, _ in module.named_parameters()):
-        return 0.0
-    window = min(spec.window(int(layer.path.rpartition(".")[2])) or seq_len, seq_len)
-    seen = window - window**2 / (2 * seq_len)  # keys, in the mean over a row's queries; half of it without a window
-    return 2 * spec.text.num_attention_heads * spec.head_size * seen
+        return {}
+    window = spec.window(int(layer.path.rpartition(".")[2]))
+    return {"pair": 2.0 * spec.text.num_attention_heads * spec.head_size, "window": window}
 
 
 class _TowerUse:

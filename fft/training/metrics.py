@@ -1,8 +1,9 @@
 """What a run tells of its steps, and the yardstick of its speed: what the devices' matrix products really do.
 
 Model FLOPs utilisation is the FLOPs that the model's mathematics needs (a multiply-add is two; backward is twice the
-forward, but for weights that are frozen; activations that are computed again count once) over those that all devices
-could have done at their measured matrix rate. A token of a run with images has besides its decoder's FLOPs those of a
+forward, but for weights that are frozen; attention is that of the documents as they are, causal; activations that are
+computed again count once) over those that all devices could have done, by their datasheet, and at the matrix rate that
+they were measured to reach. A token of a run with images has besides its decoder's FLOPs those of a
 tower for as many patches as its tables' tokens have in the mean (:mod:`fft.planning.image_load`).
 """
 
@@ -10,7 +11,7 @@ import contextlib
 import dataclasses
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +21,15 @@ import torch.distributed as dist
 
 from fft.arguments import TrainArguments
 from fft.models.experts import LoadBalance
-from fft.planning.costs import multiply_adds
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
 from fft.training.metric_sinks import Sinks, open_sinks
+from fft.training.work import Work, datasheet_rate, device_name
 
 Log = Callable[[str], None]
 
 #: A product that takes this many seconds is timed well enough, and one of this many rows is as large as any.
 _LONG_ENOUGH, _LARGEST = 0.01, 8192
-
-
-def flops_per_token(forward: Sequence[float], backward: Sequence[float] | None = None) -> float:
-    """FLOPs of forward and backward for one token, from the multiply-adds of every layer.
-
-    Without ``backward`` it is twice the ``forward``, as where every parameter is trained.
-    """
-    return 2.0 * sum(forward) + (4.0 * sum(forward) if backward is None else 2.0 * sum(backward))
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -94,11 +87,12 @@ class Stopwatch:
     def __init__(self, step: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._first = clock, step
         self._started = self._lap = clock()
-        self._waited, self._tokens = 0.0, 0
+        self._waited, self._tokens, self._flops = 0.0, 0, 0.0
 
-    def computed(self, tokens: int) -> None:
+    def computed(self, tokens: int, flops: float = 0.0) -> None:
         """Note what a step computed."""
         self._tokens += tokens
+        self._flops += flops
 
     def waited(self, seconds: float) -> None:
         """Note time that a step had to wait for its data."""
@@ -116,16 +110,17 @@ class Stopwatch:
         now = self._clock()
         seconds, elapsed = now - self._lap, now - self._started
         left = elapsed / (step - self._first) * (total - step)
-        lap = Lap(self._tokens / seconds, self._waited / seconds, elapsed, left)
-        self._lap, self._waited, self._tokens = now, 0.0, 0
+        lap = Lap(self._tokens / seconds, self._flops / seconds, self._waited / seconds, elapsed, left)
+        self._lap, self._waited, self._tokens, self._flops = now, 0.0, 0, 0.0
         return lap
 
 
 @dataclass(frozen=True)
 class Lap:
-    """Tokens a second, the share of the time that waited for data, seconds since the start, seconds still to go."""
+    """Tokens and FLOPs a second, the share of the time that waited for data, seconds since the start, seconds to go."""
 
     rate: float
+    flops: float
     data_wait: float
     elapsed: float
     left: float
@@ -135,14 +130,16 @@ class Lap:
 class Metrics:
     """Numbers of a run on their way to its sinks and, every so often, to the console.
 
-    ``flops`` are those of a token, ``peak`` those that all devices together can do in a second.
+    ``work`` is what tokens ask of devices; all together reach ``peak`` FLOPs a second in matrix products, by their
+    datasheet ``promised``, where that is known.
     """
 
     sinks: Sinks
     log: Log
     total: int
-    flops: float
+    work: Work
     peak: float
+    promised: float | None
     device: torch.device
 
     def record(self, step: int, **values: float) -> None:
@@ -156,7 +153,9 @@ class Metrics:
         """
         memory = over_ranks(peak_memory(self.device), dist.ReduceOp.MAX, self.device)
         rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
-        utilisation = rate * self.flops / self.peak
+        flops = over_ranks(lap.flops, dist.ReduceOp.SUM, self.device)
+        used = {"mfu": flops / self.peak} | ({"mfu_datasheet": flops / self.promised} if self.promised else {})
+        told = f"{used['mfu']:.1%}" + (f", of the datasheet {used['mfu_datasheet']:.1%}" if self.promised else "")
         scaled = f"scale {values['loss_scale']:.0f}  " if "loss_scale" in values else ""
         scaled += f"{values['skipped_steps']} skipped  " if values["skipped_steps"] else ""
         self.record(
@@ -164,14 +163,14 @@ class Metrics:
             **values,
             tokens_per_second=rate,
             tokens_per_second_per_device=rate / dist.get_world_size(),
-            mfu=utilisation,
+            **used,
             data_wait=lap.data_wait,
             memory=memory,
             seconds=lap.elapsed,
         )
         self.log(
             f"step {step}/{self.total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {utilisation:.1%}  "
+            f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {told}  "
             f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {_clock(lap.elapsed)} < {_clock(lap.left)}"
         )
 
@@ -194,16 +193,20 @@ def open_metrics(
     if dist.get_rank() == 0:
         run = Path(args.checkpoint) if args.checkpoint else None
         sinks = held.enter_context(open_sinks(run, start, dataclasses.asdict(args), log))
-    flops = flops_per_token(*multiply_adds(layout.every))
+    work, world = Work.of(layout.every, args.seq_len), plan.mesh.world
     rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")
-    peak = over_ranks(rate, dist.ReduceOp.SUM, device)
-    metrics = Metrics(sinks, log, plan.total_steps, flops, peak, device)
+    peak, sheet = over_ranks(rate, dist.ReduceOp.SUM, device), datasheet_rate(device, dtype)
+    metrics = Metrics(sinks, log, plan.total_steps, work, peak, sheet and sheet * world, device)
     if plan.total_steps:
         bubble = bubble_of(args, layout)
-        metrics.record(start, matrix_flops_per_second=peak, pipeline_bubble=bubble)
+        known = {} if sheet is None else {"datasheet_flops_per_second": sheet * world}
+        metrics.record(start, matrix_flops_per_second=peak, pipeline_bubble=bubble, **known)
+        whole = work.flops(args.seq_len, (0, args.seq_len)) / args.seq_len
+        of = "" if sheet is None else f", of {sheet / 1e12:.3g} by the datasheet of {device_name(device)}"
         log(
-            f"{flops:.3g} FLOPs a token; matrix products of {args.dtype} reach {peak / plan.mesh.world / 1e12:.3g} "
-            f"TFLOP/s a device; pipeline bubble {bubble:.1%}"
+            f"{whole:.3g} FLOPs a token of a document of {args.seq_len} ({work.token:.3g} without attention); matrix "
+            f"products of {args.dtype} reach {peak / world / 1e12:.3g} TFLOP/s a device{of}; "
+            f"pipeline bubble {bubble:.1%}"
         )
     return metrics
 

@@ -209,7 +209,8 @@ class Trainer:
     def _step(self, step: int, batches: list[MicroBatch], watch: Stopwatch) -> None:
         """Take a step and tell its numbers."""
         engine, total = self.engine, self.plan.total_steps
-        watch.computed(sum(len(batch.labels) for batch in batches) if engine.role.counts else 0)
+        for batch in batches if engine.role.counts else ():
+            watch.computed(len(batch.labels), self.metrics.work.flops(len(batch.labels), batch.cu_seqlens))
         rate, skipped, scale = engine.learning_rate, engine.skipped, engine.loss_scale
         loss = engine.step(batches)
         if not math.isfinite(loss):

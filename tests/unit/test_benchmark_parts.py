@@ -10,11 +10,10 @@ from torch.autograd import DeviceType
 
 from benchmarks.device import layer, profile
 from benchmarks.device.frame import Setting
-from benchmarks.device.hardware import DATASHEET
 from benchmarks.device.shapes import Case, layers_that_fit, model_config, step_flops, workload
 from benchmarks.device.step import cases, measure
 from fft.models.spec import ModelSpec
-from fft.training.metrics import flops_per_token
+from fft.training.work import DATASHEET, flops_per_token
 
 FLASH = "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64>>"
 BACKWARD = "autograd::engine::evaluate_function: "

@@ -10,6 +10,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 from fft.models.experts import LoadBalance, Routing
 from fft.ops.documents import UnderWay
 from fft.training import engine
+from fft.training.inputs import Sender
 
 
 def test_a_rank_takes_its_device_before_it_communicates(monkeypatch):
@@ -38,7 +39,7 @@ def test_the_experts_balance_loss_is_scaled_as_the_loss_is(fp16, scale):
     )
     stage = engine.StageEngine.__new__(engine.StageEngine)
     stage.deepspeed, stage._balance, stage.role = deepspeed, balance, SimpleNamespace(last=False)
-    stage.shared, stage._under_way = None, UnderWay()
+    stage._sender = Sender(UnderWay(), torch.device("cpu"), None)
     stage.step([])
     assert weights == [0.5 * scale / (8 * 3)]
 

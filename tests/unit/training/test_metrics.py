@@ -23,13 +23,13 @@ from fft.training.environment import commit_of
 from fft.training.metrics import (
     Lap,
     Stopwatch,
-    flops_per_token,
     matrix_rate,
     mean_balance,
     open_metrics,
     peak_memory,
 )
 from fft.training.schedule import lr_multiplier
+from fft.training.work import Work, datasheet_rate, flops_per_token
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -101,9 +101,10 @@ def test_stopwatch():
     watch = Stopwatch(step=10, clock=lambda: now)
     now += 4  # two steps of 2 s, a quarter of which is waiting
     watch.waited(1.0)
-    watch.computed(100)
-    watch.computed(60)
+    watch.computed(100, 5e3)
+    watch.computed(60, 1e3)
     lap = watch.lap(12, total=20)
+    assert lap.flops == 1500.0
     assert (lap.rate, lap.data_wait, lap.elapsed, lap.left) == (40.0, 0.25, 4.0, 16.0)
     with watch.paused():
         now += 50
@@ -146,6 +147,7 @@ def test_numbers_are_of_all_ranks(four_ranks):
     """Tokens a second and what devices can do add up, memory is that of the fullest, utilisation is of all devices."""
     said, written = [], {}
     args = SimpleNamespace(checkpoint=None, gradient_accumulation_steps=1, checkpoint_grad_interval=0, dtype="fp32")
+    args.seq_len = 64
     mesh = MeshSizes(4, 1)
     layout = Layout(mesh, [0, 1], [LayerCost(1000.0, 2000.0, 1000, 1000, 1000, 1000)], [])
     plan = SimpleNamespace(total_steps=9, mesh=mesh)
@@ -154,12 +156,57 @@ def test_numbers_are_of_all_ranks(four_ranks):
     assert "reach 0.001 TFLOP/s a device" in said[0]
     shown.sinks.add("all", lambda: SimpleNamespace(write=lambda _, values: written.update(values)))
     values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "skipped_steps": 0}
-    shown.show(1, values, Lap(rate=10_000.0, data_wait=0.0, elapsed=1.0, left=1.0))
+    shown.show(1, values, Lap(rate=10_000.0, flops=10_000.0 * 6000, data_wait=0.0, elapsed=1.0, left=1.0))
     assert (written["tokens_per_second"], written["tokens_per_second_per_device"]) == (40_000, 10_000)
     assert written["mfu"] == pytest.approx(40_000 * 6000 / 4e9)
+    assert "mfu_datasheet" not in written
     assert written["memory"] == 3 << 30
     assert "40,000 tokens/s  MFU 6.0%" in said[-1]
     assert "3.00 GiB" in said[-1]
+
+
+def test_utilisation_names_what_it_is_of(four_ranks, monkeypatch):
+    """Of what products were measured to reach, and of the datasheet where there is one."""
+    monkeypatch.setattr(metrics, "datasheet_rate", lambda *_: 2e9)
+    monkeypatch.setattr(metrics, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    said, written = [], {}
+    args = SimpleNamespace(checkpoint=None, gradient_accumulation_steps=1, checkpoint_grad_interval=0, dtype="bf16")
+    args.seq_len = 64
+    mesh = MeshSizes(4, 1)
+    layout = Layout(mesh, [0, 1], [LayerCost(1000.0, 2000.0, 1000, 1000, 1000, 1000)], [])
+    plan = SimpleNamespace(total_steps=9, mesh=mesh)
+    with contextlib.ExitStack() as held:
+        shown = open_metrics(args, plan, layout, torch.bfloat16, torch.device("cpu"), 0, held, said.append)
+    assert "reach 0.001 TFLOP/s a device, of 0.002 by the datasheet of NVIDIA H100 80GB HBM3" in said[0]
+    shown.sinks.add("all", lambda: SimpleNamespace(write=lambda _, values: written.update(values)))
+    values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "skipped_steps": 0}
+    shown.show(1, values, Lap(rate=10_000.0, flops=6e7, data_wait=0.0, elapsed=1.0, left=1.0))
+    assert (written["mfu"], written["mfu_datasheet"]) == (pytest.approx(0.06), pytest.approx(0.03))
+    assert "MFU 6.0%, of the datasheet 3.0%  " in said[-1]
+
+
+def test_no_datasheet_is_known_of_a_cpu_and_of_wide_types(monkeypatch):
+    assert datasheet_rate(torch.device("cpu")) is None
+    monkeypatch.setattr("fft.training.work.device_name", lambda _: "NVIDIA H200")
+    assert datasheet_rate(torch.device("cuda")) == pytest.approx(989.4e12)
+    assert datasheet_rate(torch.device("cuda"), torch.float32) is None
+
+
+@pytest.mark.parametrize("lora", [None, Lora(8, 16, ("q_proj", "down_proj"))])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_work_is_that_of_the_documents_as_they_are(kind, lora):
+    """Of documents of one length it is what layers were counted for; of others the mean of theirs."""
+    sizes = {**SMALL, "model_type": kind, "hidden_size": 128, "num_hidden_layers": 4}
+    sizes |= {"sliding_window": 24} if kind == "gemma2" else {}
+    made = ModelSpec(AutoConfig.for_model(**sizes), torch.float32, lora=lora)
+    work, whole = Work.of(layer_costs(made, 128), 128), {}
+    for length in (16, 32, 128):
+        whole[length] = flops_per_token(*multiply_adds(layer_costs(made, length)))
+        bounds = [*range(0, 129, length), 128, 128]  # as micro-batches pad them
+        assert work.flops(128, bounds) == pytest.approx(128 * whole[length])
+    mixed = work.flops(96, [0, 32, 48, 64, 96])
+    assert mixed == pytest.approx(64 * whole[32] + 32 * whole[16])
+    assert set(work.pairs) == ({None} if kind == "llama" else {None, 24})
 
 
 def test_the_balance_of_experts_is_the_mean_over_rows(four_ranks):
