@@ -183,6 +183,7 @@ _TILES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("evaluation", "eval_loss", lambda value: f"{value:.4f}"),
     ("tokens a second", "tokens_per_second", lambda value: f"{value:,.0f}"),
     ("MFU", "mfu", lambda value: f"{100 * value:.1f} %"),
+    ("MFU of the datasheet", "mfu_datasheet", lambda value: f"{100 * value:.1f} %"),
     ("memory of a rank", "memory", _bytes),
     ("pipeline bubble", "pipeline_bubble", lambda value: f"{100 * value:.1f} %"),
     ("time", "seconds", _clock),

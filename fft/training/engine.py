@@ -70,7 +70,8 @@ def init_distributed() -> None:
     if on_host():
         _compile_operator()
     deepspeed.init_distributed(verbose=False)
-    dist.barrier()  # every rank has its neighbours' buffers open
+    # Every rank has its neighbours' buffers open. NCCL guesses the device by the rank's number, unless it is told.
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
     _unlink_shared_buffer()
 
 
@@ -297,12 +298,13 @@ def build_engine(
     optimizer = make_optimizer(args, groups, device, None if stage else holders)
     floor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
     multiplier = lr_multiplier(args.lr_scheduler_type, args.warmup_steps, max(1, total_steps), floor, args.decay_ratio)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
-        config=deepspeed_config(args, stage),
-    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier),
+            config=deepspeed_config(args, stage),
+        )
     if engine.using_bf16_optimizer:
         outer = weakref.proxy(engine.optimizer)  # it holds ours
         optimizer.norm = lambda: torch.as_tensor(outer._global_grad_norm)  # with experts it is a number
