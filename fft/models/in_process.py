@@ -107,7 +107,7 @@ def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> 
     the device.
     """
     torch.manual_seed(seed)
-    model = auto_class(config).from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.ndim < 2 or bool((tensor == tensor.flatten()[0]).all()):

@@ -64,7 +64,9 @@ class ModelSpec:
         implementations = {"": attention, "text_config": attention, "vision_config": "sdpa"}
         try:
             with torch.device("meta"):
-                model = auto_class(config).from_config(config, dtype=self.dtype, attn_implementation=implementations)
+                model = auto_class(config).from_config(
+                    config, dtype=self.dtype, attn_implementation=implementations, trust_remote_code=False
+                )
         except Exception as error:  # modules raise what their sizes and settings happen to make them raise
             raise UserError(
                 f"transformers cannot build a {config.model_type} of the model's config.json "

@@ -104,6 +104,24 @@ def says_so(function: Function, owners: tuple[Definition, ...]) -> bool:
     return any(re.search(r"\bRaises?\b", ast.get_docstring(node) or "") for node in (function, *owners))
 
 
+def test_code_that_a_model_brings_is_never_run():
+    """transformers asks on a terminal whether it may, unless it is told: a "y" on stdin may be meant for anything."""
+    none_of(
+        [
+            f"{name}, line {node.lineno}: say trust_remote_code=False"
+            for name, tree in TREES.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("from_pretrained", "from_config", "LLM", "EngineArgs")
+            and not any(
+                keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) == "False"
+                for keyword in node.keywords
+            )
+        ]
+    )
+
+
 def test_a_public_name_means_one_thing():
     places = defaultdict(list)
     for name, tree in TREES.items():

@@ -126,7 +126,9 @@ def _load_model(checked: "CheckedModel", dtype: "torch.dtype | str") -> Any:
             MODEL_FOR_CAUSAL_LM_MAPPING if own in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         )
         kind: Any = mapping[own]
-        model, info = kind.from_pretrained(**given, config=checked.config, dtype=dtype, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            **given, config=checked.config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # files that are cut, shapes that differ, packages that a model needs
         raise UserError(f"--model {directory} cannot be loaded ({one_line(error)[:300]}).") from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
