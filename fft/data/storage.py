@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -72,7 +71,12 @@ class Storage:
         url = str(name).rstrip("/")
         with reaching(url):
             scheme, _, rest = url.partition("://")
-            filesystem, root = fs.FileSystem.from_uri(f"{SCHEMES.get(scheme, scheme)}://{rest}")
+            host, _, path = rest.partition("/")
+            if scheme == "file" or "?" in rest:
+                filesystem, root = fs.FileSystem.from_uri(f"{SCHEMES.get(scheme, scheme)}://{rest}")
+            else:  # names of a store as they stand there: blanks and % are no escapes
+                filesystem, root = fs.FileSystem.from_uri(f"{SCHEMES.get(scheme, scheme)}://{host}/")
+                root = posixpath.join(root, path)
         return cls(url, root.rstrip("/"), filesystem)
 
     @property
@@ -87,7 +91,7 @@ class Storage:
 
     def location_of(self, name: str) -> str:
         """The same of the file of this name; see :meth:`at`."""
-        return self.path(name) if self.is_local else posixpath.join(self.name, quote(name))
+        return self.path(name) if self.is_local else posixpath.join(self.name, name)
 
     @property
     def address(self) -> str:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyspark
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.slow
 SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
 #: The corpus of the other tests this many times over: some seconds of work for two cores.
 REPEATED = 16
+#: Cover folders, whose names are $0, and become what follows.
+HIDE = 'for folder in $0; do mount -t tmpfs none "$folder" || exit 77; done; exec "$@"'
 
 
 def free_port() -> int:
@@ -35,10 +38,12 @@ def wait_until(condition, what: str, seconds: float = 180) -> None:
 
 
 class Cluster:
-    """A master and two workers of one core each, on the loopback address."""
+    """A master and two workers of one core each, on the loopback address; each worker sees something else where the
+    folders ``hidden`` are: an empty disk of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hidden: Sequence[Path] = ()) -> None:
         self.folder, port = folder, free_port()
+        self._own = ["unshare", "-m", "bash", "-c", HIDE, " ".join(map(str, hidden))] if hidden else []
         self.url = f"spark://127.0.0.1:{port}"
         self._environment = {**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
         flags = ["--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"]
@@ -47,11 +52,11 @@ class Cluster:
         for number in (1, 2):
             place = folder / f"worker-{number}"
             flags = ["--host", "127.0.0.1", "--cores", "1", "--memory", "1g", "--webui-port", "0"]
-            self.processes.append(self._start("worker.Worker", *flags, "--work-dir", place, self.url))
+            self.processes.append(self._start("worker.Worker", *flags, "--work-dir", place, self.url, own=self._own))
         wait_until(lambda: all(self._said(i, "Successfully registered") for i in (1, 2)), "the workers' start")
 
-    def _start(self, name: str, *flags: object) -> subprocess.Popen:
-        command = [SPARK_CLASS, f"org.apache.spark.deploy.{name}", *flags]
+    def _start(self, name: str, *flags: object, own: Sequence[str] = ()) -> subprocess.Popen:
+        command = [*own, SPARK_CLASS, f"org.apache.spark.deploy.{name}", *flags]
         with open(self.folder / f"log-{len(getattr(self, 'processes', []))}", "wb") as log:
             return subprocess.Popen(
                 [str(part) for part in command], env=self._environment, stdout=log, stderr=log, start_new_session=True

@@ -31,6 +31,8 @@ KILLS = int(os.environ.get("FFT_KILLS", "1"))
 JOBS = ("tokenize",) if KILLS == 1 else ("tokenize", "shuffle", "repartition")
 #: Settings of the process by engine.
 ENGINES = {"spark": {}, "sail": {"FFT_ENGINE": "sail"}}
+#: Spark on one machine gives a task one try, unless it is told another number.
+MASTERS = {"tries": "local[2,4]"}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,12 @@ def many(corpus, tmp_path_factory) -> Path:
     return path
 
 
-def start(engine: str, *command: object) -> subprocess.Popen:
-    """A job in a session of its own, so that what it leaves can be told."""
+def start(engine: str, *command: object, **more: str) -> subprocess.Popen:
+    """A job in a session of its own, so that what it leaves can be told; with ``more`` in its environment."""
     words = [str(word) for word in command]
-    environment = {**os.environ, **ENGINES[engine], "SPARK_LOCAL_IP": "127.0.0.1"}
-    environment["PYSPARK_SUBMIT_ARGS"] = "--master local[2] --conf spark.ui.enabled=false pyspark-shell"
+    environment = {**os.environ, **ENGINES.get(engine, {}), "SPARK_LOCAL_IP": "127.0.0.1", **more}
+    master = MASTERS.get(engine, "local[2]")
+    environment["PYSPARK_SUBMIT_ARGS"] = f"--master {master} --conf spark.ui.enabled=false pyspark-shell"
     script, *flags = words
     return subprocess.Popen(
         [sys.executable, f"spark_jobs/{script}.py", *flags],

@@ -1,0 +1,122 @@
+"""What goes wrong with stores and mounts, for tests: a server that is busy, tasks that fail, a mount that refuses."""
+
+import os
+import threading
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
+
+
+@contextmanager
+def throttled(server: str, one_in: int = 10):
+    """A proxy of an S3 server that answers one request in so many with HTTP 503: its URL, and counts of requests."""
+    counts, lock = {"asked": 0, "refused": 0}, threading.Lock()
+    host = urlsplit(server).netloc
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with lock:
+                counts["asked"] += 1
+                refused = counts["asked"] % one_in == 0
+                counts["refused"] += refused
+            if refused:
+                return self.send(503, {"Content-Type": "application/xml"}, BUSY)
+            behind = HTTPConnection(host, timeout=60)
+            behind.request(self.command, self.path, body, dict(self.headers))  # signed for the host that was asked
+            answer = behind.getresponse()
+            return self.send(answer.status, dict(answer.getheaders()), answer.read())
+
+        def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers.items():
+                if name.lower() not in ("transfer-encoding", "connection") and (
+                    name.lower() != "content-length" or self.command == "HEAD"
+                ):
+                    self.send_header(name, value)
+            if self.command != "HEAD":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+        def log_message(self, *_) -> None:
+            """Nothing is logged."""
+
+    class Proxy(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_) -> None:
+            """A client that has gone is no error of the tests."""
+
+    proxy = Proxy(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}", counts
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+#: Python reads this file when it starts. ``FFT_FAULT`` says how the first part that is finished fails, once for all
+#: processes of a test; ``FFT_REFUSES``, below which folder a mounted store begins.
+STARTS = """
+import builtins, errno, os
+
+fault, refuses = os.environ.get("FFT_FAULT"), os.environ.get("FFT_REFUSES")
+
+if fault:
+    from fft.data import asking
+
+    close = asking.NewFile.close
+
+    def closing(self):
+        how, marker = fault.split(" ")
+        if self._path.endswith(".parquet"):
+            try:
+                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return close(self)
+            if how == "kill":
+                os._exit(9)
+            if how == "busy":
+                raise OSError("AWS Error SLOW_DOWN during CompleteMultipartUpload operation: reduce your rate")
+            close(self)
+            raise RuntimeError("a task fails after it has written")
+        return close(self)
+
+    asking.NewFile.close = closing
+
+if refuses:
+    def refuse():
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    def here(*paths):
+        return any(isinstance(path, str | os.PathLike) and os.fspath(path).startswith(refuses) for path in paths)
+
+    def guarded(own, wrong):
+        def call(*given, **named):
+            return refuse() if here(*given[:2]) and wrong(*given) else own(*given, **named)
+        return call
+
+    os.open = guarded(os.open, lambda path, flags, *_: flags & (os.O_RDWR | os.O_APPEND))
+    for name in ("link", "rename", "replace"):
+        setattr(os, name, guarded(getattr(os, name), lambda *_: True))
+    builtins.open = guarded(open, lambda path, mode="r", *_: "a" in mode or "+" in mode)
+"""
+
+
+def with_faults(folder: Path, **faults: str) -> dict[str, str]:
+    """The environment of a job whose processes read :data:`STARTS` first."""
+    (folder / "starts").mkdir(exist_ok=True)
+    (folder / "starts" / "sitecustomize.py").write_text(STARTS)
+    root = Path(__file__).resolve().parent.parent
+    return faults | {"PYTHONPATH": os.pathsep.join((str(folder / "starts"), str(root)))}

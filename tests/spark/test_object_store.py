@@ -1,0 +1,131 @@
+"""All jobs with every path in an object store, on Spark and on Sail: the bytes of the local run, whatever fails."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from failing_store import throttled, with_faults
+from pyarrow import fs
+from samples import read_sample
+
+from fft.data.reader import SampleReader
+from fft.data.storage import Storage
+from fft.data.store_owner import OWNERS
+from fft.data.table import Table
+from spark.test_lost_work import KILLS, finish, start, wait_for
+from spark_jobs import repartition_table
+
+JOBS = ("tokens", "shuffled/train", "shuffled/validation", "packed/train", "packed/validation")
+
+
+@pytest.fixture(scope="module")
+def alone(spark, corpus, tokenizer, tokens, shuffled, tmp_path_factory) -> Path:
+    """The same jobs on a disk."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copytree(tokens, folder / "tokens")
+    shutil.copytree(shuffled, folder / "shuffled")
+    repartition_table(shuffled, folder / "packed", max_len=256, num_partition=3)
+    return folder
+
+
+@pytest.fixture
+def lake(store, corpus, tmp_path) -> str:
+    """A URL below which the corpus lies."""
+    fs.copy_files(str(corpus), f"lake/{tmp_path.name}/corpus.jsonl", fs.LocalFileSystem(), store)
+    return f"s3://lake/{tmp_path.name}"
+
+
+def same_bytes(ours: str | Path, theirs: Path) -> bool:
+    """File by file in the order of their names, which differ in the ids of job and try."""
+    one, other = Table.open(ours), Table.open(theirs)
+    assert one.fingerprint == other.fingerprint
+    files = [list(dict.fromkeys(group.path for group in table.row_groups)) for table in (one, other)]
+    pairs = zip(*files, strict=True)
+    return all(one.filesystem.open_input_file(a).read() == Path(b).read_bytes() for a, b in pairs)
+
+
+def check_tidy(url: str | Path) -> None:
+    """Nothing lies there but the table."""
+    manifest = Table.open(url).manifest
+    names = {file.path for file in manifest.files} | {"_fft_manifest.json", "_data.info"}
+    assert set(Storage.at(url).here()) <= names
+
+
+def tokenize(engine, lake, tokenizer, out="tokens", **environment):
+    flags = ["-i", f"{lake}/corpus.jsonl", "-o", f"{lake}/{out}", "--tokenizer", tokenizer]
+    return start(engine, "tokenize", *flags, **environment)
+
+
+@pytest.mark.parametrize("engine", ["spark", "sail"])
+def test_all_jobs_from_a_store_to_a_store(engine, lake, alone, tokenizer, spark):
+    finish(tokenize(engine, lake, tokenizer))
+    flags = ["--holdout", "0.1", "--num_block", "4"]
+    finish(start(engine, "shuffle", "-i", f"{lake}/tokens", "-o", f"{lake}/shuffled", *flags))
+    flags = ["--max_len", "256", "--num_partition", "3"]
+    finish(start(engine, "repartition", "-i", f"{lake}/shuffled", "-o", f"{lake}/packed", *flags))
+    for name in JOBS:
+        assert same_bytes(f"{lake}/{name}", alone / name)
+        check_tidy(f"{lake}/{name}")
+    ours, theirs = (SampleReader(Table.open(f"{place}/packed/train"), 256, 1) for place in (lake, alone))
+    for index in (0, 1, ours.samples_per_epoch - 1):
+        assert read_sample(ours, index).input_ids.tolist() == read_sample(theirs, index).input_ids.tolist()
+
+
+@pytest.mark.parametrize("fault", ["raise", "kill", "busy"])
+def test_a_task_that_fails_while_it_writes_is_tried_again(fault, lake, alone, tokenizer, tmp_path):
+    """After its file is there, when its process is killed, and when the store says that it is busy."""
+    environment = with_faults(tmp_path, FFT_FAULT=f"{fault} {tmp_path / 'failed'}")
+    finish(tokenize("tries", lake, tokenizer, **environment))
+    assert (tmp_path / "failed").exists()
+    assert same_bytes(f"{lake}/tokens", alone / "tokens")
+    check_tidy(f"{lake}/tokens")
+
+
+def test_a_busy_store(lake, alone, tokenizer, store_environment):
+    """HTTP 503 for one request in ten."""
+    with throttled(store_environment["AWS_ENDPOINT_URL"]) as (url, counts):
+        finish(tokenize("sail", lake, tokenizer, AWS_ENDPOINT_URL=url))
+        flags = ["--max_len", "256", "--num_partition", "3"]
+        job = ("repartition", "-i", f"{lake}/tokens", "-o", f"{lake}/packed", *flags)
+        finish(start("sail", *job, AWS_ENDPOINT_URL=url))
+    assert counts["refused"] > 10
+    assert same_bytes(f"{lake}/tokens", alone / "tokens")
+    assert Table.open(f"{lake}/packed").tokens == Table.open(alone / "tokens").tokens
+    check_tidy(f"{lake}/packed")
+
+
+def test_drivers_that_are_killed_lose_nothing(lake, alone, tokenizer, corpus, tmp_path):
+    """At random moments; each finds what the one before has left."""
+    moments, out = random.Random("store"), Storage.at(f"{lake}/out")
+    old = ("tokenize", "-i", f"{lake}/corpus.jsonl", "-o", out.name, "--tokenizer", tokenizer, "--max_len", 100)
+    finish(start("sail", *old))
+    before = Table.open(out.name).fingerprint
+    for _ in range(2 * KILLS):
+        job = start("sail", *old[:-2], "-o", out.name, "--overwrite")
+        wait_for(lambda: out.below(OWNERS).here(), job)
+        time.sleep(moments.random() * 3)
+        job.kill()
+        job.communicate()
+        assert Table.open(out.name).fingerprint in (before, Table.open(alone / "tokens").fingerprint)
+    finish(start("sail", *old[:-2], "--overwrite"))
+    assert same_bytes(out.name, alone / "tokens")
+    check_tidy(out.name)
+
+
+def test_a_mount_that_refuses_what_stores_do(alone, corpus, tokenizer, tmp_path):
+    """Append, reading and writing at once, links and renaming: all jobs, and an overwrite in place."""
+    out = tmp_path / "mount"
+    out.mkdir()
+    environment = with_faults(tmp_path, FFT_REFUSES=str(out))
+    finish(start("sail", "tokenize", "-i", corpus, "-o", out / "tokens", "--tokenizer", tokenizer, **environment))
+    assert same_bytes(out / "tokens", alone / "tokens")
+    check_tidy(out / "tokens")
+    flags = ["--holdout", "0.1", "--num_block", "4"]
+    finish(start("sail", "shuffle", "-i", out / "tokens", "-o", out / "packed", *flags, **environment))
+    flags = ["--max_len", "256", "--num_partition", "3", "--overwrite"]
+    finish(start("sail", "repartition", "-i", out / "packed", *flags, **environment))
+    for name in ("packed/train", "packed/validation"):
+        assert same_bytes(out / name, alone / name)
+        check_tidy(out / name)
