@@ -7,12 +7,13 @@ from typing import Any
 
 from fft.corpus.files import Source
 from fft.data.manifest import TokenizerInfo
+from fft.data.views import view
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
 from fft.text.chat import ImageSettings, load_chat
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
-from spark_jobs.token_table.output import local_path
+from spark_jobs.token_table.output import local_path, place_at
 
 Load = Callable[[], tuple[RecordEncoder[Any], TokenizerInfo]]
 
@@ -27,7 +28,7 @@ def encoder_loader(
     images: ImageSettings | None,
 ) -> Load:
     """What loads the encoder, which takes seconds. Raises :class:`UserError` for parameters of another task."""
-    directory = local_path(tokenizer, "tokenizer")
+    directory = view(place_at(tokenizer, "tokenizer"))
     if task == "chat":
         changed = {"text_key": keys.text != "text", "eos": eos != "auto", "parse_special_tokens": parse_special_tokens}
         for name, given in changed.items():

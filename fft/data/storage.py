@@ -93,11 +93,6 @@ class Storage:
         """The same of the file of this name; see :meth:`at`."""
         return self.path(name) if self.is_local else posixpath.join(self.name, name)
 
-    @property
-    def address(self) -> str:
-        """What two names of one place have in common."""
-        return os.path.realpath(self.root) if self.is_local else f"{self.filesystem.type_name}://{self.root}"
-
     def below(self, name: str) -> "Storage":
         """The folder, or file, of this name in it."""
         return Storage(self.shown(name), self.path(name), self.filesystem)
@@ -213,6 +208,15 @@ class Storage:
 def is_url(path: str | os.PathLike[str]) -> bool:
     """Whether a path names its file system, with two slashes or, as ``dbfs:/x`` and ``Path("s3://x")`` do, with one."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
+
+
+def address_of(name: str | os.PathLike[str]) -> str:
+    """What two names of one place have in common, whether anybody answers there or not."""
+    text = str(name)
+    if not is_url(text) or text.startswith("file:"):
+        return os.path.realpath(re.sub("^file:(//(?=/))?", "", text))
+    scheme, _, rest = text.partition(":")
+    return f"{SCHEMES.get(scheme, scheme)}://{rest.strip('/')}"
 
 
 def printable(name: str) -> str:

@@ -20,12 +20,13 @@ import pyarrow as pa
 from pyarrow import fs
 
 from fft.console import say
+from fft.corpus.urls import whole
 from fft.data.commits import begin_replacing, begin_writing, commit_all
 from fft.data.delta import check_version, commit_delta, latest_version, split_name
 from fft.data.manifest import WRITING_NAME
 from fft.data.owner import Owner
 from fft.data.part_files import PartFolder, writing_to
-from fft.data.storage import Storage, check_names_utf8
+from fft.data.storage import Storage, address_of, check_names_utf8, is_url
 from fft.data.store_owner import StoreOwner, check_place_unowned, owning
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
@@ -51,7 +52,8 @@ def place_at(path: str | Path, parameter: str) -> str:
     """A path, or a URL of a store. Raises :class:`UserError` for no UTF-8."""
     text = str(path)
     check_names_utf8([text], f"`{parameter}`: ")
-    return text.removeprefix("file://") if text.startswith("file:///") else text.removeprefix("file:")
+    text = text.removeprefix("file://") if text.startswith("file:///") else text.removeprefix("file:")
+    return whole(text) if is_url(text) else text
 
 
 def places_at(paths: str | Path | Sequence[str | Path], parameter: str) -> list[str]:
@@ -62,16 +64,11 @@ def places_at(paths: str | Path | Sequence[str | Path], parameter: str) -> list[
 def local_path(path: str | Path, parameter: str) -> Path:
     """A path as the driver sees it. Raises :class:`UserError` for a URL of another file system, and for no UTF-8."""
     text = place_at(path, parameter)
-    if "://" in text:
+    if is_url(text):
         raise UserError(
             f"`{parameter}` {path} is not a path of a mounted file system: mount it (for example /Volumes/...)."
         )
     return Path(text)
-
-
-def local_paths(paths: str | Path | Sequence[str | Path], parameter: str) -> list[Path]:
-    """One path or several, each as :func:`local_path` gives it."""
-    return [local_path(path, parameter) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,9 @@ class Output:
     def check(self) -> None:
         """Raise :class:`UserError` when another job writes there, when a finished table is there and ``overwrite`` is
         not set, or when clearing the folder would hit an input or files that are no part of a table."""
-        target = self.place.address
+        target = address_of(self.folder)
         for path in self.inputs:
-            source = Storage.at(split_name(str(path))[0]).address
+            source = address_of(split_name(str(path))[0])
             if f"{source}/".startswith(f"{target}/") or f"{target}/".startswith(f"{source}/"):
                 raise UserError(f"`output` {self.folder} and the input {path} overlap: write to a folder beside it.")
         self._check_place()
@@ -119,10 +116,6 @@ class Output:
 
     def _check_place(self) -> None:
         if not self.place.is_local:
-            if self.table_format == "delta":
-                raise UserError(
-                    f'`output` {self.folder}: Delta tables are written to paths; give `table_format="parquet"`.'
-                )
             is_folder(self.place)  # which says so where nobody answers
             bucket = self.place.root.partition("/")[0]
             if bucket and self.place.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:

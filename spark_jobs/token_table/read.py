@@ -17,7 +17,7 @@ from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes, pack_bytes
 from fft.data.delta import split_name
 from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, LOGS, MASK
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo, is_hidden
-from fft.data.storage import Storage, reaching
+from fft.data.storage import Storage, address_of, reaching
 from fft.data.table import Table
 from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
@@ -86,7 +86,7 @@ def open_datasets(paths: Sequence[str | Path]) -> list[Dataset]:
 
     Raises :class:`UserError` for a table that is given twice, and for what is no finished table.
     """
-    folders = [Storage.at(split_name(str(path))[0]).address for path in paths]
+    folders = [address_of(split_name(str(path))[0]) for path in paths]
     repeated = {path for path in folders if folders.count(path) > 1}
     if repeated:
         raise UserError(f"`inputs` names {min(repeated)} more than once: give each table once.")

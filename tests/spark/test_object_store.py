@@ -31,9 +31,10 @@ def alone(spark, corpus, tokenizer, tokens, shuffled, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def lake(store, corpus, tmp_path) -> str:
-    """A URL below which the corpus lies."""
+def lake(store, corpus, tokenizer, tmp_path) -> str:
+    """A URL below which the corpus and the tokenizer lie."""
     fs.copy_files(str(corpus), f"lake/{tmp_path.name}/corpus.jsonl", fs.LocalFileSystem(), store)
+    fs.copy_files(str(tokenizer), f"lake/{tmp_path.name}/{tokenizer.name}", fs.LocalFileSystem(), store)
     return f"s3://lake/{tmp_path.name}"
 
 
@@ -60,7 +61,7 @@ def tokenize(engine, lake, tokenizer, out="tokens", **environment):
 
 @pytest.mark.parametrize("engine", ["spark", "sail"])
 def test_all_jobs_from_a_store_to_a_store(engine, lake, alone, tokenizer, spark):
-    finish(tokenize(engine, lake, tokenizer))
+    finish(tokenize(engine, lake, f"{lake}/{tokenizer.name}"))
     flags = ["--holdout", "0.1", "--num_block", "4"]
     finish(start(engine, "shuffle", "-i", f"{lake}/tokens", "-o", f"{lake}/shuffled", *flags))
     flags = ["--max_len", "256", "--num_partition", "3"]

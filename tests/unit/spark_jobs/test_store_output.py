@@ -12,7 +12,7 @@ from object_store import refuse_like_a_mounted_store
 from unit.spark_jobs.test_output import SINGLE, SPLIT, rows, write
 
 from fft.data import store_owner
-from fft.data.manifest import MANIFEST_NAME
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME
 from fft.data.owner import Occupied
 from fft.data.part_files import QUARANTINE, PartFile
 from fft.data.storage import Storage
@@ -191,6 +191,7 @@ def test_what_no_store_gives_is_said_before_the_work(store, tmp_path):
     run(f"s3://lake/{tmp_path.name}/in", SINGLE, 1)
     with pytest.raises(UserError, match="overlap: write to a folder beside it"):
         Output(f"s3a://lake/{tmp_path.name}", SINGLE, [f"s3://lake/{tmp_path.name}/in"], True, "parquet").check()
+    Output(f"s3://lake/{tmp_path.name}/out", SINGLE, ["dbfs:/who/knows"], True, "parquet").check()
     with Storage.at(f"s3://lake/{tmp_path.name}/notes").create("mine.txt").stream as stream:
         stream.write(b"mine")
     with pytest.raises(UserError, match=r"notes/mine.txt, which is no part of a table: give another folder"):
@@ -205,3 +206,19 @@ def test_bytes_are_those_of_a_disk(out, tmp_path):
     for one, other in zip(here.row_groups, there.row_groups, strict=True):
         with there.filesystem.open_input_file(other.path) as stream:
             assert stream.read() == (tmp_path / "here" / one.path).read_bytes()
+
+
+def test_delta_tables_of_a_store_have_versions(store, tmp_path):
+    url = f"s3://lake/{tmp_path.name}/delta"
+    for version in (0, 1):
+        with Output(url, SINGLE, [], True, "delta").claim({}) as writers:
+            write(writers[""], version + 1)
+            with pytest.raises(Occupied):
+                Output(url, SINGLE, [], True, "delta").check()
+        assert (content(url), Table.open(url).version) == (version + 1, version)
+    assert content(f"{url}@v0") == 1
+    with pytest.raises(UserError, match=r"exists: give `overwrite=True` to add a version"):
+        Output(url, SINGLE, [], False, "delta").check()
+    with pytest.raises(UserError, match=r'is a Delta table: give `table_format="delta"`, or another folder'):
+        Output(url, SINGLE, [], True, "parquet").check()
+    assert not {OWNERS, WRITING_NAME} & {*Storage.at(url).here()}
