@@ -14,6 +14,7 @@ from fft.corpus.readers import footer_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.corpus.urls import SCHEMES, Unreached, below, expand_url, whole
 from fft.data.delta import read_snapshot, split_name
+from fft.data.footer import each_of
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import EngineOnly, check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
@@ -280,9 +281,10 @@ def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> l
     chunk = -(-chunk_size(weight * sum(source.bytes for source in sources)) // weight)
     spans = []
     for source in sources:
+        footers = each_of(footer_of, [file.path for file in source.files if source.kind == "parquet"])
         for file in source.files:
             if source.kind == "parquet":
-                schema, sizes = footer_of(file.path)
+                schema, sizes = next(footers)
                 record_encoder.columns(schema, file.path)
                 groups = [(i, weight * size) for i, size in enumerate(sizes)]
                 spans += [Span(source.name, "parquet", file.path, i, i + 1, s, file.doc_id) for i, s in groups]

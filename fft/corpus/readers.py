@@ -141,8 +141,13 @@ def footer_of(path: str) -> tuple[pa.Schema, list[int]]:
 
     Raises :class:`UserError` when it cannot be read, or two columns have one name.
     """
-    with naming(path), open_parquet(path) as file:
-        metadata, schema = file.metadata, file.schema_arrow
+    with naming(path):
+        if is_url(path):
+            storage = storage_of(path)
+            metadata = asking(partial(pq.read_metadata, storage.root, filesystem=storage.filesystem))
+        else:
+            metadata = pq.read_metadata(path)
+        schema = metadata.schema.to_arrow_schema()
     check_names(schema.names, path)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return schema, [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]

@@ -1,9 +1,11 @@
 """What the footer of a parquet file says of a token table's rows, without a look at them."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +13,18 @@ from pyarrow.fs import FileSystem
 
 from fft.data.known import GRIDS, IMAGES, LISTS, MASK, REFUSED
 from fft.errors import UserError, one_line
+
+T = TypeVar("T")
+
+#: Files that are asked at once, as many as a store's client has connections; and answers that wait for their turn.
+_AT_ONCE, _AHEAD = 24, 1024
+
+
+def each_of(ask: Callable[[str], T], paths: Sequence[str]) -> Iterator[T]:
+    """What ``ask`` says of each file, in their order; many are asked at once, since storages take a while to answer."""
+    with ThreadPoolExecutor(min(_AT_ONCE, len(paths)) or 1) as pool:
+        for first in range(0, len(paths), _AHEAD):
+            yield from pool.map(ask, paths[first : first + _AHEAD])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,7 +15,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.arrow_lists import list_values
 from fft.data.delta import read_snapshot, split_name
-from fft.data.footer import Footer, RowGroup
+from fft.data.footer import Footer, RowGroup, each_of
 from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
@@ -109,8 +109,9 @@ class Table:
         for partition in partitions.values():
             for column in partition:
                 unread.add(f"partition column {printable(column)}")
-        for file in files:
-            footer = Footer.read(file, storage.filesystem)
+        for file, footer in zip(
+            files, each_of(partial(Footer.read, filesystem=storage.filesystem), files), strict=True
+        ):
             found = frozenset(footer.schema.names)
             for column in unread_columns(footer.schema.names):
                 unread.add(f"column {column}")
