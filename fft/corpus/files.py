@@ -12,13 +12,13 @@ from pyarrow import fs
 
 from fft.corpus.readers import footer_of
 from fft.corpus.splits import Span, chunk_size, cut_text
-from fft.corpus.urls import SCHEMES, Unreached, below, expand_url, whole
+from fft.corpus.urls import Unreached, expand_url, whole
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import each_of
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import EngineOnly, check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
-from fft.data.storage import Listing, Storage, check_names_utf8, is_url, printable, reaching
+from fft.data.storage import SCHEMES, Listing, Storage, check_names_utf8, is_url, printable, reaching
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 
@@ -190,9 +190,9 @@ class _Finder:
                 inside = look_through(there, self.left_out)
                 for table, kind in inside.tables.items():
                     seen += 1
-                    yield from self._tables(below(place, table), kind, None, None if table else there)
+                    yield from self._tables(place.below(table), kind, None, None if table else there)
                 for kind, names in inside.files.items():
-                    found[kind] += [self._file(folder, below(place, one), kind, there.sizes[one]) for one in names]
+                    found[kind] += [self._file(folder, place.below(one), kind, there.sizes[one]) for one in names]
             elif (kind := kind_of(PurePosixPath(place.root))) is not None:
                 found[kind].append(self._file(folder, place, kind, info.size))
             elif place is folder:
@@ -202,7 +202,7 @@ class _Finder:
         if not found and not seen:
             raise UserError(f"`inputs` {name} holds no documents: no file there ends in {_known()}.")
         for kind, files in found.items():
-            yield Source(name, kind, tuple(files), _location(folder))
+            yield Source(name, kind, tuple(files), folder.location)
 
     def _file(self, folder: Storage, file: Storage, kind: str, size: int) -> SourceFile:
         own = None
@@ -210,7 +210,7 @@ class _Finder:
             partition = partition_of(file.root.removeprefix(folder.root))
             own = partition.pop(self.id_key, None)
             self._count_partitions(partition)
-        return SourceFile(_location(file), size, own)
+        return SourceFile(file.location, size, own)
 
     def _tables(
         self, table: Storage, kind: str, version: int | None, listing: Listing | None = None
@@ -226,8 +226,8 @@ class _Finder:
             partition = dict(snapshot.partitions.get(name, {}))
             own = partition.pop(self.id_key, None)
             self._count_partitions(partition)
-            files.append(SourceFile(_location(below(table, name)), snapshot.sizes[name], own))
-        yield Source(f"{table.name}@v{snapshot.version}", "parquet", tuple(files), _location(table))
+            files.append(SourceFile(table.below(name).location, snapshot.sizes[name], own))
+        yield Source(f"{table.name}@v{snapshot.version}", "parquet", tuple(files), table.location)
 
     def _leave(self, unread: EngineOnly, cause: Exception | None = None) -> None:
         if self.for_engine is None:
@@ -243,12 +243,7 @@ def _local(name: str) -> tuple[Storage, list[tuple[Storage, fs.FileInfo]]]:
     """A path, as a URL is expanded."""
     storage = Storage.at(name)
     with reaching(name):
-        return storage, [(storage, storage.filesystem.get_file_info(storage.root))]
-
-
-def _location(place: Storage) -> str:
-    """What tasks open."""
-    return place.root if isinstance(place.filesystem, fs.LocalFileSystem) else place.name
+        return storage, [(storage, storage.info())]
 
 
 def _check_once(sources: Sequence[Source]) -> None:

@@ -7,13 +7,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.corpus.urls import storage_of
-from fft.data.asking import of_storage
+from fft.data.asking import asking, of_storage
 from fft.data.footer import check_names
 from fft.data.storage import is_url
 from fft.errors import StorageError, UserError
@@ -71,7 +72,7 @@ def open_text(path: str) -> io.BufferedIOBase:
 def _open_url(url: str) -> io.BufferedReader:
     """A file of a store, of which a block is asked for at a time."""
     storage = storage_of(url)
-    return io.BufferedReader(storage.filesystem.open_input_file(storage.root), _BLOCK)
+    return io.BufferedReader(asking(partial(storage.filesystem.open_input_file, storage.root)), _BLOCK)
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
@@ -79,7 +80,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     if not is_url(path):
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     storage = storage_of(path)
-    return pq.ParquetFile(storage.root, filesystem=storage.filesystem, pre_buffer=True)
+    return asking(partial(pq.ParquetFile, storage.root, filesystem=storage.filesystem, pre_buffer=True))
 
 
 def _unmarked(record: bytes, begin: int) -> bytes:

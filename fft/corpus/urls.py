@@ -5,17 +5,16 @@ import posixpath
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pyarrow as pa
 from pyarrow import fs
 
+from fft.data.asking import asking
 from fft.data.manifest import in_order
-from fft.data.storage import Storage, is_url, reaching
+from fft.data.storage import SCHEMES, Storage, is_url, reaching
 from fft.errors import UserError
 
-#: Schemes of Hadoop for stores that pyarrow knows under another.
-SCHEMES = {"s3a": "s3", "s3n": "s3"}
 #: Seconds for a store that would be asked for a quarter of an hour.
 _PATIENCE = 10
 _WILD = re.compile(r"[*?\[{]")
@@ -62,11 +61,6 @@ def _file_system(base: str, asked_by: frozenset[tuple[str, str]]) -> tuple[fs.Fi
     return fs.FileSystem.from_uri(base)
 
 
-def below(storage: Storage, name: str) -> Storage:
-    """What lies in a folder under a name."""
-    return Storage(storage.shown(name), storage.path(name), storage.filesystem)
-
-
 def expand_url(url: str) -> tuple[Storage, list[tuple[Storage, fs.FileInfo]]]:
     """The folder above all wild cards of a URL, and what there is of such names, in order; without wild cards, the
     place itself, twice. Raises :class:`Unreached`."""
@@ -74,7 +68,7 @@ def expand_url(url: str) -> tuple[Storage, list[tuple[Storage, fs.FileInfo]]]:
         wild = _WILD.search(url)
         if wild is None:
             storage = storage_of(url)
-            return storage, [(storage, storage.filesystem.get_file_info(storage.root))]
+            return storage, [(storage, storage.info())]
         fixed = url[: wild.start()].rpartition("/")[0]
         above = storage_of(fixed)
         found = {
@@ -100,11 +94,12 @@ def _matches(folder: Storage, parts: list[str]) -> Iterator[tuple[Storage, fs.Fi
     part, *more = parts
     if _WILD.search(part):
         selector = fs.FileSelector(folder.root, allow_not_found=True)
-        found = [info for info in folder.filesystem.get_file_info(selector) if _is_named(info.base_name, part)]
+        there = asking(partial(folder.filesystem.get_file_info, selector))
+        found = [info for info in there if _is_named(info.base_name, part)]
     else:
-        found = [folder.filesystem.get_file_info(folder.path(part))]
+        found = [folder.info(part)]
     for info in found:
-        place = below(folder, info.base_name)
+        place = folder.below(info.base_name)
         if not more and info.type != fs.FileType.NotFound:
             yield place, info
         elif more and info.type == fs.FileType.Directory:
