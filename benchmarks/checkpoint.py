@@ -124,9 +124,10 @@ def _ours(method: str, folder: Path, engine: object, parameters: dict, config: o
     from fft.checkpoint import folder as checkpoints
     from fft.checkpoint import optimizer_state
     from fft.checkpoint.saver import Contents, RankShare, Saver
+    from fft.checkpoint.stored_run import run_at
     from fft.weights import hf
 
-    saver = Saver(Contents(folder, config, None, None, 1, 0, 0), method, dist.new_group(backend="gloo"))
+    saver = Saver(Contents(run_at(folder), config, None, None, 1, 0, 0), method, dist.new_group(backend="gloo"))
 
     def save(number: int) -> Callable:
         saver.save(

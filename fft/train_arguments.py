@@ -21,7 +21,8 @@ class TrainArguments:
     """Everything a run is made of. Names are those of the flags; ``jllm`` users will recognise most."""
 
     model: str = flag(
-        "Hugging Face model directory; with --init a config.json or a directory that has one",
+        "Hugging Face model directory, a path or, as for all places below, a URL (s3://, gs://, abfs://, hdfs://); "
+        "with --init a config.json or a directory that has one",
         None,
         topic="What to train, on what, to where",
     )
@@ -191,7 +192,10 @@ class TrainArguments:
         bound=NOT_NEGATIVE,
     )
     logging_steps: int = flag("print every k steps", 10, bound=AT_LEAST_1)
-    checkpoint: str | None = flag("run folder: metrics.jsonl, the resolved settings, checkpoints", None)
+    checkpoint: str | None = flag(
+        "run folder: metrics.jsonl, the resolved settings, checkpoints; a URL, or a folder that all machines see",
+        None,
+    )
     save_steps: int = flag(
         "write a checkpoint into --checkpoint every k steps, and after the last (0: never)", 0, bound=NOT_NEGATIVE
     )

@@ -11,8 +11,11 @@ from torch import Tensor
 from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
 from fft.checkpoint.fragments import MASTER, SavedFragments
+from fft.checkpoint.model_folder import staged
+from fft.checkpoint.stored_run import run_at
 from fft.console import live
-from fft.data.owner import atomic_folder
+from fft.data.storage import is_url
+from fft.data.views import view
 from fft.errors import UserError, one_line
 from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
 from fft.models.spec import ModelSpec
@@ -226,7 +229,7 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
 
     with ExitStack() as held:
         try:
-            staging = held.enter_context(atomic_folder(output))
+            staging = held.enter_context(staged(output))
         except OSError as error:
             raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
         with live(line, last=True):
@@ -245,20 +248,24 @@ def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path) -> M
     return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model))
 
 
-def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
+def open_source(place: str, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
     """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is.
+
+    ``place`` is a path or URL.
 
     Raises :class:`UserError` when there are none, when the checkpoint is damaged, and when no config is beside them.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory: give a run folder, a checkpoint or a model directory.")
-    steps = folder.checkpoint_steps(path)
+    if not is_url(place) and not Path(place).is_dir():
+        raise UserError(f"{place} is no directory: give a run folder, a checkpoint or a model directory.")
+    run = run_at(place)
+    steps = run.steps()
     if tag or steps:
-        tag = folder.tag_of(path, tag) if tag else folder.checkpoint_tag(steps[-1])
-        if not (path / tag).is_dir():
+        tag = run.tag_of(tag) if tag else folder.checkpoint_tag(steps[-1])
+        if (is_url(place) and folder.step_of(tag) not in steps) or not (path := run.view(tag)).is_dir():
             have = ", ".join(map(folder.checkpoint_tag, steps)) or "none"
-            raise UserError(f"--tag {tag}: {path / tag} is no checkpoint; {path} holds: {have}.")
-        path = path / tag
+            raise UserError(f"--tag {tag}: {run.shown(tag)} is no checkpoint; {place} holds: {have}.")
+    else:
+        path = view(place)
     if (path / folder.SUMS).is_file():
         found = folder.fault(path)
         if found is not None:
@@ -267,7 +274,7 @@ def open_source(path: Path, tag: str | None, model: Path | None, dtype: str | No
         base = adapters.read_config(path).get("base_model_name_or_path")
         if model is None and not isinstance(base, str):
             raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
-        model = model or Path(str(base))
+        model = model or view(str(base))
         return merged(hf.WeightReader(model), path, dtype, model), model
     if any(path.glob(_LAYER_FILES)):
         where = model or path

@@ -12,10 +12,10 @@ python -m fft.checkpoint.convert runs/run OUT --like InternVL2-8B    # and back
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from fft.checkpoint import folder
+from fft.checkpoint import places
 from fft.console import say
+from fft.data.views import naming_places, view
 from fft.errors import Parser, UserError, run_cli
 
 
@@ -40,31 +40,31 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Raises :class:`UserError` for what it cannot read or must not replace."""
     args = build_parser().parse_args(argv)
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
+    output = args.output
+    if places.is_a_file(output):
         raise UserError(f"{output} is a file: name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
+    if places.holds_something(output) and not args.overwrite:
         raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
-    lost = folder.checkpoint_replaced(output)
-    if lost is not None:
+    if (lost := places.checkpoint_replaced(output)) is not None:
         raise UserError(f"{output} would replace or change the checkpoint {lost}: choose another folder.")
     if not 0 < args.max_shard_size < math.inf:
         raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
     for path in filter(None, (args.source, args.model, args.lora, args.like)):
-        if Path(path).resolve().is_relative_to(output.resolve()):
+        if places.lies_in(path, output):
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
     # Not before: --help need not wait for torch.
     from fft.checkpoint.conversion import convert, merged, open_source
     from fft.checkpoint.original_form import write_like
 
-    source, model = open_source(Path(args.source), args.tag, args.model and Path(args.model), args.dtype)
-    if args.lora:
-        source = merged(source, Path(args.lora), args.dtype, model)
-    limit = int(args.max_shard_size * 1e9)
-    if args.like:
-        tensors = write_like(source, Path(args.like), args.output, args.dtype, limit)
-    else:
-        tensors = convert(source, model, args.output, args.dtype, limit)
+    with naming_places():
+        source, model = open_source(args.source, args.tag, args.model and view(args.model), args.dtype)
+        if args.lora:
+            source = merged(source, view(args.lora), args.dtype, model)
+        limit = int(args.max_shard_size * 1e9)
+        if args.like:
+            tensors = write_like(source, view(args.like), output, args.dtype, limit)
+        else:
+            tensors = convert(source, model, output, args.dtype, limit)
     say(f"{tensors} tensors written to {output}")
 
 

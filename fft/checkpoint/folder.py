@@ -18,8 +18,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from fft.data.owner import atomic_folder
-from fft.data.views import noted
+from fft.data.views import noted, origin
 from fft.errors import UserError
 from fft.files import hidden, recover_folder, replace_folder, staging_folder, write_atomically
 
@@ -29,8 +28,10 @@ LOCK = ".lock"
 #: What a run goes on from: ``state.json`` and a file of tensors per rank.
 TRAINING = "training"
 STATE = f"{TRAINING}/state.json"
+#: The numbers of a run.
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 #: What a run's folder holds besides checkpoints.
-_OWN = (LATEST, BEST, LOCK, "metrics.jsonl", "tensorboard", "arguments.yaml", "environment.yaml", "data.yaml")
+_OWN = (LATEST, BEST, LOCK, METRICS, TENSORBOARD, "arguments.yaml", "environment.yaml", "data.yaml")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -39,23 +40,16 @@ def checkpoint_tag(step: int) -> str:
     return f"step-{step}"
 
 
+def step_of(tag: str) -> int | None:
+    """The step of a checkpoint of this name; None for another name."""
+    number = tag.removeprefix("step-")
+    return int(number) if number != tag and number.isdigit() else None
+
+
 def checkpoint_steps(run: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints in a run folder, oldest first."""
     found = (p for p in Path(run).glob("step-*") if (p / "config.json").is_file() or (p / SUMS).is_file())
-    names = (p.name.removeprefix("step-") for p in found)
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def checkpoint_of(path: Path) -> Path | None:
-    """The checkpoint, whole or damaged, that a path is or lies in; None where there is none."""
-    places = (path.resolve(), *path.resolve().parents)
-    return next((place for place in places if (place / SUMS).is_file() or (place / STATE).is_file()), None)
-
-
-def checkpoint_replaced(path: Path) -> Path | None:
-    """The checkpoint that would be lost if a folder took the place of ``path``: around or below it; None for none."""
-    below = (state.parent.parent for state in path.glob(f"**/{STATE}"))
-    return checkpoint_of(path) or next(below, None)
+    return sorted(step for p in found if (step := step_of(p.name)) is not None)
 
 
 def is_own_name(name: str) -> bool:
@@ -95,7 +89,7 @@ def digest(file: Path) -> str:
     return found.hexdigest()
 
 
-def _gather_sums(staging: Path) -> None:
+def gather_sums(staging: Path) -> None:
     """Make one file of the checksums that ranks have left."""
     lists = sorted(staging.glob(f"{SUMS}.*"))
     lines = sorted(
@@ -114,29 +108,29 @@ def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     try:
         text = (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        return f"{checkpoint / SUMS} cannot be read ({error.strerror})"
+        return f"{origin(checkpoint / SUMS)} cannot be read ({error.strerror})"
     lines = [found for line in text.splitlines() if (found := _LINE.fullmatch(line)) is not None]
     if len(lines) < len(text.splitlines()) or not text.endswith("\n"):
-        return f"{checkpoint / SUMS} is no list of checksums"
+        return f"{origin(checkpoint / SUMS)} is no list of checksums"
     sums = {line[2]: line[1] for line in lines}
     written = [p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*.safetensors*")]
     config = "adapter_config.json" if "adapter_model.safetensors" in sums else "config.json"
     unlisted = sorted({*written, config, STATE} - set(sums))
     if unlisted:
-        return f"{checkpoint / unlisted[0]} is missing from {SUMS}"
+        return f"{origin(checkpoint / unlisted[0])} is missing from {SUMS}"
     for name in sorted(sums)[share::shares]:
         try:
             found = digest(checkpoint / name)
         except (OSError, UserError) as error:
-            return f"{checkpoint / name} cannot be read ({getattr(error, 'strerror', None) or error})"
+            return f"{origin(checkpoint / name)} cannot be read ({getattr(error, 'strerror', None) or error})"
         if found != sums[name]:
-            return f"{checkpoint / name} is not what was written: its checksum differs from that in {SUMS}"
+            return f"{origin(checkpoint / name)} is not what was written: its checksum differs from that in {SUMS}"
     return None
 
 
 def publish_checkpoint(run: Path, tag: str) -> None:
     """Give a whole checkpoint, in its staging folder, its name, then let ``latest`` point to it."""
-    _gather_sums(staging_folder(run / tag))
+    gather_sums(staging_folder(run / tag))
     replace_folder(run / tag)
     write_atomically(run / LATEST, f"{tag}\n")
 
@@ -147,74 +141,13 @@ def kept(losses: Mapping[int, float | None], newest: int, best: int) -> set[int]
     ``losses`` has the loss of every checkpoint's evaluation, None where there was none.
     """
     steps = sorted(losses)
-    return set(steps[-newest:] if newest else steps) | set(_by_loss(losses)[:best])
+    return set(steps[-newest:] if newest else steps) | set(by_loss(losses)[:best])
 
 
-def _by_loss(losses: Mapping[int, float | None]) -> list[int]:
+def by_loss(losses: Mapping[int, float | None]) -> list[int]:
     """Steps of checkpoints that were evaluated, the lowest loss first; of equal ones the newest."""
     evaluated = sorted((loss, -step) for step, loss in losses.items() if loss is not None and not math.isnan(loss))
     return [-step for _, step in evaluated]
-
-
-def prune(run: Path, newest: int, best: int) -> None:
-    """Remove the checkpoints that are not to be kept, after ``best`` was made to name the best of the others."""
-    losses = evaluation_losses(run)
-    keep = kept(losses, newest, best)
-    _point_to_best(run, {step: losses[step] for step in keep})
-    for step in losses.keys() - keep:
-        remove(run / checkpoint_tag(step))
-
-
-def point_again(run: Path) -> None:
-    """Have ``latest`` name the newest checkpoint and ``best`` that of the lowest loss, after some were removed."""
-    steps = checkpoint_steps(run)
-    if steps:
-        write_atomically(run / LATEST, f"{checkpoint_tag(steps[-1])}\n")
-    else:
-        (run / LATEST).unlink(missing_ok=True)
-    _point_to_best(run, evaluation_losses(run))
-
-
-def _point_to_best(run: Path, losses: Mapping[int, float | None]) -> None:
-    best = _by_loss(losses)
-    if best:
-        write_atomically(run / BEST, f"{checkpoint_tag(best[0])}\n")
-    else:
-        (run / BEST).unlink(missing_ok=True)
-
-
-def evaluation_losses(run: Path) -> dict[int, float | None]:
-    """The loss of every checkpoint's evaluation by its step, None where there was none."""
-    losses = {}
-    for step in checkpoint_steps(run):
-        with contextlib.suppress(UserError):  # a folder of another origin is left alone
-            losses[step] = read_state(run / checkpoint_tag(step)).get("eval_loss")
-    return losses
-
-
-def tag_of(run: str | os.PathLike, name: str) -> str:
-    """The checkpoint that ``best`` or ``latest`` names; any other name is a checkpoint's own.
-
-    Raises :class:`UserError` where the run has none of that name.
-    """
-    if name not in (LATEST, BEST):
-        return name
-    try:
-        return (Path(run) / name).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise UserError(
-            f"{run} has no {name!r} checkpoint ({error.strerror}): name one by its step, as in step-100."
-        ) from error
-
-
-def copy_model(checkpoint: Path, output: str) -> None:
-    """Make the model or adapter directory ``output`` of a checkpoint's; replaces what stands there."""
-    with atomic_folder(output, wait=True) as staging:
-        shutil.copytree(checkpoint, staging, dirs_exist_ok=True, ignore=lambda at, _: _not_the_models(checkpoint, at))
-
-
-def _not_the_models(checkpoint: Path, folder: str) -> list[str]:
-    return [TRAINING, SUMS] if Path(folder) == checkpoint else []
 
 
 def remove(checkpoint: Path) -> None:

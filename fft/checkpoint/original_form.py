@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fft.checkpoint.conversion import DTYPES, shards
-from fft.data.owner import atomic_folder
+from fft.checkpoint.model_folder import staged
 from fft.errors import UserError
 from fft.models.directory import Weights
 from fft.weights import hf
@@ -74,7 +74,7 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
     form, number = OriginalForm(source, like), 0
     with ExitStack() as held:
         try:
-            staging = held.enter_context(atomic_folder(output))
+            staging = held.enter_context(staged(output))
         except OSError as error:
             raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
         for group in shards(form, DTYPES[dtype] if dtype else source.dtype, limit):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -23,8 +24,9 @@ from transformers import PretrainedConfig
 
 from fft.checkpoint import adapter, folder
 from fft.checkpoint.fragments import rank_file
-from fft.errors import UserError
-from fft.files import staging_folder, start_folder, write_atomically
+from fft.checkpoint.run import RunFolder
+from fft.errors import UserError, one_line
+from fft.files import write_atomically
 from fft.images.rules import ImageRules
 from fft.weights import hf
 
@@ -36,7 +38,7 @@ _T = TypeVar("_T")
 class Contents:
     """What goes into every checkpoint of a run besides tensors. ``shards`` is the number of weight files."""
 
-    run: Path
+    run: RunFolder
     config: PretrainedConfig
     tokenizer: str | None
     model: Path | None
@@ -85,7 +87,7 @@ class Saver:
         self._written = self._published = _done()
 
     @property
-    def run(self) -> Path:
+    def run(self) -> RunFolder:
         """The run's folder, in which checkpoints are."""
         return self._contents.run
 
@@ -95,16 +97,16 @@ class Saver:
         Returns when the tensors may change again. Raises :class:`UserError` when the save before this one failed.
         """
         self.finish()
-        staging = staging_folder(self._contents.run / tag)
         if dist.get_rank() == 0:
             try:
-                (start_folder(self._contents.run / tag) / folder.TRAINING).mkdir()
+                self.run.start(tag)
             except OSError as error:
-                raise UserError(f"{staging} cannot be made ({error.strerror}): make room and run again.") from error
+                said = error.strerror or one_line(error)
+                raise UserError(f"{self.run.shown(tag)} cannot be made ({said}): make room and run again.") from error
         dist.barrier(self._control)
         copied = self._snapshot(share)
         self._tag, self._state = tag, state
-        self._written = self._executor.submit(_write_share, staging, copied, self._contents, dist.get_rank())
+        self._written = self._executor.submit(_write_share, tag, copied, self._contents, dist.get_rank())
         if self._kind == "none":
             self.finish()
 
@@ -199,28 +201,32 @@ def _done() -> Future:
     return done
 
 
-def _write_share(staging: Path, share: RankShare, contents: Contents, rank: int) -> None:
-    names = []
+def _write_share(tag: str, share: RankShare, contents: Contents, rank: int) -> None:
+    files, summed = {}, set()
     if share.weights is not None:
         tensors, shard = share.weights
-        hf.write_shard(staging, tensors, shard, contents.shards)
+        name = hf.shard_name(shard, contents.shards)
+        files[name] = tensors, {"format": "pt"}
         if contents.adapter is None:  # else it goes into the adapter's one file
-            names.append(hf.shard_name(shard, contents.shards))
+            summed.add(name)
     if share.training is not None:
         name = f"{folder.TRAINING}/{rank_file(rank)}"
-        hf.write_tensors(staging / name, *share.training)
-        names.append(name)
-    folder.note_sums(staging, names, rank)
+        files[name] = share.training
+        summed.add(name)
+    contents.run.write_tensors(tag, rank, files, summed)
 
 
 def _publish(contents: Contents, tag: str, state: Mapping[str, object]) -> None:
-    staging = staging_folder(contents.run / tag)
+    contents.run.publish(tag, partial(_complete, contents, state))
+    contents.run.prune(contents.newest, contents.best)
+
+
+def _complete(contents: Contents, state: Mapping[str, object], staging: Path) -> list[str]:
+    """Add to what ranks have written all that makes a checkpoint of it; returns the names of the files."""
     if contents.adapter is None:
         given = contents.config, contents.tokenizer, contents.shards, contents.model, contents.rules
         names = hf.write_metadata(staging, *given)
     else:
         names = adapter.write_adapter(staging, contents.shards, contents.adapter)
     write_atomically(staging / folder.STATE, folder.to_json(state))
-    folder.note_sums(staging, [*names, folder.STATE], "rest")
-    folder.publish_checkpoint(contents.run, tag)
-    folder.prune(contents.run, contents.newest, contents.best)
+    return [*names, folder.STATE]

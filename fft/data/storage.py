@@ -186,7 +186,8 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(self.path(name))
         elif self.info(name).type == fs.FileType.Directory:
-            asking(partial(self.filesystem.delete_dir, self.path(name)))
+            with contextlib.suppress(FileNotFoundError):  # a beginning of names that has none any more
+                asking(partial(self.filesystem.delete_dir, self.path(name)))
 
     def delete_empty(self) -> None:
         """Remove the folder if nothing is in it."""

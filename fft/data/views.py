@@ -8,6 +8,7 @@ their first bytes that they are no files of weights.
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ class StoredFile:
 
     def __init__(self, place: str, size: int) -> None:
         self.name, self.size = place, size
-        self._storage = Storage.at(place)
+        above, _, name = place.rpartition("/")
+        self._storage = _store(above, os.getpid()).below(name)
 
     def read(self, start: int, stop: int) -> bytearray:
         """Bytes [start, stop). Raises :class:`UserError` where the store does not have them, or does not answer."""
@@ -94,11 +96,12 @@ class StoredFile:
         return found
 
 
-def view(place: str | os.PathLike[str]) -> Path:
+def view(place: str | os.PathLike[str], fresh: bool = False) -> Path:
     """A local folder, or file, that shows what lies at a path or URL; a local one is itself.
 
-    That of a store is brought up to date when it is asked for again, and goes with this process. Raises
-    :class:`UserError` where there is nothing, or the store does not answer.
+    That of a store goes with this process. Asked for again, it is brought up to date: files of another size or time are
+    copied, with ``fresh`` all are, as stores tell times by the second. Raises :class:`UserError` where there is
+    nothing, or the store does not answer.
     """
     if not is_url(place):
         return Path(place)
@@ -111,15 +114,25 @@ def view(place: str | os.PathLike[str]) -> Path:
         if found.type == fs.FileType.File:
             folder, name = storage.name.rsplit("/", 1)
             return _bring(Storage.at(folder), above, {name: _facts(found)}) / name
-        return view_of(storage, above / PurePosixPath(storage.root).name)
+        folder = above / PurePosixPath(storage.root).name
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        return view_of(storage, folder)
 
 
 def view_of(storage: Storage, folder: Path) -> Path:
     """Have ``folder`` show the files of ``storage``; returns it. Raises :class:`OSError` where it does not answer."""
+    files = files_below(storage)
+    return _bring(storage, folder, {n: _facts(f) for n, f in files.items() if os.path.dirname(n) in ("", *_FOLDERS)})
+
+
+def files_below(storage: Storage) -> dict[str, fs.FileInfo]:
+    """All files in a folder of a store by their names in it; none where there is no such folder. Raises
+    :class:`OSError` where the store does not answer.
+    """
     selector = fs.FileSelector(storage.root, recursive=True, allow_not_found=True)
     listed = asking(partial(storage.filesystem.get_file_info, selector))
-    files = {found.path.removeprefix(storage.root).lstrip("/"): found for found in listed if found.is_file}
-    return _bring(storage, folder, {n: _facts(f) for n, f in files.items() if os.path.dirname(n) in ("", *_FOLDERS)})
+    return {found.path.removeprefix(storage.root).lstrip("/"): found for found in listed if found.is_file}
 
 
 def _facts(found: fs.FileInfo) -> list[int]:
@@ -160,6 +173,40 @@ def noted(file: Path) -> StoredFile | None:
         return None
 
 
+def send(file: Path, storage: Storage, name: str) -> None:
+    """Write a file, wherever it lies, into a store. Raises :class:`OSError`, or :class:`UserError` for what is read."""
+    asking(partial(_send, file, storage, name))
+
+
+def _send(file: Path, storage: Storage, name: str) -> None:
+    target = storage.create(name)
+    try:
+        for piece in pieces(file):
+            target.stream.write(piece)
+        target.close()
+    except BaseException:
+        target.discard()
+        raise
+
+
+def pieces(file: Path) -> Iterator[bytes]:
+    """The content of a file, wherever it lies. Raises :class:`OSError`, or :class:`UserError` for that of a store."""
+    stored = noted(file)
+    if stored is not None:
+        yield from stored.chunks()
+        return
+    with open(file, "rb") as stream:
+        while piece := stream.read(_CHUNK):
+            yield piece
+
+
+def scratch_folder(place: str | os.PathLike[str]) -> Path:
+    """A local folder for what a place in a store gets later. It goes with this process."""
+    folder = _views(os.getpid()) / f"{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-notes"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def origin(path: Path) -> str:
     """What the user calls a file or folder, or the view of one."""
     for above in (path, *path.parents):
@@ -188,6 +235,12 @@ def _stored_file(facts: bytes) -> StoredFile:
     """What a note tells of: one object, so that a file is opened once and its header is read once."""
     told = json.loads(facts)
     return StoredFile(told["place"], told["size"])
+
+
+@lru_cache(maxsize=64)
+def _store(folder: str, process: int) -> Storage:
+    """A folder of a store, as this ``process`` asks it: to find one's region costs a request."""
+    return Storage.at(folder)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
-from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, tag_of
+from fft.checkpoint.folder import checkpoint_tag
+from fft.checkpoint.stored_run import run_at
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.batches import BatchPlan
 from fft.data.blend import Blend, parse_tables
@@ -160,12 +161,13 @@ def start_of(args: TrainArguments) -> str:
     """
     if not args.from_ckpt:
         return _readable(args.model)
-    steps = checkpoint_steps(args.from_ckpt)
-    tag = tag_of(args.from_ckpt, args.tag) if args.tag else checkpoint_tag(steps[-1]) if steps else "step-*"
-    path = Path(args.from_ckpt) / tag
+    run = run_at(args.from_ckpt)
+    steps = run.steps()
+    tag = run.tag_of(args.tag) if args.tag else checkpoint_tag(steps[-1]) if steps else "step-*"
     if tag not in map(checkpoint_tag, steps):
         have = ", ".join(map(checkpoint_tag, steps)) or "none"
-        raise UserError(f"--from_ckpt: {path} is no checkpoint; {args.from_ckpt} holds: {have}.")
+        raise UserError(f"--from_ckpt: {run.shown(tag)} is no checkpoint; {args.from_ckpt} holds: {have}.")
+    path = run.view(tag)
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"--from_ckpt: {path} is an adapter (--lora_dim): go on with --resume, or merge it first by "
@@ -250,7 +252,8 @@ def _tokenized(flag: str, path: Path, args: TrainArguments, config: PretrainedCo
         raise UserError(f"--{flag} {path} is text, and --model has no tokenizer: name one with --tokenizer.")
     text = text_input(path, Path(tokenizer), args.seq_len)
     _check_vocabulary(f"--{flag} {path}", text.tokenizer, config)  # not after hours of tokenizing
-    return table_of(text, Path(args.checkpoint) / TOKENS if args.checkpoint else scratch_cache())
+    own = args.checkpoint if args.checkpoint and not is_url(args.checkpoint) else None
+    return table_of(text, Path(own) / TOKENS if own else scratch_cache())
 
 
 def _check_vocabulary(what: str, made_by: TokenizerInfo, config: PretrainedConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fft.checkpoint import folder
+from fft.checkpoint.run import LocalRun
 from fft.errors import UserError, one_line
 from fft.train_arguments import TrainArguments
 from fft.training.metric_sinks import METRICS
@@ -71,7 +72,7 @@ def read_run(path: Path) -> Run:
     numbers, unread = _numbers(path)
     arguments, data, environment = (_settings(path / f"{name}.yaml") for name in ("arguments", "data", "environment"))
     steps = folder.checkpoint_steps(path)
-    losses = folder.evaluation_losses(path)
+    losses = LocalRun(path).losses()
     checkpoints = [Checkpoint(step, losses.get(step), _size(path / folder.checkpoint_tag(step))) for step in steps]
     planned = _plan(arguments, environment, path / folder.checkpoint_tag(steps[-1]) if steps else None)
     return Run(path.name or str(path), numbers, unread, arguments, data, environment, tuple(checkpoints), planned)

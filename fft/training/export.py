@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fft.arguments import TrainArguments
+from fft.checkpoint import model_folder
 from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.gather_weights import whole_tensors
+from fft.checkpoint.run import RunFolder
 from fft.checkpoint.saver import Contents
-from fft.data.owner import atomic_folder
-from fft.files import staging_folder
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
 from fft.models.lora import adapted
@@ -72,7 +72,7 @@ class ModelExport:
         buffers = {} if self._adapter is not None else canonical_buffers(self._engine.deepspeed.module)
         return {**whole_tensors({**self.parameters, **buffers}, self._builder), **self._apart}, role.shard
 
-    def contents(self, args: TrainArguments, run: Path) -> Contents:
+    def contents(self, args: TrainArguments, run: RunFolder) -> Contents:
         """What goes into the checkpoints in the folder ``run`` besides tensors."""
         return Contents(
             run,
@@ -91,17 +91,20 @@ class ModelExport:
 
         Waits while another process writes there. Collective. Raises :class:`UserError` where it cannot be written.
         """
-        staging, shards, first = staging_folder(output), self._engine.role.shards, dist.get_rank() == 0
         with ExitStack() as held:
-            if first:
-                held.enter_context(atomic_folder(output, wait=True))
+            if dist.get_rank() == 0:
+                held.enter_context(model_folder.replaced(output))
             dist.barrier()
             if (weights := self.weights()) is not None:
-                hf.write_shard(staging, *weights, shards)
+                model_folder.write_model_shard(output, *weights, self._engine.role.shards)
             dist.barrier()
-            if first and self._adapter is not None:
-                write_adapter(staging, shards, self._adapter)
-            elif first:
-                plan = self._plan
-                hf.write_metadata(staging, self._config, plan.tokenizer, shards, self._base, plan.images)
+            if dist.get_rank() == 0:
+                model_folder.finish(output, self._complete)
         dist.barrier()
+
+    def _complete(self, staging: Path) -> list[str]:
+        """Add to the shards of all ranks what makes a directory of them; returns the names of the files."""
+        shards, plan = self._engine.role.shards, self._plan
+        if self._adapter is not None:
+            return write_adapter(staging, shards, self._adapter)
+        return hf.write_metadata(staging, self._config, plan.tokenizer, shards, self._base, plan.images)

@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fft.checkpoint.folder import METRICS, TENSORBOARD
 from fft.errors import UserError, one_line
 
 #: Seconds that a server has to answer before a run begins.
 _PATIENCE = 10
-
-METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 
 
 class Sink(Protocol):

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from fft.arguments import TrainArguments
+from fft.checkpoint.stored_run import run_at
 from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
@@ -191,8 +191,8 @@ def open_metrics(
     """
     sinks = Sinks(log)
     if dist.get_rank() == 0:
-        run = Path(args.checkpoint) if args.checkpoint else None
-        sinks = held.enter_context(open_sinks(run, start, dataclasses.asdict(args), log))
+        notes = run_at(args.checkpoint).notes if args.checkpoint else None
+        sinks = held.enter_context(open_sinks(notes, start, dataclasses.asdict(args), log))
     work, world = Work.of(layout.every, args.seq_len), plan.mesh.world
     rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")
     peak, sheet = over_ranks(rate, dist.ReduceOp.SUM, device), datasheet_rate(device, dtype)

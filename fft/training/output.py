@@ -1,21 +1,24 @@
 """The model that a run leaves: as it is at the end, or, where a run may end early, as it was at its best."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
 from fft.arguments import TrainArguments
-from fft.checkpoint import folder
+from fft.checkpoint import folder, model_folder
+from fft.checkpoint.run import RunFolder
 from fft.checkpoint.saver import Contents
+from fft.checkpoint.stored_run import run_at
+from fft.data.storage import is_url
+from fft.data.views import origin, view
 from fft.errors import UserError
 from fft.files import hidden
 from fft.training.export import ModelExport
 
 
-def contents_of(args: TrainArguments, export: ModelExport, run: Path) -> Contents:
+def contents_of(args: TrainArguments, export: ModelExport, run: RunFolder) -> Contents:
     """What goes into checkpoints, and how many are kept: a run that may end early needs its best one."""
     contents = export.contents(args, run)
     if not args.early_stop_patience:
@@ -26,7 +29,7 @@ def contents_of(args: TrainArguments, export: ModelExport, run: Path) -> Content
 
 def keep_aside(output: str, export: ModelExport) -> None:
     """Write the model beside ``output``, for a run that has no checkpoints and is at its best. Collective."""
-    export.save_model(str(_aside(output)))
+    export.save_model(_aside(output))
 
 
 def write_output(
@@ -50,10 +53,11 @@ def write_output(
     best, which = found[0]
     if dist.get_rank() == 0:
         try:
-            folder.copy_model(best, output)
+            model_folder.copy_model(best, output)
         except OSError as error:
-            raise UserError(f"{output} cannot be written ({error.strerror or error}): copy {best} there.") from error
-        shutil.rmtree(_aside(output), ignore_errors=True)
+            shown = origin(best)
+            raise UserError(f"{output} cannot be written ({error.strerror or error}): copy {shown} there.") from error
+        model_folder.remove_model(_aside(output))
     dist.barrier()
     log(f"{kind} {which}, written to {output}")
 
@@ -63,16 +67,20 @@ def _best(args: TrainArguments, output: str, lowest: float, log: Callable[[str],
     if not args.early_stop_patience:
         return None
     if not args.checkpoint:
-        return _aside(output), "as it was at the lowest validation loss"
-    run = Path(args.checkpoint)
-    if not (run / folder.BEST).is_file():
+        return view(_aside(output)), "as it was at the lowest validation loss"
+    run = run_at(args.checkpoint)
+    if run.text(folder.BEST) is None:
         return None
-    checkpoint = run / folder.tag_of(run, folder.BEST)
+    checkpoint = run.view(run.tag_of(folder.BEST))
     loss = folder.read_state(checkpoint)["eval_loss"]
     if loss > lowest:
         log(f"warning: the checkpoint of the lowest validation loss, {lowest:.4f}, is gone; the best has {loss:.4f}")
     return checkpoint, f"of {checkpoint.name}, which had the lowest validation loss"
 
 
-def _aside(output: str) -> Path:
-    return hidden(Path(output).resolve(), "best")
+def _aside(output: str) -> str:
+    """Where the best model is, until the run ends."""
+    if is_url(output):
+        above, _, name = output.rstrip("/").rpartition("/")
+        return f"{above}/.{name}.best"
+    return str(hidden(Path(output).resolve(), "best"))

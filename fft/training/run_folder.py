@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,14 @@ import yaml
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder
+from fft.checkpoint.folder import METRICS
 from fft.checkpoint.resume import choose_checkpoint
+from fft.checkpoint.run import RunFolder
 from fft.data.batches import Loader
-from fft.errors import UserError
-from fft.files import write_atomically
-from fft.planning.outputs import check_free
+from fft.errors import UserError, one_line
+from fft.planning.outputs import RUN_FLAGS, check_free
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.early_stop import EarlyStop
-from fft.training.metric_sinks import METRICS, TENSORBOARD
 from fft.training.same_run import check_resumed
 
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
@@ -41,26 +40,44 @@ class Start:
 
 
 def enter(
-    run: Path, args: TrainArguments, plan: Plan, control: dist.ProcessGroup, held: ExitStack, log: Callable[[str], None]
+    runs: Sequence[RunFolder],
+    args: TrainArguments,
+    plan: Plan,
+    control: dist.ProcessGroup,
+    held: ExitStack,
+    log: Callable[[str], None],
 ) -> Start:
-    """Take the folder ``run`` for this run and say where to begin; ``held`` keeps the lock. Collective.
+    """Take the folders of this run and say where to begin; ``held`` keeps the locks. Collective.
 
-    Raises :class:`UserError` when another run has the folder, or when this one cannot go on with what is in it.
+    The first of ``runs`` is the run's, another one mirrors it. Raises :class:`UserError` when another run has a folder,
+    or when this one cannot go on with what is in it.
     """
     if dist.get_rank() == 0:
-        held.enter_context(folder.locked(run))
-        check_free("--checkpoint", run, args)  # another run may have come and gone since it was found free
-        folder.tidy(run)
+        for flag, run in zip(RUN_FLAGS, runs, strict=False):
+            held.enter_context(run.hold())
+            check_free(flag, run.name, args)  # another run may have come and gone since it was found free
+            for told in run.tidy():
+                log(f"warning: {told}")
+            held.callback(_keep, run, log)
     dist.barrier(control)
-    checkpoint = choose_checkpoint(run, args.resume, args.overwrite, control, log) if args.resume else None
-    if checkpoint is None:
+    chosen = choose_checkpoint(runs, args.resume, args.overwrite, control, log) if args.resume else None
+    if chosen is None:
         if args.resume:
-            log(f"no checkpoint in {run} yet: starting from the beginning")
+            log(f"no checkpoint in {runs[0].name} yet: starting from the beginning")
         return Start()
+    checkpoint = chosen.run.view(chosen.tag)
     state = folder.read_state(checkpoint)
-    _compare(args, plan, checkpoint, state, log)
-    log(f"going on from {checkpoint}")
+    _compare(args, plan, chosen.shown, state, log)
+    log(f"going on from {chosen.shown}")
     return Start(state["step"], checkpoint, state)
+
+
+def _keep(run: RunFolder, log: Callable[[str], None]) -> None:
+    """Have the numbers of a run, which ends, in its folder."""
+    try:
+        run.keep()
+    except (OSError, UserError) as error:
+        log(f"warning: {run.name} lacks the last numbers of the run ({one_line(error)}); they are in {run.notes}")
 
 
 def state_of(
@@ -80,27 +97,31 @@ def state_of(
     }
 
 
-def create(run: Path, args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
-    """Write down a run's settings and environment; leave in the folder only what belongs to the run up to its start."""
-    if start.checkpoint is None:
-        for step in folder.checkpoint_steps(run):
-            folder.remove(run / folder.checkpoint_tag(step))
-        (run / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
-    elif (run / METRICS).is_file():
-        lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-        write_atomically(run / METRICS, "".join(line for line in lines if _written_by(line, start.step)))
-    folder.point_again(run)
+def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:
+    """Write down a run's settings and environment; leave in its folders only what belongs to the run up to its start.
+
+    Raises :class:`UserError` where they cannot be written to.
+    """
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-    write_atomically(run / "arguments.yaml", settings)
-    write_atomically(run / "environment.yaml", yaml.safe_dump(environment, sort_keys=False))
     # Which tables, at which versions, in which order, and which model: what a later run needs to go on with this one.
     data = {
         name: reader and {**reader.identity, "made_from": [table.origin for table in reader.tables]}
         for name, reader in (("train_data", plan.train), ("eval_data", plan.evaluation))
     }
     model = {name: plan.identity[name] for name in ("config", "weights", "tokenizer")}
-    write_atomically(run / "data.yaml", yaml.safe_dump(data | {"model": model}, sort_keys=False))
+    numbers = [text.splitlines(keepends=True) for run in runs if (text := run.text(METRICS)) is not None]
+    before = [[line for line in lines if _written_by(line, start.step)] for lines in numbers]
+    for run in runs:
+        if start.checkpoint is None:
+            for step in run.steps():
+                run.remove(folder.checkpoint_tag(step))
+            run.forget()
+        elif before:
+            run.put(METRICS, "".join(max(before, key=len)))
+        run.point_again()
+        run.put("arguments.yaml", settings)
+        run.put("environment.yaml", yaml.safe_dump(environment, sort_keys=False))
+        run.put("data.yaml", yaml.safe_dump(data | {"model": model}, sort_keys=False))
 
 
 def _written_by(line: str, step: int) -> bool:
@@ -111,7 +132,7 @@ def _written_by(line: str, step: int) -> bool:
         return False
 
 
-def _compare(args: TrainArguments, plan: Plan, checkpoint: Path, state: dict, log: Callable[[str], None]) -> None:
+def _compare(args: TrainArguments, plan: Plan, checkpoint: str, state: dict, log: Callable[[str], None]) -> None:
     if state["format"] != 1:
         raise UserError(f"{checkpoint} is of format {state['format']}, this release reads 1: use a newer one.")
     before = state["arguments"]

@@ -48,7 +48,7 @@ def check_same_run(args: TrainArguments, identity: dict, control: dist.ProcessGr
 
 
 def check_resumed(
-    args: TrainArguments, before: dict | None, now: dict, checkpoint: Path, log: Callable[[str], None]
+    args: TrainArguments, before: dict | None, now: dict, checkpoint: str, log: Callable[[str], None]
 ) -> None:
     """Compare what is trained with what was when ``checkpoint`` was written, ``before``; None: nobody noted it.
 

@@ -16,6 +16,7 @@ from fft.arguments import TrainArguments
 from fft.checkpoint import folder, optimizer_state
 from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.saver import RankShare, Saver
+from fft.checkpoint.stored_run import run_at
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
 from fft.models.causal_lm import Ranks, StageBuilder
@@ -111,20 +112,20 @@ def _run(
     held: contextlib.ExitStack,
 ) -> int:
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
-    control, run = host_group(), Path(args.checkpoint) if args.checkpoint else None
+    control, runs = host_group(), [run_at(place) for place in (args.checkpoint,) if place]
     check_same_run(args, plan.identity, control)
-    start = run_folder.enter(run, args, plan, control, held, _log) if run else Start()
+    start = run_folder.enter(runs, args, plan, control, held, _log) if runs else Start()
     builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
     if start.checkpoint is not None:
         _restore(engine, builder, start, start.checkpoint / folder.TRAINING)
-    if run:
+    if runs:
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
-            run_folder.create(run, args, plan, start, facts)
+            run_folder.create(runs, args, plan, start, facts)
     metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start.step, held, _log)
     export = ModelExport(plan, builder, engine)
-    saver = Saver(contents_of(args, export, run), args.background_executor, control) if run else None
+    saver = Saver(contents_of(args, export, runs[0]), args.background_executor, control) if runs else None
     trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
     code = trainer.train(above)
     if code == 0 and args.output_dir:
@@ -313,7 +314,7 @@ class Trainer:
         share = RankShare(self.export.weights(), training)
         saver.save(tag, share, facts | {"loss_scaler": engine.scaler_state()})
         self.metrics.record(step, save_seconds=time.perf_counter() - begun)
-        _log(f"step {step}/{self.plan.total_steps}  checkpoint {saver.run / tag}")
+        _log(f"step {step}/{self.plan.total_steps}  checkpoint {saver.run.shown(tag)}")
 
 
 def _log(text: str) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from fft.checkpoint import folder
+from fft.checkpoint.model_folder import copy_model
+from fft.checkpoint.run import LocalRun
 from fft.errors import UserError
 from fft.files import start_folder
 from fft.weights import hf
@@ -104,28 +106,28 @@ def test_the_best_has_a_name(tmp_path):
     """Of those that are kept; it goes when none was evaluated."""
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None)):
         make(tmp_path, step, eval_loss=loss)
-    folder.prune(tmp_path, newest=2, best=1)
+    LocalRun(tmp_path).prune(newest=2, best=1)
     assert (tmp_path / "best").read_text() == "step-2\n"
-    assert folder.tag_of(tmp_path, "best") == "step-2"
-    assert folder.tag_of(tmp_path, "latest") == "step-4"
-    assert folder.tag_of(tmp_path, "step-9") == "step-9"
-    folder.prune(tmp_path, newest=1, best=0)
+    assert LocalRun(tmp_path).tag_of("best") == "step-2"
+    assert LocalRun(tmp_path).tag_of("latest") == "step-4"
+    assert LocalRun(tmp_path).tag_of("step-9") == "step-9"
+    LocalRun(tmp_path).prune(newest=1, best=0)
     assert folder.checkpoint_steps(tmp_path) == [4]
     with pytest.raises(UserError, match="has no 'best' checkpoint"):
-        folder.tag_of(tmp_path, "best")
+        LocalRun(tmp_path).tag_of("best")
 
 
 def test_the_names_are_of_what_is_there_after_a_run_went_back(tmp_path):
     """As `--resume best --overwrite` does: the newer checkpoints go."""
     for step, loss in ((1, 2.0), (2, 1.0), (3, 0.5)):
         make(tmp_path, step, eval_loss=loss)
-    assert folder.tag_of(tmp_path, "latest") == "step-3"
+    assert LocalRun(tmp_path).tag_of("latest") == "step-3"
     folder.remove(tmp_path / "step-3")
-    folder.point_again(tmp_path)
-    assert [folder.tag_of(tmp_path, name) for name in ("latest", "best")] == ["step-2", "step-2"]
+    LocalRun(tmp_path).point_again()
+    assert [LocalRun(tmp_path).tag_of(name) for name in ("latest", "best")] == ["step-2", "step-2"]
     for step in (1, 2):
         folder.remove(tmp_path / f"step-{step}")
-    folder.point_again(tmp_path)
+    LocalRun(tmp_path).point_again()
     assert not list(tmp_path.iterdir())
 
 
@@ -134,7 +136,7 @@ def test_a_model_of_a_checkpoint(tmp_path):
     checkpoint, output = make(tmp_path / "run", 3), tmp_path / "model"
     (checkpoint / "templates" / folder.TRAINING).mkdir(parents=True)
     (checkpoint / "templates" / folder.TRAINING / "a.jinja").touch()
-    folder.copy_model(checkpoint, str(output))
+    copy_model(checkpoint, str(output))
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     shards = {hf.shard_name(shard, 2) for shard in range(2)}
     assert found == {"config.json", "model.safetensors.index.json", "templates/training/a.jinja", *shards}
@@ -145,7 +147,7 @@ def test_pruning_leaves_other_folders_alone(tmp_path):
         make(tmp_path, step, eval_loss=loss)
     (tmp_path / "step-0").mkdir()
     (tmp_path / "step-0" / "config.json").write_text("{}")
-    folder.prune(tmp_path, newest=1, best=1)
+    LocalRun(tmp_path).prune(newest=1, best=1)
     assert folder.checkpoint_steps(tmp_path) == [0, 2, 4]
     assert not list(tmp_path.glob(".step-*"))
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from fft import files
 from fft.checkpoint import folder, saver
+from fft.checkpoint.run import LocalRun
 from fft.checkpoint.saver import Contents, RankShare, Saver
 from fft.files import replace_folder, start_folder
 from fft.weights import hf
@@ -27,7 +28,7 @@ def alone():
 
 def save(run: Path, kind: str, control, change) -> None:
     """Two saves; ``change`` is called with the live tensors right after each."""
-    contents = Contents(run, LlamaConfig(), None, None, 1, newest=0, best=0)
+    contents = Contents(LocalRun(run), LlamaConfig(), None, None, 1, newest=0, best=0)
     weight, moment = torch.ones(1000), torch.ones(1000)
     made = Saver(contents, kind, control)
     for step in (1, 2):
