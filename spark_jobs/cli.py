@@ -107,7 +107,7 @@ def shuffle_parser() -> Parser:
   # a mixture of the tables runs/datasets/web and runs/datasets/books, no content twice
   spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/mixed --weights web=0.7,books=2 --dedup
 """,
-        "token table(s), or a folder of them",
+        "token table(s), or a folder of them; names of catalog tables",
     )
     parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
     parser.add_argument("-n", "--num_block", type=positive, help="files to write (default: from the tokens, 8 to 2048)")
@@ -155,7 +155,7 @@ def repartition_parser() -> Parser:
   # in place, and a picture of the result
   spark-submit spark_jobs/repartition.py -i runs/shuffled --max_len 4096 --overwrite --report runs/packed.html
 """,
-        "one token table, or a folder with the tables train and validation",
+        "one token table, or a folder with the tables train and validation; the name of a catalog table",
         several=False,
     )
     parser.add_argument("--max_len", type=positive, required=True, help="tokens of a row at most")
@@ -197,7 +197,7 @@ def generate_parser() -> Parser:
         "file(s) or folder(s) of prompts: JSON lines (.jsonl, .json, also .gz, .zst), .parquet, or .txt with a prompt "
         "a line; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL of parquet or Delta",
         short=("-i",),
-        report=False,
+        tokens=False,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument(
@@ -250,9 +250,10 @@ def _parser(
     inputs: str,
     several: bool = True,
     short: tuple[str, ...] = ("-i", "-d"),
-    report: bool = True,
+    tokens: bool = True,
 ) -> Parser:
-    """What the jobs have in common. ``-d`` is how ``jllm`` calls the tables that it shuffles and repartitions."""
+    """What the jobs have in common, those that make ``tokens`` more than others. ``-d`` is how ``jllm`` calls the
+    tables that it shuffles and repartitions."""
     parser = Parser(
         prog=f"spark-submit spark_jobs/{name}.py",
         description=what,
@@ -272,19 +273,30 @@ def _parser(
         "--output",
         required=several,
         metavar="DIR",
-        help="folder of the new table" + ("" if several else " (default: replace the input, which takes --overwrite)"),
+        help="folder of the new table"
+        + (", or the name of a catalog table, CATALOG.SCHEMA.TABLE" if tokens else "")
+        + ("" if several else " (default: replace the input, which takes --overwrite)"),
     )
     parser.add_argument(
         "--format",
         choices=CHOICES["table_format"],
-        default="parquet",
+        default=None if tokens else "parquet",
         dest="table_format",
-        help="of the new table (default: %(default)s); delta needs no cluster support, only pip install deltalake",
+        help="of the new table (default: parquet"
+        + ("; of a catalog table, what the catalog makes" if tokens else "")
+        + "); delta needs no cluster support, only pip install deltalake",
     )
+    if tokens:
+        parser.add_argument(
+            "--writer",
+            choices=CHOICES["writer"],
+            help="who writes: parts, the workers themselves (default for folders), or spark, Spark's own writer, which "
+            "catalog tables take, and paths and URLs may (default for names of tables)",
+        )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a table that is there; a Delta table gets a new version"
     )
-    if report:
+    if tokens:
         parser.add_argument(
             "--report",
             metavar="FILE",

@@ -12,11 +12,14 @@ CHOICES = {
     "eos": ("auto", "always", "never"),
     "on_error": ("fail", "quarantine"),
     "table_format": ("parquet", "delta"),
+    "writer": ("parts", "spark"),
     "pack": ("best-fit", "concat", "none"),
     "method": ("best-fit", "concat", "none"),
     "split": ("train", "validation"),
     "chat": ("auto", "yes", "no"),
 }
+#: Those of them that need not be given.
+_OPTIONAL = ("table_format", "writer")
 #: Parameters that count something, if they are given.
 _COUNTS = ("max_len", "num_block", "num_partition", "num_engine", "max_pixels", "min_pixels", "max_tiles")
 #: Parameters that are on or off.
@@ -26,6 +29,8 @@ _SWITCHES = ("parse_special_tokens", "overwrite", "dedup")
 def check_parameters(given: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` for a value that a parameter of that name does not take; others are not looked at."""
     for name, value in given.items():
+        if value is None and name in _OPTIONAL:
+            continue
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"`{name}` is {value!r}, it must be one of {', '.join(CHOICES[name])}.")
         if name in _COUNTS and value is not None and (not _is_integer(value) or value < 1):

@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 
 from fft.data.arrow_lists import bytes_to_lists, unpack_bytes
 from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS
+from fft.data.part_files import dataset_tallies
 from spark_jobs.mixing import with_copies
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.tasks import to_tasks
@@ -38,6 +39,10 @@ def parts_for(tokens: float, image_bytes: float, usual: tuple[int, int], fewest:
 def buckets_for(partitions: int) -> int:
     """How many buckets are dealt to so many partitions."""
     return partitions * max(_FEWEST_PER_PARTITION, min(_BUCKETS_PER_PARTITION, _BUCKETS // partitions))
+
+
+#: What a :class:`RowChoice` counts: rows that stay, those without tokens, and those that equal the one before.
+COUNTED_ROWS = ("rows_out", "empty", "duplicates")
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,8 @@ class RowChoice:
         if self.unique:
             repeated = full & _equal_to_previous(batch, before, ("sort_key", *self.unique))
         chosen = batch.filter(pa.array(kept & full & ~repeated))
-        counts = {
-            "rows_out": chosen.num_rows,
-            "empty": int((kept & ~full).sum()),
-            "duplicates": int((kept & repeated).sum()),
-        }
-        return chosen, counts
+        counts = (chosen.num_rows, int((kept & ~full).sum()), int((kept & repeated).sum()))
+        return chosen, dict(zip(COUNTED_ROWS, counts, strict=True))
 
 
 def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, columns: Sequence[str]) -> np.ndarray:
@@ -125,6 +126,16 @@ def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, col
         column = batch.column(name)
         same[1:] &= pc.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
     return same
+
+
+def per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
+    """Tallies of how much of each dataset there is."""
+    counts = {}
+    bytes_ = pc.binary_length(batch.column("input_ids"))
+    for dataset in pc.unique(batch.column("dataset")).to_pylist():
+        own = bytes_.filter(pc.equal(batch.column("dataset"), dataset))
+        counts |= dataset_tallies(dataset, len(own), pc.sum(own).as_py() // 4)
+    return counts
 
 
 def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -2,8 +2,9 @@
 
 import posixpath
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,15 +14,20 @@ from pyspark.sql import functions as F
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
 from fft.data.delta import split_name
+from fft.data.known import IMAGES
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
 from spark_jobs.parameters import check_parameters
 from spark_jobs.placing import bucket_tokens, buckets_for, in_partitions, partition_order, parts_for
+from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.hashing import balance
-from spark_jobs.runtime.session import get_session, job_settings
+from spark_jobs.runtime.session import get_session, job_settings, user_errors
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.runtime.watching import watched
+from spark_jobs.token_rows import PackedRows, counted_rows, token_columns
+from spark_jobs.token_table.catalog import is_table_name
+from spark_jobs.token_table.destination import check_writer, output_at
 from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.read import (
@@ -31,9 +37,11 @@ from spark_jobs.token_table.read import (
     find_tables,
     not_read,
     open_datasets,
+    open_named,
     read_tokens,
 )
 from spark_jobs.token_table.remains import SPLITS
+from spark_jobs.token_table.spark_output import SparkTable
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_PARTITION, _IMAGE_BYTES_PER_PARTITION = 1 << 25, 1 << 29
@@ -50,7 +58,8 @@ def repartition_table(
     pack: str = "best-fit",
     num_partition: int | None = None,
     seed: int = 0,
-    table_format: str = "parquet",
+    table_format: str | None = None,
+    writer: str | None = None,
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> dict[str, Manifest]:
@@ -58,26 +67,18 @@ def repartition_table(
 
     ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
     Without ``output`` the table itself is replaced, which ``overwrite`` must allow: it stays until the new one is
-    whole, as an older version if it is a Delta table. ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a
-    Delta table adds a version.
+    whole, as an older version if it is a Delta table.
+    ``input`` may name a catalog table (``catalog.schema.table``), which the engine reads. ``output``, too: Spark then
+    writes it, as with ``writer="spark"`` any other, see :mod:`spark_jobs.token_table.spark_output`.
+    ``table_format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    source = place_at(input, "input")
-    if output is None and not overwrite:
-        raise UserError(
-            f"without `output` {source} itself is replaced: "
-            "allow that with `overwrite=True`, or give a folder with `output`."
-        )
-    tables = find_tables(source, "input")
-    names = [""] if tables == [source] else [posixpath.basename(table) for table in tables]
-    if names != [""] and not set(names) <= set(SPLITS):
-        raise UserError(
-            f"`input` {source} holds the tables {', '.join(names)}: "
-            "give one of them, or mix them with shuffle.py first."
-        )
-    datasets = dict(zip(names, open_datasets(tables), strict=True))
+    source, session = place_at(input, "input"), partial(get_session, "repartition", spark)
+    check_writer(writer, source if output is None else output)
+    _check_in_place(source, output, overwrite, writer)
+    datasets = _open(source, session)
     packing = Packing(max_len, pack, num_partition, seed)
     for dataset in datasets.values():
         if common_vision([dataset]) is not None and pack == "concat":
@@ -88,9 +89,9 @@ def repartition_table(
     if output is None:
         table = _in_place(source, datasets)
     else:
-        table = Output(place_at(output, "output"), names, [source], overwrite, table_format)
+        table = output_at(output, list(datasets), [source], overwrite, table_format, writer, session)
     table.check()
-    spark = spark or get_session("repartition")
+    spark = session()
     manifests = {}
     with table.claim(lineage) as writers, job_settings(spark):
         for name, dataset in datasets.items():
@@ -100,6 +101,32 @@ def repartition_table(
     _say_results(manifests, table.folder, notes)
     say(f"wrote {table.folder}")
     return manifests
+
+
+def _check_in_place(source: str, output: str | Path | None, overwrite: bool, writer: str | None) -> None:
+    if output is None and not overwrite:
+        raise UserError(
+            f"without `output` {source} itself is replaced: "
+            "allow that with `overwrite=True`, or give a folder with `output`."
+        )
+    if output is None and (writer == "spark" or is_table_name(source)):
+        raise UserError(
+            f"Spark's own writer does not write {source} while it is read: give another place with `output`."
+        )
+
+
+def _open(source: str, session: Callable[[], SparkSession]) -> dict[str, Dataset]:
+    """The tables to repartition, by name. Raises :class:`UserError` for none, and for others than those of a split."""
+    if is_table_name(source):
+        return {"": open_named(session(), [source], [])[0]}
+    tables = find_tables(source, "input")
+    names = [""] if tables == [source] else [posixpath.basename(table) for table in tables]
+    if names != [""] and not set(names) <= set(SPLITS):
+        raise UserError(
+            f"`input` {source} holds the tables {', '.join(names)}: "
+            "give one of them, or mix them with shuffle.py first."
+        )
+    return dict(zip(names, open_datasets(tables), strict=True))
 
 
 @dataclass(frozen=True)
@@ -130,15 +157,17 @@ def _in_place(source: str, datasets: Mapping[str, Dataset]) -> Output:
 
 
 def _repartition(
-    spark: SparkSession, writer: TableWriter, dataset: Dataset, title: str, packing: Packing, lineage: dict
+    spark: SparkSession, writer: TableWriter | SparkTable, dataset: Dataset, title: str, packing: Packing, lineage: dict
 ) -> Manifest:
     start = time.monotonic()
-    partitions, notes = packing.partitions(dataset.table.tokens, dataset.table.image_bytes), writer.target.notes
+    partitions = packing.partitions(dataset.table.tokens, dataset.table.image_bytes)
+    notes = None if isinstance(writer, SparkTable) else writer.target.notes
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
     buckets = buckets_for(partitions)
-    with watched(spark, f"{title}: weighing"):
+    with watched(spark, f"{title}: weighing"), user_errors():
         found = bucket_tokens(rows, packing.seed, buckets).collect()
-    notes.check()
+    if notes is not None:
+        notes.check()
     weights, full = {row["bucket"]: row["tokens"] for row in found}, sum(row["rows"] for row in found)
     if not weights:
         raise UserError(f"{dataset.path} holds no tokens: all of its {dataset.table.rows} rows are empty.")
@@ -146,7 +175,12 @@ def _repartition(
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
     vision = common_vision([dataset])
     packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision)
-    writer.write(placed, PackParts(writer.target, packer), partition_order(placed), title)
+    order = partition_order(placed)
+    if isinstance(writer, SparkTable):
+        columns, names = token_columns(rows, packed=True), tally_names((), IMAGES in rows.columns)
+        writer.save(counted_rows(placed, PackedRows(packer, columns), columns, names, order), names, title)
+    else:
+        writer.write(placed, PackParts(writer.target, packer), order, title)
     tokens, tokens_in = writer.tokens, sum(weights.values())
     if tokens != tokens_in:
         raise UserError(f"{dataset.path} changed while it was read ({tokens_in} tokens, then {tokens}): run again.")

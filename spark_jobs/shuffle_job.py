@@ -3,26 +3,30 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
+from fft.data.known import IMAGES
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
 from spark_jobs.mixing import check_weights
 from spark_jobs.parameters import check_parameters
-from spark_jobs.placing import RowChoice, Shuffling, as_token_rows, parts_for
+from spark_jobs.placing import COUNTED_ROWS, RowChoice, Shuffling, as_token_rows, parts_for, per_dataset
+from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
-from spark_jobs.token_table.output import Output, place_at, places_at
+from spark_jobs.token_rows import ChosenRows, counted_rows, token_columns
+from spark_jobs.token_table.destination import check_writer, output_at
+from spark_jobs.token_table.output import places_at
 from spark_jobs.token_table.read import (
     Dataset,
     common_tokenizer,
@@ -30,8 +34,11 @@ from spark_jobs.token_table.read import (
     find_tables,
     not_read,
     open_datasets,
+    open_named,
     read_tokens,
+    split_inputs,
 )
+from spark_jobs.token_table.spark_output import SparkTable
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_BLOCK = 1 << 23
@@ -49,7 +56,8 @@ def shuffle_tables(
     weights: Mapping[str, float] | None = None,
     dedup: bool = False,
     holdout: float = 0.0,
-    table_format: str = "parquet",
+    table_format: str | None = None,
+    writer: str | None = None,
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> dict[str, Manifest]:
@@ -60,14 +68,16 @@ def shuffle_tables(
     training table occurs; held-out rows occur once, or not at all where the weight is 0. ``dedup`` leaves out rows
     whose content occurred before, and training rows whose content is held out.
 
-    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
+    Inputs may name catalog tables (``catalog.schema.table``), which the engine reads. The output, too: Spark then
+    writes it, as with ``writer="spark"`` any other, see :mod:`spark_jobs.token_table.spark_output`.
+    ``table_format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
     Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
     token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    folder = place_at(output, "output")
-    paths = [table for path in places_at(inputs, "inputs") for table in find_tables(path, "inputs")]
-    datasets = open_datasets(paths)
+    check_writer(writer, output)
+    session = partial(get_session, "shuffle", spark)
+    datasets = _open(inputs, session)
     tokenizer, vision = common_tokenizer(datasets), common_vision(datasets)
     facts = None if vision is None else vision.facts()
     if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
@@ -77,26 +87,32 @@ def shuffle_tables(
     lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing)) | left_out
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
-    table = Output(folder, list(shares), paths, overwrite, table_format)
+    places = [dataset.path for dataset in datasets]
+    table = output_at(output, list(shares), places, overwrite, table_format, writer, session)
     table.check()
-    spark = spark or get_session("shuffle")
+    spark = session()
     start = time.monotonic()
     with table.claim(lineage) as writers, job_settings(spark):
-        notes = next(iter(writers.values())).target.notes
-        rows = read_tokens(spark, datasets, notes)
+        first = next(iter(writers.values()))
+        rows = read_tokens(spark, datasets, None if isinstance(first, SparkTable) else first.target.notes)
         for name, share in shares.items():
             _write_split(writers[name], rows, datasets, name, share, mixing)
-        counts = _counts(writers.values(), datasets, mixing)
+        counts, length = _counts(writers.values(), datasets, mixing), _seq_len(datasets)
         timing = timing_of(start, sum(writer.tokens for writer in writers.values()))
         manifests = {}
-        for name, writer in writers.items():
-            own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], writer.tallies)}
-            manifests[name] = finished_manifest(
-                writer.parts, lineage, own, timing, tokenizer, _seq_len(datasets), seed, facts
-            )
-            writers[name].finish(manifests[name])
-    _say_results(manifests, counts, folder, notes_left)
+        for name, made in writers.items():
+            own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], made.tallies)}
+            manifests[name] = finished_manifest(made.parts, lineage, own, timing, tokenizer, length, seed, facts)
+            made.finish(manifests[name])
+    _say_results(manifests, counts, table.folder, notes_left)
     return manifests
+
+
+def _open(inputs: str | Path | Sequence[str | Path], session: Callable[[], SparkSession]) -> list[Dataset]:
+    """Tables of folders and of catalogs."""
+    given, named = split_inputs(inputs)
+    datasets = open_datasets([table for path in places_at(given, "inputs") for table in find_tables(path, "inputs")])
+    return [*datasets, *(open_named(session(), named, datasets) if named else [])]
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,12 @@ class Mixing:
 
 
 def _write_split(
-    writer: TableWriter, rows: DataFrame, datasets: Sequence[Dataset], name: str, share: float, mixing: Mixing
+    writer: TableWriter | SparkTable,
+    rows: DataFrame,
+    datasets: Sequence[Dataset],
+    name: str,
+    share: float,
+    mixing: Mixing,
 ) -> None:
     weights = mixing.weights
     if name == "validation":  # held-out rows occur once: repeating them would only make an evaluation slower
@@ -120,8 +141,15 @@ def _write_split(
     image_bytes = sum(dataset.table.image_bytes * weights[dataset.name] for dataset in datasets)
     blocks = _blocks(mixing.num_block, share, tokens, image_bytes)
     shuffling = Shuffling(mixing.seed, mixing.holdout, name, weights, mixing.dedup)
-    work = WriteRows(writer.target, shuffling.choice(rows))
-    writer.write(shuffling.place(rows, blocks), work, shuffling.order(rows), f"shuffle {name}".strip())
+    placed, title = shuffling.place(rows, blocks), f"shuffle {name}".strip()
+    choice, order = shuffling.choice(rows), shuffling.order(rows)
+    if isinstance(writer, SparkTable):
+        of_datasets = [tally for dataset in datasets for tally in dataset_tallies(dataset.name, 0, 0)]
+        names = tally_names([*COUNTED_ROWS, *of_datasets], IMAGES in rows.columns)
+        counted = counted_rows(placed, ChosenRows(choice), token_columns(rows), names, order)
+        writer.save(counted, names, title)
+    else:
+        writer.write(placed, WriteRows(writer.target, choice), order, title)
     if not writer.files:
         if not mixing.holdout:
             raise UserError(f"`inputs` leaves no row for the output: all {_rows(datasets)} are without tokens.")
@@ -131,9 +159,9 @@ def _write_split(
         )
 
 
-def _counts(writers: Iterable[TableWriter], datasets: Sequence[Dataset], mixing: Mixing) -> dict[str, Any]:
+def _counts(writers: Iterable[TableWriter | SparkTable], datasets: Sequence[Dataset], mixing: Mixing) -> dict[str, Any]:
     tallies = sum_tallies([part for writer in writers for part in writer.parts])
-    counts = {"rows_in": _rows(datasets)} | {name: tallies[name] for name in ("rows_out", "empty", "duplicates")}
+    counts = {"rows_in": _rows(datasets)} | {name: tallies[name] for name in COUNTED_ROWS}
     weighted = any(weight != 1 for weight in mixing.weights.values())
     if not weighted and counts["rows_in"] != counts["rows_out"] + counts["empty"] + counts["duplicates"]:
         raise UserError(f"rows in and out differ ({counts}): an input changed while it was read; run again.")
@@ -163,20 +191,11 @@ class WriteRows:
                 for batch in rows:
                     chosen, counts = self.choice.of(batch, before)
                     before = batch.slice(batch.num_rows - 1)
-                    tallies.update({**counts, **_per_dataset(chosen)})
+                    tallies.update({**counts, **per_dataset(chosen)})
                     if chosen.num_rows:
                         sink.write(as_token_rows(chosen))
                 done = sink.finish(tallies)
             yield part_to_row(done)
-
-
-def _per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
-    counts = {}
-    bytes_ = pc.binary_length(batch.column("input_ids"))
-    for dataset in pc.unique(batch.column("dataset")).to_pylist():
-        own = bytes_.filter(pc.equal(batch.column("dataset"), dataset))
-        counts |= dataset_tallies(dataset, len(own), pc.sum(own).as_py() // 4)
-    return counts
 
 
 def _blocks(num_block: int | None, share: float, tokens: float, image_bytes: float) -> int:
@@ -191,7 +210,7 @@ def _seq_len(datasets: Sequence[Dataset]) -> int | None:
     return max(known) if len(known) == len(lengths) else None
 
 
-def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: str, notes: list[str]) -> None:
+def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder: str | Path, notes: list[str]) -> None:
     lines = []
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]

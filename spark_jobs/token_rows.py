@@ -4,6 +4,7 @@ The same functions that write part files make them, see :mod:`fft.corpus.tokeniz
 :mod:`spark_jobs.token_table.pack_rows`.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,20 +14,26 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from fft.corpus.accounts import UNUSED
+from fft.corpus.records import read_records
+from fft.corpus.splits import Split
 from fft.corpus.tokenize_parts import RecordTokenizer
 from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, MASK
 from fft.errors import UserError
 from fft.text.encoder import Encoder
 from fft.text.records import RecordEncoder
 from spark_jobs.dataframes import records_of
-from spark_jobs.placing import RowChoice, as_token_rows
+from spark_jobs.placing import RowChoice, as_token_rows, per_dataset
+from spark_jobs.runtime.counting import TALLIES, Tallied
 from spark_jobs.runtime.hashing import balance
-from spark_jobs.runtime.tasks import by_part
+from spark_jobs.runtime.tasks import by_part, map_in_order
 from spark_jobs.token_table.pack_rows import Packer
-from spark_jobs.token_table.read import CARRIED, complete_rows
+from spark_jobs.token_table.read import CARRIED, ByteRows
 
 #: Columns of malformed records that stay: why, and what they are.
 ERROR, RECORD = "error", "record"
+#: The tally of keys or columns of records that nothing uses.
+ALL_UNUSED = f"{UNUSED}all together"
 _TYPES = dict.fromkeys((*LISTS, GRIDS), "array<int>") | {DOC_IDS: "array<string>", IMAGES: "array<binary>"}
 _ARROW = {"array<int>": pa.list_(pa.int32()), "array<string>": pa.list_(pa.string()), "string": pa.string()}
 _ARROW["array<binary>"] = pa.list_(pa.binary())
@@ -67,18 +74,6 @@ def own_columns(df: DataFrame) -> DataFrame:
     return df.select(*names, F.coalesce(dataset, F.lit("")).alias("dataset"))
 
 
-@dataclass(frozen=True)
-class ByteRows:
-    """Token rows as rows of bytes, the ``lists``."""
-
-    lists: tuple[str, ...]
-
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """See the class."""
-        for batch in batches:
-            yield complete_rows(batch, self.lists, batch.column("dataset").to_pylist(), "the DataFrame")
-
-
 @dataclass
 class _Collected:
     """Rows of a batch's documents, and its malformed records."""
@@ -106,8 +101,20 @@ class _Collected:
             yield pa.RecordBatch.from_arrays([*empty, reasons, records], [*self.columns, ERROR, RECORD])
 
 
+class TokenWork:
+    """A function for ``mapInArrow``; what else it counts is for :class:`spark_jobs.runtime.counting.Tallied`."""
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Token rows."""
+        return self.rows(batches, Counter())
+
+    def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
+        """The same; what is counted is added to the ``tallies`` as it comes."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class EncodeRows:
+class EncodeRows(TokenWork):
     """Records of an input of this ``name`` and ``kind``, its ``columns``, as token rows.
 
     With ``fail``, a malformed record ends the work; else it stays, with nulls but for :data:`ERROR` and :data:`RECORD`.
@@ -119,45 +126,74 @@ class EncodeRows:
     kind: str
     columns: Sequence[str]
 
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
         """See the class."""
         made = _Collected(self.record_encoder.columns_out, self.fail)
         reject = None if self.fail else made.reject
         encoder = Encoder(self.record_encoder.recipe)
         for batch in batches:
-            # A tokenizer a batch: what it counts is of no use here, and would grow where a stream does not end.
+            # A tokenizer a batch: what it counts would grow where a stream does not end.
             tokenizer = RecordTokenizer(self.record_encoder, encoder, made.rows.append, reject)
             records = records_of(batch, self.kind, self.columns, self.record_encoder)
             tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
+            tallies.update(_unused_as_one(tokenizer.close()))
             yield from made.take()
 
 
 @dataclass(frozen=True)
-class ChosenRows:
+class EncodeSplits(TokenWork):
+    """Splits of files, which are read here, as token rows; the first malformed record ends the work."""
+
+    record_encoder: RecordEncoder[Any]
+
+    def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        made = _Collected(self.record_encoder.columns_out, True)
+        encoder = Encoder(self.record_encoder.recipe)
+        for split in (Split(**row) for batch in batches for row in batch.to_pylist()):
+            tokenizer = RecordTokenizer(self.record_encoder, encoder, made.rows.append, None)
+            for records in read_records(split, self.record_encoder, tokenizer.unused):
+                tokenizer.add(records, split.kind, split.dataset, split.path)
+                yield from made.take()
+            tallies.update(_unused_as_one(tokenizer.close()))
+
+
+def _unused_as_one(tallies: Counter[str]) -> Counter[str]:
+    """Keys that nothing uses, whose names nobody knows before, are counted together."""
+    unused = [name for name in tallies if name.startswith(UNUSED)]
+    return Counter({n: c for n, c in tallies.items() if n not in unused}) + Counter(
+        {ALL_UNUSED: sum(tallies[name] for name in unused)}
+    )
+
+
+@dataclass(frozen=True)
+class ChosenRows(TokenWork):
     """Rows in the order of a shuffle as token rows, those that stay by ``choice``."""
 
     choice: RowChoice
 
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
         """See the class."""
         before = None
         for batch in batches:
             if batch.num_rows:
-                chosen, _ = self.choice.of(batch, before)
+                chosen, counts = self.choice.of(batch, before)
                 before = batch.slice(batch.num_rows - 1)
+                tallies.update({**counts, **per_dataset(chosen)})
                 yield as_token_rows(chosen)
 
 
 @dataclass(frozen=True)
-class PackedRows:
+class PackedRows(TokenWork):
     """Rows of parts, in order, as packed token rows, each part by itself."""
 
     packer: Packer
+    columns: Sequence[str]
 
-    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
         """See the class."""
         for _, rows in by_part(batches):
-            yield from self.packer(rows)
+            yield from (packed.select(self.columns) for packed in self.packer(rows))
 
 
 @dataclass(frozen=True)
@@ -166,10 +202,11 @@ class PackedInPlace:
 
     packer: Packer
     lists: tuple[str, ...]
+    columns: Sequence[str]
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """See the class."""
-        return self.packer(self._bytes(batches))
+        return (packed.select(self.columns) for packed in self.packer(self._bytes(batches)))
 
     def _bytes(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in ByteRows(self.lists)(batches):
@@ -192,3 +229,12 @@ class Balanced:
                 assigned = balance({one["bucket"]: one["tokens"] for one in row}, self.parts)
                 buckets, parts = list(assigned), list(assigned.values())
                 yield pa.record_batch({"bucket": pa.array(buckets, pa.int32()), "part": pa.array(parts, pa.int32())})
+
+
+def counted_rows(
+    df: DataFrame, work: TokenWork, columns: Sequence[str], names: Sequence[str], order: Sequence[str] = ()
+) -> DataFrame:
+    """Token rows of these ``columns``, and what is counted of them under ``names``, see
+    :mod:`spark_jobs.runtime.counting`; with an ``order``, that of a task's rows."""
+    schema, tallied = f"{token_schema(columns)}, {TALLIES} array<bigint>", Tallied(work, names)
+    return map_in_order(df, tallied, order, schema) if order else df.mapInArrow(tallied, schema)

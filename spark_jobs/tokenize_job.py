@@ -1,9 +1,10 @@
 """The tokenize job: records of raw files to a token table, one row a document."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,28 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
-from fft.corpus.accounts import document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
+from fft.corpus.accounts import COUNTED, document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, find_sources, spans_of
 from fft.corpus.splits import SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
-from fft.data.known import LeftOut
+from fft.data.known import IMAGES, LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
-from fft.data.part_files import PartFile, PartFolder, RejectFile
+from fft.data.part_files import PartFile, PartFolder, RejectFile, dataset_tallies
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
 from fft.text.encoder import Encoder
+from fft.text.engines import ENGINES
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, by_reader, columns_read, count_parts, in_parts, open_frames, records_of
 from spark_jobs.encoders import Load, check_sources, encoder_loader, image_settings
 from spark_jobs.parameters import check_parameters
+from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
-from spark_jobs.token_table.output import Output, place_at
+from spark_jobs.token_rows import ALL_UNUSED, EncodeRows, EncodeSplits, counted_rows
+from spark_jobs.token_table.destination import check_writer, output_at
+from spark_jobs.token_table.spark_output import SparkTable
 from spark_jobs.token_table.writer import TableWriter
 
 #: A part's splits lie in different files, or follow each other in one.
@@ -51,28 +56,31 @@ def tokenize_table(
     eos: str = "auto",
     parse_special_tokens: bool = False,
     on_error: str = "fail",
-    table_format: str = "parquet",
+    table_format: str | None = None,
+    writer: str | None = None,
     overwrite: bool = False,
     spark: SparkSession | None = None,
 ) -> Manifest:
     """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
 
-    An input may also name a catalog table (``catalog.schema.table``), or be a URL, also with wild cards.
+    An input may also name a catalog table (``catalog.schema.table``), or be a URL, also with wild cards. So may
+    ``output``: Spark then writes it, as any other with ``writer="spark"``: :mod:`spark_jobs.token_table.spark_output`.
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
     ``labels``: see :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts only.
     With ``image_path``, a folder, chats may have images, which rows carry in ``images`` and ``image_grids``;
     ``tokenizer`` is then a model's whole directory, whose limits hold where ``max_pixels`` and the like are not given.
-    ``table_format`` is "parquet" or "delta"; an ``overwrite`` of a Delta table adds a version.
+    ``table_format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
     Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
     for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    folder = place_at(output, "output")
+    check_writer(writer, output, on_error)
     unread, paths = by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
     left_out = LeftOut()
     sources = find_sources(paths, id_key, left_out, for_engine := [])
-    table = Output(folder, [""], paths, overwrite, table_format)
+    session = partial(get_session, "tokenize", spark)
+    table = output_at(output, [""], [*paths, *unread], overwrite, table_format, writer, session)
     table.check()
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
@@ -82,21 +90,20 @@ def tokenize_table(
         parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
     elif images is not None:
         parameters |= {"image_path": str(image_path), **asdict(images.limits)}
-    record_encoder, info, spark = _load_beside_spark(load, spark)
+    record_encoder, info, spark = _load_beside_spark(load, session)
     start = time.monotonic()
     frames = open_frames(spark, [*unread, *for_engine])
     origins = [*(source.origin for source in sources), *({"input": frame.name} for frame in frames)]
     lineage = lineage_of("tokenize", origins, parameters)
     with table.claim(lineage) as writers, job_settings(spark):
-        writer = writers[""]
-        _write(spark, writer, sources, frames, record_encoder, on_error == "fail")
-        manifest = _finish(writer, lineage | left_out.facts(), record_encoder, info, max_len, start)
-    _say_results(manifest, folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
+        _fill(spark, writers[""], sources, frames, record_encoder, on_error == "fail")
+        manifest = _finish(writers[""], lineage | left_out.facts(), record_encoder, info, max_len, start)
+    _say_results(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
     return manifest
 
 
 def _finish(
-    writer: TableWriter,
+    writer: TableWriter | SparkTable,
     lineage: dict[str, Any],
     record_encoder: RecordEncoder[Any],
     info: TokenizerInfo,
@@ -112,23 +119,26 @@ def _finish(
 
 
 def _load_beside_spark(
-    load: Load, spark: SparkSession | None
+    load: Load, session: Callable[[], SparkSession]
 ) -> tuple[RecordEncoder[Any], TokenizerInfo, SparkSession]:
     with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
         loading = pool.submit(load)
-        spark = spark or get_session("tokenize")
+        spark = session()
         return *loading.result(), spark
 
 
-def _write(
+def _fill(
     spark: SparkSession,
-    writer: TableWriter,
+    writer: TableWriter | SparkTable,
     sources: Sequence[Source],
     frames: Sequence[Frame],
     record_encoder: RecordEncoder[Any],
     fail: bool,
 ) -> None:
     try:
+        if isinstance(writer, SparkTable):
+            _save(spark, writer, sources, frames, record_encoder)
+            return
         splits = deal(spans_of(sources, record_encoder))
         if splits:
             parts = splits[-1].part + 1
@@ -143,6 +153,29 @@ def _write(
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, f"tokenize {frame.name}")
     except UserError as error:
         raise name_malformed(error, record_encoder) from error
+
+
+def _save(
+    spark: SparkSession,
+    table: SparkTable,
+    sources: Sequence[Source],
+    frames: Sequence[Frame],
+    record_encoder: RecordEncoder[Any],
+) -> None:
+    columns, inputs = record_encoder.columns_out, [*(one.origin["input"] for one in sources), *(f.name for f in frames)]
+    of_inputs = [tally for name in dict.fromkeys(inputs) for tally in dataset_tallies(name, 0, 0)]
+    own = [*COUNTED, *record_encoder.tallies, *of_inputs]
+    own += [ALL_UNUSED, *(f"engine {number}" for number in range(len(ENGINES)))]
+    names, made = tally_names(own, IMAGES in columns), []
+    splits = deal(spans_of(sources, record_encoder))
+    if splits:
+        tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+        made.append(counted_rows(tasks, EncodeSplits(record_encoder), columns, names))
+    for frame in frames:
+        rows, read = columns_read(frame, record_encoder)
+        work = EncodeRows(record_encoder, True, frame.name, frame.kind, read)
+        made.append(counted_rows(rows, work, columns, names))
+    table.save(reduce(DataFrame.unionAll, made), names, "tokenize")
 
 
 @dataclass(frozen=True)
@@ -190,7 +223,7 @@ class TokenizeFrame(TokenizeParts):
                 tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
 
 
-def _say_results(manifest: Manifest, folder: str, notes: Sequence[str]) -> None:
+def _say_results(manifest: Manifest, folder: str | Path, notes: Sequence[str]) -> None:
     engine, counts, timing = (manifest.lineage[name] for name in ("engine", "counts", "timing"))
     header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "bytes", "seconds", "tokens/s")
     row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]

@@ -146,13 +146,13 @@ def pack(max_len: int, *, method: str = "best-fit", num_partition: int | None = 
             raise UserError("`pack` is for texts; rows with images are packed by spark_jobs/repartition.py.")
         schema = token_schema(columns)
         if num_partition is None:
-            return own_columns(df).mapInArrow(PackedInPlace(packer, lists), schema)
+            return own_columns(df).mapInArrow(PackedInPlace(packer, lists, columns), schema)
         _check_whole(df, "pack, with `num_partition`,")
         rows, buckets = token_bytes(df).where(F.length("input_ids") > 0), buckets_for(num_partition)
         weights = bucket_tokens(rows, seed, buckets).agg(F.collect_list(F.struct("bucket", "tokens")).alias("weights"))
         assigned = weights.mapInArrow(Balanced(num_partition), "bucket int, part int")
         placed = in_partitions(rows, assigned, seed, buckets, num_partition)
-        return map_in_order(placed, PackedRows(packer), partition_order(placed), schema)
+        return map_in_order(placed, PackedRows(packer, columns), partition_order(placed), schema)
 
     return packed
 

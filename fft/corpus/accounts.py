@@ -16,7 +16,7 @@ from fft.text.records import RecordEncoder
 #: Begins the tally of a key of records that nothing uses.
 UNUSED = "unused "
 #: What every way of encoding records counts; each may count more, see :attr:`RecordEncoder.tallies`.
-_COUNTED = ("documents_in", "documents_out", "empty", "quarantined", "checked")
+COUNTED = ("documents_in", "documents_out", "empty", "quarantined", "checked")
 
 
 def lineage_of(job: str, origins: Sequence[Mapping[str, Any]], parameters: Mapping[str, object]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder
 
     Raises :class:`UserError` when no document is left, and when the counts do not add up.
     """
-    counts: dict[str, Any] = {name: tallies[name] for name in (*_COUNTED, *record_encoder.tallies)}
+    counts: dict[str, Any] = {name: tallies[name] for name in (*COUNTED, *record_encoder.tallies)}
     if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
         raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
     if not counts["documents_out"]:

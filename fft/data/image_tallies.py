@@ -34,6 +34,12 @@ def tally_images(rows: pa.Table) -> Counter[str]:
     return tallies + _by_powers(_PER_ROW, counts) + _by_powers(_PATCHES, of_rows)
 
 
+def image_tally_names() -> list[str]:
+    """All names of such tallies."""
+    powers = ["0", *(str(1 << exponent) for exponent in range(48))]
+    return [*(f"{_SUM}{name}" for name in _SUMS), *(f"{p}{least}" for p in (_PER_ROW, _PATCHES) for least in powers)]
+
+
 def image_facts(tallies: Mapping[str, int], merge: int) -> dict[str, Any]:
     """What a manifest counts of a table's images.
 

@@ -113,7 +113,10 @@ class Storage:
         with reaching(self.name):
             here = asking(partial(self.filesystem.get_file_info, self.root))
             if here.type == fs.FileType.NotFound:
-                raise UserError(f"{self.name} does not exist: give a folder of parquet files that Spark wrote.")
+                raise UserError(
+                    f"{self.name} does not exist: give a folder of parquet files that Spark wrote, of a catalog table "
+                    "its location."
+                )
             if here.type == fs.FileType.File:
                 return Listing({"": here.size})
             if self.is_local:

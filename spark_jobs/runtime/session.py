@@ -43,12 +43,15 @@ _ECHOES = (
 )
 
 
-def get_session(name: str) -> SparkSession:
-    """The active session (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or a local one.
+def get_session(name: str, given: SparkSession | None = None) -> SparkSession:
+    """The ``given`` session, else the active one (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or a
+    local one.
 
-    A local one runs on Java; where there is none, or with ``FFT_ENGINE=sail``, on Sail (``pip install pysail``).
+    That one runs on Java; where there is none, or with ``FFT_ENGINE=sail``, on Sail (``pip install pysail``).
     Raises :class:`UserError` when there is neither, and for another ``FFT_ENGINE``.
     """
+    if given is not None:
+        return given
     engine = os.environ.get("FFT_ENGINE", "")
     if engine not in _ENGINES:
         raise UserError(f"FFT_ENGINE={engine} is no engine: it may be sail, or spark, or be left unset.")

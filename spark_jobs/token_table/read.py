@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from fft.corpus.readers import read_row_groups, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, deal
@@ -23,6 +25,8 @@ from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
 from fft.images.rules import ImageRules
 from spark_jobs.runtime.tasks import create_tasks
+from spark_jobs.token_table.catalog import is_table_name
+from spark_jobs.token_table.engine_table import EngineTable, distinct_names
 from spark_jobs.token_table.rows import doc_ids, token_lists
 
 #: Columns that make up a row's content.
@@ -38,11 +42,11 @@ class Dataset:
     """A token table with the name under which its rows are placed."""
 
     name: str
-    table: Table
+    table: Table | EngineTable
 
     @property
     def path(self) -> str:
-        """Where it lies."""
+        """Where it lies, or the name of a table of a catalog."""
         return self.table.path
 
 
@@ -79,6 +83,22 @@ def find_tables(path: str | Path, parameter: str) -> list[str]:
     if not tables:
         raise UserError(f"`{parameter}` {name} holds no token table: write one with spark_jobs/tokenize.py.")
     return tables
+
+
+def split_inputs(inputs: str | Path | Sequence[str | Path]) -> tuple[list[str | Path], list[str]]:
+    """Inputs that are paths, and those that name tables of a catalog."""
+    given = [inputs] if isinstance(inputs, str | Path) else inputs
+    return [p for p in given if not is_table_name(p)], [str(p) for p in given if is_table_name(p)]
+
+
+def open_named(spark: SparkSession, tables: Sequence[str], beside: Sequence[Dataset]) -> list[Dataset]:
+    """Open tables of a catalog, which stand beside others. Raises :class:`UserError` for one that is given twice, and
+    for what is no token table."""
+    repeated = next((name for name in tables if tables.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"`inputs` names {repeated} more than once: give each table once.")
+    names = distinct_names(tables, [dataset.name for dataset in beside])
+    return [Dataset(name, EngineTable.open(spark, table)) for name, table in zip(names, tables, strict=True)]
 
 
 def open_datasets(paths: Sequence[str | Path]) -> list[Dataset]:
@@ -133,25 +153,35 @@ def common_vision(datasets: Sequence[Dataset]) -> ImageRules | None:
     return known.get(first)
 
 
-def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerNotes) -> DataFrame:
+def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerNotes | None = None) -> DataFrame:
     """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels``, ``cu_seqlens``, ``image_grids``
     and ``images`` if any has them, as bytes, too.
 
     A table without them gets what their absence means: labels equal to the ids, one document a row, no image. Rows
     without ``doc_ids`` are named after a hash of their content. A null list is an empty one. What cannot be read is
-    said in ``notes``, which the caller checks.
+    said in ``notes``, which the caller checks; without them it ends the task.
     """
     columns = frozenset().union(*(d.table.columns for d in datasets))
     lists = tuple(name for name in CARRIED if name in columns)
+    schema = "dataset string, doc_ids array<string>, " + ", ".join(f"{name} binary" for name in lists)
+    found = [_engine_rows(d.name, d.table, lists, schema) for d in datasets if isinstance(d.table, EngineTable)]
     spans = [
         Span(dataset.name, "parquet", file, group.index, group.index + 1, group.tokens * 4 + group.image_bytes)
         for dataset in datasets
+        if isinstance(dataset.table, Table)
         for file, group in zip(dataset.table.locations, dataset.table.row_groups, strict=True)
     ]
     splits = deal(spans)
-    tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
-    schema = ", ".join(f"{name} binary" for name in lists)
-    return tasks.mapInArrow(Stoppable(TokenRows(lists), notes), f"dataset string, doc_ids array<string>, {schema}")
+    if splits:
+        tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
+        work = TokenRows(lists)
+        found.append(tasks.mapInArrow(work if notes is None else Stoppable(work, notes), schema))
+    return reduce(DataFrame.unionAll, found)
+
+
+def _engine_rows(name: str, table: EngineTable, lists: Sequence[str], schema: str) -> DataFrame:
+    there = [F.col(column) for column in (*CARRIED, DOC_IDS, MASK) if column in table.columns]
+    return table.frame.select(*there, F.lit(name).alias("dataset")).mapInArrow(ByteRows(tuple(lists), name), schema)
 
 
 @dataclass(frozen=True)
@@ -170,6 +200,19 @@ class TokenRows:
                 size = _ROWS_WITH_IMAGES if IMAGES in held else _ROWS
                 for rows in read_row_groups(split.path, split.start, split.stop, held, size):
                     yield complete_rows(rows, self.lists, [split.dataset] * rows.num_rows, split.path)
+
+
+@dataclass(frozen=True)
+class ByteRows:
+    """A function for ``mapInArrow``: token rows with a column ``dataset`` in, the same as rows of bytes out."""
+
+    lists: tuple[str, ...]
+    where: str = "the DataFrame"
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """See the class."""
+        for batch in batches:
+            yield complete_rows(batch, self.lists, batch.column("dataset").to_pylist(), self.where)
 
 
 def complete_rows(rows: pa.RecordBatch, lists: Sequence[str], names: Sequence[str], where: str) -> pa.RecordBatch:
