@@ -19,6 +19,17 @@ from fft.errors import UserError
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: What launchers that do not tell it would leave of theirs: each process would take itself for the whole run.
 _OTHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+#: Where settings of torch's allocator are looked for.
+_ALLOCATOR = frozenset({"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"})
+
+
+def let_memory_grow() -> None:
+    """Have torch's allocator on GPUs grow its pieces of memory, so that rows of many lengths leave few gaps.
+
+    It looks once, when CUDA is first used: this has to come before. What the user has set for it stays.
+    """
+    if not _ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def world_size() -> int:

@@ -38,7 +38,7 @@ from fft.training.engine import (
     model_spec,
     on_host,
 )
-from fft.training.environment import environment, world_size
+from fft.training.environment import environment, let_memory_grow, world_size
 from fft.training.evaluation import evaluate
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
@@ -61,6 +61,7 @@ def train(args: TrainArguments) -> int:
 
     Raises :class:`UserError` for what the user can mend.
     """
+    let_memory_grow()
     above = launchers()
     check_device(args)
     plan = plan_run(args, world_size())

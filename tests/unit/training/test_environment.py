@@ -1,6 +1,7 @@
 """What launchers say of a rank, and what is likely a mistake."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import SMALL, VOCAB, write_table
 from fft.arguments import parse_arguments
 from fft.errors import UserError
 from fft.planning.preflight import doubts, plan_run
-from fft.training.environment import world_size
+from fft.training.environment import let_memory_grow, world_size
 
 WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -69,3 +70,18 @@ def test_doubts(flags, said, tmp_path):
     args = parse_arguments(given.split())
     found = doubts(args, plan_run(args, 1))
     assert [doubt.startswith(start) for doubt, start in zip(found, said, strict=True)] == [True] * len(said)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_allocator_grows_unless_it_is_told_otherwise(name, monkeypatch):
+    for each in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+    let_memory_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    let_memory_grow()
+    assert {each: value for each, value in os.environ.items() if "ALLOC_CONF" in each} == {
+        name: "max_split_size_mb:128"
+    }
