@@ -22,11 +22,11 @@ from pyarrow import fs
 from fft.console import say
 from fft.corpus.urls import whole
 from fft.data.commits import begin_replacing, begin_writing, commit_all
-from fft.data.delta import check_version, commit_delta, latest_version, split_name
+from fft.data.delta import check_version, commit_delta, latest_version
 from fft.data.manifest import WRITING_NAME
 from fft.data.owner import Owner
 from fft.data.part_files import PartFolder, writing_to
-from fft.data.storage import Storage, address_of, check_names_utf8, is_url
+from fft.data.storage import Storage, check_names_utf8, is_url
 from fft.data.store_owner import StoreOwner, check_place_unowned, owning
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
@@ -35,6 +35,7 @@ from spark_jobs.token_table.kept import place_of
 from spark_jobs.token_table.remains import (
     INFO_NAME,
     SPLITS,
+    check_apart,
     files_now,
     holds_table,
     is_delta_at,
@@ -106,11 +107,7 @@ class Output:
     def check(self) -> None:
         """Raise :class:`UserError` when another job writes there, when a finished table is there and ``overwrite`` is
         not set, or when clearing the folder would hit an input or files that are no part of a table."""
-        target = address_of(self.folder)
-        for path in self.inputs:
-            source = address_of(split_name(str(path))[0])
-            if f"{source}/".startswith(f"{target}/") or f"{target}/".startswith(f"{source}/"):
-                raise UserError(f"`output` {self.folder} and the input {path} overlap: write to a folder beside it.")
+        check_apart(str(self.folder), self.inputs)
         self._check_place()
         self._check_content()
 

@@ -2,19 +2,20 @@
 
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pyarrow import fs
 
 from fft.data.commits import begin_writing
-from fft.data.delta import read_snapshot
+from fft.data.delta import read_snapshot, split_name
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, replacing
 from fft.data.owner import OWNER_NAME
 from fft.data.part_files import QUARANTINE
-from fft.data.storage import Storage, reaching
+from fft.data.storage import Storage, address_of, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.worker_notes import WRITING
+from fft.errors import UserError
 from spark_jobs.token_table.kept import FINISHED, settle_parts
 
 SPLITS = ("train", "validation")
@@ -138,3 +139,12 @@ def _remove(place: Storage, names: str, kept: Collection[str] = ()) -> None:
     for name, size in found.items():
         if size is None:
             place.delete_folder(name)
+
+
+def check_apart(output: str, inputs: Iterable[object]) -> None:
+    """Raise :class:`UserError` where an output lies within an input, or the other way round."""
+    target = f"{address_of(output)}/"
+    for path in inputs:
+        source = f"{address_of(split_name(str(path))[0])}/"
+        if source.startswith(target) or target.startswith(source):
+            raise UserError(f"`output` {output} and the input {path} overlap: write to a folder beside it.")

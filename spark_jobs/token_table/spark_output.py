@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
 
-from fft.data.delta import split_name
 from fft.data.manifest import FileInfo, Manifest
 from fft.data.part_files import Part, files_of, writing_to
 from fft.data.storage import Storage, is_url
@@ -24,6 +23,7 @@ from spark_jobs.runtime.counting import counting
 from spark_jobs.runtime.session import user_errors
 from spark_jobs.runtime.watching import watched
 from spark_jobs.token_table.catalog import Catalogued, catalog_errors, is_table_name
+from spark_jobs.token_table.remains import check_apart
 from spark_jobs.token_table.spark_folder import Folder
 
 
@@ -154,9 +154,5 @@ class SparkOutput:
                 "`catalog.schema.table`, or leave out `writer`."
             )
         root = self._root()
-        mine = f"{root.address}/"
-        for path in map(str, self.inputs):
-            other = "" if is_table_name(path) else f"{Storage.at(split_name(path)[0]).address}/"
-            if other and (mine.startswith(other) or other.startswith(mine)):
-                raise UserError(f"`output` {self.place} and the input {path} overlap: write to a folder beside it.")
+        check_apart(self.place, [path for path in self.inputs if not is_table_name(str(path))])
         return {name: Folder(root.below(name) if name else root, self.overwrite, lineage) for name in self.names}
