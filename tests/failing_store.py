@@ -21,7 +21,7 @@ def throttled(server: str, one_in: int = 10):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.sent()
             with lock:
                 counts["asked"] += 1
                 refused = counts["asked"] % one_in == 0
@@ -29,9 +29,24 @@ def throttled(server: str, one_in: int = 10):
             if refused:
                 return self.send(503, {"Content-Type": "application/xml"}, BUSY)
             behind = HTTPConnection(host, timeout=60)
-            behind.request(self.command, self.path, body, dict(self.headers))  # signed for the host that was asked
+            behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():  # signed for the host that was asked
+                if name.lower() != "expect":
+                    behind.putheader(name, value)
+            behind.endheaders(body)
             answer = behind.getresponse()
             return self.send(answer.status, dict(answer.getheaders()), answer.read())
+
+        def sent(self) -> bytes:
+            """The body as it came: of a known length, or in chunks."""
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            lines = [self.rfile.readline()]
+            while size := int(lines[-1].split(b";")[0], 16):
+                lines += [self.rfile.read(size + 2), self.rfile.readline()]
+            while lines[-1] != b"\r\n":
+                lines.append(self.rfile.readline())
+            return b"".join(lines)
 
         def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response_only(status)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_table
+from failing_store import throttled
 from pyarrow import fs
 from samples import TextKeys, read_sample
 
@@ -249,3 +250,20 @@ def test_a_store_that_is_busy_is_asked_again(store, monkeypatch):
         with pytest.raises(OSError, match=text):
             asking(busy(1, text))
         assert not waited
+
+
+def test_a_server_that_refuses_one_request_in_three(store_environment, store, tmp_path, monkeypatch):
+    """With HTTP 503: whatever is asked of it is done in the end."""
+    with throttled(store_environment["AWS_ENDPOINT_URL"], 3) as (url, counts):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        place = Storage.at(f"s3://lake/{tmp_path.name}")
+        for number in range(5):
+            place.write(f"{number}", "x" * number)
+        large = place.create("large")
+        large.stream.write(b"x" * (11 << 20))
+        assert large.close() == 11 << 20
+        assert place.here() == {**{f"{number}": number for number in range(5)}, "large": 11 << 20}
+        assert place.read("4") == b"xxxx"
+        place.delete([f"{number}" for number in range(5)])
+        assert list(place.here()) == ["large"]
+    assert counts["refused"] > 5
