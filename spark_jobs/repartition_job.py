@@ -22,6 +22,7 @@ from spark_jobs.parameters import check_parameters
 from spark_jobs.placing import bucket_tokens, buckets_for, in_partitions, partition_order, parts_for
 from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.hashing import balance
+from spark_jobs.runtime.many_files import EachByTasks
 from spark_jobs.runtime.session import get_session, job_settings, user_errors
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.runtime.watching import watched
@@ -126,7 +127,7 @@ def _open(source: str, session: Callable[[], SparkSession]) -> dict[str, Dataset
             f"`input` {source} holds the tables {', '.join(names)}: "
             "give one of them, or mix them with shuffle.py first."
         )
-    return dict(zip(names, open_datasets(tables), strict=True))
+    return dict(zip(names, open_datasets(tables, EachByTasks(session)), strict=True))
 
 
 @dataclass(frozen=True)

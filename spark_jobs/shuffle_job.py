@@ -22,6 +22,7 @@ from spark_jobs.mixing import check_weights
 from spark_jobs.parameters import check_parameters
 from spark_jobs.placing import COUNTED_ROWS, RowChoice, Shuffling, as_token_rows, parts_for, per_dataset
 from spark_jobs.runtime.counting import tally_names
+from spark_jobs.runtime.many_files import EachByTasks
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_rows import ChosenRows, counted_rows, token_columns
@@ -111,7 +112,8 @@ def shuffle_tables(
 def _open(inputs: str | Path | Sequence[str | Path], session: Callable[[], SparkSession]) -> list[Dataset]:
     """Tables of folders and of catalogs."""
     given, named = split_inputs(inputs)
-    datasets = open_datasets([table for path in places_at(given, "inputs") for table in find_tables(path, "inputs")])
+    tables = [table for path in places_at(given, "inputs") for table in find_tables(path, "inputs")]
+    datasets = open_datasets(tables, EachByTasks(session))
     return [*datasets, *(open_named(session(), named, datasets) if named else [])]
 
 

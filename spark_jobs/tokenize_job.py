@@ -29,6 +29,7 @@ from spark_jobs.dataframes import Frame, by_reader, columns_read, count_parts, i
 from spark_jobs.encoders import Load, check_sources, encoder_loader, image_settings
 from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.counting import tally_names
+from spark_jobs.runtime.many_files import EachByTasks
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_rows import ALL_UNUSED, EncodeRows, EncodeSplits, counted_rows
@@ -139,7 +140,7 @@ def _fill(
         if isinstance(writer, SparkTable):
             _save(spark, writer, sources, frames, record_encoder)
             return
-        splits = deal(spans_of(sources, record_encoder))
+        splits = deal(spans_of(sources, record_encoder, EachByTasks(lambda: spark)))
         if splits:
             parts = splits[-1].part + 1
             tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
@@ -167,7 +168,7 @@ def _save(
     own = [*COUNTED, *record_encoder.tallies, *of_inputs]
     own += [ALL_UNUSED, *(f"engine {number}" for number in range(len(ENGINES)))]
     names, made = tally_names(own, IMAGES in columns), []
-    splits = deal(spans_of(sources, record_encoder))
+    splits = deal(spans_of(sources, record_encoder, EachByTasks(lambda: spark)))
     if splits:
         tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
         made.append(counted_rows(tasks, EncodeSplits(record_encoder), columns, names))

@@ -14,7 +14,7 @@ from fft.corpus.readers import footer_of
 from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.corpus.urls import Unreached, expand_url, whole
 from fft.data.delta import read_snapshot, split_name
-from fft.data.footer import each_of
+from fft.data.footer import Each, each_of
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import EngineOnly, check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
@@ -267,8 +267,8 @@ def _known() -> str:
     return f"{', '.join(KINDS)} (and {', '.join(COMPRESSIONS)} of the text kinds)"
 
 
-def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> list[Span]:
-    """The inputs cut into spans that can be read on their own.
+def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any], each: Each = each_of) -> list[Span]:
+    """The inputs cut into spans that can be read on their own; ``each`` reads the footers of parquet files.
 
     Raises :class:`UserError` for unreadable parquet, and for columns that are missing or of another type.
     """
@@ -276,7 +276,7 @@ def spans_of(sources: Sequence[Source], record_encoder: RecordEncoder[Any]) -> l
     chunk = -(-chunk_size(weight * sum(source.bytes for source in sources)) // weight)
     spans = []
     for source in sources:
-        footers = each_of(footer_of, [file.path for file in source.files if source.kind == "parquet"])
+        footers = iter(each(footer_of, [file.path for file in source.files if source.kind == "parquet"]))
         for file in source.files:
             if source.kind == "parquet":
                 schema, sizes = next(footers)

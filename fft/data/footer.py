@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,8 @@ from fft.data.known import GRIDS, IMAGES, LISTS, MASK, REFUSED
 from fft.errors import UserError, one_line
 
 T = TypeVar("T")
+#: How many files are asked the same, and answer in their order: :func:`each_of`, or what does it elsewhere.
+Each = Callable[[Callable[[str], Any], Sequence[str]], Iterable[Any]]
 
 #: Files that are asked at once, as many as a store's client has connections; and answers that wait for their turn.
 _AT_ONCE, _AHEAD = 24, 1024
@@ -134,6 +136,12 @@ class Footer:
             padded,
             leaf[IMAGES].total_compressed_size if IMAGES in leaf else 0,
         )
+
+
+def row_groups_of(path: str, filesystem: FileSystem) -> tuple[list[str], list[RowGroup]]:
+    """Columns and row groups of a file. Raises :class:`UserError` as :meth:`Footer.read`."""
+    footer = Footer.read(path, filesystem)
+    return footer.schema.names, footer.row_groups()
 
 
 def check_names(names: Iterable[str], where: str) -> None:

@@ -15,7 +15,7 @@ from pyarrow.fs import FileSystem
 
 from fft.data.arrow_lists import list_values
 from fft.data.delta import read_snapshot, split_name
-from fft.data.footer import Footer, RowGroup, each_of
+from fft.data.footer import Each, Footer, RowGroup, each_of, row_groups_of
 from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
@@ -76,10 +76,10 @@ class Table:
     unread: LeftOut
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Table":
+    def open(cls, path: str | os.PathLike[str], each: Each = each_of) -> "Table":
         """Read the footers of a folder of parquet files, a file, or a Delta table (``path@v12`` pins a version).
 
-        Either may be one of an object store, by URL.
+        Either may be one of an object store, by URL. ``each`` reads the footers.
         Raises :class:`UserError` when there is no table, it is unfinished, empty, lacks ``input_ids``, has columns of
         another type than the contract's, mixes files with and without one of them, no longer is what its manifest
         says, or is a folder of several tables.
@@ -109,11 +109,10 @@ class Table:
         for partition in partitions.values():
             for column in partition:
                 unread.add(f"partition column {printable(column)}")
-        for file, footer in zip(
-            files, each_of(partial(Footer.read, filesystem=storage.filesystem), files), strict=True
-        ):
-            found = frozenset(footer.schema.names)
-            for column in unread_columns(footer.schema.names):
+        answers = each(partial(row_groups_of, filesystem=storage.filesystem), files)
+        for file, (there, row_groups) in zip(files, answers, strict=True):
+            found = frozenset(there)
+            for column in unread_columns(there):
                 unread.add(f"column {column}")
             columns = found if columns is None else columns
             for column in (*LISTS, IMAGES, GRIDS):
@@ -124,8 +123,7 @@ class Table:
                         "their own."
                     )
             columns &= found
-            groups.extend(footer.row_groups())
-        groups = [g for g in groups if g.tokens > 0]
+            groups.extend(group for group in row_groups if group.tokens > 0)
         if not groups:
             raise UserError(f"{root} holds no tokens: its {len(files)} parquet file(s) are empty.")
         return cls(root, tuple(groups), columns or frozenset(), manifest, version, storage, unread)

@@ -17,6 +17,7 @@ from fft.corpus.readers import read_row_groups, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, deal
 from fft.data.arrow_lists import INTS, int_lists, lists_to_bytes, pack_bytes
 from fft.data.delta import split_name
+from fft.data.footer import Each
 from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, LOGS, MASK
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, TokenizerInfo, is_hidden
 from fft.data.storage import Storage, address_of, reaching
@@ -101,8 +102,9 @@ def open_named(spark: SparkSession, tables: Sequence[str], beside: Sequence[Data
     return [Dataset(name, EngineTable.open(spark, table)) for name, table in zip(names, tables, strict=True)]
 
 
-def open_datasets(paths: Sequence[str | Path]) -> list[Dataset]:
-    """Open tables under names that depend on where they lie only as far as needed to tell them apart.
+def open_datasets(paths: Sequence[str | Path], each: Each) -> list[Dataset]:
+    """Open tables under names that depend on where they lie only as far as needed to tell them apart; ``each`` reads
+    the footers.
 
     Raises :class:`UserError` for a table that is given twice, and for what is no finished table.
     """
@@ -113,7 +115,7 @@ def open_datasets(paths: Sequence[str | Path]) -> list[Dataset]:
     depth = 1
     while len({_name(path, depth) for path in folders}) < len(folders):
         depth += 1
-    return [Dataset(_name(folder, depth), Table.open(path)) for folder, path in zip(folders, paths, strict=True)]
+    return [Dataset(_name(folder, depth), Table.open(path, each)) for folder, path in zip(folders, paths, strict=True)]
 
 
 def _name(address: str, depth: int) -> str:
