@@ -169,6 +169,44 @@ def layer(fused: bool, selective: bool = False, tokens: int = TOKENS) -> list[Pa
     ]
 
 
+def kept_by_layer(compiled: bool, selective: bool = False, tokens: int = TOKENS) -> int:
+    """Bytes that a decoder layer keeps from forward to backward, parameters left out; of two documents."""
+    from transformers import AutoConfig
+
+    from fft.models.recompute import selective as recompute
+    from fft.models.spec import ModelSpec, copy_of
+    from fft.ops.documents import Documents
+    from fft.planning.costs import planned_layers
+    from fft.planning.tower_activations import turns_of
+
+    spec = ModelSpec(AutoConfig.for_model("llama", **_MODEL), torch.bfloat16)
+    ((path, module),) = planned_layers(spec)[1].modules.items()
+    module = copy_of(module)
+    documents, turns = Documents.of((0, tokens // 2, tokens), "meta"), turns_of(spec, path, tokens, torch.bfloat16)
+    with torch.device("meta"):
+        hidden = torch.empty(1, tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+        positions = torch.empty(1, tokens, dtype=torch.int64)
+    given = {"attention_mask": None, "position_ids": positions, "position_embeddings": turns}
+    seen = documents.boundaries if compiled else documents
+
+    def run(states: Tensor) -> Tensor:
+        return recompute(once, states) if selective else once(states)
+
+    def once(states: Tensor) -> Tensor:
+        return module(states, documents=seen, **given)
+
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()  # which lives, so that its number is its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(hidden)
+    parameters = {id(p.untyped_storage()) for p in module.parameters()}
+    return sum(storage.nbytes() for number, storage in kept.items() if number not in parameters)
+
+
 def loss(fused: bool, cap: float | None = None, tokens: int = TOKENS, shards: int = 1) -> tuple[Part, int]:
     """The head and the loss, forward and backward, and the pieces that it has. ``shards`` share the vocabulary out."""
     from fft.ops import cross_entropy

@@ -21,6 +21,9 @@ LAYER = {
     "layer, fused operators, recomputed selectively: forward": (14, 1.6),
     "layer, fused operators, recomputed selectively: backward": (31, 4.2),
 }
+#: Most GB that such a layer keeps for its backward: as it is, or as a graph, whose partition into what is kept and
+#: what is computed again is the compiler's, or that of selective recomputation: (compiled, selective).
+KEPT = {(False, False): 1.65, (True, False): 1.15, (True, True): 0.78}
 #: Most launches a piece, most bytes a logit, of the loss: (by the kernel, cap, shards of the vocabulary).
 LOSS = {
     (True, None, 1): (8, 12.1),
@@ -50,6 +53,12 @@ def test_a_layer_launches_and_moves_no_more(fused, selective):
         assert len(part.counts.launches) <= launches, part.counts.by_operator()
         assert part.counts.bytes <= gigabytes * 1e9, part.counts.by_operator()
         assert not part.counts.reads
+
+
+@pytest.mark.parametrize(("compiled", "selective"), KEPT)
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_keeps_no_more(compiled, selective):
+    assert step_costs.kept_by_layer(compiled, selective) <= KEPT[compiled, selective] * 1e9
 
 
 @pytest.mark.parametrize(("fused", "cap", "shards"), LOSS)
