@@ -1,6 +1,7 @@
 """One way to get a Spark session, wherever the job runs."""
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import re
@@ -8,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,6 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.utils import is_remote
 
+from fft.console import say
 from fft.errors import UserError
 
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -29,9 +33,16 @@ _NEED_ENGINE = (
 #: What ``FFT_ENGINE`` may be.
 _ENGINES = ("", "spark", "sail")
 _SHIP = (
-    "make dist writes what they need: a wheel to install there, and a zip for spark-submit --py-files or "
-    "spark.addArtifacts(.., pyfile=True)."
+    "make dist writes what they need: a wheel to install there, and a zip for spark-submit --py-files, or, where a "
+    "Connect server did not take it from here, for spark.addArtifacts(.., pyfile=True)."
 )
+#: Bounds of what goes to a Python worker at once.
+_SETTINGS = {
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
+    "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
+}
+#: Sessions on servers that were started here, which have this package.
+_OWN: list[SparkSession] = []
 #: Seconds; one is usual.
 _SAIL_STARTS_WITHIN = 60
 #: Loggers that only repeat, with a stack, what the driver is about to raise.
@@ -51,18 +62,18 @@ def get_session(name: str, given: SparkSession | None = None) -> SparkSession:
     Raises :class:`UserError` when there is neither, and for another ``FFT_ENGINE``.
     """
     if given is not None:
-        return given
+        return _prepared(given)
     engine = os.environ.get("FFT_ENGINE", "")
     if engine not in _ENGINES:
         raise UserError(f"FFT_ENGINE={engine} is no engine: it may be sail, or spark, or be left unset.")
     active = SparkSession.getActiveSession()
     if active is not None:
-        return active
+        return _prepared(active)
     sail = engine == "sail"
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name)
     if "SPARK_REMOTE" in os.environ and not sail:
-        return builder.getOrCreate()
+        return _prepared(builder.getOrCreate())
     if sail or not _has_java():
         if importlib.util.find_spec("pysail") is None:
             raise UserError(_NEED_ENGINE)
@@ -78,6 +89,13 @@ def get_session(name: str, given: SparkSession | None = None) -> SparkSession:
             raise
         raise UserError("Spark's Java process ended at once: install Java 17 and point JAVA_HOME at it.") from error
     _mute_echoes(spark)
+    return spark
+
+
+def _prepared(spark: SparkSession) -> SparkSession:
+    """A session that others have made, the workers of which may lack this package."""
+    if is_remote() and spark not in _OWN:
+        _ship_code(spark)
     return spark
 
 
@@ -103,6 +121,7 @@ def _sail_session(name: str) -> SparkSession:
     atexit.register(server.kill)
     _wait_for(server, port)
     spark = SparkSession.builder.appName(name).remote(f"sc://127.0.0.1:{port}").getOrCreate()
+    _OWN.append(spark)
     atexit.register(spark.stop)  # before the server: the last registered goes first
     return spark
 
@@ -143,15 +162,20 @@ def _mute_echoes(spark: SparkSession) -> None:
 
 @contextmanager
 def job_settings(spark: SparkSession) -> Iterator[None]:
-    """Bound what goes to a Python worker at once; the session's own settings are put back afterwards."""
-    settings = {
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
-        "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
-    }
-    before = {name: spark.conf.get(name, None) for name in settings}
-    try:
-        for name, value in settings.items():
+    """Bound what goes to a Python worker at once; the session's own settings are put back afterwards.
+
+    Serverless sessions let few settings be set: what is refused is told, once, and the job goes on without it.
+    """
+    before: dict[str, str | None] = {}
+    for name, value in _SETTINGS.items():
+        try:
+            found = spark.conf.get(name, None)
             spark.conf.set(name, value)
+        except Exception:  # classic Spark and Connect raise their own
+            _tell_refused(name)
+        else:
+            before[name] = found
+    try:
         yield
     finally:
         for name, value in before.items():
@@ -159,6 +183,24 @@ def job_settings(spark: SparkSession) -> Iterator[None]:
                 spark.conf.unset(name)
             else:
                 spark.conf.set(name, value)
+
+
+@lru_cache
+def _tell_refused(name: str) -> None:
+    say(f"note: this session does not let {name} be set; the job goes on without, its workers may need more memory")
+
+
+@lru_cache(maxsize=1)
+def _ship_code(spark: SparkSession) -> None:
+    """Give a Connect server this package for its workers, in this version. A server that takes nothing may have it."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):
+        path = Path(folder) / "flash_fine_tuning.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for package in ("fft", "spark_jobs"):
+                for file in sorted((Path(_ROOT) / package).rglob("*")):
+                    if file.is_file() and "__pycache__" not in file.parts:
+                        packed.write(file, file.relative_to(_ROOT))
+        spark.addArtifacts(str(path), pyfile=True)
 
 
 @contextmanager

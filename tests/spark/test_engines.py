@@ -124,26 +124,51 @@ def test_a_disk_without_room(launch, tokenizer, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_connect_server(launch, tokens, tmp_path):
-    """A server of Spark Connect in a JVM of its own, found by SPARK_REMOTE."""
+#: Where workers of a session import from, and a job into the server's catalog.
+ON_CONNECT = """
+import sys
+from spark_jobs import get_session, tokenize_table
+
+def where(batches):
+    import fft, pyarrow
+    for _ in batches:
+        yield pyarrow.record_batch({"path": [fft.__file__]})
+
+spark = get_session("connect")
+print(spark.range(1).mapInArrow(where, "path string").collect()[0][0])
+spark.sql("create database lake")
+made = tokenize_table(sys.argv[1], "lake.tokens", sys.argv[2])
+print(made.rows, made.lineage["counts"]["documents_in"], spark.table("lake.tokens").count())
+"""
+
+
+def test_a_connect_server(launch, corpus, documents, tokenizer, tokens, tmp_path):
+    """A server of Spark Connect in a JVM of its own, found by SPARK_REMOTE, whose workers are given the code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = [f"spark.connect.grpc.binding.port={port}", "spark.ui.enabled=false"]
     command = ["spark-submit", "--master", "local[2]", *(part for s in settings for part in ("--conf", s))]
     command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer", "spark-internal"]
-    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    environment.pop("PYTHONPATH", None)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    with subprocess.Popen(command, env=environment, cwd=ROOT, **quiet) as server:
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, **quiet) as server:
         try:
             wait_for(port, server)
             flags = ["-i", tokens, "-o", tmp_path / "out", "--holdout", "0.1", "--num_block", "4"]
             done = launch(
                 sys.executable, "spark_jobs/shuffle.py", *flags, env={"SPARK_REMOTE": f"sc://127.0.0.1:{port}"}
             )
+            remote = {"SPARK_REMOTE": f"sc://127.0.0.1:{port}"}
+            written = launch(sys.executable, "-c", ON_CONNECT, corpus, tokenizer, env=remote)
         finally:
             os.killpg(server.pid, signal.SIGKILL)
     assert done.returncode == 0, done.stderr
+    assert written.returncode == 0, written.stderr
+    imported, counted = written.stdout.splitlines()
+    assert "flash_fine_tuning.zip" in imported
+    assert counted.split() == [str(len(documents))] * 3
     shuffle_tables(tokens, tmp_path / "here", holdout=0.1, num_block=4)
     for split in ("train", "validation"):
         assert same_files(tmp_path / "out" / split, tmp_path / "here" / split)
