@@ -58,13 +58,14 @@ def main() -> int:
                 tokens,
                 cost.seconds,
                 round(tokens / cost.seconds),
+                cost.seconds * cost.cores,
                 cost.cores,
                 size / tokens,
                 cost.peak_bytes / 2**20,
             ]
         )
     base = next((row[3] for row in rows if row[0] == "datatrove"), None)
-    header = ("engine", "tokens", "seconds", "tokens/s", "cores", "bytes/token", "peak MB", "x datatrove")
+    header = ("engine", "tokens", "seconds", "tokens/s", "CPU s", "cores", "bytes/token", "peak MB", "x datatrove")
     print(f"{text_bytes / 1e6:,.0f} MB of text, {args.cores} cores, start-up included")
     print(format_table(header, [[*row, row[3] / base if base else float("nan")] for row in rows]))
     return 0
@@ -93,6 +94,11 @@ Plan = tuple[list[object], dict[str, str], Callable[[Path], int]]
 def _spark(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
     command = ["spark-submit", "--master", f"local[{cores}]", *_JVM, "spark_jobs/tokenize.py"]
     return [*command, "-i", corpus, "-o", output, "--tokenizer", tokenizer], {}, _in_parquet
+
+
+def _spark_writer(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+    command, environment, count = _spark(corpus, tokenizer, output, cores, work)
+    return [*command, "--writer", "spark"], environment, count
 
 
 def _sail(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
@@ -128,7 +134,13 @@ def _in_parquet(folder: Path) -> int:
     return tokens
 
 
-ENGINES = {"datatrove": _datatrove, "tokenizers": _huggingface, "spark": _spark, "sail": _sail}
+ENGINES = {
+    "datatrove": _datatrove,
+    "tokenizers": _huggingface,
+    "spark": _spark,
+    "spark-writer": _spark_writer,
+    "sail": _sail,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
