@@ -74,10 +74,15 @@ def counting(rows: DataFrame, names: Sequence[str]) -> Iterator[tuple[DataFrame,
         yield rows.observe(observation, *sums).where(f"{TALLIES} is null").drop(TALLIES), tallies
         found = observation.get
     else:
-        say("note: this engine cannot count rows while it writes them: they are made twice")
+        _tell_twice()
         yield rows.where(f"{TALLIES} is null").drop(TALLIES), tallies
         found = rows.where(f"{TALLIES} is not null").agg(*sums).collect()[0].asDict()
     tallies.update({name: found[f"n{i}"] or 0 for i, name in enumerate(names)})
+
+
+@lru_cache
+def _tell_twice() -> None:
+    say("note: this engine cannot count rows while it writes them: they are made twice")
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyspark.errors import AnalysisException
+from pyarrow import fs
+from pyspark.errors import AnalysisException, UnsupportedOperationException
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import say
@@ -52,9 +53,14 @@ def of_property(text: str, where: str) -> Manifest:
     return Manifest.from_json(content, where)
 
 
+def quoted(name: str) -> str:
+    """A table's name for SQL, where parts of it may be words of the language."""
+    return ".".join(f"`{part}`" for part in name.split("."))
+
+
 def describe_table(spark: SparkSession, name: str) -> dict[str, str]:
     """What a catalog says of a table in general: "Type", "Provider", "Location" and the like."""
-    rows = spark.sql(f"DESCRIBE TABLE EXTENDED {name}").collect()
+    rows = spark.sql(f"DESCRIBE TABLE EXTENDED {quoted(name)}").collect()
     at = next((i for i, row in enumerate(rows) if str(row[0]).startswith("# Detailed")), len(rows))
     return {str(row[0]): str(row[1]) for row in rows[at:]}
 
@@ -64,10 +70,10 @@ def table_storage(location: str) -> Storage | None:
     try:
         storage = Storage.at(re.sub(r"^file:(//)?(?=/)", "", location))
         with reaching(location):
-            storage.info()
+            there = storage.info().type == fs.FileType.Directory
     except UserError:
         return None
-    return storage
+    return storage if there else None
 
 
 @dataclass
@@ -79,6 +85,7 @@ class Catalogued:
     name: str
     table_format: str | None
     overwrite: bool
+    there: bool = False
     staged: str = ""
     wrote: bool = False
 
@@ -91,8 +98,9 @@ class Catalogued:
         """Raise :class:`UserError` when a table is there and may not, or cannot, be replaced."""
         spark = self.session()
         with catalog_errors(self.name):
-            there = describe_table(spark, self.name) if spark.catalog.tableExists(self.name) else None
-        if there is None:
+            self.there = spark.catalog.tableExists(self.name)
+            there = describe_table(spark, self.name) if self.there else {}
+        if not self.there:
             return
         if not self.overwrite:
             raise UserError(f"`output` {self.name} exists: give `overwrite=True` to replace it, or another name.")
@@ -109,7 +117,7 @@ class Catalogued:
     def write(self, rows: DataFrame) -> None:
         """Make a table of the rows, or a version."""
         writer = rows.write if self.table_format is None else rows.write.format(self.table_format)
-        if self.overwrite and not self.staged:
+        if self.there and not self.staged:
             writer = writer.mode("overwrite")
         writer.saveAsTable(self.staged or self.name)
         self.wrote = True
@@ -129,27 +137,27 @@ class Catalogued:
                 storage.write(MANIFEST_NAME, manifest.to_json())
         else:
             text = as_property(manifest)
-            spark.sql(f"ALTER TABLE {self.staged or self.name} SET TBLPROPERTIES ('{PROPERTY}' = '{text}')")
+            spark.sql(f"ALTER TABLE {quoted(self.staged or self.name)} SET TBLPROPERTIES ('{PROPERTY}' = '{text}')")
         if self.staged:
             self._take_place(spark)
         place = self._beside()
         say(f"{self.name}: the trainer reads it at {place.name}" if place is not None else f"{self.name}: {_UNREACHED}")
 
     def _take_place(self, spark: SparkSession) -> None:
-        older = f"{self.staged}_older"
-        spark.sql(f"ALTER TABLE {self.name} RENAME TO {older}")
+        staged, own, older = quoted(self.staged), quoted(self.name), quoted(f"{self.staged}_older")
+        spark.sql(f"ALTER TABLE {own} RENAME TO {older}")
         try:
-            spark.sql(f"ALTER TABLE {self.staged} RENAME TO {self.name}")
+            spark.sql(f"ALTER TABLE {staged} RENAME TO {own}")
         except Exception:
-            spark.sql(f"ALTER TABLE {older} RENAME TO {self.name}")
+            spark.sql(f"ALTER TABLE {older} RENAME TO {own}")
             raise
         self.staged = ""
         spark.sql(f"DROP TABLE {older}")
 
     def abandon(self) -> None:
         """Drop what is no older table."""
-        if self.wrote and (self.staged or not self.overwrite):
-            self.session().sql(f"DROP TABLE IF EXISTS {self.staged or self.name}")
+        if self.wrote and (self.staged or not self.there):
+            self.session().sql(f"DROP TABLE IF EXISTS {quoted(self.staged or self.name)}")
 
     def _beside(self) -> Storage | None:
         """The folder of a table of parquet files that this machine reaches."""
@@ -168,8 +176,9 @@ def catalog_errors(shown: str) -> Iterator[None]:
     """Raise what a catalog says as a :class:`UserError`."""
     try:
         yield
-    except AnalysisException as error:
-        raise UserError(f"Spark cannot write {shown}: {str(error).splitlines()[0].rstrip('.')}.") from error
+    except (AnalysisException, UnsupportedOperationException) as error:
+        hint = f" (for a folder, give ./{shown})" if is_table_name(shown) else ""
+        raise UserError(f"Spark cannot write {shown}{hint}: {str(error).splitlines()[0].rstrip('.')}.") from error
     except Exception as error:
         if "Failed to find the data source" in str(error) or "DATA_SOURCE_NOT_FOUND" in str(error):
             raise UserError(

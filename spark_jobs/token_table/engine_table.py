@@ -11,7 +11,7 @@ from fft.console import say
 from fft.data.known import IMAGES, LeftOut, unread_columns
 from fft.data.manifest import MANIFEST_NAME, Manifest
 from fft.errors import UserError
-from spark_jobs.token_table.catalog import PROPERTY, describe_table, of_property, table_storage
+from spark_jobs.token_table.catalog import PROPERTY, describe_table, of_property, quoted, table_storage
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def catalog_manifest(spark: SparkSession, name: str) -> Manifest | None:
     """The manifest of a table of a catalog, its property or beside its files, if it has one. Raises :class:`UserError`
     for one that is none."""
     try:
-        rows = spark.sql(f"SHOW TBLPROPERTIES {name}").collect()
+        rows = spark.sql(f"SHOW TBLPROPERTIES {quoted(name)}").collect()
     except Exception:  # an engine without them, as Sail, or a catalog that does not show them
         rows = []
     text = next((row[1] for row in rows if row[0] == PROPERTY), None)

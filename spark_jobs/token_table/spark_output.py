@@ -8,7 +8,7 @@ this machine can reach; else it is the property :data:`PROPERTY` of the table. W
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +136,8 @@ class SparkOutput:
                     table.publish()
             except BaseException:
                 for place in places.values():
-                    place.abandon()
+                    with suppress(Exception):  # what has gone wrong before is what the user has to hear
+                        place.abandon()
                 raise
 
     def _root(self) -> Storage:
