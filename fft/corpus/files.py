@@ -147,6 +147,7 @@ def find_sources(
     ``for_engine``; without it, :class:`EngineOnly` is raised. Raises :class:`UserError` for what is missing, empty, of
     no known kind or given twice, and for names that are no UTF-8.
     """
+    check_names_utf8(map(str, inputs), "`inputs`: ")
     finder = _Finder(id_key, LeftOut() if left_out is None else left_out, for_engine)
     sources = [source for given in inputs for source in finder.sources_at(given)]
     for source in sources:

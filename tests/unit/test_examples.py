@@ -18,7 +18,7 @@ from spark_jobs import cli
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
-JOBS = {f"spark_jobs/{job}.py": getattr(cli, job) for job in ("tokenize", "shuffle", "repartition")}
+JOBS = {f"spark_jobs/{job}.py": getattr(cli, f"run_{job}") for job in ("tokenize", "shuffle", "repartition")}
 JOBS["spark_jobs/generate.py"] = cli.run_generate
 # Stands for every program that a script calls: writes down how it was called.
 STUB = """#!/usr/bin/env bash

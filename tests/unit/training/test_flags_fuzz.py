@@ -136,6 +136,7 @@ FLAGS: dict[str, tuple[list, list]] = {
     "split_dlayer": ([True], []),
     "checkpoint_grad_interval": (["1", "3"], NUMBERS),
     "checkpoint_grad_selective": ([True], []),
+    "compile": ([True], []),
     "dry_run": ([True], []),
     "ranks": (["1", "2"], NUMBERS),
     "device_memory": (["80"], NUMBERS),
