@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from fft.data.arrow_lists import list_values
+from fft.data.asking import asking, of_storage
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Each, Footer, RowGroup, each_of, row_groups_of
 from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
@@ -237,14 +238,18 @@ class Table:
         unused = {"input_ids": labels and not ids, "labels": not labels}
         wanted = [c for c in (*LISTS, *images) if c in self.columns and not unused.get(c)]
         wanted += [MASK] if where.padded is not False else []
-        try:
+
+        def read() -> pa.Table | None:
             # Unbuffered reads of one row group: the defaults grow to the whole file.
-            options = {"pre_buffer": False, "buffer_size": 1 << 20, "filesystem": self.filesystem}
-            with pq.ParquetFile(where.path, **options) as file:
+            with pq.ParquetFile(where.path, pre_buffer=False, buffer_size=1 << 20, filesystem=self.filesystem) as file:
                 same = [where] == Footer(where.path, file.metadata).row_groups([where.index])
-                loaded = file.read_row_group(where.index, columns=wanted, use_threads=False) if same else None
+                return file.read_row_group(where.index, columns=wanted, use_threads=False) if same else None
+
+        try:
+            loaded = asking(read)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{where} cannot be read ({one_line(error)}): write the table again.") from error
+            remedy = "see what its storage says" if of_storage(error) else "write the table again"
+            raise UserError(f"{where} cannot be read ({one_line(error)}): {remedy}.") from error
         if loaded is None:
             raise UserError(f"{where} was changed after the run had read its footer: give the run a table that stays.")
         return loaded

@@ -267,3 +267,25 @@ def test_a_server_that_refuses_one_request_in_three(store_environment, store, tm
         place.delete([f"{number}" for number in range(5)])
         assert list(place.here()) == ["large"]
     assert counts["refused"] > 5
+
+
+def test_a_store_that_is_busy_costs_no_run(store, tmp_path, monkeypatch):
+    """A row group is asked for again; what is no trouble of the store's is said at once."""
+    folder = write_table(tmp_path / "t", ROWS)
+    table, own, said = Table.open(upload(store, folder, "busy")), pq.ParquetFile, []
+    monkeypatch.setattr("time.sleep", said.append)
+
+    def busy(*given, **options):
+        if len(said) < 2:
+            raise OSError("AWS Error SLOW_DOWN during GetObject operation")
+        return own(*given, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", busy)
+    assert table.read(0).input_ids.tolist() == Table.open(folder).read(0).input_ids.tolist()
+    assert len(said) == 2
+    store.delete_dir("lake/busy")
+    with pytest.raises(
+        UserError, match=r"part-00000.parquet, row group 0 cannot be read .*: see what its storage says"
+    ):
+        table.read(0)
+    assert len(said) == 2
