@@ -81,25 +81,25 @@ def throttled(server: str, one_in: int = 10):
         proxy.server_close()
 
 
-#: Python reads this file when it starts. ``FFT_FAULT`` says how the first part that is finished fails, once for all
-#: processes of a test; ``FFT_REFUSES``, below which folder a mounted store begins.
+#: Python reads this file when it starts. ``FFT_FAULTS`` names a folder: of all processes of a test, the first that
+#: finishes a part fails when it is there, the second is killed, the third is told that the store is busy.
+#: ``FFT_REFUSES`` says below which folder a mounted store begins.
 STARTS = """
 import builtins, errno, os
 
-fault, refuses = os.environ.get("FFT_FAULT"), os.environ.get("FFT_REFUSES")
+faults, refuses = os.environ.get("FFT_FAULTS"), os.environ.get("FFT_REFUSES")
 
-if fault:
+if faults:
     from fft.data import asking
 
     close = asking.NewFile.close
 
     def closing(self):
-        how, marker = fault.split(" ")
-        if self._path.endswith(".parquet"):
+        for how in ("raise", "kill", "busy") if self._path.endswith(".parquet") else ():
             try:
-                os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+                os.close(os.open(f"{faults}/{how}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
-                return close(self)
+                continue
             if how == "kill":
                 os._exit(9)
             if how == "busy":

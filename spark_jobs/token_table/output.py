@@ -186,8 +186,9 @@ class Output:
                 with self._publishing(owner, lineage) as writers, user_errors():
                     yield writers
         finally:
-            if made:
-                self.place.delete_empty()
+            if made or not self.place.is_local:  # stores keep a folder whose last file goes
+                with contextlib.suppress(OSError, pa.ArrowException):
+                    self.place.delete_empty()
 
     @contextmanager
     def _publishing(self, owner: Owner | StoreOwner, lineage: dict) -> Iterator[dict[str, TableWriter]]:

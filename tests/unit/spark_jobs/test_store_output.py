@@ -9,6 +9,7 @@ import re
 
 import pytest
 from object_store import refuse_like_a_mounted_store
+from pyarrow.fs import FileType
 from unit.spark_jobs.test_output import SINGLE, SPLIT, rows, write
 
 from fft.data import store_owner
@@ -182,6 +183,7 @@ def test_a_job_that_fails_removes_its_own_files_alone(out):
             run(out, SINGLE, 2, True, fails)
         assert Storage.at(out).here() == lying
         assert content(out) == before
+        assert before or Storage.at(out).info().type == FileType.NotFound
         run(out, SINGLE, 1)
 
 
