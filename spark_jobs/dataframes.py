@@ -160,7 +160,13 @@ def _has_log(spark: SparkSession, folder: str) -> bool:
 
 def _reason(error: Exception) -> str:
     lines = [line.lstrip(": ") for line in str(error).splitlines() if not line.startswith("An error occurred")]
-    return lines[0] if lines else type(error).__name__
+    reason = lines[0] if lines else type(error).__name__
+    if lacking := re.search(r"Class (org\.apache\.hadoop\.fs\.\S+) not found|No FileSystem for scheme", str(error)):
+        reason = (
+            f"Spark lacks {lacking[1] or 'what reads that scheme'}: give it the package, as spark-submit --packages "
+            "org.apache.hadoop:hadoop-aws:VERSION does for s3a:// (of the version of Spark's own Hadoop jars)"
+        )
+    return reason
 
 
 def columns_read(frame: Frame, record_encoder: RecordEncoder[Any]) -> tuple[DataFrame, tuple[str, ...]]:

@@ -2,40 +2,52 @@
 
 import os
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
+BUSY = (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>")
+EXPIRED = (403, b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>")
+
+
+def throttled(server: str, one_in: int = 10):
+    """A proxy of an S3 server that answers one request in so many with HTTP 503: its URL, and counts of requests."""
+    return refusing(server, lambda asked: asked % one_in == 0, BUSY)
+
+
+def expiring(server: str, after: int):
+    """The same, which says after so many requests that credentials have expired."""
+    return refusing(server, lambda asked: asked > after, EXPIRED)
 
 
 @contextmanager
-def throttled(server: str, one_in: int = 10):
-    """A proxy of an S3 server that answers one request in so many with HTTP 503: its URL, and counts of requests."""
+def refusing(server: str, refuses: Callable[[int], bool], answer: tuple[int, bytes]):
+    """A proxy of an S3 server with another answer to requests of some numbers."""
     counts, lock = {"asked": 0, "refused": 0}, threading.Lock()
     host = urlsplit(server).netloc
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def answer(self) -> None:
+        def handle_any(self) -> None:
             body = self.sent()
             with lock:
                 counts["asked"] += 1
-                refused = counts["asked"] % one_in == 0
+                refused = refuses(counts["asked"])
                 counts["refused"] += refused
             if refused:
-                return self.send(503, {"Content-Type": "application/xml"}, BUSY)
+                return self.send(answer[0], {"Content-Type": "application/xml"}, answer[1])
             behind = HTTPConnection(host, timeout=60)
             behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():  # signed for the host that was asked
                 if name.lower() != "expect":
                     behind.putheader(name, value)
             behind.endheaders(body)
-            answer = behind.getresponse()
-            return self.send(answer.status, dict(answer.getheaders()), answer.read())
+            given = behind.getresponse()
+            return self.send(given.status, dict(given.getheaders()), given.read())
 
         def sent(self) -> bytes:
             """The body as it came: of a known length, or in chunks."""
@@ -61,7 +73,7 @@ def throttled(server: str, one_in: int = 10):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
 
         def log_message(self, *_) -> None:
             """Nothing is logged."""

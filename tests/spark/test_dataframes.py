@@ -105,7 +105,9 @@ def test_chats_of_a_table(spark, tokenizer, tmp_path):
 def test_what_cannot_be_read_is_named(spark, frame, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"`inputs` lake\.none is no existing path, and no table or URL"):
         tokenize_table("lake.none", tmp_path / "out", tokenizer)
-    with pytest.raises(UserError, match=r"s3://bucket/a\.jsonl is no existing path, and no table or URL"):
+    with pytest.raises(
+        UserError, match=r"s3://bucket/a\.jsonl is no existing path, .* can read: Spark lacks what reads"
+    ):
         tokenize_table("s3://bucket/a.jsonl", tmp_path / "out", tokenizer)
     with pytest.raises(UserError, match=r"`inputs` DataFrame has no column content .* `text_key`"):
         tokenize_table(frame, tmp_path / "out", tokenizer, text_key="content")

@@ -289,3 +289,17 @@ def test_a_store_that_is_busy_costs_no_run(store, tmp_path, monkeypatch):
     ):
         table.read(0)
     assert len(said) == 2
+
+
+def test_names_are_taken_as_they_stand(store, tmp_path):
+    """Blanks and what looks like an escape, in folders and in files; workers are told names that lead there."""
+    folder = write_table(tmp_path / "a b%41#", ROWS, files=2)
+    (folder / "part-00001.parquet").rename(folder / "part 1%20.parquet")
+    url = upload(store, folder, "odd/a b%41#")
+    table = Table.open(url)
+    assert sorted(table.locations) == [f"{url}/part 1%20.parquet", f"{url}/part-00000.parquet"]
+    assert all(Storage.at(file).info().is_file for file in table.locations)
+    assert Table.open(folder).fingerprint == table.fingerprint
+    place = Storage.at(f"{url}/new")
+    place.write("x%41 y", "1")
+    assert (list(place.here()), place.read("x%41 y")) == (["x%41 y"], b"1")

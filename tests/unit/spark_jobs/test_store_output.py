@@ -8,6 +8,7 @@ import os
 import re
 
 import pytest
+from failing_store import expiring
 from object_store import refuse_like_a_mounted_store
 from pyarrow.fs import FileType
 from unit.spark_jobs.test_output import SINGLE, SPLIT, rows, write
@@ -224,3 +225,19 @@ def test_delta_tables_of_a_store_have_versions(store, tmp_path):
     with pytest.raises(UserError, match=r'is a Delta table: give `table_format="delta"`, or another folder'):
         Output(url, SINGLE, [], True, "parquet").check()
     assert not {OWNERS, WRITING_NAME} & {*Storage.at(url).here()}
+
+
+@pytest.mark.parametrize("after", [18, 30, 45])
+def test_credentials_that_expire_in_the_middle(after, store_environment, store, tmp_path, monkeypatch):
+    """The job ends with a sentence, as does what it could not remove; the old table stays, and the next job goes on."""
+    out = f"s3://lake/{tmp_path.name}/out"
+    run(out, SINGLE, 1)
+    with expiring(store_environment["AWS_ENDPOINT_URL"], after) as (url, counts), monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(UserError, match=r"(written to|listed) .*(ExpiredToken|ACCESS_DENIED|expired|403)"):
+            run(out, SINGLE, 2)
+    assert counts["refused"]
+    assert content(out) == 1
+    monkeypatch.setattr(store_owner, "lives_here", lambda facts: False)  # this process lives on
+    run(out, SINGLE, 3)
+    check_tidy(out, SINGLE, 3)
