@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fft.corpus.read_ahead import ReadAhead
 from fft.corpus.urls import storage_of
 from fft.data.asking import asking, of_storage
 from fft.data.footer import check_names
@@ -56,10 +57,10 @@ def _remedy(path: str, error: Exception) -> str:
     return "is it whole? Restore or remove it."
 
 
-def open_text(path: str) -> io.BufferedIOBase:
-    """The bytes of a plain or compressed text file, by a path or a URL."""
+def open_text(path: str, until: int = 0) -> io.BufferedIOBase:
+    """The bytes of a plain or compressed text file, by a path or a URL; those from ``until`` on are read if need be."""
     suffix = PurePosixPath(path).suffix.lower()
-    source = _open_url(path) if is_url(path) else path
+    source = _open_url(path, until) if is_url(path) else path
     if suffix == ".gz":
         return gzip.open(source, "rb")
     if suffix == ".bz2":
@@ -69,10 +70,10 @@ def open_text(path: str) -> io.BufferedIOBase:
     return open(source, "rb") if isinstance(source, str) else source
 
 
-def _open_url(url: str) -> io.BufferedReader:
-    """A file of a store, of which a block is asked for at a time."""
+def _open_url(url: str, until: int) -> io.BufferedReader:
     storage = storage_of(url)
-    return io.BufferedReader(asking(partial(storage.filesystem.open_input_file, storage.root)), _BLOCK)
+    file = asking(partial(storage.filesystem.open_input_file, storage.root))
+    return io.BufferedReader(ReadAhead(file, until), _BLOCK)
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
@@ -90,7 +91,7 @@ def _unmarked(record: bytes, begin: int) -> bytes:
 
 def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
     """Lines that begin in bytes [start, stop) of a file, without their ends; to the file's end if ``stop`` is 0."""
-    with naming(path), open_text(path) as stream:
+    with naming(path), open_text(path, stop) as stream:
         at = start
         if start:
             stream.seek(start - 1)
@@ -104,7 +105,7 @@ def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
     """Documents between blank lines that begin in bytes [start, stop) of a file; to its end if ``stop`` is 0."""
-    with naming(path), open_text(path) as stream:
+    with naming(path), open_text(path, stop) as stream:
         at, buffer = start, b""
         if start:  # the separator before a document that begins at ``start`` lies before it
             at = max(0, start - _LONGEST_SEPARATOR)
