@@ -12,13 +12,13 @@ from pyarrow import fs
 
 from fft.corpus.readers import footer_of
 from fft.corpus.splits import Span, chunk_size, cut_text
-from fft.corpus.urls import Unreached, expand_url, whole
+from fft.corpus.urls import Unreached, expand_url
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Each, each_of
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import EngineOnly, check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
-from fft.data.storage import SCHEMES, Listing, Storage, check_names_utf8, is_url, printable, reaching
+from fft.data.storage import SCHEMES, Listing, Storage, check_names_utf8, is_url, printable, reaching, whole
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 

@@ -12,14 +12,12 @@ from pyarrow import fs
 
 from fft.data.asking import asking
 from fft.data.manifest import in_order
-from fft.data.storage import SCHEMES, Storage, is_url, reaching
+from fft.data.storage import SCHEMES, Storage, is_url, reaching, whole
 from fft.errors import UserError
 
 #: Seconds for a store that would be asked for a quarter of an hour.
 _PATIENCE = 10
 _WILD = re.compile(r"[*?\[{]")
-#: Schemes whose URLs need not name a host.
-_HOSTLESS = ("file", "hdfs", "viewfs", "dbfs")
 #: What of the environment says who asks, and whom.
 _CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
 
@@ -44,15 +42,6 @@ def storage_of(place: str | os.PathLike[str]) -> Storage:
     with reaching(url):
         filesystem, root = _file_system(base, asked_by)
     return Storage(url, posixpath.join(root, path).rstrip("/") or "/", filesystem)
-
-
-def whole(url: str) -> str:
-    """A URL of which a path has swallowed a slash, with all of them. (What has no host may be written with one.)"""
-    scheme, _, rest = url.partition(":")
-    slashes, rest = len(rest) - len(rest.lstrip("/")), rest.lstrip("/")
-    if scheme in _HOSTLESS and slashes != 2:
-        return f"{scheme}:///{rest}"
-    return f"{scheme}://{rest}"
 
 
 @lru_cache(maxsize=8)

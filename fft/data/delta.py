@@ -78,8 +78,9 @@ def read_snapshot(table: Storage, version: int | None = None, listing: Listing |
         raise EngineOnly(table.name, "Delta", log.version(), f"uses {' and '.join(found)}, which is not read here")
     names = tuple(sorted((_name(uri, log.table_uri, table) for uri in log.file_uris()), key=in_order))
     sizes = _sizes(table, names, listing or table.list())
-    # deltalake 1.6 numbers the history of an older version wrongly; that of the latest is right.
-    history = (_open(table) if version is not None else log).history()
+    # deltalake 1.6 numbers the history of an older version wrongly; that of the latest, which comes first, is right.
+    latest = _open(table) if version is not None else log
+    history = latest.history(latest.version() - log.version() + 1)
     text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == log.version()), None)
     manifest = Manifest.from_json(text, f"the Delta log of {table.name}") if text else None
     return Snapshot(log.version(), names, manifest, _partitions(log), sizes)

@@ -31,6 +31,8 @@ from fft.files import write_atomically
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
 SCHEMES = {"s3a": "s3", "s3n": "s3"}
+#: Schemes whose URLs need not name a host.
+_HOSTLESS = ("file", "hdfs", "viewfs", "dbfs")
 #: Files that are removed at once.
 _REMOVED_AT_ONCE = 16
 
@@ -68,7 +70,7 @@ class Storage:
         check_names_utf8([str(name)])
         if not is_url(name):
             return cls(str(Path(name)), str(Path(name).absolute()), fs.LocalFileSystem())
-        url = str(name).rstrip("/")
+        url = whole(str(name).rstrip("/"))
         with reaching(url):
             scheme, _, rest = url.partition("://")
             host, _, path = rest.partition("/")
@@ -221,6 +223,15 @@ def address_of(name: str | os.PathLike[str]) -> str:
         return os.path.realpath(re.sub("^file:(//(?=/))?", "", text))
     scheme, _, rest = text.partition(":")
     return f"{SCHEMES.get(scheme, scheme)}://{rest.strip('/')}"
+
+
+def whole(url: str) -> str:
+    """A URL of which a path has swallowed a slash, with all of them. (What has no host may be written with one.)"""
+    scheme, _, rest = url.partition(":")
+    slashes, rest = len(rest) - len(rest.lstrip("/")), rest.lstrip("/")
+    if scheme in _HOSTLESS and slashes != 2:
+        return f"{scheme}:///{rest}"
+    return f"{scheme}://{rest}"
 
 
 def printable(name: str) -> str:

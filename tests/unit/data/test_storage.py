@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import deltalake
 import numpy as np
@@ -15,7 +16,7 @@ from samples import read_sample
 from fft.data.commits import begin_writing, commit
 from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest
 from fft.data.reader import SampleReader
-from fft.data.storage import Storage
+from fft.data.storage import Storage, is_url, whole
 from fft.data.table import Table
 from fft.errors import UserError
 
@@ -40,6 +41,7 @@ def test_a_table_by_url_is_the_table(folder, finished):
     sizes = [[(g.index, g.rows, g.tokens) for g in table.row_groups] for table in (remote, local)]
     assert sizes[0] == sizes[1]
     assert remote.source == f"file://{folder}"
+    assert Table.open(Path(f"file://{folder}")).source == remote.source  # a path swallows slashes
     assert (remote.manifest is None) == (not finished)
     ours, theirs = SampleReader(remote, 8, 1), SampleReader(local, 8, 1)
     for index in range(2 * theirs.samples_per_epoch):
@@ -164,3 +166,21 @@ def test_an_open_table_travels_to_another_process(folder):
     for name in (folder, f"file://{folder}"):
         table = pickle.loads(pickle.dumps(Table.open(name)))
         assert table.read(0).input_ids.tolist() == Table.open(name).read(0).input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (Path("s3://lake/a b"), "s3://lake/a b"),
+        ("s3a:/lake", "s3a://lake"),
+        ("s3://lake/x", "s3://lake/x"),
+        ("dbfs:/x", "dbfs:///x"),
+        ("hdfs://node:8020/x", "hdfs://node:8020/x"),
+        ("hdfs:/x", "hdfs:///x"),
+        ("file:///x", "file:///x"),
+    ],
+)
+def test_a_url_has_all_of_its_slashes(given, meant):
+    assert is_url(given)
+    assert whole(str(given)) == meant
+    assert not is_url(str(given).replace("/", "_"))
