@@ -135,6 +135,8 @@ def _check_run(args: TrainArguments) -> None:
         raise UserError("--train_data is missing: give a token table, or --num_train_epochs 0 to convert only.")
     if args.save_steps and not args.checkpoint:
         raise UserError("--save_steps needs --checkpoint, the folder to write to.")
+    if args.upload and not args.checkpoint:
+        raise UserError("--upload needs --checkpoint, the folder that it mirrors.")
     if args.resume and not args.checkpoint:
         raise UserError("--resume needs --checkpoint, the folder of the run to go on with.")
     if args.resume and args.only_ckpt_model:

@@ -196,6 +196,12 @@ class TrainArguments:
         "run folder: metrics.jsonl, the resolved settings, checkpoints; a URL, or a folder that all machines see",
         None,
     )
+    upload: str | None = flag(
+        "mirror the run folder of --checkpoint, which is on a disk, to this URL, behind the training: where the store "
+        "fails, training goes on and it is asked again; the end of the run waits 5 minutes at most for what is left; "
+        "--resume takes the newest whole checkpoint of both",
+        None,
+    )
     save_steps: int = flag(
         "write a checkpoint into --checkpoint every k steps, and after the last (0: never)", 0, bound=NOT_NEGATIVE
     )

@@ -33,6 +33,9 @@ from fft.weights import hf
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+_UNSAVED = "a checkpoint could not be saved, the ones before it are intact"
+_ELSEWHERE = "another rank could not write its part of the checkpoint: see what that said."
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -97,18 +100,28 @@ class Saver:
         Returns when the tensors may change again. Raises :class:`UserError` when the save before this one failed.
         """
         self.finish()
-        if dist.get_rank() == 0:
-            try:
-                self.run.start(tag)
-            except OSError as error:
-                said = error.strerror or one_line(error)
-                raise UserError(f"{self.run.shown(tag)} cannot be made ({said}): make room and run again.") from error
-        dist.barrier(self._control)
+        self._start(tag)
         copied = self._snapshot(share)
         self._tag, self._state = tag, state
         self._written = self._executor.submit(_write_share, tag, copied, self._contents, dist.get_rank())
         if self._kind == "none":
             self.finish()
+
+    def _start(self, tag: str) -> None:
+        """Make room for a checkpoint; where that fails, all ranks learn of it."""
+        failure: UserError | None = None
+        if dist.get_rank() == 0:
+            try:
+                self.run.start(tag)
+            except OSError as error:
+                said = error.strerror or one_line(error)
+                failure = UserError(f"{self.run.shown(tag)} cannot be made ({said}): make room and run again.")
+            except UserError as error:
+                failure = UserError(f"{_UNSAVED}: {error}")
+        failed = torch.tensor(failure is not None, dtype=torch.int32)
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._control)
+        if failed:
+            raise failure or UserError(_ELSEWHERE)
 
     def step(self, stop: bool = False) -> bool:
         """To be called after every step: moves a save along. Returns whether any rank was asked to ``stop``.
@@ -143,9 +156,9 @@ class Saver:
     def _raise(self) -> None:
         error = self._written.exception() or self._published.exception()
         if error is None:
-            raise UserError("another rank could not write its part of the checkpoint: see what that said.")
+            raise UserError(_ELSEWHERE)
         if isinstance(error, (UserError, OSError)):
-            raise UserError(f"a checkpoint could not be saved, the ones before it are intact: {error}") from error
+            raise UserError(f"{_UNSAVED}: {error}") from error
         raise error
 
     def _snapshot(self, share: RankShare) -> RankShare:

@@ -62,19 +62,20 @@ class StoredRun(RunFolder):
             return self.storage.read(name).decode(errors="replace") if self.storage.exists(name) else None
 
     def put(self, name: str, text: str) -> None:
-        """Make a small file, which is noted, too."""
-        (self.notes / name).write_text(text, encoding="utf-8")
+        """Make a small file; numbers are noted, too, since they grow."""
+        if name == METRICS:
+            (self.notes / name).write_text(text, encoding="utf-8")
         with reported(self.name):
             self.storage.write(name, text)
 
     def drop(self, name: str) -> None:
         """Remove a small file, if it is there."""
-        (self.notes / name).unlink(missing_ok=True)
         with reported(self.name):
             self.storage.delete([name])
 
     def forget(self) -> None:
         """Remove the numbers of an older run."""
+        (self.notes / METRICS).unlink(missing_ok=True)
         self.drop(METRICS)
         with reported(self.name):
             self.storage.delete_folder(TENSORBOARD)

@@ -18,7 +18,7 @@ from fft.planning.identity import weights_hash
 #: Folder, inside a run's, of the token tables that were made of JSON lines.
 TOKENS = "tokens"
 #: Flags of folders that a run writes its checkpoints into.
-RUN_FLAGS = ("--checkpoint",)
+RUN_FLAGS = ("--checkpoint", "--upload")
 
 
 def check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> None:
@@ -26,6 +26,11 @@ def check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> No
 
     ``model`` and ``tokenizer`` are what the run starts from.
     """
+    if args.upload and (not is_url(args.upload) or is_url(args.checkpoint or "")):
+        raise UserError(
+            f"--upload {args.upload} mirrors a --checkpoint on a disk to a store: give a path to the latter and a URL "
+            "to the former."
+        )
     runs = dict(zip(RUN_FLAGS, run_places(args), strict=False))
     for flag, place in {"--output_dir": args.output_dir, **runs}.items():
         if place:
@@ -39,7 +44,7 @@ def check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> No
 
 def run_places(args: TrainArguments) -> list[str]:
     """The folders that the run's checkpoints are written into, in the order of :data:`RUN_FLAGS`."""
-    return [place for place in (args.checkpoint,) if place]
+    return [place for place in (args.checkpoint, args.upload) if place]
 
 
 def check_free(flag: str, place: str, args: TrainArguments) -> None:

@@ -10,12 +10,12 @@ from fft.arguments import TrainArguments
 from fft.checkpoint import folder, model_folder
 from fft.checkpoint.run import RunFolder
 from fft.checkpoint.saver import Contents
-from fft.checkpoint.stored_run import run_at
 from fft.data.storage import is_url
 from fft.data.views import origin, view
 from fft.errors import UserError
 from fft.files import hidden
 from fft.training.export import ModelExport
+from fft.training.run_folder import folders
 
 
 def contents_of(args: TrainArguments, export: ModelExport, run: RunFolder) -> Contents:
@@ -68,11 +68,14 @@ def _best(args: TrainArguments, output: str, lowest: float, log: Callable[[str],
         return None
     if not args.checkpoint:
         return view(_aside(output)), "as it was at the lowest validation loss"
-    run = run_at(args.checkpoint)
-    if run.text(folder.BEST) is None:
+    found = []
+    for run in folders(args):
+        if run.text(folder.BEST) is not None:
+            best = run.view(run.tag_of(folder.BEST))
+            found.append((folder.read_state(best)["eval_loss"], best))
+    if not found:
         return None
-    checkpoint = run.view(run.tag_of(folder.BEST))
-    loss = folder.read_state(checkpoint)["eval_loss"]
+    loss, checkpoint = min(found, key=lambda one: one[0])
     if loss > lowest:
         log(f"warning: the checkpoint of the lowest validation loss, {lowest:.4f}, is gone; the best has {loss:.4f}")
     return checkpoint, f"of {checkpoint.name}, which had the lowest validation loss"

@@ -15,6 +15,7 @@ from fft.checkpoint import folder
 from fft.checkpoint.folder import METRICS
 from fft.checkpoint.resume import choose_checkpoint
 from fft.checkpoint.run import RunFolder
+from fft.checkpoint.stored_run import StoredRun, run_at
 from fft.data.batches import Loader
 from fft.errors import UserError, one_line
 from fft.planning.outputs import RUN_FLAGS, check_free
@@ -39,6 +40,14 @@ class Start:
     state: dict = dataclasses.field(default_factory=dict)
 
 
+def folders(args: TrainArguments) -> list[RunFolder]:
+    """The run's folder, and the one in a store that mirrors it; none without --checkpoint."""
+    if not args.checkpoint:
+        return []
+    run = run_at(args.checkpoint)
+    return [run, StoredRun(args.upload, run.notes)] if args.upload else [run]
+
+
 def enter(
     runs: Sequence[RunFolder],
     args: TrainArguments,
@@ -58,7 +67,7 @@ def enter(
             check_free(flag, run.name, args)  # another run may have come and gone since it was found free
             for told in run.tidy():
                 log(f"warning: {told}")
-            held.callback(_keep, run, log)
+        held.callback(_keep, runs[0], log)
     dist.barrier(control)
     chosen = choose_checkpoint(runs, args.resume, args.overwrite, control, log) if args.resume else None
     if chosen is None:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder, optimizer_state
 from fft.checkpoint.adapter import AdapterReader
+from fft.checkpoint.mirror import Mirror
 from fft.checkpoint.saver import RankShare, Saver
-from fft.checkpoint.stored_run import run_at
+from fft.checkpoint.stored_run import StoredRun
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
 from fft.models.causal_lm import Ranks, StageBuilder
@@ -113,7 +114,7 @@ def _run(
     held: contextlib.ExitStack,
 ) -> int:
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
-    control, runs = host_group(), [run_at(place) for place in (args.checkpoint,) if place]
+    control, runs = host_group(), run_folder.folders(args)
     check_same_run(args, plan.identity, control)
     start = run_folder.enter(runs, args, plan, control, held, _log) if runs else Start()
     builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
@@ -124,9 +125,14 @@ def _run(
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
             run_folder.create(runs, args, plan, start, facts)
+    export, saver = ModelExport(plan, builder, engine), None
+    if runs:
+        contents = contents_of(args, export, runs[0])
+        if args.upload and dist.get_rank() == 0:
+            store = StoredRun(args.upload, runs[0].notes)
+            held.callback(Mirror(runs[0], store, contents.newest, contents.best, _log).close)
+        saver = Saver(contents, args.background_executor, control)
     metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start.step, held, _log)
-    export = ModelExport(plan, builder, engine)
-    saver = Saver(contents_of(args, export, runs[0]), args.background_executor, control) if runs else None
     trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
     code = trainer.train(above)
     if code == 0 and args.output_dir:
