@@ -26,7 +26,7 @@ from fft.corpus.splits import chunk_size
 from fft.data.footer import check_names
 from fft.data.known import KINDS, file_class
 from fft.data.lakes import EngineOnly
-from fft.data.storage import is_url
+from fft.data.storage import check_names_utf8, is_url
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 from spark_jobs.runtime.hashing import row_hash
@@ -54,9 +54,13 @@ class Frame:
 
 
 def by_reader(inputs: Sequence[str | Path | DataFrame]) -> tuple[list[object], list[str]]:
-    """DataFrames and names of catalog tables, which the engine reads; and paths and URLs, whose files tasks read."""
+    """DataFrames and names of catalog tables, which the engine reads; and paths and URLs, whose files tasks read.
+
+    Raises :class:`UserError` for a name that is no UTF-8.
+    """
     frames = [path for path in inputs if is_frame(path)]
     files = [str(path) for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)]
+    check_names_utf8(files, "`inputs`: ")
     return [*frames], [re.sub("^file:(//(?=/))?", "", path) for path in files]
 
 
