@@ -74,6 +74,19 @@ def test_all_jobs_from_a_store_to_a_store(lake, alone, tokenizer):
         assert read_sample(ours, index).input_ids.tolist() == read_sample(theirs, index).input_ids.tolist()
 
 
+def test_the_engines_own_writer_into_a_store(lake, alone, tokenizer):
+    """By Sail, which reaches stores by itself; then once more in the place of that."""
+    finish(tokenize("sail", lake, tokenizer))
+    flags = ["-i", f"{lake}/tokens", "-o", f"{lake}/mixed", "--writer", "spark", "--holdout", "0.1", "--num_block", "4"]
+    for again in ([], ["--overwrite"]):
+        finish(start("sail", "shuffle", *flags, *again))
+        for name in ("train", "validation"):
+            ours, theirs = Table.open(f"{lake}/mixed/{name}"), Table.open(alone / "shuffled" / name)
+            assert (ours.rows, ours.tokens) == (theirs.rows, theirs.tokens)
+            assert ours.manifest.tokenizer == theirs.manifest.tokenizer
+            check_tidy(f"{lake}/mixed/{name}")
+
+
 def test_tasks_that_fail_while_they_write_are_tried_again(lake, alone, tokenizer, tmp_path):
     """After its file is there, when its process is killed, and when the store says that it is busy: on Java."""
     (tmp_path / "faults").mkdir()
