@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 #: Devices on which rows are known to be added in the same order every time, see :func:`add_rows`.
@@ -49,6 +50,9 @@ class Bf16Optimizer(Protocol):
     bf16_groups: list[list[nn.Parameter]]
     fp32_groups_gradients: list[list[Tensor]]
     fp32_groups_has_gradients: list[list[bool]]
+    fp32_groups_gradients_flat: list[Tensor]
+    fp32_groups_gradient_flat_partition: list[Tensor]
+    dp_process_group: dist.ProcessGroup
     zero_grad: Callable[..., None]
     get_grads_for_norm: Callable[..., Any]
     _update_hp_grad: Callable[..., None]
@@ -95,18 +99,63 @@ def _norms(optimizer: Bf16Optimizer, given: Callable[..., Any], for_clipping: bo
     return [torch.stack(torch._foreach_norm(dense))] if dense else dense, experts
 
 
+def reduce_to_owners(optimizer: Bf16Optimizer) -> None:
+    """Average gradients over replicas, each part on the rank alone that takes its step, and the norm over all parts.
+
+    Half of what an all-reduce moves, of which DeepSpeed's optimizer uses this rank's part, and the norm. Collective.
+    """
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
+    group = optimizer.dp_process_group
+    for sums, own in zip(
+        optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True
+    ):
+        reduce(own, sums, group=group)
+        own.mul_(1.0 / dist.get_world_size(group))
+
+
+def _norm_of_parts(optimizer: Bf16Optimizer, given: Callable[..., Any], for_clipping: bool = False) -> Any:
+    """As :func:`_norms`, where every rank of the replicas has a part of the gradients. Collective."""
+    if for_clipping:
+        return given(optimizer, for_clipping)
+    dense, experts = given(optimizer)
+    if not dense:
+        return dense, experts
+    owned = [_within(own, x) for own in optimizer.fp32_groups_gradient_flat_partition for x in dense]
+    norms = torch._foreach_norm([x for x in owned if x is not None])
+    squares = torch.stack(norms).square().sum() if norms else dense[0].new_zeros(())
+    dist.all_reduce(squares, group=optimizer.dp_process_group)
+    return [squares.sqrt().view(1)], experts
+
+
+def _within(part: Tensor, tensor: Tensor) -> Tensor | None:
+    """What of a flat ``tensor`` lies in ``part`` of the same memory; None for nothing."""
+    if part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+        return None
+    start, stop = part.storage_offset(), part.storage_offset() + part.numel()
+    first, last = tensor.storage_offset(), tensor.storage_offset() + tensor.numel()
+    a, b = max(start, first), min(stop, last)
+    return part[a - start : b - start] if a < b else None
+
+
 class PipelineEngine(Protocol):
     """DeepSpeed's."""
 
     optimizer: Any
     using_bf16_optimizer: bool
+    has_moe_layers: bool
     zero_optimization: Callable[[], bool]
+    _bf16_reduce_grads: Callable[[], None]
 
 
 def gradient_sums(engine: PipelineEngine) -> GradientSums | None:
     """Where the sums of an engine's stage are. None where they come after backward, as those of ZeRO's optimizer."""
     if engine.using_bf16_optimizer:
-        return Bf16Sums(engine.optimizer)
+        sums, optimizer = Bf16Sums(engine.optimizer), engine.optimizer
+        if not engine.has_moe_layers and dist.get_world_size(optimizer.dp_process_group) > 1:
+            outer: Any = weakref.proxy(optimizer)
+            engine._bf16_reduce_grads = partial(reduce_to_owners, outer)
+            optimizer.get_grads_for_norm = partial(_norm_of_parts, outer, type(optimizer).get_grads_for_norm)
+        return sums
     return None if engine.zero_optimization() else OwnSums()
 
 

@@ -1,5 +1,6 @@
 """Gradients added to their sums by themselves are those that autograd makes; and clipping within AdamW's pass."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 
 from fft.ops.cross_entropy import HeadSum, Targets, Vocabulary, linear_cross_entropy
+from fft.training import sums
 from fft.training.loss import TokenMeanLoss
 from fft.training.optimizer import OnePassAdamW
-from fft.training.sums import Bf16Sums, OwnSums, add_rows, sum_embeddings
+from fft.training.sums import Bf16Sums, OwnSums, add_rows, gradient_sums, sum_embeddings
 
 
 class Bf16Optimizer:
@@ -85,6 +87,46 @@ def test_the_norm_of_norms_is_asked_for_where_that_of_gradients_was():
     torch.testing.assert_close(norms.norm(), torch.cat(gradients).norm())
     assert experts == {}
     assert optimizer.get_grads_for_norm(for_clipping=True) is gradients
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_replicas_reduce_to_the_owner_of_a_part(rank, monkeypatch):
+    """Of three: the mean where a part's step is taken, and the norm of all, of parameters that lie across parts."""
+    sizes, generator = (5, 7, 2, 4), torch.Generator().manual_seed(0)
+    replicas = torch.randn(3, sum(sizes), generator=generator)
+    whole, ends = replicas.mean(0), torch.tensor([0, *sizes]).cumsum(0).tolist()
+    own = slice(6 * rank, 6 * rank + 6)
+
+    class Sharing(Bf16Optimizer):
+        def get_grads_for_norm(self, for_clipping: bool = False) -> object:  # the third is another rank's to count
+            first, second, _, last = self.fp32_groups_gradients[0]
+            return ([first, second, last], {})
+
+    optimizer = Sharing(*(nn.Parameter(torch.zeros(size).bfloat16()) for size in sizes))
+    flat = replicas[rank].clone()
+    optimizer.fp32_groups_gradients = [[flat[a:b] for a, b in itertools.pairwise(ends)]]
+    optimizer.fp32_groups_gradients_flat, optimizer.dp_process_group = [flat], object()
+    optimizer.fp32_groups_gradient_flat_partition = [flat[own]]
+    counted = torch.cat([whole[:12], whole[14:]])
+    mine = torch.cat([whole[own][[i for i in range(6) if not 12 <= 6 * rank + i < 14]]])
+
+    def all_reduce(squares, group):
+        torch.testing.assert_close(squares, mine.square().sum())
+        squares.copy_(counted.square().sum())
+
+    def reduce_scatter(part, given, group):
+        assert given is flat
+        part.copy_(replicas.sum(0)[own])
+
+    told = SimpleNamespace(get_world_size=lambda group: 3, all_reduce=all_reduce, reduce_scatter_tensor=reduce_scatter)
+    monkeypatch.setattr(sums, "dist", told)
+    engine = SimpleNamespace(optimizer=optimizer, using_bf16_optimizer=True, has_moe_layers=False)
+    gradient_sums(engine)
+    engine._bf16_reduce_grads()
+    torch.testing.assert_close(flat[own], whole[own])
+    ((norm,), experts) = optimizer.get_grads_for_norm()
+    torch.testing.assert_close(norm, counted.norm().view(1))
+    assert experts == {}
 
 
 @pytest.mark.parametrize("trained", [0, 9, 23])
