@@ -286,7 +286,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def instructions(step: Callable[[], object], engine: Any) -> tuple[dict[str, Counts], int]:
     """What a step runs and reads in each kind of instruction of the schedule, and outside; and a rank's parameters."""
-    owner = type(engine.deepspeed)
+    owner = engine.deepspeed
     with Counting() as counting:
 
         def watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:

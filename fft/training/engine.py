@@ -44,7 +44,7 @@ from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
 from fft.training.schedule import lr_multiplier
 from fft.training.shared_tower import SharedTower
-from fft.training.staged import StagedModel, encode_before
+from fft.training.staged import Exchanges, StagedModel, encode_before
 from fft.training.sums import gradient_sums, sum_embeddings
 
 #: Micro-batches of an evaluation whose images are encoded together, where a tower is shared.
@@ -318,6 +318,8 @@ def build_engine(
         engine.pipeline_enable_backward_allreduce = False  # it would copy all gradients, to reduce them over one rank
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the trainer counts skipped steps, in any type
+    if mesh.pipe > 1:
+        Exchanges(engine)  # which the engine holds
     if shared is not None and module.tower is not None:
         shared.hold(module.tower)
         encode_before(engine, shared)

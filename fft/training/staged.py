@@ -1,10 +1,13 @@
 """The layers of a model as stages of DeepSpeed's pipeline."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from deepspeed import PipelineEngine
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import schedule
@@ -99,3 +102,73 @@ def encode_before(engine: PipelineEngine, shared: SharedTower) -> None:
         given[schedule.ReduceTiedGrads](self)
 
     engine._INSTRUCTION_MAP = {**given, schedule.LoadMicroBatch: load, schedule.ReduceTiedGrads: reduce_tied}
+
+
+class Exchanges:
+    """What a stage sends and receives between two of its computations, begun together and waited for once.
+
+    DeepSpeed waits for one message before it begins the next, though what goes to a neighbour and what comes from it
+    share no wire. Within a tick of its schedules both sides have the same messages, so that neither waits for one that
+    the other has not begun. Tensors arrive where they stay: nothing is copied out of a buffer.
+    """
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        self._operations: list[dist.P2POp] = []
+        own = {
+            schedule.SendActivation: self._send_activations,
+            schedule.RecvActivation: self._receive_activations,
+            schedule.SendGrad: self._send_gradients,
+            schedule.RecvGrad: self._receive_gradients,
+        }
+        self._own = tuple(own)
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **own}
+        engine._exec_schedule = partial(self._run, weakref.ref(engine))
+
+    def _run(self, alive: Callable[[], PipelineEngine], ticks: schedule.PipeSchedule) -> None:
+        """In place of the engine's own: each instruction, and before one that computes, what was begun."""
+        engine = alive()
+        engine._reserve_pipe_buffers(ticks.num_pipe_buffers())
+        engine.fwd_outputs = []
+        for instructions in ticks:
+            for instruction in instructions:
+                if not isinstance(instruction, self._own):
+                    self._finish()
+                engine._INSTRUCTION_MAP[type(instruction)](engine, **instruction.kwargs)
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._operations:
+            for request in dist.batch_isend_irecv(self._operations):
+                request.wait()
+            self._operations.clear()  # what was sent had to live until here
+
+    def _begin(self, operation: Callable, tensors: Iterable[Tensor], engine: PipelineEngine, stage: int) -> None:
+        peer = engine.grid.stage_to_global(stage_id=stage)
+        self._operations += [dist.P2POp(operation, tensor, peer) for tensor in tensors]
+
+    def _send_activations(self, engine: PipelineEngine, buffer_id: int) -> None:
+        outputs = engine.pipe_buffers["outputs"][buffer_id]
+        if engine.dynamic_shape or engine.first_output_send:
+            engine.first_output_send = False
+            engine._send_tensor_meta(outputs, engine.next_stage)
+        self._begin(dist.isend, (x.detach() for x in outputs), engine, engine.next_stage)
+
+    def _receive_activations(self, engine: PipelineEngine, buffer_id: int) -> None:
+        if engine.dynamic_shape or engine.pipe_recv_buf is None:
+            # Shapes and types are all that is asked of it from here on.
+            engine.pipe_recv_buf = tuple(x.to("meta") for x in engine._recv_tensor_meta(engine.prev_stage))
+        inputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=engine.device) for x in engine.pipe_recv_buf)
+        self._begin(dist.irecv, inputs, engine, engine.prev_stage)
+        for x in inputs:
+            x.requires_grad = x.is_floating_point()
+        engine.pipe_buffers["inputs"][buffer_id] = inputs
+
+    def _send_gradients(self, engine: PipelineEngine, buffer_id: int) -> None:
+        inputs = engine.pipe_buffers["inputs"][buffer_id]
+        self._begin(dist.isend, [x.grad for x in inputs if x.is_floating_point()], engine, engine.prev_stage)
+        engine.pipe_buffers["inputs"][buffer_id] = None
+
+    def _receive_gradients(self, engine: PipelineEngine, buffer_id: int) -> None:
+        outputs = engine.pipe_buffers["outputs"][buffer_id]
+        engine.grad_layer = [x.new_empty(x.shape) for x in outputs if x.is_floating_point()]
+        self._begin(dist.irecv, engine.grad_layer, engine, engine.next_stage)

@@ -192,6 +192,15 @@ CASES += [
     )
 ]
 
+#: Layers as graphs, all computed again; and with experts in balance, sinks and windows, in rows of any length.
+CASES += [
+    pytest.param(family, shape, [*layout_flags(family, shape, number), *more.split()], id=f"compiled-{family}")
+    for family, shape, number, more in (
+        ("llama", (2, 2, 1, 1), 5, "--compile"),
+        ("gpt_oss", (1, 2, 1, 1), 4, "--compile --ragged --checkpoint_grad_selective"),
+    )
+]
+
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
