@@ -79,16 +79,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield aside
         sync(aside)
-        try:
-            os.replace(aside, path)
-        except OSError as error:
-            if error.errno not in _NO_RENAME:
-                raise
-            shutil.copyfile(aside, path)
-            sync(path)
+        move_file(aside, path)
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give a file another name; where files cannot be renamed, it is copied. Raises :class:`OSError`."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        shutil.copyfile(source, target)
+        sync(target)
+        source.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

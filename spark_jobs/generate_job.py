@@ -15,7 +15,6 @@ from fft.corpus.accounts import UNUSED, finished_manifest, lineage_of, timing_of
 from fft.corpus.files import find_sources
 from fft.data.known import LeftOut
 from fft.data.manifest import Manifest
-from fft.data.storage import is_url
 from fft.errors import UserError
 from fft.images.rules import LIMITS
 from fft.serve.engines import EngineOptions
@@ -33,7 +32,7 @@ from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.placement import place_engines
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.token_table.kept import waiting
-from spark_jobs.token_table.output import Output, local_path
+from spark_jobs.token_table.output import Output, local_path, place_at
 from spark_jobs.token_table.writer import TableWriter
 
 _SAMPLING = frozenset(field.name for field in fields(Sampling))
@@ -75,7 +74,7 @@ def generate_table(
     none, and when nothing could be answered. ``spark`` is by default the active session.
     """
     check_parameters(locals())
-    folder, sampling = local_path(output, "output"), sampling_of(settings)
+    folder, sampling = place_at(output, "output"), sampling_of(settings)
     wanted = Wanted(_model_path(model), _engine(settings), images=_images(settings))
     given = [inputs] if isinstance(inputs, str | Path | DataFrame) else inputs
     unread, paths = by_reader(given)
@@ -83,7 +82,7 @@ def generate_table(
     sources = find_sources(paths, id_key, left_out, for_engine := [])
     for _ in (file for source in sources for file in source.files if file.doc_id is not None):
         left_out.add(f"partition column {id_key}")
-    table = Output(folder, [""], [Path(path) for path in paths if not is_url(path)], overwrite, table_format)
+    table = Output(folder, [""], paths, overwrite, table_format)
     table.check()
     start = time.monotonic()
     spark = spark or get_session("generate")
@@ -184,7 +183,7 @@ def _work(parameters: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> st
 
 def _tell_waiting(table: Output, parts: int) -> None:
     """Say what is finished already. Raises :class:`UserError` where finished parts of other work would be lost."""
-    found = waiting(Path(table.folder))
+    found = waiting(table.folder)
     mine = found.pop(table.work, 0)
     if any(found.values()) and not table.overwrite:
         raise UserError(
@@ -216,7 +215,7 @@ def _finished(writer: TableWriter, parts: int, lineage: Mapping[str, Any], start
     return finished_manifest(writer.parts, lineage, {**counts, "unused_keys": unused}, timing, None, None)
 
 
-def _say_results(manifest: Manifest, folder: Path, notes: Sequence[str]) -> None:
+def _say_results(manifest: Manifest, folder: str, notes: Sequence[str]) -> None:
     counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
     for note in notes:
         say(note)

@@ -8,7 +8,6 @@ A part is a numbered output file. Batches carry its number in a column ``part``,
 
 import contextlib
 import json
-import os
 import posixpath
 import uuid
 from collections import Counter
@@ -255,7 +254,7 @@ class RejectFile:
             self._file.discard()
 
 
-def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], dict[Path, Path]]:
+def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], dict[str, str]]:
     """All parts in order under their final names, those without rows too; and which files have to be renamed to what.
 
     Raises :class:`UserError` when a file cannot be seen from here as its task has left it.
@@ -270,13 +269,13 @@ def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], d
             _check_seen(target.storage.shown(f"{aside}/{part.rejects}"), rejected.get(part.rejects))
     if target.direct:
         return ordered, {}
-    named, renames, folder = [], {}, Path(target.folder)
+    named, renames = [], {}
     for part in ordered:
         name, rejects = f"part-{part.part:05d}{target.suffix}.parquet", f"part-{part.part:05d}{target.suffix}.json"
         if part.name:
-            renames[target.parts / part.name] = folder / name
+            renames[posixpath.join(target.kept, part.name)] = name
         if part.rejects:
-            renames[folder / aside / part.rejects] = folder / QUARANTINE / rejects
+            renames[f"{aside}/{part.rejects}"] = f"{QUARANTINE}/{rejects}"
         named.append(replace(part, name=name if part.name else "", rejects=rejects if part.rejects else ""))
     return named, renames
 
@@ -290,18 +289,18 @@ def _check_seen(file: str, found: int | None, size: int | None = None) -> None:
         )
 
 
-def publish_files(target: PartFolder, renames: Mapping[Path, Path], parts: Sequence[Part]) -> None:
+def publish_files(target: PartFolder, renames: Mapping[str, str], parts: Sequence[Part]) -> None:
     """Give files their final names, for good once this returns; and drop what failed tries left beside ``parts``."""
-    for folder in {final.parent for final in renames.values()}:
-        folder.mkdir(exist_ok=True)
-    for source, final in renames.items():
-        os.replace(source, final)
     storage, own = target.storage, {*own_files(parts)}
+    for folder in {posixpath.dirname(final) for final in renames.values()}:
+        storage.below(folder).make()
+    for source, final in renames.items():
+        storage.move(source, final)
     storage.delete([name for name in target.own() if name not in own])
     quarantine = storage.below(QUARANTINE)
     if not any(part.rejects for part in parts):
         quarantine.delete_empty()
-    if renames:
+    if renames and storage.is_local:
         for folder in (Path(quarantine.root), Path(storage.root)):
             if folder.exists():
                 sync(folder)

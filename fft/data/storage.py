@@ -27,7 +27,7 @@ from pyarrow import fs
 from fft.data.asking import NewFile, asking, remove_file
 from fft.data.manifest import is_hidden
 from fft.errors import StorageError, UserError, one_line
-from fft.files import write_atomically
+from fft.files import move_file, write_atomically
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
 SCHEMES = {"s3a": "s3", "s3n": "s3"}
@@ -170,6 +170,15 @@ class Storage:
             write_atomically(Path(self.path(name)), data)
         else:
             asking(partial(self._put, name, data))
+
+    def move(self, name: str, other: str) -> None:
+        """Give a file another name, in the place of one that has it. In a store it is copied: for few files."""
+        source, target = self.path(name), self.path(other)
+        if self.is_local:
+            move_file(Path(source), Path(target))
+        else:
+            asking(partial(self.filesystem.copy_file, source, target))
+            self.delete([name])
 
     def create(self, name: str) -> NewFile:
         """Begin a file of any size; see :class:`NewFile`."""

@@ -5,17 +5,16 @@ other work never takes them for its own. Beside each lies a small file of its fa
 unfinished.
 """
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Collection
+import posixpath
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 from fft.data.part_files import QUARANTINE, Part, PartFolder
+from fft.data.storage import Storage
 from fft.data.worker_notes import WRITING
-from fft.files import write_atomically
 
 #: The folder, in that of a table, of parts that wait for the rest.
 FINISHED = "_finished"
@@ -29,82 +28,88 @@ def place_of(work: str) -> str:
 def find_part(target: PartFolder, part: int) -> Part | None:
     """A part that is finished already."""
     try:
-        return _load(_facts(target.parts, part))
+        return _load(target.storage, _facts(target.kept, part))
     except FileNotFoundError:
         return None
 
 
 def keep_part(target: PartFolder, part: Part) -> None:
     """Have a part outlive its job. Of two tries that finish the same one, the last is kept."""
-    write_atomically(_facts(target.parts, part.part), json.dumps(asdict(part)))
+    target.storage.write(_facts(target.kept, part.part), json.dumps(asdict(part)))
 
 
-def waiting(folder: Path) -> dict[str, int]:
+def waiting(folder: str | Path) -> dict[str, int]:
     """How many parts of which work wait in an output."""
-    return {place.name: len([*place.glob("part-*.json")]) for place in (folder / FINISHED).glob("*")}
+    place = Storage.at(folder).below(FINISHED)
+    return {name: len(_named(place.below(name), "part-*.json")) for name, size in place.here().items() if size is None}
 
 
-def settle_parts(folder: Path, work: str, published: Collection[str]) -> None:
+def settle_parts(place: Storage, work: str, published: Collection[str]) -> None:
     """Leave in an output what waits for this ``work``, whole, and nothing else. For who owns the output.
 
     Parts that a job had begun to publish go back to where they waited; ``published`` are the names of those that a
     table has.
     """
-    for other in (folder / FINISHED).glob("*"):
-        if other.name != work:
-            shutil.rmtree(other)
-    place, named = folder / FINISHED / work, set()
-    for facts in place.glob("part-*.json"):
-        part = _load(facts)
-        if _bring_back(folder, place, part, published):
+    for other, size in place.below(FINISHED).here().items():
+        if size is None and other != work:
+            place.delete_folder(f"{FINISHED}/{other}")
+    inside, named = place_of(work), set()
+    for facts in _named(place.below(inside), "part-*.json") if work else ():
+        part = _load(place, f"{inside}/{facts}")
+        if _bring_back(place, inside, part, published):
             named |= {part.name, part.rejects}
         else:
-            facts.unlink()
-    for path in place.glob(f".*{WRITING}"):
-        if path.name not in named:
-            path.unlink()
-    _drop_empty(place)
+            place.delete([f"{inside}/{facts}"])
+    if work:
+        unfinished = [name for name in _named(place.below(inside), f".*{WRITING}") if name not in named]
+        place.below(inside).delete(unfinished)
+    _drop_empty(place, inside)
 
 
-def take_back(target: PartFolder, renames: dict[Path, Path], published: Collection[str]) -> None:
+def take_back(target: PartFolder, renames: Mapping[str, str], published: Collection[str]) -> None:
     """What a job that fails has begun to publish waits again, and what it has not finished goes."""
+    place, waits = target.storage, target.storage.below(target.kept)
     for source, final in renames.items():
-        if final.name not in published and final.exists():
-            os.replace(final, source)
-    parts = [_load(facts) for facts in target.parts.glob("part-*.json")]
+        if posixpath.basename(final) not in published and place.exists(final):
+            place.move(final, source)
+    parts = [_load(waits, facts) for facts in _named(waits, "part-*.json")]
     named = {name for part in parts for name in (part.name, part.rejects)}
-    for path in target.parts.glob(f".part-*{target.tag}.*{WRITING}"):
-        if path.name not in named:
-            path.unlink(missing_ok=True)
-    _drop_empty(target.parts)
+    waits.delete([name for name in _named(waits, f".part-*{target.tag}.*{WRITING}") if name not in named])
+    _drop_empty(place, target.kept)
 
 
-def _drop_empty(place: Path) -> None:
-    with contextlib.suppress(OSError):  # where a part waits
-        place.rmdir()
-        if place.name != FINISHED:
-            place.parent.rmdir()
+def _drop_empty(place: Storage, inside: str) -> None:
+    for folder in (inside, FINISHED):  # but where a part waits
+        if folder:
+            place.below(folder).delete_empty()
 
 
-def _bring_back(folder: Path, place: Path, part: Part, published: Collection[str]) -> bool:
+def _bring_back(place: Storage, inside: str, part: Part, published: Collection[str]) -> bool:
     """Whether all files of a part are where they wait, after those that are not were looked for."""
-    if part.name and not (place / part.name).exists():
-        names = [path for path in folder.glob(f"part-{part.part:05d}*.parquet") if path.name not in published]
-        found = next((path for path in names if path.stat().st_size == part.bytes), None)
+    waits = place.below(inside).here()
+    if part.name and part.name not in waits:
+        sizes = place.here()
+        names = [name for name in _named(place, f"part-{part.part:05d}*.parquet") if name not in published]
+        found = next((name for name in names if sizes[name] == part.bytes), None)
         if found is None:
             return False
-        if part.rejects and not (place / part.rejects).exists():
-            aside = folder / QUARANTINE / f"{found.stem}.json"
-            if not aside.exists():
+        if part.rejects and part.rejects not in waits:
+            aside = f"{QUARANTINE}/{PurePosixPath(found).stem}.json"
+            if not place.exists(aside):
                 return False
-            os.replace(aside, place / part.rejects)
-        os.replace(found, place / part.name)
-    return not part.rejects or (place / part.rejects).exists()
+            place.move(aside, f"{inside}/{part.rejects}")
+        place.move(found, f"{inside}/{part.name}")
+    return not part.rejects or place.exists(f"{inside}/{part.rejects}")
 
 
-def _facts(place: Path, part: int) -> Path:
-    return place / f"part-{part:05d}.json"
+def _named(place: Storage, pattern: str) -> list[str]:
+    """Files of a folder with names of a kind."""
+    return sorted(name for name, size in place.here().items() if size is not None and fnmatchcase(name, pattern))
 
 
-def _load(facts: Path) -> Part:
-    return Part(**json.loads(facts.read_text()))
+def _facts(inside: str, part: int) -> str:
+    return posixpath.join(inside, f"part-{part:05d}.json")
+
+
+def _load(place: Storage, facts: str) -> Part:
+    return Part(**json.loads(place.fetch(facts)))

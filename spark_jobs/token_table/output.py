@@ -214,12 +214,12 @@ class Output:
         """Make the ``writers``, and mark their folders: as unfinished, or as being replaced if a table is there."""
         tag = f"-{owner.id}"
         notes = WorkerNotes(self.place.location, tag, owner.mark)
-        direct = isinstance(owner, StoreOwner)
+        in_store = isinstance(owner, StoreOwner)
         for name, folder in self.places.items():
             folder.make()
             kept = holds_table(folder)
-            suffix = tag if kept or direct or self.table_format == "delta" else ""
-            target = PartFolder(folder.location, notes, suffix, place_of(self.work), direct)
+            suffix = tag if kept or in_store or self.table_format == "delta" else ""
+            target = PartFolder(folder.location, notes, suffix, place_of(self.work), in_store and not self.work)
             writers[name] = TableWriter(target)
             target.storage.below(target.kept).make()
             if not kept:

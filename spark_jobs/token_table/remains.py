@@ -3,7 +3,6 @@
 import posixpath
 import re
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 from pyarrow import fs
 
@@ -92,9 +91,10 @@ def settle(place: Storage, work: str = "") -> None:
     Finished parts of the same ``work`` stay, see :mod:`spark_jobs.token_table.kept`. Only for who owns the output:
     other jobs' files are those of dead ones.
     """
-    if place.is_local and (Path(place.root) / FINISHED).is_dir():
-        settle_parts(Path(place.root), work, files_now(place))
     here = place.here()
+    if FINISHED in here:
+        settle_parts(place, work, files_now(place))
+        here = place.here()
     marked = WRITING_NAME in here
     ending = replacing(place.read(WRITING_NAME)) if marked else None
     if not holds_table(place):

@@ -3,7 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 from pyspark.resource import ResourceProfile
@@ -38,7 +38,7 @@ class TableWriter:
         self.parts: list[Part] = []
         self.info = ""
         self._manifest: Manifest | None = None
-        self._renames: dict[Path, Path] = {}
+        self._renames: dict[str, str] = {}
 
     def write(
         self,

@@ -119,7 +119,7 @@ def folders(many, tokenizer, tokens, shuffled):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_at_random_moments(job, engine, spark, folders, tmp_path):
     """All kills of one kind hit the same folder, one after the other: each job finds what the one before has left."""
-    moments, commands = random.Random(f"{job} {engine}"), getattr(cli, job)
+    moments, commands = random.Random(f"{job} {engine}"), getattr(cli, f"run_{job}")
     out, alone = tmp_path / "out", tmp_path / "alone"
     old, new = (list(map(str, job_of(job, seed, folders))) for seed in (1, 2))
     commands([*old[1:], "-o", str(alone)])

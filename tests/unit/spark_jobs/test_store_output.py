@@ -11,6 +11,7 @@ import pytest
 from failing_store import expiring
 from object_store import refuse_like_a_mounted_store
 from pyarrow.fs import FileType
+from unit.spark_jobs.test_kept_parts import Interrupted, work_on
 from unit.spark_jobs.test_output import SINGLE, SPLIT, rows, write
 
 from fft.data import store_owner
@@ -21,6 +22,7 @@ from fft.data.storage import Storage
 from fft.data.store_owner import OWNERS
 from fft.data.table import Table
 from fft.errors import UserError
+from spark_jobs.token_table.kept import FINISHED, waiting
 from spark_jobs.token_table.output import Output
 
 NAMES = re.compile(r"part-0000[01]-[0-9a-f]{8}-[0-9a-f]{12}\.parquet")
@@ -241,3 +243,29 @@ def test_credentials_that_expire_in_the_middle(after, store_environment, store, 
     monkeypatch.setattr(store_owner, "lives_here", lambda facts: False)  # this process lives on
     run(out, SINGLE, 3)
     check_tidy(out, SINGLE, 3)
+
+
+def test_finished_parts_of_dear_work_wait_for_the_rest(out, monkeypatch):
+    """Also those that a job had begun to publish when it was killed."""
+    with pytest.raises(Interrupted):
+        work_on(out, stop=2)
+    assert (waiting(out), list(Storage.at(out).here())) == ({"a": 2}, [FINISHED])
+    with monkeypatch.context() as patch:
+        kill_at_commit(patch)
+        with pytest.raises(Killed):
+            work_on(out)
+    monkeypatch.setattr(store_owner, "lives_here", lambda facts: False)  # this process lives on
+    assert work_on(out) == []
+    table = Table.open(out)
+    ids = [table.read(group).input_ids.tolist() for group in range(3)]
+    assert ids == [[0], [1, 1], [2, 2, 2]]
+    assert len(Storage.at(out).below(QUARANTINE).here()) == 1
+    assert not any(waiting(out).values())
+
+
+def kill_at_commit(patch):
+    def killed(*_):
+        kill_at(0, patch)
+        raise Killed
+
+    patch.setattr("spark_jobs.token_table.output.commit_all", killed)
