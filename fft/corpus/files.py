@@ -15,6 +15,7 @@ from fft.corpus.splits import Span, chunk_size, cut_text
 from fft.corpus.urls import Unreached, expand_url
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Each, each_of
+from fft.data.iceberg import read_iceberg, reads_iceberg
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import EngineOnly, check_not_inside, lake_tables, refuse_others
 from fft.data.manifest import in_order, is_hidden
@@ -217,8 +218,11 @@ class _Finder:
         self, table: Storage, kind: str, version: int | None, listing: Listing | None = None
     ) -> Iterator[Source]:
         try:
-            refuse_others(table.name, kind, "`inputs` ")
-            snapshot = read_snapshot(table, version, listing)
+            if kind == "Iceberg" and reads_iceberg():
+                snapshot = read_iceberg(table, listing or table.list())
+            else:
+                refuse_others(table.name, kind, "`inputs` ")
+                snapshot = read_snapshot(table, version, listing)
         except EngineOnly as error:
             self._leave(error)
             return
@@ -228,7 +232,8 @@ class _Finder:
             own = partition.pop(self.id_key, None)
             self._count_partitions(partition)
             files.append(SourceFile(table.below(name).location, snapshot.sizes[name], own))
-        yield Source(f"{table.name}@v{snapshot.version}", "parquet", tuple(files), table.location)
+        name = f"{table.name}@{'v' if kind == 'Delta' else ''}{snapshot.version}"
+        yield Source(name, "parquet", tuple(files), table.location)
 
     def _leave(self, unread: EngineOnly, cause: Exception | None = None) -> None:
         if self.for_engine is None:

@@ -159,6 +159,12 @@ def test_delta_tables_at_any_depth_are_read_by_their_log(partition, tmp_path):
     assert origin["fingerprint"] != find_sources([Path(f"{table}@v0")])[0].origin["fingerprint"]
 
 
+@pytest.fixture
+def without_pyiceberg(monkeypatch):
+    monkeypatch.setattr("fft.corpus.files.reads_iceberg", lambda: False)
+
+
+@pytest.mark.usefixtures("without_pyiceberg")
 @pytest.mark.parametrize(("kind", "mark"), [("Hudi", ".hoodie/x"), ("Iceberg", "metadata/v1.metadata.json")])
 def test_other_tables_are_refused_by_name(kind, mark, tmp_path):
     table = fill(tmp_path, "t/b/c/data/a.parquet", f"t/b/c/{mark}") / "t" / "b" / "c"
@@ -261,6 +267,7 @@ def test_ids_of_partitions_are_read_by_url_too(tmp_path):
     assert texts(find_sources([f"file://{tmp_path}/q/*/*.parquet"])) == [(b"d", "c")]
 
 
+@pytest.mark.usefixtures("without_pyiceberg")
 def test_what_nothing_here_reaches_is_left_to_an_engine_or_refused(tmp_path):
     table = write_with_features(tmp_path / "t" / "deep", pa.table({"text": ["a", "b"]}), "deletionVectors")
     delete_rows(table, [0])
