@@ -56,11 +56,12 @@ def checkpoint_of(place: str) -> str | None:
         return next(map(str, around), None)
     storage = Storage.at(place)
     with reaching(place):
-        above = [storage, *(Storage(str(p), str(p), storage.filesystem) for p in PurePosixPath(storage.root).parents)]
-        for one in above:
-            # In the store's root there are no files, and to ask for some is an error.
-            if len(PurePosixPath(one.root).parts) > 1 and any(one.exists(name) for name in (SUMS, STATE)):
-                return one.name
+        # In the store's root there are no files, and to ask for some is an error.
+        while len(PurePosixPath(storage.root).parts) > 1:
+            if any(storage.exists(name) for name in (SUMS, STATE)):
+                return storage.name
+            above, root = storage.name.rpartition("/")[0], str(PurePosixPath(storage.root).parent)
+            storage = Storage(above, root, storage.filesystem)
     return None
 
 
