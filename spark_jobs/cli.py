@@ -41,7 +41,9 @@ def tokenize_parser() -> Parser:
         "documents; a Delta table (PATH@v3 is its version 3); the name of a catalog table; a URL that Spark can read",
         short=("-i",),
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="Hugging Face tokenizer folder, a path or a URL"
+    )
     parser.add_argument(
         "--task",
         choices=CHOICES["task"],
@@ -273,7 +275,7 @@ def _parser(
         "--output",
         required=several,
         metavar="DIR",
-        help="folder of the new table"
+        help="folder of the new table, a path or a URL (s3://...)"
         + (", or the name of a catalog table, CATALOG.SCHEMA.TABLE" if tokens else "")
         + ("" if several else " (default: replace the input, which takes --overwrite)"),
     )

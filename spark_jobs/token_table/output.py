@@ -10,6 +10,7 @@ What is promised, whatever interrupts a job and whichever other job runs beside 
 
 import contextlib
 import os
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,8 +116,9 @@ class Output:
         if not self.place.is_local:
             is_folder(self.place)  # which says so where nobody answers
             bucket = self.place.root.partition("/")[0]
-            if bucket and self.place.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-                raise UserError(f"`output` {self.folder}: there is no {bucket}: make it first, or give another.")
+            with contextlib.suppress(OSError):  # who may not look may still write
+                if bucket and self.place.filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+                    raise UserError(f"`output` {self.folder}: there is no {bucket}: make it first, or give another.")
         else:
             target = Path(os.path.realpath(self.place.root))
             above = next(path for path in (target, *target.parents) if os.path.lexists(path))
@@ -133,7 +135,8 @@ class Output:
         if self.place.is_local:
             above = [Storage.at(path) for path in Path(os.path.realpath(self.place.root)).parents]
         else:  # a table of another job's split
-            above = [Storage.at(self.place.name.rpartition("/")[0])] if self.place.root.count("/") > 0 else []
+            name, root = (posixpath.dirname(path) for path in (self.place.name, self.place.root))
+            above = [Storage(name, root, self.place.filesystem)] if root.strip("/") else []
         for folder in (*above, *(self.place.below(split) for split in SPLITS)):
             check_place_unowned(folder, f"{folder.name}, which `output` {self.folder} overlaps,")
         tables = tables_at(self.place)
