@@ -196,7 +196,9 @@ def test_files_are_written_listed_and_removed_alike(place):
     place.below("deep").write("b", "3")
     assert (place.here(), place.read("a.json"), place.exists("deep/b")) == ({"a.json": 2, "deep": None}, b"22", True)
     assert place.info("a.json").mtime_ns > 0
-    place.delete(["a.json", "deep/b", "none"])
+    place.move("a.json", "deep/b")
+    assert (place.here(), place.read("deep/b")) == ({"deep": None}, b"22")
+    place.delete(["deep/b", "none"])
     place.delete(["none"])
     place.below("deep").delete_empty()
     assert place.here() == {}
