@@ -43,7 +43,9 @@ def check_compiles(config: PretrainedConfig, shared: dict[str, int]) -> None:
     """Raise :class:`UserError` for a model, or a layout, whose layers are no graph; ``shared`` are sizes by flag."""
     for flag, size in shared.items():
         if size > 1:
-            raise UserError(f"--compile: what ranks exchange within a layer is no part of a graph: {flag} must be 1.")
+            raise UserError(
+                f"--compile: {flag} must be 1, as what such ranks exchange within a layer is no part of a graph."
+            )
     if KIND in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UserError(
             f"--compile: linear attention of model type {config.model_type!r} runs once for each document, which is "

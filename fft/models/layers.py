@@ -147,7 +147,7 @@ class DecoderLayer(ModelLayer):
         """One decoder layer."""
         row = Carried.of(activations)
         documents, *positions = self._positions.of(row, self._index)
-        seen = documents.boundaries if self._compiles and isinstance(documents, Documents) else documents
+        seen = documents.boundaries if self._compiles else documents
         hidden, logits = self._computed(row.states, seen, *positions)
         if logits is not None and self._balance is not None:
             hidden = self._balance.attach(hidden, logits, documents.real)

@@ -14,10 +14,13 @@ T = TypeVar("T")
 
 
 class Boundaries(NamedTuple):
-    """Those of documents as compiled layers take them: int32 [documents + 1], on the device and on the host."""
+    """Those of documents as compiled layers take them: int32 [documents + 1], on the device and on the host; and the
+    name of the ranks that share their tokens, if some do.
+    """
 
     cu_seqlens: Tensor
     host: Tensor
+    ranks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,10 @@ class Documents:
     @cached_property
     def boundaries(self) -> Boundaries:
         """For compiled layers, whose graphs hold for any number of documents."""
-        made = Boundaries(self.cu_seqlens, torch.tensor(self.bounds, dtype=torch.int32))
-        for tensor in made:
+        host = torch.tensor(self.bounds, dtype=torch.int32)
+        for tensor in (self.cu_seqlens, host):
             torch._dynamo.mark_dynamic(tensor, 0)
-        return made
+        return Boundaries(self.cu_seqlens, host)
 
     def positions(self) -> Tensor:
         """Position of every token within its document, int64 [tokens]."""

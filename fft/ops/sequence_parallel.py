@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -17,13 +18,15 @@ from torch import Tensor
 from fft.errors import UserError
 from fft.ops.backends import Backend
 from fft.ops.backends.choice import choose
-from fft.ops.documents import Documents, Softmax
+from fft.ops.documents import Boundaries, Documents, Softmax
 from fft.ops.ring import Exchange, GroupExchange, Ring, ring_attention
 from fft.parallel.groups import own_group
 from fft.parallel.ring_calls import RankPlan, Span
 from fft.parallel.ring_plan import TokenShards, plan_rank, plan_shards
 from fft.parallel.window_plan import plan_attention
 
+#: Those that there are, for operators, which are given names.
+_BY_NAME: WeakValueDictionary[str, "SequenceParallel"] = WeakValueDictionary()
 #: Of all tokens before a query, and of nothing else.
 PLAIN = Softmax()
 
@@ -71,6 +74,11 @@ class ShardedDocuments:
         tokens, _ = self.row.real
         return int(np.searchsorted(self.parallel.tokens(self.shards), tokens)), tokens
 
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """For compiled layers, whose attention is that of rings alone."""
+        return self.row.boundaries._replace(ranks=self.parallel.name)
+
     def positions(self) -> Tensor:
         """Position of each of this rank's tokens within its document, int64 [tokens]."""
         own = torch.from_numpy(self.parallel.tokens(self.shards)).to(self.row.cu_seqlens.device)
@@ -98,6 +106,23 @@ class SequenceParallel:
         self._exchange: Exchange = GroupExchange(ring)
         #: All ranks that share this rank's rows.
         self.group = ring if degree == 1 else own_group(groups)
+        _BY_NAME[self.name] = self
+
+    @classmethod
+    def called(cls, name: str) -> "SequenceParallel":
+        """That of a :attr:`name`."""
+        return _BY_NAME[name]
+
+    @property
+    def name(self) -> str:
+        """That of its group: what an operator can be given."""
+        return self.group.group_name
+
+    def ring(
+        self, shards: TokenShards, scale: float, backend: Backend, window: int | None = None, cap: float | None = None
+    ) -> Ring:
+        """This rank's part in attention over tokens that are dealt out so."""
+        return Ring(plan_attention(shards, self._exchange.rank, window), self._exchange, backend, scale, cap)
 
     def shards(self, bounds: tuple[int, ...]) -> TokenShards:
         """Who holds which tokens of a row with these document boundaries: the same for all ranks of a Ulysses group."""
@@ -128,15 +153,15 @@ class SequenceParallel:
         size]; ``shards`` are planned for size / degree ranks. Returns q's shape. Collective: all ranks of the group,
         in forward and in backward. Raises :class:`UserError` where heads cannot be shared out.
         """
-        plan, sinks = plan_attention(shards, self._exchange.rank, softmax.window), softmax.sinks
+        sinks = softmax.sinks
         backend = backend or choose(q.device, q.dtype, size=q.shape[-1], capped=softmax.cap is not None)
-        ring = Ring(plan, self._exchange, backend, scale, softmax.cap)
+        ring = self.ring(shards, scale, backend, softmax.window, softmax.cap)
         if self.degree == 1:
             return ring_attention(q, k, v, ring, sinks)
         for heads, name in ((q.shape[1], "attention"), (k.shape[1], "key/value")):
             if heads % self.degree:
                 raise UserError(f"--ulysses_degree {self.degree} must divide the {heads} {name} heads of a rank.")
-        tokens = tuple(b - a for a, b in self._shares(plan))
+        tokens = tuple(b - a for a, b in self._shares(ring.plan))
         q, k, v = (_HeadsForTokens.apply(x, tokens, self._ulysses, False) for x in (q, k, v))
         if sinks is not None:
             sinks = sinks.chunk(self.degree)[self.position % self.degree]

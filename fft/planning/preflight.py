@@ -115,7 +115,7 @@ def lay_out(args: TrainArguments, world: int) -> tuple[PretrainedConfig, MeshSiz
     check_expert_parallel(config, mesh.expert)
     _check_sequence_parallel(args, config)
     if args.compile:
-        names = ("sequence_parallel_size", "model_parallel_size", "expert_parallel_size")
+        names = ("ulysses_degree", "expert_parallel_size")
         check_compiles(config, {f"--{name}": getattr(args, name) for name in names})
     return config, mesh
 

@@ -192,12 +192,13 @@ CASES += [
     )
 ]
 
-#: Layers as graphs, all computed again; and with experts in balance, sinks and windows, in rows of any length.
+#: Layers as graphs, all computed again, with sums over ranks in them; and with experts in balance, sinks and windows,
+#: in rows of any length, in a ring.
 CASES += [
     pytest.param(family, shape, [*layout_flags(family, shape, number), *more.split()], id=f"compiled-{family}")
     for family, shape, number, more in (
-        ("llama", (2, 2, 1, 1), 5, "--compile"),
-        ("gpt_oss", (1, 2, 1, 1), 4, "--compile --ragged --checkpoint_grad_selective"),
+        ("llama", (1, 2, 1, 2), 5, "--compile"),
+        ("gpt_oss", (1, 1, 2, 1), 4, "--compile --ragged --checkpoint_grad_selective"),
     )
 ]
 
