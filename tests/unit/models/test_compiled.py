@@ -28,9 +28,9 @@ def graphs():
     return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def built(family, compiler="aot_eager", **options):
+def built(family, compiler="aot_eager", split=False, **options):
     builder = StageBuilder(ModelSpec(small_config(family), torch.float32, compiler=compiler, **options))
-    return builder, InProcess(builder)
+    return builder, InProcess(builder, split)
 
 
 def gradients(run, loss):
@@ -76,6 +76,12 @@ def test_rows_of_other_lengths_share_one_more(graphs):
     ids, _ = documents()
     for tokens in (17, 12, 15, 9):
         run(ids[:, :tokens], [0, 4, tokens])
+    assert graphs() == 2
+
+
+def test_halves_are_graphs_of_their_own(graphs):
+    losses = [loss_by_layers(built("llama", compiler, split=True)[1]) for compiler in (None, "aot_eager")]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     assert graphs() == 2
 
 
