@@ -29,13 +29,13 @@ from fft.data.lakes import EngineOnly
 from fft.data.storage import check_names_utf8, is_url
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
+from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.hashing import row_hash
 from spark_jobs.runtime.session import user_errors
 from spark_jobs.runtime.tasks import to_tasks
 
 #: Columns by whose order a part's rows are written.
 ORDER = ("part", "sort_key", "tie")
-_TABLE_NAME = re.compile(r"\w+(\.\w+){1,2}")
 _SAFE_NAME = re.compile(r"\w+")
 #: Folders in which the engine looks for the log of a Delta table, where only it can.
 _FOLDERS = 50
@@ -58,18 +58,10 @@ def by_reader(inputs: Sequence[str | Path | DataFrame]) -> tuple[list[object], l
 
     Raises :class:`UserError` for a name that is no UTF-8.
     """
-    frames = [path for path in inputs if is_frame(path)]
-    files = [str(path) for path in inputs if not isinstance(path, DataFrame) and not is_frame(path)]
+    frames = [path for path in inputs if isinstance(path, DataFrame) or is_table_name(path)]
+    files = [str(path) for path in inputs if not isinstance(path, DataFrame) and not is_table_name(path)]
     check_names_utf8(files, "`inputs`: ")
     return [*frames], [re.sub("^file:(//(?=/))?", "", path) for path in files]
-
-
-def is_frame(path: object) -> bool:
-    """Whether an input is a DataFrame, or what looks like the name of a catalog table and is no path."""
-    if isinstance(path, DataFrame):
-        return True
-    text = str(path)
-    return not Path(text).exists() and kind_of(Path(text)) is None and _TABLE_NAME.fullmatch(text) is not None
 
 
 def open_frames(spark: SparkSession, inputs: Sequence[object]) -> list[Frame]:

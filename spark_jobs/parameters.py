@@ -1,11 +1,15 @@
 """Parameters of the jobs, checked alike whether they come from a command line or from a notebook."""
 
+import re
 from collections.abc import Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+from fft.corpus.files import kind_of
 from fft.errors import UserError
 
+_NAME = re.compile(r"\w+(\.\w+){1,2}")
 #: Parameters that take one of a few words, the first by default.
 CHOICES = {
     "task": ("pretrain", "chat"),
@@ -58,3 +62,10 @@ def _are_weights(value: Any) -> bool:
         isinstance(name, str) and isinstance(weight, Real) and not isinstance(weight, bool)
         for name, weight in value.items()
     )
+
+
+def is_table_name(path: object) -> bool:
+    """Whether a name is that of a catalog's table, ``schema.table`` or ``catalog.schema.table``: no path has a file of
+    this name, it has no slash, and does not end as files with documents do."""
+    text = str(path)
+    return _NAME.fullmatch(text) is not None and not Path(text).exists() and kind_of(Path(text)) is None

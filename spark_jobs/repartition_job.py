@@ -18,7 +18,7 @@ from fft.data.known import IMAGES
 from fft.data.manifest import Manifest
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
-from spark_jobs.parameters import check_parameters
+from spark_jobs.parameters import check_parameters, is_table_name
 from spark_jobs.placing import bucket_tokens, buckets_for, in_partitions, partition_order, parts_for
 from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.hashing import balance
@@ -27,7 +27,6 @@ from spark_jobs.runtime.session import get_session, job_settings, user_errors
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.runtime.watching import watched
 from spark_jobs.token_rows import PackedRows, counted_rows, token_columns
-from spark_jobs.token_table.catalog import is_table_name
 from spark_jobs.token_table.destination import check_writer, output_at
 from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.pack_rows import Packer, window_tokens

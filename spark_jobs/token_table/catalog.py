@@ -6,36 +6,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyarrow import fs
 from pyspark.errors import AnalysisException, UnsupportedOperationException
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import say
-from fft.corpus.files import kind_of
 from fft.data.manifest import MANIFEST_NAME, Manifest
 from fft.data.part_files import Part
 from fft.data.storage import Storage, reaching
 from fft.errors import UserError, one_line
+from spark_jobs.parameters import is_table_name
 from spark_jobs.token_table.spark_folder import footer_parts
 
 #: The property of a table that holds its manifest.
 PROPERTY = "fft_manifest"
 #: How Spark calls kinds of tables that are files and nothing else: replacing one is not a single step of its.
 _FILES = ("parquet", "orc", "csv", "json", "text", "avro", "hive")
-_NAME = re.compile(r"\w+(\.\w+){1,2}")
 _UNREACHED = (
     "its manifest is the table's property fft_manifest; for the trainer, write rows of it to a folder or URL, with "
     "spark_jobs/repartition.py"
 )
-
-
-def is_table_name(path: object) -> bool:
-    """Whether a name is that of a catalog's table, ``schema.table`` or ``catalog.schema.table``: no path has a file of
-    this name, it has no slash, and does not end as files with documents do."""
-    text = str(path)
-    return _NAME.fullmatch(text) is not None and not Path(text).exists() and kind_of(Path(text)) is None
 
 
 def as_property(manifest: Manifest) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from fft.errors import UserError
-from spark_jobs.token_table.catalog import is_table_name
+from spark_jobs.parameters import is_table_name
 from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.spark_output import SparkOutput, by_spark
 

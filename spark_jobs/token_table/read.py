@@ -25,8 +25,8 @@ from fft.data.table import Table
 from fft.data.worker_notes import Stoppable, WorkerNotes
 from fft.errors import UserError
 from fft.images.rules import ImageRules
+from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.tasks import create_tasks
-from spark_jobs.token_table.catalog import is_table_name
 from spark_jobs.token_table.engine_table import EngineTable, distinct_names
 from spark_jobs.token_table.rows import doc_ids, token_lists
 

@@ -19,10 +19,11 @@ from fft.data.part_files import Part, files_of, writing_to
 from fft.data.storage import Storage, is_url
 from fft.data.store_owner import owning
 from fft.errors import UserError
+from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.counting import counting
 from spark_jobs.runtime.session import user_errors
 from spark_jobs.runtime.watching import watched
-from spark_jobs.token_table.catalog import Catalogued, catalog_errors, is_table_name
+from spark_jobs.token_table.catalog import Catalogued, catalog_errors
 from spark_jobs.token_table.remains import check_apart
 from spark_jobs.token_table.spark_folder import Folder
 
