@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.data.asking import asking
+from fft.data.asking import NewFile, asking
 from fft.data.storage import Storage, is_url, reaching
 from fft.errors import UserError, one_line
 from fft.files import write_atomically
@@ -35,6 +35,8 @@ _WEIGHTS, _LARGE = (".safetensors", ".bin", ".pt", ".pth"), 64 << 20
 _FOLDERS = ("training", "additional_chat_templates")
 #: Bytes that are asked for at once, and how many requests are under way together.
 _CHUNK, _REQUESTS = 16 << 20, 8
+#: Bytes of a file after which it is waited for that the store has them.
+_SENT = 32 << 20
 
 
 class StoredFile:
@@ -182,11 +184,21 @@ def _send(file: Path, storage: Storage, name: str) -> None:
     target = storage.create(name)
     try:
         for piece in pieces(file):
-            target.stream.write(piece)
+            write_bounded(target, piece)
         target.close()
     except BaseException:
         target.discard()
         raise
+
+
+def write_bounded(target: NewFile, piece: bytes | memoryview) -> None:
+    """Write to a file of a store; what its client holds in memory until it is sent is less than two :data:`_SENT`."""
+    whole = memoryview(piece)
+    for start in range(0, len(whole), _SENT):
+        begun, part = target.stream.tell(), whole[start : start + _SENT]
+        target.stream.write(part)
+        if (begun + len(part)) // _SENT > begun // _SENT:
+            target.stream.flush()
 
 
 def pieces(file: Path) -> Iterator[bytes]:

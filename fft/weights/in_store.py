@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fft.data.asking import asking
 from fft.data.storage import Storage
-from fft.data.views import StoredFile
+from fft.data.views import StoredFile, write_bounded
 from fft.errors import UserError, one_line
 
 #: Types by the names that the format has for them.
@@ -148,7 +148,7 @@ def _write(storage: Storage, name: str, tensors: Mapping[str, Tensor], metadata:
     file, digest = storage.create(name), hashlib.sha256()
     try:
         for piece in chain((len(text).to_bytes(8, "little"), text), (_bytes(tensors[key]) for key in order)):
-            file.stream.write(piece)
+            write_bounded(file, piece)
             digest.update(piece)
         file.close()
     except BaseException:

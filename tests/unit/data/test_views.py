@@ -1,10 +1,12 @@
 """A directory of a store as a local folder: small files as copies, weights as notes, brought up to date when asked."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from fft.data.views import naming_places, noted, origin, view
+from fft.data import views
+from fft.data.views import naming_places, noted, origin, view, write_bounded
 from fft.errors import UserError
 
 
@@ -60,3 +62,23 @@ def test_errors_name_the_place(model):
         view(f"file://{model}/none")
     with pytest.raises(UserError, match=f"^file://{model}/config.json is odd"), naming_places():
         raise UserError(f"{view(f'file://{model}') / 'config.json'} is odd")
+
+
+@pytest.mark.parametrize("pieces", [[30] * 20, [1000], [99, 1, 250, 7]])
+def test_what_is_on_its_way_is_bounded(pieces, monkeypatch):
+    """Clients keep what they send behind a caller's back until the store has it."""
+    monkeypatch.setattr(views, "_SENT", 100)
+    written, waiting = bytearray(), [0, 0]
+
+    def write(part):
+        written.extend(part)
+        waiting[:] = waiting[0] + len(part), max(waiting[1], waiting[0] + len(part))
+
+    def flush():
+        waiting[0] = 0
+
+    target = SimpleNamespace(stream=SimpleNamespace(write=write, flush=flush, tell=lambda: len(written)))
+    for number, size in enumerate(pieces):
+        write_bounded(target, bytes([number]) * size)
+    assert bytes(written) == b"".join(bytes([number]) * size for number, size in enumerate(pieces))
+    assert waiting[1] < 200
