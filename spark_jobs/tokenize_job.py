@@ -37,6 +37,8 @@ from spark_jobs.token_table.destination import check_writer, output_at
 from spark_jobs.token_table.spark_output import SparkTable
 from spark_jobs.token_table.writer import TableWriter
 
+#: What is to be done about a malformed record where Spark writes.
+_NOT_ASIDE = "mend it; Spark's own writer sets no records aside."
 #: A part's splits lie in different files, or follow each other in one.
 _ORDER = ("part", "path", "start")
 
@@ -153,6 +155,8 @@ def _fill(
             )
             writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, f"tokenize {frame.name}")
     except UserError as error:
+        if isinstance(writer, SparkTable):
+            raise name_malformed(error, record_encoder, _NOT_ASIDE) from error
         raise name_malformed(error, record_encoder) from error
 
 
