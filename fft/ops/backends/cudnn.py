@@ -18,6 +18,8 @@ from fft.ops.documents import Segments, lse_dtype
 LONG, SHORTEST = 2048, 128
 #: The widest heads whose gradients every Hopper version of it has.
 WIDEST = 128
+#: Elements of a document's queries that 31 bits do not count: whether its kernels could was not tried.
+MOST = 1 << 31
 #: Lengths between one power of two and the next.
 _LENGTHS = 16
 
@@ -68,9 +70,10 @@ def computed(tokens: int) -> int:
 
 
 def _suits(q: Tensor, segments: Segments) -> bool:
-    documents, size = segments.queries, q.shape[-1]
+    documents, (_, heads, size) = segments.queries, q.shape
     long = documents.bounds[-1] >= LONG * (len(documents.bounds) - 1)
-    return segments.causal and long and size <= WIDEST and size % 8 == 0
+    few = computed(documents.max_length) * heads * size < MOST
+    return segments.causal and long and few and size <= WIDEST and size % 8 == 0
 
 
 def _document(x: Tensor, rows: slice) -> Tensor:

@@ -111,6 +111,15 @@ def test_what_is_short_or_not_causal_is_not_its_own(stand_in, causal):
     assert stand_in.lengths == []
 
 
+@pytest.mark.parametrize("heads", [15, 16])
+def test_documents_that_31_bits_cannot_count_are_not_its_own(heads, monkeypatch):
+    others = []
+    monkeypatch.setattr(cudnn, "cuda", SimpleNamespace(forward=lambda q, *_: others.append(q) or (q, q)))
+    q = torch.empty(1 << 20, heads, 128, device="meta", dtype=torch.bfloat16)
+    cudnn.forward(q, q, q, Segments.within(Documents.of((0, 1 << 20), "meta"), 0.1))
+    assert len(others) == (heads == 16)
+
+
 def test_lengths_are_few_and_little_longer():
     lengths = {tokens: cudnn.computed(tokens) for tokens in range(1, 1 << 17)}
     assert all(tokens <= length <= max(128, tokens * 17 / 16) + 128 for tokens, length in lengths.items())
