@@ -145,6 +145,7 @@ FLAGS: dict[str, tuple[list, list]] = {
     "early_stop_patience": (["1"], NUMBERS),
     "logging_steps": (["1"], NUMBERS),
     "checkpoint": (["OUT/run"], ["", "/dev/null/x", "HERE/llama/config.json", "HERE/run/step-1", "x" * 300]),
+    "upload": (["OUT/mirror"], ["", "/dev/null/x", "HERE/llama/config.json", "OUT/run", "nosuch://a/b", "x" * 300]),
     "save_steps": (["1"], NUMBERS),
     "only_ckpt_model": ([True], []),
     "max_num_checkpoints": (["1"], NUMBERS),
