@@ -83,6 +83,9 @@ class _Collected:
     rows: list[pa.RecordBatch] = field(default_factory=list)
     rejects: list[tuple[str, str | None]] = field(default_factory=list)
 
+    def write(self, rows: pa.RecordBatch) -> None:
+        self.rows.append(rows)  # whichever list that is: each take leaves a new one
+
     def reject(self, source: str, reason: str, record: bytes | None) -> None:
         text = None if record is None else record.decode("utf-8", "backslashreplace")
         self.rejects.append((reason, text))
@@ -133,7 +136,7 @@ class EncodeRows(TokenWork):
         encoder = Encoder(self.record_encoder.recipe)
         for batch in batches:
             # A tokenizer a batch: what it counts would grow where a stream does not end.
-            tokenizer = RecordTokenizer(self.record_encoder, encoder, made.rows.append, reject)
+            tokenizer = RecordTokenizer(self.record_encoder, encoder, made.write, reject)
             records = records_of(batch, self.kind, self.columns, self.record_encoder)
             tokenizer.add(records, self.kind, self.name, self.name, numbered=False)
             tallies.update(_unused_as_one(tokenizer.close()))
@@ -151,7 +154,7 @@ class EncodeSplits(TokenWork):
         made = _Collected(self.record_encoder.columns_out, True)
         encoder = Encoder(self.record_encoder.recipe)
         for split in (Split(**row) for batch in batches for row in batch.to_pylist()):
-            tokenizer = RecordTokenizer(self.record_encoder, encoder, made.rows.append, None)
+            tokenizer = RecordTokenizer(self.record_encoder, encoder, made.write, None)
             for records in read_records(split, self.record_encoder, tokenizer.unused):
                 tokenizer.add(records, split.kind, split.dataset, split.path)
                 yield from made.take()
