@@ -117,6 +117,11 @@ def _finish(
     lineage = {**lineage, "engine": engine_of(writer.tallies)}
     timing, vision = timing_of(start, writer.tokens), record_encoder.vision
     manifest = finished_manifest(writer.parts, lineage, counts, timing, info, max_len, vision=vision)
+    made = sum(own["tokens"] for own in counts["datasets"].values())
+    if made != manifest.tokens:
+        raise UserError(
+            f"{made} tokens were made, the table has {manifest.tokens}: this is a fault of the job; please report it."
+        )
     writer.finish(manifest)
     return manifest
 
