@@ -15,6 +15,8 @@ _MOST = 2 * (WIDTH - _LEFT - _RIGHT)
 _SMOOTHED, _WINDOWS = 200, 100
 #: A value further from the middle half than so many times its width is cut off at the edge: one spike hides no curve.
 _FENCE = 6.0
+#: Of less than that an axis has no numbers: floats end there.
+_NOTHING = 1e-290
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers from ``low`` to ``high``, about ``count`` of them."""
-    if high <= low:
+    if high - low <= _NOTHING:
         return [low]
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
@@ -111,7 +113,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     quarter, three = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
     fence = _FENCE * (three - quarter) or math.inf
     low, high = max(ordered[0], quarter - fence), min(ordered[-1], three + fence)
-    if high > low:
+    if high - low > _NOTHING:
         return low, high
     return low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from browser import CHROMIUM, browser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fft.errors import UserError
@@ -150,6 +150,7 @@ def test_thinned_lines_keep_their_extremes(values, most):
 
 
 @given(st.lists(st.lists(VALUES, max_size=30), max_size=3), st.text(max_size=5))
+@example([[0.0, 5e-324]], "")
 def test_any_numbers_make_a_picture(lines, label):
     label = "".join(letter for letter in label if letter.isprintable())
     drawn = chart("Loss", [Line(label, list(enumerate(values))) for values in lines], lambda value: f"{value:.3g}")
