@@ -66,12 +66,13 @@ def init_distributed() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's engine would, but kernels are compared and groups joined before there is one: all on the first device.
-    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    device = int(os.environ["LOCAL_RANK"])
+    deepspeed.get_accelerator().set_device(device)
     if on_host():
         _compile_operator()
     deepspeed.init_distributed(verbose=False)
     # Every rank has its neighbours' buffers open. NCCL guesses the device by the rank's number, unless it is told.
-    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+    dist.barrier(device_ids=[device] if device_type() == "cuda" else None)
     _unlink_shared_buffer()
 
 

@@ -180,7 +180,7 @@ def test_sails_server_ends_with_its_driver(tmp_path):
         "import os, time\n"
         "from spark_jobs.runtime.session import get_session\n"
         "assert get_session('idle').range(3).count() == 3\n"
-        "print(os.fork() or os.getpid(), flush=True)\n"
+        "os.write(1, f'{os.fork() or os.getpid()}\\n'.encode())\n"  # a line at once: both write it
         "time.sleep(600)\n"
     )
     command, environment = [sys.executable, "-c", code], {**os.environ, "FFT_ENGINE": "sail"}
@@ -250,8 +250,8 @@ def test_what_is_appended_to_a_delta_table_while_it_is_repartitioned_stays(spark
     more = pa.table({"input_ids": pa.array([[1, 2, 3]], pa.list_(pa.int32())), "doc_ids": [["more"]]})
     opened = repartition_job.open_datasets
 
-    def appends(paths):
-        found = opened(paths)
+    def appends(*given):
+        found = opened(*given)
         deltalake.write_deltalake(str(out), more, mode="append")
         return found
 

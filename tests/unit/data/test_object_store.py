@@ -97,11 +97,11 @@ def test_raw_inputs_by_url_are_looked_through(store, tmp_path):
     (tmp_path / "raw").mkdir()
     for name in ("a.jsonl", "b.jsonl", "c.csv", "_d.jsonl"):
         (tmp_path / "raw" / name).write_text("{}")
-    upload(store, tmp_path / "raw", "raw")
+    upload(store, tmp_path / "raw", "searched")
     for name in ("old", "new"):
-        deltalake.write_deltalake("s3://lake/raw/deep/er", pa.table({"text": [name]}), mode="overwrite")
+        deltalake.write_deltalake("s3://lake/searched/deep/er", pa.table({"text": [name]}), mode="overwrite")
     for scheme in ("s3", "s3a"):
-        left_out, url = LeftOut(), f"{scheme}://lake/raw"
+        left_out, url = LeftOut(), f"{scheme}://lake/searched"
         table, texts = find_sources([f"{url}/"], left_out=left_out)
         assert (table.name, texts.name) == (f"{url}/deep/er@v1", url)
         assert len(table.files) == 1
@@ -111,9 +111,9 @@ def test_raw_inputs_by_url_are_looked_through(store, tmp_path):
         assert [one.files for one in find_sources([f"{url}/?.json*"])] == [texts.files]
         assert find_sources([f"{url}/deep/er@v0"])[0].files != table.files
         for given, said in (
-            ([table.files[0].path], "lies in the Delta table lake/raw/deep/er, of which it"),
+            ([table.files[0].path], "lies in the Delta table lake/searched/deep/er, of which it"),
             ([f"{scheme}://lake/none"], f"{scheme}://lake/none does not exist"),
-            ([url, "s3://lake/raw/a.jsonl"], "a.jsonl twice, by "),
+            ([url, "s3://lake/searched/a.jsonl"], "a.jsonl twice, by "),
         ):
             with pytest.raises(UserError, match=said):
                 find_sources(given)
