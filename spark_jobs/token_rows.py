@@ -4,6 +4,7 @@ The same functions that write part files make them, see :mod:`fft.corpus.tokeniz
 :mod:`spark_jobs.token_table.pack_rows`.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -104,16 +105,16 @@ class _Collected:
             yield pa.RecordBatch.from_arrays([*empty, reasons, records], [*self.columns, ERROR, RECORD])
 
 
-class TokenWork:
+class TokenWork(ABC):
     """A function for ``mapInArrow``; what else it counts is for :class:`spark_jobs.runtime.counting.Tallied`."""
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Token rows."""
         return self.rows(batches, Counter())
 
+    @abstractmethod
     def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
         """The same; what is counted is added to the ``tallies`` as it comes."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

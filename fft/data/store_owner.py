@@ -64,9 +64,9 @@ class StoreOwner:
         """Whether one asks that has to go first; those that are dead are noted."""
         now = _mtime(self._place, self.id)
         for name, facts in _marks(self._place).items():
-            idle = now - _mtime(self._place, name)
             if name in (self.id, *self._dead):
                 continue
+            idle = now - _mtime(self._place, name)
             if not _lives(facts, idle):
                 self._dead.add(name)
             elif facts.get("state") == _ASKING and name > self.id:

@@ -5,7 +5,7 @@ Who compares a whole run asks :mod:`fft.parity`; here are no engine, no ranks an
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,6 +120,12 @@ def gradient_difference(ours: Tensor, theirs: Tensor, whole: float) -> float:
     return float((ours - theirs).norm()) / (float(theirs.norm()) + whole * FLOOR / GRADIENT)
 
 
+def gradient_differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """:func:`gradient_difference` of every gradient that both have."""
+    whole = float(torch.stack([grad.norm() for grad in theirs.values()]).norm())
+    return {name: gradient_difference(ours[name], theirs[name], whole) for name in ours.keys() & theirs.keys()}
+
+
 def relative(ours: float, theirs: float) -> float:
     """Difference relative to what is expected."""
     return abs(ours - theirs) / max(abs(theirs), 1e-30)
@@ -159,8 +165,7 @@ def compare_directory(config: PretrainedConfig, directory: Path) -> Differences:
     expected.backward()
     ours = {name: p.grad for name, p in canonical_parameters(run.modules).items() if p.grad is not None}
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    whole = float(torch.stack([grad.norm() for grad in theirs.values()]).norm())
-    off = {name: gradient_difference(ours[name], theirs[name], whole) for name in ours.keys() & theirs.keys()}
+    off = gradient_differences(ours, theirs)
     most = max(sorted(off), key=off.__getitem__)
     balance = 0.0
     if builder.balance is not None:

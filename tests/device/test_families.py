@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
-from fft.models.in_process import InProcess, gradient_difference, loss_by_layers, relative, write_random_model
+from fft.models.in_process import InProcess, gradient_differences, loss_by_layers, relative, write_random_model
 from fft.models.layers import canonical_parameters
 from fft.models.small import small_config
 from fft.models.spec import ModelSpec
@@ -53,12 +53,6 @@ def taken(config, folder, dtype, device):
     return loss.item(), {name: p.grad.float().cpu() for name, p in named.items() if p.grad is not None}
 
 
-def differences(ours, theirs):
-    """Of each gradient, relative."""
-    whole = float(torch.stack([grad.norm() for grad in theirs.values()]).norm())
-    return {name: gradient_difference(ours[name], theirs[name], whole) for name in theirs}
-
-
 @pytest.mark.parametrize("dtype", list(ALLOWED), ids=["fp32", "bf16"])
 def test_the_device_computes_what_the_cpu_does(kind, dtype, device, directory_of, record_property):
     if kind not in CONFIG_MAPPING:
@@ -73,9 +67,9 @@ def test_the_device_computes_what_the_cpu_does(kind, dtype, device, directory_of
     allowed = ALLOWED[dtype]
     if dtype == torch.bfloat16:
         rounded, others = taken(config, folder, dtype, torch.device("cpu"))
-        away = relative(rounded, expected), statistics.median(differences(others, theirs).values())
+        away = relative(rounded, expected), statistics.median(gradient_differences(others, theirs).values())
         allowed = tuple(few + 2 * more for few, more in zip(allowed, away, strict=True))
-    off = differences(ours, theirs)
+    off = gradient_differences(ours, theirs)
     most = max(off, key=off.__getitem__)
     found = relative(loss, expected), off[most] if dtype == torch.float32 else statistics.median(off.values())
     for name, one, bound in zip(("loss", "gradients"), found, allowed, strict=True):

@@ -143,18 +143,24 @@ def four_ranks(monkeypatch):
     monkeypatch.setattr(metrics, "peak_memory", lambda _: 3 << 30)
 
 
-def test_numbers_are_of_all_ranks(four_ranks):
-    """Tokens a second and what devices can do add up, memory is that of the fullest, utilisation is of all devices."""
+def opened(name, dtype):
+    """Metrics of four ranks that are replicas, with what they say and the numbers that they hand to their sinks."""
     said, written = [], {}
-    args = SimpleNamespace(checkpoint=None, gradient_accumulation_steps=1, checkpoint_grad_interval=0, dtype="fp32")
+    args = SimpleNamespace(checkpoint=None, gradient_accumulation_steps=1, checkpoint_grad_interval=0, dtype=name)
     args.seq_len = 64
     mesh = MeshSizes(4, 1)
     layout = Layout(mesh, [0, 1], [LayerCost(1000.0, 2000.0, 1000, 1000, 1000, 1000)], [])
     plan = SimpleNamespace(total_steps=9, mesh=mesh)
     with contextlib.ExitStack() as held:
-        shown = open_metrics(args, plan, layout, torch.float32, torch.device("cpu"), 0, held, said.append)
-    assert "reach 0.001 TFLOP/s a device" in said[0]
+        shown = open_metrics(args, plan, layout, dtype, torch.device("cpu"), 0, held, said.append)
     shown.sinks.add("all", lambda: SimpleNamespace(write=lambda _, values: written.update(values)))
+    return shown, said, written
+
+
+def test_numbers_are_of_all_ranks(four_ranks):
+    """Tokens a second and what devices can do add up, memory is that of the fullest, utilisation is of all devices."""
+    shown, said, written = opened("fp32", torch.float32)
+    assert "reach 0.001 TFLOP/s a device" in said[0]
     values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "skipped_steps": 0}
     shown.show(1, values, Lap(rate=10_000.0, flops=10_000.0 * 6000, data_wait=0.0, elapsed=1.0, left=1.0))
     assert (written["tokens_per_second"], written["tokens_per_second_per_device"]) == (40_000, 10_000)
@@ -169,16 +175,8 @@ def test_utilisation_names_what_it_is_of(four_ranks, monkeypatch):
     """Of what products were measured to reach, and of the datasheet where there is one."""
     monkeypatch.setattr(metrics, "datasheet_rate", lambda *_: 2e9)
     monkeypatch.setattr(metrics, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    said, written = [], {}
-    args = SimpleNamespace(checkpoint=None, gradient_accumulation_steps=1, checkpoint_grad_interval=0, dtype="bf16")
-    args.seq_len = 64
-    mesh = MeshSizes(4, 1)
-    layout = Layout(mesh, [0, 1], [LayerCost(1000.0, 2000.0, 1000, 1000, 1000, 1000)], [])
-    plan = SimpleNamespace(total_steps=9, mesh=mesh)
-    with contextlib.ExitStack() as held:
-        shown = open_metrics(args, plan, layout, torch.bfloat16, torch.device("cpu"), 0, held, said.append)
+    shown, said, written = opened("bf16", torch.bfloat16)
     assert "reach 0.001 TFLOP/s a device, of 0.002 by the datasheet of NVIDIA H100 80GB HBM3" in said[0]
-    shown.sinks.add("all", lambda: SimpleNamespace(write=lambda _, values: written.update(values)))
     values = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "skipped_steps": 0}
     shown.show(1, values, Lap(rate=10_000.0, flops=6e7, data_wait=0.0, elapsed=1.0, left=1.0))
     assert (written["mfu"], written["mfu_datasheet"]) == (pytest.approx(0.06), pytest.approx(0.03))
