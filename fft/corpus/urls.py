@@ -5,12 +5,12 @@ import posixpath
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import partial
 
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.data.asking import asking
+from fft.data.asking import asking, file_system
 from fft.data.manifest import in_order
 from fft.data.storage import SCHEMES, Storage, is_url, reaching, whole
 from fft.errors import UserError
@@ -18,8 +18,6 @@ from fft.errors import UserError
 #: Seconds for a store that would be asked for a quarter of an hour.
 _PATIENCE = 10
 _WILD = re.compile(r"[*?\[{]")
-#: What of the environment says who asks, and whom.
-_CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
 
 
 class Unreached(Exception):
@@ -38,16 +36,9 @@ def storage_of(place: str | os.PathLike[str]) -> Storage:
     host, _, path = rest.partition("/")
     patience = f"?retry_limit_seconds={_PATIENCE}" if scheme in ("gs", "gcs") else ""
     base = f"{SCHEMES.get(scheme, scheme)}://{host}/{patience}"
-    asked_by = frozenset((name, value) for name, value in os.environ.items() if name.startswith(_CREDENTIALS))
     with reaching(url):
-        filesystem, root = _file_system(base, asked_by)
+        filesystem, root = file_system(base)
     return Storage(url, posixpath.join(root, path).rstrip("/") or "/", filesystem)
-
-
-@lru_cache(maxsize=8)
-def _file_system(base: str, asked_by: frozenset[tuple[str, str]]) -> tuple[fs.FileSystem, str]:
-    """One for all files of a bucket: each has connections, and credentials to ask for."""
-    return fs.FileSystem.from_uri(base)
 
 
 def expand_url(url: str) -> tuple[Storage, list[tuple[Storage, fs.FileInfo]]]:

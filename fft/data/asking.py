@@ -1,11 +1,12 @@
 """Ask file systems, of stores again where they are busy; and write a file of any size."""
 
 import contextlib
+import os
 import random
 import re
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +25,25 @@ _PASSING = re.compile(
 )
 #: What pyarrow says of any error of a store.
 _OF_STORES = re.compile(r"AWS Error|google::cloud|Azure|HDFS", re.IGNORECASE)
+#: What of the environment says who asks, and whom.
+_CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
 #: How often a store is asked, and seconds before it is asked for the second time; then twice as long, and so on.
 _TRIES, _FIRST_WAIT = 6, 0.2
+
+
+def file_system(base: str) -> tuple[fs.FileSystem, str]:
+    """What lies behind the beginning of URLs, and their root there: one for all of them, in a process and as long as it
+    asks with the same credentials, since each has connections of its own.
+
+    Raises what pyarrow does for what it does not reach.
+    """
+    asked_by = frozenset((name, value) for name, value in os.environ.items() if name.startswith(_CREDENTIALS))
+    return _file_system(base, asked_by, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _file_system(base: str, *_: object) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(base)
 
 
 def asking(ask: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.data.asking import NewFile, asking, remove_file
+from fft.data.asking import NewFile, asking, file_system, remove_file
 from fft.data.manifest import is_hidden
 from fft.errors import StorageError, UserError, one_line
 from fft.files import move_file, write_atomically
@@ -77,7 +77,7 @@ class Storage:
             if scheme == "file" or "?" in rest:
                 filesystem, root = fs.FileSystem.from_uri(f"{SCHEMES.get(scheme, scheme)}://{rest}")
             else:  # names of a store as they stand there: blanks and % are no escapes
-                filesystem, root = fs.FileSystem.from_uri(f"{SCHEMES.get(scheme, scheme)}://{host}/")
+                filesystem, root = file_system(f"{SCHEMES.get(scheme, scheme)}://{host}/")
                 root = posixpath.join(root, path)
         return cls(url, root.rstrip("/"), filesystem)
 
