@@ -1,6 +1,7 @@
 """Make and read small tables and tokenizers."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,19 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END = "<|endoftext|>"
+
+#: What Spark's own daemon prints of a worker whose driver is gone while it waits for work: no frame of ours in it.
+ORPHANED = re.compile(
+    r"^Traceback \(most recent call last\):\n"
+    r'(?:[ \t]+File "[^"\n]*pyspark/(?:daemon|serializers)\.py", line .*\n(?:[ \t]+(?!File ).*\n)*)+'
+    r"(?:ConnectionResetError|BrokenPipeError|EOFError).*\n?",
+    re.MULTILINE,
+)
+
+
+def stacks_of_ours(stderr: str) -> bool:
+    """Whether a stack was printed, but for those of Spark's workers that outlive a job which failed by a moment."""
+    return "Traceback" in ORPHANED.sub("", stderr)
 
 
 def save_tokenizer(folder: Path, texts: list[str], begin: str | None = None) -> Path:

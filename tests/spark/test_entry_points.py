@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fft.errors import UserError
-from spark.helpers import hashes_of
+from spark.helpers import hashes_of, stacks_of_ours
 from spark_jobs import repartition_table
 from spark_jobs.runtime import session
 
@@ -29,7 +29,7 @@ def refused(process, sentence):
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, process.stderr
     assert sentence in errors[0]
-    assert "Traceback" not in process.stderr
+    assert not stacks_of_ours(process.stderr)
     assert "\tat " not in process.stderr
 
 
