@@ -14,6 +14,7 @@ SERVE_STAMP := $(SERVE_VENV)/.installed
 # Those that use one core at a time, so that two files of them run side by side, in this order: a file of minutes that
 # comes last leaves a core idle. And those that start ranks of their own.
 SINGLE := $(wildcard tests/test_*.py) tests/spark tests/unit
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 DISTRIBUTED := tests/distributed
 # Those that run in the environment of vLLM.
 SERVE := tests/serve
@@ -23,7 +24,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve mutants lint format docs dist bundle clean
+.PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve coverage mutants lint format docs dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -74,12 +75,13 @@ quickstart-vision: env  ## from drawn pictures to a model that answers about oth
 
 test: env env-serve lint  ## lint, then the unit, Spark, distributed and serving tests
 	@failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(SINGLE) || failed=1; \
-	  echo "unit and Spark tests ran $$($(VENV)/bin/coverage report --format=total) % of the lines of fft and spark_jobs" \
-	    "(by file: $(VENV)/bin/coverage report)"; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) $(SINGLE) || failed=1; \
 	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
 	  $(SERVE_VENV)/bin/python -m pytest $(SERVE) || failed=1; \
 	  exit $$failed
+
+coverage: env  ## the unit and Spark tests again, counting the lines that they run: a third slower
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) --cov --cov-report=term $(SINGLE)
 
 test-serve: env env-serve  ## the tests that need a real vLLM
 	@$(SERVE_VENV)/bin/python -m pytest $(SERVE)
