@@ -11,13 +11,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,9 +30,7 @@ _CONTEXT.set_forkserver_preload(["fft.training.trainer", "deepspeed.runtime.zero
 @contextlib.contextmanager
 def started(ranks: int, *argv: object, module: str = "fft.train") -> Iterator[tuple[list, list[Path]]]:
     """``python -m module argv`` in so many ranks: the processes and the files they print to; all end with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [str(word) for word in argv]
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]

@@ -3,13 +3,13 @@
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from pyarrow import fs
 
 BIN = Path(sys.executable).parent
@@ -62,13 +62,6 @@ def set_all(patch, environment):
     """Set variables."""
     for name, value in environment.items():
         patch.setenv(name, value)
-
-
-def free_port() -> int:
-    """A port of loopback on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _create(filesystem, bucket, server):

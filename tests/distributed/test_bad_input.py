@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import random
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, VOCAB, write_table
+from ports import free_port
 from samples import read_sample
 
 from fft.arguments import parse_arguments
@@ -369,7 +369,7 @@ def test_the_command_ends_with_the_sentence_alone(good, tmp_path, case, monkeypa
 )
 @pytest.mark.slow
 def test_launchers_end_with_one_sentence(launcher, case, good, launch, tmp_path):
-    port = str(random.SystemRandom().randint(20000, 50000))
+    port = str(free_port())
     ranks = {"python": 1, "torchrun": 2, "deepspeed": 3}[launcher]
     start = {
         "python": ["python", "-m", "fft.train"],

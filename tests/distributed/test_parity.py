@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import random
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, VOCAB, write_table
 from forked import run_ranks
+from ports import free_port
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import parse_arguments
@@ -256,7 +256,7 @@ def reference(model_dir, ragged_table, held_out, tmp_path_factory):
 
 
 def command(launcher: str, ranks: int) -> list[str]:
-    port = str(random.SystemRandom().randint(20000, 50000))
+    port = str(free_port())
     return {
         "python": ["python", "-m", "fft.train"],
         "torchrun": ["torchrun", "--nproc_per_node", str(ranks), "--master_port", port, "fft/train.py"],

@@ -1,7 +1,6 @@
 """What a run leaves behind: equal losses for equal seeds, a model that is what was evaluated, checkpoints."""
 
 import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 import yaml
 from conftest import SMALL
 from forked import run_ranks
+from ports import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_parity import read_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +45,7 @@ def train(folder, launch, ragged_table):
         output.mkdir()
         (output / "settings.yaml").write_text(yaml.safe_dump(given))
         given = ["--config", output / "settings.yaml", *flags]
-        port = str(random.SystemRandom().randint(20000, 50000))
+        port = str(free_port())
         deepspeed = ["deepspeed", "--num_gpus", "2", "--master_port", port, "fft/train.py"]
         done = launch(*deepspeed, *given) if launched else run_ranks(2, *given)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from browser import CHROMIUM, browser
+from ports import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
@@ -31,11 +32,6 @@ PROMPTS = ["San Francisco is a", "def f(x):", "import", "x", "for i in range(", 
 #: Of the environment that trains; `make env` makes it.
 TRAINER = Path(os.environ.get("FFT_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python"))
 POSITIONS = 16384
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
 
 
 class Server:

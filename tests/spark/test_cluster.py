@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
+from ports import free_port
 
 from spark.helpers import files_of
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
@@ -22,12 +22,6 @@ SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
 REPEATED = 16
 #: Cover folders, whose names are $0, and become what follows.
 HIDE = 'for folder in $0; do mount -t tmpfs none "$folder" || exit 77; done; exec "$@"'
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until(condition, what: str, seconds: float = 180) -> None:

@@ -14,6 +14,7 @@ import deltalake
 import pyarrow as pa
 import pytest
 from delta_logs import delete_rows, map_columns, write_with_features
+from ports import free_port
 
 from spark.helpers import files_of, rows_of, stacks_of_ours
 from spark_jobs import repartition_table, shuffle_tables, tokenize_table
@@ -144,9 +145,7 @@ print(made.rows, made.lineage["counts"]["documents_in"], spark.table("lake.token
 
 def test_a_connect_server(launch, corpus, documents, tokenizer, tokens, tmp_path):
     """A server of Spark Connect in a JVM of its own, found by SPARK_REMOTE, whose workers are given the code."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = [f"spark.connect.grpc.binding.port={port}", "spark.ui.enabled=false"]
     command = ["spark-submit", "--master", "local[2]", *(part for s in settings for part in ("--conf", s))]
     command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer", "spark-internal"]
