@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from fft.redaction import redact
+
 
 def say(text: str) -> None:
-    """One line for the user."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the user, without what is secret in it."""
+    print(redact(text), file=sys.stderr, flush=True)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -44,7 +46,7 @@ def live(line: Callable[[float], str], last: bool = False, interval: float = 1.0
 
     def poll() -> None:
         while not stop.wait(interval if tty else 30.0):
-            text = line(time.monotonic() - start)
+            text = redact(line(time.monotonic() - start))
             print(f"\r{text}\x1b[K" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
         if tty:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

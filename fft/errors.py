@@ -8,9 +8,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
+
+from fft.redaction import has_credentials, redact
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
@@ -41,11 +44,20 @@ class StorageError(UserError):
 
 
 def one_line(error: Exception) -> str:
-    """What another program's error says, fit to stand inside a sentence."""
-    letters = (
-        letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1] for letter in str(error)
-    )
+    """What another program's error says, fit to stand inside a sentence, without what is secret in it."""
+    text = redact(str(error))
+    letters = (letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1] for letter in text)
     return " ".join("".join(letters).split()).rstrip(".")
+
+
+def check_no_credentials(url: str) -> None:
+    """Raise :class:`UserError` for a URL with a password or a signature in it, which is not repeated."""
+    if has_credentials(url):
+        raise UserError(
+            f"{redact(url)} has credentials in it, which would stand in logs, in lists of processes and in manifests: "
+            "leave them out, and give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...) or a "
+            "profile."
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +73,13 @@ class Parser(argparse.ArgumentParser):
         near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, n=1)]
         meant = f" (did you mean {', '.join(near)}?)" if near else ""
         raise UserError(f"{message}{meant}; {self.prog} --help lists the flags.")
+
+    # argparse's own takes namespaces of any class, for which it has three signatures.
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # pyrefly: ignore[bad-override]
+        """As argparse does, into a new namespace. Raises :class:`UserError` for URLs with credentials, too."""
+        for word in sys.argv[1:] if args is None else args:
+            check_no_credentials(word.removeprefix("--").partition("=")[2] if word.startswith("--") else word)
+        return super().parse_args(args)
 
     @contextmanager
     def naming_flags(self) -> Iterator[None]:
@@ -93,6 +112,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
     Ranks of a distributed job meet the same bad input, so rank 0 speaks for all: the others wait for their launcher to
     stop them. One that is still there after :data:`_PATIENCE` seconds has met something of its own, and says so.
+
+    A program's fault is raised as Python does, unless there is something secret in what it says.
     """
     try:
         code = main() or 0
@@ -104,14 +125,21 @@ def run_cli(main: Callable[[], int | None]) -> None:
         if error.errno not in _OF_PATHS or error.filename is None:
             raise
         code = _refuse(UserError(f"{error.filename} cannot be used ({error.strerror}): name another path, or mend it."))
+    except Exception as error:
+        told = "".join(traceback.format_exception(error))
+        if redact(told) == told:
+            raise
+        print(redact(told), file=sys.stderr, flush=True)
+        code = 1
     sys.exit(code)
 
 
 def _refuse(error: UserError) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(_PATIENCE)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    _tell_torchrun(str(error))
+    sentence = redact(str(error))
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    _tell_torchrun(sentence)
     return error.exit_code
 
 

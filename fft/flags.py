@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import yaml
 
-from fft.errors import UserError, one_line
+from fft.errors import UserError, check_no_credentials, one_line
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,12 @@ def read_settings(path: str, kind: type) -> dict[str, Any]:
 
 
 def check_bounds(arguments: Any) -> None:
-    """Raise :class:`UserError` for the first flag that is infinite, out of bounds, or a text of no or several lines."""
+    """Raise :class:`UserError` for the first flag that is infinite, out of bounds, a text of no or several lines, or
+    a URL with credentials."""
     for spec in fields(arguments):
         value, bound = getattr(arguments, spec.name), spec.metadata["bound"]
+        if isinstance(value, str):
+            check_no_credentials(value)
         for wanted in (_OF_TYPE.get(type(value)), bound):
             if wanted is not None and value is not None and not wanted.holds(value):
                 shown = repr(value) if isinstance(value, str) else value

@@ -9,6 +9,7 @@ from pathlib import Path
 from fft.data.manifest import MANIFEST_NAME, REPLACING, WRITING_NAME, Manifest
 from fft.data.storage import Storage
 from fft.files import atomic_file, sync
+from fft.redaction import redact_all
 
 Place = str | os.PathLike[str] | Storage
 
@@ -17,13 +18,15 @@ def begin_writing(table: Place, lineage: dict) -> None:
     """Mark the folder, which is made, as being written; a manifest that was there no longer holds and is removed."""
     storage = Storage.at(table)
     storage.make()
-    storage.write(WRITING_NAME, json.dumps(lineage, indent=1, sort_keys=True))
+    storage.write(WRITING_NAME, json.dumps(redact_all(lineage), indent=1, sort_keys=True))
     storage.delete([MANIFEST_NAME])
 
 
 def begin_replacing(table: Place, lineage: dict, ending: str) -> None:
     """Mark the folder, whose table stays until :func:`commit_all`. ``ending`` is that of the names of the new files."""
-    Storage.at(table).write(WRITING_NAME, json.dumps({**lineage, REPLACING: ending}, indent=1, sort_keys=True))
+    Storage.at(table).write(
+        WRITING_NAME, json.dumps({**redact_all(lineage), REPLACING: ending}, indent=1, sort_keys=True)
+    )
 
 
 def commit(table: Place, manifest: Manifest) -> None:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
 from fft.errors import UserError
+from fft.redaction import redact_all
 
 #: Tables of texts have the first format version, which older releases read; those with images the second.
 FORMAT_VERSION, _OF_TEXTS = 2, 1
@@ -79,8 +80,9 @@ class Manifest:
             object.__setattr__(self, "format_version", FORMAT_VERSION)
 
     def to_json(self) -> str:
-        """Serialise with sorted keys, so that equal tables have equal manifests."""
+        """Serialise with sorted keys, so that equal tables have equal manifests; without what is secret."""
         facts = asdict(self)
+        facts["lineage"] = redact_all(facts["lineage"])
         if self.vision is None:
             del facts["vision"]
         return json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)

@@ -26,7 +26,7 @@ from pyarrow import fs
 
 from fft.data.asking import NewFile, asking, file_system, remove_file
 from fft.data.manifest import is_hidden
-from fft.errors import StorageError, UserError, one_line
+from fft.errors import StorageError, UserError, check_no_credentials, one_line
 from fft.files import move_file, write_atomically
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
@@ -63,7 +63,8 @@ class Storage:
     def at(cls, name: "str | os.PathLike[str] | Storage") -> "Storage":
         """The storage that a path or URL names; one that is given is returned.
 
-        Raises :class:`UserError` for a URL of no known file system, and for a name that is no UTF-8.
+        Raises :class:`UserError` for a URL of no known file system or with credentials, and for a name that is no
+        UTF-8.
         """
         if isinstance(name, Storage):
             return name
@@ -235,7 +236,11 @@ def address_of(name: str | os.PathLike[str]) -> str:
 
 
 def whole(url: str) -> str:
-    """A URL of which a path has swallowed a slash, with all of them. (What has no host may be written with one.)"""
+    """A URL of which a path has swallowed a slash, with all of them. (What has no host may be written with one.)
+
+    Raises :class:`UserError` for one with credentials in it.
+    """
+    check_no_credentials(url)
     scheme, _, rest = url.partition(":")
     slashes, rest = len(rest) - len(rest.lstrip("/")), rest.lstrip("/")
     if scheme in _HOSTLESS and slashes != 2:

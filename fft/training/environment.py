@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import fft
 from fft.errors import UserError
+from fft.redaction import redact
 
 #: What launchers tell every rank.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -58,7 +59,7 @@ def environment(group: dist.ProcessGroup, device: torch.device) -> dict:
     hosts: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(hosts, f"{socket.gethostname()} {_name(device)}", group)
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": redact(shlex.join(sys.orig_argv)),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version(name) for name in ("torch", "deepspeed", "transformers")},

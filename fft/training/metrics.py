@@ -23,6 +23,7 @@ from fft.checkpoint.stored_run import run_at
 from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
+from fft.redaction import redact_all
 from fft.training.metric_sinks import Sinks, open_sinks
 from fft.training.work import Work, datasheet_rate, device_name
 
@@ -192,7 +193,7 @@ def open_metrics(
     sinks = Sinks(log)
     if dist.get_rank() == 0:
         notes = run_at(args.checkpoint).notes if args.checkpoint else None
-        sinks = held.enter_context(open_sinks(notes, start, dataclasses.asdict(args), log))
+        sinks = held.enter_context(open_sinks(notes, start, redact_all(dataclasses.asdict(args)), log))
     work, world = Work.of(layout.every, args.seq_len), plan.mesh.world
     rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")
     peak, sheet = over_ranks(rate, dist.ReduceOp.SUM, device), datasheet_rate(device, dtype)

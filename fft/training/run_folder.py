@@ -20,6 +20,7 @@ from fft.data.batches import Loader
 from fft.errors import UserError, one_line
 from fft.planning.outputs import RUN_FLAGS, check_free
 from fft.planning.preflight import Plan, batch_plan
+from fft.redaction import redact_all
 from fft.training.early_stop import EarlyStop
 from fft.training.same_run import check_resumed
 
@@ -102,7 +103,7 @@ def state_of(
         "early_stop": early_stop.state(),
         "identity": plan.identity,
         "data": data,
-        "arguments": dataclasses.asdict(args),
+        "arguments": redact_all(dataclasses.asdict(args)),
     }
 
 
@@ -111,7 +112,7 @@ def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: S
 
     Raises :class:`UserError` where they cannot be written to.
     """
-    settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
+    settings = yaml.safe_dump(redact_all(dataclasses.asdict(args)), sort_keys=False)
     # Which tables, at which versions, in which order, and which model: what a later run needs to go on with this one.
     data = {
         name: reader and {**reader.identity, "made_from": [table.origin for table in reader.tables]}
@@ -130,7 +131,7 @@ def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: S
         run.point_again()
         run.put("arguments.yaml", settings)
         run.put("environment.yaml", yaml.safe_dump(environment, sort_keys=False))
-        run.put("data.yaml", yaml.safe_dump(data | {"model": model}, sort_keys=False))
+        run.put("data.yaml", yaml.safe_dump(redact_all(data | {"model": model}), sort_keys=False))
 
 
 def _written_by(line: str, step: int) -> bool:

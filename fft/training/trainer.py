@@ -26,6 +26,7 @@ from fft.models.spec import ModelSpec
 from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
+from fft.redaction import redact
 from fft.training import run_folder
 from fft.training.early_stop import EarlyStop
 from fft.training.engine import (
@@ -328,4 +329,4 @@ def _log(text: str) -> None:
     # Whoever read along may be gone, as with a launcher or a terminal: the run is not to end by that, unsaved.
     with contextlib.suppress(OSError):
         if dist.get_rank() == 0:
-            print(text, file=sys.stderr, flush=True)
+            print(redact(text), file=sys.stderr, flush=True)

@@ -5,18 +5,19 @@ import contextlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from pyspark import SparkContext
 from pyspark.errors import PySparkException, PySparkRuntimeError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -28,7 +29,11 @@ from fft.errors import UserError
 _ROOT = str(Path(__file__).resolve().parents[2])
 _NEED_ENGINE = (
     "Spark needs Java, and none was found: install Java 17 (apt-get install openjdk-17-jre-headless) or set JAVA_HOME; "
-    "or run without Java on Sail: pip install pysail."
+    "or run without Java on Sail: pip install pysail, and FFT_ENGINE=sail."
+)
+_SAIL_IS_OPEN = (
+    "note: Sail listens on 127.0.0.1:{port} until the job ends, and asks nobody who they are: whoever has an account "
+    "on this machine can run programs there as you"
 )
 #: What ``FFT_ENGINE`` may be.
 _ENGINES = ("", "spark", "sail")
@@ -41,10 +46,12 @@ _SETTINGS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
     "spark.sql.execution.arrow.maxBytesPerBatch": str(16 << 20),
 }
+#: Of a Spark that is local alone.
+_LOOPBACK = "127.0.0.1"
+_ADDRESSES = ("spark.driver.host", "spark.driver.bindAddress")
+_ALONE = dict.fromkeys(_ADDRESSES, _LOOPBACK) | {"spark.authenticate": "true", "spark.ui.killEnabled": "false"}
 #: Sessions on servers that were started here, which have this package.
 _OWN: list[SparkSession] = []
-#: Seconds; one is usual.
-_SAIL_STARTS_WITHIN = 60
 #: Loggers that only repeat, with a stack, what the driver is about to raise.
 _ECHOES = (
     "org.apache.spark.executor.Executor",
@@ -58,8 +65,9 @@ def get_session(name: str, given: SparkSession | None = None) -> SparkSession:
     """The ``given`` session, else the active one (Databricks, a notebook), ``SPARK_REMOTE``'s, ``spark-submit``'s, or a
     local one.
 
-    That one runs on Java; where there is none, or with ``FFT_ENGINE=sail``, on Sail (``pip install pysail``).
-    Raises :class:`UserError` when there is neither, and for another ``FFT_ENGINE``.
+    That one runs on Java; with ``FFT_ENGINE=sail``, and only then, on Sail (``pip install pysail``): whoever has an
+    account on the machine can reach that, which is told. Raises :class:`UserError` where the engine that is asked for
+    is not there, and for another ``FFT_ENGINE``.
     """
     if given is not None:
         return _prepared(given)
@@ -74,22 +82,65 @@ def get_session(name: str, given: SparkSession | None = None) -> SparkSession:
     builder = SparkSession.builder.appName(name)
     if "SPARK_REMOTE" in os.environ and not sail:
         return _prepared(builder.getOrCreate())
-    if sail or not _has_java():
+    if sail:
         if importlib.util.find_spec("pysail") is None:
-            raise UserError(_NEED_ENGINE)
+            raise UserError("FFT_ENGINE=sail needs Sail: pip install pysail; or leave it unset, to run on Spark.")
         return _sail_session(name)
+    if not _has_java():
+        raise UserError(_NEED_ENGINE)
     # Python workers must find this package also when it is not installed.
     path = os.pathsep.join(p for p in (_ROOT, os.environ.get("PYTHONPATH")) if p)
     builder = builder.config("spark.executorEnv.PYTHONPATH", path)
     builder = builder.config("spark.log.level", "ERROR").config("spark.ui.showConsoleProgress", "false")
     try:
-        spark = builder.getOrCreate()
+        with _on_this_machine_alone(builder):
+            spark = builder.getOrCreate()
     except PySparkRuntimeError as error:
         if "JAVA_GATEWAY_EXITED" not in str(error):
             raise
         raise UserError("Spark's Java process ended at once: install Java 17 and point JAVA_HOME at it.") from error
     _mute_echoes(spark)
     return spark
+
+
+@contextmanager
+def _on_this_machine_alone(builder: SparkSession.Builder) -> Iterator[None]:
+    """Around the start of a Spark that is local: others shall not reach it, and pages of its UI only tell.
+
+    What the user has set stays. Where ``spark-submit`` has started Java, its UI is where that has put it.
+    """
+    given, address = _given_settings(), os.environ.get("SPARK_LOCAL_IP")
+    if not given.get("spark.master", "local").startswith("local"):
+        yield
+        return
+    for name, value in _ALONE.items():
+        if name not in given:
+            builder.config(name, (address or _LOOPBACK) if name in _ADDRESSES else value)
+    os.environ["SPARK_LOCAL_IP"] = address or _LOOPBACK
+    try:
+        yield
+    finally:
+        if address is None:
+            del os.environ["SPARK_LOCAL_IP"]
+
+
+def _given_settings() -> dict[str, str]:
+    """What users have set of Spark: by ``spark-submit``, in ``PYSPARK_SUBMIT_ARGS``, or in its configuration."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        SparkContext._ensure_initialized()
+        jvm: Any = SparkContext._jvm
+        return {pair._1(): pair._2() for pair in jvm.org.apache.spark.SparkConf().getAll()}
+    folder = os.environ.get("SPARK_CONF_DIR") or os.path.join(os.environ.get("SPARK_HOME", ""), "conf")
+    file = Path(folder, "spark-defaults.conf")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    found = {name: value for name, _, value in (re.sub(r"[\s=]+", " ", line.strip()).partition(" ") for line in lines)}
+    words = shlex.split(os.environ.get("PYSPARK_SUBMIT_ARGS", ""))
+    for flag, value in pairwise(words):
+        if flag == "--master":
+            found["spark.master"] = value
+        elif flag in ("--conf", "-c"):
+            name, _, found[name] = value.partition("=")
+    return found
 
 
 def _prepared(spark: SparkSession) -> SparkSession:
@@ -107,35 +158,19 @@ def _has_java() -> bool:
 
 
 def _sail_session(name: str) -> SparkSession:
-    """A session on a Sail server of its own, in a process that ends with this one, see :mod:`.sail_server`.
+    """A session on a Sail server of its own, see :mod:`.sail_server`."""
+    from spark_jobs.runtime.sail_server import SailServer
 
-    (Inside this process its threads would outlive the interpreter, which then aborts.)
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "RUST_LOG": os.environ.get("RUST_LOG", "error")}  # what goes wrong is raised as well
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (_ROOT, environment.get("PYTHONPATH")) if p)
-    command = [sys.executable, "-m", "spark_jobs.runtime.sail_server", str(port), str(os.getpid())]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    atexit.register(server.kill)
-    _wait_for(server, port)
-    spark = SparkSession.builder.appName(name).remote(f"sc://127.0.0.1:{port}").getOrCreate()
+    try:
+        server = SailServer(_ROOT)
+    except OSError as error:
+        raise UserError(f"{error}: see what `python -m pysail spark server` says.") from error
+    atexit.register(server.stop)
+    say(_SAIL_IS_OPEN.format(port=server.port))
+    spark = SparkSession.builder.appName(name).remote(f"sc://127.0.0.1:{server.port}").getOrCreate()
     _OWN.append(spark)
     atexit.register(spark.stop)  # before the server: the last registered goes first
     return spark
-
-
-def _wait_for(server: subprocess.Popen, port: int) -> None:
-    deadline = time.monotonic() + _SAIL_STARTS_WITHIN
-    while server.poll() is None and time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise UserError(
-        f"Sail did not start within {_SAIL_STARTS_WITHIN} s: see what `python -m pysail spark server` says."
-    )
 
 
 @lru_cache(maxsize=1)

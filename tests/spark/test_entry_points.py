@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fft.errors import UserError
 from spark.helpers import hashes_of, stacks_of_ours
 from spark_jobs import repartition_table
-from spark_jobs.runtime import session
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ["spark-submit", "--master", "local[1]", "--conf", "spark.ui.enabled=false"]
@@ -81,21 +79,17 @@ def test_help_needs_no_spark(launch, job, form, tmp_path):
     assert f"spark-submit spark_jobs/{job}.py -i" in process.stdout
 
 
-def test_without_java_a_job_runs_on_sail(launch, pipeline, tmp_path):
+def test_without_java_a_job_runs_on_sail_where_that_is_asked_for(launch, pipeline, tmp_path):
     flags = ["--seed", "0", "--holdout", "0.1", "--num_block", "4"]
     command = [sys.executable, "spark_jobs/shuffle.py", "-i", pipeline / "tokens", "-o", tmp_path / "out", *flags]
-    process = launch(*command, env={"JAVA_HOME": str(tmp_path)})
+    refused = launch(*command, env={"JAVA_HOME": str(tmp_path)})
+    assert refused.returncode == 2
+    assert "install Java 17" in refused.stderr
+    assert "FFT_ENGINE=sail" in refused.stderr
+    process = launch(*command, env={"JAVA_HOME": str(tmp_path), "FFT_ENGINE": "sail"})
     assert process.returncode == 0, process.stderr
     for split in ("train", "validation"):
         assert hashes_of(tmp_path / "out" / split) == hashes_of(pipeline / "shuffled" / split)
-
-
-def test_without_java_and_sail_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr(session, "_has_java", lambda: False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(session.SparkSession, "getActiveSession", lambda: None)
-    with pytest.raises(UserError, match=r"install Java 17 .* pip install pysail"):
-        session.get_session("test")
 
 
 def test_the_scripts_folder_does_not_hide_the_standard_library(tmp_path):
