@@ -23,6 +23,7 @@ from fft.checkpoint import adapter
 from fft.checkpoint.folder import TRAINING, checkpoint_tag
 from fft.checkpoint.fragments import SavedFragments
 from fft.errors import UserError
+from fft.files import write_file
 from fft.models.directory import load_config
 from fft.models.in_process import GRADIENT, LOSS, gradient_difference, relative, write_random_model
 from fft.models.supported import check_supported
@@ -161,7 +162,7 @@ def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> Tra
 def launch(args: TrainArguments, ranks: int, folder: Path) -> None:
     """Run the trainer in ``ranks`` processes of this machine. Raises :class:`UserError` with what it said last."""
     settings = folder / "settings.yaml"
-    settings.write_text(yaml.safe_dump(dataclasses.asdict(args)), encoding="utf-8")
+    write_file(settings, yaml.safe_dump(dataclasses.asdict(args)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*torchrun, str(Path(__file__).with_name("train.py")), "--config", str(settings)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

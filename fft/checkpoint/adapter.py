@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fft.data.views import origin
 from fft.errors import UserError
+from fft.files import remove_file, write_file
 from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
 from fft.models.vision import PARTS
@@ -95,8 +96,8 @@ def write_adapter(staging: Path, shards: int, config: Mapping[str, object]) -> l
     tensors = {f"{PREFIX}{name}": tensor for file in files for name, tensor in load_tensors(file).items()}
     hf.write_tensors(staging / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
     for file in files:
-        file.unlink()
-    (staging / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        remove_file(file)
+    write_file(staging / CONFIG, json.dumps(config, indent=2))
     return [WEIGHTS, CONFIG]
 
 

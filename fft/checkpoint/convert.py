@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from fft.checkpoint import places
 from fft.console import say
+from fft.data.replaceable import MODEL, check_replaceable, names_in
 from fft.data.views import naming_places, view
 from fft.errors import Parser, UserError, run_cli
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (args.source, args.model, args.lora, args.like)):
         if places.lies_in(path, output):
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
+    check_replaceable(output, output, MODEL, names_in(args.like))
     # Not before: --help need not wait for torch.
     from fft.checkpoint.conversion import convert, merged, open_source
     from fft.checkpoint.original_form import write_like

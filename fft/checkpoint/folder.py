@@ -13,14 +13,22 @@ import json
 import math
 import os
 import re
-import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fft.data.views import noted, origin
 from fft.errors import UserError
-from fft.files import hidden, recover_folder, replace_folder, staging_folder, write_atomically
+from fft.files import (
+    hidden,
+    own_file,
+    recover_folder,
+    remove_file,
+    remove_path,
+    replace_folder,
+    staging_folder,
+    write_atomically,
+)
 
 SUMS = "SHA256SUMS"
 LATEST, BEST = "latest", "best"
@@ -97,7 +105,7 @@ def gather_sums(staging: Path) -> None:
     )
     write_atomically(staging / SUMS, "".join(f"{line}\n" for line in lines))
     for file in lists:
-        file.unlink()
+        remove_file(file)
 
 
 def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -153,15 +161,15 @@ def by_loss(losses: Mapping[int, float | None]) -> list[int]:
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; interrupted, it leaves nothing that looks like one."""
     removed = hidden(checkpoint, "removed")
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_path(removed)
     os.replace(checkpoint, removed)
-    shutil.rmtree(removed)
+    remove_path(removed)
 
 
 def set_aside(checkpoint: Path) -> Path:
     """Take a damaged checkpoint out of service but keep it to be looked at; returns its new place."""
     bad = hidden(checkpoint, "bad")
-    shutil.rmtree(bad, ignore_errors=True)
+    remove_path(bad)
     os.replace(checkpoint, bad)
     return bad
 
@@ -172,14 +180,19 @@ def tidy(run: Path) -> None:
         recover_folder(left.with_name(left.name.removeprefix(".").removesuffix(".old")))
     for mark in ("writing", "removed"):
         for left in run.glob(f".step-*.{mark}"):
-            shutil.rmtree(left)
+            remove_path(left)
 
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run folder, at most until the process ends. Raises :class:`UserError` when another process holds it."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "a+", encoding="utf-8") as stream:
+    with contextlib.ExitStack() as held:
+        try:
+            lock = own_file(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        except OSError as error:
+            raise UserError(f"--checkpoint {run} cannot be locked by {run / LOCK}: {error.strerror}.") from error
+        stream = held.enter_context(os.fdopen(lock, "a+", encoding="utf-8"))
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

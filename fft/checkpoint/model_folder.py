@@ -3,10 +3,9 @@
 In a store an older one goes first, and ``config.json``, without which none is a model, comes last.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from fft.checkpoint.stored_run import reported, send_completed
 from fft.data.owner import atomic_folder
 from fft.data.storage import Storage, is_url
 from fft.data.views import pieces, send, view_of
-from fft.files import staging_folder
+from fft.files import end_of, new_file, remove_path, staging_folder
 from fft.weights import hf
 from fft.weights.in_store import write_tensors_to
 
@@ -42,7 +41,7 @@ def write_model_shard(output: str, tensors: dict[str, Tensor], shard: int, shard
     if is_url(output):
         write_tensors_to(Storage.at(output), hf.shard_name(shard, shards), tensors, {"format": "pt"})
     else:
-        hf.write_shard(staging_folder(output), tensors, shard, shards)
+        hf.write_shard(staging_folder(end_of(output)), tensors, shard, shards)
 
 
 def finish(output: str, complete: Callable[[Path], list[str]]) -> None:
@@ -51,7 +50,7 @@ def finish(output: str, complete: Callable[[Path], list[str]]) -> None:
     Raises :class:`UserError` where a store fails.
     """
     if not is_url(output):
-        complete(staging_folder(output))
+        complete(staging_folder(end_of(output)))
         return
     place = Storage.at(output)
     with tempfile.TemporaryDirectory(prefix="fft-model-") as scratch, reported(output):
@@ -87,7 +86,7 @@ def copy_model(checkpoint: Path, output: str) -> None:
         for file in files:
             copy = staging / file.relative_to(checkpoint)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with open(copy, "wb") as stream:
+            with open(new_file(copy), "wb") as stream:
                 stream.writelines(pieces(file))
 
 
@@ -97,7 +96,8 @@ def remove_model(output: str) -> None:
         with reported(output):
             Storage.at(output).delete_folder()
     else:
-        shutil.rmtree(output, ignore_errors=True)
+        with suppress(OSError):
+            remove_path(end_of(output))
 
 
 def _send_all(folder: Path, output: str, files: set[Path]) -> None:

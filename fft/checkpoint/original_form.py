@@ -1,6 +1,5 @@
 """A model in the form of the original that it was made from: under its names, beside its config, code and tokenizer."""
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from fft.checkpoint.conversion import DTYPES, shards
 from fft.checkpoint.model_folder import staged
 from fft.errors import UserError
+from fft.files import copy_file
 from fft.models.directory import Weights
 from fft.weights import hf
 from fft.weights.files import INDEX, opened, weight_files
@@ -86,5 +86,5 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
         weights = {file.name for file in form._files.values()}
         for file in like.iterdir():
             if file.is_file() and file.name not in weights and not file.name.endswith((INDEX, ".bin.index.json")):
-                shutil.copyfile(file, staging / file.name)
+                copy_file(file, staging / file.name)
     return len(form.names)

@@ -7,12 +7,21 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.checkpoint.folder import STATE, SUMS
+from fft.checkpoint.folder import STATE, SUMS, TENSORBOARD, TRAINING
+from fft.data.replaceable import MODEL, Kind
 from fft.data.storage import SCHEMES, Storage, is_url, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.views import files_below
 from fft.errors import UserError, one_line
 from fft.files import try_folder
+
+_CHECKPOINT = Kind(
+    "a checkpoint",
+    rf"{MODEL.files}|{SUMS}(\.\w+)?",
+    {**MODEL.folders, TRAINING: Kind("", r"state\.json|[\w-]+\.safetensors")},
+)
+#: What a run without --resume clears of a run's folder.
+CLEARED = Kind("a run", ".*", {r"step-\d+": _CHECKPOINT, TENSORBOARD: Kind("", r"events\.out\..*"), ".*": None})
 
 
 def parts(place: str) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ does not do what it should.
 import contextlib
 import json
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from torch import Tensor
 from fft.checkpoint import folder
 from fft.checkpoint.folder import BEST, LATEST, METRICS, STATE, TENSORBOARD, by_loss, checkpoint_tag, kept
 from fft.errors import UserError
-from fft.files import staging_folder, start_folder, write_atomically
+from fft.files import remove_file, remove_path, staging_folder, start_folder, write_atomically
 from fft.weights import hf
 
 
@@ -183,12 +182,12 @@ class LocalRun(RunFolder):
 
     def drop(self, name: str) -> None:
         """Remove a small file, if it is there."""
-        (self.path / name).unlink(missing_ok=True)
+        remove_file(self.path / name)
 
     def forget(self) -> None:
         """Remove the numbers of an older run."""
         self.drop(METRICS)
-        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
+        remove_path(self.path / TENSORBOARD)
 
     def keep(self) -> None:
         """Nothing: they are there."""

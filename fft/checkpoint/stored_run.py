@@ -21,6 +21,7 @@ from fft.data.storage import Storage, is_url
 from fft.data.store_owner import owning
 from fft.data.views import files_below, scratch_folder, send, view, view_of
 from fft.errors import UserError, one_line
+from fft.files import remove_file, write_file
 from fft.weights import hf
 from fft.weights.in_store import write_tensors_to
 
@@ -64,7 +65,7 @@ class StoredRun(RunFolder):
     def put(self, name: str, text: str) -> None:
         """Make a small file; numbers are noted, too, since they grow."""
         if name == METRICS:
-            (self.notes / name).write_text(text, encoding="utf-8")
+            write_file(self.notes / name, text)
         with reported(self.name):
             self.storage.write(name, text)
 
@@ -75,7 +76,7 @@ class StoredRun(RunFolder):
 
     def forget(self) -> None:
         """Remove the numbers of an older run."""
-        (self.notes / METRICS).unlink(missing_ok=True)
+        remove_file(self.notes / METRICS)
         self.drop(METRICS)
         with reported(self.name):
             self.storage.delete_folder(TENSORBOARD)

@@ -18,8 +18,9 @@ from fft.data.footer import Each, each_of
 from fft.data.iceberg import read_iceberg, reads_iceberg
 from fft.data.known import COMPRESSIONS, KINDS, LeftOut, file_class, partition_of
 from fft.data.lakes import EngineOnly, check_not_inside, lake_tables, refuse_others
+from fft.data.listing import Listing
 from fft.data.manifest import in_order, is_hidden
-from fft.data.storage import SCHEMES, Listing, Storage, check_names_utf8, is_url, printable, reaching, whole
+from fft.data.storage import SCHEMES, Storage, check_names_utf8, is_url, printable, reaching, whole
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.files import sync
+from fft.files import new_file, remove_file, sync
 
 T = TypeVar("T")
 
@@ -68,31 +68,32 @@ def of_storage(error: Exception) -> bool:
     )
 
 
-def remove_file(filesystem: fs.FileSystem, path: str) -> None:
-    """Remove a file; one that is not there does not matter. Raises :class:`OSError`."""
+def delete_object(filesystem: fs.FileSystem, path: str) -> None:
+    """Remove a file of a store; one that is not there does not matter. Raises :class:`OSError`."""
     with contextlib.suppress(FileNotFoundError):
-        if isinstance(filesystem, fs.LocalFileSystem):
-            Path(path).unlink()
-        else:
-            asking(partial(filesystem.delete_file, path))
+        asking(partial(filesystem.delete_file, path))
 
 
 class NewFile:
     """A file that is being written, by its ``stream``; it is whole, and there for good, once :meth:`close` returns.
 
     In a store it has its name only then, and what a process that is killed has sent is no file; on a disk it has it
-    from the beginning, so a name is given that nobody reads until it is told. Raises :class:`OSError`.
+    from the beginning, so a name is given that nobody reads until it is told, and that nothing has. Raises
+    :class:`OSError`.
     """
 
     def __init__(self, filesystem: fs.FileSystem, path: str) -> None:
         self._filesystem, self._path = filesystem, path
+        self._is_local = isinstance(filesystem, fs.LocalFileSystem)
+        if self._is_local:
+            os.close(new_file(path))
         self.stream = asking(partial(filesystem.open_output_stream, path))
 
     def close(self) -> int:
         """Finish it; returns its bytes."""
         size = self.stream.tell()
         self.stream.close()
-        if isinstance(self._filesystem, fs.LocalFileSystem):
+        if self._is_local:
             sync(Path(self._path))
         return size
 
@@ -101,4 +102,4 @@ class NewFile:
         with contextlib.suppress(OSError, pa.ArrowException):
             self.stream.close()
         with contextlib.suppress(OSError, pa.ArrowException):
-            remove_file(self._filesystem, self._path)
+            remove_file(self._path) if self._is_local else delete_object(self._filesystem, self._path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fft.data.manifest import MANIFEST_NAME, REPLACING, WRITING_NAME, Manifest
 from fft.data.storage import Storage
-from fft.files import atomic_file, sync
+from fft.files import atomic_file, sync, write_file
 from fft.redaction import redact_all
 
 Place = str | os.PathLike[str] | Storage
@@ -46,7 +46,7 @@ def commit_all(tables: Sequence[tuple[Place, Manifest]]) -> None:
         for table, manifest in places:
             if table.is_local:
                 aside = staged.enter_context(atomic_file(Path(table.path(MANIFEST_NAME))))
-                aside.write_text(manifest.to_json(), encoding="utf-8")
+                write_file(aside, manifest.to_json())
                 sync(aside)
     for table, manifest in places:
         if not table.is_local:

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from fft.data.lakes import EngineOnly
+from fft.data.listing import Listing
 from fft.data.manifest import Manifest, in_order
-from fft.data.storage import Listing, Storage, is_url, reaching
+from fft.data.storage import Storage, is_url, reaching
 from fft.errors import UserError, one_line
 
 if TYPE_CHECKING:

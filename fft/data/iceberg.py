@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from fft.data.delta import Snapshot
 from fft.data.known import ICEBERG
 from fft.data.lakes import EngineOnly
+from fft.data.listing import Listing
 from fft.data.manifest import in_order
-from fft.data.storage import SCHEMES, Listing, Storage
+from fft.data.storage import SCHEMES, Storage
 from fft.errors import StorageError, one_line
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from pathlib import PurePosixPath
 from pyarrow import fs
 
 from fft.data.known import ICEBERG, LOGS
+from fft.data.listing import Listing
 from fft.data.manifest import is_hidden
-from fft.data.storage import Listing, Storage, reaching
+from fft.data.storage import Storage, reaching
 from fft.errors import UserError
 
 

@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -26,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from fft.errors import UserError
-from fft.files import hidden, replace_folder, start_folder, try_folder
+from fft.files import (
+    end_of,
+    hidden,
+    new_file,
+    own_file,
+    remove_file,
+    remove_path,
+    replace_folder,
+    start_folder,
+    try_folder,
+)
 
 #: The mark of who writes to a folder, in that folder. Readers, Spark's too, pass over names like this.
 OWNER_NAME = "_fft_owner.json"
@@ -63,7 +72,7 @@ class Owner:
         self._stop.set()
         with contextlib.suppress(OSError):
             if self.holds():
-                self.path.unlink()
+                remove_file(self.path)
         _unlock(self._mark)
 
     def _renew(self) -> None:
@@ -102,12 +111,13 @@ def owned(path: Path, what: str, wait: bool = False) -> Iterator[Owner]:
 def atomic_folder(path: str | os.PathLike[str], wait: bool = False) -> Iterator[Path]:
     """Yield where to write what shall be the folder ``path``: it gets that name at the end of the ``with`` block.
 
-    A folder that is there is replaced, or stays as it is when the block raises. Raises :class:`Occupied` while another
-    process writes the same folder; with ``wait``, waits for its end instead. Raises :class:`OSError` where it cannot
-    be made.
+    A folder that is there, or where a link ends, is replaced, or stays as it is when the block raises. Raises
+    :class:`Occupied` while another process writes the same folder; with ``wait``, waits for its end instead. Raises
+    :class:`OSError` where it cannot be made.
     """
-    try_folder(path)
-    with owned(hidden(Path(path).resolve(), "owner"), str(path), wait) as owner, staged_folder(path, owner) as staging:
+    target = end_of(path)
+    try_folder(target)
+    with owned(hidden(target, "owner"), str(path), wait) as owner, staged_folder(target, owner) as staging:
         yield staging
 
 
@@ -121,7 +131,8 @@ def staged_folder(path: str | os.PathLike[str], owner: Owner) -> Iterator[Path]:
         replace_folder(path)
     except BaseException:
         if owner.holds():
-            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_path(staging)
         raise
 
 
@@ -177,7 +188,7 @@ def _take(path: Path, what: str) -> Owner:
     owner = uuid.uuid4().hex[:12]
     facts = facts_of_job(owner)
     aside = hidden(path, f"{owner}.writing")
-    mark = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    mark = own_file(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         os.write(mark, json.dumps(facts, indent=1).encode())
         os.fsync(mark)
@@ -189,7 +200,7 @@ def _take(path: Path, what: str) -> Owner:
         _unlock(mark)
         raise
     finally:
-        aside.unlink(missing_ok=True)
+        remove_file(aside)
 
 
 def _put(aside: Path, path: Path, what: str) -> bool:
@@ -239,7 +250,7 @@ def _check_dead(mark: int, path: Path, what: str) -> bool:
 def _open(path: Path) -> int | None:
     for access in (os.O_RDWR, os.O_RDONLY):  # another user's may be read only
         try:
-            return os.open(path, access)
+            return own_file(path, access)
         except FileNotFoundError:  # it may be there again by now, as another job's
             return None
         except OSError:
@@ -276,13 +287,13 @@ def _now(path: Path) -> float:
     """The time by the clock of the storage, which stamps files; machines' own clocks may differ."""
     probe = hidden(path, f"{uuid.uuid4().hex}.writing")
     try:
-        probe.touch()
+        os.close(new_file(probe))
         return probe.stat().st_mtime
     except OSError:  # full, or not to be written to
         return time.time()
     finally:
         with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+            remove_file(probe)
 
 
 def _machine() -> str:

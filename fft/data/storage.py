@@ -12,9 +12,7 @@ import contextlib
 import os
 import posixpath
 import re
-import shutil
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +22,10 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from fft.data.asking import NewFile, asking, file_system, remove_file
-from fft.data.manifest import is_hidden
+from fft.data.asking import NewFile, asking, delete_object, file_system
+from fft.data.listing import Listing, Walk
 from fft.errors import StorageError, UserError, check_no_credentials, one_line
-from fft.files import move_file, write_atomically
+from fft.files import check_own, end_of, move_file, own_folder, remove_empty, remove_file, remove_path, write_atomically
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
 SCHEMES = {"s3a": "s3", "s3n": "s3"}
@@ -38,26 +36,17 @@ _REMOVED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What lay below a folder, by names relative to it: bytes of the files, and the folders.
-
-    Of a single file: its bytes, under the name ``""``. ``repeated`` are links to files and folders that have other
-    names here, which it has, or lie above (""); ``dead`` are neither files nor folders: links to nothing, sockets.
-    """
-
-    sizes: Mapping[str, int]
-    folders: frozenset[str] = frozenset()
-    repeated: Mapping[str, str] = field(default_factory=dict)
-    dead: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
 class Storage:
-    """A folder, or a single file: ``name`` is what the user calls it, ``root`` its path on ``filesystem``."""
+    """A folder, or a single file: ``name`` is what the user calls it, ``root`` its path on ``filesystem``.
+
+    On a disk what the user names may be a link; nothing is written or removed through one that lies in it. ``top`` is
+    the root of the former, where this is a folder :meth:`below` it.
+    """
 
     name: str
     root: str
     filesystem: fs.FileSystem
+    top: str = field(default="", compare=False)
 
     @classmethod
     def at(cls, name: "str | os.PathLike[str] | Storage") -> "Storage":
@@ -98,7 +87,7 @@ class Storage:
 
     def below(self, name: str) -> "Storage":
         """The folder, or file, of this name in it."""
-        return Storage(self.shown(name), self.path(name), self.filesystem)
+        return Storage(self.shown(name), self.path(name), self.filesystem, self._top)
 
     def path(self, name: str) -> str:
         """Where ``filesystem`` has the file of this name; one that begins with a slash may lie elsewhere."""
@@ -123,7 +112,7 @@ class Storage:
             if here.type == fs.FileType.File:
                 return Listing({"": here.size})
             if self.is_local:
-                return _Walk(self.root).listing()
+                return Walk(self.root).listing()
             found = asking(partial(self.filesystem.get_file_info, fs.FileSelector(self.root, recursive=True)))
         names = [(info.path.removeprefix(self.root).lstrip("/"), info) for info in found]
         sizes = {name: info.size for name, info in names if info.type == fs.FileType.File}
@@ -159,7 +148,7 @@ class Storage:
     def make(self) -> None:
         """Have the folder there, where folders are more than the beginnings of names."""
         if self.is_local:
-            Path(self.root).mkdir(parents=True, exist_ok=True)
+            own_folder(self.root, self._top)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Make a small file, of text as UTF-8: it appears whole or not at all, in the place of an older one.
@@ -168,38 +157,40 @@ class Storage:
         """
         data = content if isinstance(content, bytes) else content.encode()
         if self.is_local:
-            write_atomically(Path(self.path(name)), data)
+            write_atomically(self._own(name), data)
         else:
             asking(partial(self._put, name, data))
 
     def move(self, name: str, other: str) -> None:
         """Give a file another name, in the place of one that has it. In a store it is copied: for few files."""
-        source, target = self.path(name), self.path(other)
         if self.is_local:
-            move_file(Path(source), Path(target))
+            move_file(self._own(name), self._own(other))
         else:
-            asking(partial(self.filesystem.copy_file, source, target))
+            asking(partial(self.filesystem.copy_file, self.path(name), self.path(other)))
             self.delete([name])
 
     def create(self, name: str) -> NewFile:
         """Begin a file of any size; see :class:`NewFile`."""
-        return NewFile(self.filesystem, self.path(name))
+        return NewFile(self.filesystem, str(self._own(name)) if self.is_local else self.path(name))
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files; those that are not there do not matter."""
         gone = [self.path(name) for name in names]
-        if self.is_local or len(gone) < 2:
+        if self.is_local:
             for path in gone:
-                remove_file(self.filesystem, path)
+                remove_file(path, self._above(path))
             return
-        with ThreadPoolExecutor(_REMOVED_AT_ONCE) as pool:
-            list(pool.map(partial(remove_file, self.filesystem), gone))
+        with ThreadPoolExecutor(min(len(gone), _REMOVED_AT_ONCE) or 1) as pool:
+            list(pool.map(partial(delete_object, self.filesystem), gone))
 
     def delete_folder(self, name: str = "") -> None:
         """Remove a folder with all that is in it, if it is there."""
         if self.is_local:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self.path(name))
+            path = self.path(name)
+            if path == self._top:
+                remove_path(end_of(path))
+            else:
+                remove_path(path, self._above(path))
         elif self.info(name).type == fs.FileType.Directory:
             with contextlib.suppress(FileNotFoundError):  # a beginning of names that has none any more
                 asking(partial(self.filesystem.delete_dir, self.path(name)))
@@ -207,10 +198,24 @@ class Storage:
     def delete_empty(self) -> None:
         """Remove the folder if nothing is in it."""
         if self.is_local:
-            with contextlib.suppress(OSError):
-                Path(self.root).rmdir()
+            remove_empty(self.root, self._above(self.root))
         elif not self.here():
             self.delete_folder()
+
+    @property
+    def _top(self) -> str:
+        return self.top or self.root
+
+    def _above(self, path: str) -> str | None:
+        """The folder from which on no link may lead to a path: of one that lies elsewhere, that in which it is."""
+        return self._top if path.startswith(f"{self._top.rstrip('/')}/") else None
+
+    def _own(self, name: str) -> Path:
+        """Where a file of this name is written. Raises :class:`OSError` where a link leads there."""
+        path = self.path(name)
+        if self._above(path) is not None:
+            check_own(posixpath.dirname(path), self._top)
+        return Path(path)
 
     def _get(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(self.path(name)) as stream:
@@ -271,72 +276,3 @@ def reaching(name: str) -> Iterator[None]:
         raise StorageError(
             f"{name} cannot be listed ({one_line(error)}): check the address and this machine's credentials."
         ) from error
-
-
-class _Walk:
-    """All below a local folder, links too. (pyarrow follows those to folders round and round where they make a circle.)
-
-    What a link leads to is listed under its name, but for a folder that is listed already. First comes all that can be
-    reached without links, so that names do not depend on the order in which a file system gives them.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root, self._real_root = root, os.path.realpath(root)
-        self._folders, self._links = deque([("", self._real_root)]), deque[str]()
-        #: Names of folders, and of files that links led to, by their real paths.
-        self._names: dict[str, str] = {}
-        self.sizes: dict[str, int] = {}
-        self.repeated: dict[str, str] = {}
-        self.dead: set[str] = set()
-        while self._folders or self._links:
-            if self._folders:
-                self._look_into(*self._folders.popleft())
-            else:
-                self._follow(self._links.popleft())
-
-    def listing(self) -> Listing:
-        """All that was found."""
-        folders = {name for real, name in self._names.items() if name not in self.sizes}
-        return Listing(self.sizes, frozenset(folders - {""}), self.repeated, frozenset(self.dead))
-
-    def _look_into(self, folder: str, real: str) -> None:
-        if self._is_listed(real, folder):
-            self.repeated[folder] = self._names[real]
-            return
-        self._names[real] = folder
-        with os.scandir(posixpath.join(self._root, folder)) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = posixpath.join(folder, entry.name)
-                if entry.is_symlink():
-                    self._links.append(name)
-                elif entry.is_dir():
-                    self._folders.append((name, posixpath.join(real, entry.name)))
-                elif entry.is_file():
-                    self.sizes[name] = entry.stat().st_size
-                else:
-                    self.dead.add(name)
-
-    def _follow(self, link: str) -> None:
-        real = os.path.realpath(posixpath.join(self._root, link))
-        if os.path.isdir(real):
-            above = f"{self._real_root}/".startswith(f"{real.rstrip('/')}/")
-            if above:
-                self.repeated[link] = ""
-            else:
-                self._folders.append((link, real))
-        elif os.path.isfile(real):
-            self.sizes[link] = os.path.getsize(real)
-            folder = self._names.get(posixpath.dirname(real))
-            if folder is not None:  # the file itself lies here
-                self._names.setdefault(real, posixpath.join(folder, posixpath.basename(real)))
-            if self._is_listed(real, link):
-                self.repeated[link] = self._names[real]
-            else:
-                self._names[real] = link
-        else:
-            self.dead.add(link)
-
-    def _is_listed(self, real: str, name: str) -> bool:
-        """Under another name; one that is passed over does not count for one that is not."""
-        other = self._names.get(real)
-        return other is not None and (not is_hidden(PurePosixPath(other)) or is_hidden(PurePosixPath(name)))

@@ -20,9 +20,10 @@ from fft.data.footer import Each, Footer, RowGroup, each_of, row_groups_of
 from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
+from fft.data.listing import Listing
 from fft.data.manifest import MANIFEST_NAME, Manifest, is_hidden
 from fft.data.row_images import RowImages
-from fft.data.storage import Listing, Storage, check_names_utf8, printable
+from fft.data.storage import Storage, check_names_utf8, printable
 from fft.data.table_files import check_against_manifest, parquet_files, untagged
 from fft.errors import UserError, one_line
 from fft.images.rules import FAMILIES, ImageRules

@@ -4,6 +4,7 @@ import posixpath
 import re
 from pathlib import PurePosixPath
 
+from fft.data.listing import Listing
 from fft.data.manifest import (
     MANIFEST_NAME,
     UNFINISHED,
@@ -14,7 +15,7 @@ from fft.data.manifest import (
     manifest_of,
     replacing,
 )
-from fft.data.storage import Listing, Storage
+from fft.data.storage import Storage
 from fft.errors import UserError
 
 #: What a task in a store has written, and nobody named: a try that failed, or ended when its job was over.

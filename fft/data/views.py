@@ -8,7 +8,6 @@ their first bytes that they are no files of weights.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pyarrow import fs
 from fft.data.asking import NewFile, asking
 from fft.data.storage import Storage, is_url, reaching
 from fft.errors import UserError, one_line
-from fft.files import write_atomically
+from fft.files import remove_file, remove_path, write_atomically, write_file
 
 #: What a note begins with.
 _NOTE = b"a file of a store, noted by flash-fine-tuning\n"
@@ -118,7 +117,7 @@ def view(place: str | os.PathLike[str], fresh: bool = False) -> Path:
             return _bring(Storage.at(folder), above, {name: _facts(found)}) / name
         folder = above / PurePosixPath(storage.root).name
         if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_path(folder)
         return view_of(storage, folder)
 
 
@@ -147,7 +146,7 @@ def _bring(storage: Storage, folder: Path, files: dict[str, list[int]]) -> Path:
     file = folder / _ORIGIN
     before = json.loads(file.read_bytes())["files"] if file.is_file() else {}
     for name in before.keys() - files.keys():
-        (folder / name).unlink(missing_ok=True)
+        remove_file(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
 
     def bring(name: str) -> None:
@@ -155,9 +154,9 @@ def _bring(storage: Storage, folder: Path, files: dict[str, list[int]]) -> Path:
         size, written = files[name]
         if name.endswith(_WEIGHTS) or size > _LARGE:
             facts = {"place": storage.shown(name), "size": size, "written": written}
-            (folder / name).write_bytes(_NOTE + json.dumps(facts).encode())
+            write_file(folder / name, _NOTE + json.dumps(facts).encode())
         else:
-            (folder / name).write_bytes(storage.read(name))
+            write_file(folder / name, storage.read(name))
 
     list(_requests(os.getpid()).map(bring, [name for name in files if before.get(name) != files[name]]))
     write_atomically(file, json.dumps({"place": storage.name, "files": files}))

@@ -10,6 +10,7 @@ from fft.checkpoint.places import lies_in, parts
 from fft.checkpoint.stored_run import run_at
 from fft.data.blend import parse_tables
 from fft.data.delta import split_version
+from fft.data.replaceable import MODEL, check_replaceable, names_in
 from fft.data.storage import is_url
 from fft.data.views import origin, view
 from fft.errors import UserError
@@ -32,14 +33,16 @@ def check_outputs(args: TrainArguments, model: str, tokenizer: str | None) -> No
             "to the former."
         )
     runs = dict(zip(RUN_FLAGS, run_places(args), strict=False))
-    for flag, place in {"--output_dir": args.output_dir, **runs}.items():
-        if place:
-            _check_place(flag, place)
-            check_free(flag, place, args)
+    outputs = {"--output_dir": args.output_dir, **runs} if args.output_dir else runs
+    for flag, place in outputs.items():
+        _check_place(flag, place)
+        check_free(flag, place, args)
     for flag, run in runs.items():
         if args.output_dir and run:
             _check_apart(args.output_dir, flag, run)
     _check_replaced(args, origin(Path(model)) if is_url(args.model or args.from_ckpt or "") else model, tokenizer)
+    for flag, place in outputs.items():
+        check_kept(flag, place, args)
 
 
 def run_places(args: TrainArguments) -> list[str]:
@@ -54,6 +57,14 @@ def check_free(flag: str, place: str, args: TrainArguments) -> None:
     if not args.overwrite and not going_on and places.holds_something(place, (LOCK, TOKENS)):
         remedy = ", add --resume auto to go on with that run," if of_run else ""
         raise UserError(f"{flag} {place} exists and is not empty: choose another folder{remedy} or add --overwrite.")
+
+
+def check_kept(flag: str, place: str, args: TrainArguments) -> None:
+    """Raise :class:`UserError` where the folder of ``flag`` holds what is no run's, or no model's, and would go."""
+    if flag not in RUN_FLAGS:
+        check_replaceable(f"{flag} {place}", place, MODEL, names_in(args.model))
+    elif not args.resume:
+        check_replaceable(f"{flag} {place}", place, places.CLEARED)
 
 
 def _check_place(flag: str, place: str) -> None:

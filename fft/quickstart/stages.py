@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fft.errors import UserError
-from fft.files import write_atomically
+from fft.files import remove_file, write_atomically
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def run_stages(stages: Sequence[Stage], records: Path, log: Callable[[str], None
         if record is not None and _stands(record, stage, inputs):
             log(f"{label}: already done ({record.seconds:.1f} s)")
         else:
-            path.unlink(missing_ok=True)
+            remove_file(path)
             log(f"{label} ... ({clock(time.monotonic() - started)} elapsed)\n    {shlex.join(stage.command)}")
             begin = time.monotonic()
             facts = stage.work()

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from fft.data.storage import is_url
 from fft.errors import UserError
-from fft.files import atomic_file, hidden, sync, write_atomically
+from fft.files import atomic_file, hidden, new_file, own_file, remove_file, sync, write_atomically
 
 #: Seconds between two times that what is written is brought to the disk.
 _SYNC_EVERY = 5.0
@@ -78,9 +79,9 @@ def check_output(name: str, overwrite: bool) -> Path:
         raise UserError(f"`output` {path} exists: choose another file or add `overwrite=True`.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = hidden(path, f"{os.getpid()}.probe")
-        probe.touch()
-        probe.unlink()
+        probe = hidden(path, f"{secrets.token_hex(8)}.probe")
+        os.close(new_file(probe))
+        remove_file(probe)
     except OSError as error:
         raise UserError(f"`output` {path} cannot be made ({error.strerror}): choose another place.") from error
     return path
@@ -107,9 +108,9 @@ class Partial:
                 )
             self.done = _cut_torn(self.path)
         else:
-            self.path.unlink(missing_ok=True)
+            remove_file(self.path)
             write_atomically(self._header, json.dumps(about, indent=1))
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._file = own_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._synced = time.monotonic()
 
     def _before(self) -> Mapping[str, Any] | None:
@@ -142,7 +143,7 @@ class Partial:
         self.close()
         os.replace(self.path, self._output)
         sync(self._output.parent)
-        self._header.unlink(missing_ok=True)
+        remove_file(self._header)
 
     def become_parquet(self, shown: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
         """Write the output as parquet, of these columns: each row is what ``shown`` has of it, and its answer here."""
@@ -152,8 +153,8 @@ class Partial:
             with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
                 for batch in _batches(rows):
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-        self.path.unlink()
-        self._header.unlink(missing_ok=True)
+        remove_file(self.path)
+        remove_file(self._header)
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -171,7 +172,7 @@ def _cut_torn(path: Path) -> int:
     """How many whole lines a file has; what a crash left behind the last of them is cut off."""
     count = end = 0
     if path.exists():
-        with open(path, "rb+") as stream:
+        with open(own_file(path, os.O_RDWR), "rb+") as stream:
             for line in stream:
                 if not line.endswith(b"\n") or not line.startswith(b"{"):
                     break

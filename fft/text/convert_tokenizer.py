@@ -12,7 +12,9 @@ from pathlib import Path
 
 from fft.console import say
 from fft.data.owner import atomic_folder
+from fft.data.replaceable import MODEL, check_replaceable
 from fft.errors import Parser, UserError, one_line, run_cli
+from fft.files import write_file
 from fft.text.byte_ranks import ranked_tokenizer, read_ranks
 from fft.text.piece_model import NORMAL, PieceModel, read_piece_model
 
@@ -64,7 +66,7 @@ class Converted:
         if self.template is not None:
             files[_TEMPLATE] = self.template
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_file(folder / name, text)
         return list(files)
 
 
@@ -254,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
     if output.resolve() == directory.resolve():
         raise UserError(f"{output} is what is read: choose another folder.")
+    check_replaceable(str(output), str(output), MODEL)
     converted = convert_tokenizer(directory)
     try:
         with atomic_folder(output) as staging:

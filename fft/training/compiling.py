@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from fft.files import alone
+from fft.files import alone, remove_file
 
 
 def compile_alone(name: str, load: Callable[[], object]) -> None:
@@ -21,7 +21,7 @@ def compile_alone(name: str, load: Callable[[], object]) -> None:
         print(f"waiting for another process, which compiles {name} in {folder}", file=sys.stderr, flush=True)
 
     with alone(folder / "fft.lock", wait=wait):
-        (folder / "lock").unlink(missing_ok=True)
+        remove_file(folder / "lock")
         if not (folder / f"{name}.so").exists():
             print(f"compiling {name} in {folder}, once, for some minutes at most", file=sys.stderr, flush=True)
         load()

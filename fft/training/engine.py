@@ -23,6 +23,7 @@ from fft.arguments import TrainArguments
 from fft.checkpoint import optimizer_state
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
+from fft.files import remove_file
 from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
 from fft.models.compiled import compiler_of
@@ -94,7 +95,7 @@ def _unlink_shared_buffer() -> None:
     The memory stays mapped while the ranks of this machine live, and goes with them, however they end.
     """
     job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['LOCAL_RANK']}"
-    Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}").unlink(missing_ok=True)
+    remove_file(Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}"))
 
 
 def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRules | None = None) -> ModelSpec:

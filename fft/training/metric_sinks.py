@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from fft.checkpoint.folder import METRICS, TENSORBOARD
 from fft.errors import UserError, one_line
+from fft.files import own_file, own_folder
 
 #: Seconds that a server has to answer before a run begins.
 _PATIENCE = 10
@@ -39,7 +40,7 @@ class JsonLines:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line; whoever kills the run then finds it written."""
         try:
-            with open(self._path, "a", encoding="utf-8") as stream:
+            with open(own_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise UserError(
@@ -56,6 +57,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        own_folder(folder)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=30)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ from fft.checkpoint.saver import Contents
 from fft.data.storage import is_url
 from fft.data.views import origin, view
 from fft.errors import UserError
-from fft.files import hidden
+from fft.files import end_of, hidden
 from fft.training.export import ModelExport
 from fft.training.run_folder import folders
 
@@ -86,4 +86,4 @@ def _aside(output: str) -> str:
     if is_url(output):
         above, _, name = output.rstrip("/").rpartition("/")
         return f"{above}/.{name}.best"
-    return str(hidden(Path(output).resolve(), "best"))
+    return str(hidden(end_of(output), "best"))

@@ -18,7 +18,7 @@ from fft.checkpoint.run import RunFolder
 from fft.checkpoint.stored_run import StoredRun, run_at
 from fft.data.batches import Loader
 from fft.errors import UserError, one_line
-from fft.planning.outputs import RUN_FLAGS, check_free
+from fft.planning.outputs import RUN_FLAGS, check_free, check_kept
 from fft.planning.preflight import Plan, batch_plan
 from fft.redaction import redact_all
 from fft.training.early_stop import EarlyStop
@@ -66,6 +66,7 @@ def enter(
         for flag, run in zip(RUN_FLAGS, runs, strict=False):
             held.enter_context(run.hold())
             check_free(flag, run.name, args)  # another run may have come and gone since it was found free
+            check_kept(flag, run.name, args)
             for told in run.tidy():
                 log(f"warning: {told}")
         held.callback(_keep, runs[0], log)

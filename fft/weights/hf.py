@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fft.data.views import noted
 from fft.errors import UserError, one_line
-from fft.files import sync
+from fft.files import claim_file, copy_file, sync, write_file
 from fft.images.processor_files import set_limits
 from fft.images.rules import ImageRules
 from fft.parallel.tensor_plan import Shard
@@ -229,6 +228,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file, down to the disk. Raises :class:`UserError` when it cannot be written."""
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
+        claim_file(path)
         save_file(cpu, path, metadata=metadata)
         sync(path)
     except (SafetensorError, OSError) as error:
@@ -282,7 +282,7 @@ def write_index(staging: Path, shards: int) -> None:
             weight_map.update(dict.fromkeys(tensors.keys(), file))
         size += _tensor_bytes(staging / file)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (staging / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    write_file(staging / INDEX, json.dumps(index, indent=1))
 
 
 #: A tokenizer that code of its own reads goes along converted: at every checkpoint, but that is done once.
@@ -295,14 +295,14 @@ def _mend_generation(file: Path, config: Path) -> None:
         given = read_json(file)
         meant = generation_of(read_json(config), given)
         if meant != given:
-            file.write_text(json.dumps(meant, indent=2), encoding="utf-8")
+            write_file(file, json.dumps(meant, indent=2))
 
 
 def _name_no_code(config: Path) -> None:
     """Have a config name no code that is not beside it: where a run began with a ``config.json`` alone."""
     settings = read_json(config)
     if settings.pop("auto_map", None) is not None:
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_file(config, json.dumps(settings, indent=2) + "\n")
 
 
 def _code(config: Path) -> tuple[str, ...]:
@@ -314,7 +314,7 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        copy_file(file, copy)
 
 
 def _files(folder: Path) -> set[str]:

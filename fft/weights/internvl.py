@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from fft.errors import UserError, one_line
+from fft.files import write_file
 from fft.weights.original_forms import Original, thirds, without_code
 
 #: The type that configs name, and the token that stands for an image's; its id is said by tokenizers alone.
@@ -182,7 +183,7 @@ def complete_native(folder: Path, raw: dict) -> None:
     _write(folder / "preprocessor_config.json", images)
     _write(folder / "processor_config.json", {"processor_class": "InternVLProcessor", "image_seq_length": int(tokens)})
     begin = "{{ bos_token }}" if raw["llm_config"]["model_type"] == "internlm2" else ""  # as its own template begins
-    (folder / "chat_template.jinja").write_text(begin + _TEMPLATE, encoding="utf-8")
+    write_file(folder / "chat_template.jinja", begin + _TEMPLATE)
     if tokenizer.is_file():
         known = _token_ids(folder)
         names = {name: next((token for token in tokens if token in known), None) for name, tokens in _ROLES.items()}
@@ -193,4 +194,4 @@ def complete_native(folder: Path, raw: dict) -> None:
 
 
 def _write(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -27,6 +27,7 @@ from fft.data.delta import check_version, commit_delta, latest_version
 from fft.data.manifest import WRITING_NAME
 from fft.data.owner import Owner
 from fft.data.part_files import PartFolder, writing_to
+from fft.data.replaceable import stranger_in
 from fft.data.storage import Storage, check_names_utf8, is_url
 from fft.data.store_owner import StoreOwner, check_place_unowned, owning
 from fft.data.worker_notes import WorkerNotes
@@ -36,7 +37,9 @@ from spark_jobs.token_table.kept import place_of
 from spark_jobs.token_table.remains import (
     INFO_NAME,
     SPLITS,
+    TABLE,
     check_apart,
+    check_no_links,
     files_now,
     holds_table,
     is_delta_at,
@@ -44,7 +47,6 @@ from spark_jobs.token_table.remains import (
     remove_older,
     remove_table,
     settle,
-    strangers,
     tables_at,
 )
 from spark_jobs.token_table.writer import TableWriter
@@ -132,6 +134,7 @@ class Output:
         check_place_unowned(self.place, f"`output` {self.folder}")
 
     def _check_content(self) -> None:
+        check_no_links(self.place)
         if self.place.is_local:
             above = [Storage.at(path) for path in Path(os.path.realpath(self.place.root)).parents]
         else:  # a table of another job's split
@@ -151,10 +154,12 @@ class Output:
         self._check_strangers(tables)
 
     def _check_strangers(self, tables: Sequence[Storage]) -> None:
-        if found := [folder.shown(name) for folder in tables for name in strangers(folder)]:
-            raise UserError(
-                f"`output` {self.folder} holds {found[0]}, which is no part of a table: give another folder."
-            )
+        for folder in tables:
+            if (found := stranger_in(folder, TABLE)) is not None:
+                raise UserError(
+                    f"`output` {self.folder} holds {folder.shown(found)}, which is no part of a table: give another "
+                    "folder."
+                )
 
     def _check_versions(self, tables: Sequence[Storage], deltas: Sequence[str]) -> None:
         there = [folder.name for folder in tables]

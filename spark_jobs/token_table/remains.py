@@ -1,5 +1,6 @@
 """What lies in the folders of an output: tables that stay until newer ones are whole, and what is left of jobs."""
 
+import os
 import posixpath
 import re
 from collections.abc import Collection, Iterable
@@ -11,6 +12,7 @@ from fft.data.delta import read_snapshot, split_name
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, replacing
 from fft.data.owner import OWNER_NAME
 from fft.data.part_files import QUARANTINE
+from fft.data.replaceable import Kind, stranger_in
 from fft.data.storage import Storage, address_of, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.worker_notes import WRITING
@@ -21,10 +23,23 @@ SPLITS = ("train", "validation")
 INFO_NAME = "_data.info"
 
 _OURS = "|".join(rf"\.?{re.escape(name)}(\.\w+)*" for name in (MANIFEST_NAME, WRITING_NAME, INFO_NAME, OWNER_NAME))
+#: Spark's files, and parts that nobody has published.
+_FILES = rf".*\.parquet|\..*\.crc|_SUCCESS|\.part-.*{re.escape(WRITING)}"
+_REJECTS = Kind("what a table has set aside", rf".*\.json|{_FILES}")
 #: What may be removed from an output folder: nothing that Spark or these jobs did not put there.
-_TABLE_FILES = re.compile(
-    rf".*\.parquet|\..*\.crc|_SUCCESS|_temporary|{QUARANTINE}|{OWNERS}|\.part-.*{re.escape(WRITING)}|{_OURS}"
+TABLE = Kind(
+    "a table",
+    f"{_FILES}|{_OURS}",
+    {
+        r".*\.parquet": Kind("a table", _FILES),
+        QUARANTINE: _REJECTS,
+        FINISHED: Kind("parts that wait", "", {".*": _REJECTS}),
+        OWNERS: Kind("marks", r".*\.(json|now)"),
+        "_temporary": None,
+        "|".join(SPLITS): None,
+    },
 )
+_REMOVED = re.compile("|".join((TABLE.files, r".*\.parquet", QUARANTINE, OWNERS, "_temporary")))
 #: What of it is no sign of a table: what a job has beside its parts, and parts that nobody has published.
 _NO_TABLE = re.compile(
     rf"\.part-.*{re.escape(WRITING)}|{QUARANTINE}|{FINISHED}|{OWNERS}|"
@@ -45,18 +60,22 @@ def is_delta_at(place: Storage) -> bool:
     return is_folder(place.below("_delta_log"))
 
 
+def check_no_links(output: Storage) -> None:
+    """Raise :class:`UserError` where an output on a disk has a link for a folder that jobs write into, and clear."""
+    if not output.is_local:
+        return
+    inside = (FINISHED, QUARANTINE, "_delta_log")
+    for name in (*SPLITS, *inside, *(f"{split}/{folder}" for split in SPLITS for folder in inside)):
+        if os.path.islink(output.path(name)):
+            raise UserError(
+                f"`output` {output.name} has a link {name}, and what links lead to is neither written to nor removed: "
+                "remove it, or give another folder."
+            )
+
+
 def tables_at(output: Storage) -> list[Storage]:
     """The folders in which an output has, or may have, its tables: itself, and those of a split."""
     return [place for place in (output, *(output.below(split) for split in SPLITS)) if is_folder(place)]
-
-
-def strangers(place: Storage) -> list[str]:
-    """What is no part of a table, nor a table of the split."""
-    return [
-        name
-        for name, size in sorted(place.here().items())
-        if not _TABLE_FILES.fullmatch(name) and not (name in (*SPLITS, FINISHED) and size is None)
-    ]
 
 
 def holds_table(place: Storage) -> bool:
@@ -67,9 +86,17 @@ def holds_table(place: Storage) -> bool:
     here = place.here()
     if MANIFEST_NAME in here or is_delta_at(place):
         return True
-    if WRITING_NAME in here and replacing(place.read(WRITING_NAME)) is None:
+    if WRITING_NAME in here and replacing(place.read(WRITING_NAME)) is None and _believed(place, here):
         return False
     return any(not _NO_TABLE.fullmatch(name) and not (name in SPLITS and size is None) for name, size in here.items())
+
+
+def _believed(place: Storage, names: Iterable[str]) -> bool:
+    """Whether who marked a table as unfinished could have written it: anybody may leave a mark in a shared folder."""
+    if not place.is_local:
+        return True
+    owner = os.lstat(place.path(WRITING_NAME)).st_uid
+    return owner == os.geteuid() or all(os.lstat(place.path(name)).st_uid == owner for name in names)
 
 
 def files_now(place: Storage) -> set[str]:
@@ -105,9 +132,7 @@ def settle(place: Storage, work: str = "") -> None:
         elif ending:
             _remove(place, f".*{re.escape(ending)}")
     for folder in (place, place.below(QUARANTINE)):
-        folder.delete(
-            [n for n in folder.here() if n.startswith(".") and n.endswith(WRITING) and _TABLE_FILES.fullmatch(n)]
-        )
+        folder.delete([n for n in folder.here() if n.startswith(".") and n.endswith(WRITING) and _REMOVED.fullmatch(n)])
     place.delete([WRITING_NAME])
 
 
@@ -133,11 +158,11 @@ def _remove(place: Storage, names: str, kept: Collection[str] = ()) -> None:
     found = {
         name: size
         for name, size in place.here().items()
-        if name not in kept and _TABLE_FILES.fullmatch(name) and re.fullmatch(names, name)
+        if name not in kept and _REMOVED.fullmatch(name) and re.fullmatch(names, name)
     }
     place.delete([name for name, size in found.items() if size is not None])
-    for name, size in found.items():
-        if size is None:
+    for name, size in found.items():  # somebody may have put something into a folder since it was looked at
+        if size is None and not any(inner and stranger_in(place.below(name), inner) for inner in TABLE.inside(name)):
             place.delete_folder(name)
 
 

@@ -2,11 +2,11 @@
 
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fft.files import new_file, remove_path, write_file
 from fft.quickstart.vision.pictures import KINDS, PictureQuestion, blank, draw, questions, scene
 
 #: Below the folder that :func:`write_chats` makes.
@@ -35,18 +35,18 @@ def write_chats(output: Path, pictures: int, held_out: int, seed: int) -> ChatSu
     ``asked.jsonl``, a question of each of :data:`KINDS` for every picture that is held out, twice: ``seen`` with its
     picture, and not, with a blank one in its place.
     """
-    shutil.rmtree(output, ignore_errors=True)
+    remove_path(output)
     (output / IMAGES).mkdir(parents=True)
-    (output / IMAGES / _BLANK).write_bytes(blank())
+    write_file(output / IMAGES / _BLANK, blank())
     trained = asked = 0
-    with open(output / CHATS, "w", encoding="utf-8") as stream:
+    with open(new_file(output / CHATS), "w", encoding="utf-8") as stream:
         for number in range(pictures):
             name, found = _picture(output, f"{number:05}.png", random.Random(f"{seed} trained {number}"), False)
             for turn, question in enumerate(found[:QUESTIONS]):
                 messages = [_asks(question, name), {"assistant": question.answer}]
                 stream.write(json.dumps({"id": f"{name} {turn}", "messages": messages}) + "\n")
                 trained += 1
-    with open(output / ASKED, "w", encoding="utf-8") as stream:
+    with open(new_file(output / ASKED), "w", encoding="utf-8") as stream:
         for number in range(held_out):
             dice = random.Random(f"{seed} held out {number}")
             name, found = _picture(output, f"held-out-{number:05}.png", dice, True)
@@ -68,7 +68,7 @@ def read_chats(folder: Path) -> Iterator[tuple[str, str]]:
 def _picture(folder: Path, name: str, dice: random.Random, held_out: bool) -> tuple[str, list[PictureQuestion]]:
     """Draw one; returns its name and its questions, that for everything and the others shuffled."""
     things = scene(dice, held_out)
-    (folder / IMAGES / name).write_bytes(draw(things, dice))
+    write_file(folder / IMAGES / name, draw(things, dice))
     everything, *others = questions(things)
     return name, [everything, *dice.sample(others, len(others))]
 

@@ -1,11 +1,11 @@
 """A model's directory before it has weights: config, tokenizer with a chat template, and what it makes of images."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from fft.data.owner import atomic_folder
+from fft.files import copy_file, write_file
 from fft.quickstart.tokenizer import train_tokenizer
 
 #: The first ids, as the config names them.
@@ -42,6 +42,6 @@ def write_directory(config: Path, texts: Iterable[str], output: Path) -> int:
     }
     with atomic_folder(output) as staging:
         tokenizer.save_pretrained(str(staging))
-        shutil.copyfile(config, staging / "config.json")
-        (staging / "preprocessor_config.json").write_text(json.dumps(processor, indent=1), encoding="utf-8")
+        copy_file(config, staging / "config.json")
+        write_file(staging / "preprocessor_config.json", json.dumps(processor, indent=1))
     return len(tokenizer)

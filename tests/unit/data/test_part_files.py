@@ -142,7 +142,7 @@ def test_tables_that_are_published_together_all_fit_or_none_is(tmp_path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_bytes(text.encode())
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("fft.data.commits.write_file", full)
     with pytest.raises(OSError, match="No space"):
         commit_all([(folder, manifest) for folder in folders])
     assert names(tmp_path) == []

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from fft.errors import UserError
-from fft.files import replace_folder, staging_folder, start_folder
+from fft.files import end_of, replace_folder, staging_folder, start_folder
 from fft.weights import hf
 
 SHARDS = [{"a.weight": torch.arange(6.0).view(2, 3)}, {"b.weight": torch.ones(4), "c.bias": torch.zeros(2)}]
@@ -16,11 +16,11 @@ SHARDS = [{"a.weight": torch.arange(6.0).view(2, 3)}, {"b.weight": torch.ones(4)
 
 def finish(staging, output, shards, model=None):
     hf.write_metadata(staging, LlamaConfig(), None, shards, model)
-    replace_folder(output)
+    replace_folder(end_of(output))
 
 
 def write(output, shards=SHARDS):
-    staging = staging_folder(output)
+    staging = staging_folder(end_of(output))
     staging.mkdir()
     for number, tensors in enumerate(shards):
         hf.write_shard(staging, tensors, number, len(shards))
