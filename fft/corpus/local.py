@@ -42,7 +42,7 @@ from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from fft.files import write_atomically
 from fft.text.chat import load_chat
-from fft.text.messages import TURN_KEYS
+from fft.text.formats import FORMATS, known_formats, mended
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, Malformed, RecordEncoder, decode_record, load_json
 
@@ -112,14 +112,21 @@ def _task_of(path: Path) -> str:
         except Malformed as error:
             raise UserError(f"{path}, line {number}: {error}: mend it.") from error
         keys = set(record) if isinstance(record, dict) else set()
-        if isinstance(record, list) or keys & set(TURN_KEYS):
+        chats = [form for form in FORMATS if form.fits(keys)]
+        if chats and _KEYS.text in keys:
+            read = " and ".join(chats[0].keys)
+            raise UserError(
+                f"{path}, line {number}: it has a text (key {_KEYS.text}) and a conversation ({read}): leave one out, "
+                f"as jq -c 'del(.{_KEYS.text})' does."
+            )
+        if isinstance(record, list) or chats:
             return "chat"
         if _KEYS.text in keys:
             return "pretrain"
         found = f"an object of {', '.join(sorted(keys)) or 'no keys'}" if isinstance(record, dict) else "no object"
         raise UserError(
-            f"{path}, line {number}: {found}, where a text (key {_KEYS.text}) or a conversation (a list of turns, or a "
-            f"key {' or '.join(TURN_KEYS)}) should be: rename the key, or make a table with spark_jobs/tokenize.py."
+            f"{path}, line {number}: {found}, where a text (key {_KEYS.text}) or a conversation (a list of turns, or "
+            f"{known_formats()}) should be: {mended(sorted(keys))}, or make a table with spark_jobs/tokenize.py."
         )
     raise UserError(f"{path} holds no documents: it has no line that is not blank.")
 

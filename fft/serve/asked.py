@@ -6,8 +6,8 @@ from typing import Any
 
 from fft.serve.openai_batch import is_request, read_request
 from fft.serve.sampling import Sampling
+from fft.text.formats import PROMPTS, TURN_KEYS
 from fft.text.image_parts import IMAGE_KEYS
-from fft.text.messages import TURN_KEYS
 from fft.text.records import Malformed
 
 #: Keys of an output row that a record may not bring itself; the last two where they are written at all.
@@ -39,7 +39,7 @@ class Reading:
     def ask(self, value: Any) -> Asked:
         """What a record asks.
 
-        A text, a list of turns, an object with either under the key, one with ``messages`` or ``conversation``, or a
+        A text, a list of turns, an object with either under the key, one of the formats of conversations, or a
         request of an OpenAI batch file. Raises :class:`Malformed`.
         """
         if isinstance(value, Malformed):
@@ -54,7 +54,7 @@ class Reading:
             prompt, sampling = read_request(value, self.sampling)
             return Asked(prompt, {}, {}, sampling, value)
         if self.key not in value:
-            if any(value.get(key) is not None for key in TURN_KEYS):
+            if any(value.get(form.keys[0]) is not None for form in PROMPTS):
                 self._check_fields(value)
                 return Asked(value, {}, value, self.sampling)
             raise Malformed(

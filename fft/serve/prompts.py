@@ -8,6 +8,7 @@ checked here, before any engine, so that every engine takes and refuses the same
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +17,12 @@ import numpy as np
 from fft.errors import UserError, one_line
 from fft.text.chat_template import words_of
 from fft.text.convert_tokenizer import check_converted
+from fft.text.formats import PROMPTS
 from fft.text.image_parts import ImageParts, ReadImage
 from fft.text.image_tokens import as_parts, expand
 from fft.text.messages import RawConversation, check_unicode, read_conversation
 from fft.text.records import Malformed
+from fft.text.tool_calls import CALLS_KEY, OF_TOOLS, CallForm, call_form, check_calls_and_roles, in_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,8 +145,8 @@ class Renderer:
         """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        raw = read_conversation(prompt, self._keys or (), unused, beside=prompt, images=self.images)
-        if self.system is None or not raw.messages or raw.messages[0]["role"] == "system":
+        raw = read_conversation(prompt, self._keys or (), unused, prompt, self.images, PROMPTS)
+        if self.system is None or not raw.messages or raw.messages[0]["role"] in ("system", "developer"):
             return raw
         messages = [{"role": "system", "content": self.system}, *raw.messages]
         return replace(raw, messages=messages, untrained=frozenset(number + 1 for number in raw.untrained))
@@ -157,22 +160,32 @@ class Renderer:
         if self.images is not None and raw.images:
             images = tuple(self.images.read(source, number) for number, source in enumerate(raw.images, 1))
             messages = as_parts(messages, self.images.written)
+        if any(message.get(CALLS_KEY) for message in messages):
+            messages = in_form(messages, self._call_form)
         text = self._apply(messages, raw.tools)
         if raw.tools and text == self._apply(messages, ()):
             raise Malformed("it has tools, which the chat template does not render")
+        if any(message["role"] in OF_TOOLS or message.get(CALLS_KEY) for message in messages):
+            check_calls_and_roles(lambda turns: self._rendered(turns, raw.tools, False), messages)
         if self.images is not None:
-            self.images.check_written(text, [message["content"] for message in raw.messages], len(images))
+            self.images.check_written(text, [m["content"] or "" for m in raw.messages], len(images))
         return _Written(text, False, images)
+
+    @cached_property
+    def _call_form(self) -> CallForm | None:
+        return call_form(lambda messages: self._rendered(messages, (), False))
 
     def _apply(self, messages: list[dict], tools: Sequence[dict]) -> str:
         """The template's text, with what it writes for the model to answer; an assistant's last turn goes on."""
-        goes_on = messages[-1]["role"] == "assistant"
+        return self._rendered(messages, tools, messages[-1]["role"] == "assistant", messages[-1]["role"] != "assistant")
+
+    def _rendered(self, messages: Sequence[dict], tools: Sequence[dict], goes_on: bool, asks: bool = False) -> str:
         try:
             text: Any = self.tokenizer.apply_chat_template(
-                messages,
+                list(messages),
                 tools=list(tools) or None,
                 tokenize=False,
-                add_generation_prompt=not goes_on,
+                add_generation_prompt=asks,
                 continue_final_message=goes_on,
             )
         except Exception as error:  # templates are programs, and raise what they like

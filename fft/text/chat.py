@@ -28,11 +28,13 @@ from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
 from fft.text.cuts import cut_chat, first_row
 from fft.text.encoder import Encoder, ImageIds, image_ids_of, info_of, load_tokenizer, recipe_of
 from fft.text.engines import Recipe
+from fft.text.formats import FORMATS, LISTS_OF_TURNS, Format, known_formats, mended
 from fft.text.image_parts import IMAGE_KEYS, ImageParts, ReadImage
 from fft.text.image_tokens import as_parts, expand, written_image
-from fft.text.messages import TOOLS_KEY, TURN_KEYS, RawConversation, parse_conversation
+from fft.text.messages import TOOLS_KEY, RawConversation, parse_conversation
 from fft.text.nested import check_json_type, json_rows
 from fft.text.records import Malformed, check_id, column_type, content_id, dump_json, id_column, row_ids
+from fft.text.tool_calls import CALLS_KEY
 
 #: How many bytes a byte of input brings along where images lie in files of their own: a guess that makes parts small.
 _BYTES_OF_IMAGES = 7
@@ -44,7 +46,9 @@ _TALLIES = (
     "dropped_tokens",
     "with_special_strings",
     "left_out_turns",
+    "left_out_questions",
     "without_trained_turns",
+    *dict.fromkeys(form.tally for form in FORMATS),
 )
 _TALLIES_OF_IMAGES = ("animations", "dropped_images")
 
@@ -59,11 +63,13 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation; ``marked`` is true when a content holds a special token's string."""
+    """A rendered conversation; ``marked`` is true when a content holds a special token's string, ``form`` is the
+    format of its record."""
 
     rendered: Rendered
     marked: bool
     images: tuple[ReadImage, ...] = ()
+    form: Format = FORMATS[0]
 
 
 @dataclass(frozen=True)
@@ -104,15 +110,17 @@ class Chat:
 
     def columns(self, schema: pa.Schema, where: str) -> list[str]:
         """The columns of turns, and the id's if there is one. Raises :class:`UserError` when there are no turns."""
-        names = [name for name in TURN_KEYS if name in schema.names]
-        if not names:
+        formats = [form for form in FORMATS if form.fits(schema.names)]
+        if not formats:
             raise UserError(
-                f"`inputs` {where} has no column {' or '.join(TURN_KEYS)} (it has {', '.join(schema.names)}): "
-                "rename it."
+                f"`inputs` {where} has no column {known_formats()} (it has {', '.join(schema.names)}): "
+                f"{mended(schema.names, spark=True)}."
             )
+        asked = dict.fromkeys(key for form in formats for key in (*form.keys, *form.beside))
+        names = [name for name in asked if name in schema.names]
         for name in names:
             kind = column_type(schema, where, name)
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            if name in LISTS_OF_TURNS and not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
                 raise UserError(f"`inputs` {where}: column {name} is {kind}, it must be an array of turns.")
         names += [TOOLS_KEY] if TOOLS_KEY in schema.names else []
         for name in names:
@@ -124,10 +132,9 @@ class Chat:
         return [] if self.images is None else [name for name in IMAGE_KEYS if name in names]
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
-        """The columns of turns, tools and images as one JSON object, and the id."""
-        images = self._image_keys(batch.schema.names)
-        columns = batch.select([*(name for name in (*TURN_KEYS, TOOLS_KEY) if name in batch.schema.names), *images])
-        return zip(json_rows(columns, images), row_ids(batch, self.id_key), strict=True)
+        """The columns that are read as one JSON object, but for the id's; and the id."""
+        columns = batch.select([name for name in batch.schema.names if name != self.id_key])
+        return zip(json_rows(columns, self._image_keys(batch.schema.names)), row_ids(batch, self.id_key), strict=True)
 
     def parse(
         self, kind: str, record: bytes | None, doc_id: str | None, unused: Counter[str] | None = None
@@ -145,11 +152,13 @@ class Chat:
         rendered = self.template.locate(raw.messages, raw.tools, raw.untrained)
         if self.images is not None:
             rendered = self._with_images(raw, rendered, self.images)
-        pattern, contents = _any_of(self.special), [message["content"] for message in raw.messages]
+        pattern, contents = _any_of(self.special), [message["content"] or "" for message in raw.messages]
         if images and self.images is not None:  # what stands for them is no text's
             contents = [content.replace(self.images.written, "") for content in contents]
+        contents += [dump_json(message[CALLS_KEY]) for message in raw.messages if message.get(CALLS_KEY)]
         marked = any(map(pattern.search, contents))
-        return Conversation(rendered, marked, images) if rendered.text else None, check_id(doc_id)
+        chat = Conversation(rendered, marked, images, raw.form or FORMATS[0])
+        return chat if rendered.text else None, check_id(doc_id)
 
     def _read(self, raw: RawConversation) -> tuple[ReadImage, ...]:
         if self.images is None:
@@ -165,7 +174,7 @@ class Chat:
                 if any(message["role"] == "assistant" and not isinstance(message["content"], str) for message in parts):
                     raise Malformed("the chat template renders an assistant's images elsewhere than they stand")
                 rendered = self.template.locate(parts, raw.tools, raw.untrained)
-        images.check_written(rendered.text, [message["content"] for message in raw.messages], len(raw.images))
+        images.check_written(rendered.text, [m["content"] or "" for m in raw.messages], len(raw.images))
         return rendered
 
     def token_rows(
@@ -187,6 +196,8 @@ class Chat:
         ):
             turns = chat.rendered.turns
             counts["left_out_turns"] += chat.rendered.left_out
+            counts["left_out_questions"] += chat.rendered.unheard
+            counts[chat.form.tally] += 1
             counts["without_trained_turns"] += all(turn.start == turn.end for turn in turns)
             first, last = at[0::3], np.where([t.start < t.end for t in turns], after[1::3], at[0::3])
             begins.append(first + offset)
@@ -218,7 +229,7 @@ class Chat:
 
     def notes(self, counts: Mapping[str, int]) -> list[str]:
         """What the user should know about the tokenizer and these counts."""
-        notes = list(self.recipe.notes)
+        notes = [*self.recipe.notes, *_told(counts)]
         if counts["cut_conversations"]:
             notes.append(
                 f"note: {counts['cut_conversations']} conversations longer than max_len {self.max_len} were cut; "
@@ -231,6 +242,8 @@ class Chat:
             )
         if counts.get("left_out_turns"):
             notes.append(f"note: the chat template leaves out {counts['left_out_turns']} assistants' turns.")
+        if counts.get("left_out_questions"):
+            notes.append(f"note: the chat template leaves out {counts['left_out_questions']} systems' or users' turns.")
         if counts.get("without_trained_turns") and self.template.end_of_turn:
             notes.append(f"note: nothing is trained on in {counts['without_trained_turns']} conversations.")
         if not self.template.end_of_turn:
@@ -272,6 +285,13 @@ def load_image_parts(
             "those around them: give the whole directory of one model."
         )
     return ImageParts(rules, images.folder, written_image(template, token, str(directory)), token, max_len)
+
+
+def _told(counts: Mapping[str, int]) -> list[str]:
+    """What records were read as."""
+    read = [(form.name, counts.get(form.tally, 0)) for form in {form.tally: form for form in FORMATS}.values()]
+    told = ", as ".join(f"{name}: {count:,} record{'s' * (count != 1)}" for name, count in read if count)
+    return [f"note: read as {told}."] if told else []
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,18 +24,17 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from fft.errors import UserError
 from fft.text.records import Malformed
+from fft.text.tool_calls import CALLS_KEY, MARKS, CallForm, call_form, check_rendered, find_calls, free_mark, in_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Private-use characters, of which a conversation uses two that it does not contain.
-_MARKS = [chr(code) for code in range(0xFFF00, 0xFFFFE)]
 _OPEN, _CLOSE = "<think>", "</think>"
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
@@ -55,11 +54,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, its assistant turns in order, and how many of them the template leaves out."""
+    """A conversation as text, its assistant turns in order, and how many of them, and of users' and systems' turns,
+    the template leaves out."""
 
     text: str
     turns: tuple[Turn, ...]
     left_out: int = 0
+    unheard: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,18 +114,19 @@ class ChatTemplate:
     def locate(self, messages: Sequence[dict], tools: Sequence[dict] = (), untrained: Collection[int] = ()) -> Rendered:
         """Render a conversation and find its assistant turns, of which those ``untrained`` are not trained on.
 
-        Raises :class:`Malformed`, also for tools that the template does not render.
+        Raises :class:`Malformed`, also for tools, their calls and roles that the template does not render.
         """
+        if any(message.get(CALLS_KEY) for message in messages):
+            messages = in_form(messages, _call_form(self))
         text = self.render(messages, tools=tools)
         if tools and text == self.render(messages):
             raise Malformed("it has tools, which the chat template does not render")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        contents = None if tools else self._between_frames(messages, turns, text)
+        contents, unheard = None if tools else self._between_frames(messages, turns, text), 0
         if contents is None:
-            mark = next((mark for mark in _MARKS if mark not in text), None)
-            if mark is None:
-                raise Malformed("it uses all private-use characters of Unicode")
+            mark = free_mark(text)
             contents = [self._mark_one(messages, i, text, mark, tools) for i in turns]
+            unheard = check_rendered(partial(self.render, tools=tools), messages, text, mark)
         found, begin = [], 0
         for i, content in zip(turns, contents, strict=True):
             opens = i + 1 == len(messages) or messages[i + 1]["role"] != "assistant"
@@ -140,13 +142,13 @@ class ChatTemplate:
             begin = stop = end + _common(text[end : end + len(self.tail)], self.tail)
             end += len(self.end_of_turn) if text.startswith(self.end_of_turn, end) else 0
             found.append(Turn(start, start if i in untrained else end, max(stop, end), opens))
-        return Rendered(text, tuple(found), sum(content is None for content in contents))
+        return Rendered(text, tuple(found), sum(content is None for content in contents), unheard)
 
     def _between_frames(
         self, messages: Sequence[dict], turns: Sequence[int], text: str
     ) -> list[tuple[int, int, bool]] | None:
         """(start, end, False) of the turns' contents if the template writes all as they are, or all trimmed."""
-        if any(len(message) != 2 for message in messages):  # more than role and content
+        if any(len(message) != 2 or "content" not in message for message in messages):  # not role and content alone
             return None
         frames = _frames(self, tuple(message["role"] for message in messages))
         if frames is None:
@@ -168,6 +170,9 @@ class ChatTemplate:
 
         None if it renders nothing of it: no mark in it comes out, or it is empty and a mark in it changes the rest.
         """
+        if messages[i].get(CALLS_KEY):
+            begin, stop = find_calls(partial(self.render, tools=tools), messages, i, text, mark)
+            return begin, stop, _CLOSE in messages[i].get("content", "") or any(map(messages[i].get, _REASONING))
         start, silent = self._first(messages, i, text, mark, _starts(messages[i]), tools)
         end, _ = self._first(messages, i, text, mark, _ends(messages[i]), tools)
         if start is not None and end is not None:
@@ -213,9 +218,9 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 @lru_cache(maxsize=4096)
 def _frames(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[str, ...] | None:
     """What the template writes before, between and after contents of these roles; None if it moves or drops them."""
-    if len(roles) > len(_MARKS):
+    if len(roles) > len(MARKS):
         return None
-    marks = _MARKS[: len(roles)]
+    marks = MARKS[: len(roles)]
     try:
         text = template.render([{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)])
     except Malformed:
@@ -223,6 +228,11 @@ def _frames(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[str, ...] |
     frames = re.split(f"[{marks[0]}-{marks[-1]}]", text)
     whole = "".join(x for pair in zip(frames, marks, strict=False) for x in pair) + frames[-1]
     return tuple(frames) if len(frames) == len(roles) + 1 and whole == text else None
+
+
+@lru_cache(maxsize=2)
+def _call_form(template: ChatTemplate) -> CallForm | None:
+    return call_form(template.render)
 
 
 @lru_cache(maxsize=2)

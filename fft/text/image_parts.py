@@ -23,7 +23,8 @@ MARK = "<image>"
 _SOURCES = ("image_url", "image", "url", "path", "base64", "bytes")
 #: Of these, keys of bytes in base64.
 _IN_BASE64 = ("base64", "bytes")
-_KINDS = ("image", "image_url")
+#: Types of parts that are images.
+IMAGE_KINDS = ("image", "image_url")
 #: Of a part's settings, those that would change what is seen of an image.
 _REFUSED = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
@@ -146,14 +147,14 @@ class ImageParts:
             return part, []
         if not isinstance(part, dict):
             raise Malformed(f"{where} is {type(part).__name__}, not an object")
-        kind = part.get("type", next((key for key in ("text", *_KINDS) if key in part), None))
+        kind = part.get("type", next((key for key in ("text", *IMAGE_KINDS) if key in part), None))
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise Malformed(f"{where} is of type text and has none")
             count_unused(part, ("type", "text"), unused, "of a part")
             return part["text"], []
-        if kind not in _KINDS:
-            raise Malformed(f"{where} is of type {kind!r}: only text, {' and '.join(_KINDS)} are known")
+        if kind not in IMAGE_KINDS:
+            raise Malformed(f"{where} is of type {kind!r}: only text, {' and '.join(IMAGE_KINDS)} are known")
         for key in _REFUSED:
             if part.get(key) is not None:
                 raise Malformed(f"{where} has {key}, which is not supported: it is given for all images")

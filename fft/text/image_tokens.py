@@ -117,7 +117,9 @@ def written_image(template: ChatTemplate, token: str, name: str) -> str:
 def as_parts(messages: Sequence[dict], written: str) -> list[dict]:
     """Messages whose contents have ``written`` for images with lists of parts instead, as processors take them."""
     return [
-        {**message, "content": _parts(message["content"].split(written))} if written in message["content"] else message
+        {**message, "content": _parts(message["content"].split(written))}
+        if written in (message.get("content") or "")
+        else message
         for message in messages
     ]
 

@@ -5,19 +5,17 @@ would change what is rendered or trained on are refused by name, and the rest is
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from fft.text.image_parts import IMAGE_KEYS, ImageParts, Source
+from fft.text.formats import TRAIN_KEYS, Format, format_of
+from fft.text.image_parts import IMAGE_KEYS, IMAGE_KINDS, ImageParts, Source
 from fft.text.records import Malformed, count_unused, decode_record, dump_json, id_of, load_json
+from fft.text.tool_calls import CALLS_KEY, OLD_KEY, read_calls
 
-#: Keys of a JSON object (columns of a parquet file) that may hold the turns.
-TURN_KEYS = ("messages", "conversation")
 #: Beside the turns: what the model may call, a list of JSON schemas, or that list as JSON text.
 TOOLS_KEY = "tools"
-ROLES = ("system", "user", "assistant", "tool")
-#: Keys of a turn that say whether it is trained on: 1 or true, 0 or false.
-TRAIN_KEYS = ("weight", "train", "loss")
+ROLES = ("system", "user", "assistant", "tool", "developer")
 
 _REFUSED_BESIDE_TURNS = {
     "system": "make it the first turn",
@@ -28,28 +26,29 @@ _REFUSED_BESIDE_TURNS = {
     **dict.fromkeys(("videos", "audios"), "this release reads texts and images alone"),
 }
 _REFUSED_IN_A_TURN = {
-    "tool_calls": "tool calls",
-    "function_call": "a function call",
     "loss_scale": "a scale of its loss",
     "train_detail": "a choice of characters to train on",
     "training_detail": "a choice of characters to train on",
     **dict.fromkeys(("images", "image", "videos", "video", "audio"), "an image, a sound or a film"),
 }
 _TRAIN_KEYS = frozenset(TRAIN_KEYS)
-_UNDERSTOOD_IN_A_TURN = frozenset(("role", "content", *TRAIN_KEYS, *_REFUSED_IN_A_TURN))
+_UNDERSTOOD_IN_A_TURN = frozenset(("role", "content", CALLS_KEY, OLD_KEY, *TRAIN_KEYS, *_REFUSED_IN_A_TURN))
 
 
 @dataclass(frozen=True)
 class RawConversation:
-    """``messages`` have ``role`` and ``content``, and further keys for the template; ``untrained`` are the numbers,
-    from 0, of assistants' turns that say that they are not trained on. ``tools`` are JSON schemas, if there are any.
-    ``images`` are those of all turns, in order, where they are read; contents have what stands for them."""
+    """``messages`` have ``role`` and ``content``, and further keys for the template; a content is a text, or None in a
+    turn that has ``tool_calls``, whose arguments are objects. ``untrained`` are the numbers, from 0, of assistants'
+    turns that say that they are not trained on. ``tools`` are JSON schemas, if there are any. ``images`` are those of
+    all turns, in order, where they are read; contents have what stands for them. ``form`` is what the record was read
+    as, None for a list of turns."""
 
     messages: list[dict]
     doc_id: str | None
     untrained: frozenset[int] = frozenset()
     tools: tuple[dict, ...] = ()
     images: tuple[Source, ...] = ()
+    form: Format | None = field(default=None, compare=False)
 
 
 def parse_conversation(
@@ -80,29 +79,32 @@ def read_conversation(
     unused: Counter[str] | None = None,
     beside: Collection[str] = (),
     images: ImageParts | None = None,
+    formats: Sequence[Format] = (),
 ) -> RawConversation:
     """The turns of a record that is read already, whoever speaks last; without an id.
 
-    A record is a list of turns, or an object with such a list under ``messages`` or ``conversation``. A turn is
-    ``{"user": "text"}`` or ``{"role": "user", "content": "text"}``; further keys of the latter form go to the chat
-    template as they are. Keys that are neither understood nor among ``template_keys``, or in the object among those
-    ``beside``, are counted in ``unused``. With ``images``, contents may hold some, or they stand beside the turns.
-    Raises :class:`Malformed` with the number of the turn, from 1.
+    A record is a list of turns, or an object of one of the ``formats``, by default of all in :mod:`fft.text.formats`.
+    A turn is ``{"user": "text"}`` or ``{"role": "user", "content": "text"}``; further keys of the latter form go to the
+    chat template as they are. Keys that are neither understood nor among ``template_keys``, or in the object among
+    those ``beside``, are counted in ``unused``. With ``images``, contents may hold some, or they stand beside the
+    turns. Raises :class:`Malformed` with the number of the turn, from 1.
     """
     tools: tuple[dict, ...] = ()
-    waiting = None
+    waiting = form = None
     if isinstance(row, dict):
-        read = IMAGE_KEYS if images is not None else ()
-        count_unused(row, (*TURN_KEYS, TOOLS_KEY, *beside, *read), unused)
+        form = format_of(row, formats)
+        read = (*form.keys, *form.beside, *(IMAGE_KEYS if images is not None else ()))
+        count_unused(row, (TOOLS_KEY, *read, *beside), unused)
         tools = _tools_of(row)
         waiting = images.beside(row) if images is not None else None
-        row = _turns_of(row, read)
+        _check_beside(row, read)
+        row = form.turns(row)
     if not isinstance(row, list):
         raise Malformed(f"not a list of turns but {type(row).__name__}")
     messages, untrained, found = [], set(), []
     for number, turn in enumerate(row):
         message, trained = _message(turn, number + 1, images)
-        if images is not None:
+        if images is not None and message["content"] is not None:
             where = f"turn {number + 1} ({message['role']})"
             message["content"], own = images.content(message["content"], where, waiting, unused)
             found += own
@@ -113,7 +115,7 @@ def read_conversation(
             count_unused(message, _UNDERSTOOD_IN_A_TURN.union(template_keys), unused, "of a turn")
     if waiting:
         raise Malformed(f"{len(waiting)} images beside the turns are in none: mark their places with <image>")
-    return RawConversation(messages, None, frozenset(untrained), tools, tuple(found))
+    return RawConversation(messages, None, frozenset(untrained), tools, tuple(found), form)
 
 
 def check_unicode(value: object) -> None:
@@ -124,17 +126,13 @@ def check_unicode(value: object) -> None:
         raise Malformed("a lone surrogate, which is no Unicode text") from error
 
 
-def _turns_of(row: Mapping[str, object], read: Collection[str] = ()) -> object:
-    found = [key for key in TURN_KEYS if row.get(key) is not None]
-    if len(found) != 1:
-        raise Malformed(f"both {' and '.join(found)} are there" if found else f"no key {' or '.join(TURN_KEYS)}")
+def _check_beside(row: Mapping[str, object], read: Collection[str]) -> None:
     for key, reason in _REFUSED_BESIDE_TURNS.items():
         if row.get(key) and key not in read:
             raise Malformed(f"key {key} beside the turns: {reason}")
     for key in TRAIN_KEYS:
         if row.get(key) in (0, False) and row.get(key) is not None:
             raise Malformed(f"key {key} beside the turns says not to train on it: leave the record out")
-    return row[found[0]]
 
 
 def _tools_of(row: Mapping[str, object]) -> tuple[dict, ...]:
@@ -173,14 +171,42 @@ def _message(turn: object, number: int, images: ImageParts | None) -> tuple[dict
         turn = {key: value for key, value in turn.items() if value is not None}
         flags = {key: turn.pop(key) for key in TRAIN_KEYS if key in turn} if len(turn) > 1 else {}
     turn = message_of(turn, number)
+    role = turn["role"]
+    where = f"turn {number} ({role})"
     if len(turn) > 2 or "content" not in turn:
         for key, what in _REFUSED_IN_A_TURN.items():
             if turn.get(key):
-                raise Malformed(f"turn {number} ({turn['role']}) has {what} ({key}), which is not supported")
-    if not isinstance(turn.get("content"), str) and (images is None or "content" not in turn):
-        found = f"is {type(turn['content']).__name__}, not a string" if "content" in turn else "is missing"
-        raise Malformed(f"the content of turn {number} ({turn['role']}) {found}")
-    return turn, _is_trained(flags, turn["role"], number)
+                raise Malformed(f"{where} has {what} ({key}), which is not supported")
+        if calls := read_calls(turn, where):
+            turn = {"content": None, **turn, CALLS_KEY: calls}
+            turn.pop(OLD_KEY, None)
+    if not isinstance(turn.get("content"), str) and (images is None or turn.get("content") is None):
+        turn["content"] = _content(turn, where)
+    return turn, _is_trained(flags, role, number)
+
+
+def _content(turn: Mapping[str, object], where: str) -> str | None:
+    """The content of a turn without images that is no string: texts of a list of parts, or None beside calls."""
+    content = turn.get("content")
+    if content is None:
+        if turn.get(CALLS_KEY):
+            return None
+        raise Malformed(f"the content of {where} is missing")
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        raise Malformed(
+            f"the content of {where} is {type(content).__name__}, not a string; jq -c '(.messages[].content | "
+            'select(type != "string")) |= tojson\' makes it one'
+        )
+    texts = []
+    for number, part in enumerate(content, 1):
+        kind = part.get("type", "text" if "text" in part else None)
+        if kind != "text":
+            remedy = "images are read with --image_path" if kind in IMAGE_KINDS else "only texts are known"
+            raise Malformed(f"part {number} of {where} is of type {kind!r}: {remedy}")
+        if not isinstance(part.get("text"), str):
+            raise Malformed(f"part {number} of {where} is of type text and has none")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _is_trained(flags: Mapping[str, object], role: str, number: int) -> bool:

@@ -18,8 +18,9 @@ from fft.serve.engines import Completion
 from fft.serve.prompts import Renderer
 from fft.serve.sampling import Sampling
 from fft.serve.window import Question, answers
+from fft.text.formats import ALPACA, LISTS_OF_TURNS
 from fft.text.image_parts import ImageParts, Source
-from fft.text.messages import TURN_KEYS, RawConversation
+from fft.text.messages import RawConversation
 from fft.text.records import Malformed, dump_json
 from spark_jobs.generation.engine import Loaded, Wanted
 from spark_jobs.generation.fields import IMAGES, Fields
@@ -148,8 +149,9 @@ def _name(row: Mapping[str, Any] | Malformed, chunk: Chunk, at: int, key: str) -
 
 def _prompt_of(row: Mapping[str, Any], keys: PromptKeys) -> Any:
     """What :class:`Renderer` takes: a text, turns, or an object with turns."""
-    turns = [name for name in TURN_KEYS if row.get(name) is not None]
-    if keys.prompt in TURN_KEYS or (turns and row.get(keys.prompt) is None):
+    turns = [name for name in LISTS_OF_TURNS if row.get(name) is not None]
+    conversation = turns or row.get(ALPACA.keys[0]) is not None
+    if keys.prompt in LISTS_OF_TURNS or (conversation and row.get(keys.prompt) is None):
         return {name: value for name, value in row.items() if value is not None}
     if turns:
         return Malformed(f"both {keys.prompt} and {turns[0]} are there: choose one with prompt_key")

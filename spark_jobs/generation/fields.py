@@ -13,8 +13,10 @@ from typing import Any
 import pyarrow as pa
 
 from fft.errors import UserError
+from fft.text.formats import LISTS_OF_TURNS, PROMPTS, TRAIN_KEYS, TURN_KEYS
 from fft.text.image_parts import IMAGE_KEYS
-from fft.text.messages import ROLES, TRAIN_KEYS, TURN_KEYS
+from fft.text.messages import ROLES
+from fft.text.tool_calls import CALLS_KEY, OLD_KEY
 
 #: Columns of the answers. The whole conversation stands in ``messages``, as ``tokenize.py --task chat`` takes it.
 MESSAGES = TURN_KEYS[0]
@@ -27,6 +29,8 @@ IMAGES = IMAGE_KEYS[0]
 #: Marks a field whose values are written as JSON texts.
 _AS_JSON = {b"fft": b"json"}
 _TRAINED = "weight"
+#: Keys of turns that are columns of ours, or become some.
+_OF_TURNS = ("role", "content", "from", "value", CALLS_KEY, OLD_KEY, *ROLES, *TRAIN_KEYS)
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,20 @@ def fields_of(
     Raises :class:`UserError` when a column has the name of one of the answers', or when there is no prompt in it.
     """
     carried = merge(schemas)
-    if prompt_key not in carried.names and not set(TURN_KEYS) & set(carried.names):
+    if prompt_key not in carried.names and not any(form.fits(carried.names) for form in PROMPTS):
         raise UserError(
-            f"`inputs` have no {prompt_key!r} and no {' or '.join(map(repr, TURN_KEYS))} (they have "
+            f"`inputs` have no {prompt_key!r} and no {' or '.join(repr(form.keys[0]) for form in PROMPTS)} (they have "
             f"{', '.join(carried.names) or 'nothing'}): name the prompt with `prompt_key`."
         )
     taken = [name for name in (*ANSWERS[1:], LOGPROBS, reserved) if name in carried.names]
     if taken:
         raise UserError(f"`inputs` have a field {taken[0]!r}, which the output needs for itself: rename it.")
-    replaced = (*TURN_KEYS, *(IMAGE_KEYS if images else ()))
+    replaced = (*LISTS_OF_TURNS, *(IMAGE_KEYS if images else ()))
     kept = [_settled(field) for field in carried if field.name not in replaced]
-    extras = [_settled(field) for field in merge(turns) if field.name not in ("role", "content", *ROLES, *TRAIN_KEYS)]
-    flagged = any(name in TRAIN_KEYS for schema in turns for name in schema.names)
+    names = {name for schema in turns for name in schema.names}
+    extras = [_settled(field) for field in merge(turns) if field.name not in _OF_TURNS]
+    extras += [_texts(CALLS_KEY)] if names.intersection((CALLS_KEY, OLD_KEY, "from")) else []
+    flagged = bool(names.intersection(TRAIN_KEYS))
     return Fields(pa.schema(kept), pa.schema([*extras, *([(_TRAINED, pa.int64())] if flagged else [])]), images)
 
 

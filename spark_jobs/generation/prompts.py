@@ -15,8 +15,9 @@ from fft.corpus.files import Source
 from fft.corpus.readers import naming, open_parquet, open_text, read_lines, schema_of
 from fft.corpus.splits import SPLIT, Span, Split, cut_text, deal
 from fft.data.known import COMPRESSIONS
+from fft.text.formats import ALPACA, LISTS_OF_TURNS, TURN_KEYS
 from fft.text.image_parts import IMAGE_KEYS
-from fft.text.messages import TOOLS_KEY, TURN_KEYS, check_unicode
+from fft.text.messages import TOOLS_KEY, check_unicode
 from fft.text.nested import json_rows
 from fft.text.records import Malformed, decode_record, load_json
 from spark_jobs.generation.fields import Fields, infer, merge, turns_in
@@ -34,8 +35,13 @@ class PromptKeys(NamedTuple):
 
     prompt: str = "prompt"
     id: str = "id"
-    messages: str = TURN_KEYS[0]
-    conversation: str = TURN_KEYS[1]
+    messages: str = LISTS_OF_TURNS[0]
+    conversation: str = LISTS_OF_TURNS[1]
+    conversations: str = LISTS_OF_TURNS[2]
+    instruction: str = ALPACA.keys[0]
+    input: str = ALPACA.beside[0]
+    system: str = ALPACA.beside[1]
+    history: str = ALPACA.beside[2]
     tools: str = TOOLS_KEY
     #: Of images beside a prompt, where these are read.
     images: str = ""
@@ -50,7 +56,7 @@ class PromptKeys(NamedTuple):
     @property
     def turns(self) -> tuple[str, ...]:
         """Where there may be turns."""
-        return self.prompt, self.messages, self.conversation
+        return self.prompt, *LISTS_OF_TURNS
 
     @property
     def beside(self) -> list[str]:

@@ -166,6 +166,100 @@ STYLES = {
     "terse": Style(_TERSE, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", eos="<|im_end|>", drops_empty=True),
 }
 
+#: In the style of Qwen3's: calls between tags after the content, results as a user's, reasoning dropped, roles that it
+#: does not know dropped.
+_HERMES = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') }}
+    {{- '# Tools' }}{% for tool in tools %}{{- '\\n' + tool | tojson }}{% endfor %}{{- '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'user' %}{{- '<|im_start|>user\\n' + content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning = message.reasoning_content or '' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
+            {{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n' if content or not loop.first else '' }}
+            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+#: In the style of Mistral's: tools before the last question, calls with ids of nine characters and no text beside them.
+_MISTRAL_TOOLS = """\
+{{- bos_token }}
+{%- set ns = namespace(last=-1, index=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+    {%- if message.role == 'user' or (message.role == 'assistant' and message.tool_calls is undefined) %}
+        {%- if (message.role == 'user') != (ns.index % 2 == 0) %}{{- raise_exception('must alternate') }}{% endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- if tools and loop.index0 == ns.last %}
+            {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST] ' + message.content + '[/INST]' }}
+    {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for call in message.tool_calls %}
+            {%- if not call.id is defined or call.id | length != 9 %}{{- raise_exception('ids have 9') }}{% endif %}
+            {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (']' if loop.last else ', ') }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message.role == 'assistant' %}{{- ' ' + message.content | trim + eos_token }}
+    {%- elif message.role == 'tool' %}
+        {{- '[TOOL_RESULTS]' + message.content + ' of ' + message.tool_call_id + '[/TOOL_RESULTS]' }}
+    {%- else %}{{- raise_exception('only user, assistant and tool') }}
+    {%- endif %}
+{%- endfor %}"""
+
+#: In the style of DeepSeek's: arguments are texts, and only a turn without a content has calls.
+_DEEPSEEK = """\
+{{- bos_token }}{% for tool in tools or [] %}{{- tool | tojson + '\\n' }}{% endfor %}
+{%- for message in messages %}
+    {%- if message['role'] in ['system', 'developer'] %}{{- message['content'] }}
+    {%- elif message['role'] == 'user' %}{{- '<|User|>' + message['content'] }}
+    {%- elif message['role'] == 'tool' %}{{- '<|result|>' + message['content'] }}
+    {%- elif message['tool_calls'] and not message['content'] %}
+        {{- '<|Assistant|>' }}
+        {%- for call in message['tool_calls'] %}
+            {{- '<|call|>' + call['type'] + ' ' + call['function']['name'] + '\\n```json\\n' }}
+            {{- call['function']['arguments'] + '\\n```' }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- else %}{{- '<|Assistant|>' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|Assistant|>' }}{%- endif %}"""
+
+#: Those that render calls of tools.
+TOOL_STYLES = {
+    "hermes": Style(_HERMES, ("<|im_start|>", "<|im_end|>"), "<|im_end|>", eos="<|im_end|>"),
+    "mistral-tools": Style(
+        _MISTRAL_TOOLS, ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"), "</s>", bos="<s>", eos="</s>"
+    ),
+    "deepseek": Style(
+        _DEEPSEEK, ("<s>", "</s>", "<|User|>", "<|Assistant|>", "<|call|>", "<|result|>"), "</s>", bos="<s>", eos="</s>"
+    ),
+}
+
 _LINES = [
     "What is the capital of France? The capital of France is Paris, as you know.",
     "assistant\nuser\nsystem\nHello there, how are you today? I am well, thank you.",
@@ -177,7 +271,7 @@ def save_chat_tokenizer(folder: Path, style: str, kind: str = "byte-level") -> P
     """A small tokenizer with the style's template: "byte-level" BPE, with "nfc" normalization, or "sentence-piece"."""
     from transformers import PreTrainedTokenizerFast
 
-    chosen = STYLES[style]
+    chosen = (STYLES | TOOL_STYLES)[style]
     if kind == "sentence-piece":
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<0x00>"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -56,6 +56,9 @@ def test_the_first_record_says_what_a_file_holds(tmp_path, tokenizer):
         ([{"user": "a"}, {"assistant": "b"}], "chat"),
         ({"conversation": [{"user": "a"}, {"assistant": "b"}]}, "chat"),
         ({"messages": []}, "chat"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "chat"),
+        ({"instruction": "a", "output": "b"}, "chat"),
+        ({"prompt": "a", "completion": "b"}, "chat"),
         ({"text": "a", "id": 1}, "pretrain"),
     ):
         path = tmp_path / "some.jsonl"
@@ -71,6 +74,14 @@ def test_the_first_record_says_what_a_file_holds(tmp_path, tokenizer):
         ("\n{'a': 1}\n", r"line 2: not valid JSON"),
         ('{"body": "x"}\n', r"line 1: an object of body, where a text \(key text\) or a conversation"),
         ("17\n", r"line 1: no object, where"),
+        (
+            '{"question": "a", "answer": "b"}\n',
+            r"should be: jq -c '\{prompt: .question, completion: .answer\}' makes one",
+        ),
+        (
+            '{"instruction": "a", "output": "b", "text": "a b"}\n',
+            r"1: it has a text \(key text\) and a conversation \(instruction and output\): .* jq -c 'del\(.text\)'",
+        ),
         (
             '{"text": "a"}\n{"text": "b"}\n\n{"text": 3}\n',
             r"some.jsonl, line 4: key text is int, .*: mend it, or make a table",

@@ -84,6 +84,53 @@ def test_a_column_of_tools_is_read_as_in_json_lines(terse, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+CALL = {"function": {"name": "f", "arguments": {"a": 1}}, "type": "function", "id": "1"}
+FORMATS = {
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": None},
+        {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}], "system": "e"},
+    ],
+    "alpaca": [
+        {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]], "text": "no key of it"},
+        {"instruction": "a", "input": None, "output": "c", "history": None, "text": None},
+    ],
+    "prompt and completion": [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": ""}],
+    "their turns": [{"prompt": TURNS, "completion": TURNS[-1:]}],
+    "parts": [{"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]}],
+    "two of them": [
+        {"messages": TURNS, "instruction": None, "output": None},
+        {"messages": None, "instruction": "a", "output": "b"},
+    ],
+    "calls": [
+        {"messages": [*TURNS[:-1], {"role": "assistant", "content": None, "tool_calls": [CALL]}, TURNS[-1]]},
+        {"messages": TURNS},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_of_all_formats_are_read_as_in_json_lines(name, tmp_path):
+    folder = save_chat_tokenizer(tmp_path / "tokenizer", "hermes")
+    chat = load_chat(folder, "id", None)[0]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in FORMATS[name]))
+    pq.write_table(pa.Table.from_pylist(FORMATS[name]), tmp_path / "b.parquet")
+    lines, columns = (tokenize(tmp_path / file, chat, tmp_path / file[0]) for file in ("a.jsonl", "b.parquet"))
+    assert lines[0] == columns[0]
+    assert len(lines[0]) == len(FORMATS[name])
+    read = {key: count for key, count in columns[1].items() if key.startswith("read_as") and count}
+    assert sum(read.values()) == len(FORMATS[name])
+    assert read == {key: count for key, count in lines[1].items() if key.startswith("read_as") and count}
+    assert any(note.startswith("note: read as ") for note in columns[2])
+    assert ("text" in columns[1]["unused_keys"]) is (name == "alpaca")
+
+
+def test_columns_of_no_format_say_what_makes_one(terse, tmp_path):
+    pq.write_table(pa.table({"instruction": ["a"], "the answer": ["b"], "response": ["c"]}), tmp_path / "a.parquet")
+    said = r'no column messages or .*: df.selectExpr\("instruction AS prompt", "response AS completion"\) makes one'
+    with pytest.raises(UserError, match=said):
+        tokenize(tmp_path / "a.parquet", terse[0], tmp_path / "out")
+
+
 def test_maps_read_as_objects(terse, tmp_path):
     kind = pa.list_(pa.map_(pa.string(), pa.string()))
     maps = pa.array([[list(turn.items()) for turn in TURNS], [[("user", "a"), ("user", "b")]]], kind)

@@ -4,10 +4,13 @@ import json
 
 import pytest
 from generation import TEMPLATE, make_model
+from spark.chat_templates import TOOL_STYLES
 from transformers import AutoTokenizer
 
 from fft.errors import UserError
+from fft.serve.asked import Reading
 from fft.serve.prompts import Renderer, load_model_tokenizer
+from fft.serve.sampling import Sampling
 from fft.text.messages import parse_conversation
 from fft.text.records import Malformed
 
@@ -47,6 +50,48 @@ def test_ids_are_those_of_the_tokenizer_s_own_template(prompt, messages, chat):
     assert chat.render(prompt) == own
 
 
+@pytest.mark.parametrize(
+    ("prompt", "messages"),
+    [
+        ({"conversations": [{"from": "human", "value": "x"}], "system": "be brief"}, [SYSTEM, USER]),
+        ({"instruction": "x", "output": "what is there already"}, [USER]),
+        (
+            {"instruction": "x", "input": "y", "history": [["a", "b"]]},
+            [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "x\ny"},
+            ],
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], [USER]),
+    ],
+)
+def test_prompts_in_the_formats_of_training_data(prompt, messages, chat):
+    own = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat.render(prompt) == own
+    if isinstance(prompt, dict):
+        asked = Reading("prompt", Sampling()).ask(prompt)
+        assert (chat.render(asked.prompt), asked.fields) == (own, prompt)
+
+
+def test_calls_in_a_prompt_are_rendered_or_refused(tokenizer_of, chat):
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}]
+    turns.append({"role": "tool", "content": "7"})
+    with pytest.raises(Malformed, match="it has tool calls, which the chat template does not render"):
+        chat.render(turns)
+    renderer = Renderer.of(tokenizer_of(TOOL_STYLES["hermes"].template), 400)
+    objects = [
+        USER,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+        turns[2],
+    ]
+    own = renderer.tokenizer.apply_chat_template(objects, add_generation_prompt=True, return_dict=False)
+    assert renderer.render(turns) == own
+    with pytest.raises(Malformed, match=r"turn 1 \(developer\) is left out by the chat template"):
+        renderer.render([{"role": "developer", "content": "be brief"}, USER])
+
+
 def test_a_last_turn_of_the_assistant_goes_on(chat):
     messages = [USER, {"role": "assistant", "content": "def"}]
     own = chat.tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
@@ -75,7 +120,7 @@ def test_texts_get_what_the_tokenizer_puts_around_them(tokenizer_of):
     [
         {"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]},
         {"messages": [{"role": "user", "content": "x"}], "functions": [{}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
         {"messages": [{"role": "wizard", "content": "x"}]},
         {"messages": [{"role": "user"}]},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spark.chat_oracle import stretches
+from spark.chat_oracle import labels_of, stretches
 from spark.chat_templates import STYLES, save_chat_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -22,6 +22,7 @@ from fft.text.chat import Chat, load_chat
 from fft.text.chat_labels import NOT_TRAINED, Spelling
 from fft.text.cuts import cut_chat
 from fft.text.encoder import Encoder
+from fft.text.formats import FORMATS, LISTS_OF_TURNS
 from fft.text.messages import RawConversation, parse_conversation
 from fft.text.records import Malformed
 
@@ -58,20 +59,9 @@ def trained_text(tokenizer, row):
 
 
 def expected_labels(tokenizer, style, messages):
-    """By transformers' own offsets: a token is trained on if it holds a character of a trained stretch."""
     parts = stretches(style, messages)
-    text = "".join(part for part, _ in parts)
-    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
-    flags = np.concatenate([np.full(len(part), trained) for part, trained in parts])
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-    trained = []
-    for i, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if i in added:  # transformers counts the white space that it swallows as a part of it
-            a = text.index(added[i], a, b)
-            b = a + len(added[i])
-        trained.append(bool(flags[a:b].any()))
-    return [i if t else NOT_TRAINED for i, t in zip(encoded["input_ids"], trained, strict=True)]
+    assert "".join(part for part, _ in parts) == tokenizer.apply_chat_template(messages, tokenize=False)
+    return labels_of(tokenizer, parts)[1]
 
 
 FIVE = turns("Hello there", "Hi, how are you?", "Well. And 6 x 7?", "It is 42.", system="Be brief.")
@@ -390,7 +380,8 @@ def test_every_key_that_is_refused_is_refused_by_name_and_stands_in_the_document
     for key in known_keys.TRAIN_KEYS:
         with pytest.raises(Malformed, match=f"key {key} beside the turns says not to train on it"):
             parse_conversation(json.dumps({"messages": turns("a", "b"), key: 0}).encode(), "id")
-    known = (*known_keys.TURN_KEYS, known_keys.TOOLS_KEY, *known_keys.ROLES, *known_keys.TRAIN_KEYS)
+    known = (*LISTS_OF_TURNS, known_keys.TOOLS_KEY, *known_keys.ROLES, *known_keys.TRAIN_KEYS)
+    known += tuple(key for form in FORMATS for key in (*form.keys, *form.beside))
     known += (*known_keys._REFUSED_BESIDE_TURNS, *known_keys._REFUSED_IN_A_TURN)
     assert [key for key in known if f"`{key}`" not in page] == []
 
