@@ -61,9 +61,13 @@ def check_no_credentials(url: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one sentence, too, with the flag that was probably meant."""
+    """An argument parser whose complaint is one sentence, too, with the flag that was probably meant. Its program is
+    called what an installed command is, where one runs (``fft-tokenize``)."""
 
     def __init__(self, **options: Any) -> None:
+        command = os.path.basename(sys.argv[0])
+        if command.startswith("fft-"):
+            options["prog"] = command
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:

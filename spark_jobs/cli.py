@@ -4,14 +4,12 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import spark_jobs
-from fft.console import say
 from fft.errors import Parser, UserError, positive
 from fft.images.rules import LIMITS
 from fft.serve.engines import add_engine_flags
 from fft.serve.images import add_image_flags
 from fft.serve.sampling import add_sampling_flags
 from spark_jobs.parameters import CHOICES
-from spark_jobs.token_table.picture import check_report, write_report
 
 
 def tokenize_parser() -> Parser:
@@ -120,6 +118,13 @@ def shuffle_parser() -> Parser:
         metavar="NAME=W,...",
         help="how often rows of a table occur, by the name of its folder: 0.7 takes seven documents in ten, 2.5 all of "
         "them twice and half of them once more (default: 1); held-out rows occur once",
+    )
+    parser.add_argument(
+        "--weight_by",
+        choices=CHOICES["weight_by"],
+        default="documents",
+        help="documents: --weights say how often each occurs (default); tokens: they are the tables' shares of the "
+        "mixture's tokens, of which it has as many as all tables together",
     )
     parser.add_argument(
         "--dedup",
@@ -281,9 +286,8 @@ def _parser(
     )
     parser.add_argument(
         "--format",
-        choices=CHOICES["table_format"],
+        choices=CHOICES["format"],
         default=None if tokens else "parquet",
-        dest="table_format",
         help="of the new table (default: parquet"
         + ("; of a catalog table, what the catalog makes" if tokens else "")
         + "); delta needs no cluster support, only pip install deltalake",
@@ -309,9 +313,6 @@ def _parser(
 
 def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
     values = vars(parser.parse_args(argv))
-    picture = values.pop("report", None)
-    if picture is not None:
-        check_report(picture, values["overwrite"])
     try:
         function: Callable = getattr(spark_jobs, job)
     except ModuleNotFoundError as error:
@@ -319,10 +320,7 @@ def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
             raise
         raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
     with parser.naming_flags():
-        manifests = function(**values)
-    if picture is not None:
-        write_report(manifests, picture)
-        say(f"wrote {picture}")
+        function(**values)
 
 
 def _fraction(text: str) -> float:

@@ -53,7 +53,7 @@ def generate_table(
     system: str | None = None,
     num_engine: int | None = None,
     on_error: str = "fail",
-    table_format: str = "parquet",
+    format: str = "parquet",
     overwrite: bool = False,
     spark: SparkSession | None = None,
     **settings: Any,
@@ -82,7 +82,7 @@ def generate_table(
     sources = find_sources(paths, id_key, left_out, for_engine := [])
     for _ in (file for source in sources for file in source.files if file.doc_id is not None):
         left_out.add(f"partition column {id_key}")
-    table = Output(folder, [""], paths, overwrite, table_format)
+    table = Output(folder, [""], paths, overwrite, format)
     table.check()
     start = time.monotonic()
     spark = spark or get_session("generate")

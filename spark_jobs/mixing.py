@@ -24,6 +24,26 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str]) -> dict[st
     return given
 
 
+def often_by(weight_by: str, weights: Mapping[str, float], tokens: Mapping[str, int]) -> dict[str, float]:
+    """How often each row of a dataset occurs, of datasets with so many ``tokens``: the weights themselves, or where
+    they are shares of tokens, as often as gives the mixture these shares and as many tokens as all have together.
+
+    Raises :class:`UserError` as :func:`check_weights`, and for shares that leave out a dataset or that it cannot have.
+    """
+    given = check_weights(weights, list(tokens))
+    if weight_by != "tokens":
+        return given
+    missing = [name for name in tokens if name not in weights]
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f'`weights` has no {names}: with `weight_by="tokens"` each table needs a share, 0 for none.')
+    empty = [name for name, share in given.items() if share and not tokens[name]]
+    if empty:
+        raise UserError(f"`weights` gives a share to {empty[0]}, which has no tokens: leave the table out.")
+    scale = sum(tokens.values()) / sum(given.values())
+    return {name: share and share * scale / tokens[name] for name, share in given.items()}
+
+
 def with_copies(df: DataFrame, weights: Mapping[str, float], seed: int, name: Column) -> DataFrame:
     """Each row as often as its dataset's weight says, or once if it has none, numbered from 0 in a column ``copy``.
 

@@ -15,15 +15,16 @@ CHOICES = {
     "task": ("pretrain", "chat"),
     "eos": ("auto", "always", "never"),
     "on_error": ("fail", "quarantine"),
-    "table_format": ("parquet", "delta"),
+    "format": ("parquet", "delta"),
     "writer": ("parts", "spark"),
     "pack": ("best-fit", "concat", "none"),
     "method": ("best-fit", "concat", "none"),
+    "weight_by": ("documents", "tokens"),
     "split": ("train", "validation"),
     "chat": ("auto", "yes", "no"),
 }
 #: Those of them that need not be given.
-_OPTIONAL = ("table_format", "writer")
+_OPTIONAL = ("format", "writer")
 #: Parameters that count something, if they are given.
 _COUNTS = ("max_len", "num_block", "num_partition", "num_engine", "max_pixels", "min_pixels", "max_tiles")
 #: Parameters that are on or off.

@@ -15,7 +15,7 @@ from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
 from fft.data.delta import split_name
 from fft.data.known import IMAGES
-from fft.data.manifest import Manifest
+from fft.data.manifest import Manifest, Manifests
 from fft.data.part_files import PartFile, PartFolder
 from fft.errors import UserError
 from spark_jobs.parameters import check_parameters, is_table_name
@@ -30,6 +30,7 @@ from spark_jobs.token_rows import PackedRows, counted_rows, token_columns
 from spark_jobs.token_table.destination import check_writer, output_at
 from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
+from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.read import (
     Dataset,
     common_tokenizer,
@@ -58,11 +59,12 @@ def repartition_table(
     pack: str = "best-fit",
     num_partition: int | None = None,
     seed: int = 0,
-    table_format: str | None = None,
+    format: str | None = None,
     writer: str | None = None,
     overwrite: bool = False,
+    report: str | Path | None = None,
     spark: SparkSession | None = None,
-) -> dict[str, Manifest]:
+) -> Manifests:
     """Write a table's documents as rows of at most ``max_len`` tokens in ``num_partition`` files of equal token count.
 
     ``input`` is a table or a folder with the tables ``train`` and ``validation``; each becomes one of the same name.
@@ -70,11 +72,13 @@ def repartition_table(
     whole, as an older version if it is a Delta table.
     ``input`` may name a catalog table (``catalog.schema.table``), which the engine reads. ``output``, too: Spark then
     writes it, as with ``writer="spark"`` any other, see :mod:`spark_jobs.token_table.spark_output`.
-    ``table_format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
+    ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
+    ``report`` is a file, .html or .png, for a picture of the result.
     Returns the manifests by table name ("" for a single table). Raises :class:`UserError` for an input that is no
     finished token table. ``spark`` is by default the active session.
     """
     check_parameters(locals())
+    check_report(report, overwrite)
     source, session = place_at(input, "input"), partial(get_session, "repartition", spark)
     check_writer(writer, source if output is None else output)
     _check_in_place(source, output, overwrite, writer)
@@ -89,10 +93,10 @@ def repartition_table(
     if output is None:
         table = _in_place(source, datasets)
     else:
-        table = output_at(output, list(datasets), [source], overwrite, table_format, writer, session)
+        table = output_at(output, list(datasets), [source], overwrite, format, writer, session)
     table.check()
     spark = session()
-    manifests = {}
+    manifests = Manifests()
     with table.claim(lineage) as writers, job_settings(spark):
         for name, dataset in datasets.items():
             title = f"repartition {name}".strip()
@@ -100,6 +104,7 @@ def repartition_table(
             writers[name].finish(manifests[name], facts_of(manifests[name]))
     _say_results(manifests, table.folder, notes)
     say(f"wrote {table.folder}")
+    write_report(manifests, report)
     return manifests
 
 

@@ -15,10 +15,10 @@ from pyspark.sql import DataFrame, SparkSession
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
 from fft.data.known import IMAGES
-from fft.data.manifest import Manifest
+from fft.data.manifest import Manifest, Manifests
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
-from spark_jobs.mixing import check_weights
+from spark_jobs.mixing import often_by
 from spark_jobs.parameters import check_parameters
 from spark_jobs.placing import COUNTED_ROWS, RowChoice, Shuffling, as_token_rows, parts_for, per_dataset
 from spark_jobs.runtime.counting import tally_names
@@ -28,6 +28,7 @@ from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_rows import ChosenRows, counted_rows, token_columns
 from spark_jobs.token_table.destination import check_writer, output_at
 from spark_jobs.token_table.output import places_at
+from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.read import (
     Dataset,
     common_tokenizer,
@@ -48,75 +49,6 @@ _IMAGE_BYTES_PER_BLOCK = 1 << 28
 _FEWEST_BLOCKS = 8
 
 
-def shuffle_tables(
-    inputs: str | Path | Sequence[str | Path],
-    output: str | Path,
-    *,
-    seed: int = 0,
-    num_block: int | None = None,
-    weights: Mapping[str, float] | None = None,
-    dedup: bool = False,
-    holdout: float = 0.0,
-    table_format: str | None = None,
-    writer: str | None = None,
-    overwrite: bool = False,
-    spark: SparkSession | None = None,
-) -> dict[str, Manifest]:
-    """Write the rows of all input tables to ``output`` in an order that depends on their content and ``seed`` alone.
-
-    With ``holdout`` > 0, ``output`` gets the tables ``train`` and ``validation``: about that share of the document
-    ids, and all their rows, are held out. ``weights`` (by name of the table's folder) say how often a row of the
-    training table occurs; held-out rows occur once, or not at all where the weight is 0. ``dedup`` leaves out rows
-    whose content occurred before, and training rows whose content is held out.
-
-    Inputs may name catalog tables (``catalog.schema.table``), which the engine reads. The output, too: Spark then
-    writes it, as with ``writer="spark"`` any other, see :mod:`spark_jobs.token_table.spark_output`.
-    ``table_format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
-    Returns the manifests by table name ("" without a split). Raises :class:`UserError` for inputs that are no finished
-    token tables and for a split that leaves a side empty. ``spark`` is by default the active session.
-    """
-    check_parameters(locals())
-    check_writer(writer, output)
-    session = partial(get_session, "shuffle", spark)
-    datasets = _open(inputs, session)
-    tokenizer, vision = common_tokenizer(datasets), common_vision(datasets)
-    facts = None if vision is None else vision.facts()
-    if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
-        raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
-    mixing = Mixing(seed, num_block, holdout, check_weights(weights or {}, [d.name for d in datasets]), dedup)
-    left_out, notes_left = not_read(datasets)
-    lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing)) | left_out
-    # The small side first: a split that leaves it empty is found before the work.
-    shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
-    places = [dataset.path for dataset in datasets]
-    table = output_at(output, list(shares), places, overwrite, table_format, writer, session)
-    table.check()
-    spark = session()
-    start = time.monotonic()
-    with table.claim(lineage) as writers, job_settings(spark):
-        first = next(iter(writers.values()))
-        rows = read_tokens(spark, datasets, None if isinstance(first, SparkTable) else first.target.notes)
-        for name, share in shares.items():
-            _write_split(writers[name], rows, datasets, name, share, mixing)
-        counts, length = _counts(writers.values(), datasets, mixing), _seq_len(datasets)
-        timing = timing_of(start, sum(writer.tokens for writer in writers.values()))
-        manifests = {}
-        for name, made in writers.items():
-            own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], made.tallies)}
-            manifests[name] = finished_manifest(made.parts, lineage, own, timing, tokenizer, length, seed, facts)
-            made.finish(manifests[name])
-    _say_results(manifests, counts, table.folder, notes_left)
-    return manifests
-
-
-def _open(inputs: str | Path | Sequence[str | Path], session: Callable[[], SparkSession]) -> list[Dataset]:
-    """Tables of folders and of catalogs."""
-    given, named = split_inputs(inputs)
-    tables = [table for path in places_at(given, "inputs") for table in find_tables(path, "inputs")]
-    datasets = open_datasets(tables, EachByTasks(session))
-    return [*datasets, *(open_named(session(), named, datasets) if named else [])]
-
-
 @dataclass(frozen=True)
 class Mixing:
     """What decides the order; see :func:`shuffle_tables`. ``weights`` has all tables."""
@@ -126,6 +58,95 @@ class Mixing:
     holdout: float
     weights: dict[str, float]
     dedup: bool
+
+
+def shuffle_tables(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    seed: int = 0,
+    num_block: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    weight_by: str = "documents",
+    dedup: bool = False,
+    holdout: float = 0.0,
+    format: str | None = None,
+    writer: str | None = None,
+    overwrite: bool = False,
+    report: str | Path | None = None,
+    spark: SparkSession | None = None,
+) -> Manifests:
+    """Write the rows of all input tables to ``output`` in an order that depends on their content and ``seed`` alone.
+
+    With ``holdout`` > 0, ``output`` gets the tables ``train`` and ``validation``: about that share of the document
+    ids, and all their rows, are held out. ``weights`` (by name of the table's folder) say how often a row of the
+    training table occurs, or with ``weight_by="tokens"`` which share of its tokens each table has; held-out rows occur
+    once, or not at all where the weight is 0. ``dedup`` leaves out rows whose content occurred before, and training
+    rows whose content is held out.
+
+    Inputs may name catalog tables (``catalog.schema.table``), which the engine reads. The output, too: Spark then
+    writes it, as with ``writer="spark"`` any other, see :mod:`spark_jobs.token_table.spark_output`.
+    ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
+    ``report`` a file, .html or .png, for a picture of the result. Returns the manifests by table name ("" without a
+    split). Raises :class:`UserError` for inputs that are no finished token tables and for a split that leaves a side
+    empty. ``spark`` is by default the active session.
+    """
+    check_parameters(locals())
+    check_report(report, overwrite)
+    check_writer(writer, output)
+    session = partial(get_session, "shuffle", spark)
+    datasets = _open(inputs, session)
+    common_tokenizer(datasets), common_vision(datasets)  # differing ones are refused before the work
+    if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
+        raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
+    often = often_by(weight_by, weights or {}, {dataset.name: dataset.table.tokens for dataset in datasets})
+    mixing = Mixing(seed, num_block, holdout, often, dedup)
+    left_out, notes_left = not_read(datasets)
+    lineage = (
+        lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing) | {"weight_by": weight_by})
+        | left_out
+    )
+    # The small side first: a split that leaves it empty is found before the work.
+    shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
+    table = output_at(output, list(shares), [d.path for d in datasets], overwrite, format, writer, session)
+    table.check()
+    spark, start = session(), time.monotonic()
+    with table.claim(lineage) as writers, job_settings(spark):
+        first = next(iter(writers.values()))
+        rows = read_tokens(spark, datasets, None if isinstance(first, SparkTable) else first.target.notes)
+        for name, share in shares.items():
+            _write_split(writers[name], rows, datasets, name, share, mixing)
+        manifests, counts = _finish(writers, datasets, mixing, lineage, start)
+    _say_results(manifests, counts, table.folder, notes_left)
+    write_report(manifests, report)
+    return manifests
+
+
+def _finish(
+    writers: Mapping[str, TableWriter | SparkTable],
+    datasets: Sequence[Dataset],
+    mixing: Mixing,
+    lineage: Mapping[str, Any],
+    start: float,
+) -> tuple[Manifests, dict[str, Any]]:
+    """Publish the tables; their manifests, and what was counted of all together."""
+    counts, length = _counts(writers.values(), datasets, mixing), _seq_len(datasets)
+    timing, tokenizer = timing_of(start, sum(made.tokens for made in writers.values())), common_tokenizer(datasets)
+    rules, manifests = common_vision(datasets), Manifests()
+    vision = None if rules is None else rules.facts()
+    for name, made in writers.items():
+        own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], made.tallies)}
+        manifests[name] = finished_manifest(made.parts, lineage, own, timing, tokenizer, length, mixing.seed, vision)
+        made.finish(manifests[name])
+    return manifests, counts
+
+
+def _open(inputs: str | Path | Sequence[str | Path], session: Callable[[], SparkSession]) -> list[Dataset]:
+    """Tables of folders and of catalogs."""
+    given, named = split_inputs(inputs)
+    tables = [table for path in places_at(given, "inputs") for table in find_tables(path, "inputs")]
+    datasets = open_datasets(tables, EachByTasks(session))
+    return [*datasets, *(open_named(session(), named, datasets) if named else [])]
 
 
 def _write_split(
@@ -217,9 +238,10 @@ def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder:
     for name, manifest in manifests.items():
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
         for dataset, own in counts["datasets"].items():
-            lines.append([name or "-", dataset, own["rows"], own["tokens"], ""])
-        lines.append([name or "-", "all", manifest.rows, manifest.tokens, counts["bytes"]])
-    say(format_table(("table", "dataset", "rows", "tokens", "bytes"), lines))
+            shares = [f"{own['rows'] / manifest.rows:.1%}", f"{own['tokens'] / manifest.tokens:.1%}"]
+            lines.append([name or "-", dataset, own["rows"], shares[0], own["tokens"], shares[1], ""])
+        lines.append([name or "-", "all", manifest.rows, "", manifest.tokens, "", counts["bytes"]])
+    say(format_table(("table", "dataset", "rows", "share", "tokens", "share", "bytes"), lines))
     say(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,} tokens/s")
     for what, count in (("without tokens", totals["empty"]), ("whose content occurred before", totals["duplicates"])):
         if count:

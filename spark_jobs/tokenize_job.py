@@ -34,6 +34,7 @@ from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_rows import ALL_UNUSED, EncodeRows, EncodeSplits, counted_rows
 from spark_jobs.token_table.destination import check_writer, output_at
+from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.spark_output import SparkTable
 from spark_jobs.token_table.writer import TableWriter
 
@@ -59,9 +60,10 @@ def tokenize_table(
     eos: str = "auto",
     parse_special_tokens: bool = False,
     on_error: str = "fail",
-    table_format: str | None = None,
+    format: str | None = None,
     writer: str | None = None,
     overwrite: bool = False,
+    report: str | Path | None = None,
     spark: SparkSession | None = None,
 ) -> Manifest:
     """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
@@ -69,21 +71,21 @@ def tokenize_table(
     An input may also name a catalog table (``catalog.schema.table``), or be a URL, also with wild cards. So may
     ``output``: Spark then writes it, as any other with ``writer="spark"``: :mod:`spark_jobs.token_table.spark_output`.
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
-    With ``task="chat"``, documents are conversations, encoded by the tokenizer's chat template, and rows have
-    ``labels``: see :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts only.
+    With ``task="chat"``, documents are conversations (:mod:`fft.text.formats`), encoded by the chat template, and rows
+    have ``labels``: :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts.
     With ``image_path``, a folder, chats may have images, which rows carry in ``images`` and ``image_grids``;
     ``tokenizer`` is then a model's whole directory, whose limits hold where ``max_pixels`` and the like are not given.
-    ``table_format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version.
-    Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`
-    for inputs and tokenizers that are none, and when no document is left. ``spark`` is by default the active session.
+    ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
+    ``report`` a file, .html or .png, for a picture. Malformed records end the job (``on_error="fail"``) or go to
+    ``output/_quarantine``. Raises :class:`UserError` for inputs and tokenizers that are none, and without documents.
     """
     check_parameters(locals())
+    check_report(report, overwrite)
     check_writer(writer, output, on_error)
     unread, paths = by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
-    left_out = LeftOut()
-    sources = find_sources(paths, id_key, left_out, for_engine := [])
+    sources = find_sources(paths, id_key, left_out := LeftOut(), for_engine := [])
     session = partial(get_session, "tokenize", spark)
-    table = output_at(output, [""], [*paths, *unread], overwrite, table_format, writer, session)
+    table = output_at(output, [""], [*paths, *unread], overwrite, format, writer, session)
     table.check()
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
@@ -94,14 +96,13 @@ def tokenize_table(
     elif images is not None:
         parameters |= {"image_path": str(image_path), **asdict(images.limits)}
     record_encoder, info, spark = _load_beside_spark(load, session)
-    start = time.monotonic()
-    frames = open_frames(spark, [*unread, *for_engine])
-    origins = [*(source.origin for source in sources), *({"input": frame.name} for frame in frames)]
-    lineage = lineage_of("tokenize", origins, parameters)
+    start, frames = time.monotonic(), open_frames(spark, [*unread, *for_engine])
+    lineage = lineage_of("tokenize", [*(s.origin for s in sources), *({"input": f.name} for f in frames)], parameters)
     with table.claim(lineage) as writers, job_settings(spark):
         _fill(spark, writers[""], sources, frames, record_encoder, on_error == "fail")
         manifest = _finish(writers[""], lineage | left_out.facts(), record_encoder, info, max_len, start)
     _say_results(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
+    write_report(manifest, report)
     return manifest
 
 

@@ -70,5 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"{tensors} tensors written to {output}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Console entry point."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

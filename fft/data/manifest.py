@@ -13,6 +13,7 @@ Depends on no other package, so that Spark jobs and the trainer share it.
 """
 
 import hashlib
+import html
 import json
 import os
 from collections.abc import Collection
@@ -79,6 +80,9 @@ class Manifest:
         if self.vision is not None:
             object.__setattr__(self, "format_version", FORMAT_VERSION)
 
+    def _repr_html_(self) -> str:
+        return Manifests({"": self})._repr_html_()
+
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal tables have equal manifests; without what is secret."""
         facts = asdict(self)
@@ -110,6 +114,24 @@ class Manifest:
             raise UserError(
                 f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
             ) from error
+
+
+class Manifests(dict[str, Manifest]):
+    """Manifests of tables by their names, as a notebook shows them: a row a table, and what it is mixed from."""
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[object, ...]] = [("table", "made by", "files", "rows", "tokens", "bytes")]
+        for name, made in self.items():
+            size = sum(file.bytes for file in made.files)
+            rows.append((name, str(made.lineage.get("job", "")), len(made.files), made.rows, made.tokens, size))
+            for own, counts in made.lineage.get("counts", {}).get("datasets", {}).items():
+                rows.append(("", f"from {own}", "", counts.get("rows", ""), counts.get("tokens", ""), ""))
+        cells = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in rows]
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
 
 
 def tokenizer_sha256(directory: str | os.PathLike) -> str:

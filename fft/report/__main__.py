@@ -48,5 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Console entry point."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -218,5 +218,10 @@ def _about(args: argparse.Namespace, model: CheckedModel, facts: Facts) -> dict[
     }
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Console entry point."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -258,5 +258,10 @@ def _port(text: str) -> int:
     return int(text)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Console entry point."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

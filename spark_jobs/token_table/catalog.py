@@ -173,7 +173,7 @@ def catalog_errors(shown: str) -> Iterator[None]:
     except Exception as error:
         if "Failed to find the data source" in str(error) or "DATA_SOURCE_NOT_FOUND" in str(error):
             raise UserError(
-                f"Spark cannot write {shown}: it does not have this format; give `table_format` another, or Spark what "
+                f"Spark cannot write {shown}: it does not have this format; give `format` another, or Spark what "
                 "it needs (--packages)."
             ) from error
         raise

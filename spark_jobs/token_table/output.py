@@ -148,7 +148,7 @@ class Output:
             self._check_versions(tables, deltas)
             return
         if deltas:
-            raise UserError(f'`output` {deltas[0]} is a Delta table: give `table_format="delta"`, or another folder.')
+            raise UserError(f'`output` {deltas[0]} is a Delta table: give `format="delta"`, or another folder.')
         if not self.overwrite and any(map(holds_table, tables)):
             raise UserError(f"`output` {self.folder} exists: give `overwrite=True` to replace it, or another folder.")
         self._check_strangers(tables)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
+from fft.console import say
 from fft.data.manifest import Manifest
 from fft.errors import UserError
 from fft.files import write_atomically
@@ -43,21 +44,26 @@ td, th { padding: .2em .9em .2em 0; text-align: left }
 """
 
 
-def check_report(path: str | Path, overwrite: bool) -> None:
+def check_report(path: str | Path | None, overwrite: bool) -> None:
     """Raise :class:`UserError`, before a job begins, for a report that could not be written after it."""
+    if path is None:
+        return
     path = Path(path)
     if path.suffix not in KINDS:
-        raise UserError(f"--report {path} must end in {' or '.join(KINDS)}.")
+        raise UserError(f"`report` {path} must end in {' or '.join(KINDS)}.")
     if not path.parent.is_dir():
-        raise UserError(f"--report {path}: there is no folder {path.parent}; make it first.")
+        raise UserError(f"`report` {path}: there is no folder {path.parent}; make it first.")
     if path.exists() and not overwrite:
-        raise UserError(f"--report {path} exists: give --overwrite to replace it, or another name.")
+        raise UserError(f"`report` {path} exists: allow that with `overwrite=True`, or give another name.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--report needs matplotlib: pip install 'flash-fine-tuning[local]'.")
+        raise UserError("`report` needs matplotlib: pip install 'flash-fine-tuning[local]'.")
 
 
-def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path) -> None:
-    """Draw what the manifests of a job say, a row of pictures for each table, as a PNG or an HTML page of its own."""
+def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path | None) -> None:
+    """Draw what the manifests of a job say, a row of pictures for each table, as a PNG or an HTML page of its own; for
+    no path, nothing."""
+    if path is None:
+        return
     path = Path(path)
     tables = {"": manifests} if isinstance(manifests, Manifest) else dict(manifests)
     figure = _figure(tables)
@@ -65,6 +71,7 @@ def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path)
     figure.savefig(data, format="png" if path.suffix == ".png" else "svg")
     content = data.getvalue() if path.suffix == ".png" else _page(tables, data.getvalue().decode())
     write_atomically(path, content)
+    say(f"wrote {path}")
 
 
 def _figure(tables: Mapping[str, Manifest]) -> "Figure":

@@ -38,12 +38,12 @@ def test_texts_of_a_version(spark, raw, tokenizer, tmp_path):
 
 
 def test_the_whole_way_in_delta(spark, corpus, tokenizer, tokens, shuffled, tmp_path):
-    tokenize_table(corpus, tmp_path / "t", tokenizer, table_format="delta")
+    tokenize_table(corpus, tmp_path / "t", tokenizer, format="delta")
     assert ids_of(tmp_path / "t") == sorted(row["input_ids"] for row in rows_of(tokens))
-    made = shuffle_tables(tmp_path / "t", tmp_path / "s", holdout=0.1, num_block=4, table_format="delta")
+    made = shuffle_tables(tmp_path / "t", tmp_path / "s", holdout=0.1, num_block=4, format="delta")
     assert made["train"].lineage["inputs"] == [f"{tmp_path / 't'}@v0"]
     assert ids_of(tmp_path / "s" / "train") == sorted(row["input_ids"] for row in rows_of(shuffled / "train"))
-    (packed, _) = repartition_table(tmp_path / "s", tmp_path / "p", max_len=128, table_format="delta").values()
+    (packed, _) = repartition_table(tmp_path / "s", tmp_path / "p", max_len=128, format="delta").values()
     table = Table.open(tmp_path / "p" / "train")
     assert (table.version, table.manifest, table.tokens) == (0, packed, packed.tokens)
     assert SampleReader(table, 128, seed=0).samples_per_epoch == packed.rows  # rows are samples: the manifest is known
@@ -51,13 +51,13 @@ def test_the_whole_way_in_delta(spark, corpus, tokenizer, tokens, shuffled, tmp_
 
 def test_overwrite_is_a_new_version_and_the_old_one_stays(spark, corpus, tokenizer, tmp_path):
     folder = tmp_path / "t"
-    old = tokenize_table(corpus, folder, tokenizer, table_format="delta")
+    old = tokenize_table(corpus, folder, tokenizer, format="delta")
     with pytest.raises(UserError, match="exists: give `overwrite=True` to add a version"):
-        tokenize_table(corpus, folder, tokenizer, table_format="delta")
-    with pytest.raises(UserError, match='is a Delta table: give `table_format="delta"`'):
+        tokenize_table(corpus, folder, tokenizer, format="delta")
+    with pytest.raises(UserError, match='is a Delta table: give `format="delta"`'):
         tokenize_table(corpus, folder, tokenizer, overwrite=True)
     before = ids_of(folder)
-    new = tokenize_table(corpus, folder, tokenizer, max_len=100, table_format="delta", overwrite=True)
+    new = tokenize_table(corpus, folder, tokenizer, max_len=100, format="delta", overwrite=True)
     assert new.rows > old.rows
     assert ids_of(folder, 0) == before != ids_of(folder, 1)
     assert Table.open(folder).manifest == new
@@ -67,7 +67,7 @@ def test_overwrite_is_a_new_version_and_the_old_one_stays(spark, corpus, tokeniz
 
 def test_until_the_commit_the_old_version_stands(spark, corpus, tokenizer, tmp_path, monkeypatch):
     folder = tmp_path / "t"
-    tokenize_table(corpus, folder, tokenizer, table_format="delta")
+    tokenize_table(corpus, folder, tokenizer, format="delta")
     before = ids_of(folder)
 
     def dies(*_):
@@ -76,16 +76,16 @@ def test_until_the_commit_the_old_version_stands(spark, corpus, tokenizer, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr("spark_jobs.token_table.output.commit_delta", dies)
         with pytest.raises(KeyboardInterrupt):
-            tokenize_table(corpus, folder, tokenizer, max_len=50, table_format="delta", overwrite=True)
+            tokenize_table(corpus, folder, tokenizer, max_len=50, format="delta", overwrite=True)
     assert ids_of(folder) == before
     assert Table.open(folder).version == 0
-    tokenize_table(corpus, folder, tokenizer, max_len=50, table_format="delta", overwrite=True)
+    tokenize_table(corpus, folder, tokenizer, max_len=50, format="delta", overwrite=True)
     assert Table.open(folder).version == 1
 
 
 def test_an_appended_table_is_foreign(spark, corpus, tokenizer, tmp_path):
     folder = tmp_path / "t"
-    manifest = tokenize_table(corpus, folder, tokenizer, table_format="delta")
+    manifest = tokenize_table(corpus, folder, tokenizer, format="delta")
     more = pa.table({"input_ids": pa.array([[1, 2, 3]], pa.list_(pa.int32())), "doc_ids": [["more"]]})
     deltalake.write_deltalake(str(folder), more, mode="append")
     table = Table.open(folder)
@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_refused(spark, raw, tokenizer, tmp_path):
 
 
 def test_in_place_is_a_new_version(spark, tokenizer, raw, tmp_path):
-    tokenize_table(raw, tmp_path / "t", tokenizer, table_format="delta")
+    tokenize_table(raw, tmp_path / "t", tokenizer, format="delta")
     before = ids_of(tmp_path / "t")
     repartition_table(tmp_path / "t", max_len=64, num_partition=1, overwrite=True)
     assert ids_of(tmp_path / "t", 0) == before

@@ -224,7 +224,7 @@ def test_samples_are_trained_on(spark, model, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "bad", "prompt": 7}]))
     settings = {"engine": "transformers", "n": 4, "temperature": 1.0, "max_new_tokens": 4, "batch_size": 64}
     out = tmp_path / "samples"
-    manifest = generate_table(source, out, model, on_error="quarantine", table_format="delta", **settings)
+    manifest = generate_table(source, out, model, on_error="quarantine", format="delta", **settings)
     assert (manifest.rows, manifest.lineage["counts"]["quarantined"]) == (80, 1)
     again = [generate_table(source, tmp_path / str(i), model, on_error="quarantine", **settings) for i in range(3)]
     assert sum(one.lineage["counts"]["engine_starts"] for one in again) <= 2  # a worker keeps its engine; there are two

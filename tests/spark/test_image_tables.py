@@ -185,8 +185,8 @@ def test_malformed_images_are_named_or_set_aside(spark, chats, images, flags, tm
 def test_delta_dedup_and_tables_without_images(spark, table, flags, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps([{"user": "hello"}, {"assistant": "world"}]) + "\n")
-    tokenize_table(texts, tmp_path / "texts", flags["tokenizer"], task="chat", table_format="delta")
-    shuffle_tables([table, tmp_path / "texts"], tmp_path / "mixed", num_block=2, table_format="delta")
+    tokenize_table(texts, tmp_path / "texts", flags["tokenizer"], task="chat", format="delta")
+    shuffle_tables([table, tmp_path / "texts"], tmp_path / "mixed", num_block=2, format="delta")
     mixed = rows_of(tmp_path / "mixed")
     assert len(mixed) == CHATS + 1
     assert [row["images"] for row in mixed if len(row["doc_ids"][0]) == 32] == [[]]

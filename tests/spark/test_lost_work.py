@@ -231,12 +231,12 @@ def test_a_malformed_line_does_not_cost_the_old_table(table_format, spark, corpu
     """Nor what had been set aside for it."""
     bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
     bad.write_text(corpus.read_text() + "not json\n")
-    tokenize_table(bad, out, tokenizer, on_error="quarantine", table_format=table_format)
+    tokenize_table(bad, out, tokenizer, on_error="quarantine", format=table_format)
     lying = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="not valid JSON"):
-        tokenize_table(bad, out, tokenizer, overwrite=True, table_format=table_format)
+        tokenize_table(bad, out, tokenizer, overwrite=True, format=table_format)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == lying
-    tokenize_table(bad, out, tokenizer, on_error="quarantine", max_len=9, overwrite=True, table_format=table_format)
+    tokenize_table(bad, out, tokenizer, on_error="quarantine", max_len=9, overwrite=True, format=table_format)
     (aside,) = (out / QUARANTINE).iterdir()
     assert json.loads(aside.read_text())["record"] == "not json"
 

@@ -52,6 +52,22 @@ def test_weights_repeat_and_thin_out(spark, datasets, tmp_path):
     assert [row["doc_ids"][0] for row in rows_of(tmp_path / "b")] == order
 
 
+def test_weights_by_tokens_are_shares_of_the_mixture(spark, datasets, tmp_path, capsys):
+    write_foreign(tmp_path / "long", [[1] * 30] * 40, doc_ids=[[f"long-{i}"] for i in range(40)])
+    shares = {"web": 1, "books": 0, "long": 3}
+    inputs = [datasets / "web", datasets / "books", tmp_path / "long"]
+    options = {"weights": shares, "weight_by": "tokens", "num_block": 3}
+    (manifest,) = shuffle_tables(inputs, tmp_path / "a", **options).values()
+    counts = manifest.lineage["counts"]["datasets"]
+    assert manifest.tokens == pytest.approx(3 * 1200, rel=0.05)  # as many as the tables together
+    assert counts["long"]["tokens"] / manifest.tokens == pytest.approx(0.75, abs=0.03)
+    assert counts["books"]["tokens"] == 0
+    told = f"long {counts['long']['rows']} {counts['long']['rows'] / manifest.rows:.1%}"
+    assert told in " ".join(capsys.readouterr().err.split()).replace(",", "")
+    with pytest.raises(UserError, match='`weights` has no books, long: with `weight_by="tokens"` each table needs a'):
+        shuffle_tables(inputs, tmp_path / "b", weights={"web": 1.0}, weight_by="tokens")
+
+
 def test_weight_one_changes_nothing(spark, datasets, tmp_path):
     shuffle_tables(datasets, tmp_path / "a", num_block=3)
     shuffle_tables(datasets, tmp_path / "b", num_block=3, weights={"web": 1.0, "books": 1})

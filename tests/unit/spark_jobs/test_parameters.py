@@ -13,7 +13,7 @@ from spark_jobs.runtime.session import user_errors
         ("task", "chats", "`task` is 'chats', it must be one of pretrain, chat."),
         ("eos", None, "`eos` is None, it must be one of auto, always, never."),
         ("on_error", "skip", "`on_error` is 'skip', it must be one of fail, quarantine."),
-        ("table_format", "iceberg", "`table_format` is 'iceberg', it must be one of parquet, delta."),
+        ("format", "iceberg", "`format` is 'iceberg', it must be one of parquet, delta."),
         ("max_len", 0, "`max_len` is 0, it must be a positive integer."),
         ("max_len", 12.5, "`max_len` is 12.5, it must be a positive integer."),
         ("overwrite", "no", "`overwrite` is 'no', it must be True or False."),

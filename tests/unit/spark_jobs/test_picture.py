@@ -76,12 +76,12 @@ def test_a_picture(manifest, tmp_path):
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_job(tmp_path):
-    with pytest.raises(UserError, match=r"--report .*r\.pdf must end in \.html or \.png"):
+    with pytest.raises(UserError, match=r"`report` .*r\.pdf must end in \.html or \.png"):
         check_report(tmp_path / "r.pdf", False)
     with pytest.raises(UserError, match="there is no folder"):
         run_shuffle(["-i", "none", "-o", "out", "--report", str(tmp_path / "none" / "r.png")])
     (tmp_path / "r.png").touch()
-    with pytest.raises(UserError, match="exists: give --overwrite"):
+    with pytest.raises(UserError, match="exists: allow that with `overwrite=True`"):
         check_report(tmp_path / "r.png", False)
     check_report(tmp_path / "r.png", True)
 

@@ -224,7 +224,7 @@ def test_delta_tables_of_a_store_have_versions(store, tmp_path):
     assert content(f"{url}@v0") == 1
     with pytest.raises(UserError, match=r"exists: give `overwrite=True` to add a version"):
         Output(url, SINGLE, [], False, "delta").check()
-    with pytest.raises(UserError, match=r'is a Delta table: give `table_format="delta"`, or another folder'):
+    with pytest.raises(UserError, match=r'is a Delta table: give `format="delta"`, or another folder'):
         Output(url, SINGLE, [], True, "parquet").check()
     assert not {OWNERS, WRITING_NAME} & {*Storage.at(url).here()}
 

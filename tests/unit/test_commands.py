@@ -1,0 +1,54 @@
+"""Console commands of an installed wheel: each is there, and says what it is called."""
+
+import inspect
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import spark_jobs
+from fft.data.manifest import FileInfo, Manifest, Manifests
+from spark_jobs import cli
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+JOBS = {"tokenize": "tokenize_table", "shuffle": "shuffle_tables", "repartition": "repartition_table"}
+JOBS["generate"] = "generate_table"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_command_says_what_it_is_called(name, monkeypatch, capsys):
+    module, _, function = SCRIPTS[name].partition(":")
+    monkeypatch.setattr(sys, "argv", [f"/anywhere/bin/{name}", "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as ended:
+        getattr(import_module(module), function)()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_parameters_have_the_names_of_flags(name):
+    parser = getattr(cli, f"{name}_parser")()
+    flags = {
+        action.dest: [option for option in action.option_strings if option.startswith("--")]
+        for action in parser._actions
+        if action.dest != "help"
+    }
+    assert {dest for dest, options in flags.items() if f"--{dest}" not in options} <= {"inputs"}
+    given = inspect.signature(getattr(spark_jobs, JOBS[name])).parameters.values()
+    names = {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
+    assert names - {"spark"} <= set(flags)
+    if name != "generate":  # whose settings of sampling and engine are those of its dataclasses
+        assert names - {"spark"} == set(flags)
+
+
+def test_a_notebook_shows_manifests_as_tables():
+    counts = {"datasets": {"a<b>": {"rows": 2, "tokens": 1234}}}
+    made = Manifest((FileInfo("p", 2, 1234, 9),), 2, 1234, lineage={"job": "shuffle", "counts": counts})
+    page = Manifests(train=made)._repr_html_()
+    assert "<td>train</td><td>shuffle</td><td>1</td><td>2</td><td>1,234</td><td>9</td>" in page
+    assert "<td>from a&lt;b&gt;</td>" in page
+    assert made._repr_html_() == page.replace("train", "")
