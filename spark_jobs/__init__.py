@@ -13,6 +13,8 @@ the scripts leave their names to the functions.
 
 from importlib import import_module
 
+import fft as _fft  # noqa: F401  before all else: it leaves the current folder out of Python's path
+
 _HOMES = {
     "generate": "generate_job",
     "generate_table": "generate_job",

@@ -318,7 +318,7 @@ def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("pyspark", "pandas"):
             raise
-        raise UserError(f"{error.name} is not installed: pip install 'flash-fine-tuning[local]'.") from error
+        raise UserError(f"{error.name} is not installed: pip install -e '.[local]' in the checkout.") from error
     with parser.naming_flags():
         function(**values)
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from fft.checkpoint import folder
 from fft.checkpoint.run import RunFolder
 from fft.errors import UserError
+from fft.parallel.groups import tell_all, told_by_first
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,8 @@ def choose_checkpoint(
         )
     damaged = []
     for choice in able:
-        faults: list[str | None] = [None] * dist.get_world_size(control)
         own = folder.fault(choice.run.view(choice.tag), dist.get_rank(control), dist.get_world_size(control))
-        dist.all_gather_object(faults, own, group=control)
-        found = next(filter(None, faults), None)
+        found = next(filter(None, tell_all(own, control)), None)
         if found is None:
             break
         damaged.append((choice, found))
@@ -81,9 +80,8 @@ def choose_checkpoint(
 
 def _all_of(runs: Sequence[RunFolder], control: dist.ProcessGroup) -> list[Chosen]:
     """All checkpoints, the newest first, of equal ones that of the first run; as rank 0 sees them."""
-    found = [[(step, place) for place, run in enumerate(runs) for step in run.steps()]]
-    dist.broadcast_object_list(found, src=0, group=control)
-    ordered = sorted(found[0], key=lambda one: (-one[0], one[1]))
+    found = told_by_first([(step, place) for place, run in enumerate(runs) for step in run.steps()], control)
+    ordered = sorted(found, key=lambda one: (-one[0], one[1]))
     return [Chosen(folder.checkpoint_tag(step), runs[place]) for step, place in ordered]
 
 

@@ -237,7 +237,7 @@ def _partitions(log: "deltalake.DeltaTable") -> dict[str, dict[str, str | None]]
 
 def _need_deltalake() -> None:
     if importlib.util.find_spec("deltalake") is None:
-        raise UserError("Delta tables need deltalake: pip install 'flash-fine-tuning[delta]'.")
+        raise UserError("Delta tables need deltalake: pip install deltalake.")
 
 
 def _name(uri: str, root: str, table: Storage) -> str:

@@ -134,7 +134,7 @@ def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) ->
     limits that it does not know, and where Pillow is not installed.
     """
     if importlib.util.find_spec("PIL") is None:
-        raise UserError("images need Pillow: pip install 'flash-fine-tuning[vision]'.")
+        raise UserError("images need Pillow: pip install pillow.")
     config = read_object(directory / _CONFIG)
     family = config.get("model_type")
     if family == _ORIGINAL:

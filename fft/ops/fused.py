@@ -55,7 +55,7 @@ def missing(device: str, choice: str, family: str) -> str | None:
         return None
     return (
         "liger-kernel is not installed: norms, rotary embedding and SwiGLU move three times the bytes, a step of an 8B "
-        "model on an H100 should take a tenth longer: pip install 'flash-fine-tuning[liger]'"
+        "model on an H100 should take a tenth longer: pip install liger-kernel"
     )
 
 

@@ -1,5 +1,9 @@
-"""The process group that a rank is in."""
+"""The process group that a rank is in, and what ranks tell one another."""
 
+import json
+from typing import Any
+
+import torch
 import torch.distributed as dist
 
 
@@ -13,3 +17,22 @@ def own_group(groups: list[list[int]]) -> dist.ProcessGroup:
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"rank {dist.get_rank()} is in none of the groups {groups}")
     return group
+
+
+def tell_all(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What every rank of a group that sends host memory tells the others, by rank. Collective over ``group``.
+
+    It travels as JSON: who can send here cannot run anything, as a pickle would. Tuples come as lists.
+    """
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(own)]), group)
+    longest = max(int(size) for size in sizes)
+    told = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(told, torch.nn.functional.pad(own, (0, longest - len(own))), group)
+    return [json.loads(bytes(one[: int(size)].tolist())) for one, size in zip(told, sizes, strict=True)]
+
+
+def told_by_first(value: Any, group: dist.ProcessGroup) -> Any:
+    """What rank 0 of the group tells; what the others give does not matter. As :func:`tell_all`, collective."""
+    return tell_all(value if dist.get_rank(group) == 0 else None, group)[0]

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check, then become vLLM. Raises :class:`UserError` for what is not understood of model, adapters and flags."""
     args, rest = build_parser().parse_known_args(argv)
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("vLLM is not installed: pip install 'flash-fine-tuning[serve]' in an environment of its own.")
+        raise UserError("vLLM is not installed: pip install vllm, in an environment of its own.")
     of_file = _settings_of_file(rest)
     given = _names(rest) | set(of_file)
     if "uds" in given:  # a socket in the file system

@@ -56,7 +56,8 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 def init_distributed() -> None:
     """Take this rank's device and join the launcher's process group; without a launcher, make a world of one."""
-    if "RANK" not in os.environ:
+    alone = "RANK" not in os.environ
+    if alone:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -71,10 +72,22 @@ def init_distributed() -> None:
     deepspeed.get_accelerator().set_device(device)
     if on_host():
         _compile_operator()
+    if alone:
+        _join_nobody()
     deepspeed.init_distributed(verbose=False)
     # Every rank has its neighbours' buffers open. NCCL guesses the device by the rank's number, unless it is told.
     dist.barrier(device_ids=[device] if device_type() == "cuda" else None)
     _unlink_shared_buffer()
+
+
+def _join_nobody() -> None:
+    """Make the process group of a world of one, which nobody has to find: without a store that listens, which would do
+    so for all networks, and with gloo's own sockets on loopback."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _compile_operator() -> None:

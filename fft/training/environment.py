@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import fft
 from fft.errors import UserError
+from fft.parallel.groups import tell_all
 from fft.redaction import redact
 
 #: What launchers tell every rank.
@@ -56,8 +57,7 @@ def world_size() -> int:
 
 def environment(group: dist.ProcessGroup, device: torch.device) -> dict:
     """Versions, the command, and where every rank is, this one on ``device``. Collective over ``group``."""
-    hosts: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(hosts, f"{socket.gethostname()} {_name(device)}", group)
+    hosts = tell_all(f"{socket.gethostname()} {_name(device)}", group)
     return {
         "command": redact(shlex.join(sys.orig_argv)),
         "python": platform.python_version(),

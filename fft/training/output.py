@@ -14,6 +14,7 @@ from fft.data.storage import is_url
 from fft.data.views import origin, view
 from fft.errors import UserError
 from fft.files import end_of, hidden
+from fft.parallel.groups import told_by_first
 from fft.training.export import ModelExport
 from fft.training.run_folder import folders
 
@@ -44,22 +45,21 @@ def write_output(
     Collective. Raises :class:`UserError` where it cannot be written.
     """
     output, kind = str(args.output_dir), "adapter" if args.lora_dim else "model"
-    found = [_best(args, output, lowest, log) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, group=control)  # others may not see yet what rank 0 wrote
-    if found[0] is None:
+    found = _best(args, output, lowest, log) if dist.get_rank() == 0 else None
+    if not told_by_first(found is not None, control):  # others may not see yet what rank 0 wrote
         export.save_model(output)
         log(f"{kind} written to {output}")
         return
-    best, which = found[0]
-    if dist.get_rank() == 0:
+    if found is not None:
+        best, which = found
         try:
             model_folder.copy_model(best, output)
         except OSError as error:
             shown = origin(best)
             raise UserError(f"{output} cannot be written ({error.strerror or error}): copy {shown} there.") from error
         model_folder.remove_model(_aside(output))
+        log(f"{kind} {which}, written to {output}")
     dist.barrier()
-    log(f"{kind} {which}, written to {output}")
 
 
 def _best(args: TrainArguments, output: str, lowest: float, log: Callable[[str], None]) -> tuple[Path, str] | None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import fft
 from fft.arguments import TrainArguments
 from fft.errors import UserError
+from fft.parallel.groups import tell_all
 from fft.planning.identity import IDENTITY, differences
 
 #: What computes a run; the same numbers need the same of each.
@@ -30,10 +31,10 @@ def check_same_run(args: TrainArguments, identity: dict, control: dist.ProcessGr
     Collective. Raises :class:`UserError` on all ranks, which names the first that differs, and in what.
     """
     facts = _facts(args, identity)
-    digests = _of_all(hashlib.sha256(json.dumps(facts).encode()).hexdigest(), control)
+    digests = tell_all(hashlib.sha256(json.dumps(facts).encode()).hexdigest(), control)
     if len(set(digests)) == 1:
         return
-    every, hosts = _of_all(facts, control), _of_all(socket.gethostname(), control)
+    every, hosts = tell_all(facts, control), tell_all(socket.gethostname(), control)
     other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
     name, first, own = next(_unequal(every[0], every[other]))
     if name in ("train_data", "eval_data"):
@@ -93,9 +94,3 @@ def _unequal(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str
         if name not in IDENTITY and first[name] != other[name]:
             yield name, first[name], other[name]
     yield from differences(first, other)
-
-
-def _of_all(value: Any, control: dist.ProcessGroup) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size(control)
-    dist.all_gather_object(found, value, control)
-    return found

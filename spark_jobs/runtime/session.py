@@ -90,7 +90,7 @@ def get_session(name: str, given: SparkSession | None = None) -> SparkSession:
         raise UserError(_NEED_ENGINE)
     # Python workers must find this package also when it is not installed.
     path = os.pathsep.join(p for p in (_ROOT, os.environ.get("PYTHONPATH")) if p)
-    builder = builder.config("spark.executorEnv.PYTHONPATH", path)
+    builder = builder.config("spark.executorEnv.PYTHONPATH", path).config("spark.executorEnv.PYTHONSAFEPATH", "1")
     builder = builder.config("spark.log.level", "ERROR").config("spark.ui.showConsoleProgress", "false")
     try:
         with _on_this_machine_alone(builder):
@@ -259,7 +259,7 @@ def _sentence(text: str) -> str | None:
         return found[1]
     if lacking := re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text):
         ours = lacking[1].partition(".")[0] in ("fft", "spark_jobs")
-        remedy = _SHIP if ours else "install flash-fine-tuning, with what it requires, on all machines."
+        remedy = _SHIP if ours else "install the wheel of make dist, with what it requires, on all machines."
         return f"the executors of the cluster cannot import {lacking[1]}: {remedy}"
     if versions := re.search(r"Python in worker has different version: ([\d.]+) than that in driver: ([\d.]+)", text):
         return (

@@ -56,7 +56,7 @@ def check_report(path: str | Path | None, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UserError(f"`report` {path} exists: allow that with `overwrite=True`, or give another name.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("`report` needs matplotlib: pip install 'flash-fine-tuning[local]'.")
+        raise UserError("`report` needs matplotlib: pip install matplotlib.")
 
 
 def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path | None) -> None:

@@ -168,6 +168,14 @@ def test_a_public_name_means_one_thing():
     none_of([f"{name}: {', '.join(files)}" for name, files in sorted(places.items()) if len(files) > 1])
 
 
+def test_nobody_is_told_to_install_what_is_not_published():
+    """Whoever publishes our name would be installed. In a checkout it is ``pip install -e '.[x]'``."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    texts = FILES | {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages}
+    advice = re.compile(r"""install\s[^\n.;]{0,60}flash[-_]fine[-_]tuning(?!\.zip)""")
+    none_of([f"{name}: {found[0]}" for name, text in texts.items() for found in advice.finditer(text)])
+
+
 def test_excuses_have_reasons():
     none_of([f"{name}:{number}" for name, text in FILES.items() for number in unexplained(text.splitlines())])
 

@@ -147,9 +147,7 @@ def _image_parts(folder: Path, tokenizer: "PreTrainedTokenizerBase", images: Ima
 def engine_name(options: EngineOptions) -> str:
     """Which engine it will be: "vllm" or "transformers". Raises :class:`UserError` for options that it has not."""
     if options.name == "vllm" and not _has_vllm():
-        raise UserError(
-            "--engine vllm: not installed: pip install 'flash-fine-tuning[serve]', or use --engine transformers."
-        )
+        raise UserError("--engine vllm: not installed: pip install vllm, or use --engine transformers.")
     if options.name == "vllm" or (options.name == "auto" and _has_vllm()):
         return "vllm"
     for name, given in (
@@ -158,10 +156,7 @@ def engine_name(options: EngineOptions) -> str:
         ("engine_args", bool(options.engine_args)),
     ):
         if given:
-            raise UserError(
-                f"`{name}` is vLLM's, and transformers generates here: pip install 'flash-fine-tuning[serve]', or "
-                "leave it out."
-            )
+            raise UserError(f"`{name}` is vLLM's, and transformers generates here: pip install vllm, or leave it out.")
     return "transformers"
 
 

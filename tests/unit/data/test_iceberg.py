@@ -12,7 +12,7 @@ from fft.corpus.readers import read_row_groups
 from fft.data.lakes import EngineOnly
 from fft.errors import UserError
 
-pyiceberg = pytest.importorskip("pyiceberg", reason="pip install 'flash-fine-tuning[iceberg]' 'pyiceberg[sql-sqlite]'")
+pyiceberg = pytest.importorskip("pyiceberg", reason="pip install 'pyiceberg[sql-sqlite]'")
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_a_cpu_has_none():
 
 def test_a_gpu_that_could_have_some_is_told_what_it_lacks(monkeypatch):
     monkeypatch.setattr(fused, "find_spec", lambda _: None)
-    assert "pip install 'flash-fine-tuning[liger]'" in fused.missing("cuda", "auto", "llama")
+    assert "pip install liger-kernel" in fused.missing("cuda", "auto", "llama")
     for nothing in (("cpu", "auto", "llama"), ("cuda", "none", "llama"), ("cuda", "auto", "phi")):
         assert fused.missing(*nothing) is None
     monkeypatch.setattr(fused, "find_spec", lambda _: "there")

@@ -249,7 +249,7 @@ def test_without_vllm_the_command_says_how_to_get_it(model_dir):
     code += "from fft.errors import run_cli; from fft.serve import server; run_cli(server.main)"
     run = subprocess.run([sys.executable, "-c", code, "--model", model_dir], capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: vLLM is not installed: pip install 'flash-fine-tuning[serve]'")
+    assert run.stderr.startswith("error: vLLM is not installed: pip install vllm, in")
 
 
 def test_help_loads_no_torch():
