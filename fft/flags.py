@@ -10,7 +10,6 @@ import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -46,6 +45,8 @@ _OF_TYPE = {float: _FINITE, int: _COUNTS, str: _LINE}
 #: What stands before the names of YAML's own types; those of scalars that a person writes without naming the type.
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset({"str", "int", "float", "bool", "null", "timestamp", "merge", "value"})
+#: Characters of a file of settings, which has fewer.
+_LONGEST_FILE = 1 << 20
 #: Characters of a setting that a sentence repeats.
 _LONGEST = 60
 
@@ -90,7 +91,10 @@ def read_settings(path: str, kind: type) -> dict[str, Any]:
     Raises :class:`UserError` for a file that is none, and for what is no flag, set twice, of another type or no choice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as stream:  # which may be a pipe
+            text = stream.read(_LONGEST_FILE)
+        if len(text) == _LONGEST_FILE:
+            raise UserError(f"--config {path} has {_LONGEST_FILE:,} letters or more: name a YAML file of settings.")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read ({error.strerror}): name a YAML file.") from error

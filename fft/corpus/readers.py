@@ -21,6 +21,10 @@ from fft.data.storage import is_url
 from fft.errors import StorageError, UserError
 
 _BLOCK = 4 << 20
+#: Bytes of a line or a document: what decompresses to more, or never ends, is no text to train on.
+_LONGEST = 512 << 20
+#: How many times its size on disk a row group may have in memory, where that is more than a process should hold.
+_MOST_SWOLLEN, _SWOLLEN = 1000, 1 << 30
 #: Between documents of a plain text: one blank line or more, with any line ends.
 _BLANK_LINES = re.compile(rb"\n(?:[ \t]*\r?\n)+")
 _BLANK_TO_THE_END = re.compile(rb"[ \t]*\r?\Z")
@@ -90,21 +94,29 @@ def _unmarked(record: bytes, begin: int) -> bytes:
 
 
 def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Lines that begin in bytes [start, stop) of a file, without their ends; to the file's end if ``stop`` is 0."""
+    """Lines that begin in bytes [start, stop) of a file, without their ends; to the file's end if ``stop`` is 0.
+
+    Raises :class:`UserError` for what cannot be read, and for a line that does not end.
+    """
     with naming(path), open_text(path, stop) as stream:
         at = start
         if start:
             stream.seek(start - 1)
-            at += len(stream.readline()) - 1
-        for line in stream:
+            at += len(stream.readline(_LONGEST)) - 1
+        for line in iter(partial(stream.readline, _LONGEST), b""):
             if stop and at >= stop:
                 return
             begin, at = at, at + len(line)
+            if len(line) == _LONGEST:
+                raise _too_long(path, begin)
             yield _unmarked(line, begin).rstrip(b"\r\n")
 
 
 def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Documents between blank lines that begin in bytes [start, stop) of a file; to its end if ``stop`` is 0."""
+    """Documents between blank lines that begin in bytes [start, stop) of a file; to its end if ``stop`` is 0.
+
+    Raises :class:`UserError` for what cannot be read, and for a document that does not end.
+    """
     with naming(path), open_text(path, stop) as stream:
         at, buffer = start, b""
         if start:  # the separator before a document that begins at ``start`` lies before it
@@ -112,7 +124,7 @@ def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
             stream.seek(at)
         ended, begun = False, start == 0
         while not ended:
-            block = stream.read(_BLOCK)
+            block = stream.read(max(_BLOCK, len(buffer)))  # of a long one ever more, or it would be searched all over
             ended = not block
             buffer += block
             first = 0
@@ -126,9 +138,18 @@ def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
                 first = found.end()
                 begun = begun or at + first >= start
             at, buffer = at + first, buffer[first:]
+            if len(buffer) >= _LONGEST:
+                raise _too_long(path, at)
         buffer = _unmarked(buffer, at)
         if begun and buffer.strip() and not (stop and at >= stop):
             yield buffer
+
+
+def _too_long(path: str, begin: int) -> UserError:
+    return UserError(
+        f"{path} has a document of {_LONGEST:,} bytes or more, which begins at byte {begin:,} of its text: split it, "
+        "or leave the file out."
+    )
 
 
 def read_row_groups(path: str, first: int, last: int, columns: list[str], rows: int = 256) -> Iterator[pa.RecordBatch]:
@@ -141,7 +162,7 @@ def read_row_groups(path: str, first: int, last: int, columns: list[str], rows: 
 def footer_of(path: str) -> tuple[pa.Schema, list[int]]:
     """Columns of a parquet file, and the compressed bytes of its row groups.
 
-    Raises :class:`UserError` when it cannot be read, or two columns have one name.
+    Raises :class:`UserError` when it cannot be read, two columns have one name, or a row group is made to fill memory.
     """
     with naming(path):
         if is_url(path):
@@ -152,7 +173,14 @@ def footer_of(path: str) -> tuple[pa.Schema, list[int]]:
         schema = metadata.schema.to_arrow_schema()
     check_names(schema.names, path)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return schema, [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]
+    sizes = [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups]
+    for number, (group, size) in enumerate(zip(groups, sizes, strict=True), 1):
+        if group.total_byte_size > max(_SWOLLEN, _MOST_SWOLLEN * size):
+            raise UserError(
+                f"{path}: row group {number} has {size:,} bytes and {group.total_byte_size:,} in memory, as no text "
+                "has: leave the file out, or write it again with smaller row groups."
+            )
+    return schema, sizes
 
 
 def schema_of(path: str) -> pa.Schema:
