@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from fft.errors import UserError
 from fft.text.records import Malformed
+from fft.text.template_limits import LONGEST, Deadline, fault_of
 from fft.text.tool_calls import CALLS_KEY, MARKS, CallForm, call_form, check_rendered, find_calls, free_mark, in_form
 
 if TYPE_CHECKING:
@@ -92,14 +93,19 @@ class ChatTemplate:
         extra = any(len(message) > 2 for message in messages)
         try:
             source = self.source_with_tools if tools else self.source
-            return hugging_face._compile_jinja_template(source).render(
-                messages=hugging_face._alias_reasoning_fields(list(messages)) if extra else messages,
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=self.date.strftime,
-                **dict(self.special_tokens),
-            )
+            with Deadline(LONGEST):
+                return hugging_face._compile_jinja_template(source).render(
+                    messages=hugging_face._alias_reasoning_fields(list(messages)) if extra else messages,
+                    tools=list(tools) or None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    strftime_now=self.date.strftime,
+                    **dict(self.special_tokens),
+                )
+        except TimeoutError as error:
+            raise Malformed(f"the chat template does not end within {LONGEST:.0f} s for it") from error
+        except MemoryError as error:
+            raise Malformed("the chat template takes more memory for it than there is") from error
         except (
             TemplateError,
             TypeError,
@@ -277,7 +283,7 @@ def _ends(message: dict) -> Iterator[tuple[str, int, bool]]:
 def load_chat_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> ChatTemplate:
     """Ask a transformers tokenizer for its template, and the template what a turn ends with.
 
-    Raises :class:`UserError` when there is none or it cannot render a question and an answer.
+    Raises :class:`UserError` when there is none or it cannot render a question and an answer in a short time.
     """
     try:
         source = tokenizer.get_chat_template()
@@ -289,6 +295,11 @@ def load_chat_template(tokenizer: "PreTrainedTokenizerBase", name: str) -> ChatT
     with_tools = tokenizer.get_chat_template(tools=[{}])
     special_tokens = tuple(tokenizer.special_tokens_map.items())
     bare = ChatTemplate(source, special_tokens, date, source_with_tools=with_tools)
+    if fault := fault_of(lambda: [bare.locate(_PROBE), bare.render(_PROBE[:1], True), bare.render(_PROBE, tools=[{}])]):
+        raise UserError(
+            f"`tokenizer` {name}: its chat template {fault} for a plain question and answer: read what it does, and do "
+            "not use it."
+        )
     try:
         (turn,) = bare.locate(_PROBE).turns
         text = bare.render(_PROBE)
