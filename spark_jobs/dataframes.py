@@ -8,7 +8,7 @@ its tasks, makes the same parts.
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,7 +32,7 @@ from fft.text.records import RecordEncoder
 from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.hashing import row_hash
 from spark_jobs.runtime.session import user_errors
-from spark_jobs.runtime.tasks import to_tasks
+from spark_jobs.runtime.tasks import to_tasks, without_parts
 
 #: Columns by whose order a part's rows are written.
 ORDER = ("part", "sort_key", "tie")
@@ -218,18 +218,32 @@ def records_of(
     return [(text, None) for text in texts if text.strip()]  # blank lines between records are none
 
 
-def count_parts(rows: DataFrame) -> int:
-    """Into how many parts the rows go: as many as files of that size would."""
-    size = rows.select(F.sum(F.length(_content(rows.columns)))).collect()[0][0] or 0
-    return -(-size // chunk_size(size)) or 1
+@dataclass(frozen=True)
+class Measured:
+    """Of rows: how many ``parts`` they go into, as many as files of that size would; how many they are; and a sum of
+    hashes of their content."""
+
+    parts: int
+    rows: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, rows: DataFrame) -> "Measured":
+        """Look at all of them once."""
+        content = _content(rows.columns)
+        hashes = F.sum(row_hash("frame", 0, content).cast("decimal(38,0)"))
+        count, size, sums = rows.select(F.count("*"), F.sum(F.length(content)), hashes).collect()[0]
+        return cls(-(-(size or 0) // chunk_size(size or 0)) or 1, count, str(sums))
 
 
-def in_parts(rows: DataFrame, parts: int, first: int) -> DataFrame:
-    """Rows with their ``part``, counted from ``first``, and ``sort_key`` and ``tie`` that order them in it."""
+def in_parts(rows: DataFrame, parts: int, first: int, done: Collection[int] = ()) -> DataFrame:
+    """Rows with their ``part``, counted from ``first``, and ``sort_key`` and ``tie`` that order them in it; those of
+    parts that are ``done`` are left out."""
     content = _content(rows.columns)
     sort_key, tie = row_hash("frame", 0, content), row_hash("tie", 1, content)
     placed = rows.withColumns({"part": F.pmod(sort_key, F.lit(parts)).cast("int"), "sort_key": sort_key, "tie": tie})
-    return placed.transform(to_tasks, parts).withColumn("part", F.col("part") + F.lit(first))
+    left = placed.transform(without_parts, [part - first for part in done])
+    return left.transform(to_tasks, parts).withColumn("part", F.col("part") + F.lit(first))
 
 
 def _content(columns: Sequence[str]) -> Column:

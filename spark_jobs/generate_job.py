@@ -1,7 +1,5 @@
 """The generate job: prompts of a table to a table of answers, one engine a worker."""
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -33,6 +31,7 @@ from spark_jobs.runtime.placement import place_engines
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.token_table.kept import waiting
 from spark_jobs.token_table.output import Output, local_path, place_at
+from spark_jobs.token_table.work import states_in, work_of
 from spark_jobs.token_table.writer import TableWriter
 
 _SAMPLING = frozenset(field.name for field in fields(Sampling))
@@ -91,9 +90,9 @@ def generate_table(
     asking = Asking(replace(wanted, threads=placement.threads), sampling, keys, chat, system)
     parameters = _parameters(asking)
     lineage = lineage_of("generate", prompts.origins, parameters | {"on_error": on_error})
-    table = replace(table, work=_work(parameters, prompts, wanted))
-    _tell_waiting(table, prompts.parts)
-    with table.claim(lineage) as writers, job_settings(spark):
+    work = _work(parameters, prompts, wanted)
+    _tell_waiting(table, work, prompts.parts)
+    with table.claim(lineage, work, dear=True) as writers, job_settings(spark):
         prompts.answer(spark, writers[""], asking, placement, on_error == "fail")
         manifest = _finished(writers[""], prompts.parts, lineage | left_out.facts(), start)
         writers[""].finish(manifest)
@@ -174,25 +173,20 @@ def _work(parameters: Mapping[str, Any], prompts: Prompts, wanted: Wanted) -> st
     """A name for all that decides what is in the parts; not for what becomes of malformed rows, so that a job that one
     has ended goes on when they shall be set aside."""
     folders = [wanted.model] + ([wanted.options.lora] if wanted.options.lora else [])
-    files = [path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()]
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     columns = [str(prompts.fields.carried), str(prompts.fields.turns)]
-    told = json.dumps([parameters, prompts.origins, facts, columns, prompts.parts], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    return work_of("generate", parameters, prompts.origins, *map(states_in, folders), columns, prompts.parts)
 
 
-def _tell_waiting(table: Output, parts: int) -> None:
+def _tell_waiting(table: Output, work: str, parts: int) -> None:
     """Say what is finished already. Raises :class:`UserError` where finished parts of other work would be lost."""
     found = waiting(table.folder)
-    mine = found.pop(table.work, 0)
+    mine = found.pop(work, 0)
     if any(found.values()) and not table.overwrite:
         raise UserError(
             f"`output` {table.folder} holds {sum(found.values())} finished parts of another generation, which had "
             "another model, other prompts or settings: repeat that command, give `overwrite=True` to drop them, or "
             "another folder."
         )
-    if any(found.values()):
-        say(f"note: {sum(found.values())} finished parts of another generation are dropped.")
     if mine:
         say(f"going on: {mine} of {parts} parts are finished already")
 

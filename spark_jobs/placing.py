@@ -5,7 +5,7 @@ exchange several times faster than arrays.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS
 from fft.data.part_files import dataset_tallies
 from spark_jobs.mixing import with_copies
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
-from spark_jobs.runtime.tasks import to_tasks
+from spark_jobs.runtime.tasks import to_tasks, without_parts
 from spark_jobs.token_table.read import byte_columns
 
 #: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred. Of many partitions,
@@ -56,12 +56,13 @@ class Shuffling:
     weights: Mapping[str, float]
     dedup: bool
 
-    def place(self, rows: DataFrame, num_block: int) -> DataFrame:
-        """The rows of the split, as often as they occur, in ``num_block`` parts; to be in :meth:`order` there."""
+    def place(self, rows: DataFrame, num_block: int, done: Collection[int] = ()) -> DataFrame:
+        """The rows of the split, as often as they occur, in ``num_block`` parts; to be in :meth:`order` there. Those of
+        parts that are ``done`` are left out."""
         named = rows.withColumn("name", F.array_join("doc_ids", "\n"))
         chosen = named.transform(rows_of_split, self.seed, self.holdout, self.split, self.dedup)
         copied = chosen.transform(with_copies, self.weights, self.seed, F.col("name"))
-        return copied.transform(in_seeded_order, self.seed, num_block, self.dedup)
+        return copied.transform(in_seeded_order, self.seed, num_block, self.dedup, done)
 
     def order(self, rows: DataFrame) -> list[str]:
         """Columns by whose order a part's rows are written."""
@@ -87,17 +88,21 @@ def rows_of_split(df: DataFrame, seed: int, holdout: float, split: str, dedup: b
     return df.withColumn("kept", ~held_out)
 
 
-def in_seeded_order(df: DataFrame, seed: int, num_block: int, by_content: bool = False) -> DataFrame:
+def in_seeded_order(
+    df: DataFrame, seed: int, num_block: int, by_content: bool = False, done: Collection[int] = ()
+) -> DataFrame:
     """Rows in ``num_block`` parts that, one after the other, are in the order of ``sort_key``, a hash of each row.
 
     The hash covers seed, copy, dataset, document ids and content, so that equal ids lose nothing and tie only when
-    the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours.
+    the rows are equal. ``by_content`` leaves dataset and ids out of it: equal rows become neighbours. Rows of parts
+    that are ``done`` are left out.
     """
     key = [F.col("copy"), *(F.col(name) for name in byte_columns(df))]
     if not by_content:
         key += [F.col("dataset"), F.col("name")]
     placed = df.withColumn("sort_key", row_hash("shuffle", seed, *key))
-    return placed.withColumn("part", block_of(F.col("sort_key"), num_block)).transform(to_tasks, num_block)
+    numbered = placed.withColumn("part", block_of(F.col("sort_key"), num_block))
+    return numbered.transform(without_parts, done).transform(to_tasks, num_block)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.runtime.watching import watched
 from spark_jobs.token_rows import PackedRows, counted_rows, token_columns
 from spark_jobs.token_table.destination import check_writer, output_at
+from spark_jobs.token_table.kept import keep_part
 from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.picture import check_report, write_report
@@ -43,6 +44,7 @@ from spark_jobs.token_table.read import (
 )
 from spark_jobs.token_table.remains import SPLITS
 from spark_jobs.token_table.spark_output import SparkTable
+from spark_jobs.token_table.work import work_on
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_PARTITION, _IMAGE_BYTES_PER_PARTITION = 1 << 25, 1 << 29
@@ -97,10 +99,10 @@ def repartition_table(
     table.check()
     spark = session()
     manifests = Manifests()
-    with table.claim(lineage) as writers, job_settings(spark):
+    work = work_on("repartition", table, list(datasets.values()), asdict(packing))
+    with table.claim(lineage, work) as writers, job_settings(spark):
         for name, dataset in datasets.items():
-            title = f"repartition {name}".strip()
-            manifests[name] = _repartition(spark, writers[name], dataset, title, packing, lineage)
+            manifests[name] = _repartition(spark, writers[name], dataset, name, packing, lineage)
             writers[name].finish(manifests[name], facts_of(manifests[name]))
     _say_results(manifests, table.folder, notes)
     say(f"wrote {table.folder}")
@@ -162,9 +164,9 @@ def _in_place(source: str, datasets: Mapping[str, Dataset]) -> Output:
 
 
 def _repartition(
-    spark: SparkSession, writer: TableWriter | SparkTable, dataset: Dataset, title: str, packing: Packing, lineage: dict
+    spark: SparkSession, writer: TableWriter | SparkTable, dataset: Dataset, name: str, packing: Packing, lineage: dict
 ) -> Manifest:
-    start = time.monotonic()
+    start, title = time.monotonic(), f"repartition {name}".strip()
     partitions = packing.partitions(dataset.table.tokens, dataset.table.image_bytes)
     notes = None if isinstance(writer, SparkTable) else writer.target.notes
     rows = read_tokens(spark, [dataset], notes).where(F.length("input_ids") > 0)
@@ -176,7 +178,9 @@ def _repartition(
     weights, full = {row["bucket"]: row["tokens"] for row in found}, sum(row["rows"] for row in found)
     if not weights:
         raise UserError(f"{dataset.path} holds no tokens: all of its {dataset.table.rows} rows are empty.")
-    assigned = spark.createDataFrame(sorted(balance(weights, partitions).items()), "bucket int, part int")
+    done = frozenset() if isinstance(writer, SparkTable) else writer.go_on(partitions, f" of {name}" if name else "")
+    left = [(bucket, part) for bucket, part in sorted(balance(weights, partitions).items()) if part not in done]
+    assigned = spark.createDataFrame(left, "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
     vision = common_vision([dataset])
     packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision)
@@ -184,7 +188,7 @@ def _repartition(
     if isinstance(writer, SparkTable):
         columns, names = token_columns(rows, packed=True), tally_names((), IMAGES in rows.columns)
         writer.save(counted_rows(placed, PackedRows(packer, columns), columns, names, order), names, title)
-    else:
+    elif left:
         writer.write(placed, PackParts(writer.target, packer), order, title)
     tokens, tokens_in = writer.tokens, sum(weights.values())
     if tokens != tokens_in:
@@ -217,7 +221,7 @@ class PackParts:
                 for batch in self.packer(rows):
                     sink.write(batch)
                 done = sink.finish({})
-            yield part_to_row(done)
+            yield part_to_row(keep_part(self.target, done))
 
 
 _HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")

@@ -27,6 +27,7 @@ from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_rows import ChosenRows, counted_rows, token_columns
 from spark_jobs.token_table.destination import check_writer, output_at
+from spark_jobs.token_table.kept import keep_part
 from spark_jobs.token_table.output import places_at
 from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.read import (
@@ -41,6 +42,7 @@ from spark_jobs.token_table.read import (
     split_inputs,
 )
 from spark_jobs.token_table.spark_output import SparkTable
+from spark_jobs.token_table.work import work_on
 from spark_jobs.token_table.writer import TableWriter
 
 _TOKENS_PER_BLOCK = 1 << 23
@@ -102,16 +104,15 @@ def shuffle_tables(
     often = often_by(weight_by, weights or {}, {dataset.name: dataset.table.tokens for dataset in datasets})
     mixing = Mixing(seed, num_block, holdout, often, dedup)
     left_out, notes_left = not_read(datasets)
-    lineage = (
-        lineage_of("shuffle", [dataset.table.origin for dataset in datasets], asdict(mixing) | {"weight_by": weight_by})
-        | left_out
-    )
+    parameters = asdict(mixing) | {"weight_by": weight_by}
+    lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], parameters) | left_out
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
     table = output_at(output, list(shares), [d.path for d in datasets], overwrite, format, writer, session)
     table.check()
     spark, start = session(), time.monotonic()
-    with table.claim(lineage) as writers, job_settings(spark):
+    work = work_on("shuffle", table, datasets, asdict(mixing))
+    with table.claim(lineage, work) as writers, job_settings(spark):
         first = next(iter(writers.values()))
         rows = read_tokens(spark, datasets, None if isinstance(first, SparkTable) else first.target.notes)
         for name, share in shares.items():
@@ -164,15 +165,16 @@ def _write_split(
     image_bytes = sum(dataset.table.image_bytes * weights[dataset.name] for dataset in datasets)
     blocks = _blocks(mixing.num_block, share, tokens, image_bytes)
     shuffling = Shuffling(mixing.seed, mixing.holdout, name, weights, mixing.dedup)
-    placed, title = shuffling.place(rows, blocks), f"shuffle {name}".strip()
-    choice, order = shuffling.choice(rows), shuffling.order(rows)
+    title, choice, order = f"shuffle {name}".strip(), shuffling.choice(rows), shuffling.order(rows)
     if isinstance(writer, SparkTable):
         of_datasets = [tally for dataset in datasets for tally in dataset_tallies(dataset.name, 0, 0)]
         names = tally_names([*COUNTED_ROWS, *of_datasets], IMAGES in rows.columns)
-        counted = counted_rows(placed, ChosenRows(choice), token_columns(rows), names, order)
+        counted = counted_rows(shuffling.place(rows, blocks), ChosenRows(choice), token_columns(rows), names, order)
         writer.save(counted, names, title)
     else:
-        writer.write(placed, WriteRows(writer.target, choice), order, title)
+        done = writer.go_on(blocks, f" of {name}" if name else "")
+        if len(done) < blocks:
+            writer.write(shuffling.place(rows, blocks, done), WriteRows(writer.target, choice), order, title)
     if not writer.files:
         if not mixing.holdout:
             raise UserError(f"`inputs` leaves no row for the output: all {_rows(datasets)} are without tokens.")
@@ -218,7 +220,7 @@ class WriteRows:
                     if chosen.num_rows:
                         sink.write(as_token_rows(chosen))
                 done = sink.finish(tallies)
-            yield part_to_row(done)
+            yield part_to_row(keep_part(self.target, done))
 
 
 def _blocks(num_block: int | None, share: float, tokens: float, image_bytes: float) -> int:

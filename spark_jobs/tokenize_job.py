@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,25 @@ from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import PartFile, PartFolder, RejectFile, dataset_tallies
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
+from fft.text.chat import ImageSettings
 from fft.text.encoder import Encoder
 from fft.text.engines import ENGINES
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
-from spark_jobs.dataframes import Frame, by_reader, columns_read, count_parts, in_parts, open_frames, records_of
+from spark_jobs.dataframes import Frame, Measured, by_reader, columns_read, in_parts, open_frames, records_of
 from spark_jobs.encoders import Load, check_sources, encoder_loader, image_settings
 from spark_jobs.parameters import check_parameters
 from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.many_files import EachByTasks
-from spark_jobs.runtime.session import get_session, job_settings
+from spark_jobs.runtime.session import get_session, job_settings, user_errors
 from spark_jobs.runtime.tasks import by_part, create_tasks, part_to_row
 from spark_jobs.token_rows import ALL_UNUSED, EncodeRows, EncodeSplits, counted_rows
 from spark_jobs.token_table.destination import check_writer, output_at
+from spark_jobs.token_table.kept import keep_part
+from spark_jobs.token_table.output import Output, place_at
 from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.spark_output import SparkTable
+from spark_jobs.token_table.work import states_in, states_of, work_of
 from spark_jobs.token_table.writer import TableWriter
 
 #: What is to be done about a malformed record where Spark writes.
@@ -91,19 +95,24 @@ def tokenize_table(
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     check_sources(sources, task)
     load = encoder_loader(tokenizer, task, Keys(text_key, id_key), max_len, eos, parse_special_tokens, images)
-    if task != "chat":
-        parameters |= {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
-    elif images is not None:
-        parameters |= {"image_path": str(image_path), **asdict(images.limits)}
+    texts = {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
+    parameters |= texts if task != "chat" else _of_images(image_path, images)
     record_encoder, info, spark = _load_beside_spark(load, session)
-    start, frames = time.monotonic(), open_frames(spark, [*unread, *for_engine])
-    lineage = lineage_of("tokenize", [*(s.origin for s in sources), *({"input": f.name} for f in frames)], parameters)
-    with table.claim(lineage) as writers, job_settings(spark):
-        _fill(spark, writers[""], sources, frames, record_encoder, on_error == "fail")
+    start, work, found = time.monotonic(), "", _Inputs(sources, open_frames(spark, [*unread, *for_engine]))
+    lineage = lineage_of("tokenize", found.origins, parameters)
+    if isinstance(table, Output):
+        found, work = found.measured(record_encoder, tokenizer, images, parameters, table.table_format)
+    with table.claim(lineage, work) as writers, job_settings(spark):
+        _fill(spark, writers[""], found, record_encoder, on_error == "fail")
         manifest = _finish(writers[""], lineage | left_out.facts(), record_encoder, info, max_len, start)
     _say_results(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
     write_report(manifest, report)
     return manifest
+
+
+def _of_images(image_path: str | Path | None, images: ImageSettings | None) -> dict[str, Any]:
+    """What of the parameters says which images are read, if any are."""
+    return {} if images is None else {"image_path": str(image_path), **asdict(images.limits)}
 
 
 def _finish(
@@ -136,53 +145,93 @@ def _load_beside_spark(
         return *loading.result(), spark
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Files, and what the engine reads; of that, how much it is, where parts outlive their job."""
+
+    sources: Sequence[Source]
+    frames: Sequence[Frame]
+    sizes: Sequence[Measured] = ()
+
+    @property
+    def origins(self) -> list[dict[str, Any]]:
+        """What a manifest says of them."""
+        return [*(source.origin for source in self.sources), *({"input": frame.name} for frame in self.frames)]
+
+    def measured(
+        self,
+        record_encoder: RecordEncoder[Any],
+        tokenizer: str | Path,
+        images: ImageSettings | None,
+        *facts: object,
+    ) -> tuple["_Inputs", str]:
+        """The same with ``sizes``; and the name of what is made of them by an encoder that was made of the files of a
+        tokenizer, and of images, and by other ``facts``. Raises :class:`UserError` for columns that are missing."""
+        with user_errors():
+            sizes = [Measured.of(columns_read(frame, record_encoder)[0]) for frame in self.frames]
+        folders = [place_at(tokenizer, "tokenizer"), *([] if images is None else [images.folder])]
+        files = [states_of([file.path for file in source.files]) for source in self.sources]
+        rows = [(f.name, f.kind, f.schema.json(), s) for f, s in zip(self.frames, sizes, strict=True)]
+        work = work_of("tokenize", self.origins, files, rows, *map(states_in, folders), *facts)
+        return replace(self, sizes=sizes), work
+
+    def splits(self, spark: SparkSession, record_encoder: RecordEncoder[Any]) -> list[Split]:
+        """What the parts read of the files."""
+        return deal(spans_of(self.sources, record_encoder, EachByTasks(lambda: spark)))
+
+
 def _fill(
     spark: SparkSession,
     writer: TableWriter | SparkTable,
-    sources: Sequence[Source],
-    frames: Sequence[Frame],
+    inputs: _Inputs,
     record_encoder: RecordEncoder[Any],
     fail: bool,
 ) -> None:
     try:
         if isinstance(writer, SparkTable):
-            _save(spark, writer, sources, frames, record_encoder)
-            return
-        splits = deal(spans_of(sources, record_encoder, EachByTasks(lambda: spark)))
-        if splits:
-            parts = splits[-1].part + 1
-            tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, parts)
-            writer.write(tasks, TokenizeParts(record_encoder, writer.target, fail), _ORDER, "tokenize")
-        for frame in frames:
-            rows, columns = columns_read(frame, record_encoder)
-            parts, first = count_parts(rows), 1 + max((part.part for part in writer.parts), default=-1)
-            work = TokenizeFrame(
-                record_encoder, writer.target, fail, frame.name, frame.kind, columns, frame.schema.names
-            )
-            writer.write(in_parts(rows, parts, first), work, FRAME_ORDER, f"tokenize {frame.name}")
+            _save(spark, writer, inputs, record_encoder)
+        else:
+            _write(spark, writer, inputs, record_encoder, fail)
     except UserError as error:
-        if isinstance(writer, SparkTable):
-            raise name_malformed(error, record_encoder, _NOT_ASIDE) from error
-        raise name_malformed(error, record_encoder) from error
+        remedy = {"remedy": _NOT_ASIDE} if isinstance(writer, SparkTable) else {}
+        named = name_malformed(error, record_encoder, **remedy)
+        if named is error:
+            raise
+        raise named from error
 
 
-def _save(
-    spark: SparkSession,
-    table: SparkTable,
-    sources: Sequence[Source],
-    frames: Sequence[Frame],
-    record_encoder: RecordEncoder[Any],
+def _write(
+    spark: SparkSession, writer: TableWriter, inputs: _Inputs, record_encoder: RecordEncoder[Any], fail: bool
 ) -> None:
-    columns, inputs = record_encoder.columns_out, [*(one.origin["input"] for one in sources), *(f.name for f in frames)]
-    of_inputs = [tally for name in dict.fromkeys(inputs) for tally in dataset_tallies(name, 0, 0)]
+    splits, target = inputs.splits(spark, record_encoder), writer.target
+    parts = splits[-1].part + 1 if splits else 0
+    done = writer.go_on(parts + sum(size.parts for size in inputs.sizes))
+    left = [split.row() for split in splits if split.part not in done]
+    if left:
+        tasks = create_tasks(spark, left, SPLIT, parts)
+        writer.write(tasks, TokenizeParts(record_encoder, target, fail), _ORDER, "tokenize")
+    for frame, size in zip(inputs.frames, inputs.sizes, strict=True):
+        rows, columns = columns_read(frame, record_encoder)
+        own = range(parts, parts + size.parts)
+        if not done.issuperset(own):
+            work = TokenizeFrame(record_encoder, target, fail, frame.name, frame.kind, columns, frame.schema.names)
+            placed = in_parts(rows, size.parts, parts, done.intersection(own))
+            writer.write(placed, work, FRAME_ORDER, f"tokenize {frame.name}")
+        parts += size.parts
+
+
+def _save(spark: SparkSession, table: SparkTable, inputs: _Inputs, record_encoder: RecordEncoder[Any]) -> None:
+    columns = record_encoder.columns_out
+    given = [*(one.origin["input"] for one in inputs.sources), *(frame.name for frame in inputs.frames)]
+    of_inputs = [tally for name in dict.fromkeys(given) for tally in dataset_tallies(name, 0, 0)]
     own = [*COUNTED, *record_encoder.tallies, *of_inputs]
     own += [ALL_UNUSED, *(f"engine {number}" for number in range(len(ENGINES)))]
     names, made = tally_names(own, IMAGES in columns), []
-    splits = deal(spans_of(sources, record_encoder, EachByTasks(lambda: spark)))
+    splits = inputs.splits(spark, record_encoder)
     if splits:
         tasks = create_tasks(spark, [split.row() for split in splits], SPLIT, splits[-1].part + 1)
         made.append(counted_rows(tasks, EncodeSplits(record_encoder), columns, names))
-    for frame in frames:
+    for frame in inputs.frames:
         rows, read = columns_read(frame, record_encoder)
         work = EncodeRows(record_encoder, True, frame.name, frame.kind, read)
         made.append(counted_rows(rows, work, columns, names))
@@ -208,7 +257,7 @@ class TokenizeParts:
                 tokenizer = PartTokenizer(self.record_encoder, encoder, sink, None if self.fail else rejects)
                 self._fill(tokenizer, rows)
                 done = tokenizer.finish(rejects.finish())
-            yield part_to_row(done)
+            yield part_to_row(keep_part(self.target, done))
 
     def _fill(self, tokenizer: PartTokenizer, rows: Iterator[pa.RecordBatch]) -> None:
         # All of a part's splits are known before the first is read: the engine's batches are freed.

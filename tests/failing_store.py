@@ -95,11 +95,26 @@ def refusing(server: str, refuses: Callable[[int], bool], answer: tuple[int, byt
 
 #: Python reads this file when it starts. ``FFT_FAULTS`` names a folder: of all processes of a test, the first that
 #: finishes a part fails when it is there, the second is killed, the third is told that the store is busy.
+#: With ``FFT_STALLS``, once so many parts of a table are finished, no other one ever is.
 #: ``FFT_REFUSES`` says below which folder a mounted store begins.
 STARTS = """
-import builtins, errno, os
+import builtins, errno, os, time
 
+stalls = os.environ.get("FFT_STALLS")
 faults, refuses = os.environ.get("FFT_FAULTS"), os.environ.get("FFT_REFUSES")
+
+if stalls:
+    from fft.data import part_files
+
+    finish = part_files.PartFile.finish
+
+    def finishing(self, *given):
+        waits = self._target.storage.below(self._target.kept)
+        while sum(name.endswith(".json") for name in waits.here()) >= int(stalls):
+            time.sleep(0.1)
+        return finish(self, *given)
+
+    part_files.PartFile.finish = finishing
 
 if faults:
     from fft.data import asking

@@ -56,8 +56,8 @@ class PartFolder:
     Where files cannot be renamed, in a store or one that is mounted, parts are ``direct``: files have their final names
     from the beginning, ``part-NNNNN-TRY{suffix}.parquet``. Which of them are the table, its manifest says.
 
-    With ``kept``, a folder in this one, finished files wait there under their hidden names; the same work finds them
-    when its job was interrupted, see ``spark_jobs.token_table.kept``.
+    With ``kept``, a folder in this one, finished parts outlive their job: files under hidden names wait there, and the
+    same work finds them when its job was interrupted, see ``spark_jobs.token_table.kept``.
     """
 
     folder: Path | str
@@ -77,9 +77,14 @@ class PartFolder:
         return self.notes.tag
 
     @property
+    def waits(self) -> str:
+        """Where parts lie until they are published, relative to the folder."""
+        return "" if self.direct else self.kept
+
+    @property
     def parts(self) -> Path:
-        """Where parts lie until they are published, on a disk."""
-        return Path(self.folder) / self.kept
+        """The same on a disk."""
+        return Path(self.folder) / self.waits
 
     def new_name(self, part: int, ending: str) -> str:
         """A name for a file of a part that no other try has."""
@@ -202,7 +207,7 @@ class PartFile:
         self._counts += self.tally(table)
         with writing_to(self._target.folder):
             if self._file is None:
-                self._file = self._target.storage.create(posixpath.join(self._target.kept, self.name))
+                self._file = self._target.storage.create(posixpath.join(self._target.waits, self.name))
             if self._sink is None:
                 # Without Arrow's own schema: engines name the items of lists differently.
                 options = {"compression": COMPRESSION, "store_schema": False}
@@ -232,7 +237,7 @@ class RejectFile:
         text = None if record is None else record.decode("utf-8", "backslashreplace")
         with writing_to(self._target.folder):
             if self._file is None:
-                place = self._target.storage.below(self._target.kept or QUARANTINE)
+                place = self._target.storage.below(self._target.waits or QUARANTINE)
                 place.make()
                 self._file = place.create(self._name)
             line = json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n"
@@ -260,11 +265,11 @@ def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], d
     Raises :class:`UserError` when a file cannot be seen from here as its task has left it.
     """
     ordered = sorted(parts, key=lambda p: p.part)
-    aside = target.kept or QUARANTINE
-    sizes, rejected = (target.storage.below(name).here() for name in (target.kept, aside))
+    aside = target.waits or QUARANTINE
+    sizes, rejected = (target.storage.below(name).here() for name in (target.waits, aside))
     for part in ordered:
         if part.name:
-            _check_seen(target.storage.shown(posixpath.join(target.kept, part.name)), sizes.get(part.name), part.bytes)
+            _check_seen(target.storage.shown(posixpath.join(target.waits, part.name)), sizes.get(part.name), part.bytes)
         if part.rejects:
             _check_seen(target.storage.shown(f"{aside}/{part.rejects}"), rejected.get(part.rejects))
     if target.direct:
@@ -273,7 +278,7 @@ def name_parts(target: PartFolder, parts: Sequence[Part]) -> tuple[list[Part], d
     for part in ordered:
         name, rejects = f"part-{part.part:05d}{target.suffix}.parquet", f"part-{part.part:05d}{target.suffix}.json"
         if part.name:
-            renames[posixpath.join(target.kept, part.name)] = name
+            renames[posixpath.join(target.waits, part.name)] = name
         if part.rejects:
             renames[f"{aside}/{part.rejects}"] = f"{QUARANTINE}/{rejects}"
         named.append(replace(part, name=name if part.name else "", rejects=rejects if part.rejects else ""))

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from fft.corpus.files import Source
 from fft.corpus.splits import SPLIT, Split
-from fft.corpus.urls import storage_of
-from fft.data.storage import reaching
 from fft.errors import UserError
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
-from spark_jobs.dataframes import Frame, count_parts
+from spark_jobs.dataframes import Frame, Measured
 from spark_jobs.generation.answers import Asking
 from spark_jobs.generation.fields import Fields, fields_of, turns_in
 from spark_jobs.generation.frames import GenerateFrameParts, frame_schema, numbered
@@ -21,6 +18,7 @@ from spark_jobs.generation.parts import GenerateParts
 from spark_jobs.generation.prompts import PromptKeys, prompt_splits, schemas_of
 from spark_jobs.runtime.placement import Placement, is_local
 from spark_jobs.runtime.tasks import create_tasks, to_tasks
+from spark_jobs.token_table.work import states_of
 from spark_jobs.token_table.writer import TableWriter
 
 #: A task does its parts in their order, a part's splits in theirs.
@@ -64,10 +62,9 @@ class Prompts:
             schema = frame_schema(frame.rows, frame.name)
             rows.append(schema)
             turns.append(turns_in(schema, keys.turns))
-            placed = numbered(frame, 1, 0)
-            facts = placed.select(F.count("*"), F.sum(F.col("sort_key").cast("decimal(38,0)"))).collect()[0]
-            origins.append({"input": frame.name, "rows": facts[0], "fingerprint": str(facts[1])})
-            counted.append((frame, count_parts(frame.rows)))
+            found = Measured.of(frame.rows)
+            origins.append({"input": frame.name, "rows": found.rows, "fingerprint": found.fingerprint})
+            counted.append((frame, found.parts))
         return cls(splits, counted, fields_of(rows, turns, keys.prompt, images=bool(keys.beside)), origins)
 
     @property
@@ -95,7 +92,4 @@ class Prompts:
 
 def _changed(source: Source) -> int:
     """When its files were changed last, in nanoseconds: parts of other prompts must not be taken for these."""
-    storages = [storage_of(file.path) for file in source.files]
-    with reaching(source.name):
-        found = storages[0].filesystem.get_file_info([storage.root for storage in storages])
-    return max(info.mtime_ns or 0 for info in found)
+    return max(changed for _, _, changed in states_of([file.path for file in source.files]))

@@ -1,7 +1,7 @@
 """How rows, and what became of parts, travel between Spark and the functions that its tasks run."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -68,6 +68,14 @@ def to_tasks(df: DataFrame, tasks: int) -> DataFrame:
     if places_rows_by_number(df.sparkSession):
         return df.repartitionById(tasks, F.col("part"))
     return df.repartition(tasks, F.col("part"))
+
+
+def without_parts(df: DataFrame, parts: Collection[int]) -> DataFrame:
+    """The rows of all other parts."""
+    if not parts:
+        return df
+    gone = df.sparkSession.createDataFrame([(part,) for part in sorted(parts)], "part int")
+    return df.join(F.broadcast(gone), "part", "left_anti")
 
 
 @dataclass(frozen=True)

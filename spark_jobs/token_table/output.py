@@ -24,7 +24,7 @@ from fft.console import say
 from fft.corpus.urls import whole
 from fft.data.commits import begin_replacing, begin_writing, commit_all
 from fft.data.delta import check_version, commit_delta, latest_version
-from fft.data.manifest import WRITING_NAME
+from fft.data.manifest import MANIFEST_NAME, WRITING_NAME
 from fft.data.owner import Owner
 from fft.data.part_files import PartFolder, writing_to
 from fft.data.replaceable import stranger_in
@@ -33,7 +33,7 @@ from fft.data.store_owner import StoreOwner, check_place_unowned, owning
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from spark_jobs.runtime.session import user_errors
-from spark_jobs.token_table.kept import place_of
+from spark_jobs.token_table.kept import Settled, place_of, waiting, was_interrupted
 from spark_jobs.token_table.remains import (
     INFO_NAME,
     SPLITS,
@@ -80,8 +80,7 @@ class Output:
     """Where a job writes its tables ``names``: below ``folder``, a path or a URL, which is itself the table "".
 
     ``inputs`` are what must not be touched. ``table_format`` is "parquet" or "delta". ``versions_read`` are those of
-    Delta tables that are read and then replaced, by name. ``work`` names what a job does whose finished parts outlive
-    it, see :mod:`spark_jobs.token_table.kept`: a job of one table.
+    Delta tables that are read and then replaced, by name.
     """
 
     folder: str | Path
@@ -90,7 +89,6 @@ class Output:
     overwrite: bool
     table_format: str
     versions_read: Mapping[str, int] = field(default_factory=dict)
-    work: str = ""
 
     @cached_property
     def place(self) -> Storage:
@@ -177,12 +175,15 @@ class Output:
             check_version(self.places[name], version)
 
     @contextmanager
-    def claim(self, lineage: dict) -> Iterator[dict[str, TableWriter]]:
+    def claim(self, lineage: dict, work: str = "", dear: bool = False) -> Iterator[dict[str, TableWriter]]:
         """Be the one job that writes there; yields a :class:`TableWriter` for each name.
 
         At the end of the ``with`` block all tables are published, and what they replace is removed. When it raises,
-        this job's files are removed, and what was there is as it was. Raises :class:`UserError` as :meth:`check`, and
-        when there is no room, when another job has taken over, or a Delta table has a version that was not there.
+        this job's files are removed, and what was there is as it was. But finished parts of ``work``, which names all
+        that decides what is in them (see :mod:`spark_jobs.token_table.kept`), stay for the next job that does the same,
+        unless the content of the inputs was at fault; ``dear`` ones stay then, too. Raises :class:`UserError` as
+        :meth:`check`, and when there is no room, when another job has taken over, or a Delta table has a version that
+        was not there.
         """
         self.check()
         made = self.place.is_local and not Path(self.place.root).exists()
@@ -191,7 +192,7 @@ class Output:
                 with writing_to(self.folder):
                     owner = held.enter_context(owning(self.place, f"`output` {self.folder}"))
                 self._check_content()  # as another job has left it meanwhile
-                with self._publishing(owner, lineage) as writers, user_errors():
+                with self._publishing(owner, lineage, work, dear) as writers, user_errors():
                     yield writers
         finally:
             if made or not self.place.is_local:  # stores keep a folder whose last file goes
@@ -199,26 +200,36 @@ class Output:
                     self.place.delete_empty()
 
     @contextmanager
-    def _publishing(self, owner: Owner | StoreOwner, lineage: dict) -> Iterator[dict[str, TableWriter]]:
+    def _publishing(
+        self, owner: Owner | StoreOwner, lineage: dict, work: str, dear: bool
+    ) -> Iterator[dict[str, TableWriter]]:
         writers: dict[str, TableWriter] = {}
+        useless = False
         try:
             with writing_to(self.folder):
-                for folder in tables_at(self.place):
-                    settle(folder, self.work)
-                self._begin(owner, lineage, writers)
-            yield writers
+                left = {folder.root: settle(folder, work) for folder in tables_at(self.place)}
+                self._begin(owner, lineage, writers, place_of(work))
+            for name, writer in writers.items():
+                writer.waiting = left.get(self.places[name].root, Settled()).parts
+            if dropped := sum(settled.dropped for settled in left.values()):
+                say(f"note: {dropped} finished parts that an interrupted job has left are dropped: this is other work")
+            try:
+                yield writers
+            except UserError as error:
+                useless = not dear and not was_interrupted(error)
+                raise
             with writing_to(self.folder):
                 owner.check()
                 self._publish(writers)
         except BaseException:
-            self._abandon(owner, writers)
+            self._abandon(owner, writers, useless)
             raise
         try:
             self._tidy(writers)
         except (OSError, UserError) as error:
             say(f"note: {self.folder} is written, but what it replaces could not be removed ({error}).")
 
-    def _begin(self, owner: Owner | StoreOwner, lineage: dict, writers: dict[str, TableWriter]) -> None:
+    def _begin(self, owner: Owner | StoreOwner, lineage: dict, writers: dict[str, TableWriter], waits: str) -> None:
         """Make the ``writers``, and mark their folders: as unfinished, or as being replaced if a table is there."""
         tag = f"-{owner.id}"
         notes = WorkerNotes(self.place.location, tag, owner.mark)
@@ -227,7 +238,9 @@ class Output:
             folder.make()
             kept = holds_table(folder)
             suffix = tag if kept or in_store or self.table_format == "delta" else ""
-            target = PartFolder(folder.location, notes, suffix, place_of(self.work), in_store and not self.work)
+            # Parts that outlive their job have their places only where readers and later jobs pass over them.
+            by_manifest = self.table_format == "parquet" and (not kept or folder.exists(MANIFEST_NAME))
+            target = PartFolder(folder.location, notes, suffix, waits, in_store and (by_manifest or not waits))
             writers[name] = TableWriter(target)
             target.storage.below(target.kept).make()
             if not kept:
@@ -262,20 +275,24 @@ class Output:
                 if is_folder(folder) and holds_table(folder):
                     remove_table(folder)
 
-    def _abandon(self, owner: Owner | StoreOwner, writers: Mapping[str, TableWriter]) -> None:
-        """Remove what the job began, but for tables that it has published already."""
+    def _abandon(self, owner: Owner | StoreOwner, writers: Mapping[str, TableWriter], useless: bool) -> None:
+        """Remove what the job began, but for tables that it has published already, and for finished parts that outlive
+        it, unless they are ``useless``."""
         with contextlib.suppress(OSError, pa.ArrowException, UserError):
-            mine = owner.holds()
+            mine, left = owner.holds(), 0
             for name, writer in writers.items():
                 folder = self.places[name]
                 try:
                     kept = files_now(folder)
                 except (OSError, UserError):
                     continue  # who cannot tell what the table is removes nothing of it
-                writer.discard(kept, mine)
-                if mine and kept.isdisjoint(writer.own_files()):
+                stay = writer.discard(kept, mine, useless)
+                left += sum(waiting(folder.location).values()) if mine and writer.target.kept else 0
+                if mine and kept.isdisjoint(writer.own_files()) and not stay:
                     folder.delete([WRITING_NAME])
                     if name:
                         folder.delete_empty()
             if mine and "" not in self.names:
                 self.place.delete([WRITING_NAME])
+            if left:
+                say(f"note: {left} finished parts wait in {self.folder}: the same command goes on from them")

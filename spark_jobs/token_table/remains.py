@@ -17,7 +17,7 @@ from fft.data.storage import Storage, address_of, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.worker_notes import WRITING
 from fft.errors import UserError
-from spark_jobs.token_table.kept import FINISHED, settle_parts
+from spark_jobs.token_table.kept import FINISHED, Settled, settle_parts
 
 SPLITS = ("train", "validation")
 INFO_NAME = "_data.info"
@@ -112,28 +112,33 @@ def files_now(place: Storage) -> set[str]:
     return {file.path for file in manifest.files}
 
 
-def settle(place: Storage, work: str = "") -> None:
+def settle(place: Storage, work: str = "") -> Settled:
     """Remove what interrupted jobs have left: of a table that was never finished, all; else what is no part of it.
 
-    Finished parts of the same ``work`` stay, see :mod:`spark_jobs.token_table.kept`. Only for who owns the output:
-    other jobs' files are those of dead ones.
+    Finished parts of the same ``work`` stay, see :mod:`spark_jobs.token_table.kept`; and the mark, where they have
+    their places already, so that nobody takes them for a table. Only for who owns the output: other jobs' files are
+    those of dead ones.
     """
-    here = place.here()
+    here, left = place.here(), Settled()
     if FINISHED in here:
-        settle_parts(place, work, files_now(place))
+        left = settle_parts(place, work, files_now(place))
         here = place.here()
+    in_place = left.in_place
     marked = WRITING_NAME in here
     ending = replacing(place.read(WRITING_NAME)) if marked else None
     if not holds_table(place):
-        _remove(place, ".*", _MARKS)
+        aside = {QUARANTINE} if any(name.startswith(f"{QUARANTINE}/") for name in in_place) else set()
+        _remove(place, ".*", {*_MARKS, *in_place, *aside})
     elif marked and not is_delta_at(place):
         if MANIFEST_NAME in here:
-            _remove(place, r".*\.parquet", files_now(place))
+            _remove(place, r".*\.parquet", {*files_now(place), *in_place})
         elif ending:
             _remove(place, f".*{re.escape(ending)}")
     for folder in (place, place.below(QUARANTINE)):
         folder.delete([n for n in folder.here() if n.startswith(".") and n.endswith(WRITING) and _REMOVED.fullmatch(n)])
-    place.delete([WRITING_NAME])
+    if not in_place:
+        place.delete([WRITING_NAME])
+    return left
 
 
 def remove_older(place: Storage, own: Collection[str]) -> None:

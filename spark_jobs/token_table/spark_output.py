@@ -118,10 +118,10 @@ class SparkOutput:
             place.check()
 
     @contextmanager
-    def claim(self, lineage: dict) -> Iterator[dict[str, SparkTable]]:
+    def claim(self, lineage: dict, work: str = "") -> Iterator[dict[str, SparkTable]]:
         """Yields a :class:`SparkTable` for each name; at the end of the ``with`` block manifests are written. When it
-        raises, what Spark wrote is removed, and what was there is as it was. Raises :class:`UserError` as
-        :meth:`check`, and where a table cannot be written."""
+        raises, what Spark wrote is removed, and what was there is as it was. ``work`` says nothing here, where no part
+        outlives its job. Raises :class:`UserError` as :meth:`check`, and where a table cannot be written."""
         places, root = self._places(lineage), None if is_table_name(self.place) else self._root()
         with ExitStack() as held:
             if root is not None:

@@ -17,7 +17,9 @@ from pathlib import Path
 import deltalake
 import pyarrow as pa
 import pytest
+from failing_store import with_faults
 
+from fft.corpus import splits
 from fft.data.manifest import read_manifest
 from fft.data.owner import OWNER_NAME
 from fft.data.part_files import QUARANTINE
@@ -25,8 +27,11 @@ from fft.data.table import Table
 from fft.errors import UserError
 from spark.helpers import rows_of, stacks_of_ours
 from spark_jobs import cli, tokenize_table
+from spark_jobs.token_table.kept import FINISHED
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Tables that jobs read, as they are called here.
+JOBS_OF_TABLES = ("tokens", "shuffled")
 KILLS = int(os.environ.get("FFT_KILLS", "1"))
 JOBS = ("tokenize",) if KILLS == 1 else ("tokenize", "shuffle", "repartition")
 #: Settings of the process by engine.
@@ -52,7 +57,7 @@ def start(engine: str, *command: object, **more: str) -> subprocess.Popen:
     environment["PYSPARK_SUBMIT_ARGS"] = f"--master {master} --conf spark.ui.enabled=false pyspark-shell"
     script, *flags = words
     return subprocess.Popen(
-        [sys.executable, f"spark_jobs/{script}.py", *flags],
+        [sys.executable, Path("spark_jobs", f"{script}.py"), *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -68,7 +73,7 @@ def finish(process: subprocess.Popen) -> str:
     return said
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -164,6 +169,63 @@ def test_killed_at_random_moments(job, engine, spark, folders, tmp_path):
     commands([*new[1:], "-o", str(out), "--overwrite"])
     assert fingerprints(out) == after
     check_tidy(out)
+
+
+@pytest.fixture(scope="module")
+def lines(corpus, tokenizer, spark, tmp_path_factory) -> dict[str, Path]:
+    """Many short documents, and their tables."""
+    folder = tmp_path_factory.mktemp("lines")
+    texts = [line for document in map(json.loads, corpus.open()) for line in document["text"].splitlines() if line]
+    records = (json.dumps({"id": str(i), "text": text}) for i, text in enumerate(texts[:4000]))
+    (folder / "lines.jsonl").write_text("\n".join(records))
+    tokenize_table(folder / "lines.jsonl", folder / "tokens", tokenizer)
+    return {"many": folder / "lines.jsonl", "tokenizer": tokenizer} | dict.fromkeys(JOBS_OF_TABLES, folder / "tokens")
+
+
+@pytest.mark.parametrize(("job", "parts"), [("tokenize", 200), ("shuffle", 40), ("repartition", 40)])
+def test_a_killed_job_repeats_only_what_was_not_finished(job, parts, lines, tmp_path, monkeypatch, capfd):
+    """A driver on Sail is killed when some parts are finished; Spark goes on, to the bytes of one run."""
+    monkeypatch.setattr(splits, "FEWEST_PARTS", parts)
+    more = {"shuffle": ["--num_block", parts], "repartition": ["--num_partition", parts]}
+    command = [str(word) for word in (*job_of(job, 1, lines), *more.get(job, []))]
+    out, alone, run = tmp_path / "out", tmp_path / "alone", getattr(cli, f"run_{job}")
+    run([*command[1:], "-o", str(alone)])
+    (tmp_path / "killed.py").write_text(
+        "from fft.corpus import splits\nfrom spark_jobs import cli\n"
+        f"splits.FEWEST_PARTS = {parts}\ncli.run_{job}({[*command[1:], '-o', str(out)]})\n"
+    )
+    tables = [path.parent.relative_to(alone) for path in alone.rglob("_fft_manifest.json")]
+    process = start("sail", tmp_path / "killed", **with_faults(tmp_path, FFT_STALLS=str(parts // 4)))
+    wait_for(lambda: any(len(facts_in(out / table)) >= parts // 4 for table in tables), process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    check_nobody_left(process)
+    finished = {table: [json.loads(path.read_text()) for path in facts_in(out / table)] for table in tables}
+    assert parts // 4 <= sum(map(len, finished.values())) < parts
+    killed = time.time()
+    capfd.readouterr()
+    run([*command[1:], "-o", str(out)])
+    said = capfd.readouterr().err
+    for table in tables:
+        files = [out / table / file.path for file in read_manifest(out / table).files]
+        assert sum(file.stat().st_mtime < killed for file in files) == sum(bool(p["name"]) for p in finished[table])
+        if finished[table]:
+            assert f"going on: {len(finished[table])} of " in said
+        theirs = [alone / table / file.path for file in read_manifest(alone / table).files]
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file in theirs]
+        assert counted(out / table) == counted(alone / table)
+    check_tidy(out)
+
+
+def facts_in(table: Path) -> list[Path]:
+    """What is known of parts that outlive their job."""
+    return list(table.glob("_finished/*/part-*.json"))
+
+
+def counted(table: Path) -> dict:
+    """All that a manifest counts, but for the time that it took, and for what was checked in some of it."""
+    manifest = read_manifest(table)
+    return {**vars(manifest), "lineage": {**manifest.lineage["counts"], "seconds": None, "checked": None}}
 
 
 def check_tidy(out: Path) -> None:
@@ -291,4 +353,5 @@ def test_a_full_disk_does_not_cost_the_old_table(engine, launch, tokens, tokeniz
     assert done.stderr.count("make room there") == 2
     assert not stacks_of_ours(done.stderr)
     assert fingerprints(tmp_path / "copy") == fingerprints(tokens)
+    shutil.rmtree(tmp_path / "copy" / FINISHED, ignore_errors=True)  # what waits for room
     check_tidy(tmp_path / "copy")

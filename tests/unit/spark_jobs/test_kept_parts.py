@@ -23,9 +23,8 @@ class Interrupted(Exception):
 def work_on(out: Path, work: str = "a", parts: int = 3, stop: int | None = None, **given) -> list[int]:
     """Make what is not there yet, and publish all; which parts were made. Stops before making the part ``stop``."""
     made = []
-    with Output(out, [""], [], given.get("overwrite", False), given.get("table_format", "parquet"), work=work).claim(
-        {}
-    ) as writers:
+    output = Output(out, [""], [], given.get("overwrite", False), given.get("table_format", "parquet"))
+    with output.claim({}, work) as writers:
         writer = writers[""]
         done = []
         for number in range(parts):
