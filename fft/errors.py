@@ -17,6 +17,8 @@ from fft.redaction import has_credentials, redact
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
+#: That of a run that was asked to stop and saved first: EX_TEMPFAIL of sysexits.h, "try again".
+EXIT_STOPPED = 75
 
 #: Seconds by which ranks may differ in meeting the same error.
 _PATIENCE = 10
@@ -111,8 +113,8 @@ def positive(text: str) -> int:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and exit with its code; a :class:`UserError` becomes one line on stderr and exit code 2
-    (its own, if it has one), and so does what the system says of a path that cannot be used.
+    """Run ``main`` and exit with its code, if it is not 0; a :class:`UserError` becomes one line on stderr and exit
+    code 2 (its own, if it has one), and so does what the system says of a path that cannot be used.
 
     Ranks of a distributed job meet the same bad input, so rank 0 speaks for all: the others wait for their launcher to
     stop them. One that is still there after :data:`_PATIENCE` seconds has met something of its own, and says so.
@@ -135,7 +137,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
             raise
         print(redact(told), file=sys.stderr, flush=True)
         code = 1
-    sys.exit(code)
+    if code:  # where an interpreter runs commands as functions, as Databricks does, to exit is to fail
+        sys.exit(code)
 
 
 def _refuse(error: UserError) -> int:

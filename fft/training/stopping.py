@@ -13,7 +13,7 @@ import psutil
 
 #: Scripts and modules that start ranks.
 _LAUNCHERS = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
-_LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch"}
+_LAUNCHERS |= {"torch.distributed.run", "torch.distributed.launch", "fft.spark.keeper"}
 
 
 class StopRequest:

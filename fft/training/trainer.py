@@ -19,7 +19,7 @@ from fft.checkpoint.mirror import Mirror
 from fft.checkpoint.saver import RankShare, Saver
 from fft.checkpoint.stored_run import StoredRun
 from fft.data.batches import MicroBatch
-from fft.errors import UserError
+from fft.errors import EXIT_STOPPED, UserError
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import trained
 from fft.models.spec import ModelSpec
@@ -53,9 +53,6 @@ from fft.weights.hf import WeightReader
 
 #: What gloo says when another process is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-
-#: Exit code of a run that was asked to stop and saved first: EX_TEMPFAIL of sysexits.h, "try again".
-EXIT_STOPPED = 75
 
 
 def train(args: TrainArguments) -> int:
