@@ -36,6 +36,11 @@ class TrainArguments:
     )
     eval_data: str | None = flag("token table, or file of JSON lines, to evaluate on", None)
     output_dir: str | None = flag("Hugging Face model directory to write at the end", None)
+    register_model: str | None = flag(
+        "send the model of --output_dir to MLflow at the end and register it under this name, for Unity Catalog "
+        "CATALOG.SCHEMA.MODEL (docs/training.md)",
+        None,
+    )
     overwrite: bool = flag("allow an existing --output_dir or --checkpoint run to be replaced", False)
 
     lora_dim: int = flag(

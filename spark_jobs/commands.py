@@ -1,7 +1,7 @@
 """Console entry points of the jobs, ``fft-tokenize`` and the like: an installed wheel needs no path into a checkout.
 
-They start Spark as a notebook does, also as a task of Databricks (``python_wheel_task``). On a cluster, ``spark-submit``
-starts the scripts of this folder.
+They start Spark as a notebook does, also as a task of Databricks (``python_wheel_task``). On a cluster,
+``spark-submit`` starts the scripts of this folder.
 """
 
 from fft.errors import run_cli

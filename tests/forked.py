@@ -28,7 +28,9 @@ _CONTEXT.set_forkserver_preload(["fft.training.trainer", "deepspeed.runtime.zero
 
 
 @contextlib.contextmanager
-def started(ranks: int, *argv: object, module: str = "fft.train") -> Iterator[tuple[list, list[Path]]]:
+def started(
+    ranks: int, *argv: object, module: str = "fft.train", env: dict[str, str] | None = None
+) -> Iterator[tuple[list, list[Path]]]:
     """``python -m module argv`` in so many ranks: the processes and the files they print to; all end with the block."""
     port = free_port()
     words = [str(word) for word in argv]
@@ -36,9 +38,8 @@ def started(ranks: int, *argv: object, module: str = "fft.train") -> Iterator[tu
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
         for stream in streams:
             stream.touch()
-        processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, ranks, port, module, words, streams)) for rank in range(ranks)
-        ]
+        given = ranks, port, module, words, streams, env or {}
+        processes = [_CONTEXT.Process(target=_rank, args=(rank, *given)) for rank in range(ranks)]
         for process in processes:
             process.start()
         try:
@@ -50,10 +51,14 @@ def started(ranks: int, *argv: object, module: str = "fft.train") -> Iterator[tu
 
 
 def run_ranks(
-    ranks: int, *argv: object, module: str = "fft.train", timeout: float = 300
+    ranks: int,
+    *argv: object,
+    module: str = "fft.train",
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run ``python -m module argv`` from the repository's root in so many ranks; returns the job when it has ended."""
-    with started(ranks, *argv, module=module) as (processes, streams):
+    with started(ranks, *argv, module=module, env=env) as (processes, streams):
         code = _wait(processes, time.monotonic() + timeout)
         return subprocess.CompletedProcess([module, *argv], code, *(stream.read_text() for stream in streams))
 
@@ -72,13 +77,15 @@ def _wait(processes: list, deadline: float) -> int:
     return 0
 
 
-def _rank(rank: int, ranks: int, port: int, module: str, argv: list[str], streams: list[Path]) -> None:
+def _rank(
+    rank: int, ranks: int, port: int, module: str, argv: list[str], streams: list[Path], env: dict[str, str]
+) -> None:
     gc.freeze()  # what was imported is not looked through again: DeepSpeed collects a dozen times as it starts
     for descriptor, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(ROOT)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **env)
     sys.path.insert(0, str(ROOT))
     sys.argv = [module, *argv]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

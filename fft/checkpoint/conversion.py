@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
+from fft.checkpoint.card import CARD
 from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.checkpoint.model_folder import staged
 from fft.checkpoint.stored_run import run_at
@@ -17,6 +18,7 @@ from fft.console import live
 from fft.data.storage import is_url
 from fft.data.views import view
 from fft.errors import UserError, one_line
+from fft.files import write_atomically
 from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
 from fft.models.spec import ModelSpec
 from fft.weights import hf
@@ -211,8 +213,8 @@ def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[
     yield group
 
 
-def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int) -> int:
-    """Write ``source`` with the config and tokenizer of ``model``; returns the number of tensors.
+def convert(source: Weights, model: Path, output: str, dtype: str | None, limit: int, card: str | None = None) -> int:
+    """Write ``source`` with the config and tokenizer of ``model`` and this ``card``; returns the number of tensors.
 
     Raises :class:`UserError` when the config cannot be read or is another model's, where nothing can be written, and
     while another process writes there.
@@ -240,6 +242,8 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
         for shard in range(number):
             (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
         hf.write_metadata(staging, config, str(model), number, model)
+        if card is not None:
+            write_atomically(staging / CARD, card)
     return len(source.names)
 
 
@@ -248,8 +252,8 @@ def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path) -> M
     return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model))
 
 
-def open_source(place: str, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path]:
-    """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, and where their config is.
+def open_source(place: str, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path, Path]:
+    """The weights in a run folder, a checkpoint, a model directory or DeepSpeed's, where their config is, and they.
 
     ``place`` is a path or URL.
 
@@ -275,12 +279,12 @@ def open_source(place: str, tag: str | None, model: Path | None, dtype: str | No
         if model is None and not isinstance(base, str):
             raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
         model = model or view(str(base))
-        return merged(hf.WeightReader(model), path, dtype, model), model
+        return merged(hf.WeightReader(model), path, dtype, model), model, path
     if any(path.glob(_LAYER_FILES)):
         where = model or path
         if not (where / hf.CONFIG).is_file():
             raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
         config = load_config(str(where), init=False, weights=False)
-        return LayerFiles(path, ModelSpec(config, torch.float32)), where
+        return LayerFiles(path, ModelSpec(config, torch.float32)), where, path
     masters = dtype == "fp32" and has_masters(path)
-    return Masters(path, stored_in(path)) if masters else hf.WeightReader(path), model or path
+    return Masters(path, stored_in(path)) if masters else hf.WeightReader(path), model or path, path

@@ -55,18 +55,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
     check_replaceable(output, output, MODEL, names_in(args.like))
     # Not before: --help need not wait for torch.
+    from fft.checkpoint.card import card_beside
     from fft.checkpoint.conversion import convert, merged, open_source
     from fft.checkpoint.original_form import write_like
 
     with naming_places():
-        source, model = open_source(args.source, args.tag, args.model and view(args.model), args.dtype)
+        source, model, where = open_source(args.source, args.tag, args.model and view(args.model), args.dtype)
         if args.lora:
-            source = merged(source, view(args.lora), args.dtype, model)
+            where = view(args.lora)
+            source = merged(source, where, args.dtype, model)
+        card = card_beside(where)
         limit = int(args.max_shard_size * 1e9)
         if args.like:
-            tensors = write_like(source, view(args.like), output, args.dtype, limit)
+            tensors = write_like(source, view(args.like), output, args.dtype, limit, card)
         else:
-            tensors = convert(source, model, output, args.dtype, limit)
+            tensors = convert(source, model, output, args.dtype, limit, card)
     say(f"{tensors} tensors written to {output}")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fft.checkpoint.card import CARD
 from fft.checkpoint.conversion import DTYPES, shards
 from fft.checkpoint.model_folder import staged
 from fft.errors import UserError
-from fft.files import copy_file
+from fft.files import copy_file, write_atomically
 from fft.models.directory import Weights
 from fft.weights import hf
 from fft.weights.files import INDEX, opened, weight_files
@@ -65,9 +66,9 @@ class OriginalForm:
             raise UserError(f"{name} is of {wanted} in the original, not {found}: --like names another model.")
 
 
-def write_like(source: Weights, like: Path, output: str, dtype: str | None, limit: int) -> int:
-    """Write ``source`` as the original ``like`` is written, beside all else that its directory has; returns the number
-    of tensors.
+def write_like(source: Weights, like: Path, output: str, dtype: str | None, limit: int, card: str | None = None) -> int:
+    """Write ``source`` as the original ``like`` is written, beside all else that its directory has but its card, where
+    one is given; returns the number of tensors.
 
     Raises :class:`UserError` as :class:`OriginalForm` does, and where nothing can be written.
     """
@@ -87,4 +88,6 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
         for file in like.iterdir():
             if file.is_file() and file.name not in weights and not file.name.endswith((INDEX, ".bin.index.json")):
                 copy_file(file, staging / file.name)
+        if card is not None:
+            write_atomically(staging / CARD, card)
     return len(form.names)

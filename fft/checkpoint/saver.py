@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fft.checkpoint import adapter, folder
+from fft.checkpoint.card import CARD, card_of
 from fft.checkpoint.fragments import rank_file
 from fft.checkpoint.run import RunFolder
 from fft.errors import UserError, one_line
@@ -242,4 +243,5 @@ def _complete(contents: Contents, state: Mapping[str, object], staging: Path) ->
     else:
         names = adapter.write_adapter(staging, contents.shards, contents.adapter)
     write_atomically(staging / folder.STATE, folder.to_json(state))
-    return [*names, folder.STATE]
+    write_atomically(staging / CARD, card_of(state, contents.config.model_type))
+    return [*names, folder.STATE, CARD]

@@ -159,8 +159,8 @@ def _problem(order: Mapping[str, Any]) -> str | None:
     if lacking:
         return (
             f"{sys.executable} {host} cannot import {', '.join(lacking)}: install the wheel of `make dist` and "
-            "what it needs on all machines of the cluster (on Databricks by %pip install, in the notebook's first cell, or "
-            "as a library)."
+            "what it needs on all machines of the cluster (on Databricks by %pip install, in the notebook's first "
+            "cell, or as a library)."
         )
     try:
         check_read([tuple(pair) for pair in order["read"]], host)

@@ -1,9 +1,11 @@
 """What a run writes of its model: each stage its own shards, and what makes a Hugging Face directory of them."""
 
 import copy
+from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 from fft.arguments import TrainArguments
 from fft.checkpoint import model_folder
 from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
+from fft.checkpoint.card import CARD, card_of
 from fft.checkpoint.gather_weights import whole_tensors
 from fft.checkpoint.run import RunFolder
 from fft.checkpoint.saver import Contents
+from fft.files import write_atomically
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
 from fft.models.lora import adapted
@@ -86,8 +90,10 @@ class ModelExport:
             rules=self._plan.images,
         )
 
-    def save_model(self, output: str) -> None:
+    def save_model(self, output: str, state: Mapping[str, Any]) -> None:
         """Write a model or adapter directory: every stage its own shards, in parallel; replaces what stands there.
+
+        ``state``, that of a checkpoint, is what its card says.
 
         Waits while another process writes there. Collective. Raises :class:`UserError` where it cannot be written.
         """
@@ -99,12 +105,15 @@ class ModelExport:
                 model_folder.write_model_shard(output, *weights, self._engine.role.shards)
             dist.barrier()
             if dist.get_rank() == 0:
-                model_folder.finish(output, self._complete)
+                model_folder.finish(output, partial(self._complete, state))
         dist.barrier()
 
-    def _complete(self, staging: Path) -> list[str]:
+    def _complete(self, state: Mapping[str, Any], staging: Path) -> list[str]:
         """Add to the shards of all ranks what makes a directory of them; returns the names of the files."""
         shards, plan = self._engine.role.shards, self._plan
         if self._adapter is not None:
-            return write_adapter(staging, shards, self._adapter)
-        return hf.write_metadata(staging, self._config, plan.tokenizer, shards, self._base, plan.images)
+            names = write_adapter(staging, shards, self._adapter)
+        else:
+            names = hf.write_metadata(staging, self._config, plan.tokenizer, shards, self._base, plan.images)
+        write_atomically(staging / CARD, card_of(state, self._config.model_type))
+        return [*names, CARD]

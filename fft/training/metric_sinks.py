@@ -5,20 +5,14 @@ A sink has two methods, ``write(step, values)`` and ``close(well)``. Only rank 0
 
 import importlib.util
 import json
-import os
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fft.checkpoint.folder import METRICS, TENSORBOARD
 from fft.errors import UserError, one_line
 from fft.files import own_file, own_folder
-
-#: Seconds that a server has to answer before a run begins.
-_PATIENCE = 10
+from fft.training.mlflow_sink import MLflow, RunFacts
 
 
 class Sink(Protocol):
@@ -70,51 +64,6 @@ class TensorBoard:
         self._writer.close()
 
 
-class MLflow:
-    """The active run, the one that ``MLFLOW_RUN_ID`` names, or a new one, which ends with ours."""
-
-    def __init__(self, parameters: Mapping[str, Any]) -> None:
-        import mlflow
-
-        _reach(os.environ.get("MLFLOW_TRACKING_URI", ""))
-        self._mlflow, self._own = mlflow, mlflow.active_run() is None
-        run = mlflow.start_run() if self._own else mlflow.active_run()
-        if not run.data.params:  # of a run gone on with they cannot be changed
-            mlflow.log_params(dict(parameters))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Without waiting for the server."""
-        self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
-
-    def close(self, well: bool) -> None:
-        """Wait for the server; end the run if it is ours."""
-        self._mlflow.flush_async_logging()
-        if self._own:
-            self._mlflow.end_run("FINISHED" if well else "FAILED")
-
-    @staticmethod
-    def wanted() -> bool:
-        """Whether MLflow is installed and told of a server: by the environment, by Databricks, or by an active run."""
-        if importlib.util.find_spec("mlflow") is None:
-            return False
-        variables = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DATABRICKS_RUNTIME_VERSION")
-        return any(name in os.environ for name in variables) or (
-            "mlflow" in sys.modules and sys.modules["mlflow"].active_run() is not None
-        )
-
-
-def _reach(server: str) -> None:
-    """Raise :class:`OSError` where no server answers at the address, any answer being one.
-
-    MLflow's client would try again for minutes, and the run would wait for it.
-    """
-    if server.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{server.rstrip('/')}/health", timeout=_PATIENCE).close()
-        except urllib.error.HTTPError:
-            return
-
-
 class Sinks:
     """Several of them. One that fails is told of and left out from then on; the run goes on."""
 
@@ -136,6 +85,24 @@ class Sinks:
             self._try(name, lambda s=sink: s.close(well))
         self._sinks = []
 
+    def text(self, name: str, text: str) -> None:
+        """Hand a text, such as a picture, to those that keep such beside numbers."""
+        for server in self._servers():
+            server.text(name, text)
+
+    def register(self, name: str, directory: str) -> None:
+        """Have a model directory registered under a name."""
+        for server in self._servers():
+            server.register(name, directory)
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint has to say of them for a run that goes on from it."""
+        runs = [server.run for server in self._servers() if server.run is not None]
+        return {"mlflow": runs[0]} if runs else {}
+
+    def _servers(self) -> list[MLflow]:
+        return [sink for _, sink in self._sinks if isinstance(sink, MLflow)]
+
     def __enter__(self) -> "Sinks":
         return self
 
@@ -152,7 +119,7 @@ class Sinks:
             self._log(f"warning: {name} failed ({one_line(error)}) and gets no more metrics; training goes on")
 
 
-def open_sinks(run: Path | None, step: int, parameters: Mapping[str, Any], log: Callable[[str], None]) -> Sinks:
+def open_sinks(run: Path | None, step: int, facts: RunFacts, log: Callable[[str], None]) -> Sinks:
     """Those of a run that begins after ``step`` and has the folder ``run``, if any."""
     sinks = Sinks(log)
     if run is not None:
@@ -160,5 +127,5 @@ def open_sinks(run: Path | None, step: int, parameters: Mapping[str, Any], log: 
         if importlib.util.find_spec("tensorboard") is not None:
             sinks.add("TensorBoard", lambda: TensorBoard(run / TENSORBOARD, step))
     if MLflow.wanted():
-        sinks.add("MLflow", lambda: MLflow(parameters))
+        sinks.add("MLflow", lambda: MLflow(facts, log))
     return sinks

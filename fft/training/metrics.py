@@ -11,9 +11,10 @@ import contextlib
 import dataclasses
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,9 @@ from fft.checkpoint.stored_run import run_at
 from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
-from fft.redaction import redact_all
 from fft.training.metric_sinks import Sinks, open_sinks
+from fft.training.run_facts import run_facts
+from fft.training.run_folder import Start
 from fft.training.work import Work, datasheet_rate, device_name
 
 Log = Callable[[str], None]
@@ -111,20 +113,44 @@ class Stopwatch:
         now = self._clock()
         seconds, elapsed = now - self._lap, now - self._started
         left = elapsed / (step - self._first) * (total - step)
-        lap = Lap(self._tokens / seconds, self._flops / seconds, self._waited / seconds, elapsed, left)
+        lap = Lap(self._tokens / seconds, self._flops / seconds, self._waited / seconds, elapsed, left, seconds)
         self._lap, self._waited, self._tokens, self._flops = now, 0.0, 0, 0.0
         return lap
 
 
 @dataclass(frozen=True)
 class Lap:
-    """Tokens and FLOPs a second, the share of the time that waited for data, seconds since the start, seconds to go."""
+    """Tokens and FLOPs a second, the share of the time that waited for data, seconds since the start, seconds to go,
+    and seconds of its steps.
+    """
 
     rate: float
     flops: float
     data_wait: float
     elapsed: float
     left: float
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run is: its last step and loss, the lowest and the last of its evaluations with their steps, tokens of
+    all ranks and seconds of the steps that were told.
+    """
+
+    step: int = 0
+    loss: float | None = None
+    best: tuple[int, float] | None = None
+    last: tuple[int, float] | None = None
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def see(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a step."""
+        self.step, self.loss = step, values.get("loss", self.loss)
+        if (loss := values.get("eval_loss")) is not None:
+            self.last = step, loss
+            self.best = self.last if self.best is None or loss < self.best[1] else self.best
 
 
 @dataclass(frozen=True)
@@ -142,10 +168,16 @@ class Metrics:
     peak: float
     promised: float | None
     device: torch.device
+    progress: Progress = field(default_factory=Progress)
 
     def record(self, step: int, **values: float) -> None:
         """Hand numbers of a step to the sinks."""
+        self.progress.see(step, values)
         self.sinks.write(step, values)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of them."""
+        return {"progress": dataclasses.asdict(self.progress)} | self.sinks.state()
 
     def show(self, step: int, values: dict[str, float], lap: Lap) -> None:
         """Record a step with the speed of those since it was last called, and print a line.
@@ -155,6 +187,8 @@ class Metrics:
         memory = over_ranks(peak_memory(self.device), dist.ReduceOp.MAX, self.device)
         rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
         flops = over_ranks(lap.flops, dist.ReduceOp.SUM, self.device)
+        self.progress.tokens += rate * lap.seconds
+        self.progress.seconds += lap.seconds
         used = {"mfu": flops / self.peak} | ({"mfu_datasheet": flops / self.promised} if self.promised else {})
         told = f"{used['mfu']:.1%}" + (f", of the datasheet {used['mfu_datasheet']:.1%}" if self.promised else "")
         scaled = f"scale {values['loss_scale']:.0f}  " if "loss_scale" in values else ""
@@ -182,26 +216,28 @@ def open_metrics(
     layout: Layout,
     dtype: torch.dtype,
     device: torch.device,
-    start: int,
+    start: Start,
     held: ExitStack,
     log: Log,
 ) -> Metrics:
-    """Where a run's numbers go from step ``start`` on, until ``held`` ends, and what its speed is measured against.
+    """Where a run's numbers go from its ``start`` on, until ``held`` ends, and what its speed is measured against.
 
     The latter is told at once. Collective: all devices measure themselves together.
     """
     sinks = Sinks(log)
     if dist.get_rank() == 0:
-        notes = run_at(args.checkpoint).notes if args.checkpoint else None
-        sinks = held.enter_context(open_sinks(notes, start, redact_all(dataclasses.asdict(args)), log))
+        run = run_at(args.checkpoint) if args.checkpoint else None
+        facts = run_facts(args, plan, layout, run, start.state.get("mlflow"))
+        sinks = held.enter_context(open_sinks(run.notes if run is not None else None, start.step, facts, log))
     work, world = Work.of(layout.every, args.seq_len), plan.mesh.world
     rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")
     peak, sheet = over_ranks(rate, dist.ReduceOp.SUM, device), datasheet_rate(device, dtype)
-    metrics = Metrics(sinks, log, plan.total_steps, work, peak, sheet and sheet * world, device)
+    progress = Progress(**{"step": start.step} | start.state.get("progress", {}))
+    metrics = Metrics(sinks, log, plan.total_steps, work, peak, sheet and sheet * world, device, progress)
     if plan.total_steps:
         bubble = bubble_of(args, layout)
         known = {} if sheet is None else {"datasheet_flops_per_second": sheet * world}
-        metrics.record(start, matrix_flops_per_second=peak, pipeline_bubble=bubble, **known)
+        metrics.record(start.step, matrix_flops_per_second=peak, pipeline_bubble=bubble, **known)
         whole = work.flops(args.seq_len, (0, args.seq_len)) / args.seq_len
         of = "" if sheet is None else f", of {sheet / 1e12:.3g} by the datasheet of {device_name(device)}"
         log(

@@ -1,8 +1,9 @@
 """The model that a run leaves: as it is at the end, or, where a run may end early, as it was at its best."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,26 +29,28 @@ def contents_of(args: TrainArguments, export: ModelExport, run: RunFolder) -> Co
     return dataclasses.replace(contents, newest=newest, best=max(1, contents.best))
 
 
-def keep_aside(output: str, export: ModelExport) -> None:
+def keep_aside(output: str, export: ModelExport, state: Mapping[str, Any]) -> None:
     """Write the model beside ``output``, for a run that has no checkpoints and is at its best. Collective."""
-    export.save_model(_aside(output))
+    export.save_model(_aside(output), state)
 
 
 def write_output(
     args: TrainArguments,
     export: ModelExport,
+    state: Mapping[str, Any],
     lowest: float,
     control: dist.ProcessGroup,
     log: Callable[[str], None],
 ) -> None:
     """Write the model or adapter that was trained; with --early_stop_patience, as it was at the ``lowest`` loss.
 
-    Collective. Raises :class:`UserError` where it cannot be written.
+    ``state`` is what a checkpoint of the end would say. Collective. Raises :class:`UserError` where nothing can be
+    written.
     """
     output, kind = str(args.output_dir), "adapter" if args.lora_dim else "model"
     found = _best(args, output, lowest, log) if dist.get_rank() == 0 else None
     if not told_by_first(found is not None, control):  # others may not see yet what rank 0 wrote
-        export.save_model(output)
+        export.save_model(output, state)
         log(f"{kind} written to {output}")
         return
     if found is not None:

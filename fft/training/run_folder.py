@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,12 +18,13 @@ from fft.checkpoint.resume import choose_checkpoint
 from fft.checkpoint.run import RunFolder
 from fft.checkpoint.stored_run import StoredRun, run_at
 from fft.data.batches import Loader
+from fft.data.samples import Samples
 from fft.errors import UserError, one_line
 from fft.planning.outputs import RUN_FLAGS, check_free, check_kept
 from fft.planning.preflight import Plan, batch_plan
 from fft.redaction import redact_all
 from fft.training.early_stop import EarlyStop
-from fft.training.same_run import check_resumed
+from fft.training.same_run import VERSIONS, check_resumed
 
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
 _TERMS = (
@@ -103,9 +105,23 @@ def state_of(
         "layout": dataclasses.asdict(plan.mesh),
         "early_stop": early_stop.state(),
         "identity": plan.identity,
+        "tables": [*_tables("train", plan.train), *_tables("eval", plan.evaluation)],
+        "images": plan.images is not None,
+        "versions": {name: version(name) for name in VERSIONS},
         "data": data,
         "arguments": redact_all(dataclasses.asdict(args)),
     }
+
+
+def _tables(use: str, data: Samples | None) -> list[dict]:
+    """What there is to say of the tables of a run."""
+    return [
+        {
+            **{"use": use, "table": table.path, "version": table.version, "fingerprint": table.fingerprint},
+            **{"rows": table.rows, "tokens": table.tokens},
+        }
+        for table in (data.tables if data is not None else ())
+    ]
 
 
 def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: Start, environment: dict) -> None:

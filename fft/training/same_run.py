@@ -22,7 +22,7 @@ from fft.parallel.groups import tell_all
 from fft.planning.identity import IDENTITY, differences
 
 #: What computes a run; the same numbers need the same of each.
-_VERSIONS = ("torch", "deepspeed", "transformers")
+VERSIONS = ("torch", "deepspeed", "transformers")
 
 
 def check_same_run(args: TrainArguments, identity: dict, control: dist.ProcessGroup) -> None:
@@ -84,7 +84,7 @@ def check_resumed(
 
 
 def _facts(args: TrainArguments, identity: dict) -> dict[str, Any]:
-    versions = {f"version of {name}": version(name) for name in _VERSIONS}
+    versions = {f"version of {name}": version(name) for name in VERSIONS}
     flags = {f"--{name}": value for name, value in dataclasses.asdict(args).items()}
     return flags | versions | {"version of flash-fine-tuning": fft.__version__} | identity
 

@@ -45,6 +45,7 @@ from fft.training.evaluation import evaluate
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
+from fft.training.mlflow_sink import check_registers
 from fft.training.output import contents_of, keep_aside, write_output
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
@@ -64,6 +65,7 @@ def train(args: TrainArguments) -> int:
     above = launchers()
     check_device(args)
     plan = plan_run(args, world_size())
+    check_registers(args, plan.tokenizer)
     spec = model_spec(args, plan.config, plan.images)
     layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
     init_distributed()
@@ -130,11 +132,13 @@ def _run(
             store = StoredRun(args.upload, runs[0].notes)
             held.callback(Mirror(runs[0], store, contents.newest, contents.best, _log).close)
         saver = Saver(contents, args.background_executor, control)
-    metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start.step, held, _log)
+    metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start, held, _log)
     trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
     code = trainer.train(above)
     if code == 0 and args.output_dir:
-        write_output(args, export, trainer.early_stop.best, control, _log)
+        write_output(args, export, trainer.state(), trainer.early_stop.best, control, _log)
+        if args.register_model:
+            metrics.sinks.register(args.register_model, args.output_dir)
     return code
 
 
@@ -275,7 +279,7 @@ class Trainer:
         if self.saver is not None and (saves or best):
             self.save_checkpoint(self.saver, step, eval_loss)
         elif best and self.args.output_dir:
-            keep_aside(self.args.output_dir, self.export)
+            keep_aside(self.args.output_dir, self.export, self.state(step, eval_loss))
 
     def _evaluates(self, step: int) -> bool:
         every = self.args.eval_steps
@@ -305,6 +309,15 @@ class Trainer:
         _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {tokens:,} tokens")
         return loss
 
+    def state(self, step: int | None = None, eval_loss: float | None = None) -> dict:
+        """What a checkpoint says of the run after ``step``, or at its end."""
+        progress = self.metrics.progress
+        if step is None:
+            step = progress.step
+            eval_loss = progress.last[1] if progress.last and progress.last[0] == step else None
+        facts = run_folder.state_of(self.args, self.plan, step, self.feed.state(), eval_loss, self.early_stop)
+        return facts | self.metrics.state()
+
     def save_checkpoint(self, saver: Saver, step: int, eval_loss: float | None) -> None:
         """Begin to write the model after ``step``, and what a run needs to go on from it, into the run folder.
 
@@ -315,9 +328,8 @@ class Trainer:
         if not self.args.only_ckpt_model:
             parameters = self.export.parameters
             training = optimizer_state.gather(engine.optimizer, parameters, self.builder.shards, engine.role)
-        facts = run_folder.state_of(self.args, self.plan, step, self.feed.state(), eval_loss, self.early_stop)
         share = RankShare(self.export.weights(), training)
-        saver.save(tag, share, facts | {"loss_scaler": engine.scaler_state()})
+        saver.save(tag, share, self.state(step, eval_loss) | {"loss_scaler": engine.scaler_state()})
         self.metrics.record(step, save_seconds=time.perf_counter() - begun)
         _log(f"step {step}/{self.plan.total_steps}  checkpoint {saver.run.shown(tag)}")
 

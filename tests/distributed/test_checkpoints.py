@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_checkpoints_hold_the_weights_of_their_step(run, step, ragged_table):
     evaluated = read_metrics(run)[1][step]
     assert loss_of(run / f"step-{step}", ragged_table) == pytest.approx(evaluated, rel=1e-5)
     assert sorted(path.name for path in (run / f"step-{step}").iterdir()) == [
+        "README.md",
         "SHA256SUMS",
         "config.json",
         "model.safetensors",
@@ -118,6 +120,7 @@ def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_
     assert f"stopped early after step {best + 2}/20: 2 evaluations" in said
     # What is written is not what was trained last.
     assert loss_of(f"{first}-model", ragged_table) == pytest.approx(min(evaluated), rel=1e-5)
+    assert f"# llama, trained to step {best}\n" in Path(f"{first}-model", "README.md").read_text()
     assert (first / "best").read_text() == f"step-{best}\n"
     assert f"model of step-{best}, which had the lowest validation loss, written to {first}-model" in said
 
@@ -144,6 +147,7 @@ def test_a_run_without_checkpoints_writes_its_best_model(run, ragged_table, tmp_
     losses = [float(found) for found in re.findall(r"validation loss ([0-9.]+) over", done.stderr)]
     assert losses[-1] > min(losses) + 0.01
     assert loss_of(tmp_path / "model", ragged_table) == pytest.approx(min(losses), rel=1e-4)
+    assert f"| validation loss | {min(losses):.4f} (perplexity " in (tmp_path / "model" / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

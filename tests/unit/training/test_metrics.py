@@ -28,6 +28,7 @@ from fft.training.metrics import (
     open_metrics,
     peak_memory,
 )
+from fft.training.run_folder import Start
 from fft.training.schedule import lr_multiplier
 from fft.training.work import Work, datasheet_rate, flops_per_token
 
@@ -152,7 +153,7 @@ def opened(name, dtype):
     layout = Layout(mesh, [0, 1], [LayerCost(1000.0, 2000.0, 1000, 1000, 1000, 1000)], [])
     plan = SimpleNamespace(total_steps=9, mesh=mesh)
     with contextlib.ExitStack() as held:
-        shown = open_metrics(args, plan, layout, dtype, torch.device("cpu"), 0, held, said.append)
+        shown = open_metrics(args, plan, layout, dtype, torch.device("cpu"), Start(), held, said.append)
     shown.sinks.add("all", lambda: SimpleNamespace(write=lambda _, values: written.update(values)))
     return shown, said, written
 
