@@ -5,6 +5,7 @@ A sink has two methods, ``write(step, values)`` and ``close(well)``. Only rank 0
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
