@@ -42,12 +42,20 @@ def commit_all(tables: Sequence[tuple[Place, Manifest]]) -> None:
     :class:`OSError`.
     """
     places = [(Storage.at(table), manifest) for table, manifest in tables]
+    for table, manifest in places:
+        write_list(table, manifest)
     with ExitStack() as staged:
         for table, manifest in places:
             if table.is_local:
                 aside = staged.enter_context(atomic_file(Path(table.path(MANIFEST_NAME))))
-                write_file(aside, manifest.to_json())
+                write_file(aside, manifest.own_json())
                 sync(aside)
     for table, manifest in places:
         if not table.is_local:
-            table.write(MANIFEST_NAME, manifest.to_json())
+            table.write(MANIFEST_NAME, manifest.own_json())
+
+
+def write_list(table: Storage, manifest: Manifest) -> None:
+    """Have the list of a manifest's files there, if it has one, before the manifest. Raises :class:`OSError`."""
+    if manifest.beside is not None:
+        table.write(*manifest.beside)

@@ -83,7 +83,7 @@ def read_snapshot(table: Storage, version: int | None = None, listing: Listing |
     latest = _open(table) if version is not None else log
     history = latest.history(latest.version() - log.version() + 1)
     text = next((entry.get(_MANIFEST) for entry in history if entry["version"] == log.version()), None)
-    manifest = Manifest.from_json(text, f"the Delta log of {table.name}") if text else None
+    manifest = Manifest.from_json(text, f"the Delta log of {table.name}", table.read) if text else None
     return Snapshot(log.version(), names, manifest, _partitions(log), sizes)
 
 
@@ -135,7 +135,9 @@ def commit_delta(table: Storage, manifest: Manifest, seen: int | None = None) ->
     from deltalake.exceptions import DeltaError
     from deltalake.transaction import create_table_with_add_actions
 
-    text = manifest.to_json()
+    text = manifest.own_json()
+    if manifest.beside is not None:
+        table.write(*manifest.beside)
     app = f"fft-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     schema, actions = _schema_of(table, manifest), _add_actions(table, manifest)
     properties = CommitProperties({_MANIFEST: text}, 0, [Transaction(app, 0)])

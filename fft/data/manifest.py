@@ -8,7 +8,8 @@ A table is a folder of parquet files with a column ``input_ids: list<int32>`` (a
   it says that an older table stays until a newer one has taken its place. What else is found beside a manifest and such
   a mark is of a job that is at work, or was interrupted, and is nothing.
 
-A folder with neither is foreign: any Spark job's ``df.write.parquet`` is a table, its facts read from footers.
+A folder with neither is foreign: any Spark job's ``df.write.parquet`` is a table, its facts read from footers. A
+manifest of very many files names one that lists them, see :mod:`fft.data.file_list`.
 Depends on no other package, so that Spark jobs and the trainer share it.
 """
 
@@ -16,20 +17,26 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path, PurePath
+from typing import Any
 
+from fft.data.file_list import INLINE, FileInfo, pack_list, unpack_list
 from fft.errors import UserError
 from fft.redaction import redact_all
 
-#: Tables of texts have the first format version, which older releases read; those with images the second.
-FORMAT_VERSION, _OF_TEXTS = 2, 1
+#: Tables of texts have the first format version, which older releases read; those with images the second; those whose
+#: files are listed beside the manifest are written as the third.
+FORMAT_VERSION, _OF_IMAGES, _OF_TEXTS = 3, 2, 1
 MANIFEST_NAME = "_fft_manifest.json"
 WRITING_NAME = "_fft_writing.json"
 #: What lies in a table while it is written: our mark, and Spark's own folder.
 UNFINISHED = frozenset((WRITING_NAME, "_temporary"))
 
+#: Key of the name of a list of files, which stands for them.
+_LIST = "list"
 #: Key of a mark; see :func:`replacing`.
 REPLACING = "replacing"
 
@@ -52,16 +59,6 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True)
-class FileInfo:
-    """One parquet file; ``path`` is relative to the table, sizes in rows, tokens and bytes."""
-
-    path: str
-    rows: int
-    tokens: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """Facts about a finished table. ``seq_len`` is set when rows are packed to that many tokens at most; ``vision`` are
     the facts of its :class:`fft.images.rules.ImageRules` where rows have images."""
@@ -78,22 +75,41 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.vision is not None:
-            object.__setattr__(self, "format_version", FORMAT_VERSION)
+            object.__setattr__(self, "format_version", _OF_IMAGES)
 
     def _repr_html_(self) -> str:
         return Manifests({"": self})._repr_html_()
 
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal tables have equal manifests; without what is secret."""
-        facts = asdict(self)
-        facts["lineage"] = redact_all(facts["lineage"])
+        return self._json([asdict(file) for file in self.files], self.format_version)
+
+    @cached_property
+    def beside(self) -> tuple[str, bytes] | None:
+        """Name and content of the list of files that lies beside the manifest, where they are very many."""
+        return pack_list(self.files) if len(self.files) > INLINE else None
+
+    def own_json(self) -> str:
+        """What the manifest's own file says; what is :attr:`beside` it must be there before."""
+        if self.beside is None:
+            return self.to_json()
+        return self._json({_LIST: self.beside[0], "count": len(self.files)}, FORMAT_VERSION)
+
+    def _json(self, files: Any, format_version: int) -> str:
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "files"}
+        facts |= {"files": files, "format_version": format_version, "lineage": redact_all(self.lineage)}
+        if self.tokenizer is not None:
+            facts["tokenizer"] = asdict(self.tokenizer)
         if self.vision is None:
             del facts["vision"]
         return json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Manifest":
-        """Parse what :meth:`to_json` wrote. Raises :class:`UserError` naming ``where`` when it is none."""
+    def from_json(cls, text: str, where: str, read: Callable[[str], bytes] | None = None) -> "Manifest":
+        """Parse what :meth:`to_json` wrote, or :meth:`own_json`, of which ``read`` gives what lies beside, by name.
+
+        Raises :class:`UserError` naming ``where`` when it is none.
+        """
         try:
             raw = json.loads(text)
             version = raw["format_version"]
@@ -102,7 +118,12 @@ class Manifest:
                     f"{where} has format version {version}, this release reads up to {FORMAT_VERSION}: "
                     "upgrade flash-fine-tuning."
                 )
-            raw["files"] = tuple(FileInfo(**f) for f in raw["files"])
+            listed = raw["files"]
+            if isinstance(listed, dict) and read is not None:
+                raw["files"] = _listed(read, listed)
+                raw["format_version"] = _OF_TEXTS
+            else:
+                raw["files"] = tuple(FileInfo(**f) for f in listed)
             if raw.get("tokenizer") is not None:
                 raw["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
             if not isinstance(raw.get("lineage", {}), dict):
@@ -110,7 +131,7 @@ class Manifest:
             if not isinstance(raw.get("vision"), dict | None):
                 raise TypeError("vision is no object")
             return cls(**raw)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(
                 f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
             ) from error
@@ -134,6 +155,14 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
 
 
+def _listed(read: Callable[[str], bytes], named: dict[str, Any]) -> tuple[FileInfo, ...]:
+    """The files of a list. Raises :class:`ValueError` for another than is named."""
+    files = unpack_list(read(named[_LIST]))
+    if len(files) != named["count"]:
+        raise ValueError(f"{named[_LIST]} lists {len(files)} files, not {named['count']}")
+    return files
+
+
 def tokenizer_sha256(directory: str | os.PathLike) -> str:
     """Hash the files of a tokenizer directory that decide its ids (names and bytes, in a fixed order)."""
     digest, folder = hashlib.sha256(), Path(directory)
@@ -151,7 +180,8 @@ def read_manifest(table: str | os.PathLike) -> Manifest | None:
     folder = Path(table)
     paths = (folder / MANIFEST_NAME, folder / WRITING_NAME)
     content, mark = (path.read_bytes() if path.is_file() else None for path in paths)
-    return manifest_of(str(folder), content, mark, [name for name in UNFINISHED if (folder / name).exists()])
+    found = [name for name in UNFINISHED if (folder / name).exists()]
+    return manifest_of(str(folder), content, mark, found, lambda name: (folder / name).read_bytes())
 
 
 def replacing(mark: bytes | None) -> str | None:
@@ -163,15 +193,22 @@ def replacing(mark: bytes | None) -> str | None:
     return facts.get(REPLACING) if isinstance(facts, dict) else None
 
 
-def manifest_of(table: str, content: bytes | None, mark: bytes | None, found: Collection[str]) -> Manifest | None:
-    """As :func:`read_manifest`, of what lies there: the bytes of the manifest and of the mark, if any, and which of
-    :data:`UNFINISHED` were ``found``. A mark that says that an older table stays for now is none of an unfinished one.
+def manifest_of(
+    table: str,
+    content: bytes | None,
+    mark: bytes | None,
+    found: Collection[str],
+    read: Callable[[str], bytes],
+) -> Manifest | None:
+    """As :func:`read_manifest`, of what lies there: the bytes of the manifest and of the mark, if any, which of
+    :data:`UNFINISHED` were ``found``, and what ``read`` gives of other files. A mark that says that an older table
+    stays for now is none of an unfinished one.
 
     Raises :class:`UserError` for a table that is unfinished, and for a manifest that is none.
     """
     if content is not None:
         # Bytes that are no text must not stop here: from_json says where they are.
-        return Manifest.from_json(content.decode("utf-8", "replace"), f"{table}/{MANIFEST_NAME}")
+        return Manifest.from_json(content.decode("utf-8", "replace"), f"{table}/{MANIFEST_NAME}", read)
     if set(found) - ({WRITING_NAME} if replacing(mark) is not None else set()):
         raise UserError(f"{table} is unfinished: the job that wrote it was interrupted; run that job again.")
     return None

@@ -37,7 +37,7 @@ def parquet_files(storage: Storage, listing: Listing) -> tuple[list[str], Manife
     content, mark = (storage.read(name) if name in listing.sizes else None for name in (MANIFEST_NAME, WRITING_NAME))
     ending = replacing(mark)
     there = listing.sizes.keys() | listing.folders
-    manifest = manifest_of(storage.name, content, mark, UNFINISHED & there)
+    manifest = manifest_of(storage.name, content, mark, UNFINISHED & there, storage.read)
     found = [name for name in listing.sizes if name.endswith(".parquet") and not is_hidden(PurePosixPath(name))]
     names = sorted(found, key=in_order)
     folders = sorted({posixpath.dirname(name) for name in names} - {""}, key=in_order)

@@ -12,6 +12,7 @@ from pyspark.errors import AnalysisException, UnsupportedOperationException
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import say
+from fft.data.commits import write_list
 from fft.data.manifest import MANIFEST_NAME, Manifest
 from fft.data.part_files import Part
 from fft.data.storage import Storage, reaching
@@ -125,7 +126,8 @@ class Catalogued:
         storage, spark = self._beside(), self.session()
         if storage is not None:
             with reaching(self.name):
-                storage.write(MANIFEST_NAME, manifest.to_json())
+                write_list(storage, manifest)
+                storage.write(MANIFEST_NAME, manifest.own_json())
         else:
             text = as_property(manifest)
             spark.sql(f"ALTER TABLE {quoted(self.staged or self.name)} SET TBLPROPERTIES ('{PROPERTY}' = '{text}')")

@@ -93,7 +93,8 @@ def catalog_manifest(spark: SparkSession, name: str) -> Manifest | None:
     storage = None if location is None else table_storage(location)
     if storage is None or not storage.exists(MANIFEST_NAME):
         return None
-    return Manifest.from_json(storage.read(MANIFEST_NAME).decode("utf-8", "replace"), storage.shown(MANIFEST_NAME))
+    text = storage.read(MANIFEST_NAME).decode("utf-8", "replace")
+    return Manifest.from_json(text, storage.shown(MANIFEST_NAME), storage.read)
 
 
 def distinct_names(tables: Sequence[str], taken: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pyarrow import fs
 
 from fft.data.commits import begin_writing
 from fft.data.delta import read_snapshot, split_name
+from fft.data.file_list import LIST_PREFIX
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest, replacing
 from fft.data.owner import OWNER_NAME
 from fft.data.part_files import QUARANTINE
@@ -42,7 +43,7 @@ TABLE = Kind(
 _REMOVED = re.compile("|".join((TABLE.files, r".*\.parquet", QUARANTINE, OWNERS, "_temporary")))
 #: What of it is no sign of a table: what a job has beside its parts, and parts that nobody has published.
 _NO_TABLE = re.compile(
-    rf"\.part-.*{re.escape(WRITING)}|{QUARANTINE}|{FINISHED}|{OWNERS}|"
+    rf"{LIST_PREFIX}.*|\.part-.*{re.escape(WRITING)}|{QUARANTINE}|{FINISHED}|{OWNERS}|"
     + "|".join(rf"\.?{re.escape(name)}(\.\w+)*" for name in (WRITING_NAME, OWNER_NAME))
 )
 #: What says who writes, and that somebody does.
@@ -108,8 +109,14 @@ def files_now(place: Storage) -> set[str]:
         return set(read_snapshot(place).names)
     if not place.exists(MANIFEST_NAME):
         return set()
-    manifest = Manifest.from_json(place.read(MANIFEST_NAME).decode("utf-8", "replace"), place.shown(MANIFEST_NAME))
-    return {file.path for file in manifest.files}
+    text = place.read(MANIFEST_NAME).decode("utf-8", "replace")
+    manifest = Manifest.from_json(text, place.shown(MANIFEST_NAME), place.read)
+    return _names_of(manifest)
+
+
+def _names_of(manifest: Manifest) -> set[str]:
+    """The names of all files that a manifest speaks of, its list of them, too."""
+    return {*(file.path for file in manifest.files), *([manifest.beside[0]] if manifest.beside else [])}
 
 
 def settle(place: Storage, work: str = "") -> Settled:

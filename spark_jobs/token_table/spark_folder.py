@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from pyspark.sql import DataFrame
 
+from fft.data.commits import write_list
 from fft.data.footer import Footer
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME, Manifest
 from fft.data.owner import OWNER_NAME
@@ -76,7 +77,8 @@ class Folder:
     def commit(self, manifest: Manifest) -> None:
         """The manifest, then what it leaves out goes."""
         with reaching(self.shown):
-            self.storage.write(MANIFEST_NAME, manifest.to_json())
+            write_list(self.storage, manifest)
+            self.storage.write(MANIFEST_NAME, manifest.own_json())
         self.storage.delete([*sorted(self.older), WRITING_NAME])
 
     def abandon(self) -> None:

@@ -111,7 +111,8 @@ class TableWriter:
 
     def own_files(self) -> set[str]:
         """The files of the table, published or not, and what it has set aside, relative to its folder."""
-        return own_files(self.parts)
+        listed = self._manifest.beside if self._manifest is not None else None
+        return own_files(self.parts) | ({listed[0]} if listed else set())
 
     def discard(self, kept: set[str], known_by_name: bool, useless: bool) -> bool:
         """Remove this job's files but for those that are ``kept`` by name, as far as that goes; and finished parts that

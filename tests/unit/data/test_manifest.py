@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fft.data import manifest as module
 from fft.data.commits import begin_writing, commit
+from fft.data.file_list import pack_list
 from fft.data.manifest import (
     MANIFEST_NAME,
     WRITING_NAME,
@@ -68,8 +69,8 @@ def test_what_is_no_manifest_is_named(text, tmp_path):
 
 
 def test_a_manifest_of_the_future_asks_for_an_upgrade():
-    future = json.loads(FACTS.to_json()) | {"format_version": 3, "unheard": 1}
-    with pytest.raises(UserError, match="there has format version 3, this release reads up to 2: upgrade"):
+    future = json.loads(FACTS.to_json()) | {"format_version": 4, "unheard": 1}
+    with pytest.raises(UserError, match="there has format version 4, this release reads up to 3: upgrade"):
         Manifest.from_json(json.dumps(future), "there")
 
 
@@ -127,3 +128,40 @@ def test_the_hash_follows_what_decides_the_ids(tmp_path):
     # Tokenizers that are all code have nothing but their settings.
     code = tokenizer(tmp_path / "e", tokenizer_config__json="1")
     assert tokenizer(tmp_path / "f", tokenizer_config__json="2") != code
+
+
+class TestOfVeryManyFiles:
+    """Their list lies beside the manifest."""
+
+    FILES = tuple(FileInfo(f"part-{i:05d}.parquet", i, 7 * i, 99 + i) for i in range(5))
+    MANY = Manifest(FILES, 10, 70, TokenizerInfo("t", "aa", 9), seq_len=4, lineage={"job": "test"}, vision={"merge": 2})
+
+    @pytest.fixture(autouse=True)
+    def few_are_many(self, monkeypatch):
+        monkeypatch.setattr(module, "INLINE", 4)
+
+    def test_what_is_written_is_read(self, tmp_path):
+        commit(tmp_path, self.MANY)
+        name, _ = self.MANY.beside
+        assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_NAME, name}
+        said = json.loads((tmp_path / MANIFEST_NAME).read_text())
+        assert (said["files"], said["format_version"]) == ({"count": 5, "list": name}, 3)
+        assert read_manifest(tmp_path) == self.MANY
+        assert read_manifest(tmp_path).beside == self.MANY.beside
+        assert Manifest.from_json(self.MANY.to_json(), "here") == self.MANY
+
+    def test_few_are_in_the_manifest_itself(self, tmp_path):
+        few = replace(self.MANY, files=self.FILES[:4])
+        commit(tmp_path, few)
+        assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
+        assert read_manifest(tmp_path) == few
+
+    @pytest.mark.parametrize("content", [None, b"no parquet", "fewer"])
+    def test_another_list_is_none(self, content, tmp_path):
+        commit(tmp_path, self.MANY)
+        path = tmp_path / self.MANY.beside[0]
+        path.unlink()
+        if content is not None:
+            path.write_bytes(pack_list(self.FILES[:3])[1] if content == "fewer" else content)
+        with pytest.raises(UserError, match=rf"{MANIFEST_NAME} is not a manifest \(.*write the table again"):
+            read_manifest(tmp_path)

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fft.data import manifest as manifest_module
 from fft.data.delta import commit_delta
 from fft.data.manifest import Manifest, read_manifest
 from fft.data.part_files import QUARANTINE, PartFile, RejectFile
+from fft.data.table import Table
 from fft.errors import UserError
 from spark_jobs.token_table import output as output_module
 from spark_jobs.token_table.kept import FINISHED, find_part, keep_part, waiting
@@ -123,3 +125,21 @@ def test_a_part_whose_file_is_gone_is_made_again(tmp_path):
     next((out / FINISHED / "a").glob(".part-00001*.writing")).unlink()
     assert work_on(out) == [1, 2]
     assert read(out) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("table_format", ["parquet", "delta"])
+def test_the_list_of_very_many_files_comes_and_goes_with_its_table(table_format, tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_module, "INLINE", 2)
+    out, given = tmp_path / "out", {"overwrite": True, "table_format": table_format}
+    work_on(out, "a", **given)
+    (first,) = out.glob("_fft_files-*")
+    work_on(out, "b", parts=4, **given)
+    table = Table.open(out)
+    assert [table.read(group).input_ids[0] for group in range(4)] == [0, 1, 2, 3]
+    lists = {path.name for path in out.glob("_fft_files-*")}
+    assert lists == {table.manifest.beside[0]} | ({first.name} if table_format == "delta" else set())
+    with pytest.raises(Interrupted):
+        work_on(out, "c", parts=4, stop=2, **given)
+    assert {path.name for path in out.glob("_fft_files-*")} == lists
+    if table_format == "delta":
+        assert len(Table.open(f"{out}@v0").manifest.files) == 3
