@@ -131,6 +131,14 @@ def drop_parts(target: PartFolder) -> None:
     _drop_empty(target.storage, "")
 
 
+def drop_all(place: Storage) -> None:
+    """Remove all that waits in the folder of a table, whatever the work."""
+    for name, size in place.below(FINISHED).here().items():
+        if size is None:  # by itself: some stores keep folders within one that goes
+            place.delete_folder(f"{FINISHED}/{name}")
+    place.delete_folder(FINISHED)
+
+
 def _drop_empty(place: Storage, inside: str) -> None:
     for folder in (inside, FINISHED):  # but where a part waits
         if folder:

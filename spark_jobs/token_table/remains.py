@@ -18,7 +18,7 @@ from fft.data.storage import Storage, address_of, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.worker_notes import WRITING
 from fft.errors import UserError
-from spark_jobs.token_table.kept import FINISHED, Settled, settle_parts
+from spark_jobs.token_table.kept import FINISHED, Settled, drop_all, settle_parts
 
 SPLITS = ("train", "validation")
 INFO_NAME = "_data.info"
@@ -150,7 +150,7 @@ def settle(place: Storage, work: str = "") -> Settled:
 
 def remove_older(place: Storage, own: Collection[str]) -> None:
     """Remove all of a table that a newer one, with its ``own`` files, has just replaced; of a Delta table, nothing."""
-    place.delete_folder(FINISHED)
+    drop_all(place)
     if not is_delta_at(place):
         _remove(place, ".*", {MANIFEST_NAME, QUARANTINE, *_MARKS, *own})
     aside = place.below(QUARANTINE)

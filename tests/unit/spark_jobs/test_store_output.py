@@ -265,7 +265,7 @@ def test_finished_parts_of_dear_work_wait_for_the_rest(out, monkeypatch):
     ids = [table.read(group).input_ids.tolist() for group in range(3)]
     assert ids == [[0], [1, 1], [2, 2, 2]]
     assert len(Storage.at(out).below(QUARANTINE).here()) == 1
-    assert not any(waiting(out).values())
+    assert FINISHED not in Storage.at(out).here()
 
 
 def kill_at_commit(patch):
