@@ -67,8 +67,8 @@ $(SERVE_STAMP): constraints-serve.txt | prerequisites
 	  "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env-serve; a bare Debian lacks libnuma1." >&2; exit 1; }
 	@touch $@
 
-quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores)
-	@$(VENV)/bin/python -m fft.quickstart
+quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores); LAKE=s3://bucket/prefix: there
+	@$(VENV)/bin/python -m fft.quickstart $(if $(LAKE),--lake $(LAKE))
 
 quickstart-vision: env  ## from drawn pictures to a model that answers about others, in runs/quickstart-vision
 	@$(VENV)/bin/python -m fft.quickstart.vision

@@ -3,13 +3,13 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from fft.console import say
 from fft.errors import run_cli
 from fft.quickstart import results
 from fft.quickstart.commands import check_place, quickstart_parser, spark_rate
-from fft.quickstart.plan import CONFIG, Folders, build_stages
+from fft.quickstart.places import Lake, Place, fetched
+from fft.quickstart.plan import CONFIG, METRICS, Folders, build_stages
 from fft.quickstart.stages import Record, run_stages
 
 #: Nats a token by which the model must beat the unigram baseline.
@@ -19,6 +19,9 @@ _EXAMPLES = """examples:
   # everything, in runs/quickstart; a second call reuses what is finished
   python -m fft.quickstart
 
+  # every path in a store, whose credentials are in the environment
+  python -m fft.quickstart --lake s3://bucket/quickstart
+
   # a short training, elsewhere (it will not beat the baseline, and says so with exit code 1)
   python -m fft.quickstart --output /tmp/quickstart --max_steps 20
 """
@@ -26,13 +29,17 @@ _EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    return quickstart_parser(
+    parser = quickstart_parser(
         "fft.quickstart",
         CONFIG,
         "Collect Python's own sources, tokenize, shuffle and pack them with Spark, train a small Llama on two pipeline "
         "stages, and let it write.",
         _EXAMPLES,
     )
+    parser.add_argument(
+        "--lake", metavar="URL", help="where everything lies instead, s3://bucket/prefix; --output has notes of stages"
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,13 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     folders = Folders(args.output.resolve())
+    if args.lake is not None:
+        folders = Folders(Lake.at(args.lake), args.output.resolve())
     check_place(folders, CONFIG)
     try:
         records = run_stages(build_stages(folders, args.max_steps), folders.records, say)
     except KeyboardInterrupt:
         say("interrupted: the same command goes on with the stage that was running")
         return 130
-    losses = results.read_metrics(folders.run / "metrics.jsonl")
+    with fetched(folders.run / METRICS) as metrics:
+        losses = results.read_metrics(metrics)
     baseline, reached = records["report"].facts["baseline"], losses.validation[-1][1]
     print(_summary(folders, records, losses, baseline))
     if reached > baseline - MARGIN:
@@ -62,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _summary(folders: Folders, records: Mapping[str, Record], losses: results.Losses, baseline: float) -> str:
     sources, tokenizer = records["corpus"].facts, records["tokenizer"]
-    completions = [json.loads(line) for line in folders.completions.read_text(encoding="utf-8").splitlines()]
+    with fetched(folders.completions) as path:
+        completions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     work = {
         "corpus": f"{sources['documents']:,} documents, {sources['bytes'] / 1e6:.1f} MB, "
         f"{sources['undecodable']} left out as no UTF-8",
@@ -84,7 +95,7 @@ def _summary(folders: Folders, records: Mapping[str, Record], losses: results.Lo
     )
 
 
-def _rate(*tables: Path) -> str:
+def _rate(*tables: Place) -> str:
     """Tokens of tables that one job wrote, and its rate on the first of them."""
     found = [spark_rate(table) for table in tables]
     return f"{sum(tokens for tokens, _ in found):,} tokens, {found[0][1]:,.0f} tokens/s"

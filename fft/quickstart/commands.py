@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fft
-from fft.data.manifest import read_manifest
 from fft.errors import Parser, UserError, positive
+from fft.quickstart.places import Lake, Place, manifest_at
 from fft.quickstart.stages import Stage, run_command
 
 #: The repository: Spark jobs and configuration are run from there.
@@ -19,29 +19,34 @@ ROOT = Path(fft.__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class QuickstartPlace:
-    """Where everything of a quickstart lies, below its output folder."""
+    """Where everything of a quickstart lies, below ``output``; but for what it notes of its stages, if that is a URL,
+    below ``notes``, on a disk."""
 
-    output: Path
+    output: Place
+    notes: Path | None = None
 
     @property
-    def tokens(self) -> Path:
+    def tokens(self) -> Place:
         """Table with one row a document, or a chat."""
         return self.output / "tokens"
 
     @property
-    def run(self) -> Path:
+    def run(self) -> Place:
         """The trainer's run folder."""
         return self.output / "run"
 
     @property
-    def model(self) -> Path:
+    def model(self) -> Place:
         """Hugging Face model directory."""
         return self.output / "model"
 
     @property
     def records(self) -> Path:
         """Records of finished stages."""
-        return self.output / ".stages"
+        notes = self.notes or self.output
+        if not isinstance(notes, Path):
+            raise TypeError(f"records of stages lie on a disk, not at {notes}")
+        return notes / ".stages"
 
 
 def quickstart_parser(name: str, config: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -61,15 +66,20 @@ def check_place(place: QuickstartPlace, config: str) -> None:
     output, records = place.output, place.records
     if not (ROOT / config).is_file():
         raise UserError(f"{ROOT / config} does not exist: the quickstart runs from a checkout of the repository.")
+    if isinstance(output, Lake):
+        if not records.is_dir() and output.states():
+            raise UserError(f"--lake {output} holds something already: choose another prefix.")
+        return
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a folder.")
     if output.is_dir() and any(output.iterdir()) and not records.is_dir():
         raise UserError(f"--output {output} holds something else than a quickstart: choose another folder.")
 
 
-def spark_stage(name: str, flags: tuple[str, ...], inputs: tuple[Path, ...], output: Path) -> Stage:
-    """The job ``name`` as a stage that makes ``output``."""
-    command = ("spark-submit", f"spark_jobs/{name}.py", *flags, "--overwrite")
+def spark_stage(name: str, flags: tuple[str, ...], inputs: tuple[Place, ...], output: Place) -> Stage:
+    """The job ``name`` as a stage that makes ``output``; with ``FFT_ENGINE=sail``, on Sail."""
+    launcher = "python" if os.environ.get("FFT_ENGINE") == "sail" else "spark-submit"
+    command = (launcher, f"spark_jobs/{name}.py", *flags, "--overwrite")
     # A laptop's host name often resolves to nothing; one machine needs no more than the loopback address.
     variables = {"SPARK_LOCAL_IP": os.environ.get("SPARK_LOCAL_IP", "127.0.0.1"), "PYSPARK_PYTHON": sys.executable}
 
@@ -89,17 +99,17 @@ def run_trainer(command: Sequence[str]) -> dict:
     return {}
 
 
-def spark_rate(table: Path) -> tuple[int, float]:
+def spark_rate(table: Place) -> tuple[int, float]:
     """Tokens of a table, and tokens/s at which its job wrote it. Raises :class:`UserError` without a manifest."""
-    manifest = read_manifest(table)
+    manifest = manifest_at(table)
     if manifest is None:
         raise UserError(f"{table} has no manifest: remove it and run the quickstart again.")
     return manifest.tokens, manifest.lineage["timing"]["tokens_per_second"]
 
 
-def shown(path: Path) -> str:
+def shown(path: Place) -> str:
     """As a user in the repository's root would type it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return str(path.relative_to(ROOT) if isinstance(path, Path) and path.is_relative_to(ROOT) else path)
 
 
 def _free_port() -> int:

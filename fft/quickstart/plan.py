@@ -12,10 +12,12 @@ from fft.files import write_atomically
 from fft.quickstart import corpus, results
 from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
 from fft.quickstart.commands import ROOT, QuickstartPlace, run_trainer, shown, spark_stage
+from fft.quickstart.places import Place, fetched, written
 from fft.quickstart.stages import Stage, fingerprint, run_command
 
 VOCAB_SIZE = 4096
 SEQ_LEN = 512
+METRICS = "metrics.jsonl"
 HOLDOUT = 0.01
 MODEL = "conf/models/llama-3m.json"
 CONFIG = "conf/quickstart.yaml"
@@ -34,37 +36,37 @@ class Folders(QuickstartPlace):
     """What else lies below the output folder."""
 
     @property
-    def corpus(self) -> Path:
+    def corpus(self) -> Place:
         """JSON lines of text."""
         return self.output / "corpus.jsonl"
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer(self) -> Place:
         """Tokenizer directory."""
         return self.output / "tokenizer"
 
     @property
-    def shuffled(self) -> Path:
+    def shuffled(self) -> Place:
         """The tables train and validation in their global order."""
         return self.output / "shuffled"
 
     @property
-    def packed(self) -> Path:
+    def packed(self) -> Place:
         """The tables train and validation in rows of the model's length."""
         return self.output / "packed"
 
     @property
-    def prompts(self) -> Path:
+    def prompts(self) -> Place:
         """Prompts to complete."""
         return self.output / "prompts.jsonl"
 
     @property
-    def completions(self) -> Path:
+    def completions(self) -> Place:
         """What the model wrote."""
         return self.output / "completions.jsonl"
 
     @property
-    def picture(self) -> Path:
+    def picture(self) -> Place:
         """The loss curve."""
         return self.output / "loss.png"
 
@@ -83,7 +85,7 @@ def _data_stages(folders: Folders) -> list[Stage]:
             ("collect", str(library), fingerprint(corpus.source_files(library))[:12]),
             (),
             (folders.corpus,),
-            lambda: asdict(corpus.write_corpus(library, folders.corpus)),
+            partial(_write_corpus, library, folders),
         ),
         Stage(
             "tokenizer",
@@ -127,12 +129,6 @@ def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
         *("--output_dir", shown(folders.model), "--checkpoint", shown(folders.run), "--overwrite"),
         *(("--max_steps", str(max_steps)) if max_steps is not None else ()),
     ]
-    infer = [
-        *("python", "-m", "fft.serve.batch_infer", "--model", shown(folders.model)),
-        *("--input", shown(folders.prompts), "--output", shown(folders.completions)),
-        *(part for name, value in SAMPLING.items() for part in (f"--{name}", str(value))),
-        "--overwrite",
-    ]
     return [
         Stage(
             "train",
@@ -143,10 +139,10 @@ def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
         ),
         Stage(
             "generate",
-            (*infer, json.dumps(PROMPTS)),
+            (*_inference(*map(shown, (folders.model, folders.prompts, folders.completions))), json.dumps(PROMPTS)),
             (folders.model,),
             (folders.completions,),
-            partial(_generate, folders, infer),
+            partial(_generate, folders),
         ),
         Stage(
             "report",
@@ -158,23 +154,41 @@ def _model_stages(folders: Folders, max_steps: int | None) -> list[Stage]:
     ]
 
 
+def _write_corpus(library: Path, folders: Folders) -> dict:
+    with written(folders.corpus) as path:
+        return asdict(corpus.write_corpus(library, path))
+
+
 def _train_tokenizer(folders: Folders) -> dict:
     from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
-    tokenizer = train_tokenizer(corpus.read_texts(folders.corpus), VOCAB_SIZE)
-    save_tokenizer(tokenizer, folders.tokenizer)
+    with fetched(folders.corpus) as path, written(folders.tokenizer) as folder:
+        tokenizer = train_tokenizer(corpus.read_texts(path), VOCAB_SIZE)
+        save_tokenizer(tokenizer, folder)
     return {"entries": len(tokenizer)}
 
 
-def _generate(folders: Folders, command: list[str]) -> dict:
-    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
-    write_atomically(folders.prompts, lines)
-    run_command("generate", [sys.executable, *command[1:]], ROOT, {})
+def _inference(model: str, prompts: str, completions: str) -> list[str]:
+    return [
+        *("python", "-m", "fft.serve.batch_infer", "--model", model, "--input", prompts, "--output", completions),
+        *(part for name, value in SAMPLING.items() for part in (f"--{name}", str(value))),
+        "--overwrite",
+    ]
+
+
+def _generate(folders: Folders) -> dict:
+    """By a command that reads models from a disk alone, and writes there."""
+    with written(folders.prompts) as prompts:
+        write_atomically(prompts, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    with fetched(folders.model) as model, fetched(folders.prompts) as prompts, written(folders.completions) as output:
+        command = _inference(*map(shown, (model, prompts, output)))
+        run_command("generate", [sys.executable, *command[1:]], ROOT, {})
     return {}
 
 
 def _report(folders: Folders) -> dict:
-    train, validation = (Table.open(folders.packed / split) for split in ("train", "validation"))
+    train, validation = (Table.open(str(folders.packed / split)) for split in ("train", "validation"))
     baseline = unigram_cross_entropy(unigram_counts(train, VOCAB_SIZE), predicted_counts(validation, VOCAB_SIZE))
-    results.plot_losses(results.read_metrics(folders.run / "metrics.jsonl"), baseline, folders.picture)
+    with fetched(folders.run / METRICS) as metrics, written(folders.picture) as picture:
+        results.plot_losses(results.read_metrics(metrics), baseline, picture)
     return {"baseline": baseline}

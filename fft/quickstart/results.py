@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fft.files import atomic_file
+from fft.quickstart.places import Place
 
 #: Steps over which the last training loss is averaged: single steps differ by more than training gains in ten.
 _LAST = 10
@@ -61,7 +62,7 @@ def summary(
     losses: Losses,
     baseline: float,
     completions: Sequence[tuple[str, str]],
-    folders: Mapping[str, Path],
+    folders: Mapping[str, Place],
 ) -> str:
     """The closing page.
 

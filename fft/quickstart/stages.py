@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fft.errors import UserError
 from fft.files import remove_file, write_atomically
+from fft.quickstart.places import Lake, Place
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Stage:
 
     name: str
     command: tuple[str, ...]
-    inputs: tuple[Path, ...]
-    outputs: tuple[Path, ...]
+    inputs: tuple[Place, ...]
+    outputs: tuple[Place, ...]
     work: Callable[[], dict]
 
 
@@ -77,10 +78,13 @@ def read_record(path: Path) -> Record | None:
         return None
 
 
-def fingerprint(paths: Sequence[Path]) -> str:
+def fingerprint(paths: Sequence[Place]) -> str:
     """Changes when a file at or below ``paths`` appears, vanishes, or changes its size or time of modification."""
     digest = hashlib.sha256()
     for path in paths:
+        if isinstance(path, Lake):
+            digest.update(f"{path}\0{path.states() or 'absent'}\n".encode())
+            continue
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
             stat = file.stat() if file.exists() else None
@@ -114,4 +118,8 @@ def clock(seconds: float) -> str:
 
 def _stands(record: Record, stage: Stage, inputs: str) -> bool:
     same = record.command == list(stage.command) and record.inputs == inputs
-    return same and all(p.exists() for p in stage.outputs) and record.outputs == fingerprint(stage.outputs)
+    return same and all(map(_exists, stage.outputs)) and record.outputs == fingerprint(stage.outputs)
+
+
+def _exists(place: Place) -> bool:
+    return bool(place.states()) if isinstance(place, Lake) else place.exists()

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _page(folders: VisionFolders, records: Mapping[str, Record], found: Sequence[Score]) -> str:
-    drawn, losses = records["pictures"].facts, results.read_metrics(folders.run / "metrics.jsonl")
+    drawn, losses = records["pictures"].facts, results.read_metrics(folders.output / "run" / "metrics.jsonl")
     tokens, rate = spark_rate(folders.tokens)
     answers = len(read_answers(folders.answers))
     work = {

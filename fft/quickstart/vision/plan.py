@@ -24,7 +24,9 @@ _ANSWER = 32
 
 @dataclass(frozen=True)
 class VisionFolders(QuickstartPlace):
-    """What else lies below the output folder."""
+    """What else lies below the output folder, on a disk."""
+
+    output: Path
 
     @property
     def pictures(self) -> Path:
