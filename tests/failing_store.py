@@ -13,6 +13,9 @@ BUSY = (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request r
 EXPIRED = (403, b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>")
 
 
+FULL = (507, b"<Error><Code>XMinioStorageFull</Code><Message>Storage backend has no free space.</Message></Error>")
+
+
 def throttled(server: str, one_in: int = 10):
     """A proxy of an S3 server that answers one request in so many with HTTP 503: its URL, and counts of requests."""
     return refusing(server, lambda asked: asked % one_in == 0, BUSY)
@@ -23,9 +26,14 @@ def expiring(server: str, after: int):
     return refusing(server, lambda asked: asked > after, EXPIRED)
 
 
+def full(server: str, after: int):
+    """The same, which has no room after so many requests for what is written."""
+    return refusing(server, lambda asked: asked > after, FULL, ("PUT", "POST"))
+
+
 @contextmanager
-def refusing(server: str, refuses: Callable[[int], bool], answer: tuple[int, bytes]):
-    """A proxy of an S3 server with another answer to requests of some numbers."""
+def refusing(server: str, refuses: Callable[[int], bool], answer: tuple[int, bytes], methods: tuple[str, ...] = ()):
+    """A proxy of an S3 server with another answer to requests of some numbers, of those with the ``methods`` or all."""
     counts, lock = {"asked": 0, "refused": 0}, threading.Lock()
     host = urlsplit(server).netloc
 
@@ -35,8 +43,9 @@ def refusing(server: str, refuses: Callable[[int], bool], answer: tuple[int, byt
         def handle_any(self) -> None:
             body = self.sent()
             with lock:
-                counts["asked"] += 1
-                refused = refuses(counts["asked"])
+                meant = not methods or self.command in methods
+                counts["asked"] += meant
+                refused = meant and refuses(counts["asked"])
                 counts["refused"] += refused
             if refused:
                 return self.send(answer[0], {"Content-Type": "application/xml"}, answer[1])

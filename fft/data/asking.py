@@ -20,7 +20,7 @@ T = TypeVar("T")
 #: What stores say that may answer when they are asked again: throttled, overloaded, or not reached.
 _PASSING = re.compile(
     r"SLOW_?DOWN|THROTTL|SERVICE_UNAVAILABLE|UNAVAILABLE|INTERNAL_FAILURE|RESOURCE_EXHAUSTED|REQUEST_TIME|"
-    r"NETWORK_CONNECTION|HTTP status (?:429|5\d\d)|timed? ?out|connection (?:reset|refused|closed)|curlCode",
+    r"NETWORK_CONNECTION|HTTP status (?:429|5(?!07)\d\d)|timed? ?out|connection (?:reset|refused|closed)|curlCode",
     re.IGNORECASE,
 )
 #: What pyarrow says of any error of a store.

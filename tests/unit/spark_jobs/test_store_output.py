@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from failing_store import expiring
+from failing_store import expiring, full
 from object_store import refuse_like_a_mounted_store
 from pyarrow.fs import FileType
 from unit.spark_jobs.test_kept_parts import Interrupted, work_on
@@ -241,6 +241,23 @@ def test_credentials_that_expire_in_the_middle(after, store_environment, store, 
     assert counts["refused"]
     assert content(out) == 1
     monkeypatch.setattr(store_owner, "lives_here", lambda facts: False)  # this process lives on
+    run(out, SINGLE, 3)
+    check_tidy(out, SINGLE, 3)
+
+
+def test_a_store_that_is_full(store_environment, store, tmp_path, monkeypatch):
+    """The job ends with a sentence; the old table stays, and nothing of the new one."""
+    out = f"s3://lake/{tmp_path.name}/out"
+    run(out, SINGLE, 1)
+    lying = Storage.at(out).here().keys()
+    with full(store_environment["AWS_ENDPOINT_URL"], 6) as (url, counts), monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(UserError, match=r"out cannot be written to \(.*StorageFull.*\): make room there, or have"):
+            run(out, SINGLE, 2)
+    assert counts["refused"]
+    assert content(out) == 1
+    assert Storage.at(out).here().keys() - {OWNERS} == lying  # of an empty folder such a store makes a file
+    assert not Storage.at(out).below(OWNERS).here()
     run(out, SINGLE, 3)
     check_tidy(out, SINGLE, 3)
 
