@@ -3,7 +3,8 @@ images and patches its rows have, where they have some."""
 
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +17,34 @@ from fft.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
 KINDS = (".html", ".png")
 _BLUE, _GREY = "#2f6690", "#c9d3dc"
+#: Bars of a mixture at most, and characters of a name.
+_MOST_BARS, _LONGEST_NAME = 12, 28
 _PAGE = """\
 <!doctype html>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>Token table {{ names }}</title>
 <style>
-body { font: 15px sans-serif; margin: 2em; max-width: 70em }
-td, th { padding: .2em .9em .2em 0; text-align: left }
+body { font: 15px sans-serif; margin: 2em auto; padding: 0 1em; max-width: 76em }
+td, th { padding: .2em .9em .2em 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+td:first-child { min-width: 9em }
+.charts { display: flex; flex-wrap: wrap; gap: 1em }
+.charts svg { flex: 1 1 20em; min-width: 0; max-width: 34em; height: auto }
 </style>
 <h1>Token table {{ names }}</h1>
-{{ picture|safe }}
-{% for name, tables in facts.items() %}
-<h2>{{ name }}</h2>
-{% for rows in tables %}
+{% for table in tables %}
+<h2>{{ table.name }}</h2>
+<div class="charts">
+{% for chart in table.charts %}
+{{ chart|safe }}
+{% endfor %}
+</div>
+{% for rows in table.facts %}
 <table>
 {% for row in rows %}
 <tr>{% for value in row %}<td>{{ cell(value) }}</td>{% endfor %}</tr>
@@ -42,6 +53,9 @@ td, th { padding: .2em .9em .2em 0; text-align: left }
 {% endfor %}
 {% endfor %}
 """
+
+#: Draws one thing.
+Chart = Callable[["Axes"], None]
 
 
 def check_report(path: str | Path | None, overwrite: bool) -> None:
@@ -66,27 +80,41 @@ def write_report(manifests: Manifest | Mapping[str, Manifest], path: str | Path 
         return
     path = Path(path)
     tables = {"": manifests} if isinstance(manifests, Manifest) else dict(manifests)
-    figure = _figure(tables)
-    data = io.BytesIO()
-    figure.savefig(data, format="png" if path.suffix == ".png" else "svg")
-    content = data.getvalue() if path.suffix == ".png" else _page(tables, data.getvalue().decode())
-    write_atomically(path, content)
+    if path.suffix == ".png":
+        data = io.BytesIO()
+        _figure([_charts(name, manifest) for name, manifest in tables.items()]).savefig(data, format="png")
+        write_atomically(path, data.getvalue())
+    else:
+        write_atomically(path, _page(tables))
     say(f"wrote {path}")
 
 
-def _figure(tables: Mapping[str, Manifest]) -> "Figure":
+def _figure(charts: Sequence[Sequence[Chart]]) -> "Figure":
+    """Rows of charts, as many in each."""
     from matplotlib.figure import Figure
 
-    columns = 5 if any(manifest.vision is not None for manifest in tables.values()) else 3
-    figure = Figure(figsize=(14 * columns / 3, 4 * len(tables)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(tables), columns, squeeze=False)
-    for axes, (name, manifest) in zip(grid, tables.items(), strict=True):
-        _draw_lengths(axes[0], name, manifest.lineage["counts"].get("lengths", {}))
-        _draw_mixture(axes[1], manifest)
-        _draw_packing(axes[2], manifest)
-        if columns > 3:
-            _draw_images(axes[3:], manifest.lineage["counts"].get("vision", {}))
+    figure = Figure(figsize=(4.8 * max(map(len, charts)), 4 * len(charts)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(charts), max(map(len, charts)), squeeze=False)
+    for axes, row in zip(grid, charts, strict=True):
+        for own in axes[len(row) :]:
+            own.set_axis_off()
+        for own, draw in zip(axes, row, strict=False):
+            draw(own)
     return figure
+
+
+def _charts(name: str, manifest: Manifest) -> list[Chart]:
+    """What is drawn of a table."""
+    counts = manifest.lineage["counts"]
+    charts: list[Chart] = [
+        partial(_draw_lengths, name=name, histogram=counts.get("lengths", {})),
+        partial(_draw_mixture, manifest=manifest),
+        partial(_draw_packing, manifest=manifest),
+    ]
+    if manifest.vision is not None:
+        facts = counts.get("vision", {})
+        charts += [partial(_draw_images, facts=facts, what=what) for what in ("images", "patches")]
+    return charts
 
 
 def _draw_lengths(axes: "Axes", name: str, histogram: Mapping[str, int]) -> None:
@@ -94,10 +122,9 @@ def _draw_lengths(axes: "Axes", name: str, histogram: Mapping[str, int]) -> None
     axes.set(title=f"{name} documents by length".strip(), xlabel="tokens, at least", ylabel="documents")
 
 
-def _draw_images(axes: "Sequence[Axes]", facts: Mapping[str, Any]) -> None:
-    for own, what in zip(axes, ("images", "patches"), strict=True):
-        _draw_bins(own, facts.get(f"{what}_per_row", {}))
-        own.set(title=f"{facts.get(what, 0):,} {what}", xlabel=f"{what} of a row, at least", ylabel="rows")
+def _draw_images(axes: "Axes", facts: Mapping[str, Any], what: str) -> None:
+    _draw_bins(axes, facts.get(f"{what}_per_row", {}))
+    axes.set(title=f"{facts.get(what, 0):,} {what}", xlabel=f"{what} of a row, at least", ylabel="rows")
 
 
 def _draw_bins(axes: "Axes", histogram: Mapping[str, int]) -> None:
@@ -107,53 +134,98 @@ def _draw_bins(axes: "Axes", histogram: Mapping[str, int]) -> None:
     bins = [1 << k for k in range(min(full).bit_length() - 1, max(full).bit_length())] if full else []
     bins = [0, *bins] if 0 in counts else bins
     axes.bar([f"{least:,}" for least in bins], [counts.get(b, 0) for b in bins], color=_BLUE, width=0.9)
-    axes.tick_params(axis="x", rotation=60)
+    for label in axes.get_xticklabels():
+        label.set(rotation=60, ha="right", rotation_mode="anchor")
+    _whole(axes.yaxis)
 
 
 def _draw_mixture(axes: "Axes", manifest: Manifest) -> None:
-    datasets = manifest.lineage["counts"].get("datasets") or {"all": {"tokens": manifest.tokens}}
-    names = [Path(name).name or name for name in datasets]
-    tokens = [own["tokens"] for own in datasets.values()]
-    bars = axes.barh(names, tokens, color=_BLUE, height=0.6)
-    axes.xaxis.set_major_formatter(_counts())
+    names, tokens = zip(*_mixed(manifest), strict=True)
+    bars = axes.barh(range(len(names)), tokens, color=_BLUE, height=0.6)
+    axes.set_yticks(range(len(names)), names)
+    _whole(axes.xaxis, 5)
     axes.bar_label(bars, [f"{n / max(1, sum(tokens)):.1%}" for n in tokens], padding=3)
-    axes.margins(x=0.18, y=max(0.05, 1 / len(names) ** 2))
+    axes.margins(x=0.35, y=max(0.05, 1 / len(names) ** 2))
     axes.invert_yaxis()
-    axes.set(title=f"mixture of {manifest.tokens:,} tokens", xlabel="tokens")
+    trained = manifest.lineage["counts"].get("trained_tokens")
+    told = "" if trained is None else f", {trained / max(1, manifest.tokens):.1%} trained on"
+    axes.set(title=f"{_short_count(manifest.tokens)} tokens{told}", xlabel="tokens, by dataset")
+
+
+def _mixed(manifest: Manifest) -> list[tuple[str, int]]:
+    """Names of datasets and their tokens, those that are small together."""
+    datasets = manifest.lineage["counts"].get("datasets") or {"all": {"tokens": manifest.tokens}}
+    found = [(_short(Path(name).name or name), own["tokens"]) for name, own in datasets.items()]
+    if len(found) <= _MOST_BARS:
+        return found
+    found.sort(key=lambda one: -one[1])
+    rest = found[_MOST_BARS - 1 :]
+    return [*found[: _MOST_BARS - 1], (f"{len(rest)} others", sum(tokens for _, tokens in rest))]
+
+
+def _short(name: str) -> str:
+    """A name with its middle left out where it is long."""
+    half = _LONGEST_NAME // 2 - 1
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]} … {name[-half:]}"
 
 
 def _draw_packing(axes: "Axes", manifest: Manifest) -> None:
     files = [file.path for file in manifest.files]
     tokens = [file.tokens for file in manifest.files]
     unused = manifest.lineage["counts"].get("unused")
-    title = f"{len(files)} files"
+    title = f"{len(files):,} file{'s' * (len(files) != 1)}"
     if unused is not None and manifest.seq_len is not None:
         free = [file.rows * manifest.seq_len - file.tokens for file in manifest.files]
         axes.bar(range(len(files)), free, bottom=tokens, color=_GREY, label="unused positions")
         title += f", {1 - unused / (manifest.tokens + unused):.3%} of positions used"
     axes.bar(range(len(files)), tokens, color=_BLUE, label="tokens")
-    axes.yaxis.set_major_formatter(_counts())
-    axes.legend(loc="lower right")
+    _whole(axes.yaxis)
+    _whole(axes.xaxis, 5)
+    axes.set_xlim(-0.8, len(files) - 0.2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)  # below, over no bar
     axes.set(title=title, xlabel="file", ylabel="tokens")
 
 
-def _counts() -> "EngFormatter":
-    from matplotlib.ticker import EngFormatter
+def _whole(axis: "Axis", most: int = 8) -> None:
+    """Ticks of an axis that counts: whole numbers, 20k, 1.5M."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    return EngFormatter(sep="")  # 20k, 1.5M
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _page(tables: Mapping[str, Manifest], picture: str) -> str:
+def _short_count(count: int) -> str:
+    """A count in three digits."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
+def _page(tables: Mapping[str, Manifest]) -> str:
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(_PAGE)
         .render(
             names=" and ".join(name for name in tables if name),
-            picture=picture[picture.index("<svg") :],
-            facts={name: _facts(manifest) for name, manifest in tables.items()},
+            tables=[
+                {
+                    "name": name,
+                    "charts": [_svg(chart) for chart in _charts(name, manifest)],
+                    "facts": _facts(manifest),
+                }
+                for name, manifest in tables.items()
+            ],
             cell=_cell,
         )
     )
+
+
+def _svg(chart: Chart) -> str:
+    data = io.StringIO()
+    _figure([[chart]]).savefig(data, format="svg")
+    picture = data.getvalue()
+    return picture[picture.index("<svg") :]
 
 
 def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
@@ -167,9 +239,14 @@ def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
         **counts,
         "tokens/s": lineage["timing"]["tokens_per_second"],
     }
-    tables: list[list[tuple[object, ...]]] = [list(facts.items())]
+    tables: list[list[tuple[object, ...]]] = [[(name, value) for name, value in facts.items() if value is not None]]
     if datasets := lineage["counts"].get("datasets"):
-        tables.append([("dataset", "rows", "tokens"), *((n, d["rows"], d["tokens"]) for n, d in datasets.items())])
+        rows, tokens = (max(1, sum(own[name] for own in datasets.values())) for name in ("rows", "tokens"))
+        shared = [
+            (n, d["rows"], f"{d['rows'] / rows:.1%}", d["tokens"], f"{d['tokens'] / tokens:.1%}")
+            for n, d in datasets.items()
+        ]
+        tables.append([("dataset", "rows", "share", "tokens", "share"), *shared])
     if vision := lineage["counts"].get("vision"):
         tables.append([(name, value) for name, value in vision.items() if not isinstance(value, Mapping)])
     return tables

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from browser import CHROMIUM, browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from fft.data.lengths import document_lengths, histogram_of, tally_lengths
 from fft.data.manifest import FileInfo, Manifest
 from fft.errors import UserError
 from spark_jobs.cli import run_shuffle
-from spark_jobs.token_table.picture import check_report, write_report
+from spark_jobs.token_table.picture import _charts, _figure, check_report, write_report
 
 ROWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6)
 
@@ -53,7 +54,7 @@ def manifest():
 def test_a_page_holds_pictures_and_facts(manifest, tmp_path):
     write_report({"train": manifest, "validation": manifest}, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 6
     assert "a &lt;b&gt;" in page
     assert "a <b>" not in page
     for name in ("train", "validation"):
@@ -64,7 +65,7 @@ def test_a_page_holds_pictures_and_facts(manifest, tmp_path):
         ("seed", "1"),
         ("unused", "24"),
         ("tokens/s", "7"),
-        ("c", "1", "40"),
+        ("c", "1", "25.0%", "40", "40.0%"),
     ):
         assert page.count(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>") == 2
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
@@ -110,3 +111,34 @@ def test_images_are_drawn_and_counted(manifest, tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "<td>patches_squared</td><td>640</td>" in page
     assert "patches of a row, at least" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_page_does_not_overflow(manifest, tmp_path):
+    datasets = {f"/data/a-dataset-with-a-very-long-name-{'x' * 90}-{i}": {"rows": 1, "tokens": i} for i in range(40)}
+    counts = manifest.lineage["counts"] | {"datasets": datasets, "trained_tokens": 25}
+    lineage = manifest.lineage | {"counts": counts, "inputs": ["/" + "y" * 300]}
+    write_report(replace(manifest, lineage=lineage), tmp_path / "r.html")
+    with browser() as page:
+        for width in (1280, 400):
+            page.open((tmp_path / "r.html").as_uri(), width)
+            assert page.run("document.documentElement.scrollWidth") <= width
+            widths = page.run("[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().width)")
+            assert min(widths) > 300
+        assert not page.told
+    figure = _figure([_charts("", replace(manifest, lineage=lineage))])
+    assert figure.axes[1].get_title() == "100 tokens, 25.0% trained on"
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()][-1] == "29 others"
+
+
+def test_ticks_are_whole_and_bars_of_one_name_are_two(manifest):
+    datasets = {"a/train": {"rows": 1, "tokens": 2}, "b/train": {"rows": 1, "tokens": 1}}
+    small = replace(manifest, lineage=manifest.lineage | {"counts": {"datasets": datasets, "lengths": {"1": 2}}})
+    figure = _figure([_charts("", small)])
+    figure.canvas.draw()
+    lengths, mixture, packing = figure.axes
+    for axis in (lengths.yaxis, mixture.xaxis, packing.xaxis):
+        assert all(float(tick).is_integer() for tick in axis.get_ticklocs())
+    assert [bar.get_width() for bar in mixture.patches] == [2, 1]
+    box, own = packing.get_legend().get_window_extent(), packing.get_window_extent()
+    assert box.y1 <= own.y0
