@@ -212,7 +212,7 @@ def generate_parser() -> Parser:
         default="prompt",
         metavar="KEY",
         help="key or column of the prompts, texts or lists of turns (default: %(default)s); conversations may also "
-        "stand under messages or conversation",
+        "stand under messages or conversation, or in the form of ShareGPT or Alpaca",
     )
     parser.add_argument(
         "--id_key",

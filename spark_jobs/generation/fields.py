@@ -98,7 +98,7 @@ def fields_of(
     carried = merge(schemas)
     if prompt_key not in carried.names and not any(form.fits(carried.names) for form in PROMPTS):
         raise UserError(
-            f"`inputs` have no {prompt_key!r} and no {' or '.join(repr(form.keys[0]) for form in PROMPTS)} (they have "
+            f"`inputs` have no {prompt_key!r} and no {' or '.join(map(repr, TURN_KEYS))} (they have "
             f"{', '.join(carried.names) or 'nothing'}): name the prompt with `prompt_key`."
         )
     taken = [name for name in (*ANSWERS[1:], LOGPROBS, reserved) if name in carried.names]

@@ -1,10 +1,12 @@
 """What tasks make of prompts, without Spark and with an engine that says which question it was asked."""
 
 import bz2
+import copy
 import gzip
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spark.chat_templates import TOOL_STYLES
 
 import spark_jobs
 from examples.inputs import CHATML
@@ -23,6 +26,7 @@ from fft.errors import UserError
 from fft.quickstart.tokenizer import train_tokenizer
 from fft.serve.engines import Completion, EngineOptions
 from fft.serve.sampling import Sampling
+from fft.text.messages import parse_conversation
 from fft.text.records import Malformed
 from spark_jobs import generate_table
 from spark_jobs.generation import parts as parts_module
@@ -127,6 +131,35 @@ def test_samples_depend_on_the_id_and_not_on_where_a_row_stands(loaded, tmp_path
 def test_equal_prompts_without_ids_get_different_samples(loaded, tmp_path):
     out = answered(loaded, lines(tmp_path / "a.jsonl", [{"prompt": "What?"}] * 30), temperature=1.0)
     assert len({row["text"] for row in out}) == 30
+
+
+def test_prompts_in_the_formats_of_training_data_make_conversations(loaded, tmp_path):
+    hermes = replace(loaded, engine=Echo(), tokenizer=copy.deepcopy(loaded.tokenizer))
+    hermes.engine.limit = 400
+    hermes.tokenizer.chat_template = TOOL_STYLES["hermes"].template
+    call = {"name": "f", "arguments": {"a": 1}}
+    rows = [
+        {"conversations": [{"from": "human", "value": "Hi"}], "system": "Be brief."},
+        {"instruction": "Add", "input": "1 1", "output": "2"},
+        {
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "function_call", "value": json.dumps(call)},
+                {"from": "observation", "value": "7"},
+            ]
+        },
+    ]
+    out = answered(hermes, lines(tmp_path / "a.jsonl", rows))
+    assert [row["error"] for row in out] == [None] * 3
+    told = [[(turn["role"], turn["content"]) for turn in row["messages"]] for row in out]
+    answers = [("assistant", row["text"]) for row in out]
+    assert told[0] == [("system", "Be brief."), ("user", "Hi"), answers[0]]
+    assert told[1] == [("user", "Add\n1 1"), answers[1]]
+    assert told[2] == [("user", "Hi"), ("assistant", None), ("tool", "7"), answers[2]]
+    assert json.loads(out[2]["messages"][1]["tool_calls"]) == [{"type": "function", "function": call}]
+    assert out[1]["output"] == "2"
+    raw = parse_conversation(json.dumps({"messages": out[2]["messages"]}).encode(), "id")
+    assert raw.messages[1]["tool_calls"][0]["function"] == call
 
 
 def test_conversations_keep_their_turns(loaded, tmp_path):
