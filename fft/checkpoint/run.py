@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fft.checkpoint import folder
-from fft.checkpoint.folder import BEST, LATEST, METRICS, STATE, TENSORBOARD, by_loss, checkpoint_tag, kept
+from fft.checkpoint.folder import BEST, LATEST, METRICS, PICTURE, STATE, TENSORBOARD, by_loss, checkpoint_tag, kept
 from fft.errors import UserError
 from fft.files import remove_file, remove_path, staging_folder, start_folder, write_atomically
 from fft.weights import hf
@@ -187,6 +187,7 @@ class LocalRun(RunFolder):
     def forget(self) -> None:
         """Remove the numbers of an older run."""
         self.drop(METRICS)
+        self.drop(PICTURE)
         remove_path(self.path / TENSORBOARD)
 
     def keep(self) -> None:

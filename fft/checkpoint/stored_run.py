@@ -15,7 +15,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from fft.checkpoint import folder
-from fft.checkpoint.folder import LATEST, METRICS, SUMS, TENSORBOARD
+from fft.checkpoint.folder import LATEST, METRICS, PICTURE, SUMS, TENSORBOARD
 from fft.checkpoint.run import LocalRun, RunFolder
 from fft.data.storage import Storage, is_url
 from fft.data.store_owner import owning
@@ -78,6 +78,7 @@ class StoredRun(RunFolder):
         """Remove the numbers of an older run."""
         remove_file(self.notes / METRICS)
         self.drop(METRICS)
+        self.drop(PICTURE)
         with reported(self.name):
             self.storage.delete_folder(TENSORBOARD)
 

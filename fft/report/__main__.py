@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fft.chart import COLOURS
 from fft.console import say
 from fft.errors import Parser, UserError, run_cli
 from fft.files import write_atomically
-from fft.report.page import COLOURS, page_of
+from fft.report.page import page_of
 from fft.report.run import read_run
 
 _ABOUT = """\

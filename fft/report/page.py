@@ -6,11 +6,9 @@ from typing import Any
 
 from jinja2 import Environment
 
-from fft.report.chart import Line, chart
+from fft.chart import COLOURS, Line, chart
 from fft.report.run import Run
 
-#: Colours of runs; a page has no more.
-COLOURS = ("#2f6690", "#c8553d", "#588b4a", "#8a5fa3", "#b08900", "#3a9ca6")
 _PAGE = """\
 <!doctype html>
 <html lang="en">

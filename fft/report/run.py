@@ -1,6 +1,5 @@
 """What a run folder says of its run."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,7 +12,7 @@ from fft.checkpoint import folder
 from fft.checkpoint.run import LocalRun
 from fft.errors import UserError, one_line
 from fft.train_arguments import TrainArguments
-from fft.training.metric_sinks import METRICS
+from fft.training.metric_sinks import read_numbers
 
 
 @dataclass(frozen=True)
@@ -69,35 +68,13 @@ def read_run(path: Path) -> Run:
 
     Raises :class:`UserError` for a folder that is none, and for a file in it that cannot be read.
     """
-    numbers, unread = _numbers(path)
+    numbers, unread = read_numbers(path)
     arguments, data, environment = (_settings(path / f"{name}.yaml") for name in ("arguments", "data", "environment"))
     steps = folder.checkpoint_steps(path)
     losses = LocalRun(path).losses()
     checkpoints = [Checkpoint(step, losses.get(step), _size(path / folder.checkpoint_tag(step))) for step in steps]
     planned = _plan(arguments, environment, path / folder.checkpoint_tag(steps[-1]) if steps else None)
     return Run(path.name or str(path), numbers, unread, arguments, data, environment, tuple(checkpoints), planned)
-
-
-def _numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
-    """By name and step; of a step that was taken again the later one."""
-    file = path / METRICS
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} is no run: it has no {METRICS}. Give a folder that --checkpoint named.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({one_line(error)}).") from error
-    numbers: dict[str, dict[int, float]] = {}
-    unread = 0
-    for line in lines:
-        try:
-            told = json.loads(line)
-            step = told.pop("step")
-            for name, value in told.items():
-                numbers.setdefault(name, {})[step] = float(value)
-        except (ValueError, TypeError, KeyError, AttributeError):  # a run that was killed may leave half a line
-            unread += 1
-    return numbers, unread
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def init_distributed() -> None:
         _compile_operator()
     if alone:
         _join_nobody()
-    deepspeed.init_distributed(verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # a note that what was compiled is there
+        deepspeed.init_distributed(verbose=False)
     # Every rank has its neighbours' buffers open. NCCL guesses the device by the rank's number, unless it is told.
     dist.barrier(device_ids=[device] if device_type() == "cuda" else None)
     _unlink_shared_buffer()

@@ -15,6 +15,12 @@ from fft.errors import UserError, one_line
 from fft.files import own_file, own_folder
 from fft.training.mlflow_sink import MLflow, RunFacts
 
+#: TensorBoard's groups; what is in none of these is a number of training.
+_GROUPS = dict.fromkeys(("eval_loss", "eval_tokens", "perplexity"), "evaluation")
+_GROUPS |= dict.fromkeys(("tokens_per_second", "tokens_per_second_per_device", "mfu", "mfu_datasheet"), "speed")
+_GROUPS |= dict.fromkeys(("data_wait", "memory", "seconds", "save_seconds", "pipeline_bubble"), "speed")
+_GROUPS |= dict.fromkeys(("matrix_flops_per_second", "datasheet_flops_per_second"), "speed")
+
 
 class Sink(Protocol):
     """Takes numbers."""
@@ -46,8 +52,36 @@ class JsonLines:
         """Nothing is open."""
 
 
+def read_numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
+    """The numbers in a run's folder by name and step, and how many lines are none; of a step that was taken again the
+    later one.
+
+    Raises :class:`UserError` where there are none, and where they cannot be read.
+    """
+    file = path / METRICS
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path} is no run: it has no {METRICS}. Give a folder that --checkpoint named.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)}).") from error
+    numbers: dict[str, dict[int, float]] = {}
+    unread = 0
+    for line in lines:
+        try:
+            told = json.loads(line)
+            step = told.pop("step")
+            for name, value in told.items():
+                numbers.setdefault(name, {})[step] = float(value)
+        except (ValueError, TypeError, KeyError, AttributeError):  # a run that was killed may leave half a line
+            unread += 1
+    return numbers, unread
+
+
 class TensorBoard:
-    """Event files. What a run that is resumed had written beyond ``step`` is not shown any more."""
+    """Event files, whose tags are in groups. What a run that is resumed had written beyond ``step`` is not shown any
+    more.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +92,7 @@ class TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A scalar each."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(f"{_GROUPS.get(name, 'train')}/{name}", value, step)
 
     def close(self, well: bool) -> None:
         """Write what is left."""

@@ -28,6 +28,7 @@ from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
 from fft.redaction import redact
 from fft.training import run_folder
+from fft.training.conclusion import conclude, told_evaluation
 from fft.training.early_stop import EarlyStop
 from fft.training.engine import (
     StageEngine,
@@ -137,8 +138,8 @@ def _run(
     code = trainer.train(above)
     if code == 0 and args.output_dir:
         write_output(args, export, trainer.state(), trainer.early_stop.best, control, _log)
-        if args.register_model:
-            metrics.sinks.register(args.register_model, args.output_dir)
+    if dist.get_rank() == 0:
+        conclude(args, plan, trainer.state(), metrics, runs, code == 0)
     return code
 
 
@@ -306,7 +307,8 @@ class Trainer:
             )
         self.early_stop.see(loss)
         self.metrics.record(step, eval_loss=loss, eval_tokens=tokens)
-        _log(f"step {step}/{self.plan.total_steps}  validation loss {loss:.4f} over {tokens:,} tokens")
+        batch = batch_plan(self.args, self.plan.mesh, 0).global_batch
+        _log(told_evaluation(self.plan, batch, step, loss, tokens))
         return loss
 
     def state(self, step: int | None = None, eval_loss: float | None = None) -> dict:

@@ -1,9 +1,11 @@
 """Folders that an interrupted run leaves behind are never taken for checkpoints. See also ``test_runs.py``."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -118,6 +120,12 @@ def test_a_run_ends_early_and_does_so_again_when_resumed(run, ragged_table, tmp_
     best = evaluated.index(min(evaluated))
     assert len(evaluated) == best + 3  # the first of them before the first step
     assert f"stopped early after step {best + 2}/20: 2 evaluations" in said
+    lowest, last = (f"{loss:.4f} (perplexity {math.exp(loss):.4g})" for loss in (min(evaluated), evaluated[-1]))
+    where = f"lowest {lowest} at step {best}, {first / f'step-{best}'}; last {last} at step {best + 2}, "
+    assert f"validation loss: {where}{first / f'step-{best + 2}'}\n" in said
+    drawn = ElementTree.parse(first / "loss.svg").getroot()
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == len(evaluated)
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 1
     # What is written is not what was trained last.
     assert loss_of(f"{first}-model", ragged_table) == pytest.approx(min(evaluated), rel=1e-5)
     assert f"# llama, trained to step {best}\n" in Path(f"{first}-model", "README.md").read_text()

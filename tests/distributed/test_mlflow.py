@@ -112,6 +112,8 @@ def _check_artifacts(client, run, folder, tmp_path):
     for name in ("arguments.yaml", "environment.yaml", "data.yaml"):
         assert yaml.safe_load(read(name)) == yaml.safe_load((folder / name).read_text())
     assert "2 = data 1 x pipe 2" in read("plan.txt")
+    assert read("loss.svg") == (folder / "loss.svg").read_text()
+    assert "# llama, trained to step 6\n" in read("README.md")
 
 
 def _check_model(client, run, directory):

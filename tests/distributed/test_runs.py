@@ -90,9 +90,11 @@ def test_tensorboard_shows_the_metrics_file(first):
     accumulated.Reload()
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = set().union(*written) - {"step"}
-    assert set(accumulated.Tags()["scalars"]) == names
+    tags = {tag.rpartition("/")[2]: tag for tag in accumulated.Tags()["scalars"]}
+    assert tags.keys() == names
+    assert {tags[name] for name in ("loss", "eval_loss", "mfu")} == {"train/loss", "evaluation/eval_loss", "speed/mfu"}
     for name in names:
-        shown = [(event.step, event.value) for event in accumulated.Scalars(name)]
+        shown = [(event.step, event.value) for event in accumulated.Scalars(tags[name])]
         expected = [(line["step"], line[name]) for line in written if name in line]
         np.testing.assert_allclose(shown, expected, rtol=1e-6)
 

@@ -14,9 +14,9 @@ from browser import CHROMIUM, browser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fft.chart import Line, chart, means, thinned, ticks
 from fft.errors import UserError
 from fft.report.__main__ import main
-from fft.report.chart import Line, chart, means, thinned, ticks
 from fft.report.page import page_of
 from fft.report.run import read_run
 from fft.train_arguments import TrainArguments

@@ -65,7 +65,7 @@ def test_files_in_the_run_folder(tmp_path):
     assert lines[0] == {"step": 1, "loss": 3.0}
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.0), (2, 3.0), (3, 1.0), (4, 1.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 3.0), (3, 1.0), (4, 1.0)]
 
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path):

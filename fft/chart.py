@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
+#: Colours of lines; a picture has no more.
+COLOURS = ("#2f6690", "#c8553d", "#588b4a", "#8a5fa3", "#b08900", "#3a9ca6")
 #: Size of a chart and room for its labels, in pixels.
 WIDTH, HEIGHT = 520, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 10, 28
+_CAPTION = 20
 #: Points of a line at most: two a pixel.
 _MOST = 2 * (WIDTH - _LEFT - _RIGHT)
 #: A line of more points is drawn pale, with the mean of every so many of them over it.
@@ -50,6 +53,18 @@ def chart(title: str, lines: Sequence[Line], told: Callable[[float], str]) -> st
             parts.append(f'<text {where} text-anchor="middle">{int(value):,}</text>')
     parts += [_drawn(line, across, up, told) for line in lines]
     return "".join([*parts, "</svg>"])
+
+
+def picture_file(svg: str, caption: str) -> str:
+    """The SVG of a chart as a file of its own, on white, below a caption."""
+    style = "text{font:11px sans-serif;fill:#5c6b7a}.grid{stroke:#dde3e9}.pale{stroke-width:1;opacity:.3}"
+    style += "polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}"
+    for number, colour in enumerate(COLOURS):
+        style += f"polyline.c{number}{{stroke:{colour}}}circle.c{number}{{fill:{colour}}}"
+    size = f'width="{WIDTH}" height="{HEIGHT + _CAPTION}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 -{_CAPTION} {WIDTH} {HEIGHT + _CAPTION}">'
+    ground = f'<rect y="-{_CAPTION}" {size} fill="#fff"/><text x="{_LEFT}" y="-6">{escape(caption)}</text>'
+    return f"{head}<style>{style}</style>{ground}{svg.partition('>')[2]}\n"
 
 
 def _drawn(

@@ -1,0 +1,117 @@
+"""What a run says at its end: how well it went, where its best is, a picture of its losses, and what to do next."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fft.arguments import TrainArguments
+from fft.chart import Line, chart, picture_file
+from fft.checkpoint.card import CARD, card_of
+from fft.checkpoint.folder import METRICS, PICTURE, checkpoint_tag
+from fft.checkpoint.run import RunFolder
+from fft.errors import UserError, one_line
+from fft.planning.preflight import Plan
+from fft.training.metric_sinks import read_numbers
+from fft.training.metrics import Metrics, Progress
+
+_CAPTION = "loss by step; dots: validation"
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss; infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def told_evaluation(plan: Plan, batch: int, step: int, loss: float, tokens: int) -> str:
+    """The line of an evaluation after ``step`` steps of ``batch`` samples."""
+    epoch = f"  epoch {step * batch / plan.train.samples_per_epoch:.2f}" if plan.train is not None else ""
+    line = f"step {step}/{plan.total_steps}  validation loss {loss:.4f} over {tokens:,} tokens"
+    return f"{line}  perplexity {perplexity(loss):.4g}{epoch}"
+
+
+def conclude(
+    args: TrainArguments, plan: Plan, state: dict[str, Any], metrics: Metrics, runs: Sequence[RunFolder], ended: bool
+) -> None:
+    """Tell what came of a run that has ``ended`` well, or was stopped; hand pictures and models to servers.
+
+    One rank calls it. ``state`` is what a checkpoint of the end would say.
+    """
+    progress = metrics.progress
+    metrics.sinks.text(CARD, card_of(state, plan.config.model_type))
+    if plan.total_steps and progress.loss is not None:
+        for line in _summary(state, progress, runs):
+            metrics.log(line)
+        if runs and (picture := _picture(runs[0].notes)):
+            metrics.sinks.text(PICTURE, picture)
+            _keep(runs, picture, metrics)
+    if not ended:
+        return
+    if args.register_model and args.output_dir:
+        metrics.sinks.register(args.register_model, args.output_dir)
+    if plan.total_steps and (commands := _next(args, plan)):
+        metrics.log("\n".join(["next:", *(f"  {command}" for command in commands)]))
+
+
+def _summary(state: dict[str, Any], progress: Progress, runs: Sequence[RunFolder]) -> Iterator[str]:
+    step, args = state["step"], state["arguments"]
+    tokens = step * state["global_batch"] * args["seq_len"]
+    speed = ""
+    if progress.seconds:
+        rate = progress.tokens / progress.seconds
+        speed = f" in {_minutes(progress.seconds)} of steps ({rate:,.0f} tokens/s in the mean)"
+    most = "at most " if args["ragged"] else ""
+    yield f"{step:,} steps, {most}{tokens:,} tokens{speed}; last training loss {progress.loss:.4f}"
+    if progress.last is None or progress.best is None:
+        return
+    kept = set(runs[0].steps()) if runs else set()
+    found = []
+    for name, (at, loss) in (("lowest", progress.best), ("last", progress.last)):
+        where = f", {runs[0].shown(checkpoint_tag(at))}" if at in kept else ""
+        found.append(f"{name} {loss:.4f} (perplexity {perplexity(loss):.4g}) at step {at:,}{where}")
+    yield f"validation loss: {'; '.join(found)}"
+
+
+def _picture(notes: Path) -> str:
+    """Losses by step, as a file of its own; empty where there are none."""
+    numbers, _ = read_numbers(notes)
+    points = {
+        name: sorted((step, value) for step, value in numbers.get(name, {}).items() if math.isfinite(value))
+        for name in ("loss", "eval_loss")
+    }
+    lines = [Line("training", points["loss"]), Line("validation", points["eval_loss"], 1, marks=True)]
+    drawn = chart(_CAPTION, lines, lambda value: f"{value:.4g}")
+    return picture_file(drawn, _CAPTION) if drawn else ""
+
+
+def _keep(runs: Sequence[RunFolder], picture: str, metrics: Metrics) -> None:
+    try:
+        for run in runs:
+            run.put(PICTURE, picture)
+    except (OSError, UserError) as error:  # a picture is not worth a run
+        metrics.log(f"warning: {PICTURE} could not be written ({one_line(error)})")
+    else:
+        metrics.log(f"losses by step: {runs[0].shown(PICTURE)}, numbers: {runs[0].shown(METRICS)}")
+
+
+def _next(args: TrainArguments, plan: Plan) -> list[str]:
+    """Commands that go on from what was written."""
+    base = args.from_ckpt or args.model
+    if args.output_dir and args.lora_dim:
+        return [
+            f"python -m fft.checkpoint.convert {base} MERGED --lora {args.output_dir}  # one model of both",
+            f"python -m fft.serve.server --model {base} --lora mine={args.output_dir}  # or serve them",
+        ]
+    if args.output_dir and plan.tokenizer is not None:
+        return [f"python -m fft.serve.server --model {args.output_dir}"]
+    if args.checkpoint and args.save_steps:
+        return [f"python -m fft.checkpoint.convert {args.checkpoint} MODEL  # the newest checkpoint as a model"]
+    return []
+
+
+def _minutes(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
