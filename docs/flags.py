@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fft import arguments, parity
+from fft import arguments, parity, show
 from fft.checkpoint import convert
 from fft.data import trace
 from fft.models import __main__ as models
@@ -36,6 +36,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     models.build_parser,
     trace.build_parser,
     report.build_parser,
+    show.build_parser,
     convert.build_parser,
     convert_tokenizer.build_parser,
     batch_infer.build_parser,

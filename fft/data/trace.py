@@ -55,7 +55,7 @@ def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator
         (spans,) = member.samples([index])
         for span, rows in spans:
             key = member.table.source, span.group
-            names = known[key] = known[key] if key in known else _names(member.table, span.group)
+            names = known[key] = known[key] if key in known else document_names(member.table, span.group)
             for number, (begin, end) in enumerate(_documents(rows, span.row)):
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
@@ -95,7 +95,7 @@ def _named(member: TableSamples, doc_id: str) -> Iterator[tuple[int, int, tuple[
         if not any(doc_id in names for names in _ids(table, group)):
             continue
         rows = table.check(group, table.load(group, images=images), rules=member.rules)
-        for row, names in enumerate(_names(table, group)):
+        for row, names in enumerate(document_names(table, group)):
             if doc_id in names:
                 for name, where in zip(names, _documents(rows, row), strict=True):
                     if name == doc_id:
@@ -140,7 +140,7 @@ def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _names(table: Table, group: int) -> list[list[str]]:
+def document_names(table: Table, group: int) -> list[list[str]]:
     """An id for each of a row's documents that have tokens, "" without one; nothing for a table without such a column.
 
     As repartition reads them: ids that are not one a document name all of a row by the first.
