@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from fft.data.model_files import check_directory
 from fft.data.views import origin
 from fft.errors import UserError
 from fft.files import remove_file, write_file
@@ -103,6 +104,7 @@ def write_adapter(staging: Path, shards: int, config: Mapping[str, object]) -> l
 
 def read_config(directory: Path) -> dict:
     """What ``adapter_config.json`` says. Raises :class:`UserError` when it cannot be read."""
+    check_directory(directory)
     try:
         return dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -114,6 +116,7 @@ class AdapterReader(hf.WeightReader):
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory)
+        check_directory(self.directory)
         with opened(self.directory / WEIGHTS) as file:
             self._files = dict.fromkeys(file.keys(), self.directory / WEIGHTS)
         self._blocks = None

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from fft.data.model_files import check_file, is_plain
 from fft.data.views import noted, origin
 from fft.errors import UserError
 from fft.files import (
@@ -69,9 +70,10 @@ def is_own_name(name: str) -> bool:
 
 def read_state(checkpoint: Path) -> dict:
     """What ``training/state.json`` says. Raises :class:`UserError` when it cannot be read."""
+    check_file(checkpoint / STATE, checkpoint)
     try:
         return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{checkpoint / STATE} cannot be read ({error}): choose another checkpoint.") from error
 
 
@@ -115,6 +117,8 @@ def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
 
     Reads them: ranks share the work.
     """
+    if (wrong := _wrong_name(checkpoint, SUMS)) is not None:
+        return wrong
     try:
         text = (checkpoint / SUMS).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -129,12 +133,24 @@ def fault(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     if unlisted:
         return f"{origin(checkpoint / unlisted[0])} is missing from {SUMS}"
     for name in sorted(sums)[share::shares]:
+        if (wrong := _wrong_name(checkpoint, name)) is not None:
+            return wrong
         try:
             found = digest(checkpoint / name)
         except (OSError, UserError) as error:
             return f"{origin(checkpoint / name)} cannot be read ({getattr(error, 'strerror', None) or error})"
         if found != sums[name]:
             return f"{origin(checkpoint / name)} is not what was written: its checksum differs from that in {SUMS}"
+    return None
+
+
+def _wrong_name(checkpoint: Path, name: str) -> str | None:
+    """What is wrong with a name in a list of checksums, as those of strangers' folders may have."""
+    file = checkpoint / name
+    if not all(map(is_plain, name.split("/"))):
+        return f"{origin(checkpoint / SUMS)} names {name!r}, which is no file of a checkpoint"
+    if file.exists() and not (file.is_file() and file.resolve().is_relative_to(checkpoint.resolve())):
+        return f"{origin(file)} is no file of its checkpoint, but a link out of it, a pipe or a folder"
     return None
 
 

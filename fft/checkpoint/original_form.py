@@ -9,6 +9,7 @@ from torch import Tensor
 from fft.checkpoint.card import CARD
 from fft.checkpoint.conversion import DTYPES, shards
 from fft.checkpoint.model_folder import staged
+from fft.data.model_files import check_file
 from fft.errors import UserError
 from fft.files import copy_file, write_atomically
 from fft.models.directory import Weights
@@ -87,6 +88,7 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
         weights = {file.name for file in form._files.values()}
         for file in like.iterdir():
             if file.is_file() and file.name not in weights and not file.name.endswith((INDEX, ".bin.index.json")):
+                check_file(file, like)
                 copy_file(file, staging / file.name)
         if card is not None:
             write_atomically(staging / CARD, card)

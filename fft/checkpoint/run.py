@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fft.checkpoint import folder
 from fft.checkpoint.folder import BEST, LATEST, METRICS, PICTURE, STATE, TENSORBOARD, by_loss, checkpoint_tag, kept
+from fft.data.model_files import check_file
 from fft.errors import UserError
 from fft.files import remove_file, remove_path, staging_folder, start_folder, write_atomically
 from fft.weights import hf
@@ -113,6 +114,8 @@ class RunFolder(ABC):
         text = self.text(name)
         if text is None:
             raise UserError(f"{self.name} has no {name!r} checkpoint: name one by its step, as in step-100.")
+        if folder.step_of(text.strip()) is None:
+            raise UserError(f"{self.shown(name)} names no checkpoint ({text.strip()[:40]!r}): remove it.")
         return text.strip()
 
     def losses(self) -> dict[int, float | None]:
@@ -120,7 +123,7 @@ class RunFolder(ABC):
         losses = {}
         for step in self.steps():
             # A folder of another origin is left alone.
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 losses[step] = json.loads(self.text(f"{checkpoint_tag(step)}/{STATE}") or "").get("eval_loss")
         return losses
 
@@ -171,9 +174,11 @@ class LocalRun(RunFolder):
 
     def text(self, name: str) -> str | None:
         """The content of a small file; None where there is none."""
+        file, (first, *below) = self.path / name, Path(name).parts
+        check_file(file, self.path / first if below else self.path)
         try:
-            return (self.path / name).read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, NotADirectoryError):
+            return file.read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def put(self, name: str, text: str) -> None:

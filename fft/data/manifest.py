@@ -131,7 +131,7 @@ class Manifest:
             if not isinstance(raw.get("vision"), dict | None):
                 raise TypeError("vision is no object")
             return cls(**raw)
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError) as error:
             raise UserError(
                 f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
             ) from error

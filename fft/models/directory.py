@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from fft.data.model_files import check_directory
 from fft.errors import UserError, one_line
 from fft.models.baichuan import BaichuanConfig, BaichuanForCausalLM
 from fft.models.lora import is_adapter
@@ -66,6 +67,7 @@ def load_config(model: str, init: bool, weights: bool = True) -> PretrainedConfi
     config, where transformers cannot read it, and for what is not understood of the directory.
     """
     path = Path(model)
+    check_directory(path)
     file = path / hf.CONFIG if path.is_dir() else path
     if not file.is_file():
         raise UserError(

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fft.errors import UserError, one_line
 from fft.text.chat_template import words_of
 from fft.text.convert_tokenizer import check_converted
+from fft.text.encoder import read_tokenizer
 from fft.text.formats import PROMPTS
 from fft.text.image_parts import ImageParts, ReadImage
 from fft.text.image_tokens import as_parts, expand
@@ -208,16 +209,13 @@ class Renderer:
 
 def load_model_tokenizer(model: str) -> "PreTrainedTokenizerBase":
     """The tokenizer in a model directory. Raises :class:`UserError` when there is none that can be loaded."""
-    from transformers import AutoTokenizer
-
     check_converted(Path(model), "--model")
     try:
         if not Path(model).is_dir():
             raise OSError("no such folder")
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
+        return read_tokenizer(model, padding_side="left")
     except Exception as error:  # the library behind it raises Exception itself
         raise UserError(
             f"--model {model} has no tokenizer that can be loaded ({one_line(error)[:120]}): copy tokenizer.json and "
             "tokenizer_config.json there."
         ) from error
-    return cast("PreTrainedTokenizerBase", tokenizer)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fft.console import say
+from fft.data.model_files import check_directory
 from fft.data.owner import atomic_folder
 from fft.data.replaceable import MODEL, check_replaceable
 from fft.errors import Parser, UserError, one_line, run_cli
@@ -71,7 +72,11 @@ class Converted:
 
 
 def is_original(directory: Path) -> bool:
-    """Whether a folder's tokenizer is one that :func:`convert_tokenizer` converts, and not converted yet."""
+    """Whether a folder's tokenizer is one that :func:`convert_tokenizer` converts, and not converted yet.
+
+    Raises :class:`UserError` for files that cannot be read.
+    """
+    check_directory(directory)
     return not (directory / _JSON).is_file() and _family(directory) is not None
 
 
@@ -94,6 +99,7 @@ def convert_tokenizer(directory: Path) -> Converted:
     A chat template that the directory has is kept; else it is the family's. Raises :class:`UserError` for a tokenizer
     of another kind, and for one that cannot be converted exactly.
     """
+    check_directory(directory)
     family = _family(directory)
     if family is None:
         raise UserError(

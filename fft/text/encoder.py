@@ -1,6 +1,7 @@
 """From a tokenizer's folder to a recipe, and from texts to ids in bulk, by the engine that the recipe names."""
 
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
+from fft.data.model_files import check_directory
 from fft.errors import UserError
 from fft.text.agreement import agreed
 from fft.text.convert_tokenizer import check_converted
@@ -58,18 +60,29 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """The transformers tokenizer of a folder. Raises :class:`UserError` when there is none."""
     if not directory.is_dir():
         raise UserError(f"`tokenizer` {directory} is not a folder: give one that holds tokenizer.json.")
+    check_directory(directory)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((directory / name).is_file() for name in names):
         raise UserError(f"`tokenizer` {directory} holds no tokenizer: give a folder with tokenizer.json in it.")
     check_converted(directory, "`tokenizer`")
-    from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-        return cast("PreTrainedTokenizerBase", tokenizer)
+        return read_tokenizer(directory)
     except Exception as error:  # whatever its files make transformers stumble over
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"`tokenizer` {directory} cannot be loaded ({reason[0]}): save it again.") from error
+
+
+def read_tokenizer(directory: str | os.PathLike[str], **options: str) -> "PreTrainedTokenizerBase":
+    """What transformers makes of a folder, whose code is not run and of which nothing is kept elsewhere.
+
+    Raises whatever its files make transformers stumble over.
+    """
+    from transformers import AutoTokenizer  # takes seconds: never in a worker, never for --help
+
+    # tiktoken would keep a copy of what it reads in the machine's temporary folder, under a name that anybody can know.
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
+    found = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, **options)
+    return cast("PreTrainedTokenizerBase", found)
 
 
 def recipe_of(

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fft.data.model_files import check_file, is_plain
 from fft.data.views import noted
 from fft.errors import UserError, one_line
 from fft.weights.in_store import StoredTensors
@@ -31,6 +32,7 @@ def weight_files(root: Path) -> dict[str, Path]:
         if not has_index and not has_single:
             continue
         if not has_index:
+            check_file(root / single, root)
             with opened(root / single) as tensors:
                 return dict.fromkeys(tensors.keys(), root / single)
         files = {name: root / file for name, file in _weight_map(root / index).items()}
@@ -42,6 +44,8 @@ def weight_files(root: Path) -> dict[str, Path]:
         missing = sorted({str(file) for file in files.values() if not file.is_file()})
         if missing:
             raise UserError(f"{root} lacks {', '.join(missing)}, named in its index: restore the model directory.")
+        for file in {*files.values()}:
+            check_file(file, root)
         return files
     return {}
 
@@ -49,10 +53,10 @@ def weight_files(root: Path) -> dict[str, Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        other = [file for file in found.values() if not isinstance(file, str)]
+        other = [file for file in found.values() if not is_plain(file)]
         if other:
             raise ValueError(f"{other[0]!r} is no file name")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(
             f"{index} is no index of safetensors files ({error!r}): restore the model directory."
         ) from error
@@ -135,6 +139,8 @@ def tensors_of(file: Path) -> TensorFile:
 @contextmanager
 def opened(file: Path) -> Iterator[TensorFile | _Pickled]:
     """A file of weights in either format. Raises :class:`UserError` when it cannot be read."""
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is no file: restore the model directory.")
     if file.suffix == ".bin":
         check_here(file)
         yield _Pickled(file)

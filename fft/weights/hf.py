@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fft.data.model_files import check_directory, check_file
 from fft.data.views import noted
 from fft.errors import UserError, one_line
 from fft.files import claim_file, copy_file, sync, write_file
@@ -50,6 +51,7 @@ class WeightReader:
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = root = Path(directory)
+        check_directory(root)
         self._files = weight_files(root)
         if not self._files:
             raise UserError(
@@ -312,6 +314,7 @@ def _code(config: Path) -> tuple[str, ...]:
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        check_file(file, source)
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         copy_file(file, copy)

@@ -1,0 +1,80 @@
+"""Directories of models, tokenizers and adapters, which strangers have made: what of them may be read, or copied.
+
+Files that a run reads end up in what it writes: in a copied tokenizer, in a template that stands in prompts. A link in
+a directory that was fetched may lead to a user's own secrets; a pipe in it keeps who reads it waiting for ever.
+"""
+
+import json
+import os
+import re
+import stat
+from functools import lru_cache
+from pathlib import Path
+
+from fft.data.replaceable import MODEL
+from fft.errors import UserError, one_line
+
+#: Names of files that are read in such a directory.
+_READ = rf"{MODEL.files}|.*\.(json|py|txt|safetensors|bin)"
+#: The one folder in such a directory that is looked into.
+_TEMPLATES = "additional_chat_templates"
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name, as a file of a directory tells it, is one of a file in that directory."""
+    try:
+        bytes_of = name.encode() if isinstance(name, str) else b""
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(bytes_of) < 256 and name not in (".", "..") and not {"/", "\\", "\0"} & set(str(name))
+
+
+def check_directory(directory: str | os.PathLike[str]) -> None:
+    """Raise :class:`UserError` for a file of a model directory that is a link out of it, that is no file at all, or
+    that is no JSON where a model's file of that name is. Nothing is done for what is no folder."""
+    folder = Path(directory)
+    check_file(folder / _TEMPLATES, folder)
+    for place in (folder, folder / _TEMPLATES):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            if re.fullmatch(_READ, file.name):
+                check_file(file, folder)
+                if file.suffix == ".json" and file.is_file() and re.fullmatch(MODEL.files, file.name):
+                    found = file.stat()
+                    _check_json(str(file), found.st_size, found.st_mtime_ns)
+
+
+def check_file(file: Path, directory: Path) -> None:
+    """Raise :class:`UserError` for one file as :func:`check_directory` does. One that is not there does not matter.
+
+    A snapshot of the Hugging Face cache is made of links to the ``blobs`` of the same model, which belong to it.
+    """
+    try:
+        mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): restore it.") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{file} is no file, but a pipe or a device: remove it, and trust this directory less.")
+    real = file.resolve()
+    if not any(real.is_relative_to(home) for home in _homes(directory.resolve())):
+        raise UserError(
+            f"{file} is a link to {real}, outside of its directory, whose content would end up in outputs: put a copy, "
+            "or a hard link, in its place if that is meant."
+        )
+
+
+def _homes(directory: Path) -> list[Path]:
+    """Where files of a directory may lie."""
+    blobs = directory.parent.parent / "blobs"
+    cached = directory.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink()
+    return [directory, blobs] if cached else [directory]
+
+
+@lru_cache(maxsize=64)
+def _check_json(file: str, size: int, changed: int) -> None:
+    """Once for each content of a file: a tokenizer's is large."""
+    try:
+        json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({one_line(error)[:120]}): restore it.") from error

@@ -1,0 +1,288 @@
+"""Folders that strangers have made, changed for the worse: no command ends in a traceback, touches what is outside of
+the folders that it was given, or leaves a process.
+
+FFT_FUZZ=5000 tries that many; in a test run the first of them are tried. An example is made of its number alone.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from unit.security.strangers import make_all
+
+import fft
+from fft.checkpoint.convert import main as convert
+from fft.checkpoint.folder import fault
+from fft.checkpoint.stored_run import run_at
+from fft.data.table import Table
+from fft.errors import run_cli
+from fft.models.directory import load_config
+from fft.planning.identity import weights_hash
+from fft.text.chat_template import load_chat_template
+from fft.text.convert_tokenizer import main as convert_tokenizer
+from fft.text.encoder import load_tokenizer
+
+EXAMPLES = int(os.environ.get("FFT_FUZZ", "150"))
+SECRET = "sk-this-is-what-nobody-may-see"
+#: Where the interpreter and what is installed lie, and what the system tells anybody.
+OWN = tuple(
+    os.path.realpath(path)
+    for path in (
+        *(sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), Path(fft.__file__).parents[1]),
+        *("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/etc/ld.so.cache", "/etc/mime.types"),
+    )
+)
+
+
+class Watch:
+    """What this process opens, lists, changes or starts by paths, while it is on."""
+
+    TOUCHES = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link")
+    TOUCHES += ("os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime")
+    STARTS = ("subprocess.Popen", "os.fork", "os.exec", "os.posix_spawn", "os.system", "socket.connect")
+
+    def __init__(self) -> None:
+        self.on, self.seen = False, []
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: tuple) -> None:
+        if self.on and event in self.STARTS:
+            self.seen.append((event, str(args)[:200]))
+        elif self.on and event in self.TOUCHES and isinstance(args[0], (str, bytes, os.PathLike)):
+            self.on = False  # to ask where it leads opens something, too
+            self.seen.append((event, os.path.realpath(os.fsdecode(args[0]))))
+            self.on = True
+
+    def outside(self, allowed: tuple[str, ...]) -> list[tuple[str, str]]:
+        """What lay in none of these folders."""
+        return [(event, path) for event, path in self.seen if not lies_in(path, (*OWN, *allowed))]
+
+
+def lies_in(path: str, folders: tuple[str, ...]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}{os.sep}") for folder in folders)
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return Watch()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    place = tmp_path_factory.mktemp("original")
+    make_all(place)
+    return place
+
+
+def tokenize(place: Path) -> None:
+    tokenizer = load_tokenizer(place / "model")
+    load_chat_template(tokenizer, place / "model")
+
+
+def read_table(place: Path) -> None:
+    table = Table.open(place / "table")
+    for group in range(len(table.row_groups)):
+        table.read(group)
+
+
+def read_run(place: Path) -> None:
+    run = run_at(place / "run")
+    run.losses()
+    for name in ("latest", "best", "step-1"):
+        if run.text(name) is not None:
+            fault(run.view(run.tag_of(name)))
+    fault(place / "run" / "step-1")
+
+
+def read_model(place: Path) -> None:
+    load_config(str(place / "model"), init=False)
+    weights_hash(place / "model")
+
+
+#: Commands by the folders that each is given.
+COMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
+    "convert a model": (("model", "out"), lambda p: convert([str(p / "model"), str(p / "out")])),
+    "convert a run": (("run", "out"), lambda p: convert([str(p / "run"), str(p / "out")])),
+    "merge": (
+        ("model", "adapter", "out"),
+        lambda p: convert([str(p / "model"), str(p / "out"), "--lora", str(p / "adapter")]),
+    ),
+    "convert a tokenizer": (("model", "out"), lambda p: convert_tokenizer([str(p / "model"), str(p / "out")])),
+    "tokenize": (("model",), tokenize),
+    "read a model": (("model",), read_model),
+    "read a run": (("run",), read_run),
+    "read a table": (("table",), read_table),
+}
+NAMES = [
+    "..",
+    "../outside/secret.json",
+    "/etc/passwd",
+    "",
+    ".",
+    "a/b",
+    "\0",
+    "x" * 300,
+    "\udcff",
+    "é",
+    "-rf",
+    "a\nb",
+    "\\",
+]
+VALUES = [*NAMES, None, True, -1, 0, 3, 0.5, 1e308, [], {}, [[]], "NaN", "evil.Model", "gpt2", "llama", SECRET[:3]]
+KEYS = (
+    *("auto_map", "architectures", "model_type", "quantization_config", "rope_parameters", "rope_scaling", "dtype"),
+    *(
+        "tokenizer_class",
+        "chat_template",
+        "added_tokens_decoder",
+        "vision_config",
+        "weight_map",
+        "peft_type",
+        "lineage",
+    ),
+    *(
+        "base_model_name_or_path",
+        "processor_class",
+        "metadata",
+        "files",
+        "vocab_file",
+        "init_lora_weights",
+        "tokenizer",
+    ),
+)
+KINDS = ("cut", "flip", "noise", "value", "value", "value", "key", "deep", "link", "folder link", "pipe", "folder")
+KINDS += ("device", "loop", "name", "gone", "sums", "index")
+
+
+def worsen(dice: random.Random, place: Path, folders: tuple[str, ...]) -> str:
+    """Change one thing in a folder; returns what."""
+    given = [folder for folder in folders if (place / folder).is_dir()]
+    files = sorted(f for folder in given for f in (place / folder).rglob("*") if f.is_file() and not f.is_symlink())
+    if not files:
+        return "nothing"
+    kind, file = dice.choice(KINDS), dice.choice(files)
+    content = file.read_bytes()
+    if kind == "cut":
+        file.write_bytes(content[: dice.randint(0, len(content))])
+    elif kind == "flip" and content:
+        at = dice.randrange(len(content))
+        file.write_bytes(content[:at] + bytes([dice.randrange(256)]) + content[at + 1 :])
+    elif kind == "noise":
+        file.write_bytes(dice.randbytes(dice.randrange(40)))
+    elif kind in ("value", "key", "index"):
+        tables = [f for f in files if f.suffix == ".json" and (kind != "index" or "index" in f.name)]
+        worsen_json(dice, dice.choice(tables or [file]), kind)
+    elif kind == "deep":
+        file.write_bytes(b"[" * 100_000)
+    elif kind == "sums":
+        for sums in (f for f in files if f.name == "SHA256SUMS"):
+            sums.write_bytes(b"0" * 64 + b"  " + dice.choice(NAMES).encode("utf-8", "surrogateescape") + b"\n")
+    elif kind == "name":
+        file.rename(file.with_name(dice.choice(["-rf", "a\nb", "é", "model.safetensors", "x.bin", "tokenizer.model"])))
+    else:
+        file.unlink()
+        replace(kind, file, place)
+    return f"{kind} {file.relative_to(place)}"
+
+
+def replace(kind: str, file: Path, place: Path) -> None:
+    outside = place.parent / "outside"
+    if kind == "link":
+        file.symlink_to(outside / ("secret.safetensors" if file.suffix == ".safetensors" else "secret.json"))
+    elif kind == "folder link":
+        file.symlink_to(outside)
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "loop":
+        file.symlink_to(file.name)
+
+
+def worsen_json(dice: random.Random, file: Path, kind: str) -> None:
+    try:
+        at = content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return
+    while isinstance(at, (dict, list)) and at:
+        key = dice.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
+        if kind == "key" and isinstance(at, dict):
+            at[dice.choice(KEYS)] = dice.choice(VALUES)
+            break
+        if not isinstance(at[key], (dict, list)) or not at[key] or dice.random() < 0.3:
+            at[key] = dice.choice(VALUES)
+            break
+        at = at[key]
+    file.write_bytes(json.dumps(content).encode("utf-8", "surrogatepass"))
+
+
+def state_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory, original):
+    """Where examples are made, beside what must not be touched."""
+    room = tmp_path_factory.mktemp("room")
+    outside = room / "outside"
+    shutil.copytree(original / "model", outside)
+    (outside / "secret.json").write_text(json.dumps({"secret": SECRET, "chat_template": SECRET}))
+    shutil.copyfile(sorted(outside.glob("*.safetensors"))[0], outside / "secret.safetensors")
+    return room
+
+
+def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
+    """What an example does that it should not; None for nothing."""
+    dice, place = random.Random(number), room / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(original, place, symlinks=True)
+    name = dice.choice(sorted(COMMANDS))
+    folders, command = COMMANDS[name]
+    done = [worsen(dice, place, folders) for _ in range(dice.randint(1, 3))]
+    printed, code = io.StringIO(), None
+    watch.seen, watch.on = [], True
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            run_cli(lambda: command(place) and None)
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        return f"{name} after {done}: {traceback.format_exc()}"
+    finally:
+        watch.on = False
+    if code not in (0, 2):
+        return f"{name} after {done} ends with {code}"
+    touched = watch.outside(tuple(os.path.realpath(place / folder) for folder in folders))
+    if "table" in folders:  # whose files may be links: it is known what they lead to, which is columns of numbers
+        touched = [(event, path) for event, path in touched if not lies_in(path, (str(room / "outside"),))]
+    if "out" in folders:  # which is made beside its place
+        beside = re.compile(rf"{re.escape(str(place))}(/\.[^/]*\.(writing|trying|owner|old)(/.*)?)?")
+        touched = [(event, path) for event, path in touched if not beside.fullmatch(path)]
+    if touched:
+        return f"{name} after {done} touched {touched[:5]}"
+    written = b"".join(state_of(place / "out").values()) if (place / "out").is_dir() else b""
+    return (
+        f"{name} after {done} tells a secret"
+        if SECRET.encode() in written + printed.getvalue().encode(errors="replace")
+        else None
+    )
+
+
+def test_nothing_that_a_stranger_makes_of_a_folder_does_harm(room, original, watch, monkeypatch):
+    monkeypatch.setenv("HOME", str(room / "outside"))
+    before = state_of(room / "outside")
+    found = [f"{number}: {fault}" for number in range(EXAMPLES) if (fault := harm(number, room, original, watch))]
+    assert not found, "\n".join([f"{len(found)} of {EXAMPLES}", *found[:20]])
+    assert state_of(room / "outside") == before
