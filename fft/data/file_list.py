@@ -4,6 +4,7 @@ A manifest of a million files as JSON takes a driver, and each rank of a trainer
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -36,6 +37,11 @@ def pack_list(files: Sequence[FileInfo]) -> tuple[str, bytes]:
     pq.write_table(pa.table(columns, list(names)), stream, compression="zstd", store_schema=False)
     content = stream.getvalue()
     return f"{LIST_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.parquet", content
+
+
+def is_list_name(name: object) -> bool:
+    """Whether it is one that :func:`pack_list` gives, and thus of a file beside the manifest."""
+    return isinstance(name, str) and re.fullmatch(rf"{re.escape(LIST_PREFIX)}[0-9a-f]{{16}}\.parquet", name) is not None
 
 
 def unpack_list(content: bytes) -> tuple[FileInfo, ...]:

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from fft.data.file_list import INLINE, FileInfo, pack_list, unpack_list
+from fft.data.file_list import INLINE, FileInfo, is_list_name, pack_list, unpack_list
 from fft.errors import UserError
 from fft.redaction import redact_all
 
@@ -80,6 +80,17 @@ class Manifest:
     def _repr_html_(self) -> str:
         return Manifests({"": self})._repr_html_()
 
+    def check_types(self) -> None:
+        """Raise :class:`TypeError` where a count is no number, or a file's name no text: JSON may say anything."""
+        counts = [self.rows, self.tokens, *(n for file in self.files for n in (file.rows, file.tokens, file.bytes))]
+        counts += [0 if number is None else number for number in (self.seq_len, self.seed)]
+        if any(type(count) is not int for count in counts) or any(count < 0 for count in counts[:-1]):
+            raise TypeError("a count is no number")
+        if any(type(file.path) is not str for file in self.files):
+            raise TypeError("the name of a file is no text")
+        if self.tokenizer is not None and type(self.tokenizer.vocab_size) is not int:
+            raise TypeError("the size of a vocabulary is no number")
+
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal tables have equal manifests; without what is secret."""
         return self._json([asdict(file) for file in self.files], self.format_version)
@@ -130,7 +141,9 @@ class Manifest:
                 raise TypeError("lineage is no object")
             if not isinstance(raw.get("vision"), dict | None):
                 raise TypeError("vision is no object")
-            return cls(**raw)
+            made = cls(**raw)
+            made.check_types()
+            return made
         except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError) as error:
             raise UserError(
                 f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
@@ -157,6 +170,8 @@ def _cell(value: object) -> str:
 
 def _listed(read: Callable[[str], bytes], named: dict[str, Any]) -> tuple[FileInfo, ...]:
     """The files of a list. Raises :class:`ValueError` for another than is named."""
+    if not is_list_name(named[_LIST]):
+        raise ValueError(f"{named[_LIST]!r} names no list of files")
     files = unpack_list(read(named[_LIST]))
     if len(files) != named["count"]:
         raise ValueError(f"{named[_LIST]} lists {len(files)} files, not {named['count']}")

@@ -60,6 +60,10 @@ def test_equal_facts_have_equal_bytes():
         '{"format_version": 1, "files": [], "rows": 1}',
         '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "unheard": 1}',
         '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "lineage": []}',
+        '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "seq_len": "8"}',
+        '{"format_version": 1, "files": [], "rows": true, "tokens": 1}',
+        '{"format_version": 1, "files": [{"path": 1, "rows": 1, "tokens": 1, "bytes": 1}], "rows": 1, "tokens": 1}',
+        "[" * 100_000,
     ],
 )
 def test_what_is_no_manifest_is_named(text, tmp_path):
@@ -164,4 +168,13 @@ class TestOfVeryManyFiles:
         if content is not None:
             path.write_bytes(pack_list(self.FILES[:3])[1] if content == "fewer" else content)
         with pytest.raises(UserError, match=rf"{MANIFEST_NAME} is not a manifest \(.*write the table again"):
+            read_manifest(tmp_path)
+
+    @pytest.mark.parametrize("name", ["../secret.parquet", "/etc/passwd", "part-00000.parquet", 7, None])
+    def test_a_list_elsewhere_is_not_read(self, name, tmp_path):
+        commit(tmp_path, self.MANY)
+        said = json.loads((tmp_path / MANIFEST_NAME).read_text())
+        said["files"]["list"] = name
+        (tmp_path / MANIFEST_NAME).write_text(json.dumps(said))
+        with pytest.raises(UserError, match="names no list of files"):
             read_manifest(tmp_path)
