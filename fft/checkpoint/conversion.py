@@ -15,6 +15,7 @@ from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.checkpoint.model_folder import staged
 from fft.checkpoint.stored_run import run_at
 from fft.console import live
+from fft.data.model_files import check_directory
 from fft.data.storage import is_url
 from fft.data.views import view
 from fft.errors import UserError, one_line
@@ -270,6 +271,7 @@ def open_source(place: str, tag: str | None, model: Path | None, dtype: str | No
             raise UserError(f"--tag {tag}: {run.shown(tag)} is no checkpoint; {place} holds: {have}.")
     else:
         path = view(place)
+    check_directory(path)
     if (path / folder.SUMS).is_file():
         found = folder.fault(path)
         if found is not None:

@@ -15,7 +15,7 @@ from fft.data.replaceable import MODEL
 from fft.errors import UserError, one_line
 
 #: Names of files that are read in such a directory.
-_READ = rf"{MODEL.files}|.*\.(json|py|txt|safetensors|bin)"
+_READ = rf"{MODEL.files}|.*\.(json|py|txt|safetensors|bin|pt|pth)"
 #: The one folder in such a directory that is looked into.
 _TEMPLATES = "additional_chat_templates"
 

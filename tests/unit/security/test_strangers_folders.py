@@ -45,11 +45,11 @@ OWN = tuple(
 
 
 class Watch:
-    """What this process opens, lists, changes or starts by paths, while it is on."""
+    """What this process opens, lists or changes by paths, and what it starts or calls, while it is on."""
 
     TOUCHES = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link")
     TOUCHES += ("os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime")
-    STARTS = ("subprocess.Popen", "os.fork", "os.exec", "os.posix_spawn", "os.system", "socket.connect")
+    STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "socket.connect")
 
     def __init__(self) -> None:
         self.on, self.seen = False, []
@@ -252,7 +252,7 @@ def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
     folders, command = COMMANDS[name]
     done = [worsen(dice, place, folders) for _ in range(dice.randint(1, 3))]
     printed, code = io.StringIO(), None
-    watch.seen, watch.on = [], True
+    children, watch.seen, watch.on = processes(), [], True
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             run_cli(lambda: command(place) and None)
@@ -262,6 +262,8 @@ def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
         return f"{name} after {done}: {traceback.format_exc()}"
     finally:
         watch.on = False
+    if processes() != children:
+        return f"{name} after {done} leaves a process"
     if code not in (0, 2):
         return f"{name} after {done} ends with {code}"
     touched = watch.outside(tuple(os.path.realpath(place / folder) for folder in folders))
@@ -278,6 +280,11 @@ def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
         if SECRET.encode() in written + printed.getvalue().encode(errors="replace")
         else None
     )
+
+
+def processes() -> str:
+    """Those that this one has started, and that are there."""
+    return "".join(sorted(task.read_text() for task in Path("/proc/self/task").glob("*/children")))
 
 
 def test_nothing_that_a_stranger_makes_of_a_folder_does_harm(room, original, watch, monkeypatch):
