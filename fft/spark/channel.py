@@ -69,7 +69,7 @@ class Listener:
         with contextlib.suppress(OSError, ValueError), line, reading as stream:
             line.settimeout(_REACHED_WITHIN)
             greeting = stream.readline(200).split()
-            if len(greeting) == 2 and secrets.compare_digest(greeting[0], self._secret):
+            if len(greeting) == 2 and secrets.compare_digest(greeting[0].encode(), self._secret.encode()):
                 line.settimeout(None)
                 node = int(greeting[1])
                 self._nodes[node] = line

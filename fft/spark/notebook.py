@@ -17,10 +17,10 @@ def parameter(name: str, default: object) -> str:
 
 def show(page: str, height: int = 600) -> None:
     """Show a page of HTML below the cell, apart from the notebook's own styles."""
-    from IPython.display import HTML, display
+    from IPython.display import display
 
     frame = f'<iframe srcdoc="{escape(page)}" style="width: 100%; height: {height}px; border: 0"></iframe>'
-    display(HTML(frame))
+    display({"text/html": frame, "text/plain": "a page of HTML"}, raw=True)
 
 
 def _in_notebook(name: str) -> Any:
