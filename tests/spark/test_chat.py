@@ -13,7 +13,7 @@ from fft.data.table import Table
 from fft.errors import UserError
 from spark.chat_templates import STYLES, save_chat_tokenizer
 from spark.helpers import hashes_of, rows_of
-from spark_jobs import repartition_table, shuffle_tables, tokenize_table
+from spark_jobs import repartition_table, shuffle_tables, tokenize, tokenize_table
 from spark_jobs.cli import run_tokenize as main
 
 END = "<|im_end|>"
@@ -112,6 +112,29 @@ def test_the_same_conversation_has_the_same_hash_in_every_form(spark, tokenizer,
     tokenize_table([path, tmp_path / "b.parquet"], tmp_path / "out", tokenizer, task="chat")
     first, *others = rows_of(tmp_path / "out")
     assert others == [first, first]
+
+
+def test_other_formats_are_read_by_all_readers_and_told(spark, tokenizer, tmp_path, capsys):
+    pairs = [(f"Question {i}?", f"Answer {i}.") for i in range(3)]
+    plain = write_lines(tmp_path / "plain.jsonl", *[[{"user": q}, {"assistant": a}] for q, a in pairs])
+    sharegpt = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in pairs]
+    lines = write_lines(tmp_path / "sharegpt.jsonl", *[{"conversations": turns} for turns in sharegpt])
+    alpaca = {"instruction": [q for q, _ in pairs], "input": [""] * 3, "output": [a for _, a in pairs]}
+    pq.write_table(pa.table(alpaca), tmp_path / "alpaca.parquet")
+    frame = spark.createDataFrame(pairs, "prompt string, completion string")
+    tokenize_table(plain, tmp_path / "plain", tokenizer, task="chat")
+    expected = sorted(rows_of(tmp_path / "plain"), key=str)
+    capsys.readouterr()
+    inputs = [lines, tmp_path / "alpaca.parquet", frame]
+    manifest = tokenize_table(inputs, tmp_path / "out", tokenizer, task="chat")
+    assert sorted(rows_of(tmp_path / "out"), key=str) == sorted(expected * 3, key=str)
+    told = "read as ShareGPT: 3 records, as Alpaca: 3 records, as prompt/completion: 3 records."
+    assert told in " ".join(capsys.readouterr().err.split())
+    counts = manifest.lineage["counts"]
+    read = [counts[f"read_as_{name}"] for name in ("messages", "sharegpt", "alpaca", "prompt_completion")]
+    assert read == [0, 3, 3, 3]
+    rows = frame.transform(tokenize(tokenizer, task="chat")).collect()
+    assert sorted((row.asDict() for row in rows), key=str) == expected
 
 
 BAD = {
