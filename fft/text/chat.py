@@ -171,7 +171,7 @@ class Chat:
         if raw.images:
             parts = as_parts(raw.messages, images.written)
             if self.template.render(parts, tools=raw.tools) != rendered.text:
-                if any(message["role"] == "assistant" and not isinstance(message["content"], str) for message in parts):
+                if any(message["role"] == "assistant" and isinstance(message["content"], list) for message in parts):
                     raise Malformed("the chat template renders an assistant's images elsewhere than they stand")
                 rendered = self.template.locate(parts, raw.tools, raw.untrained)
         images.check_written(rendered.text, [m["content"] or "" for m in raw.messages], len(raw.images))

@@ -103,6 +103,8 @@ def test_all_forms_of_a_chat_are_one(models, files):
         turns([text, {"image": name}]),
         {"messages": turns("see <image>"), "images": [name]},
         {"messages": turns("see <image>"), "image": url},
+        {"conversations": [{"from": "human", "value": "see <image>"}, {"from": "gpt", "value": "yes"}], "image": name},
+        {"prompt": "see <image>", "completion": "yes", "images": [name]},
         {"messages": turns("see <image>"), "images": [{"bytes": data, "path": None}]},
         {"messages": turns([text, {"type": "image"}]), "images": [{"path": name}]},
     ]
