@@ -10,6 +10,8 @@ from fft.checkpoint import convert
 from fft.data import trace
 from fft.models import __main__ as models
 from fft.parallel import ring_plan, window_plan
+from fft.plan import __main__ as plan
+from fft.plan import validate
 from fft.quickstart import __main__ as quickstart
 from fft.quickstart.vision import __main__ as quickstart_vision
 from fft.report import __main__ as report
@@ -37,6 +39,8 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     trace.build_parser,
     report.build_parser,
     show.build_parser,
+    plan.build_parser,
+    validate.build_parser,
     convert.build_parser,
     convert_tokenizer.build_parser,
     batch_infer.build_parser,

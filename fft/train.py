@@ -26,6 +26,12 @@ def main() -> int:
 
     # Texts are read as the jobs read them, whose errors name parameters.
     with build_parser().naming_flags(), naming_places():
+        if arguments.layout == "auto":
+            from fft.plan.auto import with_best_layout
+
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            first = int(os.environ.get("RANK", "0")) == 0
+            arguments = with_best_layout(arguments, (arguments.dry_run and arguments.ranks) or world, first)
         if arguments.dry_run:
             from fft.planning.dry_run import dry_run
 

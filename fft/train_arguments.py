@@ -142,7 +142,16 @@ class TrainArguments:
     offload_optimizer: bool = flag("keep masters and moments in the machine's memory, and step there: slower", False)
     seed: int = flag("seed of the initial weights and of the table's order", 0, bound=NOT_NEGATIVE)
 
-    pipe_parallel_size: int = flag("pipeline stages", 1, topic="Layout")
+    layout: str = flag(
+        "given: the sizes below; auto: what is predicted to be fastest on --hardware, in place of them, of "
+        "recomputation and of both batch sizes (docs/planner.md)",
+        "given",
+        topic="Layout",
+        choices=("given", "auto"),
+    )
+    hardware: str | None = flag("--layout auto: a file that describes the machines, as in conf/hardware", None)
+    tokens_per_step: int = flag("--layout auto: tokens of a step, of all replicas", 1 << 22, bound=AT_LEAST_1)
+    pipe_parallel_size: int = flag("pipeline stages", 1)
     model_parallel_size: int = flag("ranks that share the parameters of a layer (tensor parallel)", 1)
     sequence_parallel_size: int = flag("ranks that share the tokens of a micro-batch: for very long rows", 1)
     expert_parallel_size: int = flag("data- and sequence-parallel neighbours that share out a layer's experts", 1)

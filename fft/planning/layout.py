@@ -11,7 +11,7 @@ from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
 from fft.parallel.image_plan import CHUNK
 from fft.parallel.mesh import MeshSizes
-from fft.planning.activations import layer_activations, tower_activations
+from fft.planning.activations import LayerActivations, layer_activations, tower_activations
 from fft.planning.costs import TOWER, LayerCost, first_trained, layer_costs, multiply_adds, tower_costs
 from fft.planning.image_load import ImageLoad, assumed_load
 from fft.planning.memory import Circumstances, LayerMemory, SharedTowerMemory, StageMemory, loss_memory, stage_memory
@@ -66,7 +66,7 @@ def plan_layout(
     ranks = mesh.sequence * mesh.tensor  # of a row: each of them runs the whole tower
     costs = [replace(cost, repeated=ranks) if cost.kind in TOWER else cost for cost in costs]
     shared = tuple(tower_costs(spec, load)) if load is not None and spec.shared_tower else ()
-    at = _circumstances(args, spec, mesh, host, costs)
+    at = circumstances(args, spec, mesh, host, costs)
     if load is not None and shared:
         learns = any(cost.trained for cost in shared)  # so that features have gradients
         at = replace(
@@ -74,7 +74,7 @@ def plan_layout(
             tower=_shared(spec, load, at, shared, mesh.pipe * mesh.sequence, args.per_device_train_batch_size),
             lowest=0 if learns else at.lowest,
         )
-    layers = _layers(args, spec, mesh, at, costs, load)
+    layers = layer_memory(args, spec, mesh, at, costs, load)
 
     def memory(stage: int, start: int, stop: int) -> StageMemory:
         return stage_memory(layers, start, stop, stage, at)
@@ -93,9 +93,10 @@ def plan_layout(
     return Layout(mesh, bounds, costs, held, load, shared)
 
 
-def _circumstances(
+def circumstances(
     args: TrainArguments, spec: ModelSpec, mesh: MeshSizes, host: bool, costs: list[LayerCost]
 ) -> Circumstances:
+    """What the memory of a run's stages depends on."""
     tokens = args.seq_len * args.per_device_train_batch_size
     return Circumstances(
         stages=mesh.pipe,
@@ -142,20 +143,21 @@ def _shared(
     return SharedTowerMemory(layer, at.micro_batches * features * (2 if trained else 1))
 
 
-def _layers(
+def layer_memory(
     args: TrainArguments,
     spec: ModelSpec,
     mesh: MeshSizes,
     at: Circumstances,
     costs: list[LayerCost],
     load: ImageLoad | None,
+    ran: Sequence[LayerActivations] | None = None,
 ) -> list[LayerMemory]:
-    """Every layer's memory; the last one is the head with its loss."""
+    """Every layer's memory; the last one is the head with its loss. ``ran`` is what all others were found to keep."""
     row, taken = None, [None] * len(costs)
     if load is not None:
         row = SeenRow(spec, load, args.per_device_train_batch_size, at.row, at.tokens, 1 + args.split_dlayer)
         taken = row.taken([cost.kind for cost in costs])
-    ran = layer_activations(spec, at.row, args.split_dlayer, mesh, row)
+    ran = layer_activations(spec, at.row, args.split_dlayer, mesh, row) if ran is None else ran
     layers = [
         LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, c.recomputes, c.trained, c.experts, t)
         for c, a, t in zip(costs, ran, taken, strict=False)

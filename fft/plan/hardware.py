@@ -1,0 +1,121 @@
+"""Machines: devices, and the links inside and between nodes, as files of ``conf/hardware`` describe them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fft.errors import UserError
+
+#: Files of machines, where there is a checkout.
+HARDWARE = Path(__file__).parents[2] / "conf" / "hardware"
+
+_TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
+
+
+@dataclass(frozen=True)
+class Device:
+    """``peak`` FLOP/s of 16-bit matrix products by the datasheet, ``reached`` the share that large products reach.
+
+    ``bandwidth`` B/s of its memory by the datasheet, ``memory`` bytes of it; ``flash`` the shares of ``peak`` that
+    the attention kernel reaches in forward and backward on long documents.
+    """
+
+    name: str
+    peak: float
+    reached: float
+    bandwidth: float
+    memory: float
+    flash: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Link:
+    """``bandwidth`` B/s in one direction, of a device inside a node, of a whole node between nodes.
+
+    ``latency`` seconds of an exchange; of devices inside, ``sharing`` have one bandwidth together when all send.
+    """
+
+    bandwidth: float
+    latency: float
+    sharing: int = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of ``node`` devices each."""
+
+    name: str
+    device: Device
+    node: int
+    inside: Link
+    between: Link
+
+
+def read_machine(path: str | Path) -> Machine:
+    """A machine as a file describes it, in TFLOP/s, GB/s, GB and microseconds.
+
+    Raises :class:`UserError` for what is no such file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--hardware {path}: {error.strerror}; conf/hardware has files to begin with.") from None
+    try:
+        said = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--hardware {path} is no YAML: {error}") from None
+    if not isinstance(said, dict):
+        raise UserError(f"--hardware {path}: device, node, inside and between were expected, as in conf/hardware.")
+    rates = "tflops", "reached", "bandwidth", "memory", "flash_forward", "flash_backward"
+    device = _numbers(path, said, "device", rates)
+    inside = _numbers(path, said, "inside", ("bandwidth", "latency"), ("sharing",))
+    between = _numbers(path, said, "between", ("bandwidth", "latency"))
+    node = said.get("node")
+    if not isinstance(node, int) or node < 1:
+        raise UserError(f"--hardware {path}: node must be how many devices a node has.")
+    _check_keys(path, "", said, {"name", "node", "device", "inside", "between"})
+    return Machine(
+        str(said.get("name", Path(path).stem)),
+        Device(
+            str(said["device"].get("name", Path(path).stem)),
+            device["tflops"] * _TERA,
+            device["reached"],
+            device["bandwidth"] * _GIGA,
+            device["memory"] * _GIGA,
+            (device["flash_forward"], device["flash_backward"]),
+        ),
+        node,
+        Link(inside["bandwidth"] * _GIGA, inside["latency"] * _MICRO, int(inside.get("sharing", 1))),
+        Link(between["bandwidth"] * _GIGA, between["latency"] * _MICRO),
+    )
+
+
+def named_link(name: str) -> Link:
+    """A link of ``conf/hardware/links.yaml``. Raises :class:`UserError` for a name that it has not."""
+    path = HARDWARE / "links.yaml"
+    known = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if name not in known:
+        raise UserError(f"--compare {name}: {path.name} has {', '.join(known)}.")
+    said = _numbers(path, known, name, ("bandwidth", "latency"), ("sharing",))
+    return Link(said["bandwidth"] * _GIGA, said["latency"] * _MICRO, int(said.get("sharing", 1)))
+
+
+def _numbers(
+    path: str | Path, said: dict, part: str, names: tuple[str, ...], more: tuple[str, ...] = ()
+) -> dict[str, float]:
+    own = said.get(part)
+    if not isinstance(own, dict):
+        raise UserError(f"--hardware {path}: {part} is missing: {', '.join(names)}.")
+    _check_keys(path, f"{part}.", own, {"name", *names, *more})
+    for name in names + tuple(name for name in more if name in own):
+        value = own.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"--hardware {path}: {part}.{name} must be a number above 0, not {value!r}.")
+    return {name: float(own[name]) for name in names + more if name in own}
+
+
+def _check_keys(path: str | Path, prefix: str, said: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(map(str, set(said) - known)):
+        raise UserError(f"--hardware {path}: {prefix}{unknown[0]} is not known; there are {', '.join(sorted(known))}.")

@@ -1,0 +1,37 @@
+"""How long kernels take: rooflines without a corner, whose efficiency falls with the size of what is computed."""
+
+from math import hypot
+
+from fft.plan.constants import Constants
+from fft.plan.hardware import Device
+
+
+def product_time(device: Device, rows: float, columns: float, inner: float, at: Constants) -> float:
+    """Seconds of a matrix product [rows, inner] x [inner, columns] of 16 bits.
+
+    Its arithmetic at the rate that its size reaches, beside the bytes of its operands: of both the longer, and more of
+    the shorter the closer they are.
+    """
+    if not rows or not columns or not inner:
+        return 0.0
+    reached = device.peak * device.reached
+    fill = (1 + at.tile / rows) * (1 + at.tile / columns) * (1 + at.tile / 4 / inner)
+    moved = 2 * (rows * inner + inner * columns + rows * columns)
+    return hypot(2 * rows * columns * inner * fill / reached, moved / (device.bandwidth * at.stream)) + at.launch
+
+
+def moving_time(device: Device, moved: float, launches: float, at: Constants) -> float:
+    """Seconds of kernels that move so many bytes of the device's memory, and compute next to nothing."""
+    return moved / (device.bandwidth * at.stream) + launches * at.launch
+
+
+def flash_time(
+    device: Device, flops: float, row: float, passes: tuple[float, float], at: Constants
+) -> tuple[float, float]:
+    """Seconds of forward and backward of a fused attention kernel, whose forward computes ``flops`` that count.
+
+    ``row`` are the tokens of a document; ``passes`` the shares of the peak that it reaches on long ones.
+    """
+    fill = 1 + at.row / row
+    forward = flops * fill / (device.peak * passes[0]) + at.launch
+    return forward, 2.5 * flops * fill / (device.peak * passes[1]) + at.launch
