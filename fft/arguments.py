@@ -1,13 +1,13 @@
 """Flags of the trainer, from a command line or a YAML file, and which of them contradict one another."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fft.errors import Parser, UserError
 from fft.flags import add_flags, check_bounds, read_settings
+from fft.json_text import json_value
 from fft.train_arguments import TrainArguments
 
 _EXAMPLES = """examples:
@@ -86,7 +86,7 @@ def _dtype_to_keep(args: TrainArguments) -> str | None:
     try:
         if args.from_ckpt:
             folder /= (folder / tag).read_text(encoding="utf-8").strip() if (folder / tag).is_file() else tag
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json_value((folder / "config.json").read_text(encoding="utf-8"))
         return _DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
     except (OSError, ValueError, TypeError, AttributeError):
         return None  # what is wrong with it is found, and said, when it is read in earnest

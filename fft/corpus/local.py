@@ -41,6 +41,7 @@ from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
 from fft.files import write_atomically
+from fft.json_text import json_value
 from fft.text.chat import load_chat
 from fft.text.formats import FORMATS, known_formats, mended
 from fft.text.pretrain import load_pretrain
@@ -189,7 +190,10 @@ def _key(text: TextInput, seen: list[str | int], cache: Path) -> str:
     The file is not read again while its size and its time of change stay as they were noted.
     """
     note = cache / f".{_stem(text.path)}.content"
-    known = json.loads(note.read_text()) if note.is_file() else {}
+    try:
+        known = dict(json_value(note.read_bytes())) if note.is_file() else {}
+    except (ValueError, TypeError):  # whatever somebody has put there
+        known = {}
     if known.get("seen") != seen:
         with open(text.path, "rb") as stream:
             known = {"seen": seen, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

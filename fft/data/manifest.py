@@ -25,6 +25,7 @@ from typing import Any
 
 from fft.data.file_list import INLINE, FileInfo, is_list_name, pack_list, unpack_list
 from fft.errors import UserError
+from fft.json_text import json_value
 from fft.redaction import redact_all
 
 #: Tables of texts have the first format version, which older releases read; those with images the second; those whose
@@ -122,7 +123,7 @@ class Manifest:
         Raises :class:`UserError` naming ``where`` when it is none.
         """
         try:
-            raw = json.loads(text)
+            raw = json_value(text)
             version = raw["format_version"]
             if version > FORMAT_VERSION:
                 raise UserError(
@@ -202,7 +203,7 @@ def read_manifest(table: str | os.PathLike) -> Manifest | None:
 def replacing(mark: bytes | None) -> str | None:
     """Of a mark that says that an older table stays for now: how the names of the newer one's files end. Else None."""
     try:
-        facts = json.loads(mark) if mark is not None else None
+        facts = json_value(mark) if mark is not None else None
     except ValueError:
         return None
     return facts.get(REPLACING) if isinstance(facts, dict) else None

@@ -4,7 +4,6 @@ Files that a run reads end up in what it writes: in a copied tokenizer, in a tem
 a directory that was fetched may lead to a user's own secrets; a pipe in it keeps who reads it waiting for ever.
 """
 
-import json
 import os
 import re
 import stat
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from fft.data.replaceable import MODEL
 from fft.errors import UserError, one_line
+from fft.json_text import json_value
 
 #: Names of files that are read in such a directory.
 _READ = rf"{MODEL.files}|.*\.(json|py|txt|safetensors|bin|pt|pth)"
@@ -75,6 +75,6 @@ def _homes(directory: Path) -> list[Path]:
 def _check_json(file: str, size: int, changed: int) -> None:
     """Once for each content of a file: a tokenizer's is large."""
     try:
-        json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        json_value(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is no JSON ({one_line(error)[:120]}): restore it.") from error

@@ -36,6 +36,7 @@ from fft.files import (
     start_folder,
     try_folder,
 )
+from fft.json_text import json_value
 
 #: The mark of who writes to a folder, in that folder. Readers, Spark's too, pass over names like this.
 OWNER_NAME = "_fft_owner.json"
@@ -277,7 +278,7 @@ def _unlock(mark: int) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json_value(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

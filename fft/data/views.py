@@ -23,6 +23,7 @@ from fft.data.asking import NewFile, asking
 from fft.data.storage import Storage, is_url, reaching
 from fft.errors import UserError, one_line
 from fft.files import remove_file, remove_path, write_atomically, write_file
+from fft.json_text import json_value
 
 #: What a note begins with.
 _NOTE = b"a file of a store, noted by flash-fine-tuning\n"
@@ -144,7 +145,7 @@ def _facts(found: fs.FileInfo) -> list[int]:
 def _bring(storage: Storage, folder: Path, files: dict[str, list[int]]) -> Path:
     """Have ``folder`` show these ``files``, of which those stay that it has already."""
     file = folder / _ORIGIN
-    before = json.loads(file.read_bytes())["files"] if file.is_file() else {}
+    before = json_value(file.read_bytes())["files"] if file.is_file() else {}
     for name in before.keys() - files.keys():
         remove_file(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +223,7 @@ def origin(path: Path) -> str:
     """What the user calls a file or folder, or the view of one."""
     for above in (path, *path.parents):
         if (above / _ORIGIN).is_file():
-            place = json.loads((above / _ORIGIN).read_bytes())["place"]
+            place = json_value((above / _ORIGIN).read_bytes())["place"]
             return "/".join((place, *path.relative_to(above).parts))
     return str(path)
 
@@ -236,7 +237,7 @@ def naming_places() -> Iterator[None]:
         if _scratch.cache_info().currsize:
             text = str(error)
             for file in _views(os.getpid()).rglob(_ORIGIN):
-                text = text.replace(str(file.parent), json.loads(file.read_bytes())["place"])
+                text = text.replace(str(file.parent), json_value(file.read_bytes())["place"])
             error.args = (text,)
         raise
 
@@ -244,7 +245,7 @@ def naming_places() -> Iterator[None]:
 @lru_cache(maxsize=4096)
 def _stored_file(facts: bytes) -> StoredFile:
     """What a note tells of: one object, so that a file is opened once and its header is read once."""
-    told = json.loads(facts)
+    told = json_value(facts)
     return StoredFile(told["place"], told["size"])
 
 

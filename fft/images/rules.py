@@ -1,13 +1,13 @@
 """What a family of models makes of images: read from a model's directory once, and kept in a table's manifest."""
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fft.errors import UserError
+from fft.json_text import json_value
 
 #: Families whose images become one grid of patches each, of a size between two limits.
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -165,7 +165,7 @@ def has_processor(directory: Path) -> bool:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a file of JSON, empty where there is no file. Raises :class:`UserError` for other content."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        value = json_value(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): restore it.") from error
     if not isinstance(value, dict):

@@ -4,7 +4,6 @@ Whoever reads one asks here, so that what transformers would make something else
 configs are trained is the business of :mod:`fft.models.supported`.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from fft.data.model_files import check_directory
 from fft.errors import UserError, one_line
+from fft.json_text import json_value
 from fft.models.baichuan import BaichuanConfig, BaichuanForCausalLM
 from fft.models.lora import is_adapter
 from fft.models.spec import ModelSpec
@@ -91,7 +91,7 @@ def load_config(model: str, init: bool, weights: bool = True) -> PretrainedConfi
 def _read_config(file: Path) -> PretrainedConfig:
     """Raises :class:`UserError` for a config that transformers cannot read, or of weights that we cannot."""
     try:
-        raw = dict(json.loads(file.read_text(encoding="utf-8")))
+        raw = dict(json_value(file.read_text(encoding="utf-8")))
         raw = as_architecture(with_image_token(raw, file.parent))
         kind = raw.get("model_type")
         if kind not in CONFIG_MAPPING:

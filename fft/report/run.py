@@ -80,7 +80,7 @@ def read_run(path: Path) -> Run:
 def _settings(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}).") from error
     if not isinstance(found, dict):
         raise UserError(f"{file} holds no settings: it is no file of a run.")

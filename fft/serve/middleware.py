@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from fft.json_text import json_value
 from fft.serve.translate import (
     ABORTED,
     Refused,
@@ -225,7 +226,7 @@ class _Answer:
         kept = [pair for pair in self._headers if pair[0] != b"content-length"]
         if status != 200:
             return await _reply(self._send, status, told_error(self._whole), kept)
-        chat = json.loads(self._whole)
+        chat = json_value(self._whole)
         if not chat:  # what vLLM tells a client that is gone
             return await _reply(self._send, status, self._whole, kept)
         told = told_answer(chat)

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from fft.data.storage import is_url
 from fft.errors import UserError
 from fft.files import atomic_file, hidden, new_file, own_file, remove_file, sync, write_atomically
+from fft.json_text import json_value
 
 #: Seconds between two times that what is written is brought to the disk.
 _SYNC_EVERY = 5.0
@@ -115,7 +116,7 @@ class Partial:
 
     def _before(self) -> Mapping[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads(self._header.read_text(encoding="utf-8")))
+            return dict(json_value(self._header.read_text(encoding="utf-8")))
         return None
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -149,7 +150,7 @@ class Partial:
         """Write the output as parquet, of these columns: each row is what ``shown`` has of it, and its answer here."""
         self.close()
         with atomic_file(self._output) as aside, open(self.path, "rb") as lines:
-            rows = ({**one, **json.loads(line)} for one, line in zip(shown, lines, strict=True))
+            rows = ({**one, **json_value(line)} for one, line in zip(shown, lines, strict=True))
             with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
                 for batch in _batches(rows):
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))

@@ -15,6 +15,7 @@ import yaml
 
 from fft.console import say
 from fft.errors import Parser, UserError, one_line, run_cli
+from fft.json_text import json_value
 from fft.serve.engines.vllm_engine import adapter_room, batched_tokens, cache_bytes
 from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT
 from fft.serve.prompts import load_model_tokenizer
@@ -202,7 +203,7 @@ def _is_quantized(folder: Path) -> bool:
     from fft.weights.quantized import BlockScales
 
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json_value((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # what is wrong there is told by who reads it all
     return isinstance(config, dict) and any(config.get(name) for name in BlockScales.SETTINGS)
@@ -230,7 +231,7 @@ def _settings_of_file(rest: Sequence[str]) -> dict[str, Any]:
     try:
         path = parser.parse_known_args(rest)[0].config
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (argparse.ArgumentError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (argparse.ArgumentError, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config cannot be read ({one_line(error)}).") from error
     settings = {_spelled(str(name)): value for name, value in content.items()} if isinstance(content, dict) else {}
     if "api-key" in settings:

@@ -16,6 +16,7 @@ from fft.data.owner import atomic_folder
 from fft.data.replaceable import MODEL, check_replaceable
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import write_file
+from fft.json_text import json_value
 from fft.text.byte_ranks import ranked_tokenizer, read_ranks
 from fft.text.piece_model import NORMAL, PieceModel, read_piece_model
 
@@ -235,7 +236,7 @@ def _json(file: Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json_value(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}): restore it.") from error
 

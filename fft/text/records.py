@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import pyarrow as pa
 
 from fft.errors import UserError
+from fft.json_text import json_value
 from fft.text.encoder import Encoder
 from fft.text.engines import Recipe
 
@@ -180,8 +181,8 @@ def decode_record(record: bytes | None) -> str:
 def load_json(line: str) -> object:
     """The JSON value of one line."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return json_value(line)
+    except ValueError as error:
         raise Malformed(f"not valid JSON: {error}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from fft.checkpoint.folder import METRICS, TENSORBOARD
 from fft.errors import UserError, one_line
 from fft.files import own_file, own_folder
+from fft.json_text import json_value
 from fft.training.mlflow_sink import MLflow, RunFacts
 
 #: TensorBoard's groups; what is in none of these is a number of training.
@@ -69,7 +70,7 @@ def read_numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
     unread = 0
     for line in lines:
         try:
-            told = json.loads(line)
+            told = json_value(line)
             step = told.pop("step")
             for name, value in told.items():
                 numbers.setdefault(name, {})[step] = float(value)

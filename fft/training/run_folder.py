@@ -1,7 +1,6 @@
 """The folder of a run: taken under its lock, then started afresh or gone on with from a checkpoint."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fft.checkpoint.stored_run import StoredRun, run_at
 from fft.data.batches import Loader
 from fft.data.samples import Samples
 from fft.errors import UserError, one_line
+from fft.json_text import json_value
 from fft.planning.outputs import RUN_FLAGS, check_free, check_kept
 from fft.planning.preflight import Plan, batch_plan
 from fft.redaction import redact_all
@@ -154,7 +154,7 @@ def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: S
 def _written_by(line: str, step: int) -> bool:
     """Whether a line of metrics is whole and of a step up to ``step``; the last line of a killed run may be cut."""
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        return line.endswith("\n") and json_value(line)["step"] <= step
     except ValueError:
         return False
 

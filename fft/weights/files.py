@@ -1,6 +1,5 @@
 """Files of weights: which of a directory's are a model's, and both formats under one interface."""
 
-import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 from fft.data.model_files import check_file, is_plain
 from fft.data.views import noted
 from fft.errors import UserError, one_line
+from fft.json_text import json_value
 from fft.weights.in_store import StoredTensors
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def weight_files(root: Path) -> dict[str, Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        found = dict(json_value(index.read_text(encoding="utf-8"))["weight_map"])
         other = [file for file in found.values() if not is_plain(file)]
         if other:
             raise ValueError(f"{other[0]!r} is no file name")

@@ -17,6 +17,7 @@ from fft.errors import UserError, one_line
 from fft.files import claim_file, copy_file, sync, write_file
 from fft.images.processor_files import set_limits
 from fft.images.rules import ImageRules
+from fft.json_text import json_value
 from fft.parallel.tensor_plan import Shard
 from fft.text.convert_tokenizer import convert_tokenizer, is_original
 from fft.weights import internvl
@@ -208,7 +209,7 @@ def _experts(shard: Shard) -> tuple[slice, ...]:
 def read_json(file: Path) -> dict:
     """The object in a JSON file. Raises :class:`UserError` where there is none."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json_value(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}): restore it.") from error
 

@@ -20,6 +20,7 @@ from fft.data.asking import asking
 from fft.data.storage import Storage
 from fft.data.views import StoredFile, write_bounded
 from fft.errors import UserError, one_line
+from fft.json_text import json_value
 
 #: Types by the names that the format has for them.
 _DTYPES = {
@@ -38,7 +39,7 @@ class StoredTensors:
     def __init__(self, file: StoredFile) -> None:
         self._file = file
         try:
-            header = dict(json.loads(file.head[8:]))
+            header = dict(json_value(file.head[8:]))
             self._metadata = {str(k): str(v) for k, v in dict(header.pop("__metadata__", {})).items()}
             self._places = {str(name): _place(file, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fft.errors import UserError, one_line
 from fft.files import write_file
+from fft.json_text import json_value
 from fft.weights.original_forms import Original, thirds, without_code
 
 #: The type that configs name, and the token that stands for an image's; its id is said by tokenizers alone.
@@ -61,7 +62,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
     for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         file = folder / name
         try:
-            content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            content = json_value(file.read_text(encoding="utf-8")) if file.is_file() else {}
             if name == "added_tokens.json":
                 found |= {token: int(i) for token, i in content.items()}
             elif name == "tokenizer.json":
@@ -188,7 +189,7 @@ def complete_native(folder: Path, raw: dict) -> None:
         known = _token_ids(folder)
         names = {name: next((token for token in tokens if token in known), None) for name, tokens in _ROLES.items()}
         roles = {name: token for name, token in names.items() if token is not None}
-        settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+        settings = json_value(tokenizer.read_text(encoding="utf-8"))
         settings.pop("chat_template", None)
         _write(tokenizer, settings | roles)
 

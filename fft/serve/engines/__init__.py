@@ -5,12 +5,12 @@ an answer says is made of its ids by :mod:`fft.serve.engines.texts`, alike for b
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from fft.errors import UserError, positive
+from fft.json_text import json_value
 from fft.serve.sampling import Sampling
 from fft.text.image_parts import ReadImage
 
@@ -134,6 +134,6 @@ def engine_options_of(args: argparse.Namespace) -> EngineOptions:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
+        return dict(json_value(text))
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"quantization": "fp8"}}') from None
