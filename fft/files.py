@@ -178,6 +178,15 @@ def alone(lock: Path, mode: int = 0o666, wait: Callable[[], object] = lambda: No
         os.close(descriptor)
 
 
+def is_plain(name: object) -> bool:
+    """Whether a name, as a file of a directory tells it, is one of a file in that directory."""
+    try:
+        bytes_of = name.encode() if isinstance(name, str) else b""
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(bytes_of) < 256 and name not in (".", "..") and not {"/", "\\", "\0"} & set(str(name))
+
+
 def hidden(path: Path, mark: str) -> Path:
     """A name beside ``path`` that is no part of a table, a run or a model; ``mark`` says why it is there."""
     return path.with_name(f".{path.name}.{mark}")

@@ -17,11 +17,12 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from fft.data.model_files import check_file, is_plain
+from fft.data.model_files import check_file
 from fft.data.views import noted, origin
 from fft.errors import UserError
 from fft.files import (
     hidden,
+    is_plain,
     own_file,
     recover_folder,
     remove_file,

@@ -82,13 +82,10 @@ class Manifest:
         return Manifests({"": self})._repr_html_()
 
     def check_types(self) -> None:
-        """Raise :class:`TypeError` where a count is no number, or a file's name no text: JSON may say anything."""
-        counts = [self.rows, self.tokens, *(n for file in self.files for n in (file.rows, file.tokens, file.bytes))]
-        counts += [0 if number is None else number for number in (self.seq_len, self.seed)]
-        if any(type(count) is not int for count in counts) or any(count < 0 for count in counts[:-1]):
+        """Raise :class:`TypeError` where a count is no number: JSON may say anything."""
+        numbers = [self.rows, self.tokens, *(n for n in (self.seq_len, self.seed) if n is not None)]
+        if any(type(number) is not int for number in numbers):
             raise TypeError("a count is no number")
-        if any(type(file.path) is not str for file in self.files):
-            raise TypeError("the name of a file is no text")
         if self.tokenizer is not None and type(self.tokenizer.vocab_size) is not int:
             raise TypeError("the size of a vocabulary is no number")
 
@@ -135,7 +132,7 @@ class Manifest:
                 raw["files"] = _listed(read, listed)
                 raw["format_version"] = _OF_TEXTS
             else:
-                raw["files"] = tuple(FileInfo(**f) for f in listed)
+                raw["files"] = tuple(_checked(FileInfo(**f)) for f in listed)
             if raw.get("tokenizer") is not None:
                 raw["tokenizer"] = TokenizerInfo(**raw["tokenizer"])
             if not isinstance(raw.get("lineage", {}), dict):
@@ -149,6 +146,13 @@ class Manifest:
             raise UserError(
                 f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
             ) from error
+
+
+def _checked(file: FileInfo) -> FileInfo:
+    """A file's entry; raises :class:`TypeError` for other types than it is to have."""
+    if type(file.path) is not str or any(type(n) is not int or n < 0 for n in (file.rows, file.tokens, file.bytes)):
+        raise TypeError(f"{file} is no file's entry")
+    return file
 
 
 class Manifests(dict[str, Manifest]):

@@ -20,15 +20,6 @@ _READ = rf"{MODEL.files}|.*\.(json|py|txt|safetensors|bin|pt|pth)"
 _TEMPLATES = "additional_chat_templates"
 
 
-def is_plain(name: object) -> bool:
-    """Whether a name, as a file of a directory tells it, is one of a file in that directory."""
-    try:
-        bytes_of = name.encode() if isinstance(name, str) else b""
-    except UnicodeEncodeError:
-        return False
-    return 0 < len(bytes_of) < 256 and name not in (".", "..") and not {"/", "\\", "\0"} & set(str(name))
-
-
 def check_directory(directory: str | os.PathLike[str]) -> None:
     """Raise :class:`UserError` for a file of a model directory that is a link out of it, that is no file at all, or
     that is no JSON where a model's file of that name is. Nothing is done for what is no folder."""

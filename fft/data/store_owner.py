@@ -25,6 +25,7 @@ import pyarrow as pa
 from fft.data import owner
 from fft.data.owner import DEAD_AFTER, OWNER_NAME, Owner, facts_of_job, lives_here, occupied, owned, taken_over
 from fft.data.storage import Storage
+from fft.json_text import json_value
 
 #: The folder, in that of an output, of the marks of those who write there or ask to.
 OWNERS = "_fft_owners"
@@ -149,7 +150,7 @@ def _marks(place: Storage) -> dict[str, dict[str, Any]]:
 
 def _facts(place: Storage, name: str) -> dict[str, Any]:
     try:
-        facts = json.loads(place.fetch(name))
+        facts = json_value(place.fetch(name))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fft.data.model_files import check_file, is_plain
+from fft.data.model_files import check_file
 from fft.data.views import noted
 from fft.errors import UserError, one_line
+from fft.files import is_plain
 from fft.json_text import json_value
 from fft.weights.in_store import StoredTensors
 

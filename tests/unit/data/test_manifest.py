@@ -63,6 +63,7 @@ def test_equal_facts_have_equal_bytes():
         '{"format_version": 1, "files": [], "rows": 1, "tokens": 1, "seq_len": "8"}',
         '{"format_version": 1, "files": [], "rows": true, "tokens": 1}',
         '{"format_version": 1, "files": [{"path": 1, "rows": 1, "tokens": 1, "bytes": 1}], "rows": 1, "tokens": 1}',
+        '{"format_version": 2, "files": {"list": "../other/_fft_manifest.json", "count": 0}, "rows": 0, "tokens": 0}',
         "[" * 100_000,
     ],
 )

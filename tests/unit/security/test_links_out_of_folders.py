@@ -13,8 +13,9 @@ from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.conversion import open_source
 from fft.checkpoint.convert import main as convert
 from fft.checkpoint.run import LocalRun
-from fft.data.model_files import check_directory, is_plain
+from fft.data.model_files import check_directory
 from fft.errors import UserError
+from fft.files import is_plain
 from fft.models.directory import load_config
 from fft.text.encoder import load_tokenizer
 from fft.weights.hf import WeightReader, write_metadata
