@@ -3,6 +3,7 @@
 python -m benchmarks.loader                           # 104 M tokens, all loaders; installs the peers first
 python -m benchmarks.loader --millions 10 100 1000 --only pyarrow fft   # does memory grow with the table?
 python -m benchmarks.loader --only fft --ranks 4      # does memory grow with the ranks of a node?
+python -m benchmarks.loader --lake s3://bucket/bench  # from a store, by ours and MosaicML's, which converts first
 """
 
 import argparse
@@ -19,19 +20,26 @@ import pyarrow.parquet as pq
 
 from fft.console import format_table, say
 from fft.data.commits import commit
-from fft.data.manifest import FileInfo, Manifest, read_manifest
+from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, read_manifest
+from fft.data.storage import Storage
+from fft.data.views import send
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Without their dependencies, of which some name another torch; what they import is named, or is here already.
 PEERS = {
     "datasets": ["datasets==5.2.0", "dill", "multiprocess", "xxhash", "aiohttp", "httpx"],
-    "mosaic": ["mosaicml-streaming==0.13.0", "catalogue", "python-snappy", "cramjam", "zstd", "brotli", "xxhash"],
+    "mosaic": [
+        *("mosaicml-streaming==0.13.0", "catalogue", "python-snappy", "cramjam", "zstd", "brotli", "xxhash"),
+        *("boto3", "botocore", "s3transfer", "jmespath"),
+    ],
     "litdata": [
         *("litdata==0.2.76", "lightning-utilities", "boto3", "botocore", "s3transfer", "jmespath"),
         *("requests", "urllib3", "charset-normalizer", "certifi"),
     ],
 }
 LOADERS = ("pyarrow", "fft", *PEERS)
+#: Those that are asked to read from a store.
+OF_STORES = ("fft", "mosaic")
 VOCAB, GROUP_TOKENS, FILES = 32_000, 1 << 20, 8
 
 
@@ -41,8 +49,10 @@ def main() -> int:
     work = args.work.resolve()
     for millions in args.millions:
         table = make_table(work / f"tokens-{millions}-{args.seq_len}", millions * 1_000_000, args.seq_len)
-        loaders = [name for name in args.only or LOADERS if name not in PEERS or peer_environment(work, name)]
-        costs = {name: run(name, table, args, work) for name in loaders}
+        asked = args.only or (LOADERS if args.lake is None else OF_STORES)
+        loaders = [name for name in asked if name not in PEERS or peer_environment(work, name)]
+        place = table if args.lake is None else copy_to(table, f"{args.lake.rstrip('/')}/{table.name}")
+        costs = {name: run(name, place, args, work) for name in loaders}
         say("")
         cores = len(os.sched_getaffinity(0))
         print(
@@ -78,6 +88,17 @@ def make_table(folder: Path, tokens: int, seq_len: int) -> Path:
     return folder
 
 
+def copy_to(table: Path, url: str) -> str:
+    """A table in a store, copied there if it is not."""
+    place = Storage.at(url)
+    if not place.exists(MANIFEST_NAME):
+        say(f"copying {table} to {url}")
+        for path in sorted(table.glob("*.parquet")):
+            send(path, place, path.name)
+        place.write(MANIFEST_NAME, (table / MANIFEST_NAME).read_bytes())
+    return url
+
+
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "cu_seqlens": pa.list_(pa.int32())})
 
 
@@ -85,7 +106,7 @@ def _lists(values: np.ndarray, length: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), values)
 
 
-def run(name: str, table: Path, args: argparse.Namespace, work: Path) -> dict:
+def run(name: str, table: Path | str, args: argparse.Namespace, work: Path) -> dict:
     """Cost of a loader; of several ranks: the slowest's time, all their tokens and memory."""
     say(f"{name} ...")
     python = peer_environment(work, name) if name in PEERS else Path(sys.executable)
@@ -163,6 +184,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="processes of one node that share the table (fft only)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="kept between runs")
     parser.add_argument("--only", nargs="+", choices=LOADERS, help="default: all")
+    parser.add_argument("--lake", metavar="URL", help=f"read from a store, whose credentials are set: {OF_STORES} can")
     return parser.parse_args()
 
 

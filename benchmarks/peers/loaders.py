@@ -36,7 +36,7 @@ def read_pyarrow(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Ite
     return tokens(), None
 
 
-def read_fft(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], Callable[[], float]]:
+def read_fft(table: Path | str, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], Callable[[], float]]:
     """Ours, shuffled."""
     from fft.data.batches import BatchPlan, Loader
     from fft.data.reader import SampleReader
@@ -71,7 +71,7 @@ def read_datasets(table: Path, seq_len: int, batch: int, work: Path) -> tuple[It
     return (step["input_ids"].numel() for step in loader), None
 
 
-def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
+def read_mosaic(table: Path | str, seq_len: int, batch: int, work: Path) -> tuple[Iterator[int], None]:
     """MosaicML streaming, after its conversion to shards, shuffled by its default py1e."""
     import numpy as np
     import pyarrow.parquet as pq
@@ -80,16 +80,27 @@ def read_mosaic(table: Path, seq_len: int, batch: int, work: Path) -> tuple[Iter
     stand_in_for_torchvision()
     from streaming import MDSWriter, StreamingDataset
 
+    from fft.data.storage import Storage
+
     shards = work / "mds"
     shutil.rmtree(shards, ignore_errors=True)
     begin = time.perf_counter()
-    with MDSWriter(out=str(shards), columns={"input_ids": "ndarray:int32"}) as sink:
-        for path in sorted(table.glob("*.parquet")):
-            for rows in pq.ParquetFile(path).iter_batches(512, columns=["input_ids"]):
+    if isinstance(table, str):  # in a store: read there, its shards put there, and read back
+        os.environ["S3_ENDPOINT_URL"] = os.environ.get("AWS_ENDPOINT_URL", "")
+        out = f"{table}-mds-{time.time_ns()}"
+        source = Storage.at(table)
+        names = sorted(name for name in source.here() if name.endswith(".parquet"))
+        files = (source.filesystem.open_input_file(source.path(name)) for name in names)
+    else:
+        out, files = str(shards), iter(sorted(table.glob("*.parquet")))
+    with MDSWriter(out=out, columns={"input_ids": "ndarray:int32"}) as sink:
+        for file in files:
+            for rows in pq.ParquetFile(file).iter_batches(512, columns=["input_ids"]):
                 for row in rows.column(0):
                     sink.write({"input_ids": row.values.to_numpy().astype(np.int32)})
     print(json.dumps({"conversion": time.perf_counter() - begin}), file=sys.stderr)
-    dataset = StreamingDataset(local=str(shards), shuffle=True, batch_size=batch)
+    remote = out if isinstance(table, str) else None
+    dataset = StreamingDataset(remote=remote, local=str(shards), shuffle=True, batch_size=batch)
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch)
     return (step["input_ids"].numel() for step in loader), None
 
@@ -155,7 +166,8 @@ CONVERTS = ("mosaic", "litdata")
 
 def main() -> None:
     """See the module."""
-    kind, table, seq_len, batch, work = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    kind, place, seq_len, batch, work = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    table = place if "://" in place else Path(place)
     begin = time.perf_counter()
     steps, resume = KINDS[kind](table, seq_len, batch, Path(work))
     ready, busy = time.perf_counter(), time.process_time()
