@@ -49,6 +49,7 @@ def conclude(
             metrics.sinks.text(PICTURE, picture)
             _keep(runs, picture, metrics)
     if not ended:
+        metrics.sinks.stopped()
         return
     if args.register_model and args.output_dir:
         metrics.sinks.register(args.register_model, args.output_dir)

@@ -131,6 +131,11 @@ class Sinks:
         for server in self._servers():
             server.register(name, directory)
 
+    def stopped(self) -> None:
+        """The run ends well, but before its last step."""
+        for server in self._servers():
+            server.stopped = True
+
     def state(self) -> dict[str, str]:
         """What a checkpoint has to say of them for a run that goes on from it."""
         runs = [server.run for server in self._servers() if server.run is not None]

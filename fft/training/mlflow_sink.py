@@ -81,6 +81,8 @@ class MLflow:
             self._known = active.info.run_id
         for name, value in _CLIENT.items():
             os.environ.setdefault(name, value)
+        #: Whether the run was asked to stop before its last step, in order.
+        self.stopped = False
         #: The MLflow run's id, once the server has given it.
         self.run: str | None = None
         self._numbers: deque[tuple[int, int, str, float]] = deque()
@@ -118,7 +120,7 @@ class MLflow:
 
     def close(self, well: bool) -> None:
         """Wait for the server; end the run if it is ours. Tells what could not be sent."""
-        self._status = "FINISHED" if well else "FAILED"
+        self._status = ("KILLED" if self.stopped else "FINISHED") if well else "FAILED"
         self._alive = time.monotonic()
         self._end.set()
         while self._thread.is_alive() and (patience := self._alive + PATIENCE - time.monotonic()) > 0:

@@ -181,6 +181,13 @@ def test_what_a_server_refuses_is_told_and_the_rest_arrives(sink, server, client
     assert said[-1] == "warning: MLflow missed 1 numbers; all numbers are in runs/a"
 
 
+def test_a_run_that_was_stopped_is_not_finished(sink, server, client):
+    opened, _, _ = sink(server.url)
+    opened.stopped = True
+    opened.close(True)
+    assert client.get_run(opened.run).info.status == "KILLED"
+
+
 def test_the_run_of_somebody_else_is_not_ended(sink, server, client):
     with mlflow.start_run() as run:
         opened, _, _ = sink(server.url)
