@@ -7,6 +7,7 @@ taken, what is said has the expression of ``jq`` that mends it. docs/inputs.md h
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fft.text.records import Malformed, load_json
 
@@ -44,7 +45,7 @@ class Format:
     beside: tuple[str, ...]
     turns: Callable[[Record], object]
 
-    @property
+    @cached_property
     def tally(self) -> str:
         """Under which name its records are counted."""
         return "read_as_" + re.sub("[^a-z]+", "_", self.name.lower())
@@ -56,7 +57,11 @@ class Format:
 
 def format_of(row: Record, formats: Sequence[Format] = ()) -> Format:
     """Which of the ``formats``, by default of all, a record is of. Raises :class:`Malformed` for none and for two."""
-    found = [one for one in formats or FORMATS if all(row.get(key) is not None for key in one.keys)]
+    found = [
+        one
+        for one in formats or FORMATS
+        if row.get(one.keys[0]) is not None and all(row.get(key) is not None for key in one.keys[1:])
+    ]
     if len(found) == 1:
         return found[0]
     if not found:

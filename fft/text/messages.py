@@ -172,8 +172,8 @@ def _message(turn: object, number: int, images: ImageParts | None) -> tuple[dict
         flags = {key: turn.pop(key) for key in TRAIN_KEYS if key in turn} if len(turn) > 1 else {}
     turn = message_of(turn, number)
     role = turn["role"]
-    where = f"turn {number} ({role})"
     if len(turn) > 2 or "content" not in turn:
+        where = f"turn {number} ({role})"
         for key, what in _REFUSED_IN_A_TURN.items():
             if turn.get(key):
                 raise Malformed(f"{where} has {what} ({key}), which is not supported")
@@ -181,7 +181,7 @@ def _message(turn: object, number: int, images: ImageParts | None) -> tuple[dict
             turn = {"content": None, **turn, CALLS_KEY: calls}
             turn.pop(OLD_KEY, None)
     if not isinstance(turn.get("content"), str) and (images is None or turn.get("content") is None):
-        turn["content"] = _content(turn, where)
+        turn["content"] = _content(turn, f"turn {number} ({role})")
     return turn, _is_trained(flags, role, number)
 
 
