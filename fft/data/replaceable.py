@@ -45,7 +45,7 @@ def stranger_in(place: Storage, kind: Kind, besides: Collection[str] = ()) -> st
 
 
 #: Code that models bring, as transformers names it.
-_CODE = r"(configuration|modell?ing|tokenization|\w*processing|feature_extraction|generation)_\w+\.py"
+_CODE = r"(configuration|modeling|modelling|tokenization|\w*processing|feature_extraction|generation)_\w+\.py"
 #: What transformers, PEFT and this product write into a model's directory, and what the hub adds.
 MODEL = Kind(
     "a model",

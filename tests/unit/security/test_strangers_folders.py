@@ -251,7 +251,7 @@ def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
     name = dice.choice(sorted(COMMANDS))
     folders, command = COMMANDS[name]
     done = [worsen(dice, place, folders) for _ in range(dice.randint(1, 3))]
-    printed, code = io.StringIO(), None
+    printed, code = io.StringIO(), 0
     children, watch.seen, watch.on = processes(), [], True
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
