@@ -17,8 +17,9 @@ from fft.redaction import has_credentials, redact
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
-#: That of a run that was asked to stop and saved first: EX_TEMPFAIL of sysexits.h, "try again".
-EXIT_STOPPED = 75
+#: That of a run that goes on when it is started again, as one that was asked to stop and saved first does: EX_TEMPFAIL
+#: of sysexits.h, "try again".
+EXIT_AGAIN = 75
 
 #: Seconds by which ranks may differ in meeting the same error.
 _PATIENCE = 10
@@ -38,6 +39,10 @@ class UserError(Exception):
     """
 
     exit_code = EXIT_BAD_INPUT
+
+
+class ElsewhereError(UserError):
+    """What another process of the same run has met, and told of."""
 
 
 class StorageError(UserError):
@@ -146,11 +151,11 @@ def _refuse(error: UserError) -> int:
         time.sleep(_PATIENCE)
     sentence = redact(str(error))
     print(f"error: {sentence}", file=sys.stderr, flush=True)
-    _tell_torchrun(sentence)
+    tell_launcher(sentence)
     return error.exit_code
 
 
-def _tell_torchrun(sentence: str) -> None:
+def tell_launcher(sentence: str) -> None:
     """Leave the sentence where torchrun looks for a rank's root cause, so that its closing report repeats it.
 
     torchrun always ends a failed job with a traceback of its own and this report below. The format is that of

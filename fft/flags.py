@@ -26,6 +26,7 @@ class Bound:
 
 
 AT_LEAST_1 = Bound("must be at least 1", lambda value: value >= 1)
+AT_LEAST_5 = Bound("must be at least 5", lambda value: value >= 5)
 FROM_MINUS_1 = Bound("must be at least -1", lambda value: value >= -1)
 NOT_NEGATIVE = Bound("must not be negative", lambda value: value >= 0)
 BELOW_1 = Bound("must be at least 0 and less than 1", lambda value: 0 <= value < 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fft.flags import (
     AT_LEAST_1,
+    AT_LEAST_5,
     BELOW_1,
     FROM_MINUS_1,
     NOT_NEGATIVE,
@@ -204,6 +205,12 @@ class TrainArguments:
         "lowest, of which --checkpoint keeps a checkpoint (0: never)",
         0,
         bound=NOT_NEGATIVE,
+    )
+    timeout: int = flag(
+        "end the run, with exit code 75, when a rank has said nothing for so many seconds: its machine or the link to "
+        "it is gone, or it is stopped",
+        60,
+        bound=AT_LEAST_5,
     )
     logging_steps: int = flag("print every k steps", 10, bound=AT_LEAST_1)
     checkpoint: str | None = flag(

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from ports import free_port
 
+from benchmarks.hosts import Hosts, enter
+
 ROOT = Path(__file__).resolve().parent.parent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -29,17 +31,25 @@ _CONTEXT.set_forkserver_preload(["fft.training.trainer", "deepspeed.runtime.zero
 
 @contextlib.contextmanager
 def started(
-    ranks: int, *argv: object, module: str = "fft.train", env: dict[str, str] | None = None
+    ranks: int, *argv: object, module: str = "fft.train", hosts: Hosts | None = None, env: dict | None = None
 ) -> Iterator[tuple[list, list[Path]]]:
-    """``python -m module argv`` in so many ranks: the processes and the files they print to; all end with the block."""
-    port = free_port()
-    words = [str(word) for word in argv]
+    """``python -m module argv`` in so many ranks: the processes and the files they print to; all end with the block.
+
+    On ``hosts``, if there are some, which share the ranks out and print to files of their own: stdout, stderr of each.
+    """
+    places, here = hosts.pids if hosts else [0], ranks // (hosts.count if hosts else 1)
+    given = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": here, "MASTER_PORT": free_port()}
+    given |= {"MASTER_ADDR": hosts.addresses[0] if hosts else "127.0.0.1", **(env or {})}
     with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder, name) for name in ("stdout", "stderr")]
+        streams = [Path(folder, f"{name}{place}") for place in places for name in ("stdout", "stderr")]
         for stream in streams:
             stream.touch()
-        given = ranks, port, module, words, streams, env or {}
-        processes = [_CONTEXT.Process(target=_rank, args=(rank, *given)) for rank in range(ranks)]
+        processes = []
+        for rank in range(ranks):
+            host, local = divmod(rank, here)
+            variables = {name: str(x) for name, x in {**given, "RANK": rank, "LOCAL_RANK": local}.items()}
+            told = [str(word) for word in argv], variables, streams[2 * host : 2 * host + 2], places[host]
+            processes.append(_CONTEXT.Process(target=_rank, args=(module, *told)))
         for process in processes:
             process.start()
         try:
@@ -77,15 +87,14 @@ def _wait(processes: list, deadline: float) -> int:
     return 0
 
 
-def _rank(
-    rank: int, ranks: int, port: int, module: str, argv: list[str], streams: list[Path], env: dict[str, str]
-) -> None:
+def _rank(module: str, argv: list[str], variables: dict[str, str], streams: list[Path], place: int) -> None:
     gc.freeze()  # what was imported is not looked through again: DeepSpeed collects a dozen times as it starts
+    if place:
+        enter(place)
     for descriptor, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(ROOT)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **env)
+    os.environ.update(variables)
     sys.path.insert(0, str(ROOT))
     sys.argv = [module, *argv]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -26,7 +26,7 @@ from fft.checkpoint import adapter, folder
 from fft.checkpoint.card import CARD, card_of
 from fft.checkpoint.fragments import rank_file
 from fft.checkpoint.run import RunFolder
-from fft.errors import UserError, one_line
+from fft.errors import ElsewhereError, UserError, one_line
 from fft.files import write_atomically
 from fft.images.rules import ImageRules
 from fft.weights import hf
@@ -122,7 +122,7 @@ class Saver:
         failed = torch.tensor(failure is not None, dtype=torch.int32)
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._control)
         if failed:
-            raise failure or UserError(_ELSEWHERE)
+            raise failure or ElsewhereError(_ELSEWHERE)
 
     def step(self, stop: bool = False) -> bool:
         """To be called after every step: moves a save along. Returns whether any rank was asked to ``stop``.
@@ -157,7 +157,7 @@ class Saver:
     def _raise(self) -> None:
         error = self._written.exception() or self._published.exception()
         if error is None:
-            raise UserError(_ELSEWHERE)
+            raise ElsewhereError(_ELSEWHERE)
         if isinstance(error, (UserError, OSError)):
             raise UserError(f"{_UNSAVED}: {error}") from error
         raise error

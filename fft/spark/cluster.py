@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fft.arguments import parse_arguments
 from fft.data.storage import Storage
-from fft.errors import EXIT_STOPPED, UserError
+from fft.errors import EXIT_AGAIN, UserError
 from fft.spark import checks, places
 from fft.spark.channel import Listener
 from fft.spark.stage import NodeStage
@@ -28,7 +28,7 @@ _SAVED_WITHIN, _ENDED_WITHIN = 600.0, 10.0
 #: Seconds in which a job that is cancelled has to end, and those between two looks at it.
 _SPARK_ENDS_WITHIN, _LOOKED_EVERY = 20.0, 0.2
 #: Said by a rank whose neighbour was first: the neighbour's sentence is the one to read.
-_NOT_THE_CAUSE = "lost the connection to a rank"
+_NOT_THE_CAUSE = "lost the connection to another rank"
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _Watch:
             raise UserError(next((why for why in failed if _NOT_THE_CAUSE not in why), failed[0]))
         if isinstance(outcome, Exception):
             raise checks.spark_error(outcome) from outcome
-        if any(EXIT_STOPPED in row.get("codes", ()) for row in rows):
+        if any(EXIT_AGAIN in row.get("codes", ()) for row in rows):
             raise UserError('the ranks were asked to end, and have saved: the same call with resume="auto" goes on.')
 
 

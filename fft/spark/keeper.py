@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from fft.errors import EXIT_STOPPED, UserError
+from fft.errors import EXIT_AGAIN, UserError
 from fft.files import remove_path
 from fft.spark.channel import DriverLine
 from fft.spark.places import check_read, check_tokens, remove_tokens
@@ -197,7 +197,7 @@ def _keep(
             ranks.stop(_SAVED_WITHIN)
             asked.clear()
         if failed is None and (failed := ranks.look()) is not None:
-            saved = ranks.processes[failed].returncode == EXIT_STOPPED
+            saved = ranks.processes[failed].returncode == EXIT_AGAIN
             if not saved:
                 line.tell({"failed": ranks.why(failed)})
             ranks.stop(_SAVED_WITHIN if saved else _ENDED_WITHIN)
@@ -205,7 +205,7 @@ def _keep(
             ranks.look()
     ended: dict[str, Any] = {"codes": [process.returncode for process in ranks.processes]}
     failed = ranks.look() if failed is None else failed
-    if failed is not None and ranks.processes[failed].returncode != EXIT_STOPPED:
+    if failed is not None and ranks.processes[failed].returncode != EXIT_AGAIN:
         ended["failed"] = ranks.why(failed)
     line.tell({"ended": None})
     return ended | {"tail": ranks.tail}

@@ -54,8 +54,11 @@ _ENCODED = 8
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def init_distributed() -> None:
-    """Take this rank's device and join the launcher's process group; without a launcher, make a world of one."""
+def init_distributed(here: int = 1) -> None:
+    """Take this rank's device and join the launcher's process group; without a launcher, make a world of one.
+
+    ``here`` is how many ranks this machine has. Collective.
+    """
     alone = "RANK" not in os.environ
     if alone:
         with socket.socket() as probe:
@@ -64,8 +67,7 @@ def init_distributed() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if on_host() and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; left alone each would start a thread on every core.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's engine would, but kernels are compared and groups joined before there is one: all on the first device.
     device = int(os.environ["LOCAL_RANK"])

@@ -12,14 +12,15 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
-from fft.arguments import TrainArguments
+from fft.arguments import TrainArguments, build_parser
 from fft.checkpoint import folder, optimizer_state
 from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.mirror import Mirror
 from fft.checkpoint.saver import RankShare, Saver
 from fft.checkpoint.stored_run import StoredRun
 from fft.data.batches import MicroBatch
-from fft.errors import EXIT_STOPPED, UserError
+from fft.data.views import naming_places
+from fft.errors import EXIT_AGAIN, UserError
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.lora import trained
 from fft.models.spec import ModelSpec
@@ -45,16 +46,16 @@ from fft.training.environment import environment, let_memory_grow, world_size
 from fft.training.evaluation import evaluate
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
+from fft.training.meeting import meet
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.mlflow_sink import check_registers
 from fft.training.output import contents_of, keep_aside, write_output
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
+from fft.training.shared_folders import check_shared
 from fft.training.stopping import StopRequest, launchers
+from fft.training.watch import Watch
 from fft.weights.hf import WeightReader
-
-#: What gloo says when another process is gone.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def train(args: TrainArguments) -> int:
@@ -65,23 +66,17 @@ def train(args: TrainArguments) -> int:
     let_memory_grow()
     above = launchers()
     check_device(args)
-    plan = plan_run(args, world_size())
-    check_registers(args, plan.tokenizer)
-    spec = model_spec(args, plan.config, plan.images)
-    layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
-    init_distributed()
-    try:
+    # What goes wrong from here on reaches all ranks, with flags and places by their names.
+    with Watch(meet(world_size()), args.timeout) as watch, build_parser().naming_flags(), naming_places():
+        plan = plan_run(args, world_size())
+        check_registers(args, plan.tokenizer)
+        spec = model_spec(args, plan.config, plan.images)
+        layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
+        init_distributed(len(watch.meeting.here))
         _announce(args, plan, spec, layout)
-        with contextlib.ExitStack() as held:
-            code = _run(args, plan, spec, layout, above, held)
+        code = _run(args, plan, spec, layout, above, watch.held)
+        watch.held.close()  # while the others wait: what fails in it reaches them
         dist.barrier()
-    except RuntimeError as error:
-        if not any(text in str(error) for text in _LOST_PEER):
-            raise
-        # Whoever ended first has said why; a stack of its neighbours' tracebacks would bury that.
-        raise UserError(
-            f"rank {dist.get_rank()} lost the connection to a rank that ended before it: see what that said."
-        ) from error
     # Not after an error: the others would see a closed connection before they see this rank's message.
     dist.destroy_process_group()
     return code
@@ -117,6 +112,7 @@ def _run(
     """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
     control, runs = host_group(), run_folder.folders(args)
     check_same_run(args, plan.identity, control)
+    check_shared(args, plan.mesh, control)
     start = run_folder.enter(runs, args, plan, control, held, _log) if runs else Start()
     builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
@@ -209,7 +205,7 @@ class Trainer:
         if stop:
             reason = asked.reason or "by the signal of another rank"
             _log(f"stopped {reason} after {done}: saved; the same command with --resume auto goes on from there")
-            return EXIT_STOPPED
+            return EXIT_AGAIN
         if self.early_stop.over:
             _log(
                 f"stopped early after {done}: {self.early_stop.stalled} evaluations brought no lower validation loss "

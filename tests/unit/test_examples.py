@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 import spark_jobs
 from examples.inputs import CHATML, conversations
@@ -100,3 +101,42 @@ def test_inputs_make_conversations_of_docstrings(tmp_path):
         {"role": "assistant", "content": "The sum of two."},
     ]
     assert "<|im_start|>" in CHATML
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (2, False), (75, True)])
+def test_a_slurm_job_goes_into_the_queue_again_when_it_can_go_on(code, queued, tmp_path):
+    """With a Slurm that starts one task, and a trainer that ends with a code."""
+    stubs = {
+        "scontrol": 'echo "$@" >>"$CALLS"; echo node7',
+        "srun": 'shift; export SLURM_PROCID=3 SLURM_LOCALID=1; exec "$@"',
+        "python": f'echo "$RANK/$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR:$MASTER_PORT $*" >>"$CALLS"; exit {code}',
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NTASKS": "16",
+        "CALLS": str(tmp_path / "calls"),
+    }
+    done = subprocess.run(
+        [EXAMPLES / "cluster" / "slurm.sh", "--model", "m", "--train_data", "t"],
+        check=False,
+        env=job | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert done.returncode == code
+    names, started, *more = (tmp_path / "calls").read_text().splitlines()
+    assert names == "show hostnames node[7-8]"
+    place, local, master, *command = shlex.split(started)
+    assert (place, local, master, command[:2]) == ("3/16", "1", "node7:20077", ["-m", "fft.train"])
+    assert parse_arguments(command[2:]).resume == "auto"
+    assert more == (["requeue 77"] if queued else [])
+
+
+def test_a_jobset_gives_flags_that_exist():
+    job = yaml.safe_load((EXAMPLES / "cluster" / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]["template"]
+    (script,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    words = shlex.split(script.replace("\\\n", " "))
+    assert words[:4] == ["exec", "torchrun", "--nnodes", str(job["spec"]["completions"])]
+    assert parse_arguments(words[words.index("fft/train.py") + 1 :]).checkpoint == "/shared/run"
