@@ -7,7 +7,7 @@ from pathlib import Path
 from fft.arguments import parse_arguments
 from fft.plan.choice import LayoutChoice
 from fft.plan.hardware import HARDWARE, read_machine
-from fft.plan.ours import Job
+from fft.plan.ours import read_job
 from fft.plan.search import Search
 from fft.plan.step import predict
 from fft.plan.told import flags_text, layout_name
@@ -28,20 +28,22 @@ def beside(path: Path) -> str:
     sizes = mesh.data, mesh.pipe, mesh.sequence, args.ulysses_degree, mesh.tensor, mesh.expert
     choice = LayoutChoice(*sizes, micro, accumulated, recompute, args.split_dlayer, args.offload_optimizer)
     step_tokens = mesh.data * micro * accumulated * args.seq_len
-    from fft.plan.ours import read_job
-
-    job: Job = read_job(args.model, args.seq_len, step_tokens)
+    job = read_job(args.model, args.seq_len, step_tokens)
     search = Search(job, machine, mesh.world)
     last = len(search.shape(args.split_dlayer).layers) + 1
-    bounds = tuple(min(bound, last + 1) if bound <= last else last + 1 for bound in layout.bounds)
-    run = replace(search.run(choice), bounds=(*bounds[:-1], last + 1))
+    run = replace(search.run(choice), bounds=tuple(min(bound, last + 1) for bound in layout.bounds))
     own, fullest = predict(run), max(stage.total for stage in layout.memory)
-    best = search.best(1)[0]
+    best = next(plan for plan in search.best(40) if _like(plan.choice))
     gain = best.prediction.rate / own.rate - 1
     return (
         f"{path.name}: {own.rate:,.0f} tokens/s, {fullest / 1e9:.1f} GB; best {best.prediction.rate:,.0f} "
         f"({100 * gain:+.1f} %), {best.fullest / 1e9:.1f} GB, {layout_name(best)}: {flags_text(job, best)}"
     )
+
+
+def _like(choice: LayoutChoice) -> bool:
+    """Whether a choice may be a setting of conf/: stages, one row a micro-batch, the optimizer on the device."""
+    return choice.pipe > 1 and choice.micro == 1 and not choice.offload
 
 
 def main() -> None:
