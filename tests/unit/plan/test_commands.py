@@ -132,3 +132,21 @@ def test_a_step_on_an_h200_is_predicted(layers, measured):
     assert predict(run).seconds == pytest.approx(measured, rel=0.1)
     head = layer_times(run)[-1]
     assert head.forward.seconds + head.backward.seconds == pytest.approx(0.0409, rel=0.1)
+
+
+def test_a_run_takes_the_best_layout(capsys):
+    from fft.arguments import parse_arguments
+    from fft.plan.auto import with_best_layout
+
+    flags = ["--dry_run", "--model", "conf/models/llama-3m.json", "--seq_len", "512", "--layout", "auto"]
+    given = parse_arguments([*flags, *MACHINE, "--tokens_per_step", "8192"])
+    found = with_best_layout(given, 4, True)
+    sizes = found.pipe_parallel_size * found.model_parallel_size * found.sequence_parallel_size
+    assert 4 % sizes == 0
+    assert found.gradient_accumulation_steps * found.per_device_train_batch_size * 512 * (4 // sizes) == 8192
+    assert "predicted" in capsys.readouterr().err
+    for wrong, words in ((["--tokens_per_step", "8000"], "multiple of"), (["--lora_dim", "4"], "--lora_dim")):
+        with pytest.raises(UserError, match=words):
+            with_best_layout(parse_arguments([*flags, *MACHINE, *wrong]), 4, True)
+    with pytest.raises(UserError, match="needs --hardware"):
+        with_best_layout(parse_arguments(flags), 4, True)
