@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -77,7 +77,7 @@ def meet(world: int) -> Meeting:
     except UserError as error:
         lacks = str(error)
     told = table.share("address", [socket.gethostname(), address, uuid.uuid4().hex, lacks])
-    _refuse(entry[3] for entry in told)
+    table.refuse(entry[3] for entry in told)
     token = told[0][2]
     far = next((entry[1] for entry in told if not interfaces.is_loopback(entry[1])), None)
     if far is not None and _INTERFACE not in os.environ and interfaces.is_loopback(address):
@@ -88,7 +88,7 @@ def meet(world: int) -> Meeting:
         peers = [Peer(number, *entry) for number, entry in enumerate(announced)]
         links: dict[int, socket.socket] = {}
         with _answering(listener, token, links if rank == 0 else None):
-            _refuse(table.share("reached", _call_all(peers, rank, token, links)))
+            table.refuse(table.share("reached", _call_all(peers, rank, token, links)))
     if _INTERFACE not in os.environ and (name := interfaces.interface_of(address)):
         os.environ[_INTERFACE] = name
     return Meeting(peers, rank, links, store)
@@ -112,6 +112,18 @@ class _Table:
                 f"ranks {', '.join(map(str, silent))} have come and then said nothing for {_ANSWER} s: see their logs."
             ) from error
         return [json.loads(told) for told in self._store.multi_get(keys)]
+
+    def refuse(self, faults: Iterable[str]) -> None:
+        """Raise :class:`UserError` with the first of ``faults`` that is one, which all ranks have. Collective."""
+        fault = next(filter(None, faults), None)
+        if fault is None:
+            return
+        # The store may be rank 0's: it stays until the others have read what is in it.
+        deadline, read = time.monotonic() + _CALL, self._store.add("meeting/read", 1)
+        while self._rank == 0 and read < self._world and time.monotonic() < deadline:
+            time.sleep(0.05)
+            read = self._store.add("meeting/read", 0)
+        raise UserError(fault)
 
 
 def _store(rank: int, world: int) -> dist.Store:
@@ -246,9 +258,3 @@ def _line(link: socket.socket) -> str:
             break
         said += more
     return said.decode("ascii", "replace").strip()
-
-
-def _refuse(faults: Any) -> None:
-    """Raise :class:`UserError` with the first of ``faults`` that is one."""
-    if found := next(filter(None, faults), None):
-        raise UserError(found)
