@@ -11,6 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+#: Runs a command in a group of its own until that ends, or whoever started it, whose end closes the standard input.
+_WATCHED = '("$@"; kill -s KILL -- -$$) & read _; kill -s KILL -- -$$'
+
 
 class Server:
     """A server that can be stopped and started again at its address."""
@@ -33,7 +36,7 @@ class Server:
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with open(self.folder / "log", "a") as log:
             options = {"env": {**os.environ, **quiet}, "stdout": log, "stderr": log, "start_new_session": True}
-            self.process = subprocess.Popen(command, **options)
+            self.process = subprocess.Popen(["sh", "-c", _WATCHED, "sh", *command], stdin=subprocess.PIPE, **options)
         until = time.monotonic() + 120
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "log").read_text()
