@@ -162,6 +162,7 @@ def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
     kept = {checkpoint_tag(step) for step in (STEPS - 4, STEPS - 2, STEPS)}
     assert left == kept | {
         "metrics.jsonl",
+        "loss.svg",
         "tensorboard",
         "arguments.yaml",
         "environment.yaml",
