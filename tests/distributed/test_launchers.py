@@ -49,7 +49,8 @@ def test_help_names_the_flags_and_shows_examples(help_text):
 @pytest.mark.parametrize("start", [("python", "fft/train.py"), ("fft-train",)], ids=["script", "console"])
 def test_help_is_the_same_and_loads_nothing_heavy(start, launch, help_text):
     done = launch(*start, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert (done.returncode, done.stdout) == (0, help_text)
+    assert done.returncode == 0
+    assert done.stdout.replace("usage: fft-train", "usage: fft/train.py", 1).split() == help_text.split()
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "fft.arguments" in imported
     assert not {name.partition(".")[0] for name in imported} & {"torch", "deepspeed", "transformers", "pyarrow"}

@@ -73,7 +73,9 @@ def test_an_engine_that_is_none_is_refused(monkeypatch):
         get_session("test")
 
 
-@pytest.mark.parametrize(("module", "remedy"), [("fft.corpus", "make dist writes"), ("pyarrow", "install flash")])
+@pytest.mark.parametrize(
+    ("module", "remedy"), [("fft.corpus", "make dist writes"), ("pyarrow", "install the wheel of make dist")]
+)
 def test_executors_without_code_are_told_what_to_do(module, remedy):
     """What Spark says of a task whose function cannot be unpickled, in some lines of its stack."""
     said = f"Job aborted.\n  File worker.py\nModuleNotFoundError: No module named '{module}'\n\tat org.x"
