@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -38,9 +37,10 @@ def tokenizer_with(source):
 @pytest.mark.parametrize("source", [LOOP, f"{PLAIN}{{% if tools %}}{LOOP}{{% endif %}}"])
 def test_one_that_does_not_end_is_refused(source, monkeypatch):
     monkeypatch.setattr(template_limits, "_TRIED_SECONDS", 1)
+    before = children()  # of other tests in this process
     with pytest.raises(UserError, match=r"`tokenizer` evil: its chat template does not end within 1 s for a plain"):
         load_chat_template(tokenizer_with(source), "evil")
-    assert not children()
+    assert children() <= before
 
 
 @pytest.mark.parametrize("source", FILL)
@@ -50,13 +50,12 @@ def test_one_that_takes_memory_is_refused_and_takes_none_here(source, monkeypatc
         load_chat_template(tokenizer_with(source), "evil")
 
 
-def test_a_good_one_is_tried_in_no_time_and_leaves_nothing():
+def test_a_good_one_is_tried_and_leaves_nothing():
+    before = children()
     load_chat_template(tokenizer_with(PLAIN), "good")
-    begun = time.perf_counter()
     assert template_limits.fault_of(lambda: None) is None
     assert template_limits.fault_of(lambda: 1 / 0) is None
-    assert time.perf_counter() - begun < 5
-    assert not children()
+    assert children() <= before
 
 
 def test_one_that_does_not_end_for_a_record_makes_it_malformed(monkeypatch):
@@ -79,7 +78,7 @@ def test_threads_render_too():
     assert found == ["a"]
 
 
-def children() -> str:
+def children() -> set[str]:
     """Numbers of this process's children."""
     with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as stream:
-        return stream.read()
+        return set(stream.read().split())

@@ -93,7 +93,7 @@ def test_a_shard_that_was_cut_off_is_named_when_it_is_read(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
 def test_an_index_that_is_none_is_named(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UserError, match=r"index\.json is no index of safetensors files"):
+    with pytest.raises(UserError, match=r"index\.json is no (index of safetensors files|JSON)"):
         hf.WeightReader(tmp_path)
 
 
