@@ -114,13 +114,13 @@ def test_jobs_survive_a_worker_that_dies(spark, cluster, many, tokenizer, tmp_pa
         )
 
     job = start("tokenize", "-i", many, "-o", ours / "tokens", "--tokenizer", tokenizer)
-    wait_until(lambda: list((ours / "tokens").glob(".part-*.writing")) or job.poll() is not None, "the first part")
+    wait_until(lambda: list((ours / "tokens").rglob(".part-*.writing")) or job.poll() is not None, "the first part")
     assert job.poll() is None
     cluster.kill(1)
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 0, said
     assert "Lost executor" in said
-    assert not list((ours / "tokens").glob(".part-*"))  # nor what the killed tasks left
+    assert not list((ours / "tokens").rglob(".part-*"))  # nor what the killed tasks left
 
     for name, *flags in (
         ("shuffle", "-i", ours / "tokens", "-o", ours / "shuffled", "--holdout", "0.1"),
