@@ -5,7 +5,7 @@ that makes it (:class:`fft.ops.cross_entropy.HeadSum`); of an embedding only the
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 #: Devices on which rows are known to be added in the same order every time, see :func:`add_rows`.
 _ORDERED = ("cpu", "cuda")
+#: Elements of a part that are added up at a time, from every rank.
+_CHUNK = 1 << 22
 
 
 class SumPlace(NamedTuple):
@@ -106,11 +108,59 @@ def reduce_to_owners(optimizer: Bf16Optimizer) -> None:
     """
     reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
     group = optimizer.dp_process_group
+    if dist.get_backend(group) == "gloo":
+        reduce = add_to_owners
     for sums, own in zip(
         optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition, strict=True
     ):
         reduce(own, sums, group=group)
         own.mul_(1.0 / dist.get_world_size(group))
+
+
+def add_to_owners(own: Tensor, sums: Tensor, group: dist.ProcessGroup) -> None:
+    """Add up ``sums`` [ranks x n] of all ranks of a group, each rank the part of it that is its ``own`` [n].
+
+    gloo's own reduce-scatter sends what an all-reduce does, twice as much. Collective.
+    """
+    parts = sums.view(dist.get_world_size(group), -1)
+    for start in range(0, own.numel(), _CHUNK):
+        sent = parts[:, start : start + _CHUNK].contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        torch.sum(received, 0, out=own[start : start + _CHUNK])
+
+
+class ZeroOptimizer(Protocol):
+    """DeepSpeed's for all types but bf16, which reduces gradients by buckets as backward makes them."""
+
+    dp_process_group: dist.ProcessGroup
+    allreduce_and_scatter: Callable[..., None]
+    _add_to_grad_partition_buffer: Callable[[Tensor | None, Tensor], None]
+
+
+def scatter_to_owners(
+    optimizer: ZeroOptimizer,
+    bucket: Sequence[tuple[frozenset[int], Tensor, Tensor | None]],
+    communication_data_type: torch.dtype,
+    process_group: dist.ProcessGroup,
+    **_: object,
+) -> None:
+    """In place of an all-reduce of a bucket: each of its slices is added up on the rank that owns it, and left there.
+
+    ``bucket`` has the owner of each slice, the slice, and where its sum goes besides. Collective.
+    """
+    slices: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in range(dist.get_world_size(process_group))]
+    for (owner,), part, output in bucket:
+        slices[owner].append((part, output))
+    sent = torch.cat([part for owned in slices for part, _ in owned]).to(communication_data_type)
+    sizes, own = [sum(part.numel() for part, _ in owned) for owned in slices], slices[dist.get_rank(process_group)]
+    size = sizes[dist.get_rank(process_group)]
+    received = sent.new_empty(len(sizes) * size)
+    dist.all_to_all_single(received, sent, [size] * len(sizes), sizes, group=process_group)
+    total = received.view(len(sizes), size).float().sum(0)
+    for (part, output), summed in zip(own, total.split([part.numel() for part, _ in own]), strict=True):
+        part.copy_(summed)
+        optimizer._add_to_grad_partition_buffer(output, part)
 
 
 def _norm_of_parts(optimizer: Bf16Optimizer, given: Callable[..., Any], for_clipping: bool = False) -> Any:
@@ -156,7 +206,12 @@ def gradient_sums(engine: PipelineEngine) -> GradientSums | None:
             engine._bf16_reduce_grads = partial(reduce_to_owners, outer)
             optimizer.get_grads_for_norm = partial(_norm_of_parts, outer, type(optimizer).get_grads_for_norm)
         return sums
-    return None if engine.zero_optimization() else OwnSums()
+    if not engine.zero_optimization():
+        return OwnSums()
+    if dist.get_backend(engine.optimizer.dp_process_group) == "gloo":
+        zero: Any = weakref.proxy(engine.optimizer)
+        engine.optimizer.allreduce_and_scatter = partial(scatter_to_owners, zero)
+    return None
 
 
 class _Lookup(torch.autograd.Function):

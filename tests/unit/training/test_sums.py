@@ -90,7 +90,8 @@ def test_the_norm_of_norms_is_asked_for_where_that_of_gradients_was():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_replicas_reduce_to_the_owner_of_a_part(rank, monkeypatch):
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_replicas_reduce_to_the_owner_of_a_part(rank, backend, monkeypatch):
     """Of three: the mean where a part's step is taken, and the norm of all, of parameters that lie across parts."""
     sizes, generator = (5, 7, 2, 4), torch.Generator().manual_seed(0)
     replicas = torch.randn(3, sum(sizes), generator=generator)
@@ -118,11 +119,21 @@ def test_replicas_reduce_to_the_owner_of_a_part(rank, monkeypatch):
         assert given is flat
         part.copy_(replicas.sum(0)[own])
 
+    def all_to_all(received, sent, group):
+        at = len(exchanged) * 4  # elements of each part at a time
+        torch.testing.assert_close(sent, replicas[rank].view(3, 6)[:, at : at + 4])
+        received.copy_(replicas[:, own][:, at : at + 4])
+        exchanged.append(len(sent))
+
+    exchanged = []
     told = SimpleNamespace(get_world_size=lambda group: 3, all_reduce=all_reduce, reduce_scatter_tensor=reduce_scatter)
+    told.get_backend, told.all_to_all_single = lambda group: backend, all_to_all
+    monkeypatch.setattr(sums, "_CHUNK", 4)
     monkeypatch.setattr(sums, "dist", told)
     engine = SimpleNamespace(optimizer=optimizer, using_bf16_optimizer=True, has_moe_layers=False)
     gradient_sums(engine)
     engine._bf16_reduce_grads()
+    assert exchanged == ([3, 3] if backend == "gloo" else [])
     torch.testing.assert_close(flat[own], whole[own])
     ((norm,), experts) = optimizer.get_grads_for_norm()
     torch.testing.assert_close(norm, counted.norm().view(1))
