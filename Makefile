@@ -14,11 +14,11 @@ SERVE_STAMP := $(SERVE_VENV)/.installed
 # An index that has torch alone, as PyTorch's for CPUs: nothing else is asked of it. Without it, torch is PyPI's.
 TORCH_INDEX ?=
 own_torch = $(if $(TORCH_INDEX),$(1) install --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $(2))",:)
-# Those that use one core at a time, so that two files of them run side by side, in this order: a file of minutes that
-# comes last leaves a core idle. And those that start ranks of their own.
+# Two files run side by side, in this order: a file of minutes that comes last leaves a core idle. Those of jobs, and those
+# that start ranks of their own, which wait for one another most of the time.
 SINGLE := $(wildcard tests/test_*.py) tests/spark tests/unit
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
-DISTRIBUTED := tests/distributed
+DISTRIBUTED := tests/distributed/test_parity.py tests/distributed
 # Those that run in the environment of vLLM.
 SERVE := tests/serve
 
@@ -81,7 +81,7 @@ quickstart-vision: env  ## from drawn pictures to a model that answers about oth
 test: env env-serve lint  ## lint, then the unit, Spark, distributed and serving tests
 	@failed=0; \
 	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) $(SINGLE) || failed=1; \
-	  $(VENV)/bin/python -m pytest $(DISTRIBUTED) || failed=1; \
+	  $(VENV)/bin/python -m pytest $(BESIDE) $(DISTRIBUTED) || failed=1; \
 	  $(SERVE_VENV)/bin/python -m pytest $(SERVE) || failed=1; \
 	  exit $$failed
 
