@@ -117,7 +117,7 @@ def test_jobs_survive_a_worker_that_dies(spark, cluster, many, tokenizer, tmp_pa
     wait_until(lambda: list((ours / "tokens").rglob(".part-*.writing")) or job.poll() is not None, "the first part")
     assert job.poll() is None
     cluster.kill(1)
-    said, _ = job.communicate(timeout=120)
+    said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
     assert "Lost executor" in said
     assert not list((ours / "tokens").rglob(".part-*"))  # nor what the killed tasks left
@@ -127,7 +127,7 @@ def test_jobs_survive_a_worker_that_dies(spark, cluster, many, tokenizer, tmp_pa
         ("repartition", "-i", ours / "shuffled", "-o", ours / "packed", "--max_len", "512"),
     ):
         job = start(name, *flags)
-        said, _ = job.communicate(timeout=120)
+        said, _ = job.communicate(timeout=300)
         assert job.returncode == 0, said
     assert same_files(ours / "tokens", alone / "tokens")
     for split in ("train", "validation"):
