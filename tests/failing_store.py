@@ -159,6 +159,7 @@ if refuses:
         return call
 
     os.open = guarded(os.open, lambda path, flags, *_: flags & (os.O_RDWR | os.O_APPEND))
+    os.supports_dir_fd.add(os.open)  # as shutil asks
     for name in ("link", "rename", "replace"):
         setattr(os, name, guarded(getattr(os, name), lambda *_: True))
     builtins.open = guarded(open, lambda path, mode="r", *_: "a" in mode or "+" in mode)
