@@ -14,6 +14,12 @@ def say(text: str) -> None:
     print(redact(text), file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """``83.2`` -> ``1:23``, and from an hour on ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned, numbers with thousands separators and to the right."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]

@@ -149,20 +149,21 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def _refuse(error: UserError) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(_PATIENCE)
-    sentence = redact(str(error))
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    tell_launcher(sentence)
+    print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+    tell_launcher(str(error))
     return error.exit_code
 
 
 def tell_launcher(sentence: str) -> None:
-    """Leave the sentence where torchrun looks for a rank's root cause, so that its closing report repeats it.
+    """Leave the sentence where torchrun looks for a rank's root cause, so that its closing report repeats it; without
+    what is secret in it.
 
     torchrun always ends a failed job with a traceback of its own and this report below. The format is that of
     ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``; written here, it needs no torch.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
+        sentence = redact(sentence)
         details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"message": {"message": sentence, "extraInfo": details}}, stream)

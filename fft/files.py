@@ -248,6 +248,12 @@ def staging_folder(path: str | os.PathLike[str]) -> Path:
     return hidden(_placed(path), _WRITING)
 
 
+def nearest_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of this name or, as long as there is none, the nearest above it; absolute."""
+    path = Path(path).absolute()
+    return next(above for above in (path, *path.parents) if above.is_dir())
+
+
 def try_folder(path: str | os.PathLike[str]) -> None:
     """Find out whether :func:`start_folder` can make the folder ``path``, by making one like it, which goes again.
 

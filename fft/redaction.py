@@ -14,6 +14,9 @@ T = TypeVar("T")
 #: What stands for a secret.
 HIDDEN = "***"
 
+#: How names of variables begin that say who asks a store, and which.
+OF_STORES = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
+
 #: Names of secrets, of variables and of parameters of URLs: by their words, so that neither ``TOKENIZERS_PARALLELISM``
 #: nor ``monkey`` is one.
 _NAMED = re.compile(

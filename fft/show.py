@@ -14,11 +14,13 @@ import numpy as np
 from fft.console import say
 from fft.data.known import DOC_IDS
 from fft.data.manifest import tokenizer_sha256
+from fft.data.model_files import check_directory
 from fft.data.table import IGNORE, Rows, Table
 from fft.data.trace import document_names
 from fft.data.views import naming_places, view
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import write_atomically
+from fft.text.encoder import read_tokenizer
 
 _ABOUT = """\
 Show a row of a token table as text: where its documents begin, and what of them is trained on.
@@ -200,14 +202,13 @@ def load_decoder(table: Table, given: str | None) -> Decoder:
         named = f" the tokenizer {place} is not here;" if place else ""
         raise UserError(f"{table.source}:{named} name the directory of its tokenizer with --tokenizer.")
     directory = view(place)
+    check_directory(directory)
     if made_by is not None and tokenizer_sha256(directory) != made_by.sha256:
         raise UserError(
             f"{table.source} was tokenized with {made_by.name}, not with {place}: name the right --tokenizer."
         )
-    from transformers import AutoTokenizer
-
     try:
-        return cast(Decoder, AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False))
+        return cast(Decoder, read_tokenizer(directory))
     except Exception as error:  # the library behind it raises Exception itself
         raise UserError(f"{place} is no tokenizer that can be loaded ({one_line(error)[:120]}).") from error
 

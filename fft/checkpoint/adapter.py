@@ -13,6 +13,7 @@ from fft.data.model_files import check_directory
 from fft.data.views import origin
 from fft.errors import UserError
 from fft.files import remove_file, write_file
+from fft.json_text import json_value
 from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
 from fft.models.vision import PARTS
@@ -106,7 +107,7 @@ def read_config(directory: Path) -> dict:
     """What ``adapter_config.json`` says. Raises :class:`UserError` when it cannot be read."""
     check_directory(directory)
     try:
-        return dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
+        return dict(json_value((directory / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{directory} is no adapter directory ({error}): give one that PEFT saved.") from error
 

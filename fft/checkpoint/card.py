@@ -30,6 +30,14 @@ _LOAD = "\n## Load\n"
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a loss; infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def card_of(state: Mapping[str, Any], model_type: str) -> str:
     """The card of a model of this type or, where the run trained one, of its adapter."""
     state = {**state, "arguments": dataclasses.asdict(TrainArguments()) | state.get("arguments", {})}
@@ -87,9 +95,7 @@ def _header(state: Mapping[str, Any], model_type: str, adapter: bool, sees: bool
     header["tags"] = [_TAG, model_type, *["lora"] * adapter]
     if (loss := state.get("eval_loss")) is not None and (held := [t for t in tables if t["use"] == "eval"]):
         name = _id(held[0]["table"])
-        metrics = [
-            {"type": kind, "value": value} for kind, value in (("loss", loss), ("perplexity", _perplexity(loss)))
-        ]
+        metrics = [{"type": kind, "value": value} for kind, value in (("loss", loss), ("perplexity", perplexity(loss)))]
         result = {"task": {"type": task}, "dataset": {"name": name, "type": name}, "metrics": metrics}
         header["model-index"] = [{"name": f"{model_type}-step-{state['step']}", "results": [result]}]
     return header
@@ -105,7 +111,7 @@ def _facts(state: Mapping[str, Any], model_type: str) -> str:
     if (loss := progress.get("loss")) is not None:
         rows.append(["training loss", f"{loss:.4f}"])
     if (loss := state.get("eval_loss")) is not None:
-        rows.append(["validation loss", f"{loss:.4f} (perplexity {_perplexity(loss):.4g})"])
+        rows.append(["validation loss", f"{loss:.4f} (perplexity {perplexity(loss):.4g})"])
     if progress.get("best") is not None:
         step, loss = progress["best"]
         rows.append(["lowest validation loss", f"{loss:.4f} at step {step:,}"])
@@ -161,10 +167,6 @@ def _inherited(base: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return {name: facts[name] for name in _INHERITED if name in facts} if isinstance(facts, dict) else {}
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[list[str]]) -> str:

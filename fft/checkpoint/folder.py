@@ -31,6 +31,7 @@ from fft.files import (
     staging_folder,
     write_atomically,
 )
+from fft.json_text import json_value
 
 SUMS = "SHA256SUMS"
 LATEST, BEST = "latest", "best"
@@ -73,8 +74,8 @@ def read_state(checkpoint: Path) -> dict:
     """What ``training/state.json`` says. Raises :class:`UserError` when it cannot be read."""
     check_file(checkpoint / STATE, checkpoint)
     try:
-        return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(json_value((checkpoint / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint / STATE} cannot be read ({error}): choose another checkpoint.") from error
 
 

@@ -5,7 +5,6 @@ does not do what it should.
 """
 
 import contextlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from fft.checkpoint.folder import BEST, LATEST, METRICS, PICTURE, STATE, TENSORB
 from fft.data.model_files import check_file
 from fft.errors import UserError
 from fft.files import remove_file, remove_path, staging_folder, start_folder, write_atomically
+from fft.json_text import json_value
 from fft.weights import hf
 
 
@@ -123,8 +123,8 @@ class RunFolder(ABC):
         losses = {}
         for step in self.steps():
             # A folder of another origin is left alone.
-            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-                losses[step] = json.loads(self.text(f"{checkpoint_tag(step)}/{STATE}") or "").get("eval_loss")
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                losses[step] = json_value(self.text(f"{checkpoint_tag(step)}/{STATE}") or "").get("eval_loss")
         return losses
 
     def prune(self, newest: int, best: int) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from fft.files import new_file, remove_file, sync
+from fft.redaction import OF_STORES
 
 T = TypeVar("T")
 
@@ -25,8 +26,6 @@ _PASSING = re.compile(
 )
 #: What pyarrow says of any error of a store.
 _OF_STORES = re.compile(r"AWS Error|google::cloud|Azure|HDFS", re.IGNORECASE)
-#: What of the environment says who asks, and whom.
-_CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
 #: How often a store is asked, and seconds before it is asked for the second time; then twice as long, and so on.
 _TRIES, _FIRST_WAIT = 6, 0.2
 
@@ -37,7 +36,7 @@ def file_system(base: str) -> tuple[fs.FileSystem, str]:
 
     Raises what pyarrow does for what it does not reach.
     """
-    asked_by = frozenset((name, value) for name, value in os.environ.items() if name.startswith(_CREDENTIALS))
+    asked_by = frozenset((name, value) for name, value in os.environ.items() if name.startswith(OF_STORES))
     return _file_system(base, asked_by, os.getpid())
 
 

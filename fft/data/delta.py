@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from fft.data.commits import write_list
 from fft.data.lakes import EngineOnly
 from fft.data.listing import Listing
 from fft.data.manifest import Manifest, in_order
@@ -136,8 +137,7 @@ def commit_delta(table: Storage, manifest: Manifest, seen: int | None = None) ->
     from deltalake.transaction import create_table_with_add_actions
 
     text = manifest.own_json()
-    if manifest.beside is not None:
-        table.write(*manifest.beside)
+    write_list(table, manifest)
     app = f"fft-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     schema, actions = _schema_of(table, manifest), _add_actions(table, manifest)
     properties = CommitProperties({_MANIFEST: text}, 0, [Transaction(app, 0)])

@@ -142,7 +142,7 @@ class Manifest:
             made = cls(**raw)
             made.check_types()
             return made
-        except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(
                 f"{where} is not a manifest ({error!r}): write the table again with --overwrite."
             ) from error

@@ -1,12 +1,13 @@
 """What a session must be able to do before a run begins on its executors: tasks side by side, and devices for them."""
 
 import os
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 from fft.console import say
 from fft.errors import UserError, one_line
+from fft.parallel.interfaces import address_towards
+from fft.redaction import OF_STORES
 
 if TYPE_CHECKING:
     from pyspark.resource import ResourceProfile
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 #: Seconds that executors of a cluster that has just been started have to come.
 _COME_WITHIN = 60.0
 #: Beginnings of variables that say who asks stores and servers, and how ranks reach one another.
-_HANDED_ON = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_", "HF_", "MLFLOW_", "DATABRICKS_", "NCCL_", "GLOO_", "OMP_")
-_HANDED_ON += ("TORCH_", "PYTORCH_", "FFT_")
+_HANDED_ON = (*OF_STORES, "HF_", "MLFLOW_", "DATABRICKS_", "NCCL_", "GLOO_", "OMP_", "TORCH_", "PYTORCH_", "FFT_")
 _ALONE = "or train on this machine with local=True"
 
 
@@ -69,9 +69,7 @@ def addresses(spark: "SparkSession") -> tuple[str, str]:
     driver = setting(spark, "spark.driver.host") or "127.0.0.1"
     if not is_remote():
         return setting(spark, "spark.driver.bindAddress") or driver, driver
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # of this machine, what lies towards the server
-        probe.connect((driver, 9))
-        own = probe.getsockname()[0]
+    own = address_towards(driver)
     return own, own
 
 

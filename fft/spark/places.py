@@ -4,10 +4,8 @@ A machine that has another folder under the same path is found out, too: the dri
 written, all others look for it.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from pyarrow import fs
 
@@ -15,6 +13,7 @@ from fft.data.blend import parse_tables
 from fft.data.delta import split_name
 from fft.data.storage import Storage, is_url
 from fft.errors import UserError
+from fft.files import nearest_folder
 from fft.train_arguments import TrainArguments
 
 #: Flags of what is read, and of what is written.
@@ -87,5 +86,4 @@ def _beside(place: str) -> str:
     if is_url(place) and not Storage.at(place).is_local:
         scheme, _, path = place.rstrip("/").partition("://")
         return f"{scheme}://{path.rpartition('/')[0] or path}"
-    path = Path(Storage.at(place).root)
-    return next(str(folder) for folder in (path, *path.parents) if os.path.isdir(folder))
+    return str(nearest_folder(Storage.at(place).root))

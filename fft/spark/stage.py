@@ -3,14 +3,14 @@
 Tasks need nothing of this package: it travels with them, so that every node runs the code of the notebook.
 """
 
-import importlib.resources
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources.abc import Traversable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from fft.package_files import modules_of
 
 if TYPE_CHECKING:
     from pyspark.resource import ResourceProfile
@@ -51,17 +51,9 @@ def package_zip() -> bytes:
     """This package's modules as a zip."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
-        for name, file in _modules(importlib.resources.files("fft"), "fft"):
+        for name, file in modules_of("fft"):
             out.writestr(name, file.read_bytes())
     return packed.getvalue()
-
-
-def _modules(folder: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:
-    for entry in sorted(folder.iterdir(), key=lambda found: found.name):
-        if entry.is_dir() and entry.name != "__pycache__":
-            yield from _modules(entry, f"{name}/{entry.name}")
-        elif entry.name.endswith(".py"):
-            yield f"{name}/{entry.name}", entry
 
 
 def _task(node: Callable[[Context], dict[str, Any]]) -> Callable:

@@ -7,23 +7,16 @@ from typing import Any
 
 from fft.arguments import TrainArguments
 from fft.chart import Line, chart, picture_file
-from fft.checkpoint.card import CARD, card_of
+from fft.checkpoint.card import CARD, card_of, perplexity
 from fft.checkpoint.folder import METRICS, PICTURE, checkpoint_tag
 from fft.checkpoint.run import RunFolder
+from fft.console import duration
 from fft.errors import UserError, one_line
 from fft.planning.preflight import Plan
 from fft.training.metric_sinks import read_numbers
 from fft.training.metrics import Metrics, Progress
 
 _CAPTION = "loss by step; dots: validation"
-
-
-def perplexity(loss: float) -> float:
-    """The exponential of a loss; infinite where that is more than a float holds."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def told_evaluation(plan: Plan, batch: int, step: int, loss: float, tokens: int) -> str:
@@ -63,7 +56,7 @@ def _summary(state: dict[str, Any], progress: Progress, runs: Sequence[RunFolder
     speed = ""
     if progress.seconds:
         rate = progress.tokens / progress.seconds
-        speed = f" in {_minutes(progress.seconds)} of steps ({rate:,.0f} tokens/s in the mean)"
+        speed = f" in {duration(progress.seconds)} of steps ({rate:,.0f} tokens/s in the mean)"
     most = "at most " if args["ragged"] else ""
     yield f"{step:,} steps, {most}{tokens:,} tokens{speed}; last training loss {progress.loss:.4f}"
     if progress.last is None or progress.best is None:
@@ -111,8 +104,3 @@ def _next(args: TrainArguments, plan: Plan) -> list[str]:
     if args.checkpoint and args.save_steps:
         return [f"python -m fft.checkpoint.convert {args.checkpoint} MODEL  # the newest checkpoint as a model"]
     return []
-
-
-def _minutes(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from fft.arguments import TrainArguments
 from fft.checkpoint.stored_run import run_at
+from fft.console import duration
 from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
@@ -206,7 +207,7 @@ class Metrics:
         self.log(
             f"step {step}/{self.total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {told}  "
-            f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {_clock(lap.elapsed)} < {_clock(lap.left)}"
+            f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {duration(lap.elapsed)} < {duration(lap.left)}"
         )
 
 
@@ -246,8 +247,3 @@ def open_metrics(
             f"pipeline bubble {bubble:.1%}"
         )
     return metrics
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from fft.arguments import TrainArguments
 from fft.data.storage import is_url
 from fft.errors import UserError
-from fft.parallel.groups import tell_all
+from fft.files import nearest_folder, remove_file
+from fft.parallel.groups import tell_all, told_by_first
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.role import StageRole
 
@@ -36,9 +37,9 @@ def check_shared(args: TrainArguments, mesh: MeshSizes, control: dist.ProcessGro
     writes = StageRole.of(mesh, dist.get_rank()).writes
     needed = {"--checkpoint": writes or bool(args.resume) or not args.only_ckpt_model, "--output_dir": writes}
     with contextlib.ExitStack() as held:
-        marks = [{flag: _mark(place, held) for flag, place in places.items()} if dist.get_rank() == 0 else {}]
-        dist.broadcast_object_list(marks, src=0, group=control)
-        lacks = [flag for flag, mark in marks[0].items() if needed[flag] and not _seen(Path(mark))]
+        own = {flag: _mark(place, held) for flag, place in places.items()} if dist.get_rank() == 0 else {}
+        marks = told_by_first(own, control)
+        lacks = [flag for flag, mark in marks.items() if needed[flag] and not _seen(Path(mark))]
         found = tell_all([socket.gethostname(), lacks], control)
     for rank, (host, flags) in enumerate(found):
         for flag in flags:
@@ -50,12 +51,12 @@ def check_shared(args: TrainArguments, mesh: MeshSizes, control: dist.ProcessGro
 
 def _mark(place: str, held: contextlib.ExitStack) -> str:
     """A file where the folder is, or would be made; it goes again with ``held``."""
-    folder = next(above for above in (Path(place), *Path(place).absolute().parents) if above.is_dir())
+    folder = nearest_folder(place)
     # Relative as it was given: ranks of other machines, or in other folders, see it from where they are.
     folder = folder if Path(place).is_absolute() else Path(os.path.relpath(folder))
     number, name = tempfile.mkstemp(prefix=".", suffix=".shared", dir=folder)
     os.close(number)
-    held.callback(os.unlink, name)
+    held.callback(remove_file, name)
     return str(folder / Path(name).name)
 
 

@@ -226,7 +226,7 @@ class Watch:
             return
         if self.meeting.own == next(peer for peer in self.meeting.here if peer.rank not in self._missed):
             self._say(f"error: {sentence}")
-        tell_launcher(redact(sentence))
+        tell_launcher(sentence)
         letting = threading.Thread(target=self._let_go, args=(UserError(sentence),), daemon=True)
         letting.start()
         letting.join(_LAST)

@@ -57,7 +57,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         other = [file for file in found.values() if not is_plain(file)]
         if other:
             raise ValueError(f"{other[0]!r} is no file name")
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"{index} is no index of safetensors files ({error!r}): restore the model directory."
         ) from error

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from fft.redaction import is_secret_name
+from fft.redaction import OF_STORES, is_secret_name
 
 #: Seconds between two looks at whether the driver is there.
 _LOOKED_EVERY = 0.5
@@ -27,8 +27,6 @@ _PASSED_ON = (
     *("VLLM_", "CUDA_", "NVIDIA_", "ASCEND_", "SSL_CERT_", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "HTTP_PROXY"),
     *("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
 )
-#: Of stores, credentials too: tasks read and write there.
-_OF_STORES = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
 
 
 class SailServer:
@@ -64,7 +62,8 @@ class SailServer:
 
 
 def trimmed(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of an environment tasks need: whoever reaches the server can read it. Secrets that are no store's stay out.
+    """What of an environment tasks need: whoever reaches the server can read it. Secrets that are no store's stay out:
+    tasks read and write there.
 
     >>> trimmed({"HOME": "/home/me", "OPENAI_API_KEY": "k", "HF_TOKEN": "t", "AWS_SECRET_ACCESS_KEY": "s"})
     {'HOME': '/home/me', 'AWS_SECRET_ACCESS_KEY': 's'}
@@ -72,7 +71,7 @@ def trimmed(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(_OF_STORES) or (name.startswith(_PASSED_ON) and not is_secret_name(name))
+        if name.startswith(OF_STORES) or (name.startswith(_PASSED_ON) and not is_secret_name(name))
     }
 
 

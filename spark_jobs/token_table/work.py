@@ -2,19 +2,17 @@
 
 import hashlib
 import importlib.metadata
-import importlib.resources
 import json
-import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from importlib.resources.abc import Traversable
 from typing import Any
 
 from pyarrow import fs
 
 from fft.data.storage import Storage, is_url, reaching
+from fft.package_files import modules_of
 from spark_jobs.token_table.engine_table import EngineTable
 from spark_jobs.token_table.output import Output
 from spark_jobs.token_table.read import Dataset
@@ -80,7 +78,7 @@ def _code() -> str:
     """What this package is, by the text of its modules, and what it stands on."""
     digest = hashlib.sha256()
     for package in ("fft", "spark_jobs"):
-        for name, module in sorted(_modules(importlib.resources.files(package), package)):
+        for name, module in sorted(modules_of(package)):
             digest.update(name.encode() + module.read_bytes())
     for library in _LIBRARIES:
         try:
@@ -88,12 +86,3 @@ def _code() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return digest.hexdigest()
-
-
-def _modules(folder: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:
-    for one in folder.iterdir():
-        inside = f"{name}{os.sep}{one.name}"
-        if one.is_dir():
-            yield from _modules(one, inside)
-        elif one.name.endswith(".py"):
-            yield inside, one

@@ -308,7 +308,7 @@ def test_what_is_appended_to_a_delta_table_while_it_is_repartitioned_stays(spark
     from spark_jobs import repartition_job
 
     out = tmp_path / "t"
-    tokenize_table(corpus, out, tokenizer, table_format="delta")
+    tokenize_table(corpus, out, tokenizer, format="delta")
     more = pa.table({"input_ids": pa.array([[1, 2, 3]], pa.list_(pa.int32())), "doc_ids": [["more"]]})
     opened = repartition_job.open_datasets
 

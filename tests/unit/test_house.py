@@ -129,6 +129,19 @@ def test_code_that_a_model_brings_is_never_run():
     )
 
 
+def test_ranks_send_one_another_no_pickles():
+    """Who can send could run anything by one: fft.parallel.groups has what sends values as JSON."""
+    none_of(
+        [
+            f"{name}, line {node.lineno}: {node.attr}: tell by fft/parallel/groups.py"
+            for name, tree in TREES.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and re.fullmatch(r"(all_gather|broadcast|gather|scatter|send|recv)_object\w*", node.attr)
+        ]
+    )
+
+
 def test_what_is_written_or_removed_goes_through_one_module():
     """Others may plant links where we write: fft/files.py knows how not to follow them."""
     found = {
