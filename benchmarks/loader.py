@@ -18,11 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.lake import copied
 from fft.console import format_table, say
 from fft.data.commits import commit
-from fft.data.manifest import MANIFEST_NAME, FileInfo, Manifest, read_manifest
-from fft.data.storage import Storage
-from fft.data.views import send
+from fft.data.manifest import FileInfo, Manifest, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Without their dependencies, of which some name another torch; what they import is named, or is here already.
@@ -51,7 +50,7 @@ def main() -> int:
         table = make_table(work / f"tokens-{millions}-{args.seq_len}", millions * 1_000_000, args.seq_len)
         asked = args.only or (LOADERS if args.lake is None else OF_STORES)
         loaders = [name for name in asked if name not in PEERS or peer_environment(work, name)]
-        place = table if args.lake is None else copy_to(table, f"{args.lake.rstrip('/')}/{table.name}")
+        place = table if args.lake is None else copied(table, args.lake)
         costs = {name: run(name, place, args, work) for name in loaders}
         say("")
         cores = len(os.sched_getaffinity(0))
@@ -86,17 +85,6 @@ def make_table(folder: Path, tokens: int, seq_len: int) -> Path:
         files.append(FileInfo(path.name, rows, rows * seq_len, path.stat().st_size))
     commit(folder, Manifest(tuple(files), rows * FILES, rows * FILES * seq_len, None, seq_len))
     return folder
-
-
-def copy_to(table: Path, url: str) -> str:
-    """A table in a store, copied there if it is not."""
-    place = Storage.at(url)
-    if not place.exists(MANIFEST_NAME):
-        say(f"copying {table} to {url}")
-        for path in sorted(table.glob("*.parquet")):
-            send(path, place, path.name)
-        place.write(MANIFEST_NAME, (table / MANIFEST_NAME).read_bytes())
-    return url
 
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "cu_seqlens": pa.list_(pa.int32())})

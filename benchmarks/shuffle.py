@@ -2,10 +2,10 @@
 
 python -m benchmarks.shuffle                    # 25, 100 and 400 M tokens: some six minutes on 2 cores
 python -m benchmarks.shuffle --millions 25 50   # a quick look
+python -m benchmarks.shuffle --lake s3://bucket/bench   # on disks, then the same from store to store
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -15,8 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.lake import copied
 from benchmarks.measure import run_measured
 from fft.console import format_table, say
+from fft.data.manifest import read_manifest
+from fft.data.storage import Storage, is_url
+from fft.data.views import view
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LEN = 2048
@@ -31,30 +35,40 @@ def main() -> int:
     for millions in args.millions:
         source = work / f"documents-{millions}"
         documents = write_documents(source, millions * 1_000_000)
-        last = source
-        for job, flags in (("shuffle", ["--seed", 0]), ("repartition", ["--max_len", MAX_LEN, "--pack", "best-fit"])):
-            output = work / f"{job}-{millions}"
-            shutil.rmtree(output, ignore_errors=True)
-            say(f"{job}, {millions} M tokens ...")
-            submit = ["spark-submit", "--master", f"local[{args.cores}]", "--driver-memory", "4g"]
-            start = submit if args.engine == "spark" else [sys.executable]
-            command = [*start, f"spark_jobs/{job}.py", "-i", last, "-o", output, *flags]
-            environment = {**os.environ, "FFT_ENGINE": args.engine}
-            cost = run_measured(command, ROOT, environment, work / f"{job}-{millions}.log")
-            counts = json.loads((output / "_fft_manifest.json").read_text())
-            unused = counts["lineage"]["counts"].get("unused_share")
-            rate = round(counts["tokens"] / cost.seconds)
-            kept = "" if unused is None else f"{100 * unused:.3f}"
-            rows.append(
-                [job, counts["tokens"], documents, cost.seconds, rate, cost.cores, cost.peak_bytes / 2**20, kept]
-            )
-            last = output
-        for made in (source, work / f"shuffle-{millions}", last):
-            shutil.rmtree(made)
+        for above in (work, *([copied(source, args.lake).rpartition("/")[0]] if args.lake else [])):
+            rows += _measured(above, millions, documents, args)
+        shutil.rmtree(source)
     header = ("job", "tokens", "documents", "seconds", "tokens/s", "cores", "peak MB", "unused %")
     print(f"{args.engine}, log-normal documents, {args.cores} cores, rows of {MAX_LEN}, start-up included")
     print(format_table(header, rows))
     return 0
+
+
+def _measured(above: str | Path, millions: int, documents: int, args: argparse.Namespace) -> list[list[object]]:
+    """The rows of both jobs below a folder of disk or store, where the documents are; what they write goes."""
+    rows: list[list[object]] = []
+    last = f"{above}/documents-{millions}"
+    for job, flags in (("shuffle", ["--seed", 0]), ("repartition", ["--max_len", MAX_LEN, "--pack", "best-fit"])):
+        output = f"{above}/{job}-{millions}"
+        Storage.at(output).delete_folder()
+        called = f"{job}, in a store" if is_url(output) else job
+        say(f"{called}, {millions} M tokens ...")
+        submit = ["spark-submit", "--master", f"local[{args.cores}]", "--driver-memory", "4g"]
+        start = submit if args.engine == "spark" else [sys.executable]
+        command = [*start, f"spark_jobs/{job}.py", "-i", last, "-o", output, *flags]
+        environment = {**os.environ, "FFT_ENGINE": args.engine}
+        cost = run_measured(command, ROOT, environment, args.work.resolve() / f"{job}-{millions}.log")
+        made = read_manifest(view(output, fresh=True))
+        if made is None:
+            raise RuntimeError(f"{output} has no manifest")
+        unused = made.lineage["counts"].get("unused_share")
+        kept = "" if unused is None else f"{100 * unused:.3f}"
+        rate, peak = round(made.tokens / cost.seconds), cost.peak_bytes / 2**20
+        rows.append([called, made.tokens, documents, cost.seconds, rate, cost.cores, peak, kept])
+        last = output
+    for job in ("shuffle", "repartition"):
+        Storage.at(f"{above}/{job}-{millions}").delete_folder()
+    return rows
 
 
 def write_documents(folder: Path, tokens: int) -> int:
@@ -85,6 +99,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engine", choices=["spark", "sail"], default="spark", help="default: Spark's JVM")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="scratch folder")
+    parser.add_argument("--lake", metavar="URL", help="within a store, too, whose credentials are set")
     return parser.parse_args()
 
 

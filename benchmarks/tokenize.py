@@ -2,14 +2,13 @@
 
     python -m benchmarks.tokenize                       # 343 M tokens, all engines: a quarter of an hour on 2 cores
     python -m benchmarks.tokenize --mb 60 --only spark  # a quick look at one
+    python -m benchmarks.tokenize --lake s3://bucket/bench --only spark  # on disks, then the same from store to store
 
 (As a module: run by its path, this file's name would hide the standard library's tokenize from everything.)
 """
 
 import argparse
-import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -19,8 +18,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.corpus import source_texts, write_corpus
+from benchmarks.lake import copied
 from benchmarks.measure import run_measured
 from fft.console import format_table, say
+from fft.data.manifest import read_manifest
+from fft.data.storage import Storage
+from fft.data.views import files_below, view
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,30 +48,32 @@ def main() -> int:
         save_tokenizer(train_tokenizer(_first(_TRAINED_ON), VOCAB_SIZE), tokenizer)
     rows = []
     for name in args.only or ENGINES:
-        command, environment, count = ENGINES[name](corpus, tokenizer, work / "out" / name, args.cores, work)
-        shutil.rmtree(work / "out" / name, ignore_errors=True)
-        (work / "out").mkdir(exist_ok=True)
-        say(f"{name} ...")
-        cost = run_measured(command, ROOT, {**os.environ, **environment}, work / f"{name}.log")
-        tokens = count(work / "out" / name)
-        size = sum(f.stat().st_size for f in (work / "out" / name).rglob("*") if f.is_file() and "log" not in f.parts)
-        rows.append(
-            [
-                name,
-                tokens,
-                cost.seconds,
-                round(tokens / cost.seconds),
-                cost.seconds * cost.cores,
-                cost.cores,
-                size / tokens,
-                cost.peak_bytes / 2**20,
-            ]
-        )
+        rows.append(_measured(name, corpus, tokenizer, args, None))
+        if args.lake is not None and name in OF_STORES:
+            rows.append(_measured(name, corpus, tokenizer, args, args.lake))
     base = next((row[3] for row in rows if row[0] == "datatrove"), None)
     header = ("engine", "tokens", "seconds", "tokens/s", "CPU s", "cores", "bytes/token", "peak MB", "x datatrove")
     print(f"{text_bytes / 1e6:,.0f} MB of text, {args.cores} cores, start-up included")
     print(format_table(header, [[*row, row[3] / base if base else float("nan")] for row in rows]))
     return 0
+
+
+def _measured(name: str, corpus: Path, tokenizer: Path, args: argparse.Namespace, lake: str | None) -> list[object]:
+    """The row of an engine, from disk to disk or within a lake."""
+    work = args.work.resolve()
+    output: str | Path = work / "out" / name if lake is None else f"{lake.rstrip('/')}/out-{name}"
+    source: str | Path = corpus if lake is None else copied(corpus, lake)
+    command, environment, count = ENGINES[name](source, tokenizer, output, args.cores, work)
+    Storage.at(output).delete_folder()
+    (work / "out").mkdir(exist_ok=True)
+    called = name if lake is None else f"{name}, in a store"
+    say(f"{called} ...")
+    cost = run_measured(command, ROOT, {**os.environ, **environment}, work / f"{name}.log")
+    tokens = count(output)
+    kept = {path: found.size for path, found in files_below(Storage.at(output)).items()}
+    size = sum(size for path, size in kept.items() if "log" not in Path(path).parts)
+    rate, cpu, peak = round(tokens / cost.seconds), cost.seconds * cost.cores, cost.peak_bytes / 2**20
+    return [called, tokens, cost.seconds, rate, cpu, cost.cores, size / tokens, peak]
 
 
 def _parse() -> argparse.Namespace:
@@ -77,6 +82,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="kept between runs")
     parser.add_argument("--only", nargs="+", choices=ENGINES, help="default: all")
+    parser.add_argument(
+        "--lake", metavar="URL", help=f"within a store, too, whose credentials are set: {OF_STORES} can"
+    )
     return parser.parse_args()
 
 
@@ -88,30 +96,30 @@ def _first(size: int) -> Iterator[str]:
             return
 
 
-Plan = tuple[list[object], dict[str, str], Callable[[Path], int]]
+Plan = tuple[list[object], dict[str, str], Callable[[str | Path], int]]
 
 
-def _spark(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+def _spark(corpus: str | Path, tokenizer: Path, output: str | Path, cores: int, work: Path) -> Plan:
     command = ["spark-submit", "--master", f"local[{cores}]", *_JVM, "spark_jobs/tokenize.py"]
     return [*command, "-i", corpus, "-o", output, "--tokenizer", tokenizer], {}, _in_parquet
 
 
-def _spark_writer(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+def _spark_writer(corpus: str | Path, tokenizer: Path, output: str | Path, cores: int, work: Path) -> Plan:
     command, environment, count = _spark(corpus, tokenizer, output, cores, work)
     return [*command, "--writer", "spark"], environment, count
 
 
-def _sail(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+def _sail(corpus: str | Path, tokenizer: Path, output: str | Path, cores: int, work: Path) -> Plan:
     command = [sys.executable, "spark_jobs/tokenize.py", "-i", corpus, "-o", output, "--tokenizer", tokenizer]
     return command, {"FFT_ENGINE": "sail"}, _in_parquet
 
 
-def _huggingface(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+def _huggingface(corpus: str | Path, tokenizer: Path, output: str | Path, cores: int, work: Path) -> Plan:
     command = [sys.executable, "benchmarks/peers/hf_tokenizers.py", corpus, tokenizer, output]
     return command, {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true"}, _in_parquet
 
 
-def _datatrove(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Path) -> Plan:
+def _datatrove(corpus: str | Path, tokenizer: Path, output: str | Path, cores: int, work: Path) -> Plan:
     home = work / "datatrove"
     if not (home / "installed").exists():
         say("installing datatrove in a virtual environment of its own")
@@ -119,16 +127,16 @@ def _datatrove(corpus: Path, tokenizer: Path, output: Path, cores: int, work: Pa
         subprocess.run([home / "bin" / "pip", "install", "--quiet", *DATATROVE], check=True)
         (home / "installed").touch()
     command = [home / "bin" / "python", "benchmarks/peers/datatrove_tokenize.py", corpus, tokenizer, output, cores]
-    return command, {}, lambda folder: sum(f.stat().st_size for f in folder.glob("*.ds")) // 2
+    return command, {}, lambda folder: sum(f.stat().st_size for f in Path(folder).glob("*.ds")) // 2
 
 
-def _in_parquet(folder: Path) -> int:
-    """Tokens of a folder of parquet files, from their footers."""
-    manifest = folder / "_fft_manifest.json"
-    if manifest.exists():
-        return json.loads(manifest.read_text())["tokens"]
+def _in_parquet(folder: str | Path) -> int:
+    """Tokens of a folder of parquet files, from its manifest or from their footers."""
+    manifest = read_manifest(view(folder, fresh=True))
+    if manifest is not None:
+        return manifest.tokens
     tokens = 0
-    for file in folder.glob("*.parquet"):
+    for file in Path(folder).glob("*.parquet"):
         metadata = pq.read_metadata(file)
         tokens += sum(metadata.row_group(i).column(0).num_values for i in range(metadata.num_row_groups))
     return tokens
@@ -141,6 +149,8 @@ ENGINES = {
     "spark-writer": _spark_writer,
     "sail": _sail,
 }
+#: Those that read and write stores, too.
+OF_STORES = ("spark", "sail")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,7 +31,7 @@ from fft.errors import UserError
 from fft.text.records import RecordEncoder
 from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.hashing import row_hash
-from spark_jobs.runtime.session import user_errors
+from spark_jobs.runtime.session import lacking_connector, user_errors
 from spark_jobs.runtime.tasks import to_tasks, without_parts
 
 #: Columns by whose order a part's rows are written.
@@ -157,12 +157,7 @@ def _has_log(spark: SparkSession, folder: str) -> bool:
 def _reason(error: Exception) -> str:
     lines = [line.lstrip(": ") for line in str(error).splitlines() if not line.startswith("An error occurred")]
     reason = lines[0] if lines else type(error).__name__
-    if lacking := re.search(r"Class (org\.apache\.hadoop\.fs\.\S+) not found|No FileSystem for scheme", str(error)):
-        reason = (
-            f"Spark lacks {lacking[1] or 'what reads that scheme'}: give it the package, as spark-submit --packages "
-            "org.apache.hadoop:hadoop-aws:VERSION does for s3a:// (of the version of Spark's own Hadoop jars)"
-        )
-    return reason
+    return lacking_connector(error) or reason
 
 
 def columns_read(frame: Frame, record_encoder: RecordEncoder[Any]) -> tuple[DataFrame, tuple[str, ...]]:

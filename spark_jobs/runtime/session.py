@@ -253,6 +253,17 @@ def user_errors() -> Iterator[None]:
         raise UserError(sentence) from error
 
 
+def lacking_connector(error: Exception) -> str | None:
+    """What Spark lacks for a URL, where that is what an error says, and how it gets it."""
+    lacking = re.search(r"Class (org\.apache\.hadoop\.fs\.\S+) not found|No FileSystem for scheme", str(error))
+    if lacking is None:
+        return None
+    return (
+        f"Spark lacks {lacking[1] or 'what knows that scheme'}: give it the package, as spark-submit --packages "
+        "org.apache.hadoop:hadoop-aws:VERSION does for s3a:// (of the version of Spark's own Hadoop jars)"
+    )
+
+
 def _sentence(text: str) -> str | None:
     """What an error of Spark's says, where it is the user's to mend."""
     if found := re.search(r"^fft\.errors\.(?:User|Storage)Error: (.*)$", text, re.MULTILINE):

@@ -18,6 +18,7 @@ from fft.data.part_files import Part
 from fft.data.storage import Storage, reaching
 from fft.errors import UserError, one_line
 from spark_jobs.parameters import is_table_name
+from spark_jobs.runtime.session import lacking_connector
 from spark_jobs.token_table.spark_folder import footer_parts
 
 #: The property of a table that holds its manifest.
@@ -177,5 +178,9 @@ def catalog_errors(shown: str) -> Iterator[None]:
             raise UserError(
                 f"Spark cannot write {shown}: it does not have this format; give `format` another, or Spark what "
                 "it needs (--packages)."
+            ) from error
+        if lacking := lacking_connector(error):
+            raise UserError(
+                f"Spark cannot write {shown}: {lacking}; part files (without `writer`) need none."
             ) from error
         raise

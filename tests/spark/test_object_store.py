@@ -14,8 +14,9 @@ from fft.data.reader import SampleReader
 from fft.data.storage import Storage
 from fft.data.store_owner import OWNERS
 from fft.data.table import Table
+from fft.errors import UserError
 from spark.test_lost_work import KILLS, finish, start, wait_for
-from spark_jobs import repartition_table
+from spark_jobs import repartition_table, tokenize_table
 from spark_jobs.token_table.kept import waiting
 
 JOBS = ("tokens", "shuffled/train", "shuffled/validation", "packed/train", "packed/validation")
@@ -86,6 +87,13 @@ def test_the_engines_own_writer_into_a_store(lake, alone, tokenizer):
             assert (ours.rows, ours.tokens) == (theirs.rows, theirs.tokens)
             assert ours.manifest.tokenizer == theirs.manifest.tokenizer
             check_tidy(f"{lake}/mixed/{name}")
+
+
+def test_java_without_what_reaches_stores_says_so(spark, lake, tokenizer):
+    """Its own writer needs a connector, which nobody has given it; nothing is left there."""
+    with pytest.raises(UserError, match=r"Spark lacks .*hadoop-aws.*without `writer`"):
+        tokenize_table(f"{lake}/corpus.jsonl", f"{lake}/tokens", tokenizer, writer="spark")
+    assert not Storage.at(f"{lake}/tokens").here()
 
 
 def test_tasks_that_fail_while_they_write_are_tried_again(lake, alone, tokenizer, tmp_path):

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +192,13 @@ def test_nobody_is_told_to_install_what_is_not_published():
 def test_the_model_of_trust_names_tests_that_are_there():
     named = re.findall(r"`(tests/[\w/.]+)`", (ROOT / "docs/security.md").read_text(encoding="utf-8"))
     none_of([f"{name} is not there" for name in named if not (ROOT / name).exists()])
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Two of one name cannot be read by one process, but for those of a package."""
+    paths = [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "tests/unit").rglob("test_*.py")]
+    names = Counter(path.name for path in paths)
+    none_of([f"{path.relative_to(ROOT)} has another's name" for path in paths if names[path.name] > 1])
 
 
 def test_excuses_have_reasons():

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,10 @@ class Watch:
             self.on = True
 
     def outside(self, allowed: tuple[str, ...]) -> list[tuple[str, str]]:
-        """What lay in none of these folders."""
-        return [(event, path) for event, path in self.seen if not lies_in(path, (*OWN, *allowed))]
+        """What lay in none of these folders, nor in this process's own for what it read in stores before."""
+        views = os.path.join(os.path.realpath(tempfile.gettempdir()), f"fft-views-{os.getpid()}-")
+        touched = [(event, path) for event, path in self.seen if not path.startswith(views)]
+        return [(event, path) for event, path in touched if not lies_in(path, (*OWN, *allowed))]
 
 
 def lies_in(path: str, folders: tuple[str, ...]) -> bool:
