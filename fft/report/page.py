@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment
@@ -121,6 +122,10 @@ def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[s
     if several:
         yield "Compared", ["", *names], [_compared(name, number, told, runs) for name, number, told in _TILES]
     yield "Data", ["run", "what", "table", "version", "fingerprint"], list(_data(runs))
+    rows = [row for run in runs for row in _ranks(run)]
+    if rows:
+        head = ["run", "rank", "own work", "waiting for others", "times it was behind", "last"]
+        yield "Ranks, seconds a step", head, rows
     rows = [[r.name, f"{c.step:,}", _loss(c.eval_loss), f"{c.size / 1e6:,.1f} MB"] for r in runs for c in r.checkpoints]
     if rows:
         yield "Checkpoints", ["run", "step", "evaluation", "size"], rows
@@ -144,6 +149,16 @@ def _data(runs: Sequence[Run]) -> Iterable[list[str]]:
                 if isinstance(source, dict):
                     cells = (source.get(key) for key in ("table", "version", "fingerprint"))
                     yield [run.name, what, *map(_plain, cells)]
+
+
+def _ranks(run: Run) -> Iterable[list[str]]:
+    """Of every rank the mean of a step's work and waiting, and how often, and when, it was told to be behind."""
+    behind = run.points("rank_behind")
+    for rank in range(sum(name.startswith("rank_work/") for name in run.numbers)):
+        spent = [[value for _, value in run.points(f"{name}/{rank}")] for name in ("rank_work", "rank_wait")]
+        steps = [step for step, which in behind if which == rank]
+        last = f"up to step {steps[-1]:,.0f}" if steps else ""
+        yield [run.name, str(rank), *(_short(mean(x)) if x else "" for x in spent), str(len(steps) or ""), last]
 
 
 def _compared(name: str, number: str, told: Callable[[float], str], runs: Sequence[Run]) -> list[str]:
@@ -193,6 +208,7 @@ _CHARTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Tokens a second", "all ranks", "tokens_per_second", _short),
     ("MFU", "of the matrix rate that was measured", "mfu", lambda value: f"{100 * value:.3g} %"),
     ("Waiting for data", "share of the time", "data_wait", lambda value: f"{100 * value:.3g} %"),
+    ("Slowest rank", "seconds of its own work a step", "slowest_rank_seconds", _short),
     ("Memory", "of the fullest rank, at most", "memory", _bytes),
     ("Saving", "seconds", "save_seconds", _short),
     ("Balance of experts", "1 is even", "aux_loss", _short),

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from fft.checkpoint.folder import METRICS, TENSORBOARD
@@ -21,6 +22,8 @@ _GROUPS = dict.fromkeys(("eval_loss", "eval_tokens", "perplexity"), "evaluation"
 _GROUPS |= dict.fromkeys(("tokens_per_second", "tokens_per_second_per_device", "mfu", "mfu_datasheet"), "speed")
 _GROUPS |= dict.fromkeys(("data_wait", "memory", "seconds", "save_seconds", "pipeline_bubble"), "speed")
 _GROUPS |= dict.fromkeys(("matrix_flops_per_second", "datasheet_flops_per_second"), "speed")
+_GROUPS |= dict.fromkeys(("slowest_rank", "slowest_rank_seconds", "fastest_rank_seconds"), "speed")
+_GROUPS |= dict.fromkeys(("rank_behind", "rank_behind_times"), "speed")
 
 
 class Sink(Protocol):
@@ -39,7 +42,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
         """Append a line; whoever kills the run then finds it written."""
         try:
             with open(own_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as stream:
@@ -55,7 +58,7 @@ class JsonLines:
 
 def read_numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
     """The numbers in a run's folder by name and step, and how many lines are none; of a step that was taken again the
-    later one.
+    later one. What every rank has one of is ``name/rank``.
 
     Raises :class:`UserError` where there are none, and where they cannot be read.
     """
@@ -73,7 +76,9 @@ def read_numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
             told = json_value(line)
             step = told.pop("step")
             for name, value in told.items():
-                numbers.setdefault(name, {})[step] = float(value)
+                several = {f"{name}/{rank}": one for rank, one in enumerate(value)} if isinstance(value, list) else {}
+                for full, one in (several or {name: value}).items():
+                    numbers.setdefault(full, {})[step] = float(one)
         except (ValueError, TypeError, KeyError, AttributeError):  # a run that was killed may leave half a line
             unread += 1
     return numbers, unread
@@ -110,10 +115,13 @@ class Sinks:
         """Open a sink."""
         self._try(name, lambda: self._sinks.append((name, make())))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand numbers to all."""
+    def write(
+        self, step: int, values: Mapping[str, float], by_rank: Mapping[str, list[float]] = MappingProxyType({})
+    ) -> None:
+        """Hand numbers to all; those of which every rank has one go to the file alone."""
         for name, sink in tuple(self._sinks):
-            self._try(name, lambda s=sink: s.write(step, values))
+            given = {**values, **by_rank} if isinstance(sink, JsonLines) else values
+            self._try(name, lambda s=sink, g=given: s.write(step, g))
 
     def close(self, well: bool) -> None:
         """Close all."""

@@ -26,6 +26,7 @@ from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
 from fft.training.metric_sinks import Sinks, open_sinks
+from fft.training.pace import Pace
 from fft.training.run_facts import run_facts
 from fft.training.run_folder import Start
 from fft.training.work import Work, datasheet_rate, device_name
@@ -170,11 +171,27 @@ class Metrics:
     promised: float | None
     device: torch.device
     progress: Progress = field(default_factory=Progress)
+    #: That of the ranks, where there are several.
+    pace: Pace | None = None
 
     def record(self, step: int, **values: float) -> None:
         """Hand numbers of a step to the sinks."""
+        self._record(step, values, {})
+
+    def _record(self, step: int, values: Mapping[str, float], by_rank: Mapping[str, list[float]]) -> None:
+        if self.pace is not None:
+            self.pace.stepped()
         self.progress.see(step, values)
-        self.sinks.write(step, values)
+        self.sinks.write(step, values, by_rank)
+
+    def begin(self, step: int) -> None:
+        """Steps begin after ``step``."""
+        if self.pace is not None:
+            self.pace.begin(step)
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """What is done in this block is no step's."""
+        return self.pace.paused() if self.pace is not None else contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of them."""
@@ -185,6 +202,9 @@ class Metrics:
 
         All ranks call it, each with the tokens of ``lap`` that it alone counts.
         """
+        pace, by_rank, behind = {}, {}, ""
+        if self.pace is not None:
+            pace, by_rank, behind = self.pace.lap(step, lap.data_wait * lap.seconds)
         memory = over_ranks(peak_memory(self.device), dist.ReduceOp.MAX, self.device)
         rate = over_ranks(lap.rate, dist.ReduceOp.SUM, self.device)
         flops = over_ranks(lap.flops, dist.ReduceOp.SUM, self.device)
@@ -194,21 +214,16 @@ class Metrics:
         told = f"{used['mfu']:.1%}" + (f", of the datasheet {used['mfu_datasheet']:.1%}" if self.promised else "")
         scaled = f"scale {values['loss_scale']:.0f}  " if "loss_scale" in values else ""
         scaled += f"{values['skipped_steps']} skipped  " if values["skipped_steps"] else ""
-        self.record(
-            step,
-            **values,
-            tokens_per_second=rate,
-            tokens_per_second_per_device=rate / dist.get_world_size(),
-            **used,
-            data_wait=lap.data_wait,
-            memory=memory,
-            seconds=lap.elapsed,
-        )
+        speed = {"tokens_per_second": rate, "tokens_per_second_per_device": rate / dist.get_world_size()}
+        told_of = {"data_wait": lap.data_wait, "memory": memory, "seconds": lap.elapsed}
+        self._record(step, values | speed | used | told_of | pace, by_rank)
         self.log(
             f"step {step}/{self.total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
             f"grad norm {values['grad_norm']:.3f}  {scaled}{rate:,.0f} tokens/s  MFU {told}  "
             f"data wait {lap.data_wait:.1%}  {memory / 2**30:.2f} GiB  {duration(lap.elapsed)} < {duration(lap.left)}"
         )
+        if behind:
+            self.log(f"warning: {behind}")
 
 
 def open_metrics(

@@ -50,6 +50,7 @@ from fft.training.meeting import meet
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.mlflow_sink import check_registers
 from fft.training.output import contents_of, keep_aside, write_output
+from fft.training.pace import follow
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
 from fft.training.shared_folders import check_shared
@@ -74,7 +75,7 @@ def train(args: TrainArguments) -> int:
         layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
         init_distributed(len(watch.meeting.here))
         _announce(args, plan, spec, layout)
-        code = _run(args, plan, spec, layout, above, watch.held)
+        code = _run(args, plan, spec, layout, above, watch)
         watch.held.close()  # while the others wait: what fails in it reaches them
         dist.barrier()
     # Not after an error: the others would see a closed connection before they see this rank's message.
@@ -107,10 +108,10 @@ def _run(
     spec: ModelSpec,
     layout: Layout,
     above: Sequence[psutil.Process],
-    held: contextlib.ExitStack,
+    watch: Watch,
 ) -> int:
-    """Build or resume, train, write the model; returns the exit code. ``held`` ends what the run holds. Collective."""
-    control, runs = host_group(), run_folder.folders(args)
+    """Build or resume, train, write the model; returns the exit code. ``watch`` holds what the run does. Collective."""
+    held, control, runs = watch.held, host_group(), run_folder.folders(args)
     check_same_run(args, plan.identity, control)
     check_shared(args, plan.mesh, control)
     start = run_folder.enter(runs, args, plan, control, held, _log) if runs else Start()
@@ -130,6 +131,7 @@ def _run(
             held.callback(Mirror(runs[0], store, contents.newest, contents.best, _log).close)
         saver = Saver(contents, args.background_executor, control)
     metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start, held, _log)
+    metrics = dataclasses.replace(metrics, pace=follow(watch, plan.mesh, engine.device, control))
     trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
     code = trainer.train(above)
     if code == 0 and args.output_dir:
@@ -189,6 +191,7 @@ class Trainer:
         resumable = self.saver is not None and not self.args.only_ckpt_model
         asked = StopRequest(resumable, above)
         watch, step = Stopwatch(first), first
+        self.metrics.begin(first)
         steps = () if self.early_stop.over else self.feed.steps()
         for step, (batches, waited) in enumerate(steps, start=first + 1):
             watch.waited(waited)
@@ -264,7 +267,8 @@ class Trainer:
         saves = bool(self.args.save_steps) and step % self.args.save_steps == 0
         last = step == self.plan.total_steps
         evaluates = not stop and (self._evaluates(step) or (saves and self.args.best_of > 0))
-        self._evaluate_and_keep(step, evaluates, saves or stop or (last and self.args.save_steps > 0))
+        with self.metrics.paused():
+            self._evaluate_and_keep(step, evaluates, saves or stop or (last and self.args.save_steps > 0))
         return stop
 
     def _evaluate_and_keep(self, step: int, evaluates: bool = True, saves: bool = False) -> None:

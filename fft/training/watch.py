@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
@@ -23,8 +24,8 @@ from fft.training.meeting import Meeting
 
 #: Seconds between two words; for a failure that explains another, or rank 0's own; for what a run holds to be let go.
 _BEAT, _GRACE, _LAST = 1.0, 1.5, 10.0
-#: Seconds that a process has stood still, so that it can say nothing of the others'; and that are worth a line.
-_STILL, _WORTH_A_LINE = 5.0, 10.0
+#: Seconds that a process has stood still, as is noticed; so that it can say nothing of the others'; worth a line.
+_NOTICED, _STILL, _WORTH_A_LINE = 1.0, 5.0, 10.0
 #: Bytes that may wait for somebody who does not read.
 _BACKLOG = 1 << 16
 
@@ -80,6 +81,8 @@ class Watch:
         self.meeting, self._patience = meeting, patience
         #: What has to be closed before this process ends: metrics, locks.
         self.held = ExitStack()
+        #: Is told of any time in which this process stood still: its beginning and its end, by the monotonic clock.
+        self.on_still: Callable[[float, float], None] | None = None
         self._links = {rank: _Link(sock) for rank, sock in sorted(meeting.links.items())}
         self._failures: list[tuple[float, str, int]] = []  # when, what, and the exit code
         self._missed: set[int] = set()
@@ -145,6 +148,8 @@ class Watch:
             while not self._closed.is_set():
                 ready = selector.select(0.1)
                 now = time.monotonic()
+                if now - looked > _NOTICED and self.on_still is not None:
+                    self.on_still(looked, now)
                 if now - looked > _STILL:
                     self._stood_still(now - looked)
                 looked = now

@@ -110,6 +110,21 @@ def test_refusals(tmp_path):
         main([str(run)] * 7)
 
 
+def test_ranks_and_who_of_them_was_behind(tmp_path):
+    folder = write_run(tmp_path / "run", steps=20)
+    sink = JsonLines(folder / METRICS)
+    for step, behind in ((10, {}), (20, {"rank_behind": 1, "rank_behind_times": 3.0})):
+        sink.write(step, {"rank_work": [0.5, 1.5 if behind else 0.5], "rank_wait": [1.5, 0.25]} | behind)
+    run = read_run(folder)
+    assert run.unread == 0
+    assert run.points("rank_work/1") == [(10, 0.5), (20, 1.5)]
+    page = page_of([run])
+    assert "Ranks, seconds a step" in Text(page).words
+    rows = [row.split("</td>") for row in page.split("<tr>") if row.startswith("<td>run</td>")]
+    cells = [[cell.removeprefix("<td>") for cell in row[:6]] for row in rows[-2:]]
+    assert cells == [["run", "0", "0.5", "1.5", "", ""], ["run", "1", "1", "0.25", "1", "up to step 20"]]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_shows_two_runs_without_a_network(tmp_path):
     runs = [write_run(tmp_path / name, steps) for name, steps in (("a", 300), ("b", 150))]

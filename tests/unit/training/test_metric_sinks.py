@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fft.errors import UserError
 from fft.train_arguments import TrainArguments
-from fft.training.metric_sinks import Sinks, open_sinks
+from fft.training.metric_sinks import Sinks, open_sinks, read_numbers
 from fft.training.mlflow_sink import MLflow, RunFacts, check_registers
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DATABRICKS_RUNTIME_VERSION")
@@ -46,6 +46,16 @@ def test_a_sink_that_fails_is_left_out_and_told_of_once():
         "warning: unopened failed (division by zero) and gets no more metrics; training goes on",
         "warning: bad failed (no route to host) and gets no more metrics; training goes on",
     ]
+
+
+def test_numbers_by_rank_go_to_the_file_alone(tmp_path):
+    good = Collects()
+    with open_sinks(tmp_path, 0, RunFacts(), print) as sinks:
+        sinks.add("good", lambda: good)
+        sinks.write(1, {"loss": 2.0}, {"rank_wait": [0.5, 1.5]})
+    assert good.written == [(1, {"loss": 2.0})]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0, "rank_wait": [0.5, 1.5]}
+    assert read_numbers(tmp_path)[0]["rank_wait/1"] == {1: 1.5}
 
 
 def test_a_run_that_fails_says_so_to_its_sinks():
