@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import spark_jobs
+from fft.corpus.splits import MOST_BYTES
 from fft.errors import Parser, UserError, positive
 from fft.images.rules import LIMITS
 from fft.serve.engines import add_engine_flags
@@ -77,6 +78,13 @@ def _add_row_flags(parser: Parser) -> None:
         "--max_len",
         type=positive,
         help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
+    )
+    parser.add_argument(
+        "--max_document_bytes",
+        type=positive,
+        default=MOST_BYTES,
+        metavar="N",
+        help="a line, or a text between blank lines, of so many bytes ends the job (default: %(default)s)",
     )
     parser.add_argument(
         "--image_path",

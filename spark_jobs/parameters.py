@@ -1,6 +1,7 @@
 """Parameters of the jobs, checked alike whether they come from a command line or from a notebook."""
 
 import re
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,7 +27,16 @@ CHOICES = {
 #: Those of them that need not be given.
 _OPTIONAL = ("format", "writer")
 #: Parameters that count something, if they are given.
-_COUNTS = ("max_len", "num_block", "num_partition", "num_engine", "max_pixels", "min_pixels", "max_tiles")
+_COUNTS = (
+    "max_len",
+    "max_document_bytes",
+    "num_block",
+    "num_partition",
+    "num_engine",
+    "max_pixels",
+    "min_pixels",
+    "max_tiles",
+)
 #: Parameters that are on or off.
 _SWITCHES = ("parse_special_tokens", "overwrite", "dedup")
 
@@ -40,6 +50,8 @@ def check_parameters(given: Mapping[str, Any]) -> None:
             raise UserError(f"`{name}` is {value!r}, it must be one of {', '.join(CHOICES[name])}.")
         if name in _COUNTS and value is not None and (not _is_integer(value) or value < 1):
             raise UserError(f"`{name}` is {value!r}, it must be a positive integer.")
+        if name in _COUNTS and value is not None and value > sys.maxsize:
+            raise UserError(f"`{name}` is {value!r}, it must be below 2**63, as Spark's integers are.")
         if name in _SWITCHES and not isinstance(value, bool):
             raise UserError(f"`{name}` is {value!r}, it must be True or False.")
         if name == "seed" and not _is_integer(value):

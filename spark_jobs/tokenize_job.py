@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from fft.console import format_table, say
 from fft.corpus.accounts import COUNTED, document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, find_sources, spans_of
-from fft.corpus.splits import SPLIT, Split, deal
+from fft.corpus.splits import MOST_BYTES, SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
 from fft.data.known import IMAGES, LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
@@ -57,6 +57,7 @@ def tokenize_table(
     text_key: str = "text",
     id_key: str = "id",
     max_len: int | None = None,
+    max_document_bytes: int = MOST_BYTES,
     image_path: str | Path | None = None,
     max_pixels: int | None = None,
     min_pixels: int | None = None,
@@ -81,7 +82,7 @@ def tokenize_table(
     ``tokenizer`` is then a model's whole directory, whose limits hold where ``max_pixels`` and the like are not given.
     ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
     ``report`` a file, .html or .png, for a picture. Malformed records end the job (``on_error="fail"``) or go to
-    ``output/_quarantine``. Raises :class:`UserError` for inputs and tokenizers that are none, and without documents.
+    ``output/_quarantine``. Raises :class:`UserError` for what is no input, tokenizer or text (``max_document_bytes``).
     """
     check_parameters(locals())
     check_report(report, overwrite)
@@ -95,11 +96,10 @@ def tokenize_table(
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     check_sources(sources, task)
     load = encoder_loader(tokenizer, task, Keys(text_key, id_key), max_len, eos, parse_special_tokens, images)
-    texts = {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
-    parameters |= texts if task != "chat" else _of_images(image_path, images)
+    parameters |= _of_images(image_path, images) if task == "chat" else _of_texts(text_key, eos, parse_special_tokens)
     record_encoder, info, spark = _load_beside_spark(load, session)
-    start, work, found = time.monotonic(), "", _Inputs(sources, open_frames(spark, [*unread, *for_engine]))
-    lineage = lineage_of("tokenize", found.origins, parameters)
+    start, found = time.monotonic(), _Inputs(sources, open_frames(spark, [*unread, *for_engine]), max_document_bytes)
+    lineage, work = lineage_of("tokenize", found.origins, parameters), ""
     if isinstance(table, Output):
         found, work = found.measured(record_encoder, tokenizer, images, parameters, table.table_format)
     with table.claim(lineage, work) as writers, job_settings(spark):
@@ -108,6 +108,11 @@ def tokenize_table(
     _say_results(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
     write_report(manifest, report)
     return manifest
+
+
+def _of_texts(text_key: str, eos: str, parse_special_tokens: bool) -> dict[str, Any]:
+    """What of the parameters says how texts are read."""
+    return {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
 
 
 def _of_images(image_path: str | Path | None, images: ImageSettings | None) -> dict[str, Any]:
@@ -147,10 +152,12 @@ def _load_beside_spark(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Files, and what the engine reads; of that, how much it is, where parts outlive their job."""
+    """Files, whose lines and texts have fewer than ``most`` bytes, and what the engine reads; of that, how much it is,
+    where parts outlive their job."""
 
     sources: Sequence[Source]
     frames: Sequence[Frame]
+    most: int
     sizes: Sequence[Measured] = ()
 
     @property
@@ -177,7 +184,7 @@ class _Inputs:
 
     def splits(self, spark: SparkSession, record_encoder: RecordEncoder[Any]) -> list[Split]:
         """What the parts read of the files."""
-        return deal(spans_of(self.sources, record_encoder, EachByTasks(lambda: spark)))
+        return deal(spans_of(self.sources, record_encoder, EachByTasks(lambda: spark)), most=self.most)
 
 
 def _fill(
@@ -194,7 +201,7 @@ def _fill(
             _write(spark, writer, inputs, record_encoder, fail)
     except UserError as error:
         remedy = {"remedy": _NOT_ASIDE} if isinstance(writer, SparkTable) else {}
-        named = name_malformed(error, record_encoder, **remedy)
+        named = name_malformed(error, record_encoder, most=inputs.most, **remedy)
         if named is error:
             raise
         raise named from error

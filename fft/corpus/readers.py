@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fft.corpus.read_ahead import ReadAhead
+from fft.corpus.splits import MOST_BYTES
 from fft.corpus.urls import storage_of
 from fft.data.asking import asking, of_storage
 from fft.data.footer import check_names
@@ -21,8 +22,6 @@ from fft.data.storage import is_url
 from fft.errors import StorageError, UserError
 
 _BLOCK = 4 << 20
-#: Bytes of a line or a document: what decompresses to more, or never ends, is no text to train on.
-_LONGEST = 512 << 20
 #: How many times its size on disk a row group may have in memory, where that is more than a process should hold.
 _MOST_SWOLLEN, _SWOLLEN = 1000, 1 << 30
 #: Between documents of a plain text: one blank line or more, with any line ends.
@@ -93,29 +92,29 @@ def _unmarked(record: bytes, begin: int) -> bytes:
     return record if begin else record.removeprefix(_BYTE_ORDER_MARK)
 
 
-def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
+def read_lines(path: str, start: int, stop: int, most: int = MOST_BYTES) -> Iterator[bytes]:
     """Lines that begin in bytes [start, stop) of a file, without their ends; to the file's end if ``stop`` is 0.
 
-    Raises :class:`UserError` for what cannot be read, and for a line that does not end.
+    Raises :class:`UserError` for what cannot be read, and for a line of ``most`` bytes or without an end.
     """
     with naming(path), open_text(path, stop) as stream:
         at = start
         if start:
             stream.seek(start - 1)
-            at += len(stream.readline(_LONGEST)) - 1
-        for line in iter(partial(stream.readline, _LONGEST), b""):
+            at += len(stream.readline(most)) - 1
+        for line in iter(partial(stream.readline, most), b""):
             if stop and at >= stop:
                 return
             begin, at = at, at + len(line)
-            if len(line) == _LONGEST:
-                raise _too_long(path, begin)
+            if len(line) == most:
+                raise _too_long(path, begin, most)
             yield _unmarked(line, begin).rstrip(b"\r\n")
 
 
-def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
+def read_documents(path: str, start: int, stop: int, most: int = MOST_BYTES) -> Iterator[bytes]:
     """Documents between blank lines that begin in bytes [start, stop) of a file; to its end if ``stop`` is 0.
 
-    Raises :class:`UserError` for what cannot be read, and for a document that does not end.
+    Raises :class:`UserError` for what cannot be read, and for a document of ``most`` bytes or without an end.
     """
     with naming(path), open_text(path, stop) as stream:
         at, buffer = start, b""
@@ -138,17 +137,17 @@ def read_documents(path: str, start: int, stop: int) -> Iterator[bytes]:
                 first = found.end()
                 begun = begun or at + first >= start
             at, buffer = at + first, buffer[first:]
-            if len(buffer) >= _LONGEST:
-                raise _too_long(path, at)
+            if len(buffer) >= most:
+                raise _too_long(path, at, most)
         buffer = _unmarked(buffer, at)
         if begun and buffer.strip() and not (stop and at >= stop):
             yield buffer
 
 
-def _too_long(path: str, begin: int) -> UserError:
+def _too_long(path: str, begin: int, most: int) -> UserError:
     return UserError(
-        f"{path} has a document of {_LONGEST:,} bytes or more, which begins at byte {begin:,} of its text: split it, "
-        "or leave the file out."
+        f"{path} has a document of {most:,} bytes or more, which begins at byte {begin:,} of its text: split it, leave "
+        "the file out, or have spark_jobs/tokenize.py take it with a larger `max_document_bytes`."
     )
 
 
@@ -188,4 +187,4 @@ def schema_of(path: str) -> pa.Schema:
     return footer_of(path)[0]
 
 
-READERS: dict[str, Callable[[str, int, int], Iterator[bytes]]] = {"json": read_lines, "text": read_documents}
+READERS: dict[str, Callable[[str, int, int, int], Iterator[bytes]]] = {"json": read_lines, "text": read_documents}

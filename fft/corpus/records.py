@@ -7,7 +7,7 @@ from typing import Any
 
 from fft.corpus.files import kind_of
 from fft.corpus.readers import READERS, footer_of, read_row_groups, schema_of
-from fft.corpus.splits import Split
+from fft.corpus.splits import MOST_BYTES, Split
 from fft.text.records import Malformed, RecordEncoder
 
 _BATCH_RECORDS, _BATCH_BYTES = 4096, 8 << 20
@@ -29,7 +29,7 @@ def read_records(
             yield [(record, split.doc_id if doc_id is None else doc_id) for record, doc_id in rows]
         return
     waiting, size = [], 0
-    for record in READERS[split.kind](split.path, split.start, split.stop):
+    for record in READERS[split.kind](split.path, split.start, split.stop, split.most):
         if split.kind == "json" and not record.strip():
             continue  # blank lines between records are none
         waiting.append((record, None))
@@ -41,13 +41,16 @@ def read_records(
         yield waiting
 
 
-def first_malformed(path: str, record_encoder: RecordEncoder[Any]) -> tuple[str, str] | None:
-    """A file's first malformed record by line or row, and what is wrong with it; None where records have no number."""
+def first_malformed(path: str, record_encoder: RecordEncoder[Any], most: int = MOST_BYTES) -> tuple[str, str] | None:
+    """A file's first malformed record by line or row, and what is wrong with it; None where records have no number.
+
+    Lines have fewer than ``most`` bytes.
+    """
     kind = kind_of(Path(path))
     if kind is None or kind == "text":
         return None
     what = "row" if kind == "parquet" else "line"
-    for number, (record, doc_id) in enumerate(_numbered(path, kind, record_encoder), 1):
+    for number, (record, doc_id) in enumerate(_numbered(path, kind, record_encoder, most), 1):
         if kind == "json" and not (record or b"").strip():
             continue
         try:
@@ -57,9 +60,11 @@ def first_malformed(path: str, record_encoder: RecordEncoder[Any]) -> tuple[str,
     return None
 
 
-def _numbered(path: str, kind: str, record_encoder: RecordEncoder[Any]) -> Iterator[tuple[bytes | None, str | None]]:
+def _numbered(
+    path: str, kind: str, record_encoder: RecordEncoder[Any], most: int
+) -> Iterator[tuple[bytes | None, str | None]]:
     if kind == "json":
-        yield from ((line, None) for line in READERS["json"](path, 0, 0))
+        yield from ((line, None) for line in READERS["json"](path, 0, 0, most))
         return
     schema, sizes = footer_of(path)
     for batch in read_row_groups(path, 0, len(sizes), record_encoder.columns(schema, path)):

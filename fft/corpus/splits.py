@@ -11,7 +11,9 @@ MOST_PARTS = 20_000
 #: Files of a part at most: each costs a while to open, however small it is.
 PART_FILES = 1_000
 #: Schema of :func:`Split.row` after ``part``.
-SPLIT = "dataset string, kind string, path string, start bigint, stop bigint, doc_id string"
+SPLIT = "dataset string, kind string, path string, start bigint, stop bigint, doc_id string, most bigint"
+#: Bytes of a line or a document: what decompresses to more, or never ends, is no text to train on.
+MOST_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Split:
-    """A :class:`Span` and the number of the part that reads it."""
+    """A :class:`Span` and the number of the part that reads it; a line or a document of ``most`` bytes is refused."""
 
     part: int
     dataset: str
@@ -42,6 +44,7 @@ class Split:
     start: int
     stop: int
     doc_id: str | None = None
+    most: int = MOST_BYTES
 
     def row(self) -> tuple:
         """As a row for Spark."""
@@ -60,7 +63,7 @@ def chunk_size(total: int) -> int:
     return max(1, min(max(PART_BYTES, -(-total // MOST_PARTS)), -(-total // FEWEST_PARTS)))
 
 
-def deal(spans: Sequence[Span], target: int | None = None) -> list[Split]:
+def deal(spans: Sequence[Span], target: int | None = None, most: int = MOST_BYTES) -> list[Split]:
     """Spans to parts of about ``target`` bytes, and no more than :data:`PART_FILES` files, in order, neighbours
     together; numbered from 0 without gaps."""
     target = target or chunk_size(sum(span.size for span in spans))
@@ -72,6 +75,6 @@ def deal(spans: Sequence[Span], target: int | None = None) -> list[Split]:
         if bin_ != last or files > PART_FILES:
             part, last, files = part + 1, bin_, 1
         path = span.path
-        splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop, span.doc_id))
+        splits.append(Split(part, span.dataset, span.kind, span.path, span.start, span.stop, span.doc_id, most))
         before += span.size
     return splits

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from fft.corpus.accounts import UNUSED
 from fft.corpus.records import first_malformed, read_records
-from fft.corpus.splits import Split
+from fft.corpus.splits import MOST_BYTES, Split
 from fft.data.part_files import Part, PartFile, PartFolder, RejectFile, dataset_tallies
 from fft.errors import UserError
 from fft.text.encoder import Encoder
@@ -114,14 +114,16 @@ def tokenize_part(record_encoder: RecordEncoder[Any], target: PartFolder, part: 
         return tokenizer.finish()
 
 
-def name_malformed(error: UserError, record_encoder: RecordEncoder[Any], remedy: str = _REMEDY) -> UserError:
+def name_malformed(
+    error: UserError, record_encoder: RecordEncoder[Any], remedy: str = _REMEDY, most: int = MOST_BYTES
+) -> UserError:
     """A worker's error about a malformed record as one about the first of its file, with line or row, which need not be
-    the one that a worker met first; any other error as it is. For the driver."""
+    the one that a worker met first; any other error as it is. Lines have fewer than ``most`` bytes. For the driver."""
     text = str(error)
     if not text.startswith(_MALFORMED_MARK):
         return error
     file, reason = json.loads(text.removeprefix(_MALFORMED_MARK))
-    return UserError(_malformed(*(first_malformed(file, record_encoder) or (file, reason)), remedy))
+    return UserError(_malformed(*(first_malformed(file, record_encoder, most) or (file, reason)), remedy))
 
 
 def _malformed(where: str, reason: str, remedy: str = _REMEDY) -> str:

@@ -175,6 +175,22 @@ def test_malformed_records_are_set_aside_and_every_record_is_accounted_for(spark
     assert Table.open(tmp_path / "out").rows == 3
 
 
+def test_what_is_longer_than_a_document_may_be_is_named_and_taken_where_more_may(spark, tokenizer, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("short\n\n" + "a line\n" * 20)
+    lines = write_lines(tmp_path / "a.jsonl", {"text": "short"}, {"text": "a line " * 20}, "not json")
+    told = r"a\.(txt|jsonl) has a document of 100 bytes or more, which begins at byte \d+ of .* with a larger {}\.$"
+    for path in (tmp_path / "a.txt", lines):
+        with pytest.raises(UserError, match=told.format("`max_document_bytes`")):
+            tokenize_table(path, tmp_path / "out", tokenizer, max_document_bytes=100, on_error="quarantine")
+        given = ["-i", path, "-o", tmp_path / "out", "--max_document_bytes", 100, "--tokenizer", tokenizer]
+        with pytest.raises(UserError, match=told.format("--max_document_bytes")):
+            main(list(map(str, given)))
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: not valid JSON"):  # found again by the driver
+        tokenize_table(lines, tmp_path / "out", tokenizer, max_document_bytes=200)
+    assert tokenize_table(tmp_path / "a.txt", tmp_path / "out", tokenizer, max_document_bytes=2**63 - 1).rows == 2
+
+
 def test_long_documents_are_cut_only_when_asked(spark, tokenizer, documents, tmp_path):
     longest = max(documents, key=lambda d: len(d["text"]))
     path = write_lines(tmp_path / "a.jsonl", longest)

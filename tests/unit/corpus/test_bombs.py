@@ -45,17 +45,15 @@ def test_a_text_that_decompresses_to_more_than_memory(reader, tmp_path):
     assert done.stderr.startswith(f"error: {bomb} has a document of 536,870,912 bytes or more, which begins at byte 0")
 
 
-def test_a_line_that_never_ends(monkeypatch):
-    monkeypatch.setattr(readers, "_LONGEST", 1 << 20)
+def test_a_line_that_never_ends():
     with pytest.raises(UserError, match=r"/dev/zero has a document of 1,048,576 bytes or more"):
-        next(read_lines("/dev/zero", 0, 0))
+        next(read_lines("/dev/zero", 0, 0, 1 << 20))
 
 
-def test_long_lines_are_whole_and_the_one_that_is_too_long_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(readers, "_LONGEST", 100)
+def test_long_lines_are_whole_and_the_one_that_is_too_long_is_named(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"a\n" + b"b" * 98 + b"\n" + b"c" * 100 + b"\nd")
-    lines = read_lines(str(file), 0, 0)
+    lines = read_lines(str(file), 0, 0, 100)
     assert [next(lines), next(lines)] == [b"a", b"b" * 98]
     with pytest.raises(UserError, match=r"a\.jsonl has a document of 100 bytes or more, which begins at byte 101 "):
         next(lines)
