@@ -26,6 +26,7 @@ from fft.data.storage import is_url
 from fft.errors import UserError
 from fft.files import atomic_file, hidden, new_file, own_file, remove_file, sync, write_atomically
 from fft.json_text import json_value
+from fft.redaction import redact_all
 
 #: Seconds between two times that what is written is brought to the disk.
 _SYNC_EVERY = 5.0
@@ -100,9 +101,9 @@ class Partial:
         self.path, self._output, self.done = hidden(path, "partial"), path, 0
         self.is_parquet = path.suffix == PARQUET
         self._header = hidden(path, "partial.json")
-        before = self._before() if resume else None
+        before, known = self._before() if resume else None, json.dumps(redact_all(about), indent=1)
         if before is not None:
-            if found := list(_differences(before, json.loads(json.dumps(about)))):
+            if found := list(_differences(before, json.loads(known))):
                 raise UserError(
                     f"{self.path} has answers of an interrupted run of something else ({', '.join(found[:3])}): repeat "
                     'that run, or give `resume="no"` to begin again.'
@@ -110,7 +111,7 @@ class Partial:
             self.done = _cut_torn(self.path)
         else:
             remove_file(self.path)
-            write_atomically(self._header, json.dumps(about, indent=1))
+            write_atomically(self._header, known)
         self._file = own_file(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._synced = time.monotonic()
 

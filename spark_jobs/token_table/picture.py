@@ -14,6 +14,7 @@ from fft.console import say
 from fft.data.manifest import Manifest
 from fft.errors import UserError
 from fft.files import write_atomically
+from fft.redaction import redact_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,7 +231,7 @@ def _svg(chart: Chart) -> str:
 
 def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
     """Tables of rows of cells."""
-    lineage = manifest.lineage
+    lineage = redact_all(manifest.lineage)
     counts = {k: v for k, v in lineage["counts"].items() if not isinstance(v, Mapping)}
     facts = {
         "job": lineage["job"],

@@ -13,6 +13,8 @@ from fft.data.manifest import WRITING_NAME, Manifest
 from fft.data.storage import Storage
 from fft.errors import UserError, one_line, run_cli
 from fft.redaction import has_credentials, is_secret_name, redact, redact_all
+from fft.serve.outputs import Partial
+from spark_jobs.token_table.picture import _facts
 
 #: As they come: slashes and plus signs are of AWS's alphabet.
 SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCY"
@@ -129,6 +131,12 @@ def test_manifests_and_marks_do_not_keep_them(monkeypatch, tmp_path):
     mark = (tmp_path / WRITING_NAME).read_text()
     commit(tmp_path, Manifest((), 0, 0, lineage=lineage))
     (manifest,) = tmp_path.iterdir()
-    for kept in (mark, manifest.read_text()):
+    counts, timing = {"documents_out": 0}, {"tokens_per_second": 0}
+    told = Manifest((), 0, 0, lineage={**lineage, "counts": counts, "timing": timing})
+    page = json.dumps(_facts(told), default=str) + told._repr_html_()
+    Partial(tmp_path / "answers.jsonl", {"reading": {"system": "say hf_abcdEFGH1234"}}, resume=False).close()
+    assert Partial(tmp_path / "answers.jsonl", {"reading": {"system": "say hf_abcdEFGH1234"}}, resume=True).done == 0
+    header = (tmp_path / ".answers.jsonl.partial.json").read_text()
+    for kept in (mark, manifest.read_text(), page, header):
         assert "hf_abcd" not in kept
         assert "abcd" not in json.dumps(kept)
