@@ -14,15 +14,10 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.quickstart.corpus import read_texts, standard_library, write_corpus
-from fft.quickstart.tokenizer import train_tokenizer
+from fft.quickstart.tokenizer import CHATML, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "runs/examples"
-CHATML = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 #: So many questions are asked.
 PROMPTS = 100

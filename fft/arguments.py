@@ -25,6 +25,12 @@ A run with --checkpoint that is asked to stop (SIGTERM, SIGINT) saves after its 
 command with --resume auto goes on from there, on any layout.
 """
 
+#: Flags that most runs are given; ``--help`` explains these, ``--help_all`` all.
+_COMMON = (
+    *("config", "model", "train_data", "eval_data", "output_dir", "checkpoint", "seq_len", "learning_rate"),
+    *("gradient_accumulation_steps", "pipe_parallel_size", "lora_dim", "resume", "dry_run"),
+)
+
 #: What ``--dtype`` calls the types of a config.json.
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -38,6 +44,7 @@ def build_parser() -> Parser:
         prog="fft/train.py",
         description="Train a Hugging Face decoder on token tables or JSON lines, in pipeline and data parallel.",
         epilog=_EXAMPLES,
+        common=_COMMON,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flag names and values")

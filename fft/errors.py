@@ -1,15 +1,18 @@
 """The one kind of error a user is meant to read, and the one place that prints it."""
 
 import argparse
+import copy
 import difflib
 import errno
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -67,15 +70,67 @@ def check_no_credentials(url: str) -> None:
         )
 
 
+def _first_clause(text: str) -> str:
+    """A text up to its first semicolon that is not within parentheses."""
+    ends = (at for at, letter in enumerate(text) if letter == ";" and text.count("(", 0, at) == text.count(")", 0, at))
+    return text[: next(ends, len(text))]
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(parser.full_help() if isinstance(parser, Parser) else parser.format_help(), end="")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one sentence, too, with the flag that was probably meant. Its program is
-    called what an installed command is, where one runs (``fft-tokenize``)."""
+    called what an installed command is, where one runs (``fft-tokenize``).
 
-    def __init__(self, **options: Any) -> None:
+    One with many flags says which are ``common``, by their names: ``--help`` explains these, those that have to be
+    given, and names the others by purpose; ``--help_all`` explains all.
+    """
+
+    def __init__(self, *, common: Collection[str] = (), **options: Any) -> None:
         command = os.path.basename(sys.argv[0])
         if command.startswith("fft-"):
             options["prog"] = command
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self._common = frozenset(common)
+        if common:
+            unset = {"nargs": 0, "dest": "help", "default": argparse.SUPPRESS}
+            self.add_argument("--help_all", action=_HelpAll, **unset, help="explain all flags and exit")
+
+    def format_help(self) -> str:
+        """What ``--help`` prints."""
+        return self._brief() if self._common else self.full_help()
+
+    def full_help(self) -> str:
+        """What ``--help_all`` prints."""
+        return super().format_help()
+
+    def _brief(self) -> str:
+        """Flags that are needed or common explained, up to a semicolon, the others named by purpose; of description and
+        epilog the beginning."""
+        needed = [one for one in self._actions if one.required or one.dest == "help" or not one.option_strings]
+        shown = [one for one in self._actions if one in needed or one.dest in self._common]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, needed, [])
+        formatter.add_text((self.description or "").partition("\n\n")[0])
+        formatter.start_section("common flags")
+        for one in map(copy.copy, shown):
+            one.help = _first_clause(one.help or "")
+            formatter.add_argument(one)
+        formatter.end_section()
+        lines, width = ["more flags by purpose, explained by --help_all:"], shutil.get_terminal_size().columns - 2
+        for group in self._action_groups:
+            rest = [one for one in group._group_actions if one not in shown and one.help != argparse.SUPPRESS]
+            names = " ".join(next(name for name in one.option_strings if name.startswith("--")) for one in rest)
+            if names:
+                title = "other" if group.title == "options" else group.title
+                indents = {"initial_indent": "  ", "subsequent_indent": "    "}
+                lines.append(textwrap.fill(f"{title}: {names}", width, **indents, break_on_hyphens=False))
+        examples, _, _ = (self.epilog or "").partition("\n\n")
+        return "\n".join([formatter.format_help(), *lines, "", examples.strip(), ""])
 
     def error(self, message: str) -> NoReturn:
         """Raise :class:`UserError`."""

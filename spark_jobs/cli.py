@@ -12,6 +12,12 @@ from fft.serve.images import add_image_flags
 from fft.serve.sampling import add_sampling_flags
 from spark_jobs.parameters import CHOICES
 
+#: Flags that ``--help`` explains, besides those that have to be given; ``--help_all`` explains all.
+_COMMON = (
+    *("output", "overwrite", "report", "format", "task", "text_key", "max_len", "on_error"),
+    *("seed", "weights", "weight_by", "dedup", "holdout", "pack", "prompt_key", "n", "temperature", "max_new_tokens"),
+)
+
 
 def tokenize_parser() -> Parser:
     """Flags of ``spark_jobs/tokenize.py``."""
@@ -273,6 +279,7 @@ def _parser(
         prog=f"spark-submit spark_jobs/{name}.py",
         description=what,
         epilog=f"examples:{examples}",
+        common=_COMMON,
     )
     parser.add_argument(
         *short,

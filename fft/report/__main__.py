@@ -8,8 +8,6 @@ from fft.chart import COLOURS
 from fft.console import say
 from fft.errors import Parser, UserError, run_cli
 from fft.files import write_atomically
-from fft.report.page import page_of
-from fft.report.run import read_run
 
 _ABOUT = """\
 Write a page about a run, or about several beside one another, that opens in any browser and needs no network.
@@ -39,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output or args.runs[0].with_name(f"{args.runs[0].resolve().name}.html")
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists: give --overwrite to replace it, or another name with -o.")
+    # Not before: --help need not wait for torch.
+    from fft.report.page import page_of
+    from fft.report.run import read_run
+
     runs = [read_run(run) for run in args.runs]
     page = page_of(runs)
     try:

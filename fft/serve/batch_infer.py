@@ -72,6 +72,7 @@ def build_parser() -> Parser:
         prog="python -m fft.serve.batch_infer",
         description="Answer every prompt of a file with a Hugging Face model.",
         epilog=_EXAMPLES,
+        common=("output", "prompt_key", "resume", "overwrite", "max_new_tokens", "temperature", "n", "engine", "lora"),
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
     parser.add_argument(

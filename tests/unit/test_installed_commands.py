@@ -1,6 +1,7 @@
 """Console commands of an installed wheel: each is there, and says what it is called."""
 
 import inspect
+import re
 import sys
 import tomllib
 from importlib import import_module
@@ -52,3 +53,19 @@ def test_a_notebook_shows_manifests_as_tables():
     assert "<td>train</td><td>shuffle</td><td>1</td><td>2</td><td>1,234</td><td>9</td>" in page
     assert "<td>from a&lt;b&gt;</td>" in page
     assert made._repr_html_() == page.replace("train", "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_fits_a_screen_and_names_every_flag(name, monkeypatch, capsys):
+    """At 80 columns; what is left out of the explanations is named, and explained by ``--help_all``."""
+    module, _, function = SCRIPTS[name].partition(":")
+    monkeypatch.setenv("COLUMNS", "80")
+    pages = []
+    for flag in ("--help", "--help_all"):
+        monkeypatch.setattr(sys, "argv", [f"/anywhere/bin/{name}", flag])
+        with pytest.raises(SystemExit) as ended:
+            getattr(import_module(module), function)()
+        pages.append(capsys.readouterr().out if ended.value.code == 0 else "")
+    brief, full = pages
+    assert len(brief.splitlines()) < 60
+    assert set(re.findall(r"^  (?=-)[^\n]*?(--\w+)", full, re.MULTILINE)) <= set(re.findall(r"--\w+", brief))
