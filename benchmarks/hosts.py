@@ -110,14 +110,13 @@ class Hosts:
         """Plug the machine in again."""
         self._at_switch(f"ip link set h{host + 1} master br0")
 
-    def shape(self, bits_per_second: float | None) -> None:
-        """Let no machine receive more than that; None: as much as comes."""
+    def shape(self, bits_per_second: float | None, burst: int = 128_000) -> None:
+        """Let no machine receive more than that; None: as much as comes. What rested carries a ``burst`` of bytes."""
         for host in range(self.count):
             port = f"h{host + 1}"
             self._at_switch(f"tc qdisc del dev {port} root 2>/dev/null || true")
             if bits_per_second:
-                # Frames of one system call come in one piece of up to 64 KB, which a bucket has to hold.
-                rate = f"rate {bits_per_second:.0f}bit burst 128kb latency 200ms"
+                rate = f"rate {bits_per_second:.0f}bit burst {burst} latency 200ms"
                 self._at_switch(f"tc qdisc add dev {port} root tbf {rate}")
 
     def sent(self) -> list[int]:

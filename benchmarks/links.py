@@ -28,7 +28,7 @@ from fft.console import format_table
 #: A model of 27.4 million parameters, and rows of a step, the same 8 in every layout.
 _MODEL: dict[str, Any] = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "vocab_size": 4096}
 _MODEL |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
-_TOKENS, _ROWS = 512, 8
+TOKENS, _ROWS = 512, 8
 #: Layouts by their flags.
 _LAYOUTS = {
     "pipe": f"--pipe_parallel_size 2 --gradient_accumulation_steps {_ROWS}",
@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no machines can be made here: {reason}")
     rows = []
     with tempfile.TemporaryDirectory() as folder, Hosts(2, Path(folder, "hosts")) as hosts:
-        _write_inputs(Path(folder))
+        write_inputs(Path(folder))
         for layout in args.layouts:
             hosts.shape(None)
-            start = run_over(hosts, Path(folder), layout, 1, args.dtype)[1]
+            start = run_over(hosts, Path(folder), _LAYOUTS[layout], 1, args.dtype)[1]
             for rate in args.rates:
                 hosts.shape(rate * 1e6 or None)
-                seconds, sent = run_over(hosts, Path(folder), layout, args.steps + 1, args.dtype)
+                seconds, sent = run_over(hosts, Path(folder), _LAYOUTS[layout], args.steps + 1, args.dtype)
                 link, sent = f"{rate:g} Mbit/s" if rate else "unshaped", (sent - start) / args.steps
                 rows.append((f"{layout} 2", link, f"{seconds:.2f}", f"{sent / 1e6:.1f}"))
                 print(*rows[-1], file=sys.stderr, flush=True)
@@ -64,15 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_over(hosts: Hosts, folder: Path, layout: str, steps: int, dtype: str) -> tuple[float, int]:
-    """Train a layout for some steps over two machines: the median step after the first, in seconds (0 where there is
-    none), and the bytes that both have sent from start to end. ``folder`` has the inputs.
+    """Train a ``layout``, its flags, for some steps over two machines: the median step after the first, in seconds (0
+    where there is none), and the bytes that both have sent from start to end. ``folder`` has the inputs.
 
     Raises RuntimeError, with the end of the log, where the run fails.
     """
     run = folder / "run"
     flags = (
-        f"-m fft.train --init --model {folder / 'config.json'} --train_data {folder / 'table'} --seq_len {_TOKENS} "
-        f"--max_steps {steps} --dtype {dtype} --logging_steps 1 --checkpoint {run} --overwrite {_LAYOUTS[layout]}"
+        f"-m fft.train --init --model {folder / 'config.json'} --train_data {folder / 'table'} --seq_len {TOKENS} "
+        f"--max_steps {steps} --dtype {dtype} --logging_steps 1 --checkpoint {run} --overwrite {layout}"
     )
     before = sum(hosts.sent())
     names = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29500"}
@@ -89,10 +89,11 @@ def run_over(hosts: Hosts, folder: Path, layout: str, steps: int, dtype: str) ->
     return statistics.median(np.diff(ends)) if len(ends) > 1 else 0.0, sum(hosts.sent()) - before
 
 
-def _write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path) -> None:
+    """The model's config and a table of random rows."""
     (folder / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
     (folder / "table").mkdir()
-    ids = np.random.default_rng(0).integers(0, _MODEL["vocab_size"], (64, _TOKENS)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, _MODEL["vocab_size"], (64, TOKENS)).astype(np.int32)
     column = pa.array(list(ids), pa.list_(pa.int32()))
     pq.write_table(pa.table({"input_ids": column}), folder / "table" / "part-0.parquet")
 

@@ -16,7 +16,8 @@ class Constants:
     of the bandwidth between nodes that collectives reach, ``wire`` the same of sends from one to one. ``beside`` is the
     share of an exchange's time by which it slows the kernels that hide it: they give it processors and bandwidth.
     ``straggler`` is how much longer all wait for the slowest, per doubling of nodes. ``host`` is what eager Python
-    takes to launch the kernels of a layer's forward, in seconds.
+    takes to launch the kernels of a layer's forward, in seconds. ``chain`` is by how much faster operators move
+    activations than the memory's bandwidth says: 1, but where they stay in a cache, or where operators compute slowly.
     """
 
     stream: float = 0.77
@@ -28,6 +29,7 @@ class Constants:
     beside: float = 0.49
     straggler: float = 0.0056
     host: float = 4e-4
+    chain: float = 1.0
 
 
 FITTED_CONSTANTS = Constants()

@@ -1,17 +1,20 @@
 """Machines: devices, and the links inside and between nodes, as files of ``conf/hardware`` describe them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fft.errors import UserError
+from fft.plan.constants import FITTED_CONSTANTS, Constants
 
 #: Files of machines, where there is a checkout.
 HARDWARE = Path(__file__).parents[2] / "conf" / "hardware"
 
 _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
+#: Constants that may be 0.
+_ZERO = ("launch", "tile", "row", "beside", "straggler", "host")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class Device:
     """``peak`` FLOP/s of 16-bit matrix products by the datasheet, ``reached`` the share that large products reach.
 
     ``bandwidth`` B/s of its memory by the datasheet, ``memory`` bytes of it; ``flash`` the shares of ``peak`` that
-    the attention kernel reaches in forward and backward on long documents.
+    the attention kernel reaches in forward and backward on long documents. ``wide`` is the peak of 32-bit products,
+    half of the other where a file does not say; ``cpu`` whether it is the machine's processor, whose operators are
+    those of PyTorch, one by one.
     """
 
     name: str
@@ -28,6 +33,8 @@ class Device:
     bandwidth: float
     memory: float
     flash: tuple[float, float]
+    wide: float
+    cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """Nodes of ``node`` devices each."""
+    """Nodes of ``node`` devices each; ``at`` are the constants of all machines, but for those that a file has."""
 
     name: str
     device: Device
     node: int
     inside: Link
     between: Link
+    at: Constants = FITTED_CONSTANTS
 
 
 def read_machine(path: str | Path) -> Machine:
@@ -69,13 +77,19 @@ def read_machine(path: str | Path) -> Machine:
     if not isinstance(said, dict):
         raise UserError(f"--hardware {path}: device, node, inside and between were expected, as in conf/hardware.")
     rates = "tflops", "reached", "bandwidth", "memory", "flash_forward", "flash_backward"
-    device = _numbers(path, said, "device", rates)
+    device = _numbers(path, said, "device", rates, ("tflops_fp32",), words=("kind",))
     inside = _numbers(path, said, "inside", ("bandwidth", "latency"), ("sharing",))
     between = _numbers(path, said, "between", ("bandwidth", "latency"))
     node = said.get("node")
     if not isinstance(node, int) or node < 1:
         raise UserError(f"--hardware {path}: node must be how many devices a node has.")
-    _check_keys(path, "", said, {"name", "node", "device", "inside", "between"})
+    _check_keys(path, "", said, {"name", "node", "device", "inside", "between", "constants"})
+    kind = said["device"].get("kind", "gpu")
+    if kind not in ("cpu", "gpu", "npu"):
+        raise UserError(f"--hardware {path}: device.kind must be cpu, gpu or npu, not {kind!r}.")
+    own: dict[str, float] = {}
+    if "constants" in said:
+        own = _numbers(path, said, "constants", (), tuple(field.name for field in fields(Constants)), zero=_ZERO)
     return Machine(
         str(said.get("name", Path(path).stem)),
         Device(
@@ -85,10 +99,13 @@ def read_machine(path: str | Path) -> Machine:
             device["bandwidth"] * _GIGA,
             device["memory"] * _GIGA,
             (device["flash_forward"], device["flash_backward"]),
+            device.get("tflops_fp32", device["tflops"] / 2) * _TERA,
+            kind == "cpu",
         ),
         node,
         Link(inside["bandwidth"] * _GIGA, inside["latency"] * _MICRO, int(inside.get("sharing", 1))),
         Link(between["bandwidth"] * _GIGA, between["latency"] * _MICRO),
+        replace(FITTED_CONSTANTS, **own),
     )
 
 
@@ -103,16 +120,26 @@ def named_link(name: str) -> Link:
 
 
 def _numbers(
-    path: str | Path, said: dict, part: str, names: tuple[str, ...], more: tuple[str, ...] = ()
+    path: str | Path,
+    said: dict,
+    part: str,
+    names: tuple[str, ...],
+    more: tuple[str, ...] = (),
+    *,
+    words: tuple[str, ...] = (),
+    zero: tuple[str, ...] = (),
 ) -> dict[str, float]:
+    """Those of a part that it must have, and ``more`` that it may have beside ``words``; those of ``zero`` may be 0."""
     own = said.get(part)
     if not isinstance(own, dict):
-        raise UserError(f"--hardware {path}: {part} is missing: {', '.join(names)}.")
-    _check_keys(path, f"{part}.", own, {"name", *names, *more})
+        raise UserError(f"--hardware {path}: {part} is missing: {', '.join(names or more)}.")
+    _check_keys(path, f"{part}.", own, {"name", *names, *more, *words})
     for name in names + tuple(name for name in more if name in own):
         value = own.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"--hardware {path}: {part}.{name} must be a number above 0, not {value!r}.")
+        wrong = not isinstance(value, int | float) or isinstance(value, bool)
+        if wrong or value < 0 or (value == 0 and name not in zero):
+            least = "of at least 0" if name in zero else "above 0"
+            raise UserError(f"--hardware {path}: {part}.{name} must be a number {least}, not {value!r}.")
     return {name: float(own[name]) for name in names + more if name in own}
 
 

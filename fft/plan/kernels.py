@@ -6,23 +6,28 @@ from fft.plan.constants import Constants
 from fft.plan.hardware import Device
 
 
-def product_time(device: Device, rows: float, columns: float, inner: float, at: Constants) -> float:
-    """Seconds of a matrix product [rows, inner] x [inner, columns] of 16 bits.
+def product_time(device: Device, rows: float, columns: float, inner: float, at: Constants, wide: bool = False) -> float:
+    """Seconds of a matrix product [rows, inner] x [inner, columns] of 16 bits, or of 32 if it is ``wide``.
 
     Its arithmetic at the rate that its size reaches, beside the bytes of its operands: of both the longer, and more of
     the shorter the closer they are.
     """
     if not rows or not columns or not inner:
         return 0.0
-    reached = device.peak * device.reached
+    reached = (device.wide if wide else device.peak) * device.reached
     fill = (1 + at.tile / rows) * (1 + at.tile / columns) * (1 + at.tile / 4 / inner)
-    moved = 2 * (rows * inner + inner * columns + rows * columns)
+    moved = (4 if wide else 2) * (rows * inner + inner * columns + rows * columns)
     return hypot(2 * rows * columns * inner * fill / reached, moved / (device.bandwidth * at.stream)) + at.launch
 
 
 def moving_time(device: Device, moved: float, launches: float, at: Constants) -> float:
     """Seconds of kernels that move so many bytes of the device's memory, and compute next to nothing."""
     return moved / (device.bandwidth * at.stream) + launches * at.launch
+
+
+def chain_time(device: Device, moved: float, launches: float, at: Constants) -> float:
+    """The same of operators on activations, one after the other, of which each reads what the last has written."""
+    return moving_time(device, moved / at.chain, launches, at)
 
 
 def flash_time(

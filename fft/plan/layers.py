@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from fft.plan.exchanges import all_to_all_time, gather_time, group_of, reduce_time, send_time
-from fft.plan.kernels import flash_time, moving_time, product_time
+from fft.plan.kernels import chain_time, flash_time, moving_time, product_time
 from fft.plan.run import PlannedRun
 from fft.plan.shape import Block, Product
 
@@ -118,8 +118,8 @@ def _attention(run: PlannedRun, block: Block) -> tuple[float, float]:
         both = 2 * each * run.tokens / run.document * heads + 2 * run.at.launch
         forward, backward = run.stack.scores
         return (
-            both + moving_time(device, scores * forward, 2, run.at),
-            2 * both + moving_time(device, scores * backward, 2, run.at),
+            both + chain_time(device, scores * forward, 2, run.at),
+            2 * both + chain_time(device, scores * backward, 2, run.at),
         )
     flops = 4 * pairs * heads * run.shape.head_size
     rates = device.flash[0] * run.stack.flash, device.flash[1] * run.stack.flash
@@ -138,7 +138,8 @@ def _others(run: PlannedRun, block: Block) -> tuple[float, float]:
         moved = outside * (norm[back] + drop) + active * inner[back] + turned * _TURN[stack.fused_inner][back]
         launches = (2 if stack.fused_norms else 9) * block.norms + (4 if stack.fused_inner else 14)
         sums = stack.accumulated * block.parameters / tensor if back else 0.0
-        passes.append(moving_time(device, run.tokens * moved * stack.passes + sums, launches * (1 + back), run.at))
+        chain = chain_time(device, run.tokens * moved * stack.passes, launches * (1 + back), run.at)
+        passes.append(chain + moving_time(device, sums, 0, run.at))
     return passes[0], passes[1]
 
 
@@ -204,7 +205,7 @@ def _hidden(run: PlannedRun, parts: Parts, exchange: float) -> Parts:
 def embedding_times(run: PlannedRun) -> PassTimes:
     """Rows looked up, their gradients added; summed over tensor ranks that share the vocabulary."""
     states = run.tokens * run.shape.hidden * _BF16
-    moved = moving_time(run.machine.device, 2 * states, 2, run.at)
+    moved = chain_time(run.machine.device, 2 * states, 2, run.at)
     summed = reduce_time(run.machine, run.tensor_group, states, run.at)
     return PassTimes(Parts(others=moved, tensor=summed), Parts(others=3 * moved))
 
@@ -214,8 +215,9 @@ def head_times(run: PlannedRun) -> PassTimes:
     tokens, hidden = run.tokens, run.shape.hidden
     device, vocab = run.machine.device, run.shape.vocab / run.sides.tensor
     product = product_time(device, tokens, vocab, hidden, run.at) / run.stack.rate
-    loss = moving_time(device, tokens * vocab * run.stack.logits, 10, run.at)
-    norm = moving_time(device, tokens * hidden * 10, 2, run.at)
+    weights = product_time(device, vocab, hidden, tokens, run.at, wide=True) if run.stack.wide_head else product
+    loss = chain_time(device, tokens * vocab * run.stack.logits, 10, run.at)
+    norm = chain_time(device, tokens * hidden * 10, 2, run.at)
     sums = moving_time(device, vocab * hidden * run.stack.accumulated, 1, run.at)
     states = reduce_time(run.machine, run.tensor_group, tokens * hidden * _BF16, run.at)
     scalars = reduce_time(run.machine, run.tensor_group, tokens * 12, run.at)
@@ -223,5 +225,5 @@ def head_times(run: PlannedRun) -> PassTimes:
         run,
         Block((Product(run.shape.vocab, hidden, "out"),), 0, 0.0, False, 1),
         Parts(product, others=0.6 * loss + norm, tensor=scalars),
-        Parts(2 * product, others=0.4 * loss + 2 * norm + sums, tensor=states),
+        Parts(product + weights, others=0.4 * loss + 2 * norm + sums, tensor=states),
     )

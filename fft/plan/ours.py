@@ -12,6 +12,7 @@ from fft.models.layers import DecoderLayer
 from fft.models.spec import DTYPES, ModelSpec
 from fft.parallel.mesh import MeshSizes
 from fft.plan.choice import LayoutChoice
+from fft.plan.hardware import Device
 from fft.plan.shape import Block, Product, Shape
 from fft.plan.stack import Stack
 from fft.planning.activations import LayerActivations, layer_activations
@@ -19,9 +20,27 @@ from fft.planning.costs import LayerCost, PlannedLayer, layer_costs, planned_lay
 from fft.planning.layout import circumstances, layer_memory
 from fft.planning.memory import Circumstances, LayerMemory, StageMemory, stage_memory
 
-#: With fused operators, FlashAttention-2's kernels, ZeRO-1, gradients summed in fp32 and reduced after the pipeline,
-#: messages that block. Bytes are those that docs/layouts.md counts.
-OURS = Stack(logits=12.0, reduced=4.0, zero=1, blocking=True, accumulated=10.0, step=46.0)
+#: With fused operators, FlashAttention-2's kernels, ZeRO-1, gradients summed in fp32 and scattered after the pipeline,
+#: messages that block, two at a time. Bytes are those that docs/layouts.md counts.
+OURS = Stack(
+    logits=12.0,
+    reduced=4.0,
+    zero=1,
+    blocking=True,
+    paired=True,
+    scattered=True,
+    numbers=8,
+    accumulated=10.0,
+    step=46.0,
+)
+#: On processors operators are PyTorch's, a logit becomes its gradient in a float32 beside it, and the head's gradient
+#: is made in 32 bits, since no product of 16 there gives 32.
+ON_CPU = replace(OURS, fused_norms=False, fused_inner=False, logits=34.0, wide_head=True)
+
+
+def stack_on(device: Device) -> Stack:
+    """What our trainer does on a device."""
+    return ON_CPU if device.cpu else OURS
 
 
 @dataclass(frozen=True)

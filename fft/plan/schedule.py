@@ -10,13 +10,17 @@ FORWARD, BACKWARD, SEND, RECEIVE = "forward", "backward", "send", "receive"
 
 @dataclass(frozen=True)
 class Task:
-    """Of a rank: ``kind``, the micro-batch, the chunk of the rank's layers, and for messages the other rank."""
+    """Of a rank: ``kind``, the micro-batch, the chunk of the rank's layers, and for messages the other rank.
+
+    ``tick`` numbers turns of a schedule.
+    """
 
     kind: str
     micro: int
     chunk: int = 0
     peer: int = 0
     back: bool = False
+    tick: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,16 @@ def _deepspeed_order(stage: int, stages: int, micros: int) -> tuple[Task, ...]:
             micro = (step - 1) // 2 - stages + 1 + stage // 2
         if forward and stage > 0:
             if valid(before):
-                tasks.append(Task(SEND, before, peer=stage - 1, back=True))
+                tasks.append(Task(SEND, before, peer=stage - 1, back=True, tick=step))
             if valid(micro):
-                tasks.append(Task(RECEIVE, micro, peer=stage - 1))
+                tasks.append(Task(RECEIVE, micro, peer=stage - 1, tick=step))
         if not forward and stage < stages - 1:
             if valid(micro):
-                tasks.append(Task(RECEIVE, micro, peer=stage + 1, back=True))
+                tasks.append(Task(RECEIVE, micro, peer=stage + 1, back=True, tick=step))
             if valid(before):
-                tasks.append(Task(SEND, before, peer=stage + 1))
+                tasks.append(Task(SEND, before, peer=stage + 1, tick=step))
         if valid(micro):
-            tasks.append(Task(FORWARD if forward else BACKWARD, micro))
+            tasks.append(Task(FORWARD if forward else BACKWARD, micro, tick=step))
         before = micro
     return tuple(tasks)
 
@@ -91,10 +95,13 @@ def _megatron_order(stage: int, stages: int, micros: int, chunks: int) -> tuple[
     return tuple(tasks + backwards[total - ahead :])
 
 
-def play_blocking(forward: Sequence[float], backward: Sequence[float], send: Sequence[float], micros: int) -> Played:
+def play_blocking(
+    forward: Sequence[float], backward: Sequence[float], send: Sequence[float], micros: int, paired: bool = False
+) -> Played:
     """DeepSpeed's step: a message takes both ranks for as long as it takes, and begins when both have come to it.
 
-    ``send[i]`` seconds of a message between stages i and i + 1.
+    ``send[i]`` seconds of a message between stages i and i + 1. If messages are ``paired``, those of a turn, which are
+    with one neighbour, go at the same time, one in each direction.
     """
     stages = len(forward)
     orders = deepspeed_orders(stages, micros)
@@ -120,12 +127,18 @@ def play_blocking(forward: Sequence[float], backward: Sequence[float], send: Seq
                 break
             begin = max(now[stage], now[peer])
             end = begin + send[min(stage, peer)]
-            for rank, own in ((stage, task), (peer, other)):
-                spans[rank].append((own, begin, end))
+            both = 2 if paired and _turns(order, at[stage]) else 1
+            for rank in (stage, peer):
+                spans[rank] += [(own, begin, end) for own in orders[rank][at[rank] : at[rank] + both]]
                 now[rank] = end
-                at[rank] += 1
+                at[rank] += both
             ready.append(peer)
     return Played(max(now), spans)
+
+
+def _turns(order: Sequence[Task], at: int) -> bool:
+    """Whether the message after that one is of the same turn; the neighbour then has both, too."""
+    return at + 1 < len(order) and order[at + 1].tick == order[at].tick and order[at + 1].kind in (SEND, RECEIVE)
 
 
 def play_eager(

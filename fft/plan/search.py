@@ -12,7 +12,7 @@ from fft.plan.cut import fastest_cut
 from fft.plan.exchanges import send_time
 from fft.plan.hardware import Machine
 from fft.plan.layers import PassTimes
-from fft.plan.ours import OURS, Job, Memory, shape_of_spec
+from fft.plan.ours import Job, Memory, shape_of_spec, stack_on
 from fft.plan.run import PlannedRun
 from fft.plan.shape import Shape
 from fft.plan.step import Prediction, layer_times, predict, update_seconds
@@ -117,12 +117,13 @@ class Search:
             self.machine,
             self.shape(choice.split),
             choice.sides,
-            OURS,
+            stack_on(self.machine.device),
             self.job.seq,
             choice.micro,
             choice.accumulated,
             choice.again,
             offload=choice.offload,
+            at=self.machine.at,
         )
 
     def _layer_times(self, choice: LayoutChoice) -> list[PassTimes]:
@@ -165,7 +166,8 @@ class Search:
             return None
         times, send = self._seconds(choice), self._send(choice)
         slowest = max(sum(times[a:b]) for a, b in pairwise(bounds)) * (1 - _CLOSE)
-        first, last = choice.accumulated * (slowest + 2 * send), choice.accumulated * (times[-1] + 2 * send)
+        # What goes and what comes may do so together.
+        first, last = choice.accumulated * (slowest + send), choice.accumulated * (times[-1] + send)
         through = sum(times[:-1]) + 2 * max(0, choice.pipe - 2) * send
         return max(first, through + last) + update_seconds(self.run(choice))
 
@@ -219,9 +221,9 @@ class Search:
         before, least = 0.0, 0.0
         for stage, seconds in enumerate(stages):
             messages = (stage > 0) + (stage < choice.pipe - 1)
-            own = seconds + 2 * messages * send
-            least = max(least, before + choice.accumulated * own)
-            before += seconds + 2 * send
+            own = seconds + messages * send
+            least = max(least, before + 2 * max(0, stage - 1) * send + choice.accumulated * own)
+            before += seconds
         return least + update_seconds(run), bounds
 
     def _planned(self, choice: LayoutChoice, bounds: tuple[int, ...]) -> LayoutPlan:

@@ -16,7 +16,10 @@ class Stack:
     ``overlapped``: gradients are reduced while backward runs. ``tensor_hidden`` is the share of tensor parallel
     exchanges that products hide, ``tensor_back`` how many a backward has for each of a forward. ``split_norms``: tensor
     ranks share out tokens between products (Megatron's sequence parallelism). ``blocking``: a send waits for the
-    receiver, as in DeepSpeed's engine. ``step`` bytes that the optimizer moves a parameter that it has,
+    receiver, as in DeepSpeed's engine; ``paired``: what goes to a neighbour and what comes from it do so together.
+    ``scattered``: gradients are added up on the rank alone that takes their step. ``wide_head``: the product that
+    makes the head's gradient is one of 32 bits. ``numbers`` exchanges of a few bytes a step, for which all ranks wait:
+    norms, losses, counts. ``step`` bytes that the optimizer moves a parameter that it has,
     ``accumulated`` those that summing gradients moves a parameter and micro-batch. ``dropout`` is applied to
     states. ``rate`` is by how much products are faster than in 16 bits; ``host`` scales the time of launches.
     """
@@ -36,6 +39,10 @@ class Stack:
     tensor_back: float = 1.0
     split_norms: bool = False
     blocking: bool = False
+    paired: bool = False
+    scattered: bool = False
+    wide_head: bool = False
+    numbers: int = 0
     step: float = 40.0
     accumulated: float = 8.0
     dropout: bool = False

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 
-from fft.plan.exchanges import gather_time, reduce_time, send_time
+from fft.plan.exchanges import gather_time, group_of, reduce_time, send_time
 from fft.plan.kernels import moving_time
 from fft.plan.layers import Parts, PassTimes, block_times, embedding_times, head_times
 from fft.plan.run import PlannedRun
@@ -73,7 +73,8 @@ def play(run: PlannedRun, stages: list[PassTimes], micros: int) -> Played:
     if run.stack.blocking:
         send = [send_time(run.machine, states, run.pipe_stride, run.at)] * (pipe - 1)
         forward = [stage.forward.seconds for stage in stages]
-        return play_blocking(forward, [stage.backward.seconds for stage in stages], send, micros)
+        backward = [stage.backward.seconds for stage in stages]
+        return play_blocking(forward, backward, send, micros, run.stack.paired)
     # Tensor ranks send their share, and gather it beyond.
     shared = states / run.sides.tensor
     each = send_time(run.machine, shared, run.pipe_stride, run.at)
@@ -114,7 +115,8 @@ def predict(run: PlannedRun) -> Prediction:
     if pipe > 1:
         states = run.tokens * run.shape.hidden * 2
         one = send_time(run.machine, states / (1 if run.stack.blocking else run.sides.tensor), run.pipe_stride, run.at)
-        sends = 2 * micros * run.sides.chunks * one * (pipe - 1) / pipe * (2 if run.stack.blocking else 1)
+        twice = run.stack.blocking and not run.stack.paired  # a message takes both ranks, one after the other
+        sends = 2 * micros * run.sides.chunks * one * (pipe - 1) / pipe * (2 if twice else 1)
     gradients, optimizer = _update(run, stages)
     seconds = (passes + gradients + optimizer) * _lateness(run)
     bubble = max(0.0, seconds - parts.seconds - sends - gradients - optimizer)
@@ -141,16 +143,20 @@ def _update(run: PlannedRun, stages: list[PassTimes]) -> tuple[float, float]:
     device = run.machine.device
     own = held / replicas.size if stack.zero else held
     step = moving_time(device, own * stack.step, 20, run.at)
+    everybody = group_of(run.machine, run.sides.world, 1)
+    told = stack.numbers * reduce_time(run.machine, everybody, 8, run.at)
     if run.offload:
         # Gradients go to the host in fp32, weights come back in 16 bits.
         step = own * (4 + 2) / _HOST_LINK + own / _HOST_STEP
+    step += told
     if replicas.size == 1:
         return 0.0, step
     if stack.zero >= 2:  # reduced layer by layer
         gather = gather_time(run.machine, replicas, held * 2, run.at) if stack.zero == 2 else 0.0
         return 0.0, step + gather
     reduced = held * stack.reduced
-    scatter = stack.zero == 1 and stack.overlapped  # a distributed optimizer scatters, DeepSpeed's ZeRO-1 reduces
+    # A distributed optimizer scatters, as ours does; DeepSpeed's ZeRO-1 reduces.
+    scatter = stack.zero == 1 and (stack.overlapped or stack.scattered)
     reduce = (gather_time if scatter else reduce_time)(run.machine, replicas, reduced, run.at)
     gather = gather_time(run.machine, replicas, held * 2, run.at) if stack.zero else 0.0
     if stack.overlapped and stages:

@@ -50,3 +50,15 @@ def test_nothing_happens_twice_at_once():
         assert len([task for task, _, _ in rank if task.kind == FORWARD]) == 7
         assert all(end <= begin for (_, _, end), (_, begin, _) in itertools.pairwise(rank))
     assert played.seconds >= 7 * 8 + 2 + 1 + 2
+
+
+def test_messages_that_are_paired_go_at_the_same_time():
+    alone, together = (play_blocking([1.0, 1.0], [2.0, 2.0], [0.5], 4, paired) for paired in (False, True))
+    # Of four messages each way, the first there and the last back have no other beside them.
+    assert alone.seconds == 3.0 * 5 + 8 * 0.5
+    assert together.seconds == 3.0 * 5 + 5 * 0.5
+    assert [[task for task, _, _ in rank] for rank in together.spans] == [
+        [task for task, _, _ in rank] for rank in alone.spans
+    ]
+    longer = [play_blocking([1.0, 3.0, 2.0], [2.0, 5.0, 4.0], [0.5, 0.25], 7, paired).seconds for paired in (0, 1)]
+    assert 7 * 8 < longer[1] < longer[0]

@@ -1,0 +1,122 @@
+"""A machine as it is measured: what is fitted is found again, and its file is read as what was written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fft.errors import UserError
+from fft.plan import device_rates
+from fft.plan.__main__ import main as plan
+from fft.plan.constants import FITTED_CONSTANTS
+from fft.plan.device_rates import AttentionTime, LinearTime, fitted_attention, fitted_products
+from fft.plan.hardware import HARDWARE, Device, Link, Machine, read_machine
+from fft.plan.kernels import flash_time, product_time
+from fft.plan.link_rates import ExchangeTime, LinkTimes, line
+from fft.plan.measure import MeasuredMachine, between_link, main
+from fft.plan.ours import ON_CPU, OURS, stack_on
+
+CPU = Device("a processor, 1 thread a rank", 2e11, 0.9, 1e10, 12e9, (0.4, 0.3), 1e11, cpu=True)
+AT = replace(FITTED_CONSTANTS, stream=1.0, launch=2e-6, tile=17.0, row=90.0, chain=0.6, host=0.0)
+
+
+def test_the_share_of_large_products_and_the_tile_are_found():
+    def seconds(tokens, width):
+        forward = product_time(CPU, tokens, width, width, AT)
+        return 2 * forward + product_time(CPU, width, width, tokens, AT)
+
+    times = [LinearTime(n, w, seconds(n, w)) for n, w in ((128, 512), (512, 512), (512, 1376), (2048, 1024))]
+    reached, tile = fitted_products(CPU, times, AT)
+    assert reached == pytest.approx(0.9, rel=0.03)
+    assert tile == pytest.approx(17, rel=0.15)
+
+
+def test_the_shares_of_attention_and_the_row_are_found():
+    times = []
+    for tokens in (128, 512, 2048):
+        flops = 2.0 * tokens**2 * 8 * 64
+        times.append(AttentionTime(tokens, flops, *flash_time(CPU, flops, tokens, CPU.flash, AT)))
+    forward, backward, row = fitted_attention(CPU, times, AT)
+    assert (forward, backward) == pytest.approx((0.4, 0.3), rel=0.05)
+    assert row == pytest.approx(90, rel=0.2)
+
+
+def test_latency_and_bandwidth_are_found():
+    latency, bandwidth = line([(size, 1e-3 + size / 1e8) for size in (64, 1 << 16, 1 << 20)])
+    assert (latency, bandwidth) == pytest.approx((1e-3, 1e8), rel=1e-3)
+    latency, bandwidth = line([(64, 1e-4), (1 << 16, 1e-4), (1 << 20, 1e-2), (1 << 24, 0.16)])  # a burst for nothing
+    assert (latency, bandwidth) == pytest.approx((1e-4, 1e8), rel=0.1)
+
+
+@pytest.fixture
+def link():
+    """Messages at 100 MB/s, sums at 80, 200 us."""
+    sizes = (64, 1 << 16, 1 << 20, 1 << 24)
+    messages = tuple(ExchangeTime(size, 2e-4 + size / 1e8) for size in sizes)
+    return LinkTimes(2, messages, tuple(ExchangeTime(size, 4e-4 + size / 8e7) for size in sizes))
+
+
+def test_a_file_is_read_as_what_was_written(link, tmp_path):
+    between, at = between_link(link, 2, AT)
+    assert between.bandwidth == pytest.approx(2e8, rel=1e-3)
+    assert between.latency == pytest.approx(2e-4, rel=1e-2)
+    assert at.network == pytest.approx(0.8, rel=1e-3)
+    machine = Machine("2x a processor", CPU, 2, Link(5e9, 5e-5), between, at)
+    products = [LinearTime(512, 512, 0.01)]
+    path = tmp_path / "mine.yaml"
+    path.write_text(MeasuredMachine(machine, "on here at noon", products, {"between": link}).text())
+    read = read_machine(path)
+    for part in ("device", "inside", "between", "at"):
+        for name, written in vars(getattr(machine, part)).items():
+            again = getattr(getattr(read, part), name)
+            assert again == (written if isinstance(written, str | bool) else pytest.approx(written, rel=1e-3)), name
+    assert "assumed" in path.read_text().split("inside:")[1].split("between:")[0]
+    assert "assumed" not in path.read_text().split("between:")[1]
+    assert stack_on(read.device) is ON_CPU
+    assert stack_on(read_machine(HARDWARE / "8xa100-40g-pcie.yaml").device) is OURS
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"constants": {"speed": 1}}, "constants.speed is not known"),
+        ({"constants": {"network": 0}}, "constants.network must be a number above 0"),
+        ({"constants": {"host": -1}}, "constants.host must be a number of at least 0"),
+        ({"kind": "abacus"}, "device.kind must be"),
+    ],
+)
+def test_what_a_file_says_wrongly_is_refused(changed, words, tmp_path):
+    said = yaml.safe_load((HARDWARE / "8xa100-40g-pcie.yaml").read_text())
+    if "kind" in changed:
+        said["device"] |= changed
+    else:
+        said |= changed
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(said))
+    with pytest.raises(UserError, match=words):
+        read_machine(path)
+
+
+def test_this_machine_is_measured_and_planned_for(monkeypatch, tmp_path, capsys):
+    """In no time, so that figures are poor: that they are made, written, read and used."""
+    monkeypatch.setattr(device_rates, "_LONG", 1e-4)
+    monkeypatch.setattr(device_rates, "_PRODUCTS", {True: ((64, 64), (128, 128))})
+    monkeypatch.setattr(device_rates, "_DOCUMENTS", {True: (32, 64)})
+    monkeypatch.setattr(device_rates, "_ELEMENTS", {True: 1 << 16})
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+    path = tmp_path / "mine.yaml"
+    assert main(["-o", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    machine = read_machine(path)
+    assert machine.device.cpu
+    assert machine.node == 1
+    assert machine.at.stream == 1
+    assert 1e8 < machine.device.peak < 1e13
+    assert Path(path).read_text().count("assumed: start ranks on") == 2
+    with pytest.raises(UserError, match="--overwrite"):
+        main(["-o", str(path)])
+    run = ["--model", "conf/models/llama-3m.json", "--ranks", "2", "--seq_len", "512", "--tokens_per_step", "4096"]
+    assert plan([*run, "--hardware", str(path), "--best", "1"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
