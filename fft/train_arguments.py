@@ -213,6 +213,7 @@ class TrainArguments:
         bound=AT_LEAST_5,
     )
     logging_steps: int = flag("print every k steps", 10, bound=AT_LEAST_1)
+    show_first: bool = flag("print how the first sample begins, with what is trained of it marked", False)
     checkpoint: str | None = flag(
         "run folder: metrics.jsonl, the resolved settings, checkpoints; a URL, or a folder that all machines see",
         None,

@@ -1,6 +1,5 @@
 """The jobs' command lines: flags, their meaning, and one call each."""
 
-import argparse
 from collections.abc import Callable, Sequence
 
 import spark_jobs
@@ -10,6 +9,7 @@ from fft.images.rules import LIMITS
 from fft.serve.engines import add_engine_flags
 from fft.serve.images import add_image_flags
 from fft.serve.sampling import add_sampling_flags
+from spark_jobs.cli_values import fraction, named_weights
 from spark_jobs.parameters import CHOICES
 
 #: Flags that ``--help`` explains, besides those that have to be given; ``--help_all`` explains all.
@@ -65,6 +65,11 @@ def tokenize_parser() -> Parser:
         default="auto",
         help="end-of-sequence token after each document: auto = if the tokenizer has one (default), always = it must",
     )
+    _add_record_flags(parser)
+    return parser
+
+
+def _add_record_flags(parser: Parser) -> None:
     parser.add_argument(
         "--parse_special_tokens",
         action="store_true",
@@ -76,7 +81,13 @@ def tokenize_parser() -> Parser:
         default="fail",
         help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
     )
-    return parser
+    parser.add_argument(
+        "--show",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="then print the first N rows, what is trained marked",
+    )
 
 
 def _add_row_flags(parser: Parser) -> None:
@@ -127,7 +138,7 @@ def shuffle_parser() -> Parser:
     parser.add_argument("-n", "--num_block", type=positive, help="files to write (default: from the tokens, 8 to 2048)")
     parser.add_argument(
         "--weights",
-        type=_weights,
+        type=named_weights,
         default={},
         metavar="NAME=W,...",
         help="how often rows of a table occur, by the name of its folder: 0.7 takes seven documents in ten, 2.5 all of "
@@ -147,7 +158,7 @@ def shuffle_parser() -> Parser:
     )
     parser.add_argument(
         "--holdout",
-        type=_fraction,
+        type=fraction,
         default=0.0,
         metavar="F",
         help="hold out this share of the documents, chosen by id; then -o holds the tables train and validation",
@@ -336,21 +347,3 @@ def _run(parser: Parser, argv: Sequence[str] | None, job: str) -> None:
         raise UserError(f"{error.name} is not installed: pip install -e '.[local]' in the checkout.") from error
     with parser.naming_flags():
         function(**values)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
-    return value
-
-
-def _weights(text: str) -> dict[str, float]:
-    weights = {}
-    for item in text.split(","):
-        name, _, number = item.partition("=")
-        try:
-            weights[name.strip()] = float(number)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{item!r} is not NAME=NUMBER, as in web=0.7,books=2") from None
-    return weights

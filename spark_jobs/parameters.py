@@ -56,6 +56,8 @@ def check_parameters(given: Mapping[str, Any]) -> None:
             raise UserError(f"`{name}` is {value!r}, it must be True or False.")
         if name == "seed" and not _is_integer(value):
             raise UserError(f"`seed` is {value!r}, it must be an integer.")
+        if name == "show" and (value is None or not _is_integer(value) or value < 0):
+            raise UserError(f"`show` is {value!r}, it must be a number of rows, 0 for none.")
         if name == "holdout" and not _is_share(value):
             raise UserError(f"`holdout` is {value!r}, it must be a share, from 0 to below 1.")
         if name == "weights" and value is not None and not _are_weights(value):

@@ -224,7 +224,7 @@ class PackParts:
             yield part_to_row(keep_part(self.target, done))
 
 
-_HEADER = ("table", "rows", "tokens", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")
+_HEADER = ("table", "rows", "tokens", "trained", "unused %", "partitions", "max/min", "bytes", "seconds", "tokens/s")
 
 
 def _say_results(manifests: Mapping[str, Manifest], folder: str | Path, notes: list[str]) -> None:
@@ -246,6 +246,7 @@ def _line(name: str, manifest: Manifest) -> list:
         name,
         counts["rows"],
         counts["tokens"],
+        counts["trained_tokens"],
         100 * counts["unused_share"],
         counts["partitions"],
         counts["max_over_min"],
@@ -261,6 +262,7 @@ def facts_of(manifest: Manifest) -> str:
     facts = {
         "rows": f"{manifest.rows:,} of at most {manifest.seq_len:,} tokens",
         "tokens": f"{manifest.tokens:,}",
+        "trained": f"{counts['trained_tokens']:,}, not trained {counts['untrained_tokens']:,}",
         "unused positions": f"{counts['unused']:,} ({100 * counts['unused_share']:.3f} %)",
         "bytes": f"{counts['bytes']:,}",
         "partitions": f"{counts['partitions']} (tokens: largest / smallest = {counts['max_over_min']})",

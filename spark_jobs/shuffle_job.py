@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
 from fft.data.known import IMAGES
-from fft.data.manifest import Manifest, Manifests
+from fft.data.manifest import Manifest, Manifests, or_unknown
 from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
 from fft.errors import UserError
 from spark_jobs.mixing import often_by
@@ -241,9 +241,10 @@ def _say_results(manifests: dict[str, Manifest], totals: dict[str, int], folder:
         counts, timing = manifest.lineage["counts"], manifest.lineage["timing"]
         for dataset, own in counts["datasets"].items():
             shares = [f"{own['rows'] / manifest.rows:.1%}", f"{own['tokens'] / manifest.tokens:.1%}"]
-            lines.append([name or "-", dataset, own["rows"], shares[0], own["tokens"], shares[1], ""])
-        lines.append([name or "-", "all", manifest.rows, "", manifest.tokens, "", counts["bytes"]])
-    say(format_table(("table", "dataset", "rows", "share", "tokens", "share", "bytes"), lines))
+            lines.append([name or "-", dataset, own["rows"], shares[0], own["tokens"], shares[1], "", ""])
+        trained = [or_unknown(manifest.trained_tokens), counts["bytes"]]
+        lines.append([name or "-", "all", manifest.rows, "", manifest.tokens, "", *trained])
+    say(format_table(("table", "dataset", "rows", "share", "tokens", "share", "trained", "bytes"), lines))
     say(f"{timing['seconds']:,.1f} s, {timing['tokens_per_second']:,} tokens/s")
     for what, count in (("without tokens", totals["empty"]), ("whose content occurred before", totals["duplicates"])):
         if count:

@@ -1,5 +1,6 @@
 """The tokenize job: records of raw files to a token table, one row a document."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +20,18 @@ from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
 from fft.data.known import IMAGES, LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import PartFile, PartFolder, RejectFile, dataset_tallies
+from fft.data.table import Table
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
 from fft.text.chat import ImageSettings
 from fft.text.encoder import Encoder
 from fft.text.engines import ENGINES
 from fft.text.records import Keys, RecordEncoder
+from fft.text.shown import beginning, documents_of_row, load_decoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
 from spark_jobs.dataframes import Frame, Measured, by_reader, columns_read, in_parts, open_frames, records_of
 from spark_jobs.encoders import Load, check_sources, encoder_loader, image_settings
-from spark_jobs.parameters import check_parameters
+from spark_jobs.parameters import check_parameters, is_table_name
 from spark_jobs.runtime.counting import tally_names
 from spark_jobs.runtime.many_files import EachByTasks
 from spark_jobs.runtime.session import get_session, job_settings, user_errors
@@ -69,6 +72,7 @@ def tokenize_table(
     writer: str | None = None,
     overwrite: bool = False,
     report: str | Path | None = None,
+    show: int = 0,
     spark: SparkSession | None = None,
 ) -> Manifest:
     """Tokenize documents of JSON lines, parquet or text files, or of DataFrames, into the folder ``output``.
@@ -81,12 +85,12 @@ def tokenize_table(
     With ``image_path``, a folder, chats may have images, which rows carry in ``images`` and ``image_grids``;
     ``tokenizer`` is then a model's whole directory, whose limits hold where ``max_pixels`` and the like are not given.
     ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
-    ``report`` a file, .html or .png, for a picture. Malformed records end the job (``on_error="fail"``) or go to
-    ``output/_quarantine``. Raises :class:`UserError` for what is no input, tokenizer or text (``max_document_bytes``).
+    ``report`` a file, .html or .png, for a picture; ``show`` so many rows are printed as text. Malformed records end
+    the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError` for what is no input,
+    tokenizer or text (``max_document_bytes``).
     """
     check_parameters(locals())
-    check_report(report, overwrite)
-    check_writer(writer, output, on_error)
+    _check_outputs(output, writer, on_error, report, overwrite, show)
     unread, paths = by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
     sources = find_sources(paths, id_key, left_out := LeftOut(), for_engine := [])
     session = partial(get_session, "tokenize", spark)
@@ -105,14 +109,46 @@ def tokenize_table(
     with table.claim(lineage, work) as writers, job_settings(spark):
         _fill(spark, writers[""], found, record_encoder, on_error == "fail")
         manifest = _finish(writers[""], lineage | left_out.facts(), record_encoder, info, max_len, start)
-    _say_results(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)])
-    write_report(manifest, report)
+    _tell(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)], report, tokenizer, show)
     return manifest
 
 
 def _of_texts(text_key: str, eos: str, parse_special_tokens: bool) -> dict[str, Any]:
     """What of the parameters says how texts are read."""
     return {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
+
+
+def _check_outputs(
+    output: str | Path,
+    writer: str | None,
+    on_error: str,
+    report: str | Path | None,
+    overwrite: bool,
+    show: int,
+) -> None:
+    """Raise :class:`UserError` for what could not be written or shown at the end."""
+    check_report(report, overwrite)
+    check_writer(writer, output, on_error)
+    if show and is_table_name(output):
+        raise UserError(f"`show` reads files, and `output` {output} is a catalog's table: leave it out.")
+
+
+def _tell(
+    manifest: Manifest,
+    folder: str | Path,
+    notes: Sequence[str],
+    report: str | Path | None,
+    tokenizer: str | Path,
+    show: int,
+) -> None:
+    """The summary, the picture, and how the first rows begin."""
+    _say_results(manifest, folder, notes)
+    write_report(manifest, report)
+    if show:
+        table = Table.open(folder)
+        decoder = load_decoder(table, str(tokenizer))
+        for row in range(min(show, manifest.rows)):
+            say(beginning(documents_of_row(table, row), decoder, sys.stderr.isatty()))
 
 
 def _of_images(image_path: str | Path | None, images: ImageSettings | None) -> dict[str, Any]:
@@ -292,12 +328,13 @@ class TokenizeFrame(TokenizeParts):
 
 def _say_results(manifest: Manifest, folder: str | Path, notes: Sequence[str]) -> None:
     engine, counts, timing = (manifest.lineage[name] for name in ("engine", "counts", "timing"))
-    header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "bytes", "seconds", "tokens/s")
-    row = [counts[k] for k in ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "bytes")]
+    header = ("documents in", "out", "quarantined", "empty", "rows", "tokens", "trained", "untrained", "bytes")
+    names = ("documents_in", "documents_out", "quarantined", "empty", "rows", "tokens", "trained_tokens")
+    row = [counts[name] for name in (*names, "untrained_tokens", "bytes")]
     for note in notes:
         say(note)
     if len(counts["datasets"]) > 1:
         rows = [[name, own["rows"], own["tokens"]] for name, own in counts["datasets"].items()]
         say(format_table(("input", "rows", "tokens"), rows) + "\n")
-    say(format_table(header, [[*row, timing["seconds"], timing["tokens_per_second"]]]))
+    say(format_table((*header, "seconds", "tokens/s"), [[*row, timing["seconds"], timing["tokens_per_second"]]]))
     say(f"wrote {folder} ({engine}, {counts['checked']} documents checked against Hugging Face tokenizers)")

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fft.data.manifest import or_unknown
 from fft.redaction import redact
 from fft.train_arguments import TrainArguments
 
@@ -47,7 +48,8 @@ def card_of(state: Mapping[str, Any], model_type: str) -> str:
     what = f"adapter of rank {args['lora_dim']} for a {model_type}" if adapter else model_type
     parts = [f"# {what}, trained to step {state['step']:,}", _facts(state, model_type)]
     if tables := state.get("tables"):
-        rows = [[_shown(table.get(name)) for name in _TABLE] for table in tables]
+        told = [{**table, "trained": or_unknown(table.get("trained"))} for table in tables]
+        rows = [[_shown(table.get(name)) for name in _TABLE] for table in told]
         parts.append("## Data\n\n" + _table(_TABLE, rows))
     parts.append("## Settings that are not the default\n\n" + _table(("setting", "value"), _settings(args)))
     return _written(header, "\n\n".join(parts) + "\n", _load(adapter, sees, _base(state)))
@@ -124,7 +126,7 @@ def _facts(state: Mapping[str, Any], model_type: str) -> str:
     return _table(("", ""), rows)
 
 
-_TABLE = ("use", "table", "version", "fingerprint", "rows", "tokens")
+_TABLE = ("use", "table", "version", "fingerprint", "rows", "tokens", "trained")
 
 
 def _settings(args: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ from fft.data.image_tallies import image_facts
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest, TokenizerInfo
 from fft.data.part_files import Part, by_dataset, files_of, sum_tallies
+from fft.data.row_tallies import TRAINED
 from fft.errors import UserError
 from fft.text.engines import ENGINES
 from fft.text.records import RecordEncoder
@@ -49,9 +50,12 @@ def finished_manifest(
     images, where ``vision`` says what was made of them."""
     files = files_of(parts)
     rows, tokens, size = (sum(getattr(file, name) for file in files) for name in ("rows", "tokens", "bytes"))
-    counts = {**counts, "rows": rows, "tokens": tokens, "bytes": size, "lengths": histogram_of(sum_tallies(parts))}
+    tallies = sum_tallies(parts)
+    counts = {**counts, "rows": rows, "tokens": tokens, "bytes": size, "lengths": histogram_of(tallies)}
+    if TRAINED in tallies:  # rows of other kinds, such as answers, have nothing to train on
+        counts |= {"trained_tokens": tallies[TRAINED], "untrained_tokens": tokens - tallies[TRAINED]}
     if vision is not None:
-        counts["vision"] = image_facts(sum_tallies(parts), vision["merge"])
+        counts["vision"] = image_facts(tallies, vision["merge"])
     lineage = {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": dict(timing)}
     return Manifest(files, rows, tokens, tokenizer, seq_len, seed, lineage, vision=vision)
 

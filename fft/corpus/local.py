@@ -35,7 +35,7 @@ from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
 from fft.corpus.tokenize_parts import name_malformed, tokenize_part
 from fft.data.commits import commit
-from fft.data.manifest import Manifest, TokenizerInfo, read_manifest
+from fft.data.manifest import Manifest, TokenizerInfo, or_unknown, read_manifest
 from fft.data.owner import Owner, owned, staged_folder
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
@@ -233,8 +233,10 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     manifest = finished_manifest(parts, lineage, counts, timing, text.tokenizer, text.max_len)
     for note in notes_on(manifest, text.encoder):
         say(note)
-    row = [name, counts["documents_out"], manifest.rows, manifest.tokens, timing["tokens_per_second"]]
-    say(format_table((f"{text.task} data", "documents", "rows", "tokens", "tokens/s"), [row]))
+    tokens = [manifest.tokens, or_unknown(manifest.trained_tokens), or_unknown(manifest.untrained_tokens)]
+    row = [name, counts["documents_out"], manifest.rows, *tokens, timing["tokens_per_second"]]
+    header = (f"{text.task} data", "documents", "rows", "tokens", "trained", "untrained", "tokens/s")
+    say(format_table(header, [row]))
     return manifest
 
 

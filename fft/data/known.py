@@ -37,6 +37,8 @@ IMAGES, GRIDS = "images", "image_grids"
 DOC_IDS = "doc_ids"
 #: The column that says with 0 which tokens are padding.
 MASK = "attention_mask"
+#: The label of tokens that are not trained on.
+IGNORE = -100
 
 #: How Spark calls the folder of rows whose partition column is null.
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"

@@ -81,6 +81,19 @@ class Manifest:
     def _repr_html_(self) -> str:
         return Manifests({"": self})._repr_html_()
 
+    @property
+    def trained_tokens(self) -> int | None:
+        """Tokens that a loss counts: those with a label, but never a document's first. None where nobody has counted
+        them, as in tables of older releases."""
+        counts = self.lineage.get("counts")
+        found = counts.get("trained_tokens") if isinstance(counts, dict) else None
+        return found if type(found) is int else None
+
+    @property
+    def untrained_tokens(self) -> int | None:
+        """All other tokens, or None likewise."""
+        return None if self.trained_tokens is None else self.tokens - self.trained_tokens
+
     def check_types(self) -> None:
         """Raise :class:`TypeError` where a count is no number: JSON may say anything."""
         numbers = [self.rows, self.tokens, *(n for n in (self.seq_len, self.seed) if n is not None)]
@@ -159,14 +172,25 @@ class Manifests(dict[str, Manifest]):
     """Manifests of tables by their names, as a notebook shows them: a row a table, and what it is mixed from."""
 
     def _repr_html_(self) -> str:
-        rows: list[tuple[object, ...]] = [("table", "made by", "files", "rows", "tokens", "bytes")]
+        rows: list[tuple[object, ...]] = [("table", "made by", "files", "rows", "tokens", "bytes", "trained")]
         for name, made in self.items():
             size = sum(file.bytes for file in made.files)
-            rows.append((name, str(made.lineage.get("job", "")), len(made.files), made.rows, made.tokens, size))
+            job, trained = str(made.lineage.get("job", "")), or_unknown(made.trained_tokens)
+            rows.append((name, job, len(made.files), made.rows, made.tokens, size, trained))
             for own, counts in made.lineage.get("counts", {}).get("datasets", {}).items():
-                rows.append(("", f"from {own}", "", counts.get("rows", ""), counts.get("tokens", ""), ""))
+                rows.append(("", f"from {own}", "", counts.get("rows", ""), counts.get("tokens", ""), "", ""))
         cells = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in rows]
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def trained_by(manifest: Manifest | None) -> int | None:
+    """Tokens of a table that a loss counts, as its manifest says; None where that does not, or there is none."""
+    return None if manifest is None else manifest.trained_tokens
+
+
+def or_unknown(count: int | None) -> int | str:
+    """A count, or that it is unknown."""
+    return "unknown" if count is None else count
 
 
 def _cell(value: object) -> str:

@@ -23,10 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fft.data.asking import NewFile
-from fft.data.image_tallies import tally_images
 from fft.data.known import GRIDS, IMAGES
-from fft.data.lengths import document_lengths, tally_lengths
 from fft.data.manifest import FileInfo
+from fft.data.row_tallies import tally_rows
 from fft.data.storage import Storage, is_url
 from fft.data.worker_notes import WRITING, WorkerNotes
 from fft.errors import StorageError, UserError, one_line
@@ -151,8 +150,8 @@ class PartFile:
         return batch.column("input_ids").value_lengths().to_numpy(zero_copy_only=False)
 
     def tally(self, rows: pa.Table) -> Counter[str]:
-        """What is counted of a row group, see :mod:`fft.data.lengths` and :mod:`fft.data.image_tallies`."""
-        return tally_lengths(document_lengths(rows)) + tally_images(rows)
+        """What is counted of a row group."""
+        return tally_rows(rows)
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows."""
@@ -204,7 +203,7 @@ class PartFile:
         if not self._waiting:
             return
         table = pa.Table.from_batches(self._waiting).combine_chunks()  # so bytes do not depend on how rows came
-        self._counts += self.tally(table)
+        self._counts.update(self.tally(table))
         with writing_to(self._target.folder):
             if self._file is None:
                 self._file = self._target.storage.create(posixpath.join(self._target.waits, self.name))

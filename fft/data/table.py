@@ -17,7 +17,7 @@ from fft.data.arrow_lists import list_values
 from fft.data.asking import asking, of_storage
 from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Each, Footer, RowGroup, each_of, row_groups_of
-from fft.data.known import GRIDS, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
+from fft.data.known import GRIDS, IGNORE, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
 from fft.data.lengths import bound_steps
 from fft.data.listing import Listing
@@ -27,9 +27,6 @@ from fft.data.storage import Storage, check_names_utf8, printable
 from fft.data.table_files import check_against_manifest, parquet_files, untagged
 from fft.errors import UserError, one_line
 from fft.images.rules import FAMILIES, ImageRules
-
-#: The label of tokens that are not trained on.
-IGNORE = -100
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment
 
 from fft.chart import COLOURS, Line, chart
+from fft.data.manifest import or_unknown
 from fft.report.run import Run
 
 _PAGE = """\
@@ -121,7 +122,7 @@ def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[s
     several = len(runs) > 1
     if several:
         yield "Compared", ["", *names], [_compared(name, number, told, runs) for name, number, told in _TILES]
-    yield "Data", ["run", "what", "table", "version", "fingerprint"], list(_data(runs))
+    yield "Data", ["run", "what", *_TABLE], list(_data(runs))
     rows = [row for run in runs for row in _ranks(run)]
     if rows:
         head = ["run", "rank", "own work", "waiting for others", "times it was behind", "last"]
@@ -145,10 +146,11 @@ def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[s
 def _data(runs: Sequence[Run]) -> Iterable[list[str]]:
     for run in runs:
         for what, found in run.data.items():
-            for source in found if isinstance(found, list) else [found]:
+            said = found.get("tables") if isinstance(found, dict) else None
+            for source in said if isinstance(said, list) else [found]:  # runs of older releases say less of them
                 if isinstance(source, dict):
-                    cells = (source.get(key) for key in ("table", "version", "fingerprint"))
-                    yield [run.name, what, *map(_plain, cells)]
+                    trained = or_unknown(source.get("trained")) if "table" in source else ""
+                    yield [run.name, what, *(_count(source.get(key)) for key in _TABLE[:-1]), _count(trained)]
 
 
 def _ranks(run: Run) -> Iterable[list[str]]:
@@ -176,6 +178,10 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else _plain(value)
+
+
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
@@ -191,6 +197,8 @@ def _bytes(value: float) -> str:
     return f"{value / 2**30:.3g} GiB"
 
 
+#: What is told of a table.
+_TABLE = ("table", "version", "fingerprint", "rows", "tokens", "trained")
 _TILES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", lambda value: f"{value:.4f}"),
     ("evaluation", "eval_loss", lambda value: f"{value:.4f}"),

@@ -9,6 +9,7 @@ import yaml
 from fft.arguments import TrainArguments
 from fft.checkpoint.folder import METRICS
 from fft.checkpoint.run import RunFolder
+from fft.data.manifest import trained_by
 from fft.data.storage import is_url
 from fft.data.table import Table
 from fft.planning.layout import Layout, describe
@@ -43,6 +44,8 @@ def _used(table: Table, context: str) -> UsedTable:
     source = {"path": table.path, "delta_table_version": table.version} if delta else {"uri": table.path}
     made_by = table.manifest.tokenizer if table.manifest else None
     profile = {"rows": table.rows, "tokens": table.tokens, "version": table.version, "fingerprint": table.fingerprint}
+    if (trained := trained_by(table.manifest)) is not None:
+        profile["trained_tokens"] = trained
     if made_by is not None:
         profile |= {"tokenizer": made_by.name, "tokenizer_sha256": made_by.sha256}
     name = PurePath(table.path).name or table.path

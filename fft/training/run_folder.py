@@ -17,6 +17,7 @@ from fft.checkpoint.resume import choose_checkpoint
 from fft.checkpoint.run import RunFolder
 from fft.checkpoint.stored_run import StoredRun, run_at
 from fft.data.batches import Loader
+from fft.data.manifest import trained_by
 from fft.data.samples import Samples
 from fft.errors import UserError, one_line
 from fft.json_text import json_value
@@ -118,7 +119,7 @@ def _tables(use: str, data: Samples | None) -> list[dict]:
     return [
         {
             **{"use": use, "table": table.path, "version": table.version, "fingerprint": table.fingerprint},
-            **{"rows": table.rows, "tokens": table.tokens},
+            **{"rows": table.rows, "tokens": table.tokens, "trained": trained_by(table.manifest)},
         }
         for table in (data.tables if data is not None else ())
     ]
@@ -132,8 +133,13 @@ def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: S
     settings = yaml.safe_dump(redact_all(dataclasses.asdict(args)), sort_keys=False)
     # Which tables, at which versions, in which order, and which model: what a later run needs to go on with this one.
     data = {
-        name: reader and {**reader.identity, "made_from": [table.origin for table in reader.tables]}
-        for name, reader in (("train_data", plan.train), ("eval_data", plan.evaluation))
+        name: reader
+        and {
+            **reader.identity,
+            "tables": _tables(use, reader),
+            "made_from": [table.origin for table in reader.tables],
+        }
+        for name, use, reader in (("train_data", "train", plan.train), ("eval_data", "eval", plan.evaluation))
     }
     model = {name: plan.identity[name] for name in ("config", "weights", "tokenizer")}
     numbers = [text.splitlines(keepends=True) for run in runs if (text := run.text(METRICS)) is not None]

@@ -28,6 +28,7 @@ from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
 from fft.redaction import redact
+from fft.text.shown import first_sample, summary_of
 from fft.training import run_folder
 from fft.training.conclusion import conclude, told_evaluation
 from fft.training.early_stop import EarlyStop
@@ -88,11 +89,13 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
     lines = [describe(args, plan.config.model_type, layout)]
     if plan.train is not None:
         for table in plan.train.tables:
-            lines.append(f"{table.source}: {table.rows:,} rows, {table.tokens:,} tokens")
+            lines.append(summary_of(table))
             lines += table.unread.notes(table.source)
         tokens = batch_plan(args, plan.mesh, 0).global_batch * args.seq_len
         lines += [f"warning: {doubt}" for doubt in doubts(args, plan)]
         lines.append(f"{plan.total_steps:,} steps of {'at most ' if args.ragged else ''}{tokens:,} tokens")
+    if args.show_first and plan.train is not None and dist.get_rank() == 0:
+        lines.append(first_sample(plan.train, plan.tokenizer, sys.stderr.isatty()))
     _log("\n".join(lines))
     _log(f"kernels: {check_kernels(spec)}")
     asked = "none" if args.compile else args.fused_ops

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-import numpy as np
 import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Observation, SparkSession
@@ -15,8 +14,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.utils import is_remote
 
 from fft.console import say
-from fft.data.image_tallies import image_tally_names, tally_images
-from fft.data.lengths import document_lengths, tally_lengths
+from fft.data.row_tallies import row_tally_names, tally_rows
 
 #: The column of numbers, which only the last row of a task has, whose other columns are null.
 TALLIES = "fft_tallies"
@@ -31,9 +29,8 @@ class Counting(Protocol):
 
 
 def tally_names(own: Sequence[str], images: bool) -> list[str]:
-    """All that is counted of token rows: their documents' lengths, images if there are any, and the work's ``own``."""
-    lengths = tally_lengths(1 << np.arange(31))
-    return ["rows", "tokens", *lengths, *(image_tally_names() if images else ()), *own]
+    """All that is counted of token rows, which may have images, and the work's ``own``."""
+    return ["rows", "tokens", *row_tally_names(images), *own]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Tallied:
         for batch in self.work.rows(batches, tallies):
             table = pa.Table.from_batches([batch])
             tallies.update({"rows": batch.num_rows, "tokens": len(batch.column("input_ids").flatten())})
-            tallies.update(tally_lengths(document_lengths(table)) + tally_images(table))
+            tallies.update(tally_rows(table))
             schema = batch.schema
             yield pa.RecordBatch.from_arrays(
                 [*batch.columns, pa.nulls(batch.num_rows, _NUMBERS)], [*batch.schema.names, TALLIES]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment
 
 from fft.console import say
-from fft.data.manifest import Manifest
+from fft.data.manifest import Manifest, or_unknown
 from fft.errors import UserError
 from fft.files import write_atomically
 from fft.redaction import redact_all
@@ -148,7 +148,7 @@ def _draw_mixture(axes: "Axes", manifest: Manifest) -> None:
     axes.bar_label(bars, [f"{n / max(1, sum(tokens)):.1%}" for n in tokens], padding=3)
     axes.margins(x=0.35, y=max(0.05, 1 / len(names) ** 2))
     axes.invert_yaxis()
-    trained = manifest.lineage["counts"].get("trained_tokens")
+    trained = manifest.trained_tokens
     told = "" if trained is None else f", {trained / max(1, manifest.tokens):.1%} trained on"
     axes.set(title=f"{_short_count(manifest.tokens)} tokens{told}", xlabel="tokens, by dataset")
 
@@ -238,6 +238,7 @@ def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
         "inputs": ", ".join(lineage["inputs"]),
         **lineage["parameters"],
         **counts,
+        **{name: or_unknown(getattr(manifest, name)) for name in ("trained_tokens", "untrained_tokens")},
         "tokens/s": lineage["timing"]["tokens_per_second"],
     }
     tables: list[list[tuple[object, ...]]] = [[(name, value) for name, value in facts.items() if value is not None]]

@@ -16,6 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from fft.data.manifest import FileInfo, Manifest
 from fft.data.part_files import Part, files_of, writing_to
+from fft.data.row_tallies import TRAINED
 from fft.data.storage import Storage, is_url
 from fft.data.store_owner import owning
 from fft.errors import UserError
@@ -69,7 +70,7 @@ class SparkTable:
         shown = self.place.shown
         with counting(rows, names) as (counted, tallies), catalog_errors(shown), user_errors(), watched(spark, title):
             self.place.write(counted)
-        self.tallies = Counter({name: count for name, count in tallies.items() if count})
+        self.tallies = Counter({name: count for name, count in tallies.items() if count or name == TRAINED})
         self.parts = self.place.parts(tallies["rows"], tallies["tokens"])
         written = sum(part.rows for part in self.parts)
         if written != tallies["rows"]:

@@ -1,5 +1,6 @@
 """The repartition job: equal partitions, packed rows, no token lost."""
 
+import itertools
 import os
 import shutil
 from collections import defaultdict
@@ -107,6 +108,10 @@ def test_labels_go_with_their_tokens(spark, tmp_path):
     out = rows_of(tmp_path / "out")
     assert all(row["labels"] == [-100 if i % 2 else i for i in row["input_ids"]] for row in out)
     assert sorted(i for row in out for i in row["input_ids"]) == sorted(i for row in rows for i in row)
+    pieces = [row["labels"][a + 1 : b] for row in out for a, b in itertools.pairwise(row["cu_seqlens"])]
+    manifest = read_manifest(tmp_path / "out")  # of a document's first token nothing is learned, whatever its label
+    assert manifest.trained_tokens == sum(label != -100 for piece in pieces for label in piece)
+    assert manifest.trained_tokens + manifest.untrained_tokens == manifest.tokens
 
 
 def test_what_is_no_input_is_refused_in_one_sentence(spark, tmp_path, packed):

@@ -76,6 +76,7 @@ def test_manifests_of_both_sides(shuffled, tokens):
         assert manifest.tokenizer == whole.tokenizer
         assert manifest.seed == 0
         assert counts["rows_in"] == counts["rows_out"] == whole.rows
+        assert manifest.trained_tokens == manifest.tokens - manifest.rows
         assert counts["datasets"] == {"tokens": {"rows": manifest.rows, "tokens": manifest.tokens}}
         parameters = {"seed": 0, "num_block": 4, "holdout": 0.1, "weights": {"tokens": 1.0}, "dedup": False}
         assert manifest.lineage["parameters"] == parameters | {"weight_by": "documents"}

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -52,7 +53,10 @@ def test_a_notebook_shows_manifests_as_tables():
     page = Manifests(train=made)._repr_html_()
     assert "<td>train</td><td>shuffle</td><td>1</td><td>2</td><td>1,234</td><td>9</td>" in page
     assert "<td>from a&lt;b&gt;</td>" in page
-    assert made._repr_html_() == page.replace("train", "")
+    assert "<td>9</td><td>unknown</td>" in page  # an older release has not counted what is trained
+    assert made._repr_html_() == page.replace("<td>train</td>", "<td></td>")
+    trained = replace(made, lineage={"job": "shuffle", "counts": counts | {"trained_tokens": 0}})
+    assert "<td>9</td><td>0</td>" in trained._repr_html_()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,6 +1,7 @@
 """What is shown as trained is what the table's labels say and what the trainer counts, and the text is the row's."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from fft.data.batches import micro_batch
 from fft.data.reader import SampleReader
 from fft.data.table import IGNORE, Table
 from fft.errors import UserError
-from fft.show import as_page, as_text, documents_named, documents_of_row, load_decoder, main
+from fft.show import as_page, main
+from fft.text.shown import as_text, documents_named, documents_of_row, first_sample, load_decoder
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,20 @@ def test_nothing_of_a_text_is_obeyed(tokenizer, tmp_path):
     assert "<b>" not in as_page("<b>", documents, decoder, ids=False)
     shown = as_text(documents, decoder, ids=False, colour=True)
     assert set(re.findall(r"\x1b\[\d+m", shown)) <= {"\x1b[32m", "\x1b[2m", "\x1b[0m"}
+
+
+def test_the_first_sample_is_what_the_trainer_reads_first(chats, tokenizer):
+    """Cut anywhere, or packed: what is marked are the targets of the first micro-batch, and no others."""
+    decoder = load_decoder(chats, str(tokenizer))
+    for pack, seq_len in (("cut", 40), ("best-fit", 64)):
+        reader = SampleReader(chats, seq_len, seed=3, pack=pack)
+        batch = micro_batch(reader, [0], reader.samples_per_epoch)
+        told = first_sample(reader, str(tokenizer), colour=False)
+        bounds = np.unique(batch.cu_seqlens)
+        pieces = [(batch.input_ids[0, a:b], batch.labels[a:b]) for a, b in pairwise(bounds)]
+        marked = [ids[1:][labels[:-1] != IGNORE] for ids, labels in pieces]
+        found = "".join(re.findall("⟦(.*?)⟧", told, re.DOTALL))
+        assert found == decoder.decode(np.concatenate(marked))
+        assert "more" not in told
+    whole = first_sample(SampleReader(chats, 4096, seed=3, pack="best-fit"), str(tokenizer), colour=False)
+    assert re.search(r"\.\.\. and [\d,]+ tokens more$", whole)
