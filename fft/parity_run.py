@@ -270,6 +270,8 @@ def compare(given: Mapping[str, Any], steps: int) -> int:
     with tempfile.TemporaryDirectory(prefix="fft-parity-") as folder:
         model, run = Path(folder, "model"), Path(folder, "run")
         mine = resolve({"output_dir": str(run), **given})
+        if mine.objective != "lm":
+            raise UserError(f"--objective {mine.objective}: one process is compared for lm alone; leave it out.")
         args = flags_of(mine, model, run, steps)
         ranks = mine.ranks or _fewest_ranks(args)
         config = load_config(start_of(mine), mine.init, weights=not mine.init)

@@ -58,6 +58,25 @@ class TrainArguments:
     )
     freeze: str | None = flag("do not train parameters whose name has one of these regular expressions, a,b,c", None)
 
+    objective: str = flag(
+        "lm: the next token of all that is trained on; dpo: preferences, of tables that spark_jobs/tokenize.py --task "
+        "preference makes; what the model says of them as the run begins is computed first, and kept by the table",
+        "lm",
+        topic="What is learned",
+        choices=("lm", "dpo"),
+    )
+    dpo_beta: float = flag(
+        "--objective dpo: how closely the model is held to what it was (TRL's beta)", 0.1, bound=NOT_NEGATIVE
+    )
+    dpo_length_normalized: bool = flag(
+        "--objective dpo: compare mean log-probabilities of a token, not sums (TRL's loss_type sigmoid_norm)", False
+    )
+    dpo_sft_weight: float = flag(
+        "--objective dpo: add so many times the mean loss of the chosen answer's tokens (TRL's rpo_alpha)",
+        0.0,
+        bound=NOT_NEGATIVE,
+    )
+
     seq_len: int = flag("tokens of a sample", 2048, topic="How long, how much at a time", bound=AT_LEAST_1)
     pack: str = flag(
         "make samples of rows that are not packed to --seq_len: cut = lay them end to end and cut, nothing unused; "

@@ -54,7 +54,8 @@ def tokenize_parser() -> Parser:
         choices=CHOICES["task"],
         default="pretrain",
         help="pretrain: every token is trained on (default); chat: conversations through the tokenizer's chat "
-        "template, with labels on every assistant turn and its end-of-turn token alone",
+        "template, with labels on every assistant turn and its end-of-turn token alone; preference: pairs of such, "
+        "chosen and rejected (docs/data-jobs.md)",
     )
     parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")

@@ -11,6 +11,7 @@ from fft.data.views import view
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
 from fft.text.chat import ImageSettings, load_chat
+from fft.text.preference import load_preference
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder
 from spark_jobs.token_table.output import local_path, place_at
@@ -29,11 +30,13 @@ def encoder_loader(
 ) -> Load:
     """What loads the encoder, which takes seconds. Raises :class:`UserError` for parameters of another task."""
     directory = view(place_at(tokenizer, "tokenizer"))
-    if task == "chat":
+    if task != "pretrain":
         changed = {"text_key": keys.text != "text", "eos": eos != "auto", "parse_special_tokens": parse_special_tokens}
         for name, given in changed.items():
             if given:
                 raise UserError(f'`{name}` is for `task="pretrain"`: the chat template decides; leave it out.')
+        if task == "preference":
+            return partial(load_preference, directory, keys.id, max_len)
         return partial(load_chat, directory, keys.id, max_len, images)
     return partial(load_pretrain, directory, keys, max_len, eos, parse_special_tokens)
 
@@ -45,7 +48,8 @@ def image_settings(image_path: str | Path | None, limits: ImageLimits, task: str
             raise UserError(f"`{given[0]}` is a limit of images: give `image_path`, the folder in which they lie.")
         return None
     if task != "chat":
-        raise UserError('`image_path` is for `task="chat"`: texts have no images; leave it out.')
+        what = "texts" if task == "pretrain" else "preferences"
+        raise UserError(f'`image_path` is for `task="chat"`: {what} have no images; leave it out.')
     folder = local_path(image_path, "image_path")
     if not folder.is_dir():
         raise UserError(f"`image_path` {folder} is no folder: give the one in which the images of the chats lie.")
@@ -53,7 +57,9 @@ def image_settings(image_path: str | Path | None, limits: ImageLimits, task: str
 
 
 def check_sources(sources: Sequence[Source], task: str) -> None:
-    """Raise :class:`UserError` for plain text that shall be chats."""
+    """Raise :class:`UserError` for plain text that shall be chats or preferences."""
     for source in sources:
-        if task == "chat" and source.kind == "text":
-            raise UserError(f'`inputs` {source.name} holds plain text, but `task="chat"` needs JSON lines or parquet.')
+        if task != "pretrain" and source.kind == "text":
+            raise UserError(
+                f'`inputs` {source.name} holds plain text, but `task="{task}"` needs JSON lines or parquet.'
+            )

@@ -13,7 +13,7 @@ from fft.errors import UserError
 _NAME = re.compile(r"\w+(\.\w+){1,2}")
 #: Parameters that take one of a few words, the first by default.
 CHOICES = {
-    "task": ("pretrain", "chat"),
+    "task": ("pretrain", "chat", "preference"),
     "eos": ("auto", "always", "never"),
     "on_error": ("fail", "quarantine"),
     "format": ("parquet", "delta"),

@@ -3,7 +3,7 @@
 import posixpath
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from spark_jobs.token_table.pack_rows import Packer, window_tokens
 from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.read import (
     Dataset,
+    common_pairs,
     common_tokenizer,
     common_vision,
     find_tables,
@@ -86,9 +87,11 @@ def repartition_table(
     _check_in_place(source, output, overwrite, writer)
     datasets = _open(source, session)
     packing = Packing(max_len, pack, num_partition, seed)
+    common_pairs(list(datasets.values()))
     for dataset in datasets.values():
-        if common_vision([dataset]) is not None and pack == "concat":
-            raise UserError(f'`pack` concat cuts anywhere, but {dataset.path} has images: give "best-fit" or "none".')
+        what = "images" if common_vision([dataset]) is not None else "preferences" if common_pairs([dataset]) else ""
+        if what and pack == "concat":
+            raise UserError(f'`pack` concat cuts anywhere, but {dataset.path} has {what}: give "best-fit" or "none".')
     left_out, notes = not_read(list(datasets.values()))
     origins = [dataset.table.origin for dataset in datasets.values()]
     lineage = lineage_of("repartition", origins, asdict(packing)) | left_out
@@ -183,7 +186,8 @@ def _repartition(
     assigned = spark.createDataFrame(left, "bucket int, part int")
     placed = rows.transform(in_partitions, assigned, packing.seed, buckets, partitions)
     vision = common_vision([dataset])
-    packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision)
+    pairs = common_pairs([dataset])
+    packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision, pairs)
     order = partition_order(placed)
     if isinstance(writer, SparkTable):
         columns, names = token_columns(rows, packed=True), tally_names((), IMAGES in rows.columns)
@@ -204,7 +208,8 @@ def _repartition(
     }
     timing, tokenizer = timing_of(start, tokens), common_tokenizer([dataset])
     facts = None if vision is None else vision.facts()
-    return finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed, facts)
+    made = finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed, facts)
+    return replace(made, pairs=pairs)
 
 
 @dataclass(frozen=True)

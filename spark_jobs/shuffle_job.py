@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from spark_jobs.token_table.output import places_at
 from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.read import (
     Dataset,
+    common_pairs,
     common_tokenizer,
     common_vision,
     find_tables,
@@ -99,7 +100,8 @@ def shuffle_tables(
     session = partial(get_session, "shuffle", spark)
     datasets = _open(inputs, session)
     common_tokenizer(datasets), common_vision(datasets)  # differing ones are refused before the work
-    if holdout and any("cu_seqlens" in d.table.columns for d in datasets):
+    whole = common_pairs(datasets) and _seq_len(datasets) is None  # a pair a row
+    if holdout and not whole and any("cu_seqlens" in d.table.columns for d in datasets):
         raise UserError("`holdout` needs whole documents, but a table is packed: hold out before repartition.py packs.")
     often = often_by(weight_by, weights or {}, {dataset.name: dataset.table.tokens for dataset in datasets})
     mixing = Mixing(seed, num_block, holdout, often, dedup)
@@ -137,7 +139,8 @@ def _finish(
     vision = None if rules is None else rules.facts()
     for name, made in writers.items():
         own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], made.tallies)}
-        manifests[name] = finished_manifest(made.parts, lineage, own, timing, tokenizer, length, mixing.seed, vision)
+        found = finished_manifest(made.parts, lineage, own, timing, tokenizer, length, mixing.seed, vision)
+        manifests[name] = replace(found, pairs=common_pairs(datasets))
         made.finish(manifests[name])
     return manifests, counts
 

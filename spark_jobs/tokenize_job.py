@@ -81,9 +81,9 @@ def tokenize_table(
     ``output``: Spark then writes it, as any other with ``writer="spark"``: :mod:`spark_jobs.token_table.spark_output`.
     One row a document with ``input_ids`` and ``doc_ids``; with ``max_len``, longer documents become several rows.
     With ``task="chat"``, documents are conversations (:mod:`fft.text.formats`), encoded by the chat template, and rows
-    have ``labels``: :mod:`fft.text.chat`; ``text_key``, ``eos`` and ``parse_special_tokens`` are for texts.
-    With ``image_path``, a folder, chats may have images, which rows carry in ``images`` and ``image_grids``;
-    ``tokenizer`` is then a model's whole directory, whose limits hold where ``max_pixels`` and the like are not given.
+    have ``labels``: :mod:`fft.text.chat`; with "preference", pairs of them: :mod:`fft.text.preference`. Texts alone
+    have ``text_key``, ``eos`` and ``parse_special_tokens``. With ``image_path``, a folder, chats may have images, which
+    rows carry in ``images`` and ``image_grids``; ``tokenizer`` is then a model's directory, which has their limits.
     ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
     ``report`` a file, .html or .png, for a picture; ``show`` so many rows are printed as text. Malformed records end
     the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError` for what is no input,
@@ -100,7 +100,8 @@ def tokenize_table(
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     check_sources(sources, task)
     load = encoder_loader(tokenizer, task, Keys(text_key, id_key), max_len, eos, parse_special_tokens, images)
-    parameters |= _of_images(image_path, images) if task == "chat" else _of_texts(text_key, eos, parse_special_tokens)
+    texts = _of_texts(text_key, eos, parse_special_tokens)
+    parameters |= texts if task == "pretrain" else _of_images(image_path, images)
     record_encoder, info, spark = _load_beside_spark(load, session)
     start, found = time.monotonic(), _Inputs(sources, open_frames(spark, [*unread, *for_engine]), max_document_bytes)
     lineage, work = lineage_of("tokenize", found.origins, parameters), ""
@@ -166,8 +167,10 @@ def _finish(
 ) -> Manifest:
     counts = document_counts(writer.tallies, lineage["inputs"], record_encoder)
     lineage = {**lineage, "engine": engine_of(writer.tallies)}
-    timing, vision = timing_of(start, writer.tokens), record_encoder.vision
-    manifest = finished_manifest(writer.parts, lineage, counts, timing, info, max_len, vision=vision)
+    timing, vision, pairs = timing_of(start, writer.tokens), record_encoder.vision, record_encoder.pairs
+    length = None if pairs else max_len  # pairs are yet to be packed
+    manifest = finished_manifest(writer.parts, lineage, counts, timing, info, length, vision=vision)
+    manifest = replace(manifest, pairs=pairs)
     made = sum(own["tokens"] for own in counts["datasets"].values())
     if made != manifest.tokens:
         raise UserError(

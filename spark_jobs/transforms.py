@@ -75,6 +75,10 @@ def tokenize(
     parameters that are none; the function that is returned, for columns that are none.
     """
     check_parameters(locals())
+    if task == "preference":
+        raise UserError(
+            '`task="preference"`: a DataFrame cannot say that its rows are pairs: make a table with `tokenize_table`.'
+        )
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     keys, fail = Keys(text_key, id_key), on_error == "fail"
     encoder, _ = encoder_loader(tokenizer, task, keys, max_len, eos, parse_special_tokens, images)()

@@ -39,6 +39,11 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def told_loss(args: Mapping[str, Any], loss: float) -> str:
+    """A validation loss; of tokens, which a run with these settings learns or not, with its perplexity."""
+    return f"{loss:.4f} (perplexity {perplexity(loss):.4g})" if args["objective"] == "lm" else f"{loss:.4f}"
+
+
 def card_of(state: Mapping[str, Any], model_type: str) -> str:
     """The card of a model of this type or, where the run trained one, of its adapter."""
     state = {**state, "arguments": dataclasses.asdict(TrainArguments()) | state.get("arguments", {})}
@@ -97,7 +102,8 @@ def _header(state: Mapping[str, Any], model_type: str, adapter: bool, sees: bool
     header["tags"] = [_TAG, model_type, *["lora"] * adapter]
     if (loss := state.get("eval_loss")) is not None and (held := [t for t in tables if t["use"] == "eval"]):
         name = _id(held[0]["table"])
-        metrics = [{"type": kind, "value": value} for kind, value in (("loss", loss), ("perplexity", perplexity(loss)))]
+        found = {"loss": loss} | ({"perplexity": perplexity(loss)} if state["arguments"]["objective"] == "lm" else {})
+        metrics = [{"type": kind, "value": value} for kind, value in found.items()]
         result = {"task": {"type": task}, "dataset": {"name": name, "type": name}, "metrics": metrics}
         header["model-index"] = [{"name": f"{model_type}-step-{state['step']}", "results": [result]}]
     return header
@@ -113,7 +119,7 @@ def _facts(state: Mapping[str, Any], model_type: str) -> str:
     if (loss := progress.get("loss")) is not None:
         rows.append(["training loss", f"{loss:.4f}"])
     if (loss := state.get("eval_loss")) is not None:
-        rows.append(["validation loss", f"{loss:.4f} (perplexity {perplexity(loss):.4g})"])
+        rows.append(["validation loss", told_loss(args, loss)])
     if progress.get("best") is not None:
         step, loss = progress["best"]
         rows.append(["lowest validation loss", f"{loss:.4f} at step {step:,}"])

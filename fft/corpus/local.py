@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from fft.files import write_atomically
 from fft.json_text import json_value
 from fft.text.chat import load_chat
 from fft.text.formats import FORMATS, known_formats, mended
+from fft.text.preference import SIDES, load_preference
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, Malformed, RecordEncoder, decode_record, load_json
 
@@ -54,7 +55,7 @@ _KEYS = Keys()
 
 @dataclass(frozen=True)
 class TextInput:
-    """A file of JSON lines, and how its records become rows of at most ``max_len`` tokens where they are chats."""
+    """A file of JSON lines, and how its records become rows of at most ``max_len`` tokens where they are no texts."""
 
     path: Path
     task: str
@@ -88,14 +89,15 @@ def is_json_lines(path: str | Path) -> bool:
 
 
 def text_input(path: Path, tokenizer: Path, max_len: int) -> TextInput:
-    """Read the tokenizer for a file of JSON lines; its first record says whether they are chats or texts.
+    """Read the tokenizer for a file of JSON lines; its first record says whether they are chats, preferences or texts.
 
-    Raises :class:`UserError` when there is no such file or tokenizer, or when the first record is neither.
+    Raises :class:`UserError` when there is no such file or tokenizer, or when the first record is none of these.
     """
     task = _task_of(path)
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": _KEYS.id, "on_error": "fail"}
-    if task == "chat":
-        encoder, info = load_chat(tokenizer, _KEYS.id, max_len)
+    if task in ("chat", "preference"):
+        load = load_chat if task == "chat" else load_preference
+        encoder, info = load(tokenizer, _KEYS.id, max_len)
         return TextInput(path, task, info, encoder, {**parameters, "max_len": max_len})
     encoder, info = load_pretrain(tokenizer, _KEYS, None, "auto", False)
     parameters |= {"max_len": None, "text_key": _KEYS.text, "eos": "auto", "parse_special_tokens": False}
@@ -120,6 +122,8 @@ def _task_of(path: Path) -> str:
                 f"{path}, line {number}: it has a text (key {_KEYS.text}) and a conversation ({read}): leave one out, "
                 f"as jq -c 'del(.{_KEYS.text})' does."
             )
+        if keys.issuperset(SIDES):
+            return "preference"
         if isinstance(record, list) or chats:
             return "chat"
         if _KEYS.text in keys:
@@ -230,7 +234,9 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     counts = document_counts(tallies, [name], text.encoder)
     lineage = {**lineage_of("tokenize", [source.origin], text.parameters), "engine": engine_of(tallies)}
     timing = timing_of(begin, counts["datasets"][name]["tokens"])
-    manifest = finished_manifest(parts, lineage, counts, timing, text.tokenizer, text.max_len)
+    length = None if text.encoder.pairs else text.max_len  # pairs are yet to be packed
+    manifest = finished_manifest(parts, lineage, counts, timing, text.tokenizer, length)
+    manifest = replace(manifest, pairs=text.encoder.pairs)
     for note in notes_on(manifest, text.encoder):
         say(note)
     tokens = [manifest.tokens, or_unknown(manifest.trained_tokens), or_unknown(manifest.untrained_tokens)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fft.data.image_batches import Chosen, EncodedImages, ImageBatch, RowLayout, StepDecoding
+from fft.data.pairs import PairBatch
 from fft.data.samples import Samples, SampleSpan
 from fft.data.table import IGNORE, Rows
 from fft.errors import UserError
@@ -24,8 +25,8 @@ class MicroBatch:
 
     ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating its last entry:
     its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
-    ``trained`` counts the labels that are trained on. ``images`` is None where a run trains without; in one with images
-    every micro-batch has it, also one of texts.
+    ``trained`` counts the labels that are trained on, or, of preferences, the ``pairs``. ``images`` is None where a run
+    trains without; in one with images every micro-batch has it, also one of texts.
     """
 
     input_ids: np.ndarray
@@ -33,6 +34,7 @@ class MicroBatch:
     cu_seqlens: np.ndarray
     trained: int
     images: ImageBatch | None = None
+    pairs: PairBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ def _laid_out(
     real = [index for index in indices if index < total_samples]
     ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
     layout = None if reader.rules is None else RowLayout()
-    ends, filled = _fill(reader.samples(real), 0 if multiple else length, reader.aligned, (ids, labels), layout)
+    known: list[np.ndarray] | None = [] if reader.pairs else None
+    ends, filled = _fill(
+        reader.samples(real), 0 if multiple else length, reader.aligned, (ids, labels), (layout, known)
+    )
     if multiple:
         filled = filled[-1:] or [0]
         tokens = min(tokens, max(1, -(-filled[0] // multiple)) * multiple)
@@ -92,6 +97,10 @@ def _laid_out(
     unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
     labels[:-1] = labels[1:] if reader.aligned else ids[1:]
     ends = np.array(ends, dtype=np.int64)
+    pairs = None
+    if known is not None:
+        documents = ends.searchsorted(np.arange(tokens), "right").astype(np.int32)
+        pairs = PairBatch(documents, np.concatenate([np.empty(0, np.float32), *known]))
     if unfilled and not multiple:
         ends = np.union1d(ends, stops)
     labels[ends - 1] = IGNORE
@@ -104,7 +113,8 @@ def _laid_out(
     if layout is not None and reader.rules is not None:
         images = layout.encoded(ids, np.union1d(ends, [tokens]), reader.rules)
         labels[images.index[:-1] - 1] = IGNORE  # of the row's first token: the last label, which is no other
-    return MicroBatch(ids[None], labels, cu_seqlens, int(np.count_nonzero(labels != IGNORE))), images
+    trained = int(np.count_nonzero(labels != IGNORE)) if pairs is None else pairs.count
+    return MicroBatch(ids[None], labels, cu_seqlens, trained, pairs=pairs), images
 
 
 def _fill(
@@ -112,14 +122,15 @@ def _fill(
     stride: int,
     aligned: bool,
     row: tuple[np.ndarray, np.ndarray],
-    layout: RowLayout | None,
+    beside: tuple[RowLayout | None, list[np.ndarray] | None],
 ) -> tuple[list[int], list[int]]:
     """Write samples, one after the other, into a row's ids and, where their token stands, if ``aligned``, its labels.
 
-    Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. Returns where the documents
-    end, and up to where each sample is filled.
+    Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. What lies ``beside`` is laid
+    out as well: images, and what a reference model says of documents. Returns where the documents end, and up to where
+    each sample is filled.
     """
-    ids, labels = row
+    (ids, labels), (layout, known) = row, beside
     ends: list[int] = []
     filled: list[int] = []
     at = 0
@@ -135,6 +146,8 @@ def _fill(
             if layout is not None and rows.images is not None:
                 layout.add(rows.images, begin, begin + length)
             ends += [at + end for end in rows.document_ends(span.row, span.start, span.stop)]
+            if known is not None:
+                known.append(rows.reference_of(span.row))
             at += length
         filled.append(at)
     return ends, filled

@@ -13,12 +13,13 @@ split what is left (``"drop"``), until all have ended and the blend begins again
 reach is known, so the ends cut a lane into as many *stages* as there are tables, each with a sequence of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 from pathlib import Path
 
 import numpy as np
 
+from fft.data.pairs import Reference
 from fft.data.samples import SampleSpan, TableSamples
 from fft.data.table import Rows, Table
 from fft.errors import UserError
@@ -154,6 +155,15 @@ class Blend:
     def with_images(self, rules: ImageRules) -> "Blend":
         """The same order, in a run that trains on images."""
         return Blend([member.with_images(rules) for member in self.members], self.weights, self.end)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a run trains on preferences."""
+        return self.members[0].pairs
+
+    def with_pairs(self, known: Mapping[str, Reference] | None = None) -> "Blend":
+        """The same order, in a run that trains on preferences."""
+        return Blend([member.with_pairs(known) for member in self.members], self.weights, self.end)
 
     def member(self, index: int) -> tuple[TableSamples, int]:
         """The table a sample comes from, and its index there."""

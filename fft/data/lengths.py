@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from fft.data.arrow_lists import INTS
+from fft.errors import UserError
 
 _PREFIX = "length "
 
@@ -51,3 +52,19 @@ def histogram_of(tallies: Mapping[str, int]) -> dict[str, int]:
     """From tallies to what the manifest keeps: fewest tokens of a bin -> documents, in order."""
     bins = ((int(name.removeprefix(_PREFIX)), n) for name, n in tallies.items() if name.startswith(_PREFIX))
     return {str(least): n for least, n in sorted(bins)}
+
+
+def ends_of_documents(
+    bounds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """``cu_seqlens`` without the 0 that begins each row and without empty documents: (ends, their offsets).
+
+    Raises :class:`UserError`, naming a row group, for boundaries that are none.
+    """
+    steps, wrong = bound_steps(bounds, offsets, lengths)
+    if wrong.any():
+        raise UserError(
+            f"{name}, row {wrong.argmax()}: cu_seqlens must rise from 0 to the row's length: write the table again."
+        )
+    kept, rows = steps > 0, np.repeat(np.arange(len(lengths)), np.diff(offsets))
+    return bounds[kept], np.concatenate(([0], np.cumsum(np.bincount(rows[kept], minlength=len(lengths)))))

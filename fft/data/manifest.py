@@ -29,8 +29,8 @@ from fft.json_text import json_value
 from fft.redaction import redact_all
 
 #: Tables of texts have the first format version, which older releases read; those with images the second; those whose
-#: files are listed beside the manifest are written as the third.
-FORMAT_VERSION, _OF_IMAGES, _OF_TEXTS = 3, 2, 1
+#: files are listed beside the manifest are written as the third, those of preferences as the fourth.
+FORMAT_VERSION, _OF_PAIRS, _LISTED, _OF_IMAGES, _OF_TEXTS = 4, 4, 3, 2, 1
 MANIFEST_NAME = "_fft_manifest.json"
 WRITING_NAME = "_fft_writing.json"
 #: What lies in a table while it is written: our mark, and Spark's own folder.
@@ -62,7 +62,8 @@ class TokenizerInfo:
 @dataclass(frozen=True)
 class Manifest:
     """Facts about a finished table. ``seq_len`` is set when rows are packed to that many tokens at most; ``vision`` are
-    the facts of its :class:`fft.images.rules.ImageRules` where rows have images."""
+    the facts of its :class:`fft.images.rules.ImageRules` where rows have images. With ``pairs``, every two documents of
+    a row, the first and the second and so on, are a preference: what was chosen and what was rejected."""
 
     files: tuple[FileInfo, ...]
     rows: int
@@ -73,10 +74,11 @@ class Manifest:
     lineage: dict = field(default_factory=dict)
     format_version: int = _OF_TEXTS
     vision: dict | None = None
+    pairs: bool = False
 
     def __post_init__(self) -> None:
-        if self.vision is not None:
-            object.__setattr__(self, "format_version", _OF_IMAGES)
+        if self.pairs or self.vision is not None:
+            object.__setattr__(self, "format_version", _OF_PAIRS if self.pairs else _OF_IMAGES)
 
     def _repr_html_(self) -> str:
         return Manifests({"": self})._repr_html_()
@@ -115,15 +117,16 @@ class Manifest:
         """What the manifest's own file says; what is :attr:`beside` it must be there before."""
         if self.beside is None:
             return self.to_json()
-        return self._json({_LIST: self.beside[0], "count": len(self.files)}, FORMAT_VERSION)
+        return self._json({_LIST: self.beside[0], "count": len(self.files)}, max(_LISTED, self.format_version))
 
     def _json(self, files: Any, format_version: int) -> str:
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "files"}
         facts |= {"files": files, "format_version": format_version, "lineage": redact_all(self.lineage)}
         if self.tokenizer is not None:
             facts["tokenizer"] = asdict(self.tokenizer)
-        if self.vision is None:
-            del facts["vision"]
+        for name in ("vision", "pairs"):  # which tables of texts have no word of
+            if not facts[name]:
+                del facts[name]
         return json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -152,6 +155,8 @@ class Manifest:
                 raise TypeError("lineage is no object")
             if not isinstance(raw.get("vision"), dict | None):
                 raise TypeError("vision is no object")
+            if type(raw.get("pairs", False)) is not bool:
+                raise TypeError("pairs is neither true nor false")
             made = cls(**raw)
             made.check_types()
             return made

@@ -7,9 +7,10 @@ From any other table, samples are cut from the rows laid end to end, or hold who
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from fft.data.arrow_lists import list_values
 from fft.data.known import GRIDS, IMAGES
 from fft.data.order import LANES, EpochOrder, lanes_for
 from fft.data.packing import DocumentSpans, best_fit
+from fft.data.pairs import Reference
 from fft.data.samples import SampleSpan
 from fft.data.table import Rows, Table
 from fft.errors import UserError
@@ -83,15 +85,17 @@ class SampleReader:
         # Without boundaries its rows are documents that were cut to that length, most of them shorter.
         packed = manifest is not None and manifest.seq_len == seq_len and "cu_seqlens" in table.columns
         self.table, self.seq_len, self.seed, self.pack = table, seq_len, seed, "rows" if packed else pack
-        if table.has_images and self.pack == "cut":
+        if (table.has_images or table.has_pairs) and self.pack == "cut":
             raise UserError(
-                f"{table.path} has images, which --pack cut would cut: give --pack best-fit, or pack the table to "
-                f"{seq_len} tokens with spark_jobs/repartition.py."
+                f"{table.path} has {'images' if table.has_images else 'preferences'}, which --pack cut would cut: give "
+                f"--pack best-fit, or pack the table to {seq_len} tokens with spark_jobs/repartition.py."
             )
         self._vocab_size, self._shuffle = vocab_size, shuffle
         #: What is needed; what is not is neither read nor filled in. Without ``rules`` there are no images.
         self._ids = self._labels = self._images = True
         self.rules: ImageRules | None = None
+        #: Whether a run trains on preferences, and what is known of them.
+        self.pairs, self._reference = False, None
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1
@@ -143,6 +147,10 @@ class SampleReader:
     def with_images(self, rules: ImageRules) -> "SampleReader":
         """The same order, in a run that trains on images."""
         return self._changed(rules=rules)
+
+    def with_pairs(self, known: Mapping[str, Reference] | None = None) -> "SampleReader":
+        """The same order, in a run that trains on preferences; what is ``known`` of tables, by their source."""
+        return self._changed(pairs=True, _reference=(known or {}).get(self.table.source))
 
     def as_member(self, lanes: int, aligned: bool) -> "SampleReader":
         """The same table in another number of lanes, in a blend in which some table has labels, or none."""
@@ -225,7 +233,23 @@ class SampleReader:
                     f"more than --seq_len {self.seq_len}, which would cut it: raise --seq_len, or cut chats with "
                     "spark_jobs/tokenize.py --max_len."
                 )
+        if self.table.has_pairs and (lengths := np.diff(rows.offsets)).max(initial=0) > self.seq_len:
+            raise UserError(
+                f"{self.table.row_groups[group]}, row {lengths.argmax()} is a preference of {lengths.max()} tokens, "
+                f"more than --seq_len {self.seq_len}, which would cut it: raise --seq_len, or leave such pairs out by "
+                "spark_jobs/tokenize.py --max_len."
+            )
         return len(self._bins(rows).row_ends)
+
+    def _with_reference(self, group: int, rows: Rows) -> Rows:
+        """Rows of pairs with what is known of them. Raises :class:`UserError` where a document has no other."""
+        where = str(self.table.row_groups[group])
+        documents = np.ones(1, np.int64) if rows.end_offsets is None else np.diff(rows.end_offsets)
+        if (documents % 2).any():
+            raise UserError(f"{where}: a row of preferences holds half a pair: write the table again.")
+        if self._reference is None:
+            return rows
+        return replace(rows, reference=self._reference.in_group(group, documents, where))
 
     def _bins(self, rows: Rows) -> DocumentSpans:
         return best_fit(np.diff(rows.offsets), self.seq_len)
@@ -259,6 +283,7 @@ class SampleReader:
         if isinstance(found, Decoded):
             return found
         rows = self.table.check(group, found.result(), self._vocab_size, self.rules)
+        rows = self._with_reference(group, rows) if self.pairs else rows
         bins = self._bins(rows) if self.pack == "best-fit" else None
         slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
         decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)

@@ -1,9 +1,10 @@
 """What the trainer reads: an endless sequence of samples, of one table or of several that are blended."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from fft.data.pairs import Reference
 from fft.data.table import Rows, Table
 from fft.images.rules import ImageRules
 
@@ -24,6 +25,7 @@ class Samples(Protocol):
 
     ``aligned``: labels are written where their token stands; without them, ids are the labels. ``lanes`` places of
     the tables are read side by side. ``rules`` are those of the images on which a run trains, None in a run without.
+    ``pairs``: a run trains on preferences.
     """
 
     seq_len: int
@@ -33,6 +35,10 @@ class Samples(Protocol):
 
     @property
     def rules(self) -> ImageRules | None:
+        """See above."""
+
+    @property
+    def pairs(self) -> bool:
         """See above."""
 
     @property
@@ -62,6 +68,9 @@ class Samples(Protocol):
 
     def with_images(self, rules: ImageRules) -> Self:
         """The same order, in a run that trains on images: its tables' rules are these, or they have no images."""
+
+    def with_pairs(self, known: Mapping[str, Reference] | None = None) -> Self:
+        """The same order, in a run that trains on preferences; what is ``known`` of tables, by their source."""
 
     @property
     def members(self) -> Sequence["TableSamples"]:

@@ -19,7 +19,7 @@ from fft.data.delta import read_snapshot, split_name
 from fft.data.footer import Each, Footer, RowGroup, each_of, row_groups_of
 from fft.data.known import GRIDS, IGNORE, IMAGES, LISTS, MASK, LeftOut, file_class, partition_of, unread_columns
 from fft.data.lakes import check_loose, check_not_inside
-from fft.data.lengths import bound_steps
+from fft.data.lengths import ends_of_documents
 from fft.data.listing import Listing
 from fft.data.manifest import MANIFEST_NAME, Manifest, is_hidden
 from fft.data.row_images import RowImages
@@ -36,7 +36,8 @@ class Rows:
     ``labels`` are aligned with ``input_ids``; they are None where the table has none, or they were not asked for;
     ``input_ids`` that were not asked for are empty. The documents of row ``i`` end at
     ``ends[end_offsets[i]:end_offsets[i + 1]]``, counted from the row's begin; both are None where every row is one
-    document. ``images`` is None where there are none, or they were not asked for.
+    document. ``images`` is None where there are none, or they were not asked for; ``reference`` has what a reference
+    model says of each document, where that is known.
     """
 
     input_ids: np.ndarray
@@ -45,6 +46,12 @@ class Rows:
     ends: np.ndarray | None = None
     end_offsets: np.ndarray | None = None
     images: RowImages | None = None
+    reference: np.ndarray | None = None
+
+    def reference_of(self, row: int) -> np.ndarray:
+        """What a reference model says of each document of a row, float32; 0 where that is not known."""
+        first, last = (0, 0) if self.end_offsets is None else self.end_offsets[row : row + 2]
+        return np.zeros(last - first, np.float32) if self.reference is None else self.reference[first:last]
 
     def document_ends(self, row: int, start: int, stop: int) -> list[int]:
         """Where documents end in tokens [start, stop) of a row, counted from ``start``; the last is ``stop``'s."""
@@ -175,6 +182,11 @@ class Table:
         """Whether its rows have images, or columns for some."""
         return IMAGES in self.columns
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its rows are preferences, see :mod:`fft.data.pairs`."""
+        return self.manifest is not None and self.manifest.pairs
+
     @cached_property
     def rows(self) -> int:
         """Rows in all files."""
@@ -286,7 +298,7 @@ class Table:
                 raise UserError(f"{name}: labels and input_ids differ in length: write the table again.")
             if vocab_size is not None:
                 _check_ids(targets[targets != IGNORE], vocab_size, f"{name} holds label")
-        ends = _document_ends(*lists["cu_seqlens"], lengths, name) if "cu_seqlens" in lists else (None, None)
+        ends = ends_of_documents(*lists["cu_seqlens"], lengths, name) if "cu_seqlens" in lists else (None, None)
         rows = Rows(input_ids, offsets, targets, *ends)
         return rows if rules is None else replace(rows, images=_images(rows, loaded, name, rules))
 
@@ -312,19 +324,6 @@ def _padding_error(where: str) -> UserError:
         f"{where}: {MASK} says that some tokens are padding: write the table again with spark_jobs/repartition.py, "
         "which leaves them out."
     )
-
-
-def _document_ends(
-    bounds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """``cu_seqlens`` without the 0 that begins each row and without empty documents: (ends, their offsets)."""
-    steps, wrong = bound_steps(bounds, offsets, lengths)
-    if wrong.any():
-        raise UserError(
-            f"{name}, row {wrong.argmax()}: cu_seqlens must rise from 0 to the row's length: write the table again."
-        )
-    kept, rows = steps > 0, np.repeat(np.arange(len(lengths)), np.diff(offsets))
-    return bounds[kept], np.concatenate(([0], np.cumsum(np.bincount(rows[kept], minlength=len(lengths)))))
 
 
 def _check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:

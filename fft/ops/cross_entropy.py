@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fft.ops.documents import lse_dtype
-from fft.ops.logits import FusedLogits, choose_logits
+from fft.ops.logits import FusedLogits, MakeLogits, choose_logits
 from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import Shard
 
@@ -139,9 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         states, ids, ranks = hidden[targets.positions], targets.ids[:, None] - vocabulary.first, vocabulary.ranks
         losses = torch.empty(len(states), 1, dtype=lse_dtype(hidden), device=hidden.device)
         grads = _gradients(ctx.needs_input_grad, states, weight, bias, head)
-        make = choose_logits(weight.device, weight.dtype)
-        each = logit_bytes(weight.itemsize, make is FusedLogits, vocabulary.cap is not None)
-        rows = piece_rows(vocabulary.most(len(weight)), each)
+        make, rows = _pieces(weight, vocabulary)
         for start in range(0, len(states), rows):
             piece = slice(start, start + rows)
             logits = make(states[piece] @ weight.t(), ids[piece], bias, vocabulary.cap)
@@ -216,6 +214,55 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, vocabulary: Vocabulary
+    ) -> Tensor:
+        states, ids = hidden[targets.positions], targets.ids[:, None] - vocabulary.first
+        found = torch.empty(2, len(states), 1, dtype=lse_dtype(hidden), device=hidden.device)
+        make, rows = _pieces(weight, vocabulary)
+        for start in range(0, len(states), rows):
+            piece = slice(start, start + rows)
+            logits = make(states[piece] @ weight.t(), ids[piece], bias, vocabulary.cap)
+            lse, score = logits.lse, logits.score
+            if vocabulary.ranks is not None:
+                lse, score = _of_all(lse, score, vocabulary.ranks)
+            found[0, piece], found[1, piece] = lse, score
+            del logits
+        ctx.save_for_backward(hidden, weight, bias, *targets, found[0])
+        ctx.vocabulary = vocabulary
+        return (found[1] - found[0]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (factors,), (hidden, weight, bias, positions, ids, lse) = grad_outputs, ctx.saved_tensors
+        states, ids, vocabulary = hidden[positions], ids[:, None] - ctx.vocabulary.first, ctx.vocabulary
+        grads = _gradients(ctx.needs_input_grad, states, weight, bias, None)
+        make, rows = _pieces(weight, vocabulary)
+        for start in range(0, len(states), rows):
+            piece = slice(start, start + rows)
+            logits = make(states[piece] @ weight.t(), ids[piece], bias, vocabulary.cap)
+            grad = logits.gradient(lse[piece])  # of the loss, which is the log-probability's negative
+            del logits
+            grads.add(piece, grad.mul_(-factors[piece, None]), states[piece], weight)
+            del grad
+        grads.finish(vocabulary.ranks)
+        dhidden = None
+        if grads.states is not None:
+            dhidden = torch.zeros_like(hidden)
+            dhidden[positions] = grads.states
+        dweight, dbias = (x if x is None else x.to(weight.dtype) for x in (grads.weight, grads.bias))
+        return dhidden, dweight, dbias, None, None
+
+
+def _pieces(weight: Tensor, vocabulary: Vocabulary) -> tuple[MakeLogits, int]:
+    """What makes logits of a weight of this kind, and of how many rows at once."""
+    make = choose_logits(weight.device, weight.dtype)
+    each = logit_bytes(weight.itemsize, make is FusedLogits, vocabulary.cap is not None)
+    return make, piece_rows(vocabulary.most(len(weight)), each)
+
+
 def _of_all(lse: Tensor, score: Tensor, ranks: TensorParallel) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and target's score over the parts of all ranks."""
     largest = ranks.all_reduce(lse.clone(), dist.ReduceOp.MAX)
@@ -248,3 +295,19 @@ def linear_cross_entropy(
     """
     targets = labels if isinstance(labels, Targets) else Targets.of(labels)
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocabulary or Vocabulary(), head)
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    vocabulary: Vocabulary | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The log-probability of each target, float32 [targets] (float64 for float64 inputs), in nats.
+
+    As :func:`linear_cross_entropy`, but for losses that need each by itself: backward makes the logits once more, since
+    what their gradients are multiplied by is not known before. With ranks that share the ``vocabulary``, collective in
+    forward and in backward.
+    """
+    return _TokenLogProbs.apply(hidden, weight, bias, targets, vocabulary or Vocabulary())

@@ -32,6 +32,7 @@ from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, heads_of
 from fft.planning.identity import identity_of
 from fft.planning.image_load import ImageLoad, load_of
+from fft.planning.objective import check_objective, check_pairs
 from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
 
@@ -66,6 +67,7 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
     if args.image_tokens is not None:
         raise UserError("--image_tokens is for --dry_run: a run counts the images of its tables; leave it out.")
+    check_objective(args)
     config, mesh = lay_out(args, world)
     model, tokenizer = start_of(args), tokenizer_of(args)
     check_outputs(args, model, tokenizer)
@@ -233,6 +235,7 @@ def _open(
         path = str(_tokenized(flag, Path(path), args, config, tokenizer))
     table = Table.open(path)
     table.check_trainable(config.model_type in PARTS)
+    check_pairs(args, flag, table)
     made_by = table.manifest.tokenizer if table.manifest else None
     if made_by is not None:
         _check_vocabulary(f"--{flag} {path}", made_by, config)
@@ -241,9 +244,10 @@ def _open(
                 f"--{flag} {path} was tokenized with {made_by.name}, not with the tokenizer in {tokenizer}: "
                 "tokenize again or name the right --tokenizer."
             )
-    return SampleReader(
+    reader = SampleReader(
         table, args.seq_len, args.seed, config.get_text_config().vocab_size, shuffle, args.pack, args.shuffle_lanes
     )
+    return reader.with_pairs() if table.has_pairs else reader
 
 
 def _tokenized(flag: str, path: Path, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None) -> Path:

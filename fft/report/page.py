@@ -220,5 +220,7 @@ _CHARTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Memory", "of the fullest rank, at most", "memory", _bytes),
     ("Saving", "seconds", "save_seconds", _short),
     ("Balance of experts", "1 is even", "aux_loss", _short),
+    ("Preferences", "share in which the chosen one's reward is larger", "rewards/accuracies", _short),
+    ("Margin of rewards", "in the mean", "rewards/margins", _short),
     ("Loss scale", "fp16", "loss_scale", _short),
 )

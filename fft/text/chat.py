@@ -83,6 +83,8 @@ class Chat:
     max_len: int | None = None
     images: ImageParts | None = None
 
+    pairs = False
+
     @property
     def columns_out(self) -> tuple[str, ...]:
         """Columns of its rows: those of images where these are read, also of rows that have none."""

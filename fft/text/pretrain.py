@@ -25,7 +25,7 @@ class Pretrain:
 
     columns_out = ("input_ids", "doc_ids")
     tallies = ()
-    vision, bytes_beside = None, 0
+    vision, pairs, bytes_beside = None, False, 0
 
     def held(self, document: str) -> int:
         """Nothing but a text."""

@@ -43,6 +43,10 @@ class RecordEncoder(Protocol[Document]):
         """What it makes of images, as a manifest says it; None where it reads none."""
 
     @property
+    def pairs(self) -> bool:
+        """Whether its rows are preferences, see :mod:`fft.data.pairs`."""
+
+    @property
     def bytes_beside(self) -> int:
         """About how many bytes each byte of input brings along from elsewhere, as names of images do."""
 

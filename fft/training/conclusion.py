@@ -1,29 +1,35 @@
 """What a run says at its end: how well it went, where its best is, a picture of its losses, and what to do next."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fft.arguments import TrainArguments
 from fft.chart import Line, chart, picture_file
-from fft.checkpoint.card import CARD, card_of, perplexity
+from fft.checkpoint.card import CARD, card_of, perplexity, told_loss
 from fft.checkpoint.folder import METRICS, PICTURE, checkpoint_tag
 from fft.checkpoint.run import RunFolder
 from fft.console import duration
 from fft.errors import UserError, one_line
 from fft.planning.preflight import Plan
 from fft.training.metric_sinks import read_numbers
-from fft.training.metrics import Metrics, Progress
+from fft.training.metrics import Metrics, Progress, told_pairs
 
 _CAPTION = "loss by step; dots: validation"
 
 
-def told_evaluation(plan: Plan, batch: int, step: int, loss: float, tokens: int) -> str:
-    """The line of an evaluation after ``step`` steps of ``batch`` samples."""
+def told_evaluation(
+    plan: Plan, batch: int, step: int, loss: float, count: int, measures: Mapping[str, float] | None = None
+) -> str:
+    """The line of an evaluation, over a ``count`` of tokens, after ``step`` steps of ``batch`` samples; over one of
+    pairs, where there are ``measures`` of these.
+    """
     epoch = f"  epoch {step * batch / plan.train.samples_per_epoch:.2f}" if plan.train is not None else ""
-    line = f"step {step}/{plan.total_steps}  validation loss {loss:.4f} over {tokens:,} tokens"
-    return f"{line}  perplexity {perplexity(loss):.4g}{epoch}"
+    line = f"step {step}/{plan.total_steps}  validation loss {loss:.4f} over {count:,}"
+    if measures:
+        return f"{line} pairs  {told_pairs(measures, 'eval_')}{epoch}"
+    return f"{line} tokens  perplexity {perplexity(loss):.4g}{epoch}"
 
 
 def conclude(
@@ -65,7 +71,7 @@ def _summary(state: dict[str, Any], progress: Progress, runs: Sequence[RunFolder
     found = []
     for name, (at, loss) in (("lowest", progress.best), ("last", progress.last)):
         where = f", {runs[0].shown(checkpoint_tag(at))}" if at in kept else ""
-        found.append(f"{name} {loss:.4f} (perplexity {perplexity(loss):.4g}) at step {at:,}{where}")
+        found.append(f"{name} {told_loss(args, loss)} at step {at:,}{where}")
     yield f"validation loss: {'; '.join(found)}"
 
 

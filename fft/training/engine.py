@@ -37,12 +37,14 @@ from fft.parallel.mesh import MeshSizes
 from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
+from fft.planning.objective import DPO
 from fft.training.compiling import compile_alone
 from fft.training.deepspeed_config import deepspeed_config
 from fft.training.inputs import Sender, Sent
-from fft.training.loss import TokenMeanLoss
+from fft.training.loss import MeanLoss, PairMeanLoss, TokenMeanLoss
 from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
+from fft.training.preference import Preference
 from fft.training.schedule import lr_multiplier
 from fft.training.shared_tower import SharedTower
 from fft.training.staged import Exchanges, StagedModel, encode_before
@@ -177,7 +179,7 @@ class StageEngine:
         self,
         engine: deepspeed.PipelineEngine,
         builder: StageBuilder,
-        loss: TokenMeanLoss,
+        loss: MeanLoss,
         role: StageRole,
         shared: SharedTower | None = None,
     ) -> None:
@@ -199,7 +201,7 @@ class StageEngine:
         )
 
     def step(self, batches: Sequence[MicroBatch]) -> float:
-        """Take an optimizer step; returns the mean loss over the trained tokens of the global batch.
+        """Take an optimizer step; returns the mean loss over the trained tokens, or pairs, of the global batch.
 
         ``batches`` are this rank's micro-batches, of which a stage in the middle needs none. Collective.
         """
@@ -222,7 +224,7 @@ class StageEngine:
         return not int(trained)
 
     def sum_losses(self, batches: Iterable[MicroBatch], micro_batches: int) -> float:
-        """Sum of the token losses of so many micro-batches, on ranks of the last stage. Collective."""
+        """Sum of the losses of so many micro-batches' tokens, or pairs, on ranks of the last stage. Collective."""
         self.loss.scale = 1.0
         if self.shared is None:
             return self._evaluate(self._sender.send(batches), micro_batches)
@@ -292,7 +294,8 @@ def build_engine(
     args: TrainArguments, builder: StageBuilder, mesh: MeshSizes, bounds: list[int], total_steps: int
 ) -> StageEngine:
     """Build this rank's stage, optimizer, schedule and engine. Collective."""
-    loss, role = TokenMeanLoss(builder), StageRole.of(mesh, dist.get_rank())
+    role = StageRole.of(mesh, dist.get_rank())
+    loss = PairMeanLoss(builder, Preference.of(args)) if args.objective == DPO else TokenMeanLoss(builder)
     shared, spec = None, builder.spec
     if spec.images is not None and spec.shared_tower:
         width = spec.tower_width

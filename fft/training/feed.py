@@ -83,9 +83,14 @@ def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatc
     documents = Documents.from_padded(torch.from_numpy(batch.cu_seqlens))
     own = sequence.tokens(sequence.shards(documents.bounds))
     labels = batch.labels[own]
-    trained = int(np.count_nonzero(labels != IGNORE))
+    trained, pairs = int(np.count_nonzero(labels != IGNORE)), batch.pairs
+    if pairs is not None:  # all of a row's ranks have some of each, and one counts them
+        pairs, trained = (
+            dataclasses.replace(pairs, documents=pairs.documents[own]),
+            pairs.count * (not sequence.position),
+        )
     images = batch.images and _placed(batch.images, batch.labels.size, own)
-    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images)
+    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images, pairs)
 
 
 def _placed(images: ImageBatch, tokens: int, own: np.ndarray | slice = slice(None)) -> ImageBatch:

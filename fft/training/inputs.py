@@ -44,7 +44,10 @@ class Sender:
             inputs = *inputs, images.positions, images.index
             inputs = inputs if features is not None else (images.patches, *inputs, images.grids)
         sent = *(features or ()), *map(self._sent, inputs)
-        return sent, tuple(map(self._sent, (trained, batch.labels[trained])))
+        targets = [trained, batch.labels[trained]]
+        if (pairs := batch.pairs) is not None:
+            targets += [np.bincount(pairs.documents[trained], minlength=len(pairs.reference)), pairs.reference]
+        return sent, tuple(map(self._sent, targets))
 
     def _sent(self, array: np.ndarray) -> Tensor:
         """On the device already, so that the engine's own copies stay there."""

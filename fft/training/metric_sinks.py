@@ -18,7 +18,8 @@ from fft.json_text import json_value
 from fft.training.mlflow_sink import MLflow, RunFacts
 
 #: TensorBoard's groups; what is in none of these is a number of training.
-_GROUPS = dict.fromkeys(("eval_loss", "eval_tokens", "perplexity"), "evaluation")
+_GROUPS = dict.fromkeys(("eval_loss", "eval_tokens", "eval_pairs", "perplexity"), "evaluation")
+_GROUPS |= {f"eval_rewards/{name}": "evaluation" for name in ("chosen", "rejected", "margins", "accuracies")}
 _GROUPS |= dict.fromkeys(("tokens_per_second", "tokens_per_second_per_device", "mfu", "mfu_datasheet"), "speed")
 _GROUPS |= dict.fromkeys(("data_wait", "memory", "seconds", "save_seconds", "pipeline_bubble"), "speed")
 _GROUPS |= dict.fromkeys(("matrix_flops_per_second", "datasheet_flops_per_second"), "speed")

@@ -86,6 +86,14 @@ def mean_balance(balance: LoadBalance | None, device: torch.device) -> dict[str,
     return {"aux_loss": float(sums[0] / sums[1]) * shares}
 
 
+def told_pairs(values: Mapping[str, float], prefix: str = "") -> str:
+    """What a line says of preferences; nothing in a run on tokens."""
+    if f"{prefix}rewards/margins" not in values:
+        return ""
+    margin, right = (values[f"{prefix}rewards/{name}"] for name in ("margins", "accuracies"))
+    return f"accuracy {right:.1%}  margin {margin:.4f}"
+
+
 class Stopwatch:
     """Times the steps from one line to the next; what is done while :meth:`paused` is no training."""
 
@@ -212,7 +220,8 @@ class Metrics:
         self.progress.seconds += lap.seconds
         used = {"mfu": flops / self.peak} | ({"mfu_datasheet": flops / self.promised} if self.promised else {})
         told = f"{used['mfu']:.1%}" + (f", of the datasheet {used['mfu_datasheet']:.1%}" if self.promised else "")
-        scaled = f"scale {values['loss_scale']:.0f}  " if "loss_scale" in values else ""
+        scaled = f"{pairs}  " if (pairs := told_pairs(values)) else ""
+        scaled += f"scale {values['loss_scale']:.0f}  " if "loss_scale" in values else ""
         scaled += f"{values['skipped_steps']} skipped  " if values["skipped_steps"] else ""
         speed = {"tokens_per_second": rate, "tokens_per_second_per_device": rate / dist.get_world_size()}
         told_of = {"data_wait": lap.data_wait, "memory": memory, "seconds": lap.elapsed}

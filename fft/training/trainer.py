@@ -26,6 +26,7 @@ from fft.models.lora import trained
 from fft.models.spec import ModelSpec
 from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
+from fft.planning.objective import DPO, check_balance
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
 from fft.redaction import redact
 from fft.text.shown import first_sample, summary_of
@@ -44,7 +45,7 @@ from fft.training.engine import (
     on_host,
 )
 from fft.training.environment import environment, let_memory_grow, world_size
-from fft.training.evaluation import evaluate
+from fft.training.evaluation import evaluate, measures
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.meeting import meet
@@ -52,6 +53,7 @@ from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.mlflow_sink import check_registers
 from fft.training.output import contents_of, keep_aside, write_output
 from fft.training.pace import follow
+from fft.training.reference import with_references
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
 from fft.training.shared_folders import check_shared
@@ -73,6 +75,7 @@ def train(args: TrainArguments) -> int:
         plan = plan_run(args, world_size())
         check_registers(args, plan.tokenizer)
         spec = model_spec(args, plan.config, plan.images)
+        check_balance(args, spec.routing is not None)
         layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
         init_distributed(len(watch.meeting.here))
         _announce(args, plan, spec, layout)
@@ -122,6 +125,8 @@ def _run(
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
     if start.checkpoint is not None:
         _restore(engine, builder, start, start.checkpoint / folder.TRAINING)
+    if args.objective == DPO:
+        plan = with_references(args, plan, engine, builder, control, _log)
     if runs:
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
@@ -235,7 +240,7 @@ class Trainer:
         if loss == 0 and engine.trained_nothing():
             self._say_untrained(step)
         values = {"loss": loss, "lr": rate, "grad_norm": engine.grad_norm}
-        values |= mean_balance(self.builder.balance, engine.device) | engine.scaling
+        values |= mean_balance(self.builder.balance, engine.device) | engine.scaling | measures(engine)
         if step % self.args.logging_steps == 0 or step == total:
             self.metrics.show(step, values, watch.lap(step, total))
         else:
@@ -309,9 +314,10 @@ class Trainer:
                 "at the weights that the run began with."
             )
         self.early_stop.see(loss)
-        self.metrics.record(step, eval_loss=loss, eval_tokens=tokens)
+        told = measures(self.engine, "eval_")
+        self.metrics.record(step, eval_loss=loss, **{"eval_pairs" if told else "eval_tokens": tokens}, **told)
         batch = batch_plan(self.args, self.plan.mesh, 0).global_batch
-        _log(told_evaluation(self.plan, batch, step, loss, tokens))
+        _log(told_evaluation(self.plan, batch, step, loss, tokens, told))
         return loss
 
     def state(self, step: int | None = None, eval_loss: float | None = None) -> dict:

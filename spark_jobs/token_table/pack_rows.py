@@ -48,7 +48,7 @@ class Packer:
     """Packs the rows of one part: batches (``part``, ``doc_ids``, lists as bytes) in, batches of packed rows out.
 
     ``window`` tokens are packed together; memory is that of one window. ``vision`` says what was made of images, where
-    rows have some.
+    rows have some. With ``pairs``, every two documents are one for the packing, which is never cut.
     """
 
     max_len: int
@@ -56,6 +56,7 @@ class Packer:
     seed: int
     window: int
     vision: ImageRules | None = None
+    pairs: bool = False
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Pack one partition."""
@@ -78,14 +79,34 @@ class Packer:
 
     def _pack(self, waiting: list[Window]) -> tuple[DocumentSpans, Window]:
         window = join_windows(waiting)
-        lengths = np.diff(window.offsets)
+        lengths, row_ends = np.diff(window.offsets), window.row_ends
+        units = lengths
+        if self.pairs:
+            units, row_ends = self._pairs(window), row_ends // 2
         if self.method == "none":
-            spans = cut_rows(lengths, window.row_ends, self.max_len)
+            spans = cut_rows(units, row_ends, self.max_len)
         else:
-            spans = {"best-fit": best_fit, "concat": concat}[self.method](lengths, self.max_len)
+            spans = {"best-fit": best_fit, "concat": concat}[self.method](units, self.max_len)
+        if self.pairs:
+            spans = whole_pairs(spans, lengths)
         if window.images is not None:
             window.images.check_whole(spans, lengths, window.ids, self.max_len)
         return spans, window
+
+    def _pairs(self, window: Window) -> np.ndarray:
+        """Tokens of each pair. Raises :class:`UserError` for half a one, and where one would be cut."""
+        lengths, ends = np.diff(window.offsets), window.row_ends
+        if (ends % 2).any():
+            raise UserError("a row of preferences holds half a pair: write the input table again.")
+        pairs = lengths.reshape(-1, 2).sum(1)
+        rows = np.diff(window.offsets[np.append(0, ends)])
+        if (longest := (rows if self.method == "none" else pairs).max(initial=0)) > self.max_len:
+            pair = int(pairs.argmax())
+            raise UserError(
+                f"preferences of {longest} tokens (document {window.ids[2 * pair]}) would be cut to `max_len` "
+                f"{self.max_len}: raise it, or leave such pairs out with tokenize.py --max_len."
+            )
+        return pairs
 
     def _rows(self, spans: DocumentSpans, window: Window, partition: int, number: int) -> Iterator[pa.RecordBatch]:
         if self.method == "best-fit":  # it leaves rows sorted by the length of their first document
@@ -93,6 +114,12 @@ class Packer:
             spans = permute_rows(spans, order)
         for first in range(0, len(spans.row_ends), _BATCH_ROWS):
             yield write_rows(spans.rows(first, first + _BATCH_ROWS), window)
+
+
+def whole_pairs(pairs: DocumentSpans, lengths: np.ndarray) -> DocumentSpans:
+    """Spans of whole pairs as those of their two documents each, of so many tokens."""
+    document = np.stack([2 * pairs.document, 2 * pairs.document + 1], axis=1).ravel()
+    return DocumentSpans(document, np.zeros_like(document), lengths[document], 2 * pairs.row_ends)
 
 
 def fixed_batches(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:

@@ -155,6 +155,15 @@ def common_vision(datasets: Sequence[Dataset]) -> ImageRules | None:
     return known.get(first)
 
 
+def common_pairs(datasets: Sequence[Dataset]) -> bool:
+    """Whether the tables' rows are preferences. Raises :class:`UserError` when those of some are."""
+    paired = [d.name for d in datasets if d.table.manifest is not None and d.table.manifest.pairs]
+    if paired and len(paired) < len(datasets):
+        other = next(dataset.name for dataset in datasets if dataset.name not in paired)
+        raise UserError(f"{paired[0]} has preferences, {other} has none: give tables of one kind.")
+    return bool(paired)
+
+
 def read_tokens(spark: SparkSession, datasets: Sequence[Dataset], notes: WorkerNotes | None = None) -> DataFrame:
     """Rows of all tables: ``dataset``, ``doc_ids``, ``input_ids`` as bytes; ``labels``, ``cu_seqlens``, ``image_grids``
     and ``images`` if any has them, as bytes, too.

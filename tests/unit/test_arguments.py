@@ -173,6 +173,7 @@ def test_help_shows_every_flag_in_a_group_of_its_topic():
     assert list(groups)[1:] == [
         "What to train, on what, to where",
         "Which parameters",
+        "What is learned",
         "How long, how much at a time",
         "Optimizer",
         "Precision, kernels, seed",

@@ -74,8 +74,8 @@ def test_what_is_no_manifest_is_named(text, tmp_path):
 
 
 def test_a_manifest_of_the_future_asks_for_an_upgrade():
-    future = json.loads(FACTS.to_json()) | {"format_version": 4, "unheard": 1}
-    with pytest.raises(UserError, match="there has format version 4, this release reads up to 3: upgrade"):
+    future = json.loads(FACTS.to_json()) | {"format_version": 5, "unheard": 1}
+    with pytest.raises(UserError, match="there has format version 5, this release reads up to 4: upgrade"):
         Manifest.from_json(json.dumps(future), "there")
 
 

@@ -1,0 +1,63 @@
+"""What is trained on, tokens or preferences: what goes together with it, and by which model preferences are judged."""
+
+import hashlib
+import json
+
+from transformers import PretrainedConfig
+
+from fft.arguments import TrainArguments
+from fft.data.table import Table
+from fft.errors import UserError
+from fft.planning.identity import config_entries, weights_hash
+from fft.weights.hf import WeightReader
+
+#: The objective that learns preferences; the other is that of all tables.
+DPO = "dpo"
+
+
+def check_objective(args: TrainArguments) -> None:
+    """Raise :class:`UserError` for flags that do not go with ``--objective``."""
+    if args.objective != DPO:
+        default = TrainArguments()
+        for name in ("dpo_beta", "dpo_length_normalized", "dpo_sft_weight"):
+            if getattr(args, name) != getattr(default, name):
+                raise UserError(f"--{name} is for --objective {DPO}: add that, or leave it out.")
+        return
+    if args.dpo_beta <= 0:
+        raise UserError(f"--dpo_beta {args.dpo_beta:g} must be more than 0: nothing is learned without.")
+    if args.init:
+        raise UserError(f"--objective {DPO} needs a model that answers already, as the reference: leave --init out.")
+    if args.compile:
+        raise UserError(f"--objective {DPO} does not go with --compile: leave one out.")
+
+
+def check_balance(args: TrainArguments, balanced: bool) -> None:
+    """Raise :class:`UserError` for a model whose experts a loss keeps in balance, which preferences do not have."""
+    if args.objective == DPO and balanced:
+        raise UserError(
+            f"--objective {DPO} does not go with a loss that keeps experts in balance (router_aux_loss_coef): set that "
+            "to 0 in the model's config.json, or train another model."
+        )
+
+
+def check_pairs(args: TrainArguments, flag: str, table: Table) -> None:
+    """Raise :class:`UserError` for a table that is none of what ``--objective`` learns."""
+    if args.objective == DPO and not table.has_pairs:
+        raise UserError(
+            f"--{flag} {table.path} has no preferences, which --objective {DPO} learns: make a table of some with "
+            "spark_jobs/tokenize.py --task preference."
+        )
+    if args.objective != DPO and table.has_pairs:
+        raise UserError(
+            f"--{flag} {table.path} has preferences, of which half was rejected: give --objective {DPO}, or a table of "
+            "what was chosen alone, which spark_jobs/tokenize.py --task chat makes."
+        )
+
+
+def reference_model(args: TrainArguments, config: PretrainedConfig, weights: WeightReader) -> str:
+    """A name for the model with which a run begins, as it computes: a hash of its config, weights and type.
+
+    Raises :class:`UserError` for weights that cannot be read.
+    """
+    facts = json.dumps([config_entries(config), weights_hash(weights.directory), args.dtype], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
