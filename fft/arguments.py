@@ -131,6 +131,9 @@ def _check_model(args: TrainArguments) -> None:
     if args.lora_dim and (args.init or args.freeze):
         other = "--init, whose weights would be nowhere" if args.init else "--freeze: all else is frozen"
         raise UserError(f"--lora_dim trains adapters of an existing model alone, not with {other}.")
+    for name in ("lora_dropout", "use_rslora", "use_dora"):
+        if getattr(args, name) and not args.lora_dim:
+            raise UserError(f"--{name} is of adapters: give their rank by --lora_dim, or leave it out.")
     if args.lora_dim and args.lora_alpha < 1:
         raise UserError(f"--lora_alpha {args.lora_alpha} must be at least 1.")
 

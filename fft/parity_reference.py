@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fft.arguments import TrainArguments
-from fft.checkpoint import adapter
+from fft.checkpoint.adapter import adapter_parameters
 from fft.data.batches import MicroBatch, micro_batch, step_batches
 from fft.data.samples import Samples
 from fft.data.table import IGNORE
@@ -26,7 +26,7 @@ from fft.errors import UserError
 from fft.images.pixels import normalized
 from fft.images.positions import image_begins
 from fft.images.rules import GRIDS, ImageRules
-from fft.models.lora import Lora, adapt, freeze, reset_adapters
+from fft.models.lora import Lora, adapt, dropping, freeze, reset_adapters
 from fft.models.vision import PARTS, auto_class, decoder_path, vision_parts
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.schedule import lr_multiplier
@@ -55,7 +55,10 @@ def document_losses(
     balanced = getattr(says, "router_aux_loss_coef", None) is not None
     input_ids, bounds = torch.from_numpy(batch.input_ids[0]).long(), np.unique(batch.cu_seqlens).tolist()
     seen = defaultdict(dict) if rules is None else images_of(batch, bounds, rules)
+    adapters, draws = dropping(model), batch.draws
     for a, b in itertools.pairwise(bounds):
+        for adapter in adapters:
+            adapter.draws = None if draws is None else torch.from_numpy(draws[a:b]).int()
         labels = torch.from_numpy(batch.labels[a:b])
         if balanced or (labels != IGNORE).any():
             options: dict[str, Any] = {"output_router_logits": True} if balanced else {}
@@ -158,7 +161,7 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items() if p in optimizer.state}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if lora is not None:
-        weights = adapter.adapter_parameters(weights)
+        weights = adapter_parameters(weights)
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 

@@ -25,12 +25,12 @@ _T = TypeVar("_T", bound=Tensor)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = ADAPTER_CONFIG
-#: Settings of a plain adapter: they say where its matrices belong and how to multiply them, or only how they were
+#: Settings of LoRA and DoRA: they say where its matrices belong and how to multiply them, or only how they were
 #: trained. All others change what is computed, or may.
 _PLAIN = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias"),
+        *("inference_mode", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out", "bias"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
         *("eva_config", "megatron_core", "qalora_group_size"),
     }
@@ -52,7 +52,9 @@ def adapter_config(lora: Lora, base: Path, targets: str | None = None) -> dict:
         "base_model_name_or_path": origin(base.resolve()),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "target_modules": targets or sorted(lora.modules),
         "bias": "none",
         "inference_mode": True,
@@ -62,7 +64,7 @@ def adapter_config(lora: Lora, base: Path, targets: str | None = None) -> dict:
 def scale_of(config: Mapping[str, object], where: object) -> float:
     """What the product of an adapter's matrices is multiplied by.
 
-    Raises :class:`UserError` for adapters that are more than such a product, or belong to a changed base.
+    Raises :class:`UserError` for adapters that are more than LoRA or DoRA, or belong to a changed base.
     """
     other = [name for name, value in config.items() if name not in _PLAIN and value]
     if config.get("peft_type") != "LORA":
@@ -72,7 +74,7 @@ def scale_of(config: Mapping[str, object], where: object) -> float:
     elif config.get("init_lora_weights", True) not in _UNCHANGED_BASE:
         other = [f"init_lora_weights {config['init_lora_weights']!r}, which changes the base"]
     if other:
-        raise UserError(f"{where}: only plain LoRA is merged, this has {', '.join(other)}: merge it with PEFT.")
+        raise UserError(f"{where}: only LoRA and DoRA are merged, this has {', '.join(other)}: merge it with PEFT.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where} is no LoRA adapter: r is {rank!r} and lora_alpha {alpha!r} in its {CONFIG}.")

@@ -21,10 +21,11 @@ from fft.data.views import view
 from fft.errors import UserError, one_line
 from fft.files import write_atomically
 from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
+from fft.models.lora import DOWN, MAGNITUDE, UP, row_lengths
 from fft.models.spec import ModelSpec
 from fft.weights import hf
 from fft.weights.files import check_here, load_tensors
-from fft.weights.names import StoredNames, Use, put
+from fft.weights.names import StoredNames, Use, put, taken
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
@@ -124,7 +125,8 @@ def master_of(stored: Tensor, uses: Sequence[Use], fragments: SavedFragments) ->
 
 
 class Merged:
-    """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32.
+    """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32, and
+    its rows brought to the lengths that the adapter has, where it is one of DoRA (arXiv 2402.09353).
 
     The sum is given as ``dtype``, or else in the type of ``W``. Of a run's checkpoint, ``B`` and ``A`` are the masters.
     ``stored`` says how files store what is adapted.
@@ -139,6 +141,8 @@ class Merged:
         config = adapters.read_config(adapter)
         self._scale = adapters.scale_of(config, self._where)
         self._transposed = bool(config.get("fan_in_fan_out"))
+        matrices = [f"{matrix}.weight" for matrix in (DOWN, UP)]
+        self._parts = [*matrices, MAGNITUDE] if config.get("use_dora") else matrices
         self._adapter = load_tensors(adapter / adapters.WEIGHTS)
         if has_masters(adapter):
             fragments, plain = SavedFragments(adapter / folder.TRAINING), StoredNames({})
@@ -146,12 +150,12 @@ class Merged:
                 uses = plain.uses(key.removeprefix(adapters.PREFIX), tuple(value.shape))
                 self._adapter[key] = master_of(value, uses, fragments)
         names = {use.parameter for name in weights.names for use in self._stored.uses(name, ())}
-        keys = [{self._key(name, matrix) for matrix in "AB"} for name in sorted(names)]
+        keys = [{self._key(name, part) for part in self._parts} for name in sorted(names)]
         unused = sorted(set(self._adapter).difference(*keys))
         if unused:
             raise UserError(f"{self._where}: {unused[0]} {self._why_unused(unused[0])}.")
-        if halves := [pair for pair in keys if len(pair & set(self._adapter)) == 1]:
-            raise UserError(f"{self._where} lacks {min(halves[0] - set(self._adapter))}: save it again.")
+        if partial := [own for own in keys if 0 < len(own & set(self._adapter)) < len(own)]:
+            raise UserError(f"{self._where} lacks {min(partial[0] - set(self._adapter))}: save it again.")
 
     @property
     def names(self) -> list[str]:
@@ -167,35 +171,46 @@ class Merged:
         """One of them. Raises :class:`UserError` where the adapter does not fit it."""
         weight = self._weights.tensor(name)
         uses = self._stored.uses(name, tuple(weight.shape))
-        adapted = [use for use in uses if self._key(use.parameter, "A") in self._adapter]
+        adapted = [use for use in uses if self._key(use.parameter, self._parts[0]) in self._adapter]
         if not adapted:
             return weight
-        delta = torch.zeros(weight.shape)
+        whole = weight.float().clone()
         for use in adapted:
-            put(delta, use, self._delta(use.parameter, use.rows.own_shape))
-        return (weight.float() + delta).to(self._sums or weight.dtype)
+            put(whole, use, self._merged(use.parameter, taken(whole, use)))
+        return whole.to(self._sums or weight.dtype)
 
-    def _delta(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        down, up = (self._adapter[self._key(name, matrix)].float() for matrix in "AB")
+    def _merged(self, name: str, weight: Tensor) -> Tensor:
+        """A matrix with its adapter."""
+        down, up, *lengths = (self._adapter[self._key(name, part)].float() for part in self._parts)
         if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
             raise UserError(f"{self._where}: the matrices of {name}, {down.shape} and {up.shape}, are no product.")
         delta = self._scale * (up @ down)
         delta = delta.T if self._transposed else delta
-        if delta.shape != shape:
+        if delta.shape != weight.shape:
+            shape = tuple(weight.shape)
             raise UserError(f"{self._where} has {tuple(delta.shape)} for {name} of {shape}: wrong adapter or model.")
-        return delta
+        merged = weight + delta
+        if not lengths:
+            return merged
+        rows = merged.T if self._transposed else merged
+        if lengths[0].shape != rows.shape[:1]:
+            raise UserError(
+                f"{self._where} has {tuple(lengths[0].shape)} lengths for the rows of {name}: save it again."
+            )
+        rows = (lengths[0] / row_lengths(rows))[:, None] * rows
+        return rows.T if self._transposed else rows
 
     @staticmethod
     def _why_unused(key: str) -> str:
         if key.startswith(f"{adapters.PREFIX}lm_head."):
             return "adapts the output head, which in this model is the embedding: merge it with PEFT"
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+        if not key.endswith((f".{DOWN}.weight", f".{UP}.weight")):
             return "is no matrix of plain LoRA: merge it with PEFT"
         return "belongs to no weight of the model: wrong adapter or model"
 
     @staticmethod
-    def _key(name: str, matrix: str) -> str:
-        return f"{adapters.PREFIX}{name.removesuffix('.weight')}.lora_{matrix}.weight"
+    def _key(name: str, part: str) -> str:
+        return f"{adapters.PREFIX}{name.removesuffix('.weight')}.{part}"
 
 
 def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fft.data.draws import token_draws
 from fft.data.image_batches import Chosen, EncodedImages, ImageBatch, RowLayout, StepDecoding
 from fft.data.pairs import PairBatch
 from fft.data.samples import Samples, SampleSpan
@@ -26,7 +27,8 @@ class MicroBatch:
     ``input_ids`` int32 [1, T]; ``labels`` int64 [T]; ``cu_seqlens`` int32 [T + 1], padded by repeating its last entry:
     its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
     ``trained`` counts the labels that are trained on, or, of preferences, the ``pairs``. ``images`` is None where a run
-    trains without; in one with images every micro-batch has it, also one of texts.
+    trains without; in one with images every micro-batch has it, also one of texts. ``draws`` int64 [T] are each token's
+    random number, where such are asked for, see :mod:`fft.data.draws`.
     """
 
     input_ids: np.ndarray
@@ -35,6 +37,7 @@ class MicroBatch:
     trained: int
     images: ImageBatch | None = None
     pairs: PairBatch | None = None
+    draws: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class BatchPlan:
     """How a global batch is dealt: replica ``r`` takes its samples ``i`` with ``i % replicas == r``, in order.
 
     The samples of a global batch, and so its loss, depend neither on the number of replicas nor on the micro-batch.
-    With ``multiple`` micro-batches are ragged, as :func:`micro_batch` says.
+    With ``multiple`` micro-batches are ragged, as :func:`micro_batch` says; with ``draws``, a seed, tokens have random
+    numbers.
     """
 
     replicas: int
@@ -50,6 +54,7 @@ class BatchPlan:
     micro_batches: int
     micro_batch_size: int
     multiple: int | None = None
+    draws: int | None = None
 
     @property
     def global_batch(self) -> int:
@@ -76,9 +81,9 @@ def micro_batch(reader: Samples, indices: Sequence[int], total_samples: int, mul
 
 
 def _laid_out(
-    reader: Samples, indices: Sequence[int], total_samples: int, multiple: int | None
+    reader: Samples, indices: Sequence[int], total_samples: int, multiple: int | None, seed: int | None = None
 ) -> tuple[MicroBatch, EncodedImages | None]:
-    """A micro-batch without its images, and these."""
+    """A micro-batch without its images, and these. With ``seed`` its tokens have random numbers."""
     length, tokens = reader.seq_len, reader.seq_len * len(indices)
     real = [index for index in indices if index < total_samples]
     ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
@@ -87,6 +92,7 @@ def _laid_out(
     ends, filled = _fill(
         reader.samples(real), 0 if multiple else length, reader.aligned, (ids, labels), (layout, known)
     )
+    starts = [0, *filled[:-1]][: len(indices)] if multiple else range(0, tokens, length)
     if multiple:
         filled = filled[-1:] or [0]
         tokens = min(tokens, max(1, -(-filled[0] // multiple)) * multiple)
@@ -114,7 +120,8 @@ def _laid_out(
         images = layout.encoded(ids, np.union1d(ends, [tokens]), reader.rules)
         labels[images.index[:-1] - 1] = IGNORE  # of the row's first token: the last label, which is no other
     trained = int(np.count_nonzero(labels != IGNORE)) if pairs is None else pairs.count
-    return MicroBatch(ids[None], labels, cu_seqlens, trained, pairs=pairs), images
+    draws = None if seed is None else token_draws(seed, indices[: len(starts)], starts, tokens)
+    return MicroBatch(ids[None], labels, cu_seqlens, trained, pairs=pairs, draws=draws), images
 
 
 def _fill(
@@ -187,7 +194,7 @@ class _Step:
 def _step(
     reader: Samples, plan: BatchPlan, first: int, total: int, chosen: Chosen | None = None, pool: Executor | None = None
 ) -> _Step:
-    laid_out = [_laid_out(reader, indices, total, plan.multiple) for indices in plan.indices(first)]
+    laid_out = [_laid_out(reader, indices, total, plan.multiple, plan.draws) for indices in plan.indices(first)]
     return _Step(laid_out, reader, chosen, pool)
 
 

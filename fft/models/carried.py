@@ -35,7 +35,8 @@ class Carried:
     [tokens + 1] are the document boundaries, ``input_ids`` int32 [1, tokens]. Where images are seen, ``positions`` are
     int32 [3, tokens]; ``index`` int32 [2, n + 1] says of tokens of images where in the row they are, and the number of
     the feature that they take, its last column of none; ``grids`` int32 [images, 3] and ``patches`` uint8 [patches,
-    colours] are those of :class:`fft.data.image_batches.ImageBatch`.
+    colours] are those of :class:`fft.data.image_batches.ImageBatch`. ``draws`` int64 [tokens], alone of that
+    type, are the random numbers of tokens (:mod:`fft.data.draws`), where adapters drop some of their input.
     """
 
     cu_seqlens: Tensor
@@ -46,14 +47,17 @@ class Carried:
     index: Tensor | None = None
     grids: Tensor | None = None
     patches: Tensor | None = None
+    draws: Tensor | None = None
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Carried":
         """From a layer's input."""
         floats = [tensor for tensor in tensors if tensor.is_floating_point()]
         rest = tensors[len(floats) :]
+        draws = rest[-1] if rest[-1].dtype == torch.int64 else None
+        rest = rest if draws is None else rest[:-1]
         named = dict(zip(_NAMES[len(rest)], rest, strict=True))
-        return cls(**named, hidden=floats[0] if floats else None, taps=tuple(floats[1:]))
+        return cls(**named, hidden=floats[0] if floats else None, taps=tuple(floats[1:]), draws=draws)
 
     @property
     def states(self) -> Tensor:
@@ -65,7 +69,7 @@ class Carried:
     def tensors(self) -> tuple[Tensor, ...]:
         """As a layer's output."""
         floats = () if self.hidden is None else (self.hidden, *self.taps)
-        rest = (self.patches, self.input_ids, self.cu_seqlens, self.positions, self.index, self.grids)
+        rest = (self.patches, self.input_ids, self.cu_seqlens, self.positions, self.index, self.grids, self.draws)
         return *floats, *(tensor for tensor in rest if tensor is not None)
 
     def embedded(self, hidden: Tensor) -> "Carried":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fft.errors import UserError
 from fft.models.directory import check_tensors
 from fft.models.experts import LoadBalance
-from fft.models.lora import is_adapter, reset_adapter, seed_of
+from fft.models.lora import MAGNITUDE, LoraLinear, hold_columns, is_adapter, reset_adapter, row_lengths, seed_of
 from fft.models.rotary import Turns
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.cross_entropy import Vocabulary
@@ -109,6 +109,7 @@ class StageBuilder:
         self._fill(built, path)
         if self.ranks.tensor is not None:
             parallelise(built, self.spec.within(path), self.spec.plan, shards, self.ranks.tensor)
+            hold_columns(built, shards, self.ranks.tensor)
         if self.ranks.expert is not None:
             spread_all(built, self.ranks.expert)
         return built
@@ -121,6 +122,7 @@ class StageBuilder:
             own, buffers = dict(child.named_parameters(recurse=False)), dict(child.named_buffers(recurse=False))
             if not own and not buffers:
                 continue
+            lengths = own.pop(MAGNITUDE, None)
             versions = {key: buffer._version for key, buffer in buffers.items()}
             weights = self._adapter if is_adapter(full) else self._weights
             if weights is None:
@@ -135,6 +137,21 @@ class StageBuilder:
                         f"{full}.{key} is a buffer of model type {self.spec.config.model_type!r} to which transformers "
                         "gives no first value: start from weights, without --init."
                     )
+            if lengths is not None and isinstance(child, LoraLinear):
+                self._fill_lengths(child, full, lengths)
+
+    def _fill_lengths(self, module: LoraLinear, path: str, lengths: Tensor) -> None:
+        """Give DoRA's ``lengths`` the adapter's values or, at a run's start, those that the rows of W have."""
+        name = f"{path}.weight"
+        shard, pieces = self.shards.get(name), self.spec.stored.pieces(name)
+        if self._adapter is not None:
+            self._read(self._adapter, path, {MAGNITUDE: lengths})
+        elif shard is None or shard.dim == 0:
+            lengths.copy_(row_lengths(module.weight))
+        elif self._weights is not None:  # of rows of which this rank has a part
+            lengths.copy_(row_lengths(self._weights.read(name, shard.shape, None, pieces).to(lengths.dtype)))
+        else:
+            lengths.copy_(row_lengths(self._seeded(module, path).get_parameter("weight")))
 
     def _read(self, weights: WeightReader, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Give own tensors of the module at ``path``, by name, the values that files have."""
@@ -158,9 +175,18 @@ class StageBuilder:
 
     def _seed(self, module: nn.Module, path: str) -> None:
         """Give the own parameters and buffers of ``module`` the values that the seed has for its name."""
+        whole = self._seeded(module, path)
+        for key, parameter in module.named_parameters(recurse=False):
+            if (shard := self.shards.get(f"{path}.{key}")) is not None and key != MAGNITUDE:
+                parameter.copy_(shard.of(whole.get_parameter(key)))
+
+    def _seeded(self, module: nn.Module, path: str) -> nn.Module:
+        """``module`` with whole parameters, of which it has parts, and the values that the seed has for its name."""
         whole = copy.copy(module)
         whole._parameters = {
-            key: _whole(parameter, self.shards.get(f"{path}.{key}")) for key, parameter in module._parameters.items()
+            key: _whole(parameter, self.shards.get(f"{path}.{key}"))
+            for key, parameter in module._parameters.items()
+            if key != MAGNITUDE
         }
         own = dict(whole.named_parameters(recurse=False))
         before = {key: parameter._version for key, parameter in own.items()}
@@ -178,9 +204,7 @@ class StageBuilder:
                     f"{path}.{key} is a parameter of model type {self.spec.config.model_type!r} to which transformers "
                     "gives no first value: start from weights, without --init."
                 )
-        for key, parameter in module.named_parameters(recurse=False):
-            if (shard := self.shards.get(f"{path}.{key}")) is not None:
-                parameter.copy_(shard.of(whole.get_parameter(key)))
+        return whole
 
     def _seed_by_parent(self, module: nn.Module, path: str, done: Sequence[nn.Parameter]) -> None:
         """Have the parent of ``module`` give it first values, as some routers get them; ``done`` has its own."""

@@ -46,11 +46,14 @@ class InProcess:
             if layer.tied is not None:
                 tied[layer.tied] = module
 
-    def __call__(self, ids: Tensor, bounds: list[int]) -> tuple[Tensor, ...]:
-        """What the head gives of token ids [1, tokens], documents ending at ``bounds``: hidden states, weight, bias."""
+    def __call__(self, ids: Tensor, bounds: list[int], draws: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the head gives of token ids [1, tokens], documents ending at ``bounds``: hidden states, weight, bias.
+
+        ``draws`` are the numbers by which adapters drop something, int64 [tokens].
+        """
         total = ids.shape[1]
         boundaries = torch.tensor(bounds + [total] * (total + 1 - len(bounds)), dtype=torch.int32, device=ids.device)
-        activations = ids.int(), boundaries
+        activations = (ids.int(), boundaries) if draws is None else (ids.int(), boundaries, draws)
         for call in self._calls:
             activations = call(activations)
         return activations

@@ -16,6 +16,7 @@ from fft.models.baichuan import NormalizedHead
 from fft.models.carried import Carried, ModelLayer
 from fft.models.causal_lm import Known, StageBuilder
 from fft.models.compiled import compiled
+from fft.models.lora import dropping
 from fft.models.recompute import kept_of, selective
 from fft.models.rotary import Rotary, Turns
 from fft.models.towers import trained_tower
@@ -138,17 +139,22 @@ class DecoderLayer(ModelLayer):
         self._balance, routing = builder.balance, builder.spec.routing
         self._logits = None if routing is None else routing.watch(self.module)
         self._compiles = builder.spec.compiler is not None
+        self._dropping = dropping(self.module)
         # Logits that are noted on the side are no part of what a graph recomputes: then its compiler decides what is.
         told = builder.spec.selective and not (self._compiles and self._logits)
         self._kept = kept_of(self.module) if told else None
         self._computed = compiled(self._layer, builder.spec.compiler)
 
     def forward(self, activations: Activations) -> Activations:
-        """One decoder layer."""
-        row = Carried.of(activations)
+        """One decoder layer. Raises ValueError where it is to drop something and the tokens have no random numbers."""
+        row, draws = Carried.of(activations), None
+        if self._dropping and self.training:
+            if row.draws is None:
+                raise ValueError("adapters drop some of their input by the numbers of tokens, which are missing")
+            draws = row.draws.int()
         documents, *positions = self._positions.of(row, self._index)
         seen = documents.boundaries if self._compiles else documents
-        hidden, logits = self._computed(row.states, seen, *positions)
+        hidden, logits = self._computed(row.states, seen, draws, *positions)
         if logits is not None and self._balance is not None:
             hidden = self._balance.attach(hidden, logits, documents.real)
         return (row.tapped(hidden) if self._ends else replace(row, hidden=hidden)).tensors()
@@ -163,10 +169,13 @@ class DecoderLayer(ModelLayer):
         self,
         hidden: Tensor,
         documents: Documents | ShardedDocuments | Boundaries,
+        draws: Tensor | None,
         position_ids: Tensor,
         position_embeddings: Turns | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states and, of a layer whose experts are kept in balance, the router's logits."""
+        for adapter in self._dropping:
+            adapter.draws = draws
         hidden = self.module(
             hidden,
             attention_mask=None,

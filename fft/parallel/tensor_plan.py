@@ -74,6 +74,8 @@ _ALIGNED = 8
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
 _WHOLE = {"colwise": "lora_A", "packed_colwise": "lora_A", "rowwise": "lora_B"}
+#: What a linear layer has one of for each output. Where its inputs are cut, all ranks have it whole.
+_OF_OUTPUTS = ("bias", "lora_magnitude_vector")
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def shard_of(
             return Shard(shape, 0, (span,), copies, rank % copies)
         return Shard(shape, outputs, (_share(shape[outputs], rank, size),))
     if style == "rowwise":
-        if kind == "bias":  # added once to the sum over ranks
+        if kind in _OF_OUTPUTS:  # a bias is added once to the sum over ranks
             return None
         return Shard(shape, len(shape) - 1, (_share(shape[-1], rank, size),))
     return None

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fft.models.experts import balance_loss
 from fft.models.layers import DecoderLayer, Embedding, FinalNorm
+from fft.models.lora import dropping, hold_columns
 from fft.models.recompute import kept_of, selective
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.attention import packed_attention
@@ -136,7 +137,8 @@ def _run(
         module.to(dtype)
     shards = cut(module, path, spec.shards(0, mesh.tensor, (0, mesh.expert)))
     if mesh.tensor > 1:
-        parallelise(module, spec.within(path), spec.plan, shards, _SilentTensor(mesh.tensor))
+        parallelise(module, spec.within(path), spec.plan, shards, ranks := _SilentTensor(mesh.tensor))
+        hold_columns(module, shards, ranks)
     if mesh.expert > 1:
         spread_all(module, _SilentExperts(mesh.expert))
     own = tokens // mesh.sequence
@@ -145,6 +147,9 @@ def _run(
         ids = torch.empty(1, own, dtype=torch.int32)
         positions = torch.empty(1, own, dtype=torch.int64)
         documents = _documents(tokens, mesh.sequence)
+        draws = torch.empty(own, dtype=torch.int32)
+    for adapter in dropping(module):
+        adapter.draws = draws
     turns = turns_of(spec, path, own, dtype)
 
     def call() -> tuple[Tensor | None, ...]:
@@ -160,7 +165,7 @@ def _run(
         output, balance = again(hidden.clone())
         return (images.tapped(output) if taps and images is not None else output), balance
 
-    existing = [hidden, ids, *tree_leaves(turns), positions, *(images.existing if images is not None else ())]
+    existing = [hidden, ids, draws, *tree_leaves(turns), positions, *(images.existing if images is not None else ())]
     return passes_of(call, existing, list(module.parameters()), spec.dtype, spec.dtype.itemsize // dtype.itemsize)
 
 

@@ -153,7 +153,9 @@ def _check_sequence_parallel(args: TrainArguments, config: PretrainedConfig) -> 
 def batch_plan(args: TrainArguments, mesh: MeshSizes, replica: int) -> BatchPlan:
     """How global batches are dealt to this data-parallel replica."""
     multiple = row_multiple(mesh.sequence) if args.ragged else None
-    return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, args.per_device_train_batch_size, multiple)
+    draws = args.seed if args.lora_dim and args.lora_dropout else None
+    size = args.per_device_train_batch_size
+    return BatchPlan(mesh.data, replica, args.gradient_accumulation_steps, size, multiple, draws)
 
 
 def start_of(args: TrainArguments) -> str:

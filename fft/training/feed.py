@@ -90,7 +90,8 @@ def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatc
             pairs.count * (not sequence.position),
         )
     images = batch.images and _placed(batch.images, batch.labels.size, own)
-    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images, pairs)
+    draws = None if batch.draws is None else batch.draws[own]
+    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images, pairs, draws)
 
 
 def _placed(images: ImageBatch, tokens: int, own: np.ndarray | slice = slice(None)) -> ImageBatch:

@@ -43,6 +43,7 @@ class Sender:
         if (images := batch.images) is not None:
             inputs = *inputs, images.positions, images.index
             inputs = inputs if features is not None else (images.patches, *inputs, images.grids)
+        inputs = inputs if batch.draws is None else (*inputs, batch.draws)
         sent = *(features or ()), *map(self._sent, inputs)
         targets = [trained, batch.labels[trained]]
         if (pairs := batch.pairs) is not None:

@@ -31,7 +31,7 @@ from fft.training.same_run import VERSIONS, check_resumed
 _TERMS = (
     *("learning_rate", "min_learning_rate", "lr_scheduler_type", "warmup_steps", "decay_ratio"),
     *("num_train_epochs", "max_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lora_dropout"),
 )
 
 
@@ -171,7 +171,7 @@ def _compare(args: TrainArguments, plan: Plan, checkpoint: str, state: dict, log
     before = state["arguments"]
     if before["dtype"] != args.dtype:
         raise UserError(f"--dtype {args.dtype}: {checkpoint} was trained in {before['dtype']}; resume with that.")
-    for name in ("lora_dim", "lora_alpha", "lora_module_name", "freeze"):
+    for name in ("lora_dim", "lora_alpha", "lora_module_name", "use_rslora", "use_dora", "freeze"):
         if before.get(name, getattr(TrainArguments, name)) != getattr(args, name):
             raise UserError(
                 f"--{name} {getattr(args, name)}: {checkpoint} was trained with {before.get(name)}; resume with that."

@@ -106,6 +106,8 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
         _log(f"warning: {advice}")
     if args.lora_dim or args.freeze:
         _log(f"{trained(spec.skeleton.parameters()):,} parameters are trained, the others are frozen")
+    if spec.lora is not None:
+        _log(spec.lora.guidance)
 
 
 def _run(

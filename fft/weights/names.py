@@ -207,3 +207,12 @@ def put(whole: Tensor, use: Use, rows: Tensor) -> None:
         whole.copy_(rows.view(whole.shape))
     else:
         Shard(tuple(whole.shape), 0, use.rows.spans).put(whole, rows)
+
+
+def taken(whole: Tensor, use: Use) -> Tensor:
+    """What :func:`put` has put there: the rows of a parameter that are in the ``whole`` stored tensor."""
+    if use.rows.swapped:
+        return whole.transpose(-1, -2).reshape(use.rows.own_shape)
+    if use.rows.spans is None:
+        return whole.view(use.rows.own_shape)
+    return Shard(tuple(whole.shape), 0, use.rows.spans).of(whole).reshape(use.rows.own_shape)

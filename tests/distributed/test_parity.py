@@ -348,6 +348,8 @@ def test_layout_equals_one_process(family, shape, extra, model_dir, ragged_table
 
 
 LORA = ["--lora_dim=3", "--lora_alpha=12"]
+PAIRS = "--per_device_train_batch_size=2 --gradient_accumulation_steps=4"
+DORA = [*LORA, "--use_dora", "--use_rslora", "--lora_dropout=0.2"]
 PIPE2 = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8"]
 
 
@@ -357,6 +359,20 @@ PIPE2 = ["--pipe_parallel_size=2", "--gradient_accumulation_steps=8"]
     [
         pytest.param("qwen2-tied", 2, LORA, [*PIPE2, "--partition_method=1,5"], id="lora-pipe2"),
         pytest.param("llama", 4, LORA, ["--model_parallel_size=2", "--gradient_accumulation_steps=4"], id="lora-2x2"),
+        pytest.param(
+            "qwen2",
+            4,
+            DORA,
+            [*PIPE2, "--model_parallel_size=2", "--checkpoint_grad_interval=1"],
+            id="dora-pipe2-tensor2",
+        ),
+        pytest.param(
+            "qwen3",
+            2,
+            DORA,
+            ["--sequence_parallel_size=2", *PAIRS.split(), "--ragged", "--checkpoint_grad_selective"],
+            id="dora-sequence2",
+        ),
         pytest.param(
             "qwen2-tied",
             2,
@@ -371,17 +387,16 @@ def test_part_of_the_parameters(family, ranks, trained, layout, model_dir, ragge
     given = [*flags(model_dir(family), ragged_table, tmp_path, held_out), *trained, *layout, "--save_steps", STEPS]
     done = run_ranks(ranks, *given)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{'adapter' if trained is LORA else 'model'} written to {tmp_path / 'model'}\n" in done.stderr
+    assert f"{'adapter' if trained in (LORA, DORA) else 'model'} written to {tmp_path / 'model'}\n" in done.stderr
     expected = reference(family, *trained)
     assert_is_one_process(tmp_path, expected)
-    if trained is not LORA:
+    if trained not in (LORA, DORA):
         start = AutoModelForCausalLM.from_pretrained(model_dir(family)).state_dict()
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
         changed = {name for name, value in start.items() if not torch.equal(exported[name], value)}
         assert changed == set(expected.gradients)
 
 
-PAIRS = "--per_device_train_batch_size=2 --gradient_accumulation_steps=4"
 RAGGED = {
     "pipe2-recompute": ("llama", 2, f"--pipe_parallel_size=2 {PAIRS} --checkpoint_grad_interval=1"),
     "pipe2-data2": ("qwen2-tied", 4, "--pipe_parallel_size=2 --gradient_accumulation_steps=4"),

@@ -154,6 +154,8 @@ def test_what_launchers_add_is_accepted():
         (["--early_stop_patience", "2"], "--early_stop_patience counts evaluations"),
         (["--lora_dim", "8", "--init"], "not with --init"),
         (["--lora_dim", "8", "--lora_alpha", "0"], "--lora_alpha 0 must be at least 1"),
+        (["--lora_dim", "8", "--lora_dropout", "1"], "--lora_dropout 1.0 must be at least 0 and less than 1"),
+        (["--use_dora"], "--use_dora is of adapters: give their rank by --lora_dim"),
         (["--init", "--from_ckpt", "c"], "exclude each other"),
         (["--tag", "step-1"], "--from_ckpt, which is missing"),
         (["--save_steps", "5"], "--save_steps needs --checkpoint"),

@@ -274,10 +274,16 @@ def cache_bytes() -> int:
 
 
 def adapter_room(lora: str) -> int:
-    """The rank that vLLM has to make room for. Raises :class:`UserError` for one that it has none for."""
+    """The rank that vLLM has to make room for. Raises :class:`UserError` for one that it has none for, and for DoRA."""
     from fft.checkpoint import adapter
 
-    rank = adapter.read_config(Path(lora)).get("r")
+    config = adapter.read_config(Path(lora))
+    rank = config.get("r")
+    if config.get("use_dora"):
+        raise UserError(
+            f"--lora {lora}: vLLM has no DoRA (use_dora): merge it by python -m fft.checkpoint.convert MODEL OUT "
+            f"--lora {lora}."
+        )
     rooms = [room for room in _RANKS if isinstance(rank, int) and 0 < rank <= room]
     if not rooms:
         raise UserError(f"--lora {lora}: vLLM takes no rank of {rank}, but up to {_RANKS[-1]}: merge the adapter.")

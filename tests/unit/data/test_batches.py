@@ -122,6 +122,22 @@ def test_ragged_micro_batches_hold_the_same_documents(tmp_path, rows, made, firs
         assert ids or own.labels.tolist() == ragged.labels.tolist()
 
 
+def test_tokens_have_the_same_numbers_however_samples_are_dealt(ragged_table):
+    """By sample and place in it, in micro-batches of any size, ragged or not; other steps have others."""
+    reader = SampleReader(Table.open(ragged_table), 32, seed=0, pack="best-fit")
+    plans = [BatchPlan(1, 0, 8, 1, draws=5), BatchPlan(1, 0, 2, 4, draws=5), BatchPlan(1, 0, 2, 4, 1, draws=5)]
+    alone, together, ragged = ([*step_batches(reader, plan, 8, 100)] for plan in plans)
+    numbers = np.concatenate([b.draws for b in alone])
+    assert len(set(numbers.tolist())) == 8 * 32
+    np.testing.assert_array_equal(np.concatenate([b.draws for b in together]), numbers)
+    rows = [sum(p.stop - p.start for p in reader.spans_of(index)) for index in range(8, 16)]
+    assert min(rows) < 32
+    kept = np.concatenate([b.draws[:used] for b, used in zip(alone, rows, strict=True)])
+    np.testing.assert_array_equal(np.concatenate([b.draws for b in ragged]), kept)
+    later = np.concatenate([b.draws for b in step_batches(reader, plans[0], 16, 100)])
+    assert not set(later.tolist()) & set(numbers.tolist())
+
+
 @EXAMPLES
 @given(packed_rows, st.lists(st.integers(0, 60), min_size=1, max_size=12))
 def test_samples_do_not_depend_on_what_was_read_before(tmp_path, rows, indices):

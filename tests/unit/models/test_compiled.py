@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fft.data.draws import token_draws
 from fft.errors import UserError
 from fft.models import compiled
 from fft.models.causal_lm import StageBuilder
 from fft.models.compiled import check_compiles, compiler_of
-from fft.models.in_process import InProcess, documents, loss_by_layers
+from fft.models.in_process import BOUNDS, InProcess, documents, loss_by_layers
 from fft.models.layers import canonical_parameters
 from fft.models.lora import Lora
 from fft.models.small import small_config
@@ -94,6 +95,22 @@ def test_adapters_alone_are_trained(graphs):
     assert len(own) == 3 * 2 * 2
     for name, grad in theirs.items():
         torch.testing.assert_close(own[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_adapters_drop_is_part_of_the_graph(graphs):
+    options = {"lora": Lora(2, 4, ("q_proj", "down_proj"), dropout=0.3, dora=True)}
+    ids, _ = documents()
+    found = []
+    for compiler in ("aot_eager", None):
+        _, run = built("llama", compiler, **options)
+        for name, parameter in canonical_parameters(run.modules).items():
+            if name.endswith("lora_B.weight"):  # zeros, which would hide everything
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        hidden = [run(ids, BOUNDS, torch.from_numpy(token_draws(0, [n], [0], 17)))[0] for n in (1, 2)]
+        assert not torch.allclose(*hidden)
+        found.append(hidden)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert graphs() <= 2
 
 
 @pytest.mark.parametrize("flag", ["--ulysses_degree", "--expert_parallel_size"])

@@ -1,7 +1,9 @@
 """What is trained: adapters against a plain product, and what names may be given."""
 
+import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL
@@ -9,9 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.checkpoint import adapter
+from fft.checkpoint.conversion import Merged
+from fft.data.draws import column_draws, token_draws
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
-from fft.models.lora import Lora, LoraLinear, adapt, reset_adapter, reset_adapters, trained
+from fft.models.lora import Lora, LoraLinear, adapt, dropped, dropping, reset_adapter, reset_adapters, trained
 from fft.models.spec import ModelSpec
 from fft.train_arguments import LORA_MODULES
 from fft.weights import hf
@@ -56,10 +60,107 @@ def test_frozen_by_pattern():
     assert 0 < trained(made.skeleton.parameters()) < sum(p.numel() for p in made.skeleton.parameters())
 
 
-def test_peft_reads_what_is_written(tmp_path):
+class Thinned(nn.Module):
+    """In place of PEFT's dropout: what the numbers of tokens say."""
+
+    def __init__(self, path, draws, rate):
+        super().__init__()
+        self.path, self.draws, self.rate = path, draws, rate
+
+    def forward(self, x):
+        columns = torch.from_numpy(column_draws(self.path, x.shape[-1]))
+        return x.masked_fill(dropped(self.draws, columns, self.rate)[None], 0) / (1 - self.rate)
+
+
+KINDS = {
+    "lora": Lora(2, 6, ("q_proj", "down_proj")),
+    "rslora": Lora(2, 6, ("q_proj", "down_proj"), rslora=True),
+    "dropout": Lora(2, 6, ("q_proj", "down_proj"), dropout=0.25),
+    "dora": Lora(2, 6, ("q_proj", "down_proj"), dora=True),
+    "all": Lora(2, 6, ("q_proj", "down_proj"), dropout=0.25, rslora=True, dora=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biases", [False, True])
+def test_forward_and_gradients_are_those_of_peft(kind, biases):
+    """With random values everywhere, in training; where something is dropped, PEFT is given the same places."""
+    peft, lora = pytest.importorskip("peft"), KINDS[kind]
+    torch.manual_seed(0)
+    ours = AutoModelForCausalLM.from_config(spec(attention_bias=biases, mlp_bias=biases).config).double()
+    theirs = copy.deepcopy(ours)
+    adapt(ours, "model.layers", lora)
+    reset_adapters(ours, seed=1)
+    options = {"use_rslora": lora.rslora, "use_dora": lora.dora, "lora_dropout": lora.dropout}
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=list(lora.modules), **options)
+    theirs = peft.get_peft_model(theirs, config).train()
+    names = {n.removeprefix(adapter.PREFIX).replace(".default", ""): p for n, p in theirs.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if adapter.is_adapter(name.removesuffix(".weight")):
+                other = names[name if name in names else f"{name}.weight"]
+                start = other.clone()
+                nn.init.normal_(parameter) if parameter.ndim > 1 else parameter.mul_(torch.rand_like(parameter) + 0.5)
+                other.copy_(parameter)
+                assert parameter.ndim > 1 or not torch.equal(start, parameter)
+    ids = torch.arange(20)[None]
+    draws = torch.from_numpy(token_draws(3, [7], [0], 20)).int()
+    for child in dropping(ours):
+        child.draws = draws
+    for path, child in theirs.named_modules():
+        if path.endswith(".lora_dropout") and lora.dropout:
+            child["default"] = Thinned(path.removeprefix(adapter.PREFIX).removesuffix(".lora_dropout"), draws, 0.25)
+    assert bool(dropping(ours)) == bool(lora.dropout)
+    losses = [model(ids, labels=ids).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-7, atol=0)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            expected = names[name if name in names else f"{name}.weight"].grad
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-6 * float(expected.norm()))
+
+
+def test_lengths_begin_with_those_of_the_weights():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(spec().config)
+    ids, plain = torch.arange(20)[None], model(torch.arange(20)[None]).logits
+    adapt(model, "model.layers", KINDS["dora"])
+    reset_adapters(model, seed=1)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
+def test_what_is_dropped_is_as_if_drawn(rate):
+    """As many of every row and column, and no structure: the largest singular value is that of independent values."""
+    draws = torch.from_numpy(token_draws(0, [5, 6], [0, 512], 1024)).int()
+    masks = [dropped(draws, torch.from_numpy(column_draws(name, 768)), rate).double() for name in ("a", "b")]
+    deviation = (rate * (1 - rate)) ** 0.5
+    for mask in masks:
+        assert abs(float(mask.mean()) - rate) < 4 * deviation / mask.numel() ** 0.5
+        for dim in (0, 1):
+            assert float((mask.mean(dim) - rate).abs().max()) < 5 * deviation / mask.shape[dim] ** 0.5
+        largest = float(torch.linalg.matrix_norm((mask - rate) / deviation, ord=2))
+        assert largest < 1.05 * (1024**0.5 + 768**0.5)
+    both = float(((masks[0] - rate) * (masks[1] - rate)).mean()) / deviation**2
+    assert abs(both) < 4 / masks[0].numel() ** 0.5
+
+
+def test_tokens_have_the_numbers_of_their_sample_and_place():
+    """In whatever row they lie; other seeds and samples have others."""
+    whole = token_draws(1, [4, 9], [0, 8], 16)
+    assert whole.dtype == np.int64
+    assert len(set(whole.tolist())) == 16
+    np.testing.assert_array_equal(token_draws(1, [9], [0], 5), whole[8:13])
+    np.testing.assert_array_equal(token_draws(1, [2, 4], [0, 3], 11)[3:], whole[:8])
+    assert not set(token_draws(2, [4, 9], [0, 8], 16).tolist()) & set(whole.tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_reads_what_is_written(kind, tmp_path):
     """The same logits, from two ranks' parts; PEFT refuses or warns of names that it does not know."""
     peft = pytest.importorskip("peft")
-    lora = Lora(2, 6, ("q_proj", "down_proj"))
+    lora = KINDS[kind]
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(spec().config)
     plain.save_pretrained(tmp_path / "base")
@@ -69,6 +170,8 @@ def test_peft_reads_what_is_written(tmp_path):
     for name, parameter in ours.named_parameters():
         if name.endswith("lora_B.weight"):
             nn.init.normal_(parameter)
+        elif name.endswith("lora_magnitude_vector"):
+            nn.init.uniform_(parameter)
     tensors = adapter.adapter_parameters(dict(ours.named_parameters()))
     output = tmp_path / "adapter"
     output.mkdir()
@@ -80,9 +183,14 @@ def test_peft_reads_what_is_written(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
-        theirs = peft.PeftModel.from_pretrained(base, output)(ids).logits
+        read = peft.PeftModel.from_pretrained(base, output)
+        theirs = read(ids).logits
         torch.testing.assert_close(theirs, ours(ids).logits)
         assert not torch.allclose(theirs, AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits, atol=0.1)
+        merged = read.merge_and_unload().state_dict()
+    own = Merged(hf.WeightReader(tmp_path / "base"), output)
+    for name in own.names:
+        torch.testing.assert_close(own.tensor(name), merged[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +198,10 @@ def test_peft_reads_what_is_written(tmp_path):
     [
         ({"lora": Lora(2, 4, ("q_proj", "w_pack"))}, "no decoder layer has a linear module 'w_pack'"),
         ({"lora": Lora(2, 4, ("lm_head",))}, "choose among down_proj, gate_proj, k_proj"),
+        (
+            {"lora": Lora(2, 4, ("q_proj", "visual.qkv"), dropout=0.1)},
+            "--lora_dropout: visual.qkv of --lora_module_name sees patches",
+        ),
         ({"frozen": "embed_tokens,layer_norm"}, "'layer_norm' is in no parameter's name; there are lm_head.weight"),
         ({"frozen": "(norm"}, "is no regular expression"),
         ({"frozen": "weight"}, "leaves nothing to train"),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import SMALL, VOCAB
 from transformers import AutoConfig
 
+from fft.data.draws import token_draws
 from fft.models import small, supported
 from fft.models.causal_lm import Ranks, StageBuilder
 from fft.models.in_process import write_random_model
@@ -53,6 +54,7 @@ FAMILIES = {
     },
     "qwen2-lora": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3-lora": {"model_type": "qwen3", "head_dim": 16},
+    "qwen2-dora": {"model_type": "qwen2", "tie_word_embeddings": True},
 }
 FAMILIES["qwen2-moe-lora"] = FAMILIES["qwen2-moe"]
 #: All others that are trained.
@@ -93,7 +95,9 @@ def build(family, ranks, fused=None):
     """A rank's part of the model. Not in a thread: seeds are the process's."""
     config = AutoConfig.for_model(**{**SMALL, "head_dim": 8, **(FAMILIES | OTHERS)[family]})
     config._experts_implementation = "eager"  # the only one in float64
-    lora = Lora(2, 8, tuple(LORA_MODULES.split(","))) if family.endswith("-lora") else None
+    lora = Lora(2, 8, tuple(LORA_MODULES.split(","))) if family.endswith(("-lora", "-dora")) else None
+    if family.endswith("-dora"):
+        lora = replace(lora, dropout=0.3, dora=True)
     builder = StageBuilder(
         ModelSpec(config, torch.float64, seed=5, fused=fused, lora=lora), Ranks(tensor=ranks), stored(family)
     )
@@ -116,6 +120,8 @@ def run(builder, layers):
     ids = torch.randint(VOCAB, (1, 24), generator=generator, dtype=torch.int32)
     labels = torch.randint(VOCAB, (24,), generator=generator).masked_fill(torch.arange(24) % 5 == 0, IGNORE)
     activations = ids, torch.tensor([0, 9, 10, 24, *[24] * 21], dtype=torch.int32)
+    if builder.spec.lora is not None and builder.spec.lora.dropout:
+        activations = *activations, torch.from_numpy(token_draws(0, [3], [0], 24))
     if builder.balance is not None:
         builder.balance.start(1)
     for layer in layers:
