@@ -86,8 +86,7 @@ def tokenize_table(
     rows carry in ``images`` and ``image_grids``; ``tokenizer`` is then a model's directory, which has their limits.
     ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
     ``report`` a file, .html or .png, for a picture; ``show`` so many rows are printed as text. Malformed records end
-    the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError` for what is no input,
-    tokenizer or text (``max_document_bytes``).
+    the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError` for what is none of these.
     """
     check_parameters(locals())
     _check_outputs(output, writer, on_error, report, overwrite, show)
