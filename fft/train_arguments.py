@@ -80,7 +80,7 @@ class TrainArguments:
         "--objective dpo: compare mean log-probabilities of a token, not sums (TRL's loss_type sigmoid_norm)", False
     )
     dpo_sft_weight: float = flag(
-        "--objective dpo: add so many times the mean loss of the chosen answer's tokens (TRL's rpo_alpha)",
+        "--objective dpo: add so many times the mean loss of the chosen answer's tokens (TRL's loss_type sft)",
         0.0,
         bound=NOT_NEGATIVE,
     )

@@ -75,7 +75,7 @@ def train(args: TrainArguments) -> int:
         plan = plan_run(args, world_size())
         check_registers(args, plan.tokenizer)
         spec = model_spec(args, plan.config, plan.images)
-        check_balance(args, spec.routing is not None)
+        check_balance(args, spec.routing is not None and spec.routing.coefficient > 0)
         layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
         init_distributed(len(watch.meeting.here))
         _announce(args, plan, spec, layout)

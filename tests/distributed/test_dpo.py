@@ -33,11 +33,6 @@ LAYOUTS = {
     ),
     "sequence2": (2, "--sequence_parallel_size=2 --gradient_accumulation_steps=8", "--dpo_length_normalized"),
     "tensor2": (2, "--model_parallel_size=2 --gradient_accumulation_steps=8", "--dpo_sft_weight=0.5"),
-    "pipe2-sequence2": (
-        4,
-        "--pipe_parallel_size=2 --sequence_parallel_size=2 --gradient_accumulation_steps=8",
-        "--dpo_sft_weight=0.5",
-    ),
 }
 
 
@@ -139,9 +134,8 @@ def test_layout_equals_one_process(layout, made, tmp_path):
     assert faults(read_outcome(tmp_path / "run"), expected, LR) == []
     assert "accuracy " in done.stderr
     told = [line for line in numbers(tmp_path / "run") if "eval_loss" in line]
-    assert told[-1]["eval_rewards/accuracies"] == pytest.approx(
-        accuracy
-    )  # at first all margins are 0, but for rounding
+    # Not of the first, in which all margins are 0, but for rounding.
+    assert told[-1]["eval_rewards/accuracies"] == pytest.approx(accuracy)
     assert {line["eval_pairs"] for line in told} == {9}
 
 
@@ -158,12 +152,7 @@ def test_reference_is_computed_once_and_missed_by_name(made, tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
     (file,) = {*(folder / "train").glob("_fft_reference-*")} - kept
-    again = [*given, "--resume=auto", f"--max_steps={STEPS + 1}"]
-    file.rename(tmp_path / "aside")
-    done = run_ranks(1, *again)
+    file.unlink()
+    done = run_ranks(1, *given, "--resume=auto", f"--max_steps={STEPS + 1}")
     assert done.returncode == 2
     assert f"{file.name} is missing" in done.stderr
-    (tmp_path / "aside").rename(file)
-    done = run_ranks(1, *again)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "reference log-probabilities of " not in done.stderr
