@@ -37,7 +37,7 @@ from fft.parallel.mesh import MeshSizes
 from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
-from fft.planning.objective import DPO
+from fft.planning.objective import DPO, check_balance
 from fft.training.compiling import compile_alone
 from fft.training.deepspeed_config import deepspeed_config
 from fft.training.inputs import Sender, Sent
@@ -119,12 +119,12 @@ def _unlink_shared_buffer() -> None:
 def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRules | None = None) -> ModelSpec:
     """The model, with the kernels asked for, and the rules of the ``images`` that it is to see.
 
-    Raises :class:`UserError` for names that it does not have.
+    Raises :class:`UserError` for names that it does not have, and for a loss of its own where preferences are learned.
     """
     operators = None if args.compile else fused.fused_ops(device_type(), args.fused_ops)
     train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
     compiler = compiler_of(device_type()) if args.compile else None
-    return ModelSpec(
+    spec = ModelSpec(
         config,
         DTYPES[args.dtype],
         args.seed,
@@ -135,6 +135,8 @@ def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRule
         images=images,
         shared_tower=args.encoder_pipe_parallel_size == 0,
     )
+    check_balance(args, spec.routing is not None and spec.routing.coefficient > 0)
+    return spec
 
 
 def check_kernels(spec: ModelSpec) -> str:

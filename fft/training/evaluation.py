@@ -11,8 +11,8 @@ from fft.training.loss import PairMeanLoss
 from fft.training.preference import MEASURES
 
 
-def evaluate(engine: StageEngine, batches: Iterable[MicroBatch], count: int) -> tuple[float, int]:
-    """Sum of the losses of all predicted tokens, or pairs, and their number. Collective.
+def evaluate(engine: StageEngine, batches: Iterable[MicroBatch], count: int) -> tuple[float, int, dict[str, float]]:
+    """Sum of the losses of all predicted tokens, or pairs, their number, and what :func:`measures` tells. Collective.
 
     ``batches`` are this rank's of the ``count`` micro-batches of its replica, none on a rank that reads nothing. The
     result is the same on all ranks and, but for rounding, on every layout.
@@ -29,7 +29,7 @@ def evaluate(engine: StageEngine, batches: Iterable[MicroBatch], count: int) -> 
     own = [loss, float(trained)] if engine.role.counts else [0.0, 0.0]
     totals = torch.tensor(own, dtype=torch.float64).to(engine.device)
     dist.all_reduce(totals)
-    return float(totals[0]), int(totals[1])
+    return float(totals[0]), int(totals[1]), measures(engine, "eval_")
 
 
 def measures(engine: StageEngine, prefix: str = "") -> dict[str, float]:

@@ -19,7 +19,7 @@ from fft.data.samples import TableSamples
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
-from fft.planning.objective import reference_model
+from fft.planning.objective import DPO, reference_model
 from fft.planning.preflight import Plan, batch_plan
 from fft.training.engine import StageEngine
 from fft.training.feed import own_share
@@ -36,12 +36,14 @@ def with_references(
     control: dist.ProcessGroup,
     log: Log,
 ) -> Plan:
-    """The plan of a run on preferences, whose tables come with what the reference model says of them.
+    """The plan of a run; of one on preferences, with tables that come with what the reference model says of them.
 
     ``engine`` has the weights that the run begins with, unless it is resumed. ``control`` is a group of all ranks that
     sends what is in host memory. Collective. Raises :class:`UserError` where a file is none, cannot be written, or is
     missing to a run that is resumed: its weights are no reference any more.
     """
+    if args.objective != DPO:
+        return plan
     if plan.weights is None:
         raise UserError("preferences need a model to begin with: give --model without --init.")
     model, known = reference_model(args, plan.config, plan.weights), {}

@@ -26,7 +26,6 @@ from fft.models.lora import trained
 from fft.models.spec import ModelSpec
 from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
-from fft.planning.objective import DPO, check_balance
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
 from fft.redaction import redact
 from fft.text.shown import first_sample, summary_of
@@ -75,7 +74,6 @@ def train(args: TrainArguments) -> int:
         plan = plan_run(args, world_size())
         check_registers(args, plan.tokenizer)
         spec = model_spec(args, plan.config, plan.images)
-        check_balance(args, spec.routing is not None and spec.routing.coefficient > 0)
         layout = plan_layout(args, spec, plan.mesh, on_host(), plan.load)
         init_distributed(len(watch.meeting.here))
         _announce(args, plan, spec, layout)
@@ -127,8 +125,7 @@ def _run(
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
     if start.checkpoint is not None:
         _restore(engine, builder, start, start.checkpoint / folder.TRAINING)
-    if args.objective == DPO:
-        plan = with_references(args, plan, engine, builder, control, _log)
+    plan = with_references(args, plan, engine, builder, control, _log)
     if runs:
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
@@ -304,7 +301,7 @@ class Trainer:
         batches = self.feed.evaluation()
         if batches is None:
             return None
-        total, tokens = evaluate(self.engine, *batches)
+        total, tokens, told = evaluate(self.engine, *batches)
         if not tokens:
             raise UserError(
                 f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
@@ -316,8 +313,7 @@ class Trainer:
                 "at the weights that the run began with."
             )
         self.early_stop.see(loss)
-        told = measures(self.engine, "eval_")
-        self.metrics.record(step, eval_loss=loss, **{"eval_pairs" if told else "eval_tokens": tokens}, **told)
+        self.metrics.record(step, **{"eval_loss": loss, "eval_pairs" if told else "eval_tokens": tokens}, **told)
         batch = batch_plan(self.args, self.plan.mesh, 0).global_batch
         _log(told_evaluation(self.plan, batch, step, loss, tokens, told))
         return loss
