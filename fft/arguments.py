@@ -74,6 +74,7 @@ def resolve(given: dict[str, Any]) -> TrainArguments:
     arguments = TrainArguments(**settings)
     check_bounds(arguments)
     _check_training(arguments)
+    _check_objective(arguments)
     _check_model(arguments)
     if not arguments.dry_run:  # which looks at nothing that a run reads and writes
         _check_run(arguments)
@@ -118,6 +119,22 @@ def _check_training(args: TrainArguments) -> None:
         )
     if args.offload_optimizer and args.dtype == "fp16":
         raise UserError("--offload_optimizer with --dtype fp16 never recovers from an overflow: use bf16 or fp32.")
+
+
+def _check_objective(args: TrainArguments) -> None:
+    """What is learned."""
+    if args.objective != "dpo":
+        default = TrainArguments()
+        for name in ("dpo_beta", "dpo_length_normalized", "dpo_sft_weight"):
+            if getattr(args, name) != getattr(default, name):
+                raise UserError(f"--{name} is for --objective dpo: add that, or leave it out.")
+        return
+    if args.dpo_beta == 0:
+        raise UserError("--dpo_beta 0 must be more than 0: nothing is learned without.")
+    if args.init:
+        raise UserError("--objective dpo needs a model that answers already, as the reference: leave --init out.")
+    if args.compile:
+        raise UserError("--objective dpo does not go with --compile: leave one out.")
 
 
 def _check_model(args: TrainArguments) -> None:

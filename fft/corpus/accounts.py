@@ -69,8 +69,9 @@ def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder
     if counts["documents_in"] != counts["documents_out"] + counts["empty"] + counts["quarantined"]:
         raise UserError(f"the accounts do not balance ({counts}): this is a fault of the job; please report it.")
     if not counts["documents_out"]:
+        long = f" ({counts['long_pairs']} longer than `max_len`)" if counts.get("long_pairs") else ""
         raise UserError(
-            f"{', '.join(inputs)} holds no documents: {counts['empty']} are empty and "
+            f"{', '.join(inputs)} holds no documents: {counts['empty']} are empty{long} and "
             f"{counts['quarantined']} malformed."
         )
     unused = {key.removeprefix(UNUSED): tallies[key] for key in sorted(tallies) if key.startswith(UNUSED)}

@@ -1,4 +1,4 @@
-"""What is trained on, tokens or preferences: what goes together with it, and by which model preferences are judged."""
+"""What is learned, tokens or preferences: of which tables and models, and by which model preferences are judged."""
 
 import hashlib
 import json
@@ -13,22 +13,6 @@ from fft.weights.hf import WeightReader
 
 #: The objective that learns preferences; the other is that of all tables.
 DPO = "dpo"
-
-
-def check_objective(args: TrainArguments) -> None:
-    """Raise :class:`UserError` for flags that do not go with ``--objective``."""
-    if args.objective != DPO:
-        default = TrainArguments()
-        for name in ("dpo_beta", "dpo_length_normalized", "dpo_sft_weight"):
-            if getattr(args, name) != getattr(default, name):
-                raise UserError(f"--{name} is for --objective {DPO}: add that, or leave it out.")
-        return
-    if args.dpo_beta <= 0:
-        raise UserError(f"--dpo_beta {args.dpo_beta:g} must be more than 0: nothing is learned without.")
-    if args.init:
-        raise UserError(f"--objective {DPO} needs a model that answers already, as the reference: leave --init out.")
-    if args.compile:
-        raise UserError(f"--objective {DPO} does not go with --compile: leave one out.")
 
 
 def check_balance(args: TrainArguments, balanced: bool) -> None:

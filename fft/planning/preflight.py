@@ -32,7 +32,7 @@ from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, heads_of
 from fft.planning.identity import identity_of
 from fft.planning.image_load import ImageLoad, load_of
-from fft.planning.objective import check_objective, check_pairs
+from fft.planning.objective import check_pairs
 from fft.planning.outputs import TOKENS, check_outputs
 from fft.weights.hf import WeightReader
 
@@ -67,7 +67,6 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     """Check a run for ``world`` ranks and plan it. Raises :class:`UserError`."""
     if args.image_tokens is not None:
         raise UserError("--image_tokens is for --dry_run: a run counts the images of its tables; leave it out.")
-    check_objective(args)
     config, mesh = lay_out(args, world)
     model, tokenizer = start_of(args), tokenizer_of(args)
     check_outputs(args, model, tokenizer)

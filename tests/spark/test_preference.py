@@ -13,7 +13,7 @@ from spark.chat_templates import save_chat_tokenizer
 from spark.helpers import rows_of
 from spark_jobs import repartition_table, shuffle_tables, tokenize, tokenize_table
 
-MAX_LEN = 96
+MAX_LEN = 640
 
 
 def record_of(number: int) -> dict:
@@ -92,7 +92,7 @@ def test_shuffle_holds_out_pairs_and_repartition_packs_them(table, spark, tmp_pa
     assert kept[""].rows == 80
 
 
-def test_what_would_part_a_pair_is_refused(table, tokens, tokenizer, spark, tmp_path):
+def test_what_would_part_a_pair_is_refused(table, tokens, tokenizer, records, spark, tmp_path):
     longest = max(len(row["input_ids"]) for row in rows_of(table))
     with pytest.raises(UserError, match=f"preferences of {longest} tokens \\(document .*\\) would be cut to `max_len`"):
         repartition_table(table, tmp_path / "a", max_len=longest - 1)
@@ -104,6 +104,8 @@ def test_what_would_part_a_pair_is_refused(table, tokens, tokenizer, spark, tmp_
         tokenize(tokenizer, task="preference")
     with pytest.raises(UserError, match='`image_path` is for `task="chat"`: preferences have no images'):
         tokenize_table(table, tmp_path / "d", tokenizer, task="preference", image_path=tmp_path)
+    with pytest.raises(UserError, match=r"80 are empty \(80 longer than `max_len`\) and 0 malformed"):
+        table_of(text_input(records, tokenizer, 8), tmp_path / "e")
 
 
 def test_a_file_of_pairs_is_the_same_table_without_spark(table, records, tokenizer, tmp_path):

@@ -81,6 +81,19 @@ def test_a_reference_is_kept_beside_the_table(table):
     (table / name).unlink()
 
 
+def test_a_table_that_cannot_be_written_beside_is_named(table, monkeypatch):
+    opened = Table.open(table)
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(type(opened.storage), "write", refuse)
+    with pytest.raises(
+        UserError, match=r"table/n cannot be written \(.*read-only.*\): reference log-probabilities are"
+    ):
+        keep_reference(opened.storage, "n", reference_of(opened))
+
+
 def test_a_reference_of_other_rows_is_refused(table):
     opened = Table.open(table)
     known = reference_of(opened)
