@@ -1,10 +1,12 @@
 """The layers of a model as stages of DeepSpeed's pipeline."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ from fft.models.layers import PipelineLayer
 from fft.models.vision_layers import HeldTower
 from fft.parallel.mesh import MeshSizes
 from fft.training.shared_tower import SharedTower
+
+#: Micro-batches of an evaluation that are under way between two stages: at least, at most, and in bytes.
+_LEAST, _MOST, _UNDER_WAY = 2, 16, 1 << 26
 
 
 class StagedModel(PipelineModule):
@@ -110,6 +115,9 @@ class Exchanges:
     DeepSpeed waits for one message before it begins the next, though what goes to a neighbour and what comes from it
     share no wire. Within a tick of its schedules both sides have the same messages, so that neither waits for one that
     the other has not begun. Tensors arrive where they stay: nothing is copied out of a buffer.
+
+    gloo sends nothing before the other side has said that it waits for it, which takes the way there and back. In an
+    evaluation, where nothing comes back, several micro-batches are waited for ahead, so that they follow one another.
     """
 
     def __init__(self, engine: PipelineEngine) -> None:
@@ -129,12 +137,41 @@ class Exchanges:
         engine = alive()
         engine._reserve_pipe_buffers(ticks.num_pipe_buffers())
         engine.fwd_outputs = []
+        if isinstance(ticks, schedule.InferenceSchedule) and not engine.dynamic_shape and dist.get_backend() == "gloo":
+            self._forwards(engine, ticks.micro_batches)
+            return
         for instructions in ticks:
             for instruction in instructions:
                 if not isinstance(instruction, self._own):
                     self._finish()
                 engine._INSTRUCTION_MAP[type(instruction)](engine, **instruction.kwargs)
             self._finish()
+
+    def _forwards(self, engine: PipelineEngine, micro_batches: int) -> None:
+        """Forward alone: what comes is waited for as late as possible, and what is sent is looked after later."""
+        own, asked, sent = engine._INSTRUCTION_MAP, deque[_UnderWay](), deque[_UnderWay]()
+        for left in range(micro_batches, 0, -1):
+            if engine.is_first_stage() or engine.is_last_stage():
+                own[schedule.LoadMicroBatch](engine, buffer_id=0)
+            if not engine.is_first_stage():
+                while len(asked) < min(left, _ahead(engine.pipe_recv_buf)):
+                    self._receive_activations(engine, 0)
+                    asked.append(self._begun(engine.pipe_buffers["inputs"][0]))
+                engine.pipe_buffers["inputs"][0] = asked.popleft().wait()
+            own[schedule.ForwardPass](engine, buffer_id=0)
+            if not engine.is_last_stage():
+                self._send_activations(engine, 0)
+                sent.append(self._begun(outputs := engine.pipe_buffers["outputs"][0]))
+                if len(sent) > _ahead(outputs):
+                    sent.popleft().wait()
+        for message in sent:
+            message.wait()
+
+    def _begun(self, tensors: tuple[Tensor, ...]) -> "_UnderWay":
+        """What was to be begun, begun; ``tensors`` are its content."""
+        requests = dist.batch_isend_irecv(self._operations)
+        self._operations.clear()
+        return _UnderWay(requests, tensors)
 
     def _finish(self) -> None:
         if self._operations:
@@ -172,3 +209,24 @@ class Exchanges:
         outputs = engine.pipe_buffers["outputs"][buffer_id]
         engine.grad_layer = [x.new_empty(x.shape) for x in outputs if x.is_floating_point()]
         self._begin(dist.irecv, engine.grad_layer, engine, engine.next_stage)
+
+
+class _UnderWay(NamedTuple):
+    """A message that was begun: its requests, and its tensors, which live until it is there."""
+
+    requests: list[dist.Work]
+    tensors: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors, once they are there."""
+        for request in self.requests:
+            request.wait()
+        return self.tensors
+
+
+def _ahead(message: Iterable[Tensor] | None) -> int:
+    """How many of such messages may be under way; of one that is not known yet, itself."""
+    if message is None:
+        return 1
+    size = sum(x.numel() * x.element_size() for x in message)
+    return max(_LEAST, min(_MOST, _UNDER_WAY // max(1, size)))

@@ -81,3 +81,45 @@ def test_shapes_come_with_every_message_where_they_change(done):
     staged.Exchanges(engine)
     engine._exec_schedule(Ticks([[schedule.RecvActivation(1)], [schedule.RecvActivation(1)]]))
     assert done.count("shapes from 0") == 2
+
+
+@pytest.mark.parametrize(("tokens", "ahead"), [(4, 16), ((1 << 19) - 1, 4), (1 << 22, 2)])
+def test_an_evaluation_waits_for_several_micro_batches_ahead(tokens, ahead, monkeypatch):
+    """Of a stage in the middle, whose messages have ``tokens`` of 8 numbers; they come in the order they were sent."""
+    done, under_way = [], {"irecv": 0, "isend": 0}
+    most = dict(under_way)
+
+    def begin(operations):
+        kind = operations[0].op.__name__
+        under_way[kind] += 1
+        most[kind] = max(most[kind], under_way[kind])
+        number = done.count(kind)
+        done.append(kind)
+
+        def wait():
+            done.append(f"{kind} {number} over")
+            under_way[kind] -= 1
+
+        return [SimpleNamespace(wait=wait)]
+
+    monkeypatch.setattr(staged.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(staged.dist, "P2POp", lambda op, tensor, peer: SimpleNamespace(op=op, tensor=tensor, peer=peer))
+    monkeypatch.setattr(staged.dist, "batch_isend_irecv", begin)
+    engine = Engine(done)
+    engine.is_first_stage = engine.is_last_stage = lambda: False
+    message = torch.empty(1, tokens, 8, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
+    engine.device = torch.device("meta")
+    engine.pipe_buffers["outputs"] = [message, message]
+    engine._recv_tensor_meta = lambda stage: done.append(f"shapes from {stage}") or message
+    staged.Exchanges(engine)
+    for _ in range(2):
+        done.clear()
+        engine._exec_schedule(schedule.InferenceSchedule(micro_batches=40, stages=3, stage_id=1))
+        assert [done.count(what) for what in ("irecv", "ForwardPass", "isend")] == [40, 40, 40]
+        for kind in most:
+            assert [word for word in done if word.startswith(f"{kind} ")] == [f"{kind} {i} over" for i in range(40)]
+        assert most == {"irecv": ahead, "isend": ahead + 1}  # one is begun before the oldest is looked after
+        assert under_way == {"irecv": 0, "isend": 0}
+        before = done[: done.index("ForwardPass")]
+        assert before.count("irecv") == ahead
+    assert "shapes from 0" not in done  # which are known since the first evaluation
