@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import time
@@ -45,24 +44,29 @@ def test_rank_that_was_stopped_leaves_its_trace(layout, than, inputs, tmp_path):
     with started(2, *given.split()) as (processes, streams):
         deadline = time.monotonic() + PATIENCE
 
-        def log_with(text):
-            while not (found := re.search(text, log := streams[1].read_text())) and time.monotonic() < deadline:
+        def seen(look):
+            while not (found := look(log := streams[1].read_text())) and time.monotonic() < deadline:
                 assert all(process.is_alive() for process in processes), log[-3000:]
                 time.sleep(0.02)
             assert found, log[-3000:]
             return found
 
-        log_with("step 16/")
+        def trace(_):
+            """The step of a line in which the rank lost the time; a machine with much to do may have made others."""
+            for text in (run / "metrics.jsonl").read_text().splitlines(keepends=True):
+                line = json.loads(text) if text.endswith("\n") else {}
+                if line.get("rank_behind") == 1 and 4 * (line["rank_work"][1] - line["rank_work"][0]) > 0.8 * STOPPED:
+                    return line
+            return None
+
+        seen(lambda log: "step 16/" in log)
         os.kill(processes[1].pid, signal.SIGSTOP)
         time.sleep(STOPPED)
         os.kill(processes[1].pid, signal.SIGCONT)
-        rank = rf"rank 1 \(on {re.escape(socket.gethostname())}\)"
-        told = log_with(rf"warning: {rank} took ([\d.]+) times as long as {than} for steps? .*\n")
-        last = int(re.findall(r"for steps? (?:[\d,]+ to )?([\d,]+?)[,:]\s", told[0])[0].replace(",", ""))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True)]
-    (line,) = [line for line in lines if line["step"] == last and "rank_behind" in line]
-    assert line["rank_behind"] == line["slowest_rank"] == 1
-    assert line["rank_behind_times"] == pytest.approx(float(told[1]), abs=0.06)
-    lost = 4 * (line["rank_work"][1] - line["rank_work"][0])
-    assert lost > 0.8 * STOPPED
-    assert line["rank_wait"][0] > line["rank_wait"][1]
+        line = seen(trace)
+        assert line["slowest_rank"] == 1
+        assert line["slowest_rank_seconds"] == line["rank_work"][1] > line["fastest_rank_seconds"]
+        assert line["rank_wait"][0] > line["rank_wait"][1]
+        rank, times = f"rank 1 (on {socket.gethostname()})", f"{line['rank_behind_times']:.1f} times as long as {than}"
+        sentence = f"warning: {rank} took {times} for steps {line['step'] - 3:,} to {line['step']:,}"
+        seen(lambda log: sentence in log)
