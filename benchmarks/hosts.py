@@ -110,6 +110,12 @@ class Hosts:
         """Plug the machine in again."""
         self._at_switch(f"ip link set h{host + 1} master br0")
 
+    def part(self, first: int, second: int) -> None:
+        """Let nothing arrive between two machines any more, for good; nobody is told."""
+        for host, other in ((first, second), (second, first)):
+            nowhere = f"{self.addresses[other]} lladdr 02:00:00:00:00:ff"
+            self.shell(host, f"ip neigh replace {nowhere} dev eth0 nud permanent")
+
     def shape(self, bits_per_second: float | None, burst: int = 128_000) -> None:
         """Let no machine receive more than that; None: as much as comes. What rested carries a ``burst`` of bytes."""
         for host in range(self.count):

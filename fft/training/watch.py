@@ -1,9 +1,10 @@
-"""Ranks watch one another: when one fails, or its machine is gone, all others end, and say why.
+"""Ranks watch one another: when one fails, or its machine or the way to it is gone, all others end, and say why.
 
 What waits for a rank that is gone waits in C++, for minutes or for ever, and then knows nothing. So a thread of every
 rank keeps a connection to rank 0 (:mod:`fft.training.meeting`): a word a second each way. It carries what went wrong
-to rank 0, whose log is the one that is read, and from there to all. A thread that has heard the end says so and ends
-its process, whatever that is waiting for.
+to rank 0, whose log is the one that is read, and from there to all. The first ranks of two machines have one, too, as
+the way between these may be gone while both reach rank 0. A thread that has heard the end says so and ends its process,
+whatever that is waiting for.
 """
 
 import json
@@ -26,6 +27,8 @@ from fft.training.meeting import Meeting
 _BEAT, _GRACE, _LAST = 1.0, 1.5, 10.0
 #: Seconds that a process has stood still, as is noticed; so that it can say nothing of the others'; worth a line.
 _NOTICED, _STILL, _WORTH_A_LINE = 1.0, 5.0, 10.0
+#: Seconds for which what one rank says of another waits, as rank 0 may know it itself.
+_HEARSAY = 3.0
 #: Bytes that may wait for somebody who does not read.
 _BACKLOG = 1 << 16
 
@@ -178,7 +181,7 @@ class Watch:
             link.heard = time.monotonic()
         if self._leads:
             self._say(f"warning: {self.meeting.own} stood still for {seconds:.0f} s")
-        else:
+        elif 0 in self._links:
             self._links[0].send({"still": seconds})
 
     def _hear(self, rank: int, link: _Link) -> bool:
@@ -209,10 +212,14 @@ class Watch:
 
     def _miss(self, rank: int, how: str) -> None:
         """Note that a rank is gone; who says later what went wrong there is believed more."""
-        sentence = f"{self.meeting.peers[rank]} {how}; {_AGAIN}"
         self._links.pop(rank)
         self._missed.add(rank)
-        self._failures.append((time.monotonic() + _GRACE / 2, sentence, EXIT_AGAIN))
+        if self._leads or rank == 0:
+            sentence = f"{self.meeting.peers[rank]} {how}; {_AGAIN}"
+            self._failures.append((time.monotonic() + _GRACE / 2, sentence, EXIT_AGAIN))
+        elif 0 in self._links:
+            sentence = f"{self.meeting.own} has lost {self.meeting.peers[rank]}, which {how}; {_AGAIN}"
+            self._links[0].send({"failed": sentence, "code": EXIT_AGAIN, "later": _HEARSAY})
 
     def _judge(self, now: float) -> None:
         """End the run for the first failure, once what may explain it had the time to come."""

@@ -136,18 +136,18 @@ def test_interface_that_is_not_there(inputs, hosts, tmp_path):
 
 
 def test_unknown_name_of_the_first_machine(inputs, hosts, tmp_path):
-    def over(processes, _):
+    def over(processes, log):
         if processes[1].exitcode is not None:
-            processes[0].kill()  # which has no way to learn of it: it would wait for the rank
-            return True
+            return "waiting for rank 1 of 2" in log and (processes[0].kill() or True)  # it would wait for ten minutes
         return False
 
     hosts.name(1, "none")
     try:
-        codes, logs, _ = run_on(hosts, *flags(inputs, "data", tmp_path / "run"), act=over, limit=30)
+        codes, logs, _ = run_on(hosts, *flags(inputs, "data", tmp_path / "run"), act=over, limit=120)
     finally:
         hosts.name(1, "debian")
     assert codes[1] == 2, logs
+    assert "waiting for rank 1 of 2" in logs[0]
     assert "error: rank 1 (on host2) does not know the name host1 (MASTER_ADDR): give torchrun" in logs[1]
 
 
@@ -204,6 +204,24 @@ def test_dead_link_ends_all_ranks_and_one_machine_goes_on(inputs, hosts, one_pro
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from" in done.stderr
     np.testing.assert_allclose(losses(read_metrics(tmp_path / "run")[0]), losses(one_process(STRAIGHT)[0]), rtol=1e-5)
+
+
+def test_dead_link_between_machines_that_both_reach_the_first(inputs, tmp_path):
+    def part(_, log):
+        if "step 4/" not in log:
+            return False
+        made.part(1, 2)
+        return True
+
+    with Hosts(3, tmp_path / "hosts") as made:
+        given = flags(inputs, "data", tmp_path / "run", "--timeout", 6, steps=100_000)
+        codes, logs, seconds = run_on(made, *given, act=part)
+    assert codes == [75, 75, 75], logs
+    assert seconds < 30
+    said = r"error: rank (1|2) \(on host(2|3)\) has lost rank (2|1) \(on host(3|2)\), which has said nothing for \d+ s "
+    for log in logs:
+        assert re.search(said + r"\(--timeout\); the same command with --resume auto goes on", log), log
+        assert "Traceback" not in log
 
 
 def test_rank_that_stands_still_and_one_that_is_killed_are_named(inputs, hosts, tmp_path):

@@ -1,15 +1,19 @@
 """Ranks meet and watch one another, as processes of this machine with nothing but a store between them."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from fft.errors import UserError
 from fft.parallel import interfaces
+from fft.training import meeting as meeting_module
 from fft.training.meeting import Meeting, meet
 from fft.training.watch import Watch
 
@@ -65,10 +69,18 @@ def ended(act, tmp_path, world=3):
     return [rank.exitcode for rank in ranks], said
 
 
+def listens_at(port: int) -> set[str]:
+    """Addresses of this machine, as the system writes them, at which somebody listens at a port."""
+    lines = [line for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    local = [line.split()[1] for line in lines if line.split()[3] == "0A"]
+    return {address.partition(":")[0] for address in local if address.endswith(f":{port:04X}")}
+
+
 def nothing(rank: int, meeting: Meeting) -> None:
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert [peer.rank for peer in meeting.here] == [0, 1, 2]
     assert sorted(meeting.links) == ([1, 2] if rank == 0 else [0])
+    assert listens_at(int(os.environ["MASTER_PORT"])) == {"0100007F"}
     assert meeting.store is not None
     meeting.store.add("met", 1)  # rank 0, with the store, is not to be gone before all have come here
     while rank == 0 and meeting.store.add("met", 0) < 3:
@@ -109,6 +121,63 @@ def stops(rank: int, meeting: Meeting) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
+
+
+def comes(rank, world, port, file):
+    """A rank that waits 2 s for the others."""
+    os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.write(2, f"rank {rank} looks for the others\n".encode())
+    try:
+        meet(world, 2)
+    except UserError as error:
+        os.write(2, f"error: {error}\n".encode())
+        os._exit(2)
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path):
+    port, file = free_port(), tmp_path / "log"
+    ranks = [_CONTEXT.Process(target=comes, args=(rank, 4, port, file)) for rank in (2, 0)]
+    for number, rank in zip((2, 0), ranks, strict=True):
+        rank.start()
+        deadline = time.monotonic() + 60
+        while not file.exists() or f"rank {number} looks" not in file.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [2, 2]
+    sentence = (
+        "ranks 1, 3 of 4 did not come within 2 s: see the logs of the machines that are to start them, and whether "
+        f"they reach 127.0.0.1 (MASTER_ADDR), port {port}."
+    )
+    assert file.read_text().splitlines()[2:] == [f"error: {sentence}"] * 2
+
+
+def test_the_store_listens_where_the_others_look_for_it(monkeypatch):
+    def at(*addresses):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    def listens(host):
+        listener = meeting_module._listener((host, 0), 2)
+        with listener or contextlib.nullcontext():
+            return listener and listener.getsockname()[0]
+
+    own = interfaces.address_towards("192.0.2.1")
+    at(own)
+    assert listens("first") == own
+    at("192.0.2.1")  # translated on the way
+    assert listens("first") is None
+    at(own, "192.0.2.1")
+    assert listens("first") is None
+    at("127.0.1.1")  # Debian's own name, which others know by another address
+    assert listens("first") is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert listens("first") == "127.0.1.1"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    at("127.0.0.1")
+    assert listens("127.0.0.1") == listens("localhost") == "127.0.0.1"
 
 
 def test_ranks_that_end_well_say_nothing(tmp_path):
