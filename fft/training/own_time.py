@@ -81,6 +81,8 @@ class OwnTime:
 
         Another thread calls it.
         """
+        if self._events is not None:  # a device does not wait because its host stands still
+            return
         since = self._since
         waits = [*self._waits] + ([] if since is None else [(since, ended)])
         self._still += sum(max(0.0, min(ended, b) - max(begun, a)) for a, b in waits)

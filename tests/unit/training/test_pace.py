@@ -76,6 +76,51 @@ def test_standing_still_in_a_wait_is_not_waiting(timed):
     assert own.lap() == (5.0, 0.0)
 
 
+def test_a_device_says_itself_when_it_waited(monkeypatch):
+    """The host is done with a collective before the device has begun it."""
+    host, stream = Clock(), SimpleNamespace(end=0.0, reached=0.0)
+    made = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            made.append(self)
+
+        def record(self):
+            self.at = stream.end
+
+        def query(self):
+            return self.at <= stream.reached
+
+        def synchronize(self):
+            stream.reached = max(stream.reached, self.at)
+
+        def elapsed_time(self, later):
+            return 1000 * (later.at - self.at)
+
+    class Queued:
+        def allreduce(self, seconds):
+            stream.end += seconds
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(dist, "ProcessGroup", Queued)
+    monkeypatch.setattr(dist, "Work", Work)
+    with OwnTime(torch.device("cuda"), host) as own:
+        for _ in range(3):
+            stream.end += 2.0  # computing
+            Queued().allreduce(0.5)
+            host.now += 2.5
+            own.stood_still(host.now - 2, host.now)
+        assert own.lap() == (6.0, 1.5)
+        assert len(made) == 6
+        stream.end += 1.0
+        Queued().allreduce(3.0)
+        host.now += 4.0
+        own.step()
+        assert len(made) == 6  # of which two were used again
+        assert own.lap() == (1.0, 3.0)
+
+
 def test_torch_is_left_as_it_was():
     names = vars(dist.ProcessGroup), vars(dist.Work)
     before = [dict(given) for given in names]
