@@ -12,6 +12,7 @@ import yaml
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import folder
+from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.folder import METRICS
 from fft.checkpoint.resume import choose_checkpoint
 from fft.checkpoint.run import RunFolder
@@ -26,6 +27,7 @@ from fft.planning.preflight import Plan, batch_plan
 from fft.redaction import redact_all
 from fft.training.early_stop import EarlyStop
 from fft.training.same_run import VERSIONS, check_resumed
+from fft.weights.hf import WeightReader
 
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
 _TERMS = (
@@ -42,6 +44,12 @@ class Start:
     step: int = 0
     checkpoint: Path | None = None
     state: dict = dataclasses.field(default_factory=dict)
+
+    def readers(self, plan: Plan, adapts: bool) -> tuple[WeightReader | None, WeightReader | None]:
+        """What the model, and the adapters of one that ``adapts``, are read from."""
+        if self.checkpoint is None:
+            return plan.weights, None
+        return (plan.weights, AdapterReader(self.checkpoint)) if adapts else (WeightReader(self.checkpoint), None)
 
 
 def folders(args: TrainArguments) -> list[RunFolder]:

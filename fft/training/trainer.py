@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from fft.arguments import TrainArguments, build_parser
 from fft.checkpoint import folder, optimizer_state
-from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.mirror import Mirror
 from fft.checkpoint.saver import RankShare, Saver
 from fft.checkpoint.stored_run import StoredRun
@@ -58,7 +57,6 @@ from fft.training.same_run import check_same_run
 from fft.training.shared_folders import check_shared
 from fft.training.stopping import StopRequest, launchers
 from fft.training.watch import Watch
-from fft.weights.hf import WeightReader
 
 
 def train(args: TrainArguments) -> int:
@@ -121,7 +119,9 @@ def _run(
     check_same_run(args, plan.identity, control)
     check_shared(args, plan.mesh, control)
     start = run_folder.enter(runs, args, plan, control, held, _log) if runs else Start()
-    builder = StageBuilder(spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *_readers(plan, spec, start))
+    builder = StageBuilder(
+        spec, Ranks.join(spec, plan.mesh, args.ulysses_degree), *start.readers(plan, spec.lora is not None)
+    )
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
     if start.checkpoint is not None:
         _restore(engine, builder, start, start.checkpoint / folder.TRAINING)
@@ -146,15 +146,6 @@ def _run(
     if dist.get_rank() == 0:
         conclude(args, plan, trainer.state(), metrics, runs, code == 0)
     return code
-
-
-def _readers(plan: Plan, spec: ModelSpec, start: Start) -> tuple[WeightReader | None, WeightReader | None]:
-    """What the model and its adapters are read from."""
-    if start.checkpoint is None:
-        return plan.weights, None
-    if spec.lora is None:
-        return WeightReader(start.checkpoint), None
-    return plan.weights, AdapterReader(start.checkpoint)
 
 
 def _restore(engine: StageEngine, builder: StageBuilder, start: Start, training: Path) -> None:
