@@ -25,6 +25,8 @@ KINDS = (".html", ".png")
 _BLUE, _GREY = "#2f6690", "#c9d3dc"
 #: Bars of a mixture at most, and characters of a name.
 _MOST_BARS, _LONGEST_NAME = 12, 28
+#: A mixture of fewer leaves room for so many.
+_FEWEST_BARS = 6
 _PAGE = """\
 <!doctype html>
 <meta charset="utf-8">
@@ -34,6 +36,9 @@ _PAGE = """\
 body { font: 15px sans-serif; margin: 2em auto; padding: 0 1em; max-width: 76em }
 td, th { padding: .2em .9em .2em 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 td:first-child { min-width: 9em }
+.shares { overflow-x: auto; font-variant-numeric: tabular-nums }
+.shares td:first-child { min-width: 6em }
+.shares td:nth-child(n+2) { white-space: nowrap; text-align: right }
 .charts { display: flex; flex-wrap: wrap; gap: 1em }
 .charts svg { flex: 1 1 20em; min-width: 0; max-width: 34em; height: auto }
 </style>
@@ -46,11 +51,11 @@ td:first-child { min-width: 9em }
 {% endfor %}
 </div>
 {% for rows in table.facts %}
-<table>
+<div{% if rows[0]|length > 2 %} class="shares"{% endif %}><table>
 {% for row in rows %}
 <tr>{% for value in row %}<td>{{ cell(value) }}</td>{% endfor %}</tr>
 {% endfor %}
-</table>
+</table></div>
 {% endfor %}
 {% endfor %}
 """
@@ -146,20 +151,21 @@ def _draw_mixture(axes: "Axes", manifest: Manifest) -> None:
     axes.set_yticks(range(len(names)), names)
     _whole(axes.xaxis, 5)
     axes.bar_label(bars, [f"{n / max(1, sum(tokens)):.1%}" for n in tokens], padding=3)
-    axes.margins(x=0.35, y=max(0.05, 1 / len(names) ** 2))
-    axes.invert_yaxis()
+    axes.margins(x=0.35)
+    room = max(0, _FEWEST_BARS - len(names)) / 2  # few bars are no thicker than many
+    axes.set_ylim(len(names) - 0.4 + room, -0.6 - room)
     trained = manifest.trained_tokens
     told = "" if trained is None else f", {trained / max(1, manifest.tokens):.1%} trained on"
     axes.set(title=f"{_short_count(manifest.tokens)} tokens{told}", xlabel="tokens, by dataset")
 
 
 def _mixed(manifest: Manifest) -> list[tuple[str, int]]:
-    """Names of datasets and their tokens, those that are small together."""
+    """Names of datasets and their tokens, the largest first, those that are small together."""
     datasets = manifest.lineage["counts"].get("datasets") or {"all": {"tokens": manifest.tokens}}
     found = [(_short(Path(name).name or name), own["tokens"]) for name, own in datasets.items()]
+    found.sort(key=lambda one: -one[1])
     if len(found) <= _MOST_BARS:
         return found
-    found.sort(key=lambda one: -one[1])
     rest = found[_MOST_BARS - 1 :]
     return [*found[: _MOST_BARS - 1], (f"{len(rest)} others", sum(tokens for _, tokens in rest))]
 
@@ -236,7 +242,7 @@ def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
     facts = {
         "job": lineage["job"],
         "inputs": ", ".join(lineage["inputs"]),
-        **lineage["parameters"],
+        **{name: _listed(value) for name, value in lineage["parameters"].items()},
         **counts,
         **{name: or_unknown(getattr(manifest, name)) for name in ("trained_tokens", "untrained_tokens")},
         "tokens/s": lineage["timing"]["tokens_per_second"],
@@ -252,6 +258,13 @@ def _facts(manifest: Manifest) -> list[list[tuple[object, ...]]]:
     if vision := lineage["counts"].get("vision"):
         tables.append([(name, value) for name, value in vision.items() if not isinstance(value, Mapping)])
     return tables
+
+
+def _listed(value: object) -> object:
+    """A parameter that holds several as a reader writes them."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(own)}" for name, own in value.items())
+    return value
 
 
 def _cell(value: object) -> str:

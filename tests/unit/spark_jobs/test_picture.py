@@ -125,6 +125,12 @@ def test_a_page_does_not_overflow(manifest, tmp_path):
             assert page.run("document.documentElement.scrollWidth") <= width
             widths = page.run("[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().width)")
             assert min(widths) > 300
+            lines = page.run(
+                "[...document.querySelectorAll('.shares td:nth-child(n+2)')].map(one => {"
+                "const range = document.createRange(); range.selectNodeContents(one);"
+                "return range.getClientRects().length})"
+            )
+            assert set(lines) == {1}  # no number is broken
         assert not page.told
     figure = _figure([_charts("", replace(manifest, lineage=lineage))])
     assert figure.axes[1].get_title() == "100 tokens, 25.0% trained on"
@@ -140,5 +146,7 @@ def test_ticks_are_whole_and_bars_of_one_name_are_two(manifest):
     for axis in (lengths.yaxis, mixture.xaxis, packing.xaxis):
         assert all(float(tick).is_integer() for tick in axis.get_ticklocs())
     assert [bar.get_width() for bar in mixture.patches] == [2, 1]
+    thick = mixture.patches[0].get_window_extent().height
+    assert thick < 0.15 * mixture.get_window_extent().height  # two bars are no walls
     box, own = packing.get_legend().get_window_extent(), packing.get_window_extent()
     assert box.y1 <= own.y0
