@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import spark_jobs
-from fft.corpus.splits import MOST_BYTES
 from fft.errors import Parser, UserError, positive
-from fft.images.rules import LIMITS
 from fft.serve.engines import add_engine_flags
 from fft.serve.images import add_image_flags
 from fft.serve.sampling import add_sampling_flags
 from spark_jobs.cli_values import fraction, named_weights
 from spark_jobs.parameters import CHOICES
+from spark_jobs.record_flags import add_keep, add_record_flags, add_row_flags
 
 #: Flags that ``--help`` explains, besides those that have to be given; ``--help_all`` explains all.
 _COMMON = (
@@ -59,58 +58,15 @@ def tokenize_parser() -> Parser:
     )
     parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument("--id_key", default="id", help="key or column of the id; without one, a hash of the text")
-    _add_row_flags(parser)
+    add_row_flags(parser)
     parser.add_argument(
         "--eos",
         choices=CHOICES["eos"],
         default="auto",
         help="end-of-sequence token after each document: auto = if the tokenizer has one (default), always = it must",
     )
-    _add_record_flags(parser)
+    add_record_flags(parser)
     return parser
-
-
-def _add_record_flags(parser: Parser) -> None:
-    parser.add_argument(
-        "--parse_special_tokens",
-        action="store_true",
-        help="let special-token strings in the text become control tokens (default: they are ordinary text)",
-    )
-    parser.add_argument(
-        "--on_error",
-        choices=CHOICES["on_error"],
-        default="fail",
-        help="malformed records end the job (default), or go to OUTPUT/_quarantine and are counted",
-    )
-    parser.add_argument(
-        "--show",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="then print the first N rows, what is trained marked",
-    )
-
-
-def _add_row_flags(parser: Parser) -> None:
-    parser.add_argument(
-        "--max_len",
-        type=positive,
-        help="cut longer documents to rows of this many tokens, chats between turns (default: no cut)",
-    )
-    parser.add_argument(
-        "--max_document_bytes",
-        type=positive,
-        default=MOST_BYTES,
-        metavar="N",
-        help="a line, or a text between blank lines, of so many bytes ends the job (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--image_path",
-        metavar="DIR",
-        help="read images of chats, named files from this folder; --tokenizer is then the whole directory of a model",
-    )
-    for name, meaning in LIMITS.items():
-        parser.add_argument(f"--{name}", type=positive, help=f"{meaning} (default: the model's own limit)")
 
 
 def run_tokenize(argv: Sequence[str] | None = None) -> None:
@@ -132,9 +88,13 @@ def shuffle_parser() -> Parser:
 
   # a mixture of the tables runs/datasets/web and runs/datasets/books, no content twice
   spark-submit spark_jobs/shuffle.py -i runs/datasets -o runs/mixed --weights web=0.7,books=2 --dedup
+
+  # tables by names of their own, which documents keep in the column dataset
+  spark-submit spark_jobs/shuffle.py -i web=lake/cc-2026 books=lake/gutenberg -o runs/mixed
 """,
-        "token table(s), or a folder of them; names of catalog tables",
+        "token table(s), or a folder of them; names of catalog tables; NAME=TABLE calls one otherwise than its folder",
     )
+    add_keep(parser, "columns of the tables")
     parser.add_argument("--seed", type=int, default=0, help="the order's seed (default: %(default)s)")
     parser.add_argument("-n", "--num_block", type=positive, help="files to write (default: from the tokens, 8 to 2048)")
     parser.add_argument(

@@ -3,6 +3,11 @@
 import argparse
 
 
+def column_names(text: str) -> list[str]:
+    """``url,license``."""
+    return [name for name in (one.strip() for one in text.split(",")) if name]
+
+
 def fraction(text: str) -> float:
     """A share from 0 to below 1. Raises what argparse takes for an error."""
     value = float(text)

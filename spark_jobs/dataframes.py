@@ -29,7 +29,7 @@ from fft.data.lakes import EngineOnly
 from fft.data.storage import check_names_utf8, is_url
 from fft.errors import UserError
 from fft.text.records import RecordEncoder
-from spark_jobs.parameters import is_table_name
+from spark_jobs.parameters import is_table_name, quoted_column
 from spark_jobs.runtime.hashing import row_hash
 from spark_jobs.runtime.session import lacking_connector, user_errors
 from spark_jobs.runtime.tasks import to_tasks, without_parts
@@ -198,8 +198,7 @@ def _arrow_type(kind: DataType) -> pa.DataType:
 
 
 def _column(name: str) -> Column:
-    """By its name alone: ``a.b`` is a column, and no field of ``a``."""
-    return F.col("`" + name.replace("`", "``") + "`")
+    return F.col(quoted_column(name))
 
 
 def records_of(

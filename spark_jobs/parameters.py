@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ def check_parameters(given: Mapping[str, Any]) -> None:
             raise UserError(f"`show` is {value!r}, it must be a number of rows, 0 for none.")
         if name == "holdout" and not _is_share(value):
             raise UserError(f"`holdout` is {value!r}, it must be a share, from 0 to below 1.")
+        if name == "keep" and value is not None and not _are_names(value):
+            raise UserError(f'`keep` is {value!r}, it must be a list of different names of columns, as ["url"] is.')
         if name == "weights" and value is not None and not _are_weights(value):
             raise UserError(f'`weights` is {value!r}, it must map names of tables to numbers, as {{"web": 0.7}} does.')
 
@@ -79,8 +81,18 @@ def _are_weights(value: Any) -> bool:
     )
 
 
+def _are_names(value: Any) -> bool:
+    names = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [None]
+    return all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+
+
 def is_table_name(path: object) -> bool:
     """Whether a name is that of a catalog's table, ``schema.table`` or ``catalog.schema.table``: no path has a file of
     this name, it has no slash, and does not end as files with documents do."""
     text = str(path)
     return _NAME.fullmatch(text) is not None and not Path(text).exists() and kind_of(Path(text)) is None
+
+
+def quoted_column(name: str) -> str:
+    """A column's name for Spark, by its name alone: ``a.b`` is a column, and no field of ``a``."""
+    return "`" + name.replace("`", "``") + "`"

@@ -15,12 +15,12 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from fft.data.arrow_lists import bytes_to_lists, unpack_bytes
-from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS
-from fft.data.part_files import dataset_tallies
+from fft.data.document_ids import of_rows
+from fft.data.known import DATASET, DOC_IDS, GRIDS, IMAGES, LISTS
 from spark_jobs.mixing import with_copies
 from spark_jobs.runtime.hashing import block_of, is_held_out, row_hash
 from spark_jobs.runtime.tasks import to_tasks, without_parts
-from spark_jobs.token_table.read import byte_columns
+from spark_jobs.token_table.read import BESIDE, byte_columns, texts_beside
 
 #: Finer buckets balance better: with 64 a partition, the spread stays far below one in a hundred. Of many partitions,
 #: whose buckets each hold many documents, fewer do as well, and the driver knows all of them.
@@ -41,6 +41,8 @@ def buckets_for(partitions: int) -> int:
     return partitions * max(_FEWEST_PER_PARTITION, min(_BUCKETS_PER_PARTITION, _BUCKETS // partitions))
 
 
+#: Column that orders rows that differ only in what goes beside them.
+_TIE = "tie"
 #: What a :class:`RowChoice` counts: rows that stay, those without tokens, and those that equal the one before.
 COUNTED_ROWS = ("rows_out", "empty", "duplicates")
 
@@ -59,14 +61,14 @@ class Shuffling:
     def place(self, rows: DataFrame, num_block: int, done: Collection[int] = ()) -> DataFrame:
         """The rows of the split, as often as they occur, in ``num_block`` parts; to be in :meth:`order` there. Those of
         parts that are ``done`` are left out."""
-        named = rows.withColumn("name", F.array_join("doc_ids", "\n"))
+        named = rows.transform(_named)
         chosen = named.transform(rows_of_split, self.seed, self.holdout, self.split, self.dedup)
         copied = chosen.transform(with_copies, self.weights, self.seed, F.col("name"))
         return copied.transform(in_seeded_order, self.seed, num_block, self.dedup, done)
 
     def order(self, rows: DataFrame) -> list[str]:
         """Columns by whose order a part's rows are written."""
-        return ["part", "sort_key", *byte_columns(rows), "kept", "dataset", "name"]
+        return ["part", "sort_key", *byte_columns(rows), "kept", "dataset", "name", *_tie(rows)]
 
     def choice(self, rows: DataFrame) -> "RowChoice":
         """Which of the rows stay, of those in order."""
@@ -133,22 +135,26 @@ def _equal_to_previous(batch: pa.RecordBatch, before: pa.RecordBatch | None, col
     return same
 
 
-def per_dataset(batch: pa.RecordBatch) -> dict[str, int]:
-    """Tallies of how much of each dataset there is."""
-    counts = {}
-    bytes_ = pc.binary_length(batch.column("input_ids"))
-    for dataset in pc.unique(batch.column("dataset")).to_pylist():
-        own = bytes_.filter(pc.equal(batch.column("dataset"), dataset))
-        counts |= dataset_tallies(dataset, len(own), pc.sum(own).as_py() // 4)
-    return counts
-
-
 def as_token_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The columns of a token table, lists of bytes as lists of ids."""
-    names = [name for name in (*LISTS, DOC_IDS, GRIDS, IMAGES) if name in batch.schema.names]
-    unpacked = {DOC_IDS: lambda column: column, IMAGES: unpack_bytes}
-    columns = [unpacked.get(name, bytes_to_lists)(batch.column(name)) for name in names]
-    return pa.RecordBatch.from_arrays(columns, names)
+    """The columns of a token table, lists of bytes as lists of ids; a document that says no dataset is of the one under
+    whose name its row was placed."""
+    there = [name for name in (*LISTS, GRIDS, IMAGES) if name in batch.schema.names]
+    unpacked = {name: (unpack_bytes if name == IMAGES else bytes_to_lists)(batch.column(name)) for name in there}
+    ids = batch.column(DOC_IDS)
+    texts = {DOC_IDS: ids, DATASET: of_rows(batch.column("dataset"), ids)} | texts_beside(batch)
+    lists = {name: column for name, column in unpacked.items() if name in LISTS}
+    columns = lists | texts | unpacked
+    return pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+
+
+def _named(df: DataFrame) -> DataFrame:
+    """Rows with the ``name`` by which they are placed, and what orders rows that differ in nothing else."""
+    named = df.withColumn("name", F.array_join("doc_ids", "\n"))
+    return named.withColumn(_TIE, F.to_json(BESIDE)) if BESIDE in df.columns else named
+
+
+def _tie(df: DataFrame) -> list[str]:
+    return [_TIE] if BESIDE in df.columns else []
 
 
 def _bucket(seed: int, buckets: int) -> Column:
@@ -170,10 +176,11 @@ def in_partitions(df: DataFrame, assigned: DataFrame, seed: int, buckets: int, n
     ints = byte_columns(df)
     sort_key = row_hash("partition", seed, F.array_join("doc_ids", "\n"), *(F.col(name) for name in ints))
     placed = df.withColumn("bucket", _bucket(seed, buckets)).join(F.broadcast(assigned), "bucket")
-    named = placed.withColumn("sort_key", sort_key).withColumn("name", F.array_join("doc_ids", "\n"))
-    return named.select("part", "sort_key", "name", "doc_ids", *ints).transform(to_tasks, num_partition)
+    named = placed.withColumn("sort_key", sort_key).transform(_named)
+    beside = [BESIDE, *_tie(df)] if BESIDE in df.columns else []
+    return named.select("part", "sort_key", "name", "doc_ids", *ints, *beside).transform(to_tasks, num_partition)
 
 
 def partition_order(placed: DataFrame) -> list[str]:
     """Columns by whose order a partition's rows are packed."""
-    return ["part", "sort_key", "name", *byte_columns(placed)]
+    return ["part", "sort_key", "name", *byte_columns(placed), *_tie(placed)]

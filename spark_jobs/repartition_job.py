@@ -17,6 +17,7 @@ from fft.data.delta import split_name
 from fft.data.known import IMAGES
 from fft.data.manifest import Manifest, Manifests
 from fft.data.part_files import PartFile, PartFolder
+from fft.data.row_tallies import by_dataset, datasets_of
 from fft.errors import UserError
 from spark_jobs.parameters import check_parameters, is_table_name
 from spark_jobs.placing import bucket_tokens, buckets_for, in_partitions, partition_order, parts_for
@@ -42,6 +43,7 @@ from spark_jobs.token_table.read import (
     open_datasets,
     open_named,
     read_tokens,
+    with_kept,
 )
 from spark_jobs.token_table.remains import SPLITS
 from spark_jobs.token_table.spark_output import SparkTable
@@ -128,7 +130,7 @@ def _check_in_place(source: str, output: str | Path | None, overwrite: bool, wri
 def _open(source: str, session: Callable[[], SparkSession]) -> dict[str, Dataset]:
     """The tables to repartition, by name. Raises :class:`UserError` for none, and for others than those of a split."""
     if is_table_name(source):
-        return {"": open_named(session(), [source], [])[0]}
+        return {"": with_kept(open_named(session(), [source], [])[0])}
     tables = find_tables(source, "input")
     names = [""] if tables == [source] else [posixpath.basename(table) for table in tables]
     if names != [""] and not set(names) <= set(SPLITS):
@@ -136,7 +138,8 @@ def _open(source: str, session: Callable[[], SparkSession]) -> dict[str, Dataset
             f"`input` {source} holds the tables {', '.join(names)}: "
             "give one of them, or mix them with shuffle.py first."
         )
-    return dict(zip(names, open_datasets(tables, EachByTasks(session)), strict=True))
+    opened = open_datasets(tables, EachByTasks(session))
+    return {name: with_kept(dataset) for name, dataset in zip(names, opened, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,8 @@ def _repartition(
     packer = Packer(packing.max_len, packing.pack, packing.seed, window_tokens(packing.max_len), vision, pairs)
     order = partition_order(placed)
     if isinstance(writer, SparkTable):
-        columns, names = token_columns(rows, packed=True), tally_names((), IMAGES in rows.columns)
+        columns = token_columns(rows, packed=True, beside=dataset.beside)
+        names = tally_names((), IMAGES in rows.columns, dataset.names)
         writer.save(counted_rows(placed, PackedRows(packer, columns), columns, names, order), names, title)
     elif left:
         writer.write(placed, PackParts(writer.target, packer), order, title)
@@ -206,6 +210,8 @@ def _repartition(
         "unused": positions - tokens,
         "unused_share": round(1 - tokens / positions, 6),
     }
+    if found_datasets := datasets_of(writer.tallies):
+        counts["datasets"] = by_dataset(found_datasets, writer.tallies)
     timing, tokenizer = timing_of(start, tokens), common_tokenizer([dataset])
     facts = None if vision is None else vision.facts()
     made = finished_manifest(writer.parts, lineage, counts, timing, tokenizer, packing.max_len, packing.seed, facts)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,33 +14,29 @@ from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
 from fft.corpus.accounts import finished_manifest, lineage_of, timing_of
-from fft.data.known import IMAGES
+from fft.data.known import DATASET, IMAGES
 from fft.data.manifest import Manifest, Manifests, or_unknown
-from fft.data.part_files import PartFile, PartFolder, by_dataset, dataset_tallies, sum_tallies
+from fft.data.part_files import PartFile, PartFolder, sum_tallies
+from fft.data.row_tallies import by_dataset, datasets_of
 from fft.errors import UserError
 from spark_jobs.mixing import often_by
 from spark_jobs.parameters import check_parameters
-from spark_jobs.placing import COUNTED_ROWS, RowChoice, Shuffling, as_token_rows, parts_for, per_dataset
+from spark_jobs.placing import COUNTED_ROWS, RowChoice, Shuffling, as_token_rows, parts_for
 from spark_jobs.runtime.counting import tally_names
-from spark_jobs.runtime.many_files import EachByTasks
 from spark_jobs.runtime.session import get_session, job_settings
 from spark_jobs.runtime.tasks import by_part, part_to_row
 from spark_jobs.token_rows import ChosenRows, counted_rows, token_columns
 from spark_jobs.token_table.destination import check_writer, output_at
 from spark_jobs.token_table.kept import keep_part
-from spark_jobs.token_table.output import places_at
+from spark_jobs.token_table.named_inputs import Inputs, open_inputs
 from spark_jobs.token_table.picture import check_report, write_report
 from spark_jobs.token_table.read import (
     Dataset,
     common_pairs,
     common_tokenizer,
     common_vision,
-    find_tables,
     not_read,
-    open_datasets,
-    open_named,
     read_tokens,
-    split_inputs,
 )
 from spark_jobs.token_table.spark_output import SparkTable
 from spark_jobs.token_table.work import work_on
@@ -64,9 +60,10 @@ class Mixing:
 
 
 def shuffle_tables(
-    inputs: str | Path | Sequence[str | Path],
+    inputs: Inputs,
     output: str | Path,
     *,
+    keep: Sequence[str] | None = None,
     seed: int = 0,
     num_block: int | None = None,
     weights: Mapping[str, float] | None = None,
@@ -82,23 +79,23 @@ def shuffle_tables(
     """Write the rows of all input tables to ``output`` in an order that depends on their content and ``seed`` alone.
 
     With ``holdout`` > 0, ``output`` gets the tables ``train`` and ``validation``: about that share of the document
-    ids, and all their rows, are held out. ``weights`` (by name of the table's folder) say how often a row of the
-    training table occurs, or with ``weight_by="tokens"`` which share of its tokens each table has; held-out rows occur
-    once, or not at all where the weight is 0. ``dedup`` leaves out rows whose content occurred before, and training
-    rows whose content is held out.
+    ids, and all their rows, are held out. Tables have the names of their folders or those given, as in
+    ``{"web": "runs/web"}`` or "web=runs/web", which documents keep in the column ``dataset``; ``keep`` are others to
+    carry. ``weights`` (by name) say how often a row of the training table occurs, or with ``weight_by="tokens"`` which
+    share of its tokens each table has; held-out rows occur once, or not at all where the weight is 0. ``dedup`` leaves
+    out rows whose content occurred before, and training rows whose content is held out.
 
     Inputs may name catalog tables (``catalog.schema.table``), which the engine reads. The output, too: Spark then
     writes it, as with ``writer="spark"`` any other, see :mod:`spark_jobs.token_table.spark_output`.
     ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
-    ``report`` a file, .html or .png, for a picture of the result. Returns the manifests by table name ("" without a
-    split). Raises :class:`UserError` for inputs that are no finished token tables and for a split that leaves a side
-    empty. ``spark`` is by default the active session.
+    ``report`` a file, .html or .png, for a picture. Returns the manifests by table name ("" without a split). Raises
+    :class:`UserError` for inputs that are no finished token tables and for a split that leaves a side empty.
     """
     check_parameters(locals())
     check_report(report, overwrite)
     check_writer(writer, output)
     session = partial(get_session, "shuffle", spark)
-    datasets = _open(inputs, session)
+    datasets = open_inputs(inputs, session, keep)
     common_tokenizer(datasets), common_vision(datasets)  # differing ones are refused before the work
     whole = common_pairs(datasets) and _seq_len(datasets) is None  # a pair a row
     if holdout and not whole and any("cu_seqlens" in d.table.columns for d in datasets):
@@ -110,8 +107,7 @@ def shuffle_tables(
     lineage = lineage_of("shuffle", [dataset.table.origin for dataset in datasets], parameters) | left_out
     # The small side first: a split that leaves it empty is found before the work.
     shares = {"validation": holdout, "train": 1 - holdout} if holdout else {"": 1.0}
-    table = output_at(output, list(shares), [d.path for d in datasets], overwrite, format, writer, session)
-    table.check()
+    (table := output_at(output, list(shares), [d.path for d in datasets], overwrite, format, writer, session)).check()
     spark, start = session(), time.monotonic()
     work = work_on("shuffle", table, datasets, asdict(mixing))
     with table.claim(lineage, work) as writers, job_settings(spark):
@@ -138,19 +134,12 @@ def _finish(
     rules, manifests = common_vision(datasets), Manifests()
     vision = None if rules is None else rules.facts()
     for name, made in writers.items():
-        own = counts | {"datasets": by_dataset([dataset.name for dataset in datasets], made.tallies)}
+        named = [dataset.name for dataset in datasets if DATASET not in dataset.table.columns]
+        own = counts | {"datasets": by_dataset([*dict.fromkeys([*named, *datasets_of(made.tallies)])], made.tallies)}
         found = finished_manifest(made.parts, lineage, own, timing, tokenizer, length, mixing.seed, vision)
         manifests[name] = replace(found, pairs=common_pairs(datasets))
         made.finish(manifests[name])
     return manifests, counts
-
-
-def _open(inputs: str | Path | Sequence[str | Path], session: Callable[[], SparkSession]) -> list[Dataset]:
-    """Tables of folders and of catalogs."""
-    given, named = split_inputs(inputs)
-    tables = [table for path in places_at(given, "inputs") for table in find_tables(path, "inputs")]
-    datasets = open_datasets(tables, EachByTasks(session))
-    return [*datasets, *(open_named(session(), named, datasets) if named else [])]
 
 
 def _write_split(
@@ -170,9 +159,11 @@ def _write_split(
     shuffling = Shuffling(mixing.seed, mixing.holdout, name, weights, mixing.dedup)
     title, choice, order = f"shuffle {name}".strip(), shuffling.choice(rows), shuffling.order(rows)
     if isinstance(writer, SparkTable):
-        of_datasets = [tally for dataset in datasets for tally in dataset_tallies(dataset.name, 0, 0)]
-        names = tally_names([*COUNTED_ROWS, *of_datasets], IMAGES in rows.columns)
-        counted = counted_rows(shuffling.place(rows, blocks), ChosenRows(choice), token_columns(rows), names, order)
+        known = dict.fromkeys(name for dataset in datasets for name in dataset.names)
+        names = tally_names(COUNTED_ROWS, IMAGES in rows.columns, [*known])
+        kept = dict.fromkeys(name for dataset in datasets for name in dataset.kept)
+        columns = token_columns(rows, beside=[DATASET, *kept])
+        counted = counted_rows(shuffling.place(rows, blocks), ChosenRows(choice, columns), columns, names, order)
         writer.save(counted, names, title)
     else:
         done = writer.go_on(blocks, f" of {name}" if name else "")
@@ -219,7 +210,7 @@ class WriteRows:
                 for batch in rows:
                     chosen, counts = self.choice.of(batch, before)
                     before = batch.slice(batch.num_rows - 1)
-                    tallies.update({**counts, **per_dataset(chosen)})
+                    tallies.update(counts)
                     if chosen.num_rows:
                         sink.write(as_token_rows(chosen))
                 done = sink.finish(tallies)

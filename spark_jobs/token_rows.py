@@ -14,40 +14,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.types import ArrayType
 
 from fft.corpus.accounts import UNUSED
 from fft.corpus.records import read_records
 from fft.corpus.splits import Split
 from fft.corpus.tokenize_parts import RecordTokenizer
-from fft.data.known import DOC_IDS, GRIDS, IMAGES, LISTS, MASK
+from fft.data.known import DATASET, DOC_IDS, GRIDS, IMAGES, LISTS
 from fft.errors import UserError
 from fft.text.encoder import Encoder
 from fft.text.records import RecordEncoder
 from spark_jobs.dataframes import records_of
-from spark_jobs.placing import RowChoice, as_token_rows, per_dataset
+from spark_jobs.parameters import quoted_column
+from spark_jobs.placing import RowChoice, as_token_rows
 from spark_jobs.runtime.counting import TALLIES, Tallied
 from spark_jobs.runtime.hashing import balance
 from spark_jobs.runtime.tasks import by_part, map_in_order
 from spark_jobs.token_table.pack_rows import Packer
-from spark_jobs.token_table.read import CARRIED, ByteRows
+from spark_jobs.token_table.read import CARRIED, ByteRows, placed_as, row_schema
 
 #: Columns of malformed records that stay: why, and what they are.
 ERROR, RECORD = "error", "record"
 #: The tally of keys or columns of records that nothing uses.
 ALL_UNUSED = f"{UNUSED}all together"
-_TYPES = dict.fromkeys((*LISTS, GRIDS), "array<int>") | {DOC_IDS: "array<string>", IMAGES: "array<binary>"}
+_TYPES = dict.fromkeys((*LISTS, GRIDS), "array<int>") | {IMAGES: "array<binary>"}
+_TYPES |= {DOC_IDS: "array<string>", ERROR: "string", RECORD: "string"}
 _ARROW = {"array<int>": pa.list_(pa.int32()), "array<string>": pa.list_(pa.string()), "string": pa.string()}
 _ARROW["array<binary>"] = pa.list_(pa.binary())
 
 
 def token_schema(columns: Sequence[str]) -> str:
-    """Spark's schema of columns of a token table."""
-    return ", ".join(f"{name} {_TYPES.get(name, 'string')}" for name in columns)
+    """Spark's schema of columns of a token table; those that it does not know are texts, one a document."""
+    return ", ".join(f"{quoted_column(name)} {_TYPES.get(name, 'array<string>')}" for name in columns)
 
 
-def token_columns(df: DataFrame, packed: bool = False) -> list[str]:
-    """The columns that rows of a token table have, in order, ``packed`` or not. Raises :class:`UserError` for no
-    ``input_ids``, and for malformed records that :func:`spark_jobs.transforms.tokenize` has left there."""
+def token_columns(df: DataFrame, packed: bool = False, beside: Sequence[str] = ()) -> list[str]:
+    """The columns that rows of a token table have, in order, ``packed`` or not, with those ``beside`` the ids.
+
+    Raises :class:`UserError` for no ``input_ids``, and for malformed records that
+    :func:`spark_jobs.transforms.tokenize` has left there.
+    """
     if "input_ids" not in df.columns:
         raise UserError(f"the DataFrame has no column input_ids (it has {', '.join(df.columns)}): tokenize it first.")
     if {ERROR, RECORD} <= {*df.columns}:
@@ -57,22 +63,28 @@ def token_columns(df: DataFrame, packed: bool = False) -> list[str]:
         )
     there = [name for name in CARRIED if name in df.columns or (packed and name == "cu_seqlens")]
     lists = [name for name in there if name in LISTS]
-    return [*lists, DOC_IDS, *(name for name in there if name not in lists)]
+    return [*lists, DOC_IDS, *beside, *(name for name in there if name not in lists)]
+
+
+def own_beside(df: DataFrame) -> tuple[str, ...]:
+    """The columns of texts that a DataFrame has beside ids and that are read."""
+    return (DATASET,) if DATASET in df.columns else ()
 
 
 def token_bytes(df: DataFrame) -> DataFrame:
-    """Rows of a DataFrame as :func:`spark_jobs.token_table.read.read_tokens` has those of tables; ``dataset`` is its
-    column of that name, else the same for all. Raises as :func:`token_columns`."""
-    lists = tuple(name for name in token_columns(df) if name != DOC_IDS)
-    schema = ", ".join(f"{name} binary" for name in lists)
-    return own_columns(df).mapInArrow(ByteRows(lists), f"dataset string, doc_ids array<string>, {schema}")
+    """Rows of a DataFrame as :func:`spark_jobs.token_table.read.read_tokens` has those of tables; they are placed under
+    what its column ``dataset`` says, else all under the same. Raises as :func:`token_columns`."""
+    lists, beside = tuple(name for name in token_columns(df) if name != DOC_IDS), own_beside(df)
+    return own_columns(df).mapInArrow(ByteRows(lists, beside), row_schema(lists, beside))
 
 
 def own_columns(df: DataFrame) -> DataFrame:
-    """The columns that are read of a DataFrame's."""
-    names = [name for name in (*CARRIED, DOC_IDS, MASK) if name in df.columns]
-    dataset = F.col("dataset").cast("string") if "dataset" in df.columns else F.lit("")
-    return df.select(*names, F.coalesce(dataset, F.lit("")).alias("dataset"))
+    """What :class:`ByteRows` reads of a DataFrame; a packed row is placed under the dataset of its first document."""
+    dataset = F.lit("")
+    if DATASET in df.columns:
+        listed = isinstance(df.schema[DATASET].dataType, ArrayType)
+        dataset = F.coalesce((F.get(DATASET, F.lit(0)) if listed else F.col(DATASET)).cast("string"), dataset)
+    return placed_as(df, dataset, own_beside(df))
 
 
 @dataclass
@@ -175,6 +187,7 @@ class ChosenRows(TokenWork):
     """Rows in the order of a shuffle as token rows, those that stay by ``choice``."""
 
     choice: RowChoice
+    columns: Sequence[str]
 
     def rows(self, batches: Iterator[pa.RecordBatch], tallies: Counter[str]) -> Iterator[pa.RecordBatch]:
         """See the class."""
@@ -183,8 +196,8 @@ class ChosenRows(TokenWork):
             if batch.num_rows:
                 chosen, counts = self.choice.of(batch, before)
                 before = batch.slice(batch.num_rows - 1)
-                tallies.update({**counts, **per_dataset(chosen)})
-                yield as_token_rows(chosen)
+                tallies.update(counts)
+                yield as_token_rows(chosen).select(self.columns)
 
 
 @dataclass(frozen=True)
@@ -206,6 +219,7 @@ class PackedInPlace:
 
     packer: Packer
     lists: tuple[str, ...]
+    beside: tuple[str, ...]
     columns: Sequence[str]
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -213,7 +227,7 @@ class PackedInPlace:
         return (packed.select(self.columns) for packed in self.packer(self._bytes(batches)))
 
     def _bytes(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in ByteRows(self.lists)(batches):
+        for batch in ByteRows(self.lists, self.beside)(batches):
             full = batch.filter(pc.greater(pc.binary_length(batch.column("input_ids")), 0))
             if full.num_rows:
                 part = pa.array([0] * full.num_rows, pa.int32())

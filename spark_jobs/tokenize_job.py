@@ -19,13 +19,15 @@ from fft.corpus.splits import MOST_BYTES, SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
 from fft.data.known import IMAGES, LeftOut
 from fft.data.manifest import Manifest, TokenizerInfo
-from fft.data.part_files import PartFile, PartFolder, RejectFile, dataset_tallies
+from fft.data.part_files import PartFile, PartFolder, RejectFile
+from fft.data.row_tallies import dataset_tallies
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
 from fft.text.chat import ImageSettings
 from fft.text.encoder import Encoder
 from fft.text.engines import ENGINES
+from fft.text.keeping import keeping, kept_in
 from fft.text.records import Keys, RecordEncoder
 from fft.text.shown import beginning, documents_of_row, load_decoder
 from spark_jobs.dataframes import ORDER as FRAME_ORDER
@@ -59,6 +61,7 @@ def tokenize_table(
     task: str = "pretrain",
     text_key: str = "text",
     id_key: str = "id",
+    keep: Sequence[str] | None = None,
     max_len: int | None = None,
     max_document_bytes: int = MOST_BYTES,
     image_path: str | Path | None = None,
@@ -85,37 +88,31 @@ def tokenize_table(
     have ``text_key``, ``eos`` and ``parse_special_tokens``. With ``image_path``, a folder, chats may have images, which
     rows carry in ``images`` and ``image_grids``; ``tokenizer`` is then a model's directory, which has their limits.
     ``format`` is "parquet" (by default, but for catalog tables) or "delta", where ``overwrite`` adds a version;
-    ``report`` a file, .html or .png, for a picture; ``show`` so many rows are printed as text. Malformed records end
-    the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError` for what is none of these.
+    ``report`` a file, .html or .png, for a picture; ``show`` so many rows are printed; ``keep`` other keys or columns.
+    Malformed records end the job (``on_error="fail"``) or go to ``output/_quarantine``. Raises :class:`UserError`.
     """
     check_parameters(locals())
     _check_outputs(output, writer, on_error, report, overwrite, show)
     unread, paths = by_reader([inputs] if isinstance(inputs, str | Path | DataFrame) else inputs)
     sources = find_sources(paths, id_key, left_out := LeftOut(), for_engine := [])
     session = partial(get_session, "tokenize", spark)
-    table = output_at(output, [""], [*paths, *unread], overwrite, format, writer, session)
-    table.check()
+    (table := output_at(output, [""], [*paths, *unread], overwrite, format, writer, session)).check()
     parameters = {"task": task, "tokenizer": str(tokenizer), "id_key": id_key, "max_len": max_len, "on_error": on_error}
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     check_sources(sources, task)
     load = encoder_loader(tokenizer, task, Keys(text_key, id_key), max_len, eos, parse_special_tokens, images)
-    texts = _of_texts(text_key, eos, parse_special_tokens)
+    texts = {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
     parameters |= texts if task == "pretrain" else _of_images(image_path, images)
-    record_encoder, info, spark = _load_beside_spark(load, session)
+    record_encoder, info, spark = _load_beside_spark(load, session, keep)
     start, found = time.monotonic(), _Inputs(sources, open_frames(spark, [*unread, *for_engine]), max_document_bytes)
-    lineage, work = lineage_of("tokenize", found.origins, parameters), ""
+    lineage, work = lineage_of("tokenize", found.origins, parameters) | kept_in(keep), ""
     if isinstance(table, Output):
-        found, work = found.measured(record_encoder, tokenizer, images, parameters, table.table_format)
+        found, work = found.measured(record_encoder, tokenizer, images, parameters, keep, table.table_format)
     with table.claim(lineage, work) as writers, job_settings(spark):
         _fill(spark, writers[""], found, record_encoder, on_error == "fail")
         manifest = _finish(writers[""], lineage | left_out.facts(), record_encoder, info, max_len, start)
     _tell(manifest, table.folder, [*left_out.notes(), *notes_on(manifest, record_encoder)], report, tokenizer, show)
     return manifest
-
-
-def _of_texts(text_key: str, eos: str, parse_special_tokens: bool) -> dict[str, Any]:
-    """What of the parameters says how texts are read."""
-    return {"text_key": text_key, "eos": eos, "parse_special_tokens": parse_special_tokens}
 
 
 def _check_outputs(
@@ -180,12 +177,13 @@ def _finish(
 
 
 def _load_beside_spark(
-    load: Load, session: Callable[[], SparkSession]
+    load: Load, session: Callable[[], SparkSession], keep: Sequence[str] | None
 ) -> tuple[RecordEncoder[Any], TokenizerInfo, SparkSession]:
     with ThreadPoolExecutor(1) as pool:  # importing transformers takes seconds, and so does starting Spark
         loading = pool.submit(load)
         spark = session()
-        return *loading.result(), spark
+        encoder, info = loading.result()
+        return keeping(encoder, keep), info, spark
 
 
 @dataclass(frozen=True)

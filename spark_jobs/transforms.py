@@ -34,6 +34,7 @@ from spark_jobs.token_rows import (
     EncodeRows,
     PackedInPlace,
     PackedRows,
+    own_beside,
     own_columns,
     token_bytes,
     token_columns,
@@ -102,11 +103,11 @@ def shuffle(
 ) -> Transform:
     """Token rows in an order that depends on their content and ``seed`` alone, however the DataFrame was cut.
 
-    In: the columns of a token table, of which ``input_ids`` must be there, and perhaps ``dataset string``, by whose
-    values ``weights`` say how often rows occur (once where none is given). Out: the same without ``dataset``, and
-    ``doc_ids array<string>`` in any case; other columns are dropped. Rows without tokens are left out. With
-    ``holdout``, the rows of one ``split`` of the documents, "train" or "validation"; ``dedup`` leaves out rows whose
-    content occurred before, or is held out.
+    In: the columns of a token table, of which ``input_ids`` must be there, and perhaps ``dataset`` (a string, or an
+    array of them), by whose values ``weights`` say how often rows occur (once where none is given). Out: the same, and
+    ``doc_ids array<string>`` in any case, ``dataset array<string>`` where it was there; other columns are dropped. Rows
+    without tokens are left out. With ``holdout``, the rows of one ``split`` of the documents, "train" or "validation";
+    ``dedup`` leaves out rows whose content occurred before, or is held out.
 
     The order goes through the ``num_block`` partitions one after the other (by default
     ``spark.sql.shuffle.partitions``), and does not depend on how many they are. It is that of ``shuffle_tables``
@@ -121,9 +122,9 @@ def shuffle(
 
     def shuffled(df: DataFrame) -> DataFrame:
         _check_whole(df, "shuffle")
-        rows, columns = token_bytes(df), token_columns(df)
+        rows, columns = token_bytes(df), token_columns(df, beside=own_beside(df))
         placed = shuffling.place(rows, num_block or _default_partitions(df))
-        work = ChosenRows(shuffling.choice(rows))
+        work = ChosenRows(shuffling.choice(rows), columns)
         return map_in_order(placed, work, shuffling.order(rows), token_schema(columns))
 
     return shuffled
@@ -134,7 +135,8 @@ def pack(max_len: int, *, method: str = "best-fit", num_partition: int | None = 
 
     In: the columns of a token table, of which ``input_ids`` must be there, without images. Out: ``input_ids
     array<int>``, perhaps ``labels array<int>``, ``cu_seqlens array<int>`` (where documents begin and end: 0 first, the
-    row's length last), ``doc_ids array<string>`` (one a document); other columns are dropped.
+    row's length last), ``doc_ids array<string>`` (one a document), and as many of ``dataset array<string>`` where there
+    is such a column; other columns are dropped.
 
     With ``num_partition``, documents are dealt to so many partitions of equal token count, and packed there: the rows
     of ``repartition_table``. That reads the DataFrame twice, and is not for streams. Without it each partition of the
@@ -145,12 +147,13 @@ def pack(max_len: int, *, method: str = "best-fit", num_partition: int | None = 
     packer = Packer(max_len, method, seed, window_tokens(max_len))
 
     def packed(df: DataFrame) -> DataFrame:
-        columns, lists = token_columns(df, packed=True), tuple(n for n in token_columns(df) if n != DOC_IDS)
+        lists, beside = tuple(n for n in token_columns(df) if n != DOC_IDS), own_beside(df)
+        columns = token_columns(df, packed=True, beside=beside)
         if IMAGES in columns:
             raise UserError("`pack` is for texts; rows with images are packed by spark_jobs/repartition.py.")
         schema = token_schema(columns)
         if num_partition is None:
-            return own_columns(df).mapInArrow(PackedInPlace(packer, lists, columns), schema)
+            return own_columns(df).mapInArrow(PackedInPlace(packer, lists, beside, columns), schema)
         _check_whole(df, "pack, with `num_partition`,")
         rows, buckets = token_bytes(df).where(F.length("input_ids") > 0), buckets_for(num_partition)
         weights = bucket_tokens(rows, seed, buckets).agg(F.collect_list(F.struct("bucket", "tokens")).alias("weights"))

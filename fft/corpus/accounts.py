@@ -8,8 +8,8 @@ from typing import Any
 from fft.data.image_tallies import image_facts
 from fft.data.lengths import histogram_of
 from fft.data.manifest import Manifest, TokenizerInfo
-from fft.data.part_files import Part, by_dataset, files_of, sum_tallies
-from fft.data.row_tallies import TRAINED
+from fft.data.part_files import Part, files_of, sum_tallies
+from fft.data.row_tallies import TRAINED, by_dataset
 from fft.errors import UserError
 from fft.text.engines import ENGINES
 from fft.text.records import RecordEncoder

@@ -10,7 +10,8 @@ import pyarrow as pa
 from fft.corpus.accounts import UNUSED
 from fft.corpus.records import first_malformed, read_records
 from fft.corpus.splits import MOST_BYTES, Split
-from fft.data.part_files import Part, PartFile, PartFolder, RejectFile, dataset_tallies
+from fft.data.part_files import Part, PartFile, PartFolder, RejectFile
+from fft.data.row_tallies import dataset_tallies
 from fft.errors import UserError
 from fft.text.encoder import Encoder
 from fft.text.records import Malformed, RecordEncoder

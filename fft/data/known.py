@@ -5,6 +5,7 @@ All else is refused by name, or counted and told in the job's summary. The keys 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from urllib.parse import unquote
@@ -35,6 +36,8 @@ LISTS = ("input_ids", "labels", "cu_seqlens")
 IMAGES, GRIDS = "images", "image_grids"
 #: The column of documents' ids: a list a row or, where a row is a document, a string or an integer.
 DOC_IDS = "doc_ids"
+#: The column that says which dataset each document is of, by its name: in the form of :data:`DOC_IDS`.
+DATASET = "dataset"
 #: The column that says with 0 which tokens are padding.
 MASK = "attention_mask"
 #: The label of tokens that are not trained on.
@@ -62,7 +65,7 @@ def file_class(path: PurePosixPath) -> str:
     return f"{printable(''.join(ends))} files" if ends else "files without an ending"
 
 
-_READ = (*LISTS, DOC_IDS, MASK, IMAGES, GRIDS)
+_READ = (*LISTS, DOC_IDS, DATASET, MASK, IMAGES, GRIDS)
 
 
 def unread_columns(names: list[str] | tuple[str, ...], read: tuple[str, ...] = _READ) -> list[str]:
@@ -91,6 +94,11 @@ class LeftOut:
         self.files[what] += 1
         if size is not None:
             self.bytes[what] += size
+
+    def without(self, known: Iterable[str]) -> "LeftOut":
+        """The same but for what is ``known`` by now."""
+        gone = set(known)
+        return LeftOut(*(Counter({w: n for w, n in own.items() if w not in gone}) for own in (self.files, self.bytes)))
 
     def facts(self) -> dict[str, dict[str, dict[str, int]]]:
         """What a manifest's lineage says of it, under ``not_read``; nothing if all was read."""

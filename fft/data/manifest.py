@@ -92,6 +92,19 @@ class Manifest:
         return found if type(found) is int else None
 
     @property
+    def datasets(self) -> list[str]:
+        """The names of the datasets of which it counts rows and tokens."""
+        counts = self.lineage.get("counts")
+        found = counts.get("datasets") if isinstance(counts, dict) else None
+        return list(found) if isinstance(found, dict) else []
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Columns of texts, one a document, that were kept from what it was made of."""
+        found = self.lineage.get("kept")
+        return tuple(name for name in found if isinstance(name, str)) if isinstance(found, list) else ()
+
+    @property
     def untrained_tokens(self) -> int | None:
         """All other tokens, or None likewise."""
         return None if self.trained_tokens is None else self.tokens - self.trained_tokens

@@ -322,16 +322,6 @@ def publish_parts(target: PartFolder, parts: Sequence[Part]) -> list[Part]:
     return named
 
 
-def dataset_tallies(name: str, rows: int, tokens: int) -> dict[str, int]:
-    """Tallies of what a part has of a dataset."""
-    return {f"rows of {name}": rows, f"tokens of {name}": tokens}
-
-
-def by_dataset(names: Sequence[str], tallies: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Rows and tokens of each dataset, from tallies."""
-    return {n: {"rows": tallies.get(f"rows of {n}", 0), "tokens": tallies.get(f"tokens of {n}", 0)} for n in names}
-
-
 def files_of(parts: Sequence[Part]) -> tuple[FileInfo, ...]:
     """Manifest entries of the parts that have rows."""
     return tuple(FileInfo(p.name, p.rows, p.tokens, p.bytes) for p in parts if p.name)

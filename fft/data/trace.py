@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fft.data.blend import Blend, parse_tables
 from fft.data.document_ids import id_lists, names_of
 from fft.data.image_batches import run_rules
-from fft.data.known import DOC_IDS, GRIDS, IMAGES
+from fft.data.known import DATASET, DOC_IDS, GRIDS, IMAGES
 from fft.data.order import LANES
 from fft.data.reader import SampleReader
 from fft.data.samples import Samples, TableSamples
@@ -30,8 +30,9 @@ from fft.errors import Parser, UserError, run_cli
 class Seen:
     """Tokens [start, stop) of a document, counted from where the row's stretch of it begins, in a sample of a step.
 
-    ``images`` are those among them, separated by blanks: "1x54x72:316074" is one of so many tiles, patches high and
-    wide, and of so many bytes. They are looked at where the reader was told of images.
+    ``dataset`` is the one that the document says, else the ``table``. ``images`` are those among them, separated by
+    blanks: "1x54x72:316074" is one of so many tiles, patches high and wide, and of so many bytes. They are looked at
+    where the reader was told of images.
     """
 
     step: int
@@ -45,23 +46,25 @@ class Seen:
     row_group: int
     row: int
     images: str = ""
+    table: str = ""
 
 
 def documents_of_step(reader: Samples, step: int, global_batch: int) -> Iterator[Seen]:
     """What step ``step`` (the first is 1) trained on, in the order of its samples."""
-    known: dict[tuple[str, int], list[list[str]]] = {}  # samples of a step share row groups
+    known: dict[tuple[str, int], tuple[list[list[str]], list[list[str]]]] = {}  # samples of a step share row groups
     for sample in range((step - 1) * global_batch, step * global_batch):
         member, index = reader.member(sample)
         (spans,) = member.samples([index])
         for span, rows in spans:
             key = member.table.source, span.group
-            names = known[key] = known[key] if key in known else document_names(member.table, span.group)
+            if key not in known:
+                known[key] = document_names(member.table, span.group), document_names(member.table, span.group, DATASET)
             for number, (begin, end) in enumerate(_documents(rows, span.row)):
                 start, stop = max(begin, span.start), min(end, span.stop)
                 if start < stop:
-                    name = names[span.row][number] if names else ""
-                    when, document = (step, sample, index // member.samples_per_epoch), (name, begin, start, stop)
-                    yield _seen(member.table, when, document, (span.group, span.row), rows)
+                    name, dataset = (names[span.row][number] if names else "" for names in known[key])
+                    when = step, sample, index // member.samples_per_epoch
+                    yield _seen(member.table, when, (name, dataset, begin, start, stop), (span.group, span.row), rows)
 
 
 def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: int) -> Iterator[Seen]:
@@ -75,7 +78,7 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
         raise UserError(f"{paths} has no column doc_ids: only tables that fft's jobs wrote can be searched by id.")
     found = False
     for number, member in searched:
-        for group, row, (begin, end), rows in _named(member, doc_id):
+        for group, row, dataset, (begin, end), rows in _named(member, doc_id):
             found = True
             for own in _samples_with(reader, number, epochs * reader.samples_per_epoch, (group, row, begin, end)):
                 for span in member.spans_of(own):
@@ -83,23 +86,26 @@ def steps_of_document(reader: Samples, doc_id: str, global_batch: int, epochs: i
                     if (span.group, span.row) == (group, row) and start < stop:
                         sample = reader.index(number, own)
                         when = sample // global_batch + 1, sample, own // member.samples_per_epoch
-                        yield _seen(member.table, when, (doc_id, begin, start, stop), (group, row), rows)
+                        document = (doc_id, dataset, begin, start, stop)
+                        yield _seen(member.table, when, document, (group, row), rows)
     if not found:
         raise UserError(f"{paths} holds no document with the id {doc_id!r}.")
 
 
-def _named(member: TableSamples, doc_id: str) -> Iterator[tuple[int, int, tuple[int, int], Rows]]:
-    """Row group, row and tokens [begin, end) of the documents of that id, and the row group's rows."""
+def _named(member: TableSamples, doc_id: str) -> Iterator[tuple[int, int, str, tuple[int, int], Rows]]:
+    """Row group, row, dataset and tokens [begin, end) of the documents of that id, and the row group's rows."""
     table, images = member.table, (GRIDS, IMAGES) if member.rules else ()
     for group in range(len(table.row_groups)):
         if not any(doc_id in names for names in _ids(table, group)):
             continue
         rows = table.check(group, table.load(group, images=images), rules=member.rules)
+        datasets = document_names(table, group, DATASET)
         for row, names in enumerate(document_names(table, group)):
             if doc_id in names:
-                for name, where in zip(names, _documents(rows, row), strict=True):
+                of = datasets[row] if datasets else [""] * len(names)
+                for name, dataset, where in zip(names, of, _documents(rows, row), strict=True):
                     if name == doc_id:
-                        yield group, row, where, rows
+                        yield group, row, dataset, where, rows
 
 
 def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, int, int, int]) -> Iterator[int]:
@@ -116,15 +122,14 @@ def _samples_with(reader: Samples, number: int, limit: int, where: tuple[int, in
 
 
 def _seen(
-    table: Table, when: tuple[int, int, int], document: tuple[str, int, int, int], at: tuple[int, int], rows: Rows
+    table: Table, when: tuple[int, int, int], document: tuple[str, str, int, int, int], at: tuple[int, int], rows: Rows
 ) -> Seen:
-    """Of (step, sample, epoch) and (name, begin, start, stop), counted in the row, ``at`` (row group, row)."""
-    (name, begin, start, stop), (group, row) = document, at
+    """Of (step, sample, epoch) and (name, dataset, begin, start, stop), counted in the row, ``at`` (row group, row)."""
+    (name, dataset, begin, start, stop), (group, row) = document, at
     where, first = table.row_groups[group], int(rows.offsets[row])
     images = _images(rows, first + start, first + stop)
-    return Seen(
-        *when, table.path, name, start - begin, stop - begin, Path(where.path).name, where.index, row, " ".join(images)
-    )
+    place = Path(where.path).name, where.index, row
+    return Seen(*when, dataset or table.path, name, start - begin, stop - begin, *place, " ".join(images), table.path)
 
 
 def _images(rows: Rows, start: int, stop: int) -> Iterator[str]:
@@ -140,12 +145,13 @@ def _documents(rows: Rows, row: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def document_names(table: Table, group: int) -> list[list[str]]:
-    """An id for each of a row's documents that have tokens, "" without one; nothing for a table without such a column.
+def document_names(table: Table, group: int, column: str = DOC_IDS) -> list[list[str]]:
+    """An id, or what another column of texts has, for each of a row's documents that have tokens, "" without one;
+    nothing for a table without such a column.
 
     As repartition reads them: ids that are not one a document name all of a row by the first.
     """
-    ids = _ids(table, group)
+    ids = _ids(table, group, column)
     if not ids or "cu_seqlens" not in table.columns:
         return [[(names[0] if names else None) or ""] for names in ids]
     found = []
@@ -155,12 +161,12 @@ def document_names(table: Table, group: int) -> list[list[str]]:
     return found
 
 
-def _ids(table: Table, group: int) -> list[list[str | None]]:
-    """What the column of ids holds; nothing for a table without one."""
-    if DOC_IDS not in table.columns:
+def _ids(table: Table, group: int, column: str = DOC_IDS) -> list[list[str | None]]:
+    """What a column of texts holds; nothing for a table without it."""
+    if column not in table.columns:
         return []
     where = table.row_groups[group].path
-    return names_of(id_lists(_column(table, group, DOC_IDS), where))
+    return names_of(id_lists(_column(table, group, column), where, column))
 
 
 def _column(table: Table, group: int, name: str) -> pa.Array:

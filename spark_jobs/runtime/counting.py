@@ -28,9 +28,9 @@ class Counting(Protocol):
         """Token rows; what is counted of them, beside what they are, is added to the ``tallies``."""
 
 
-def tally_names(own: Sequence[str], images: bool) -> list[str]:
-    """All that is counted of token rows, which may have images, and the work's ``own``."""
-    return ["rows", "tokens", *row_tally_names(images), *own]
+def tally_names(own: Sequence[str], images: bool, datasets: Sequence[str] = ()) -> list[str]:
+    """All that is counted of token rows, which may have images, of ``datasets``, and the work's ``own``."""
+    return ["rows", "tokens", *row_tally_names(images, datasets), *own]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import numpy as np
 import pyarrow as pa
 
 from fft.data.arrow_lists import int_lists, values_of_bytes
+from fft.data.known import DOC_IDS
 from fft.data.packing import DocumentSpans, best_fit, concat, cut_rows, gather_tokens, permute_rows
 from fft.errors import UserError
 from fft.images.rules import ImageRules
 from spark_jobs.token_table.document_images import DocumentImages
+from spark_jobs.token_table.read import texts_beside
 
 _BATCH_ROWS = 1024
 #: Rows by which a window grows: fixed, since the batches that an engine makes differ.
@@ -21,14 +23,15 @@ _WINDOW_IMAGE_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Window:
-    """Documents laid end to end: document ``d`` is ``values[name][offsets[d]:offsets[d + 1]]``, its id ``ids[d]``.
+    """Documents laid end to end: document ``d`` is ``values[name][offsets[d]:offsets[d + 1]]``, and row ``d`` of
+    ``texts`` has its id and what goes with it.
 
     ``row_ends`` are the ends, in documents, of the rows in which they came. ``images`` are those of the documents.
     """
 
     values: dict[str, np.ndarray]
     offsets: np.ndarray
-    ids: pa.StringArray
+    texts: pa.RecordBatch
     row_ends: np.ndarray
     images: DocumentImages | None = None
 
@@ -90,7 +93,7 @@ class Packer:
         if self.pairs:
             spans = whole_pairs(spans, lengths)
         if window.images is not None:
-            window.images.check_whole(spans, lengths, window.ids, self.max_len)
+            window.images.check_whole(spans, lengths, window.texts.column(DOC_IDS), self.max_len)
         return spans, window
 
     def _pairs(self, window: Window) -> np.ndarray:
@@ -101,9 +104,9 @@ class Packer:
         pairs = lengths.reshape(-1, 2).sum(1)
         rows = np.diff(window.offsets[np.append(0, ends)])
         if (longest := (rows if self.method == "none" else pairs).max(initial=0)) > self.max_len:
-            pair = int(pairs.argmax())
+            name = window.texts.column(DOC_IDS)[2 * int(pairs.argmax())]
             raise UserError(
-                f"preferences of {longest} tokens (document {window.ids[2 * pair]}) would be cut to `max_len` "
+                f"preferences of {longest} tokens (document {name}) would be cut to `max_len` "
                 f"{self.max_len}: raise it, or leave such pairs out with tokenize.py --max_len."
             )
         return pairs
@@ -160,10 +163,11 @@ def _documents(batch: pa.RecordBatch) -> tuple[Window, np.ndarray]:
         values["labels"], offsets = values_of_bytes(batch.column("labels"))
         if not np.array_equal(offsets, row_offsets):
             raise UserError("labels and input_ids differ in length: write the input table again.")
-    names = batch.column("doc_ids")
-    doc_ids, id_offsets = names.flatten(), names.offsets.to_numpy().astype(np.int64)
+    lists = {DOC_IDS: batch.column(DOC_IDS)} | texts_beside(batch)
+    id_offsets = lists[DOC_IDS].offsets.to_numpy().astype(np.int64)
+    texts = pa.RecordBatch.from_arrays([column.flatten() for column in lists.values()], list(lists))
     if "cu_seqlens" not in batch.schema.names:
-        first = doc_ids.take(pa.array(id_offsets[:-1] - id_offsets[0]))
+        first = texts.take(pa.array(id_offsets[:-1] - id_offsets[0]))
         return Window(values, row_offsets, first, np.arange(1, batch.num_rows + 1)), row_offsets
     bounds, at = values_of_bytes(batch.column("cu_seqlens"))
     begins = np.ones(len(bounds), bool)
@@ -179,8 +183,8 @@ def _documents(batch: pa.RecordBatch) -> tuple[Window, np.ndarray]:
     starts = bounds[begins] + np.repeat(row_offsets[:-1], documents)
     if not np.array_equal(np.diff(id_offsets), documents):
         # Named as one row elsewhere: each of its documents gets the row's first name.
-        doc_ids = doc_ids.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
-    return Window(values, np.append(starts, row_offsets[-1]), doc_ids, np.cumsum(documents)), row_offsets
+        texts = texts.take(pa.array(np.repeat(id_offsets[:-1] - id_offsets[0], documents)))
+    return Window(values, np.append(starts, row_offsets[-1]), texts, np.cumsum(documents)), row_offsets
 
 
 def join_windows(windows: list[Window]) -> Window:
@@ -188,12 +192,12 @@ def join_windows(windows: list[Window]) -> Window:
     if len(windows) == 1:
         return windows[0]
     shifts = np.cumsum([0] + [w.tokens for w in windows])
-    rows = np.cumsum([0] + [len(w.ids) for w in windows])
+    rows = np.cumsum([0] + [w.texts.num_rows for w in windows])
     images = [w.images for w in windows if w.images is not None]
     return Window(
         {name: np.concatenate([w.values[name] for w in windows]) for name in windows[0].values},
         np.append(np.concatenate([w.offsets[:-1] + s for w, s in zip(windows, shifts, strict=False)]), shifts[-1]),
-        pa.concat_arrays([w.ids for w in windows]),
+        pa.concat_batches([w.texts for w in windows]),
         np.concatenate([w.row_ends + r for w, r in zip(windows, rows, strict=False)]),
         DocumentImages.join(images) if images else None,
     )
@@ -203,14 +207,15 @@ def hold_back_short_row(spans: DocumentSpans, window: Window, max_len: int) -> t
     """Take the last row out if it is not full, and make its spans the beginning of the next window."""
     full = window.tokens // max_len
     rest = spans.rows(full, full + 1)
-    ids = window.ids.take(pa.array(rest.document))
+    texts = window.texts.take(pa.array(rest.document))
     values = {name: gather_tokens(v, window.offsets, rest) for name, v in window.values.items()}
     offsets = np.concatenate(([0], np.cumsum(rest.length)))
-    return spans.rows(0, full), Window(values, offsets, ids, np.arange(1, len(ids) + 1))
+    return spans.rows(0, full), Window(values, offsets, texts, np.arange(1, texts.num_rows + 1))
 
 
 def write_rows(spans: DocumentSpans, window: Window) -> pa.RecordBatch:
-    """Spans to rows of ``input_ids``, ``cu_seqlens``, ``doc_ids`` and, if there are any, ``labels`` and images."""
+    """Spans to rows of ``input_ids``, ``cu_seqlens``, ``doc_ids`` and, if there are any, what goes with ids, ``labels``
+    and images."""
     row_starts = np.concatenate(([0], spans.row_ends[:-1]))
     ends = np.concatenate(([0], np.cumsum(spans.length)))
     row_offsets = np.append(ends[row_starts], ends[-1])
@@ -223,10 +228,10 @@ def write_rows(spans: DocumentSpans, window: Window) -> pa.RecordBatch:
     columns = {
         "input_ids": lists["input_ids"],
         "cu_seqlens": int_lists(bounds, id_offsets + np.arange(len(id_offsets))),
-        "doc_ids": pa.ListArray.from_arrays(
-            pa.array(id_offsets.astype(np.int32)), window.ids.take(pa.array(spans.document))
-        ),
     }
+    ends_of_texts, texts = pa.array(id_offsets.astype(np.int32)), window.texts.take(pa.array(spans.document))
+    for name, column in zip(texts.schema.names, texts.columns, strict=True):
+        columns[name] = pa.ListArray.from_arrays(ends_of_texts, column)
     if "labels" in lists:
         columns["labels"] = lists["labels"]
     if window.images is not None:

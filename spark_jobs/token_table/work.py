@@ -33,7 +33,7 @@ def work_of(job: str, *facts: Any) -> str:
 def work_on(job: str, output: Output | SparkOutput, datasets: Sequence[Dataset], *facts: Any) -> str:
     """The same of a job on token tables; "", no name, where nobody can tell whether they have changed."""
     told = [
-        (dataset.name, dataset.table.origin, states_of(list(dict.fromkeys(dataset.table.locations))))
+        (dataset.name, dataset.kept, dataset.table.origin, states_of(list(dict.fromkeys(dataset.table.locations))))
         for dataset in datasets
         if not isinstance(dataset.table, EngineTable)
     ]

@@ -76,7 +76,8 @@ def test_facts_for_a_human_reader(packed):
 def test_the_seed_decides_and_the_files_of_the_input_do_not(spark, shuffled, packed, tmp_path):
     rows = rows_of(shuffled / "train")[::-1]
     names = pa.array([row["doc_ids"] for row in rows], pa.list_(pa.string()))
-    write_foreign(tmp_path / "in", [row["input_ids"] for row in rows], doc_ids=names)
+    datasets = [row["dataset"] for row in rows]
+    write_foreign(tmp_path / "in", [row["input_ids"] for row in rows], doc_ids=names, dataset=datasets)
     repartition_table(tmp_path / "in", tmp_path / "same", max_len=256, num_partition=3)
     assert hashes_of(tmp_path / "same") == hashes_of(packed / "train")
     repartition_table(tmp_path / "in", tmp_path / "other", max_len=256, num_partition=3, seed=1)

@@ -31,11 +31,16 @@ def by_name(row):
     return (row["doc_ids"], row["input_ids"])
 
 
+def of_dataset(rows, name):
+    """Rows as they are in a shuffle of a table of that name."""
+    return sorted([{**row, "dataset": [name]} for row in rows], key=by_name)
+
+
 def test_rows_are_the_same_in_another_order_that_the_seed_decides(spark, tokens, tmp_path):
     before = rows_of(tokens)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         shuffle_tables(tokens, tmp_path / name, seed=seed, num_block=3)
-        assert sorted(rows_of(tmp_path / name), key=by_name) == sorted(before, key=by_name)
+        assert sorted(rows_of(tmp_path / name), key=by_name) == of_dataset(before, "tokens")
     assert hashes_of(tmp_path / "a") == hashes_of(tmp_path / "b")
     assert len(hashes_of(tmp_path / "a")) == 3
     a, c = names_of(rows_of(tmp_path / "a")), names_of(rows_of(tmp_path / "c"))
@@ -63,7 +68,7 @@ def test_held_out_documents_are_in_no_training_row(shuffled, tokens):
     train, validation = rows_of(shuffled / "train"), rows_of(shuffled / "validation")
     assert validation
     assert not set(names_of(train)) & set(names_of(validation))
-    assert sorted(train + validation, key=by_name) == sorted(rows_of(tokens), key=by_name)
+    assert sorted(train + validation, key=by_name) == of_dataset(rows_of(tokens), "tokens")
 
 
 def test_manifests_of_both_sides(shuffled, tokens):

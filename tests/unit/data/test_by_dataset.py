@@ -1,0 +1,97 @@
+"""Every token's dataset is its document's, however samples are made; sums by dataset are those of its tokens."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fft.data.batches import micro_batch
+from fft.data.blend import Blend
+from fft.data.by_dataset import DatasetNames, sums_by_dataset
+from fft.data.document_ids import as_many, id_lists, of_rows
+from fft.data.reader import SampleReader
+from fft.data.row_tallies import by_dataset, datasets_of, tally_rows
+from fft.data.table import IGNORE, Table
+from fft.errors import UserError
+
+NAMES = ("web", "books", "code")
+
+
+def write(folder, rng, first, packed=True, named=True):
+    """A table whose token ``i`` is of dataset ``i % 3``, or of none; documents hold tokens of one alone."""
+    folder.mkdir()
+    rows, bounds, names = [], [], []
+    for _ in range(40):
+        lengths = rng.integers(1, 9, rng.integers(1, 4) if packed else 1)
+        of = rng.integers(0, 3, len(lengths))
+        documents = [first + 3 * rng.integers(0, 30, length) + own for length, own in zip(lengths, of, strict=True)]
+        rows.append(np.concatenate(documents))
+        bounds.append(np.cumsum([0, *lengths]))
+        names.append([NAMES[own] for own in of])
+    data = {"input_ids": pa.array(rows, pa.list_(pa.int32()))}
+    if packed:
+        data["cu_seqlens"] = pa.array(bounds, pa.list_(pa.int32()))
+    if named:  # one a row, as strings in a dictionary, where a row is a document
+        data["dataset"] = pa.array(names) if packed else pa.array([own[0] for own in names]).dictionary_encode()
+    pq.write_table(pa.table(data), folder / "part-0.parquet", row_group_size=7)
+    return Table.open(folder)
+
+
+@pytest.mark.parametrize("pack", ["cut", "best-fit"])
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_of_every_token(tmp_path, pack, multiple):
+    rng = np.random.default_rng(0)
+    tables = [
+        write(tmp_path / "packed", rng, 0),
+        write(tmp_path / "rows", rng, 300, packed=False),
+        write(tmp_path / "unnamed", rng, 600, named=False),
+    ]
+    reader = Blend([SampleReader(table, 24, seed=1, pack=pack) for table in tables], [1.0, 2.0, 1.0])
+    total = reader.samples_per_epoch
+    names, seen = DatasetNames(reader), {}
+    for first in range(0, total, 4):
+        batch = micro_batch(reader, range(first, first + 4), total, multiple)
+        stretches = names.stretches(range(first, first + 4), total, 0 if multiple else 24)
+        losses = rng.random(batch.labels.size)
+        sums = sums_by_dataset(losses, batch.labels, stretches)
+        ids, expected = batch.input_ids[0], {}
+        for at in np.flatnonzero(batch.labels != IGNORE):
+            name = str(tmp_path / "unnamed") if ids[at] >= 600 else NAMES[ids[at] % 3]
+            before = expected.get(name, (0.0, 0))
+            expected[name] = before[0] + losses[at], before[1] + 1
+        found = {name: own for name, own in sums.items() if own[1]}
+        assert {name: own[1] for name, own in found.items()} == {name: own[1] for name, own in expected.items()}
+        assert all(found[name][0] == pytest.approx(own[0]) for name, own in expected.items())
+        assert sum(own[1] for own in sums.values()) == batch.trained
+        seen |= expected
+    assert set(seen) == {*NAMES, str(tmp_path / "unnamed")}
+
+
+def test_tallies_of_datasets(tmp_path):
+    for packed in (True, False):
+        table = pq.read_table(write(tmp_path / f"t{packed}", np.random.default_rng(3), 0, packed=packed).path)
+        table = table.set_column(
+            table.schema.get_field_index("dataset"),
+            "dataset",
+            id_lists(table["dataset"].combine_chunks(), "t", "dataset"),
+        )
+        found = tally_rows(table)
+        assert datasets_of(found) == sorted(NAMES)
+        for at, name in enumerate(NAMES):
+            held = [[i for i in row if i % 3 == at] for row in table["input_ids"].to_pylist()]
+            expected = {"rows": sum(map(bool, held)), "tokens": sum(map(len, held))}
+            assert by_dataset([name], found)[name] == expected
+
+
+def test_texts_for_as_many_documents_as_there_are():
+    lists = pa.array([["a", "b"], None, ["c"], [], ["d", "e", "f"], [None, "g"]], pa.list_(pa.string()))
+    counts = np.array([2, 1, 3, 1, 2, 2])
+    instead = pa.array(["t", "u", "v", "w", "x", "y"])
+    expected = [["a", "b"], ["u"], ["c", "c", "c"], ["w"], ["d", "d"], ["y", "g"]]
+    for begin in range(3):  # slices, too
+        assert as_many(lists[begin:], counts[begin:], instead[begin:]).to_pylist() == expected[begin:]
+    ids = pa.array([["1", "2"], ["3"]], pa.list_(pa.string()))
+    assert of_rows(pa.array(["t", "u"]), ids).to_pylist() == [["t", "t"], ["u"]]
+    assert id_lists(pa.array([True, None]), "t", "kept").to_pylist() == [["true"], [None]]
+    with pytest.raises(UserError, match="t: column kept is struct"):
+        id_lists(pa.array([{"a": 1}]), "t", "kept")
