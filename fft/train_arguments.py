@@ -35,7 +35,11 @@ class TrainArguments:
         "--checkpoint; or several, each with the weight of its samples: 'web:0.7 chats.jsonl:0.3'",
         None,
     )
-    eval_data: str | None = flag("token table, or file of JSON lines, to evaluate on", None)
+    eval_data: str | None = flag(
+        "token table, or file of JSON lines, to evaluate on; or several, whose losses are told by name, and of which "
+        "the first says what is best: 'web=TABLE code=lines.jsonl'",
+        None,
+    )
     output_dir: str | None = flag("Hugging Face model directory to write at the end", None)
     register_model: str | None = flag(
         "send the model of --output_dir to MLflow at the end and register it under this name, for Unity Catalog "

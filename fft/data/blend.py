@@ -13,6 +13,7 @@ split what is left (``"drop"``), until all have ended and the blend begins again
 reach is known, so the ends cut a lane into as many *stages* as there are tables, each with a sequence of its own.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 from pathlib import Path
@@ -29,6 +30,8 @@ from fft.images.rules import ImageRules
 _STRIDE = 10_007
 #: Weights count in millionths, but no finer than in billionths of their sum: places times that fit into 64 bits.
 _FINEST, _LARGEST = 1_000_000, 1_000_000_000
+#: A table to evaluate on, with its name.
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 class Mixture:
@@ -211,6 +214,38 @@ class Blend:
         drawn = before - self._earlier[lane, stage, tables]
         own = drawn * self.lanes + (lane - self._turns[tables]) % self.lanes + epoch * self._samples[tables]
         return tables.tolist(), own.tolist()
+
+
+def parse_evaluations(text: str) -> dict[str, str]:
+    """Tables by name of ``"web=TABLE code=TABLE"``, in their order; one without a name has an empty one.
+
+    What exists is a path, whatever is in it. Raises :class:`UserError` for several tables of which some have no name of
+    their own.
+    """
+    if Path(text).exists():
+        return {"": text}
+    named = [None if Path(item).exists() else _NAMED.fullmatch(item) for item in text.split()]
+    if not any(named):
+        tables = parse_tables(text, "eval_data")
+        if len(tables) > 1:
+            raise UserError(
+                f"--eval_data {text}: an evaluation reads one table; give each a name, as in web=A code=B, or mix them "
+                "with spark_jobs/shuffle.py."
+            )
+        return dict.fromkeys([""], tables[0][0]) if tables else {}
+    found: dict[str, str] = {}
+    for item, match in zip(text.split(), named, strict=True):
+        if match is None or match[1] in found:
+            raise UserError(f"--eval_data {item}: give each table a name of its own, as in web=A code=B.")
+        ((found[match[1]], _),) = parse_tables(match[2], "eval_data")
+    return found
+
+
+def data_places(text: str, flag: str) -> list[str]:
+    """The tables that ``--train_data`` or ``--eval_data`` name. Raises :class:`UserError` as their parsers do."""
+    if flag == "eval_data":
+        return [*parse_evaluations(text).values()]
+    return [path for path, _ in parse_tables(text, flag)]
 
 
 def parse_tables(text: str, flag: str) -> list[tuple[str, float]]:

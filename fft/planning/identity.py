@@ -5,7 +5,7 @@ They are cheap: of a tensor its name, its shape and a row are read, of a table i
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def identity_of(
     weights: WeightReader | None,
     tokenizer: str | None,
     train: Samples | None,
-    evaluation: Samples | None,
+    evaluations: Collection[Samples],
 ) -> dict:
     """What these are, as JSON has it: a map of the config's entries, else a hash each; None for what is not.
 
@@ -44,7 +44,7 @@ def identity_of(
         "weights": weights and weights_hash(weights.directory),
         "tokenizer": tokenizer and tokenizer_sha256(tokenizer)[:16],
         "train_data": train and data_hash(train),
-        "eval_data": evaluation and data_hash(evaluation),
+        "eval_data": data_hash(*evaluations) if evaluations else None,
     }
 
 
@@ -95,9 +95,9 @@ def _row(stored: Any) -> str:
     return hashlib.sha256(stored[(*middle, slice(0, _ROW))].float().numpy().tobytes()).hexdigest()
 
 
-def data_hash(data: Samples) -> str:
+def data_hash(*data: Samples) -> str:
     """A hash of the tables' fingerprints and of some bytes of their files."""
-    return _hash([(table.fingerprint, _table_bytes(table)) for table in data.tables])
+    return _hash([(table.fingerprint, _table_bytes(table)) for one in data for table in one.tables])
 
 
 def _table_bytes(table: Table) -> list[str]:

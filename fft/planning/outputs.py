@@ -8,7 +8,7 @@ from fft.checkpoint import places
 from fft.checkpoint.folder import LOCK, checkpoint_tag, is_own_name
 from fft.checkpoint.places import lies_in, parts
 from fft.checkpoint.stored_run import run_at
-from fft.data.blend import parse_tables
+from fft.data.blend import data_places
 from fft.data.delta import split_version
 from fft.data.replaceable import MODEL, check_replaceable, names_in
 from fft.data.storage import is_url
@@ -111,8 +111,8 @@ def _check_replaced(args: TrainArguments, model: str, tokenizer: str | None) -> 
     weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer and args.tokenizer}
     needed = [*weights.items(), *zip(RUN_FLAGS, run_places(args), strict=False)]
     for flag in ("train_data", "eval_data"):
-        tables = parse_tables(getattr(args, flag), flag) if getattr(args, flag) else []
-        needed += [(f"--{flag}", str(split_version(path)[0])) for path, _ in tables]
+        tables = data_places(getattr(args, flag), flag) if getattr(args, flag) else []
+        needed += [(f"--{flag}", str(split_version(path)[0])) for path in tables]
     for flag, folder in replaced:
         for reader, path in needed:
             if path is None or not lies_in(path, folder):

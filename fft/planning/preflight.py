@@ -1,7 +1,7 @@
 """What can go wrong is found here, before a process group exists: model, tables, sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from fft.checkpoint.folder import checkpoint_tag
 from fft.checkpoint.stored_run import run_at
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.data.batches import BatchPlan
-from fft.data.blend import Blend, parse_tables
+from fft.data.blend import Blend, parse_evaluations, parse_tables
 from fft.data.image_batches import run_rules
 from fft.data.manifest import TokenizerInfo, tokenizer_sha256
 from fft.data.reader import SampleReader
@@ -39,18 +39,24 @@ from fft.weights.hf import WeightReader
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose inputs have been checked. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps;
-    ``load`` is what its images weigh, where it has some."""
+    """A run whose inputs have been checked. ``evaluations`` are tables by name, the first says what is best; one alone
+    may have an empty name. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps; ``load`` is what its
+    images weigh, where it has some."""
 
     config: PretrainedConfig
     weights: WeightReader | None
     tokenizer: str | None
     mesh: MeshSizes
     train: SampleReader | Blend | None
-    evaluation: SampleReader | Blend | None
+    evaluations: Mapping[str, SampleReader]
     total_samples: int
     total_steps: int
     load: ImageLoad | None = None
+
+    @property
+    def evaluation(self) -> SampleReader | None:
+        """The table whose loss says what is best."""
+        return next(iter(self.evaluations.values()), None)
 
     @property
     def images(self) -> ImageRules | None:
@@ -60,7 +66,7 @@ class Plan:
     @cached_property
     def identity(self) -> dict:
         """What is trained, see :func:`fft.planning.identity.identity_of`."""
-        return identity_of(self.config, self.weights, self.tokenizer, self.train, self.evaluation)
+        return identity_of(self.config, self.weights, self.tokenizer, self.train, [*self.evaluations.values()])
 
 
 def plan_run(args: TrainArguments, world: int) -> Plan:
@@ -71,18 +77,19 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     model, tokenizer = start_of(args), tokenizer_of(args)
     check_outputs(args, model, tokenizer)
     weights = None if args.init else WeightReader(model)
-    readers = {}  # last: texts among them are tokenized now
-    for flag in ("train_data", "eval_data"):
-        path = getattr(args, flag)
-        readers[flag] = path and _open_all(flag, path, args, config, tokenizer, shuffle=flag == "train_data")
-    if (rules := _image_rules(model, config, [table for r in readers.values() if r for table in r.tables])) is not None:
-        readers = {flag: reader and reader.with_images(rules) for flag, reader in readers.items()}
-    total_samples, total_steps = _length(args, readers["train_data"], mesh)
-    data = readers["train_data"], readers["eval_data"]
+    named = parse_evaluations(args.eval_data) if args.eval_data else {}
+    train = _open_all(args, config, tokenizer) if args.train_data else None  # last: texts are tokenized now
+    evaluations = {n: _open("eval_data", path, args, config, tokenizer, shuffle=False) for n, path in named.items()}
+    tables = [*(train.tables if train else ()), *(t for reader in evaluations.values() for t in reader.tables)]
+    if (rules := _image_rules(model, config, tables)) is not None:
+        train = train and train.with_images(rules)
+        evaluations = {name: reader.with_images(rules) for name, reader in evaluations.items()}
+    total_samples, total_steps = _length(args, train, mesh)
     check_encoder_stages(args, config, rules)
-    manifests = [[table.manifest for table in reader.tables] if reader else [] for reader in data]
-    load = None if rules is None else load_of(args, rules, *manifests)
-    return Plan(config, weights, tokenizer, mesh, *data, total_samples, total_steps, load)
+    manifests = [table.manifest for table in tables]
+    trained = len(train.tables) if train else 0
+    load = None if rules is None else load_of(args, rules, manifests[:trained], manifests[trained:])
+    return Plan(config, weights, tokenizer, mesh, train, evaluations, total_samples, total_steps, load)
 
 
 def doubts(args: TrainArguments, plan: Plan) -> list[str]:
@@ -212,13 +219,10 @@ def _image_rules(model: str, config: PretrainedConfig, tables: Sequence[Table]) 
     return rules
 
 
-def _open_all(
-    flag: str, text: str, args: TrainArguments, config: PretrainedConfig, tokenizer: str | None, shuffle: bool
-) -> SampleReader | Blend:
-    tables = parse_tables(text, flag)
-    if len(tables) > 1 and not shuffle:
-        raise UserError(f"--{flag} {text}: an evaluation reads one table; mix them with spark_jobs/shuffle.py.")
-    readers = [_open(flag, path, args, config, tokenizer, shuffle) for path, _ in tables]
+def _open_all(args: TrainArguments, config: PretrainedConfig, tokenizer: str | None) -> SampleReader | Blend:
+    """What is trained on."""
+    tables = parse_tables(args.train_data or "", "train_data")
+    readers = [_open("train_data", path, args, config, tokenizer, shuffle=True) for path, _ in tables]
     if len(readers) == 1:
         return readers[0]
     return Blend(readers, [weight for _, weight in tables], args.blend_end)

@@ -10,6 +10,7 @@ from jinja2 import Environment
 from fft.chart import COLOURS, Line, chart
 from fft.data.manifest import or_unknown
 from fft.report.run import Run
+from fft.training.metric_sinks import loss_name, named_in
 
 _PAGE = """\
 <!doctype html>
@@ -114,6 +115,10 @@ def charts_of(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
             ]
             note = "dots: held out" if any(evaluated) else note
         yield name, note, chart(name, lines, told)
+    names = list(dict.fromkeys(name for run in runs for name in named_in(run.numbers)))
+    for name in names:
+        points = [Line(run.name, run.points(loss_name(name)), at, True) for at, run in enumerate(runs)]
+        yield f"Held out: {name}", "loss", chart(name, points, lambda value: f"{value:.4g}")
 
 
 def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[str]]]]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from pyarrow import fs
 
-from fft.data.blend import parse_tables
+from fft.data.blend import data_places
 from fft.data.delta import split_name
 from fft.data.storage import Storage, is_url
 from fft.errors import UserError
@@ -29,7 +29,7 @@ def places_read(args: TrainArguments) -> list[tuple[str, str]]:
     found = []
     for name in _READ:
         value = getattr(args, name)
-        for place in [] if not value else _tables(value, name) if name.endswith("_data") else [value]:
+        for place in [] if not value else data_places(value, name) if name.endswith("_data") else [value]:
             found.append((name, split_name(place)[0]))
     return [(name, place) for name, place in found if "*" not in place]
 
@@ -75,10 +75,6 @@ def remove_tokens(beside: Mapping[str, str], token: str) -> None:
         storage = Storage.at(folder)
         if storage.exists(token):
             storage.delete([token])
-
-
-def _tables(value: str, name: str) -> list[str]:
-    return [table for table, _ in parse_tables(value, name)]
 
 
 def _beside(place: str) -> str:

@@ -6,29 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from fft.arguments import TrainArguments
-from fft.chart import Line, chart, picture_file
+from fft.chart import COLOURS, Line, chart, picture_file
 from fft.checkpoint.card import CARD, card_of, perplexity, told_loss
 from fft.checkpoint.folder import METRICS, PICTURE, checkpoint_tag
 from fft.checkpoint.run import RunFolder
 from fft.console import duration
 from fft.errors import UserError, one_line
 from fft.planning.preflight import Plan
-from fft.training.metric_sinks import read_numbers
+from fft.training.metric_sinks import loss_name, named_in, read_numbers
 from fft.training.metrics import Metrics, Progress, told_pairs
 
 _CAPTION = "loss by step; dots: validation"
 
 
 def told_evaluation(
-    plan: Plan, batch: int, step: int, loss: float, count: int, measures: Mapping[str, float] | None = None
+    plan: Plan, batch: int, step: int, loss: float, count: int, measures: Mapping[str, float], name: str = ""
 ) -> str:
-    """The line of an evaluation, over a ``count`` of tokens, after ``step`` steps of ``batch`` samples; over one of
-    pairs, where there are ``measures`` of these.
+    """The line of an evaluation, which may have a ``name``, over a ``count`` of tokens, after ``step`` steps of
+    ``batch`` samples; over one of pairs, where there are ``measures`` of these.
     """
     epoch = f"  epoch {step * batch / plan.train.samples_per_epoch:.2f}" if plan.train is not None else ""
-    line = f"step {step}/{plan.total_steps}  validation loss {loss:.4f} over {count:,}"
+    of = f" of {name}" if name else ""
+    line = f"step {step}/{plan.total_steps}  validation loss{of} {loss:.4f} over {count:,}"
     if measures:
-        return f"{line} pairs  {told_pairs(measures, 'eval_')}{epoch}"
+        return f"{line} pairs  {told_pairs(measures)}{epoch}"
     return f"{line} tokens  perplexity {perplexity(loss):.4g}{epoch}"
 
 
@@ -73,16 +74,23 @@ def _summary(state: dict[str, Any], progress: Progress, runs: Sequence[RunFolder
         where = f", {runs[0].shown(checkpoint_tag(at))}" if at in kept else ""
         found.append(f"{name} {told_loss(args, loss)} at step {at:,}{where}")
     yield f"validation loss: {'; '.join(found)}"
+    if progress.named:
+        told = (f"{name} {told_loss(args, loss)}" for name, loss in progress.named.items())
+        yield f"last, by table: {'; '.join(told)}"
 
 
 def _picture(notes: Path) -> str:
     """Losses by step, as a file of its own; empty where there are none."""
     numbers, _ = read_numbers(notes)
+    names = named_in(numbers)
     points = {
         name: sorted((step, value) for step, value in numbers.get(name, {}).items() if math.isfinite(value))
-        for name in ("loss", "eval_loss")
+        for name in ("loss", "eval_loss", *map(loss_name, names))
     }
     lines = [Line("training", points["loss"]), Line("validation", points["eval_loss"], 1, marks=True)]
+    # The first is that of the line before. What has no colour of its own is in the report.
+    for colour, name in enumerate(names[1 : len(COLOURS) - 1], start=2):
+        lines.append(Line(f"validation, {name}", points[loss_name(name)], colour, marks=True))
     drawn = chart(_CAPTION, lines, lambda value: f"{value:.4g}")
     return picture_file(drawn, _CAPTION) if drawn else ""
 

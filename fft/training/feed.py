@@ -34,10 +34,9 @@ class Feed:
     ) -> None:
         self._batches, self._role, self._sequence = batches, role, sequence
         self._begin, self._end = start.step, plan.total_steps
-        self._training, self._evaluation = (
-            reader and reader.for_stage(ids=role.first, labels=role.last, images=role.first or chosen is not None)
-            for reader in (plan.train, plan.evaluation)
-        )
+        own = {"ids": role.first, "labels": role.last, "images": role.first or chosen is not None}
+        self._training = plan.train and plan.train.for_stage(**own)
+        self._evaluations = {name: reader.for_stage(**own) for name, reader in plan.evaluations.items()}
         self._chosen, self._reads = chosen, role.reads or chosen is not None
         self._loader: Loader | None = None
         if self._training is not None and self._reads and plan.total_steps:
@@ -55,14 +54,11 @@ class Feed:
             yield [own_share(batch, self._sequence) for batch in batches], self._loader.waited - waited
             waited = self._loader.waited
 
-    def evaluation(self) -> tuple[Iterator[MicroBatch], int] | None:
-        """An epoch of the evaluation: this rank's micro-batches, and how many there are on ranks that read them.
-
-        None without a table to evaluate on.
+    def evaluation(self, name: str) -> tuple[Iterator[MicroBatch], int]:
+        """An epoch of the evaluation of this name: this rank's micro-batches, and how many there are on ranks that read
+        them.
         """
-        reader, plan = self._evaluation, dataclasses.replace(self._batches, micro_batches=1)
-        if reader is None:
-            return None
+        reader, plan = self._evaluations[name], dataclasses.replace(self._batches, micro_batches=1)
         samples = reader.samples_per_epoch
         count = -(-samples // plan.global_batch)
         steps = Loader(reader, plan, samples, self._chosen) if self._reads else ()

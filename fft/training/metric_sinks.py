@@ -5,12 +5,15 @@ A sink has two methods, ``write(step, values)`` and ``close(well)``. Only rank 0
 
 import importlib.util
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from fft.checkpoint.card import perplexity
 from fft.checkpoint.folder import METRICS, TENSORBOARD
 from fft.errors import UserError, one_line
 from fft.files import own_file, own_folder
@@ -25,6 +28,37 @@ _GROUPS |= dict.fromkeys(("data_wait", "memory", "seconds", "save_seconds", "pip
 _GROUPS |= dict.fromkeys(("matrix_flops_per_second", "datasheet_flops_per_second"), "speed")
 _GROUPS |= dict.fromkeys(("slowest_rank", "slowest_rank_seconds", "fastest_rank_seconds"), "speed")
 _GROUPS |= dict.fromkeys(("rank_behind", "rank_behind_times"), "speed")
+
+
+#: What the loss of a named evaluation is called.
+_NAMED_LOSS = re.compile("eval/(.+)/loss")
+
+
+def loss_name(name: str) -> str:
+    """What the loss of a named evaluation is called among a run's numbers."""
+    return f"eval/{name}/loss"
+
+
+def named_in(numbers: Iterable[str]) -> list[str]:
+    """The evaluations whose losses are among numbers of these names, in their order."""
+    return [match[1] for number in numbers if (match := _NAMED_LOSS.fullmatch(number))]
+
+
+def evaluation_numbers(found: Mapping[str, tuple[float, int, Mapping[str, float]]]) -> dict[str, float]:
+    """The numbers of evaluations by name: mean losses over tokens or, where there are measures of these, pairs.
+
+    Of the first ``eval_loss`` and the like; of all that have a name ``eval/NAME/loss`` and the like.
+    """
+    numbers: dict[str, float] = {}
+    for place, (name, (loss, count, measures)) in enumerate(found.items()):
+        own = {"loss": loss, "pairs" if measures else "tokens": count, **measures}
+        if not place:
+            numbers |= {f"eval_{key}": value for key, value in own.items()}
+        if name:
+            if not measures and math.isfinite(likelihood := perplexity(loss)):
+                own["perplexity"] = likelihood
+            numbers |= {f"eval/{name}/{key}": value for key, value in own.items()}
+    return numbers
 
 
 class Sink(Protocol):
@@ -99,7 +133,9 @@ class TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A scalar each."""
         for name, value in values.items():
-            self._writer.add_scalar(f"{_GROUPS.get(name, 'train')}/{name}", value, step)
+            # Those of named evaluations have groups in their names.
+            tag = name if name.startswith("eval/") else f"{_GROUPS.get(name, 'train')}/{name}"
+            self._writer.add_scalar(tag, value, step)
 
     def close(self, well: bool) -> None:
         """Write what is left."""

@@ -25,7 +25,7 @@ from fft.console import duration
 from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
-from fft.training.metric_sinks import Sinks, open_sinks
+from fft.training.metric_sinks import Sinks, loss_name, named_in, open_sinks
 from fft.training.pace import Pace
 from fft.training.run_facts import run_facts
 from fft.training.run_folder import Start
@@ -86,11 +86,11 @@ def mean_balance(balance: LoadBalance | None, device: torch.device) -> dict[str,
     return {"aux_loss": float(sums[0] / sums[1]) * shares}
 
 
-def told_pairs(values: Mapping[str, float], prefix: str = "") -> str:
+def told_pairs(values: Mapping[str, float]) -> str:
     """What a line says of preferences; nothing in a run on tokens."""
-    if f"{prefix}rewards/margins" not in values:
+    if "rewards/margins" not in values:
         return ""
-    margin, right = (values[f"{prefix}rewards/{name}"] for name in ("margins", "accuracies"))
+    margin, right = (values[f"rewards/{name}"] for name in ("margins", "accuracies"))
     return f"accuracy {right:.1%}  margin {margin:.4f}"
 
 
@@ -145,7 +145,7 @@ class Lap:
 @dataclass
 class Progress:
     """How far a run is: its last step and loss, the lowest and the last of its evaluations with their steps, tokens of
-    all ranks and seconds of the steps that were told.
+    all ranks and seconds of the steps that were told, and the last losses of named evaluations.
     """
 
     step: int = 0
@@ -154,10 +154,12 @@ class Progress:
     last: tuple[int, float] | None = None
     tokens: float = 0.0
     seconds: float = 0.0
+    named: dict[str, float] = field(default_factory=dict)
 
     def see(self, step: int, values: Mapping[str, float]) -> None:
         """Take the numbers of a step."""
         self.step, self.loss = step, values.get("loss", self.loss)
+        self.named |= {name: values[loss_name(name)] for name in named_in(values)}
         if (loss := values.get("eval_loss")) is not None:
             self.last = step, loss
             self.best = self.last if self.best is None or loss < self.best[1] else self.best

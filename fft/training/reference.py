@@ -47,7 +47,7 @@ def with_references(
     if plan.weights is None:
         raise UserError("preferences need a model to begin with: give --model without --init.")
     model, known = reference_model(args, plan.config, plan.weights), {}
-    for reader in filter(None, (plan.train if plan.total_steps else None, plan.evaluation)):
+    for reader in filter(None, (plan.train if plan.total_steps else None, *plan.evaluations.values())):
         for member in reader.members:
             table = member.table
             if table.source not in known:
@@ -59,8 +59,9 @@ def with_references(
                     if dist.get_rank() == 0:
                         keep_reference(table.storage, name, found)
                 known[table.source] = found
-    train, evaluation = (reader and reader.with_pairs(known) for reader in (plan.train, plan.evaluation))
-    return dataclasses.replace(plan, train=train, evaluation=evaluation)
+    train = plan.train and plan.train.with_pairs(known)
+    evaluations = {name: reader.with_pairs(known) for name, reader in plan.evaluations.items()}
+    return dataclasses.replace(plan, train=train, evaluations=evaluations)
 
 
 def _check_start(args: TrainArguments, engine: StageEngine, table: Table, name: str) -> None:

@@ -17,9 +17,6 @@ from fft.planning.preflight import Plan
 from fft.redaction import redact_all
 from fft.training.mlflow_sink import RunFacts, UsedTable
 
-#: How MLflow calls what a table is for.
-_CONTEXTS = {"train": "training", "evaluation": "evaluation"}
-
 
 def run_facts(args: TrainArguments, plan: Plan, layout: Layout, run: RunFolder | None, known: str | None) -> RunFacts:
     """Of a run with the folder ``run``, if any, that goes on with the MLflow run ``known``, if any."""
@@ -32,10 +29,11 @@ def run_facts(args: TrainArguments, plan: Plan, layout: Layout, run: RunFolder |
 
 
 def _tables(plan: Plan) -> Iterator[UsedTable]:
-    for name, context in _CONTEXTS.items():
-        reader = getattr(plan, name)
-        for table in reader.tables if reader is not None else ():
-            yield _used(table, context)
+    for table in plan.train.tables if plan.train is not None else ():
+        yield _used(table, "training")
+    for reader in plan.evaluations.values():
+        for table in reader.tables:
+            yield _used(table, "evaluation")
 
 
 def _used(table: Table, context: str) -> UsedTable:

@@ -114,12 +114,18 @@ def state_of(
         "layout": dataclasses.asdict(plan.mesh),
         "early_stop": early_stop.state(),
         "identity": plan.identity,
-        "tables": [*_tables("train", plan.train), *_tables("eval", plan.evaluation)],
+        "tables": [*_tables("train", plan.train), *(t for e in plan.evaluations.values() for t in _tables("eval", e))],
         "images": plan.images is not None,
         "versions": {name: version(name) for name in VERSIONS},
         "data": data,
         "arguments": redact_all(dataclasses.asdict(args)),
     }
+
+
+def _evaluations(plan: Plan) -> list[tuple[str, str, Samples | None]]:
+    """What a run evaluates on: flag and name, use, table."""
+    named = plan.evaluations or {"": None}
+    return [(f"eval_data {name}".rstrip(), "eval", reader) for name, reader in named.items()]
 
 
 def _tables(use: str, data: Samples | None) -> list[dict]:
@@ -147,7 +153,7 @@ def create(runs: Sequence[RunFolder], args: TrainArguments, plan: Plan, start: S
             "tables": _tables(use, reader),
             "made_from": [table.origin for table in reader.tables],
         }
-        for name, use, reader in (("train_data", "train", plan.train), ("eval_data", "eval", plan.evaluation))
+        for name, use, reader in (("train_data", "train", plan.train), *_evaluations(plan))
     }
     model = {name: plan.identity[name] for name in ("config", "weights", "tokenizer")}
     numbers = [text.splitlines(keepends=True) for run in runs if (text := run.text(METRICS)) is not None]

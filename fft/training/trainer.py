@@ -43,10 +43,11 @@ from fft.training.engine import (
     on_host,
 )
 from fft.training.environment import environment, let_memory_grow, world_size
-from fft.training.evaluation import evaluate, measures
+from fft.training.evaluation import evaluated, measures
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.meeting import meet
+from fft.training.metric_sinks import evaluation_numbers
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.mlflow_sink import check_registers
 from fft.training.output import contents_of, keep_aside, write_output
@@ -287,26 +288,23 @@ class Trainer:
     def evaluate(self, step: int) -> float | None:
         """Mean loss over every predicted token of ``--eval_data``, the same on all ranks; None without a table.
 
-        Collective. Raises :class:`UserError` for a table in which nothing is predicted, and for a loss that is none.
+        Of several tables that of the first. Collective. Raises :class:`UserError` for a table in which nothing is
+        predicted, and for a loss that is none.
         """
-        batches = self.feed.evaluation()
-        if batches is None:
+        found = {name: evaluated(self.engine, self.feed, self.plan, name) for name in self.plan.evaluations}
+        if not found:
             return None
-        total, tokens, told = evaluate(self.engine, *batches)
-        if not tokens:
-            raise UserError(
-                f"--eval_data {self.args.eval_data} holds nothing to predict: give documents of 2 tokens or more."
-            )
-        loss = total / tokens
-        if not math.isfinite(loss):
+        if not math.isfinite(worst := sum(one.loss for one in found.values())):
             self._fail(
-                f"the validation loss became {loss} at step {step}: lower --learning_rate, or look at --eval_data and "
+                f"the validation loss became {worst} at step {step}: lower --learning_rate, or look at --eval_data and "
                 "at the weights that the run began with."
             )
+        loss = next(iter(found.values())).loss
         self.early_stop.see(loss)
-        self.metrics.record(step, **{"eval_loss": loss, "eval_pairs" if told else "eval_tokens": tokens}, **told)
+        self.metrics.record(step, **evaluation_numbers(found))
         batch = batch_plan(self.args, self.plan.mesh, 0).global_batch
-        _log(told_evaluation(self.plan, batch, step, loss, tokens, told))
+        for name, told in found.items():
+            _log(told_evaluation(self.plan, batch, step, *told, name))
         return loss
 
     def state(self, step: int | None = None, eval_loss: float | None = None) -> dict:

@@ -68,7 +68,7 @@ class CheckedModel:
         if lora is not None:
             files = sorted(file for file in Path(lora).glob("adapter_*") if file.is_file())
             options["lora"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-        found = identity_of(self.config, WeightReader(self.directory), self.directory, None, None)
+        found = identity_of(self.config, WeightReader(self.directory), self.directory, None, ())
         template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
         return {
             "config": hashlib.sha256(json.dumps(found["config"], sort_keys=True).encode()).hexdigest()[:16],

@@ -14,7 +14,7 @@ from test_stream import check_any_split_into_runs
 
 from fft.data import order
 from fft.data.batches import BatchPlan, Loader
-from fft.data.blend import Blend, Mixture, parse_tables
+from fft.data.blend import Blend, Mixture, data_places, parse_evaluations, parse_tables
 from fft.data.reader import SampleReader
 from fft.data.table import IGNORE, Table
 from fft.data.trace import documents_of_step
@@ -205,3 +205,18 @@ def test_flags():
         parse_tables("a:b", "train_data")
     with pytest.raises(UserError, match="a weight lies between"):
         parse_tables("a:0", "train_data")
+
+
+def test_tables_to_evaluate_on_have_names(tmp_path):
+    """What exists is a path, also with an equals sign; several tables need names, each its own."""
+    (tmp_path / "day=1").mkdir()
+    assert parse_evaluations(f"{tmp_path}/day=1") == {"": f"{tmp_path}/day=1"}
+    assert parse_evaluations("web") == {"": "web"}
+    assert parse_evaluations("s3://b/t?x=1") == {"": "s3://b/t?x=1"}
+    assert parse_evaluations("web=a/b code-2=s3://c@v3") == {"web": "a/b", "code-2": "s3://c@v3"}
+    assert list(parse_evaluations("b=1 a=2")) == ["b", "a"]
+    assert data_places("web=a code=b", "eval_data") == ["a", "b"]
+    assert data_places("a:0.3 b", "train_data") == ["a", "b"]
+    for wrong, why in (("a b", "give each a name, as in web=A"), ("web=a b", "b: give each"), ("w=a w=b", "w=b: give")):
+        with pytest.raises(UserError, match=why):
+            parse_evaluations(wrong)

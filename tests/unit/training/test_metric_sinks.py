@@ -1,13 +1,14 @@
 """Where metrics go: all sinks get all numbers, a broken one is left out and told of once."""
 
 import json
+import math
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fft.errors import UserError
 from fft.train_arguments import TrainArguments
-from fft.training.metric_sinks import Sinks, open_sinks, read_numbers
+from fft.training.metric_sinks import Sinks, evaluation_numbers, named_in, open_sinks, read_numbers
 from fft.training.mlflow_sink import MLflow, RunFacts, check_registers
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DATABRICKS_RUNTIME_VERSION")
@@ -76,6 +77,29 @@ def test_files_in_the_run_folder(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 3.0), (3, 1.0), (4, 1.0)]
+
+
+def test_numbers_of_evaluations():
+    """Those of the first, and of all with a name; a perplexity that is no number is left out."""
+    found = evaluation_numbers({"web": (2.0, 7, {}), "code": (1e3, 5, {})})
+    assert found == {
+        **{"eval_loss": 2.0, "eval_tokens": 7},
+        **{"eval/web/loss": 2.0, "eval/web/perplexity": math.exp(2), "eval/web/tokens": 7},
+        **{"eval/code/loss": 1e3, "eval/code/tokens": 5},
+    }
+    assert named_in(found) == ["web", "code"]
+    assert evaluation_numbers({"": (2.0, 7, {})}) == {"eval_loss": 2.0, "eval_tokens": 7}
+    pairs = {"rewards/margins": 0.5}
+    assert evaluation_numbers({"": (2.0, 7, pairs)}) == {"eval_loss": 2.0, "eval_pairs": 7, "eval_rewards/margins": 0.5}
+    assert "eval/a/perplexity" not in evaluation_numbers({"a": (2.0, 7, pairs)})
+
+
+def test_what_has_a_group_in_its_name_stays_in_it(tmp_path):
+    with open_sinks(tmp_path, 0, RunFacts(), print) as sinks:
+        sinks.write(1, {"eval/web/loss": 2.0, "eval_loss": 2.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"eval/web/loss", "evaluation/eval_loss"}
 
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
