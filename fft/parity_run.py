@@ -131,6 +131,7 @@ def flags_of(args: TrainArguments, model: Path, output: Path, steps: int) -> Tra
     quiet = {
         "eval_data": None,
         "eval_steps": 0,
+        "sample_prompts": None,
         "best_of": 0,
         "early_stop_patience": 0,
         "resume": None,

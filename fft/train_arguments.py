@@ -231,6 +231,11 @@ class TrainArguments:
         topic="Watching and keeping",
         bound=NOT_NEGATIVE,
     )
+    sample_prompts: str | None = flag(
+        "file of JSON lines, each a prompt or messages, that the model answers at every evaluation, greedily and in 64 "
+        "tokens at most: into samples.jsonl of --checkpoint, the first also into the log",
+        None,
+    )
     early_stop_patience: int = flag(
         "end the run after k evaluations in a row without a lower validation loss, and write the model that had the "
         "lowest, of which --checkpoint keeps a checkpoint (0: never)",

@@ -25,7 +25,7 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 _PLACES = {"model", "tokenizer", "train_data", "eval_data", "output_dir", "checkpoint", "upload", "resume", "from_ckpt"}
 _PLACES |= {"tag", "overwrite", "dry_run", "ranks", "device_memory", "register_model", "logging_steps", "save_steps"}
 _PLACES |= {"max_num_checkpoints", "best_of", "background_executor", "only_ckpt_model", "init", "pipe_parallel_size"}
-_PLACES |= {"model_parallel_size", "sequence_parallel_size", "expert_parallel_size"}
+_PLACES |= {"sample_prompts", "model_parallel_size", "sequence_parallel_size", "expert_parallel_size"}
 _LOAD = "\n## Load\n"
 #: A folder of the Hub's cache.
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")

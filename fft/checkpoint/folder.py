@@ -41,10 +41,11 @@ TRAINING = "training"
 STATE = f"{TRAINING}/state.json"
 #: The numbers of a run.
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-#: Its losses, drawn at its end.
-PICTURE = "loss.svg"
+#: Its losses, drawn at its end; answers that it gave on the way.
+PICTURE, SAMPLES = "loss.svg", "samples.jsonl"
 #: What a run's folder holds besides checkpoints.
-_OWN = (LATEST, BEST, LOCK, METRICS, TENSORBOARD, PICTURE, "arguments.yaml", "environment.yaml", "data.yaml")
+_OWN = (LATEST, BEST, LOCK, METRICS, TENSORBOARD, PICTURE, SAMPLES)
+_OWN += ("arguments.yaml", "environment.yaml", "data.yaml")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 

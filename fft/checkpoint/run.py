@@ -14,7 +14,18 @@ from pathlib import Path
 from torch import Tensor
 
 from fft.checkpoint import folder
-from fft.checkpoint.folder import BEST, LATEST, METRICS, PICTURE, STATE, TENSORBOARD, by_loss, checkpoint_tag, kept
+from fft.checkpoint.folder import (
+    BEST,
+    LATEST,
+    METRICS,
+    PICTURE,
+    SAMPLES,
+    STATE,
+    TENSORBOARD,
+    by_loss,
+    checkpoint_tag,
+    kept,
+)
 from fft.data.model_files import check_file
 from fft.errors import UserError
 from fft.files import remove_file, remove_path, staging_folder, start_folder, write_atomically
@@ -193,6 +204,7 @@ class LocalRun(RunFolder):
         """Remove the numbers of an older run."""
         self.drop(METRICS)
         self.drop(PICTURE)
+        self.drop(SAMPLES)
         remove_path(self.path / TENSORBOARD)
 
     def keep(self) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from fft.checkpoint import folder
-from fft.checkpoint.folder import LATEST, METRICS, PICTURE, SUMS, TENSORBOARD
+from fft.checkpoint.folder import LATEST, METRICS, PICTURE, SAMPLES, SUMS, TENSORBOARD
 from fft.checkpoint.run import LocalRun, RunFolder
 from fft.data.storage import Storage, is_url
 from fft.data.store_owner import owning
@@ -79,6 +79,7 @@ class StoredRun(RunFolder):
         remove_file(self.notes / METRICS)
         self.drop(METRICS)
         self.drop(PICTURE)
+        self.drop(SAMPLES)
         with reported(self.name):
             self.storage.delete_folder(TENSORBOARD)
 

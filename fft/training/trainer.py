@@ -55,6 +55,7 @@ from fft.training.pace import follow
 from fft.training.reference import with_references
 from fft.training.run_folder import Start
 from fft.training.same_run import check_same_run
+from fft.training.sample_answers import SampleAnswers
 from fft.training.shared_folders import check_shared
 from fft.training.stopping import StopRequest, launchers
 from fft.training.watch import Watch
@@ -141,6 +142,8 @@ def _run(
     metrics = open_metrics(args, plan, layout, spec.dtype, engine.device, start, held, _log)
     metrics = dataclasses.replace(metrics, pace=follow(watch, plan.mesh, engine.device, control))
     trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
+    if args.sample_prompts:
+        trainer.samples = SampleAnswers(args, plan, builder, engine, runs)
     code = trainer.train(above)
     if code == 0 and args.output_dir:
         write_output(args, export, trainer.state(), trainer.early_stop.best, control, _log)
@@ -173,6 +176,7 @@ class Trainer:
         self.args, self.plan, self.start = args, plan, start
         self.builder, self.engine, self.export = builder, engine, export
         self.metrics, self.saver = metrics, saver
+        self.samples: SampleAnswers | None = None
         self._skipped = 0  # in a row
         self.early_stop = EarlyStop.from_state(args.early_stop_patience, start.state.get("early_stop"))
         batches = batch_plan(args, plan.mesh, engine.role.replica)
@@ -291,6 +295,8 @@ class Trainer:
         Of several tables that of the first. Collective. Raises :class:`UserError` for a table in which nothing is
         predicted, and for a loss that is none.
         """
+        if self.samples is not None:
+            self.samples.take(step, _log)
         found = {name: evaluated(self.engine, self.feed, self.plan, name) for name in self.plan.evaluations}
         if not found:
             return None

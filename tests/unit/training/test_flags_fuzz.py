@@ -149,6 +149,7 @@ FLAGS: dict[str, tuple[list, list]] = {
     "device_memory": (["80"], NUMBERS),
     "image_tokens": (["0.5"], NUMBERS),
     "eval_steps": (["1"], NUMBERS),
+    "sample_prompts": (["HERE/prompts.jsonl"], PATHS),
     "early_stop_patience": (["1"], NUMBERS),
     "timeout": (["5", "600"], NUMBERS),
     "logging_steps": (["1"], NUMBERS),
@@ -274,6 +275,7 @@ def here(tmp_path_factory):
     write_table(folder / "plain", rows)
     bounds = [[0, len(row) // 2, len(row)] if len(row) > 1 else [0, 1] for row in rows]
     write_table(folder / "packed", rows, labels=[row.tolist() for row in rows], cu_seqlens=bounds)
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "ab ab"}))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": "ab " * n}) + "\n" for n in range(1, 40)))
     (folder / "empty").mkdir()
     done = run_ranks(1, *words({**BASE, "eval_data": "HERE/plain", "save_steps": "1"}, folder, folder))
