@@ -12,6 +12,9 @@ STAMP := $(VENV)/.installed
 SERVE_VENV := .venv-serve
 SERVE_PIP := $(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SERVE_STAMP := $(SERVE_VENV)/.installed
+# What makes the site of the documentation is of no use to anything else.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 # Packages whose lines in a list of hashes match: nothing but these very files, and nothing that they ask for.
 hashed = install --no-deps --no-build-isolation --require-hashes --requirement <(grep $(1))
 # torch has no hashes there: every index has other files of it, and one machine sees one index.
@@ -31,7 +34,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help prerequisites env env-serve lock quickstart quickstart-vision test test-serve coverage mutants lint format audit docs dist bundle clean
+.PHONY: help prerequisites env env-serve lock quickstart quickstart-chat quickstart-vision test test-serve coverage mutants lint format audit docs site dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -92,6 +95,9 @@ lock: prerequisites  ## constraints*-hashed.txt: hashes of all files that PyPI h
 quickstart: env  ## from text to a trained model that talks, in runs/quickstart (under 6 minutes on 2 cores); LAKE=s3://bucket/prefix: there
 	@$(VENV)/bin/python -m fft.quickstart $(if $(LAKE),--lake $(LAKE))
 
+quickstart-chat: env  ## from conversations to a chat model that follows them, in runs/quickstart-chat (a few minutes on 2 cores)
+	@$(VENV)/bin/python -m fft.quickstart.chat
+
 quickstart-vision: env  ## from drawn pictures to a model that answers about others, in runs/quickstart-vision
 	@$(VENV)/bin/python -m fft.quickstart.vision
 
@@ -130,9 +136,20 @@ audit: prerequisites  ## which versions of constraints.txt have known holes (pip
 	  "$$scratch/bin/python" -m pip --disable-pip-version-check --quiet install "pip-audit>=2.9,<3" && \
 	  "$$scratch/bin/pip-audit" --strict --no-deps --disable-pip -r constraints.txt
 
-docs: env  ## docs/flags.md from the parsers of all commands; docs/models.md from what is measured of all model types
+docs: env  ## docs/flags.md and docs/reference.md from the code; docs/models.md from what is measured of all model types
 	@$(VENV)/bin/python docs/flags.py
+	@$(VENV)/bin/python docs/reference.py
 	@$(VENV)/bin/python -m fft.models > docs/models.md
+
+site: $(DOCS_STAMP)  ## the documentation as a site, in dist/site; a link that leads nowhere is an error
+	@$(PYTHON) docs/site.py
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(DOCS_VENV)/bin/mkdocs --quiet build --strict
+	@echo "dist/site/docs/index.html"
+
+$(DOCS_STAMP): constraints-docs.txt | prerequisites
+	@[ -x $(DOCS_VENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r constraints-docs.txt
+	@touch $@
 
 dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit --py-files
 	@mkdir -p dist && rm -f dist/*.whl dist/*.zip

@@ -13,6 +13,8 @@ from fft.parallel import ring_plan, window_plan
 from fft.plan import __main__ as plan
 from fft.plan import validate
 from fft.quickstart import __main__ as quickstart
+from fft.quickstart.chat import __main__ as quickstart_chat
+from fft.quickstart.chat import inputs, scores
 from fft.quickstart.vision import __main__ as quickstart_vision
 from fft.report import __main__ as report
 from fft.serve import batch_infer, server
@@ -49,6 +51,9 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     window_plan.build_parser,
     quickstart.build_parser,
     quickstart_vision.build_parser,
+    quickstart_chat.build_parser,
+    inputs.build_parser,
+    scores.build_parser,
 )
 
 #: Groups that argparse makes by itself.

@@ -1,10 +1,24 @@
-"""docs/flags.md is what the commands' parsers say."""
+"""docs/flags.md is what the commands' parsers say, docs/reference.md what the code does."""
 
 import runpy
+from dataclasses import fields
 
 from conftest import ROOT
+
+import spark_jobs
+from fft.data import known
+from fft.data.manifest import Manifest, TokenizerInfo
 
 
 def test_the_page_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs" / "flags.py"))["page"]()
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == page, "make docs"
+
+
+def test_the_reference_is_up_to_date_and_complete():
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == made["page"](), "make docs"
+    assert {one.name for one in fields(Manifest)} == set(made["MANIFEST"])
+    assert {one.name for one in fields(TokenizerInfo)} == set(made["TOKENIZER"])
+    assert {*known.LISTS, known.IMAGES, known.GRIDS, known.DOC_IDS} == set(made["COLUMNS"])
+    assert {function.__name__ for function in made["FUNCTIONS"]} == {*spark_jobs.__all__, "train_on_cluster"}

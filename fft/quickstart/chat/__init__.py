@@ -1,0 +1,1 @@
+"""One command from conversations to a small chat model that follows them: ``python -m fft.quickstart.chat``."""
