@@ -48,8 +48,9 @@ MANIFEST = {
     "seed": "of the table's order; null where it has none of its own",
     "lineage": "what it was made from: the job, its inputs with their versions, its parameters, what it counted and "
     "left out, how long it took",
-    "format_version": "1: texts; 2: images; 3: files in a list beside the manifest",
+    "format_version": "1: texts; 2: images; 3: files in a list beside the manifest; 4: pairs",
     "vision": "where rows have images: what was made of them; else not there",
+    "pairs": "true where every two documents of a row are a chosen and a rejected answer; else not there",
 }
 
 TOKENIZER = {
@@ -82,6 +83,11 @@ METRICS = {
     "aux_loss": "mixtures of experts alone: the loss that balances experts",
     "eval_loss": "nats a trained token of `--eval_data`",
     "eval_tokens": "over how many trained tokens that is",
+    "eval_pairs": "preferences: over how many pairs",
+    "rewards/chosen": "preferences: the mean reward of chosen answers; so `rewards/rejected`, `rewards/margins` of "
+    "both, `rewards/accuracies`, the share of pairs in which the chosen one has more",
+    "eval_rewards/chosen": "the same of `--eval_data`; so `eval_rewards/rejected`, `eval_rewards/margins`, "
+    "`eval_rewards/accuracies`",
     "perplexity": "e to the power of it",
     "tokens_per_second": "of all ranks, the mean since the last line",
     "tokens_per_second_per_device": "the same of one",
@@ -90,6 +96,10 @@ METRICS = {
     "data_wait": "share of the time in which a step waited for its data",
     "memory": "bytes: the most that a rank has held",
     "seconds": "since the run began or was gone on with",
+    "slowest_rank": "of several: the one with most work of its own a step",
+    "slowest_rank_seconds": "how long that took; `fastest_rank_seconds` likewise",
+    "rank_behind": "a rank that is slower than it should be; `rank_behind_times`: how many times as long it took",
+    "rank_work": "a list: seconds of own work a step by rank; `rank_wait`: of waiting",
     "save_seconds": "for which a save held training up",
     "pipeline_bubble": "share of a step in which stages wait, by arithmetic",
     "matrix_flops_per_second": "what all devices reach in matrix products, measured at the start",

@@ -28,7 +28,7 @@ command with --resume auto goes on from there, on any layout.
 #: Flags that most runs are given; ``--help`` explains these, ``--help_all`` all.
 _COMMON = (
     *("config", "model", "train_data", "eval_data", "output_dir", "checkpoint", "seq_len", "learning_rate"),
-    *("gradient_accumulation_steps", "pipe_parallel_size", "lora_dim", "resume", "dry_run"),
+    *("pipe_parallel_size", "dry_run"),
 )
 
 #: What ``--dtype`` calls the types of a config.json.

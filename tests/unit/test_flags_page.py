@@ -1,5 +1,6 @@
 """docs/flags.md is what the commands' parsers say, docs/reference.md what the code does."""
 
+import re
 import runpy
 from dataclasses import fields
 
@@ -8,6 +9,7 @@ from conftest import ROOT
 import spark_jobs
 from fft.data import known
 from fft.data.manifest import Manifest, TokenizerInfo
+from fft.training.metric_sinks import _GROUPS
 
 
 def test_the_page_is_up_to_date():
@@ -21,4 +23,5 @@ def test_the_reference_is_up_to_date_and_complete():
     assert {one.name for one in fields(Manifest)} == set(made["MANIFEST"])
     assert {one.name for one in fields(TokenizerInfo)} == set(made["TOKENIZER"])
     assert {*known.LISTS, known.IMAGES, known.GRIDS, known.DOC_IDS} == set(made["COLUMNS"])
+    assert set(_GROUPS) <= set(re.findall(r"`([\w/]+)`", made["page"]().partition("## Metrics")[2]))
     assert {function.__name__ for function in made["FUNCTIONS"]} == {*spark_jobs.__all__, "train_on_cluster"}
