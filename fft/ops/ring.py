@@ -44,7 +44,7 @@ class GroupExchange:
         """See :class:`Exchange`."""
         operations = [
             dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
-            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for operation, messages in ((dist.irecv, receives), (dist.isend, sends))  # in this order: see ``trade``
             for peer, tensor in messages
         ]
         requests = dist.batch_isend_irecv(operations) if operations else []

@@ -1,10 +1,12 @@
 """The process group that a rank is in, and what ranks tell one another."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def own_group(groups: list[list[int]]) -> dist.ProcessGroup:
@@ -17,6 +19,26 @@ def own_group(groups: list[list[int]]) -> dist.ProcessGroup:
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"rank {dist.get_rank()} is in none of the groups {groups}")
     return group
+
+
+def trade(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Send each rank of a group its part of what is ``sent``, by rank, and receive what each has for this one.
+
+    Parts are contiguous, may be empty, and differ in size between ranks; both sides know them. gloo says that a
+    receive is ready on the socket that data goes by: behind a long message that this rank has begun to send, the other
+    side would read it when that has arrived, and only then begin. So receives come first: both directions are full.
+    Its own all-to-all begins with sends. Collective.
+    """
+    own = dist.get_rank(group)
+    received[own].copy_(sent[own])
+    operations = [
+        dist.P2POp(operation, part, group=group, group_peer=peer)
+        for operation, parts in ((dist.irecv, received), (dist.isend, sent))
+        for peer, part in enumerate(parts)
+        if peer != own and part.numel()
+    ]
+    for request in dist.batch_isend_irecv(operations) if operations else ():
+        request.wait()
 
 
 def tell_all(value: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -175,7 +175,9 @@ class Exchanges:
 
     def _finish(self) -> None:
         if self._operations:
-            for request in dist.batch_isend_irecv(self._operations):
+            # Receives first: see :func:`fft.parallel.groups.trade`.
+            ordered = sorted(self._operations, key=lambda operation: operation.op is not dist.irecv)
+            for request in dist.batch_isend_irecv(ordered):
                 request.wait()
             self._operations.clear()  # what was sent had to live until here
 

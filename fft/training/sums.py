@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fft.parallel.groups import trade
+
 #: Devices on which rows are known to be added in the same order every time, see :func:`add_rows`.
 _ORDERED = ("cpu", "cuda")
 #: Elements of a part that are added up at a time, from every rank.
@@ -124,9 +126,9 @@ def add_to_owners(own: Tensor, sums: Tensor, group: dist.ProcessGroup) -> None:
     """
     parts = sums.view(dist.get_world_size(group), -1)
     for start in range(0, own.numel(), _CHUNK):
-        sent = parts[:, start : start + _CHUNK].contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
+        sent = parts[:, start : start + _CHUNK]
+        received = torch.empty_like(sent, memory_format=torch.contiguous_format)
+        trade([*sent], [*received], group)
         torch.sum(received, 0, out=own[start : start + _CHUNK])
 
 
@@ -154,10 +156,9 @@ def scatter_to_owners(
         slices[owner].append((part, output))
     sent = torch.cat([part for owned in slices for part, _ in owned]).to(communication_data_type)
     sizes, own = [sum(part.numel() for part, _ in owned) for owned in slices], slices[dist.get_rank(process_group)]
-    size = sizes[dist.get_rank(process_group)]
-    received = sent.new_empty(len(sizes) * size)
-    dist.all_to_all_single(received, sent, [size] * len(sizes), sizes, group=process_group)
-    total = received.view(len(sizes), size).float().sum(0)
+    received = sent.new_empty(len(sizes), sizes[dist.get_rank(process_group)])
+    trade(sent.split(sizes), [*received], process_group)
+    total = received.float().sum(0)
     for (part, output), summed in zip(own, total.split([part.numel() for part, _ in own]), strict=True):
         part.copy_(summed)
         optimizer._add_to_grad_partition_buffer(output, part)

@@ -4,13 +4,14 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from listening import LOOPBACK, listens_at
 
-from fft.parallel.groups import tell_all, told_by_first
+from fft.parallel.groups import tell_all, told_by_first, trade
 
 ALONE = """
 import torch
@@ -78,3 +79,25 @@ def test_what_a_rank_sends_is_not_run(among, capfd):
     with pytest.raises(ValueError, match=r"decode|Expecting"):
         tell_all("x" * 100, None)
     assert "ran" not in capfd.readouterr().err
+
+
+def test_parts_are_traded_with_receives_first(monkeypatch):
+    """The first of three ranks; the second gets nothing from it, and this one nothing from the third."""
+    begun, waited = [], []
+
+    def begin(operations):
+        for operation, part, peer in operations:
+            begun.append((operation.__name__, peer))
+            if operation is dist.irecv:
+                part.fill_(10 + peer)
+        return [SimpleNamespace(wait=lambda: waited.append(1)) for _ in operations]
+
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "P2POp", lambda operation, part, group, group_peer: (operation, part, group_peer))
+    monkeypatch.setattr(dist, "batch_isend_irecv", begin)
+    sent = [torch.ones(2), torch.empty(0), torch.ones(3)]
+    received = [torch.zeros(2), torch.zeros(2), torch.empty(0)]
+    trade(sent, received, None)
+    assert begun == [("irecv", 1), ("isend", 2)]
+    assert len(waited) == 2
+    assert [part.tolist() for part in received] == [[1, 1], [11, 11], []]

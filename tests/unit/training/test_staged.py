@@ -61,7 +61,7 @@ def test_messages_of_a_tick_begin_together(done):
     states, bounds = "float32", "int32"
     assert done == [
         "shapes from 0",
-        [("isend", 10, states), ("irecv", 10, states), ("irecv", 10, bounds)],
+        [("irecv", 10, states), ("irecv", 10, bounds), ("isend", 10, states)],  # gloo wants receives first
         "ForwardPass",
         "shapes to 2",
         [("irecv", 12, states), ("isend", 12, states), ("isend", 12, bounds)],
