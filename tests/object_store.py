@@ -25,7 +25,9 @@ def store_environment(tmp_path_factory):
     ports = {name: free_port() for part in ("master", "volume", "filer", "s3") for name in (part, f"{part}.grpc")}
     flags = [f"-{name.replace('.', '.port.') if '.' in name else f'{name}.port'}={n}" for name, n in ports.items()]
     flags += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-s3.port.iceberg=0"]
-    flags += ["-s3.port.lance=0", f"-s3.config={folder / 'access.json'}", "-master.volumeSizeLimitMB=64"]
+    # Of eight volumes, which it has by default, seven go to no bucket: 64 MB would be all.
+    flags += ["-master.volumeSizeLimitMB=64", "-volume.max=64"]
+    flags += ["-s3.port.lance=0", f"-s3.config={folder / 'access.json'}"]
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         "AWS_ACCESS_KEY_ID": "key",
@@ -65,8 +67,8 @@ def set_all(patch, environment):
 
 
 def _create(filesystem, bucket, server):
-    """As soon as the server is up; not when it has ended, nor after a minute."""
-    for _ in range(300):
+    """As soon as the server is up; not when it has ended, nor after five minutes."""
+    for _ in range(1500):
         try:
             return filesystem.create_dir(bucket)
         except OSError:

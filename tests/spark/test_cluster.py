@@ -20,8 +20,16 @@ pytestmark = pytest.mark.slow
 SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
 #: The corpus of the other tests this many times over: some seconds of work for two cores.
 REPEATED = 16
-#: Cover folders, whose names are $0, and become what follows.
-HIDE = 'for folder in $0; do mount -t tmpfs none "$folder" || exit 77; done; exec "$@"'
+#: Cover folders, whose names are $0, go into the first of them, which is empty now, and become what follows.
+HIDE = 'for folder in $0; do mount -t tmpfs none "$folder" || exit 77; done; cd "${0%% *}"; exec "$@"'
+#: What comes after a table of tokens, in one driver.
+AFTER = """
+import sys
+from spark_jobs.cli import run_repartition, run_shuffle
+tokens, shuffled, packed = sys.argv[1:]
+run_shuffle(["-i", tokens, "-o", shuffled, "--holdout", "0.1"])
+run_repartition(["-i", shuffled, "-o", packed, "--max_len", "512"])
+"""
 
 
 def wait_until(condition, what: str, seconds: float = 180) -> None:
@@ -31,13 +39,18 @@ def wait_until(condition, what: str, seconds: float = 180) -> None:
         time.sleep(0.02)
 
 
+def apart_from(hidden: Sequence[Path]) -> list[str]:
+    """What a command begins with that is to find empty disks where these folders are."""
+    return ["unshare", "-m", "bash", "-c", HIDE, " ".join(map(str, hidden))]
+
+
 class Cluster:
     """A master and two workers of one core each, on the loopback address; each worker sees something else where the
     folders ``hidden`` are: an empty disk of its own."""
 
     def __init__(self, folder: Path, hidden: Sequence[Path] = ()) -> None:
         self.folder, port = folder, free_port()
-        self._own = ["unshare", "-m", "bash", "-c", HIDE, " ".join(map(str, hidden))] if hidden else []
+        self._own = apart_from(hidden) if hidden else []
         self.url = f"spark://127.0.0.1:{port}"
         self._environment = {**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
         flags = ["--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"]
@@ -97,23 +110,23 @@ def test_jobs_survive_a_worker_that_dies(spark, cluster, many, tokenizer, tmp_pa
     shuffle_tables(alone / "tokens", alone / "shuffled", holdout=0.1)
     repartition_table(alone / "shuffled", alone / "packed", max_len=512)
 
-    environment = {**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": root}
     # A lost executor is noticed by its connection; give up on nothing else.
     limits = ["--conf", "spark.executor.memory=512m", "--conf", "spark.ui.enabled=false"]
     submit = [Path(sys.executable).with_name("spark-submit"), "--master", cluster.url, *limits]
 
-    def start(job: str, *flags: object) -> subprocess.Popen:
-        command = [*submit, f"spark_jobs/{job}.py", *flags]
+    def start(*command: object) -> subprocess.Popen:
         return subprocess.Popen(
-            [str(part) for part in command],
-            cwd=Path(__file__).resolve().parents[2],
+            [str(part) for part in (*submit, *command)],
+            cwd=root,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    job = start("tokenize", "-i", many, "-o", ours / "tokens", "--tokenizer", tokenizer)
+    job = start("spark_jobs/tokenize.py", "-i", many, "-o", ours / "tokens", "--tokenizer", tokenizer)
     wait_until(lambda: list((ours / "tokens").rglob(".part-*.writing")) or job.poll() is not None, "the first part")
     assert job.poll() is None
     cluster.kill(1)
@@ -122,13 +135,10 @@ def test_jobs_survive_a_worker_that_dies(spark, cluster, many, tokenizer, tmp_pa
     assert "Lost executor" in said
     assert not list((ours / "tokens").rglob(".part-*"))  # nor what the killed tasks left
 
-    for name, *flags in (
-        ("shuffle", "-i", ours / "tokens", "-o", ours / "shuffled", "--holdout", "0.1"),
-        ("repartition", "-i", ours / "shuffled", "-o", ours / "packed", "--max_len", "512"),
-    ):
-        job = start(name, *flags)
-        said, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, said
+    (tmp_path / "after.py").write_text(AFTER)
+    job = start(tmp_path / "after.py", ours / "tokens", ours / "shuffled", ours / "packed")
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
     assert same_files(ours / "tokens", alone / "tokens")
     for split in ("train", "validation"):
         assert same_files(ours / "shuffled" / split, alone / "shuffled" / split)
