@@ -10,7 +10,7 @@ from spark_jobs.runtime.session import user_errors
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("task", "chats", "`task` is 'chats', it must be one of pretrain, chat."),
+        ("task", "chats", "`task` is 'chats', it must be one of pretrain, chat, preference."),
         ("eos", None, "`eos` is None, it must be one of auto, always, never."),
         ("on_error", "skip", "`on_error` is 'skip', it must be one of fail, quarantine."),
         ("format", "iceberg", "`format` is 'iceberg', it must be one of parquet, delta."),
