@@ -114,7 +114,7 @@ def _sums(values: Tensor, counts: Tensor) -> Tensor:
     """The sum of each of so many stretches [counts] of ``values``, in an order that is always the same."""
     if not len(counts):  # of no pairs, whose gradients are zero, and still wanted
         return values.new_zeros(0) + values.sum()
-    return torch.segment_reduce(values, "sum", lengths=counts, initial=0)
+    return torch.segment_reduce(values, "sum", lengths=counts, initial=0, unsafe=True)  # checks wait for the device
 
 
 class _Sum(torch.autograd.Function):
