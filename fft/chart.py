@@ -1,9 +1,13 @@
-"""Lines over steps as SVG: no script, no font, no picture from elsewhere."""
+"""Lines over steps, and bars, as SVG: no script, no font, no picture from elsewhere."""
 
+import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+
+from fft.files import write_atomically
 
 Point = tuple[float, float]
 #: Colours of lines; a picture has no more.
@@ -20,6 +24,33 @@ _SMOOTHED, _WINDOWS = 200, 100
 _FENCE = 6.0
 #: Of less than that an axis has no numbers: floats end there.
 _NOTHING = 1e-290
+
+
+#: Height of a bar with its room, and room for a bar's name and for its number.
+_BAR, _NAME, _NUMBER = 22, 170, 90
+#: Characters of a bar's name.
+_LONGEST = 26
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG file, which a notebook shows below the cell.
+
+    >>> Picture("<svg/>").save("/tmp/loss.svg")  # doctest: +SKIP
+    """
+
+    svg: str
+
+    def _repr_html_(self) -> str:
+        # As an image: its styles are to be no others' in the notebook.
+        if not self.svg:
+            return "<p>no numbers</p>"
+        data = base64.b64encode(self.svg.encode()).decode()
+        return f'<img src="data:image/svg+xml;base64,{data}" style="max-width: 100%">'
+
+    def save(self, path: str | Path) -> None:
+        """Write it into a file, whole or not at all."""
+        write_atomically(Path(path), self.svg)
 
 
 @dataclass(frozen=True)
@@ -65,6 +96,54 @@ def picture_file(svg: str, caption: str) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 -{_CAPTION} {WIDTH} {HEIGHT + _CAPTION}">'
     ground = f'<rect y="-{_CAPTION}" {size} fill="#fff"/><text x="{_LEFT}" y="-6">{escape(caption)}</text>'
     return f"{head}<style>{style}</style>{ground}{svg.partition('>')[2]}\n"
+
+
+def losses(
+    training: Sequence[Point], validation: Sequence[Point], others: Mapping[str, Sequence[Point]] | None = None
+) -> str:
+    """The SVG of a run's losses by step as a file of its own; without any point an empty string.
+
+    ``others`` are those of further tables by name, as far as there are colours: the report has all.
+    """
+    lines = [Line("training", training), Line("validation", validation, 1, marks=True)]
+    for colour, (name, points) in enumerate([*(others or {}).items()][: len(COLOURS) - 2], start=2):
+        lines.append(Line(f"validation, {name}", points, colour, marks=True))
+    caption = "loss by step; dots: validation"
+    drawn = chart(caption, lines, lambda value: f"{value:.4g}")
+    return picture_file(drawn, caption) if drawn else ""
+
+
+def bars(charts: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> str:
+    """The SVG, a file of its own, of charts one below the other, each a title and bars: name, value, and what is told
+    of it. Bars begin at 0, and the longest of a chart ends where its number has room."""
+    parts, at = [], 0.0
+    for title, rows in charts:
+        at += _CAPTION
+        parts.append(f'<text x="8" y="{at:.0f}" font-weight="bold">{escape(title)}</text>')
+        at += 8
+        most = max((value for _, value, _ in rows), default=0) or 1
+        for name, value, told in rows:
+            length = (WIDTH - _NAME - _NUMBER) * max(0.0, value) / most
+            middle = at + _BAR / 2 + 4
+            parts.append(f'<text x="{_NAME - 8}" y="{middle:.0f}" text-anchor="end">{escape(shortened(name))}</text>')
+            place = f'x="{_NAME}" y="{at + 3:.0f}" width="{length:.1f}" height="{_BAR - 6}"'
+            parts.append(f'<rect {place} fill="{COLOURS[0]}"><title>{escape(name)}: {escape(told)}</title></rect>')
+            parts.append(f'<text x="{_NAME + length + 6:.1f}" y="{middle:.0f}">{escape(told)}</text>')
+            at += _BAR
+        at += 10
+    size, text = f'width="{WIDTH}" height="{at:.0f}"', 'font-family="sans-serif" font-size="11" fill="#5c6b7a"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {at:.0f}"><rect {size} fill="#fff"/>'
+    return f"{head}<g {text}>{''.join(parts)}</g></svg>\n"
+
+
+def shortened(name: str, longest: int = _LONGEST) -> str:
+    """A name with its middle left out where it is long.
+
+    >>> shortened("a-very-long-name-of-a-dataset-2026")
+    'a-very-long- … ataset-2026'
+    """
+    half = longest // 2 - 1
+    return name if len(name) <= longest else f"{name[:half]} … {name[half + 3 - longest :]}"
 
 
 def _drawn(

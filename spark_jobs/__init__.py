@@ -1,11 +1,27 @@
 """Spark jobs that turn raw corpora into token tables. The command lines call these functions; so may a notebook.
 
->>> from spark_jobs import tokenize_table, shuffle_tables, repartition_table, generate_table  # doctest: +SKIP
->>> from spark_jobs import tokenize, shuffle, pack  # doctest: +SKIP
+>>> from spark_jobs import repartition_table, shuffle_tables, tokenize_table
+>>> made = tokenize_table("corpus.jsonl", "tokens", "tokenizer", keep=["url"])
+>>> made.rows, made.tokens == made.trained_tokens + made.untrained_tokens
+(60, True)
+>>> split = shuffle_tables({"web": "tokens"}, "shuffled", holdout=0.2, keep=["url"])
+>>> sorted(split), split["train"].rows + split["validation"].rows
+(['train', 'validation'], 60)
+>>> packed = repartition_table("shuffled", "packed", max_len=64)
+>>> packed["train"].seq_len, packed["train"].datasets, packed["train"].kept
+(64, ['web'], ('url',))
+>>> packed.plot().save("packed.svg")  # in a notebook, a cell that ends with `packed.plot()` or `packed` shows it
 
-Each takes inputs, an output folder and keyword parameters, and returns the manifest(s) it wrote. They run on the active
-Spark session, or on ``spark=``. ``generate(df, model=...)`` is the DataFrame of what ``generate_table`` writes;
-``tokenize``, ``shuffle`` and ``pack`` make functions for ``df.transform``, see :mod:`spark_jobs.transforms`.
+Each takes inputs, an output folder and keyword parameters, called as the flags are, and returns the manifest(s) it
+wrote. What goes wrong is one sentence that names parameters:
+
+>>> shuffle_tables("tokens", "shuffled")
+Traceback (most recent call last):
+fft.errors.UserError: `output` ... exists: give `overwrite=True` to replace it, or another folder.
+
+They run on the active Spark session, or on ``spark=``. ``generate(df, model=...)`` is the DataFrame of what
+``generate_table`` writes; ``tokenize``, ``shuffle`` and ``pack`` make functions for ``df.transform``, see
+:mod:`spark_jobs.transforms`.
 
 Two of these names are those of scripts in this folder, too. Imported as modules of this package, which nothing needs,
 the scripts leave their names to the functions.

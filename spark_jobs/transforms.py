@@ -1,6 +1,12 @@
 """Token tables by ``df.transform``: functions that make functions DataFrame -> DataFrame.
 
->>> rows = df.transform(tokenize("Qwen3-8B")).transform(shuffle(seed=7)).transform(pack(4096))  # doctest: +SKIP
+>>> from spark_jobs import pack, shuffle, tokenize
+>>> df = spark.read.json("corpus.jsonl")
+>>> rows = df.transform(tokenize("tokenizer")).transform(shuffle(seed=7)).transform(pack(64))
+>>> rows.columns
+['input_ids', 'cu_seqlens', 'doc_ids']
+>>> sum(len(row["doc_ids"]) for row in rows.collect()) >= df.count()
+True
 
 They compute nothing themselves, write nothing and set nothing: the rows are a DataFrame like any other, and all is done
 when somebody uses it. They are those of the jobs, which are made of the same functions, see

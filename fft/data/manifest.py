@@ -17,12 +17,13 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+from fft.chart import Picture, bars
 from fft.data.file_list import INLINE, FileInfo, is_list_name, pack_list, unpack_list
 from fft.errors import UserError
 from fft.json_text import json_value
@@ -82,6 +83,10 @@ class Manifest:
 
     def _repr_html_(self) -> str:
         return Manifests({"": self})._repr_html_()
+
+    def plot(self) -> Picture:
+        """Documents by length, and tokens by dataset where there are several."""
+        return Manifests({"": self}).plot()
 
     @property
     def trained_tokens(self) -> int | None:
@@ -187,7 +192,23 @@ def _checked(file: FileInfo) -> FileInfo:
 
 
 class Manifests(dict[str, Manifest]):
-    """Manifests of tables by their names, as a notebook shows them: a row a table, and what it is mixed from."""
+    """Manifests of tables by their names, as a notebook shows them: a row a table, and what it is mixed from.
+
+    >>> made = Manifests(train=Manifest((), 4, 60, lineage={"counts": {"lengths": {"8": 3, "16": 1}}}))
+    >>> made["train"].tokens, made["train"].trained_tokens  # nobody has counted what is trained
+    (60, None)
+    >>> made.plot().save("lengths.svg")  # doctest: +SKIP
+    """
+
+    def plot(self) -> Picture:
+        """Of each table, documents by length, and tokens by dataset where there are several."""
+        charts = []
+        for name, made in self.items():
+            counts = made.lineage.get("counts") or {}
+            charts.append((f"{name} documents by length".strip(), _histogram(counts)))
+            mixture = _mixture(counts)
+            charts += [(f"{name} tokens by dataset".strip(), mixture)] if len(mixture) > 1 else []
+        return Picture(bars(charts))
 
     def _repr_html_(self) -> str:
         rows: list[tuple[object, ...]] = [("table", "made by", "files", "rows", "tokens", "bytes", "trained")]
@@ -204,6 +225,17 @@ class Manifests(dict[str, Manifest]):
 def trained_by(manifest: Manifest | None) -> int | None:
     """Tokens of a table that a loss counts, as its manifest says; None where that does not, or there is none."""
     return None if manifest is None else manifest.trained_tokens
+
+
+def _histogram(counts: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    found = counts.get("lengths") or {}
+    return [(f"from {int(least):,} tokens", count, f"{count:,}") for least, count in found.items()]
+
+
+def _mixture(counts: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    found = counts.get("datasets") or {}
+    whole = max(1, sum(own["tokens"] for own in found.values()))
+    return [(name, own["tokens"], f"{own['tokens'] / whole:.1%}") for name, own in found.items()]
 
 
 def or_unknown(count: int | None) -> int | str:

@@ -40,41 +40,26 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what is asked for. Raises :class:`UserError` for models, machines and numbers that cannot be planned."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     from fft.plan.compare import links_table, price_table
-    from fft.plan.hardware import read_machine
-    from fft.plan.ours import read_job
-    from fft.plan.search import Search
-    from fft.plan.timeline import timeline_svg
-    from fft.plan.told import best_table, flags_text, layout_name, settings_text, time_table
+    from fft.plan.found import find_layouts
 
     for path in (args.write, args.timeline):
         if path is not None and path.exists() and not args.overwrite:
             raise UserError(f"{path} exists: give --overwrite to replace it, or another name.")
-    if args.tokens_per_step % args.seq_len:
-        raise UserError(f"--tokens_per_step {args.tokens_per_step} must be a multiple of --seq_len {args.seq_len}.")
-    machine, job = read_machine(args.hardware), read_job(args.model, args.seq_len, args.tokens_per_step)
-    search = Search(job, machine, args.ranks)
-    plans = search.best(args.best)
-    if not plans:
-        raise UserError(
-            f"no layout of {args.ranks} x {machine.device.name} has the memory for {args.model} with rows of "
-            f"{args.seq_len}: give more --ranks, or a --tokens_per_step that divides by more of them."
-        )
-    print(f"{job.name}, {search.shape(False).parameters / 1e9:.2f} B parameters, {args.ranks} x {machine.device.name}")
-    print(f"{search.seen:,} layouts, {search.tried:,} of them played through\n")
-    print(best_table(search, plans, args.train_tokens))
-    print(f"\nwhere the time goes, %\n{time_table(plans)}")
-    print(f"\nthe first: {flags_text(job, plans[0])}")
+    names = ("ranks", "seq_len", "tokens_per_step", "train_tokens", "best")
+    with parser.naming_flags():
+        found = find_layouts(args.model, args.hardware, **{name: getattr(args, name) for name in names})
+    print(found)
     if args.compare:
-        print(f"\n{links_table(job, machine, args.ranks, args.compare.split(','), args.best)}")
+        print(f"\n{links_table(found.job, found.machine, args.ranks, args.compare.split(','), args.best)}")
     if args.price:
-        print(f"\n{price_table(job, machine, args.ranks, args.price, args.train_tokens)}")
+        print(f"\n{price_table(found.job, found.machine, args.ranks, args.price, args.train_tokens)}")
     if args.write:
-        write_atomically(args.write, settings_text(search, plans[0]))
+        write_atomically(args.write, found.settings())
     if args.timeline:
-        title = f"{job.name}, {args.ranks} x {machine.device.name}: {layout_name(plans[0])}"
-        write_atomically(args.timeline, timeline_svg(plans[0].run, title))
+        found.plot().save(args.timeline)
     return 0
 
 

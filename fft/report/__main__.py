@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fft.chart import COLOURS
 from fft.console import say
 from fft.errors import Parser, UserError, run_cli
-from fft.files import write_atomically
 
 _ABOUT = """\
 Write a page about a run, or about several beside one another, that opens in any browser and needs no network.
@@ -32,21 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page. Raises :class:`UserError` for folders that are no runs, and for a page that is there."""
     args = build_parser().parse_args(argv)
-    if len(args.runs) > len(COLOURS):
-        raise UserError(f"{len(args.runs)} runs are too many for one picture: give {len(COLOURS)} at most.")
+    from fft.report.shown import report_on  # not before: --help need not wait for torch
+
+    report = report_on(*args.runs)
     output = args.output or args.runs[0].with_name(f"{args.runs[0].resolve().name}.html")
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists: give --overwrite to replace it, or another name with -o.")
-    # Not before: --help need not wait for torch.
-    from fft.report.page import page_of
-    from fft.report.run import read_run
-
-    runs = [read_run(run) for run in args.runs]
-    page = page_of(runs)
-    try:
-        write_atomically(output, page)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}): name another place with -o.") from error
+    report.save(output)
     say(f"written to {output}")
     return 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fft.chart import Picture, losses
 from fft.checkpoint import folder
 from fft.checkpoint.run import LocalRun
 from fft.errors import UserError, one_line
@@ -40,6 +41,10 @@ class Run:
     environment: Mapping[str, Any]
     checkpoints: tuple[Checkpoint, ...]
     planned: str
+
+    def plot(self) -> Picture:
+        """Losses by step."""
+        return Picture(losses(self.points("loss"), self.points("eval_loss")))
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """What is known of a number, by step, if it is finite."""

@@ -1,6 +1,10 @@
 """From a notebook to the machines of a Spark cluster: one call trains on its executors.
 
->>> from fft.spark import train_on_cluster  # doctest: +SKIP
+>>> from fft.spark import train_on_cluster
+>>> result = train_on_cluster(
+...     model="runs/base", train_data="runs/packed/train", seq_len=2048, checkpoint="runs/run", nodes=2, processes=4
+... )  # doctest: +SKIP
+>>> result.plot().save("loss.svg")  # doctest: +SKIP
 
 The one place of :mod:`fft` that knows pyspark, which it imports when a run on executors begins.
 """

@@ -3,16 +3,19 @@
 import contextlib
 import dataclasses
 import json
+import math
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from fft.arguments import parse_arguments
+from fft.chart import Picture, losses
 from fft.data.storage import Storage
 from fft.errors import EXIT_AGAIN, UserError
 from fft.spark import checks, places
@@ -34,11 +37,41 @@ _NOT_THE_CAUSE = "lost the connection to another rank"
 @dataclass(frozen=True)
 class Result:
     """What came of a run: the ``model`` directory and the ``run`` folder, as they were named (None: not asked for), and
-    the records of the run's ``metrics.jsonl``, each with its ``step``; without a run folder there are none."""
+    the records of the run's ``metrics.jsonl``, each with its ``step``; without a run folder there are none.
+
+    >>> records = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0, "eval_loss": 2.25}]
+    >>> found = Result("runs/model", "runs/run", records)
+    >>> found.last("loss"), found.last("eval_loss"), found.last("mfu")
+    (2.0, 2.25, None)
+    """
 
     model: str | None
     run: str | None
     metrics: list[dict[str, float]]
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """A number by step, where it is finite."""
+        found = {record["step"]: record[name] for record in self.metrics if math.isfinite(record.get(name, math.nan))}
+        return sorted(found.items())
+
+    def last(self, name: str) -> float | None:
+        """The last of a number, if there is any."""
+        points = self.points(name)
+        return points[-1][1] if points else None
+
+    def plot(self) -> Picture:
+        """Losses by step."""
+        return Picture(losses(self.points("loss"), self.points("eval_loss")))
+
+    def _repr_html_(self) -> str:
+        told = {
+            "model": self.model,
+            "run": self.run,
+            "steps": self.points("loss")[-1][0] if self.points("loss") else None,
+        }
+        told |= {"loss": self.last("loss"), "validation loss": self.last("eval_loss")}
+        rows = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in told.items() if v is not None)
+        return f"<table>{rows}</table>{self.plot()._repr_html_() if self.metrics else ''}"
 
 
 def train_on_cluster(

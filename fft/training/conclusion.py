@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fft.arguments import TrainArguments
-from fft.chart import COLOURS, Line, chart, picture_file
+from fft.chart import losses
 from fft.checkpoint.card import CARD, card_of, perplexity, told_loss
 from fft.checkpoint.folder import METRICS, PICTURE, checkpoint_tag
 from fft.checkpoint.run import RunFolder
@@ -15,8 +15,6 @@ from fft.errors import UserError, one_line
 from fft.planning.preflight import Plan
 from fft.training.metric_sinks import loss_name, named_in, read_numbers
 from fft.training.metrics import Metrics, Progress, told_pairs
-
-_CAPTION = "loss by step; dots: validation"
 
 
 def told_evaluation(
@@ -87,12 +85,8 @@ def _picture(notes: Path) -> str:
         name: sorted((step, value) for step, value in numbers.get(name, {}).items() if math.isfinite(value))
         for name in ("loss", "eval_loss", *map(loss_name, names))
     }
-    lines = [Line("training", points["loss"]), Line("validation", points["eval_loss"], 1, marks=True)]
-    # The first is that of the line before. What has no colour of its own is in the report.
-    for colour, name in enumerate(names[1 : len(COLOURS) - 1], start=2):
-        lines.append(Line(f"validation, {name}", points[loss_name(name)], colour, marks=True))
-    drawn = chart(_CAPTION, lines, lambda value: f"{value:.4g}")
-    return picture_file(drawn, _CAPTION) if drawn else ""
+    others = {name: points[loss_name(name)] for name in names[1:]}  # the first is that of the validation's line
+    return losses(points["loss"], points["eval_loss"], others)
 
 
 def _keep(runs: Sequence[RunFolder], picture: str, metrics: Metrics) -> None:

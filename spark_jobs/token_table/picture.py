@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
+from fft.chart import shortened
 from fft.console import say
 from fft.data.manifest import Manifest, or_unknown
 from fft.errors import UserError
@@ -162,18 +163,12 @@ def _draw_mixture(axes: "Axes", manifest: Manifest) -> None:
 def _mixed(manifest: Manifest) -> list[tuple[str, int]]:
     """Names of datasets and their tokens, the largest first, those that are small together."""
     datasets = manifest.lineage["counts"].get("datasets") or {"all": {"tokens": manifest.tokens}}
-    found = [(_short(Path(name).name or name), own["tokens"]) for name, own in datasets.items()]
+    found = [(shortened(Path(name).name or name, _LONGEST_NAME), own["tokens"]) for name, own in datasets.items()]
     found.sort(key=lambda one: -one[1])
     if len(found) <= _MOST_BARS:
         return found
     rest = found[_MOST_BARS - 1 :]
     return [*found[: _MOST_BARS - 1], (f"{len(rest)} others", sum(tokens for _, tokens in rest))]
-
-
-def _short(name: str) -> str:
-    """A name with its middle left out where it is long."""
-    half = _LONGEST_NAME // 2 - 1
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half]} … {name[-half:]}"
 
 
 def _draw_packing(axes: "Axes", manifest: Manifest) -> None:
