@@ -44,7 +44,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 #: Its losses, drawn at its end; answers that it gave on the way.
 PICTURE, SAMPLES = "loss.svg", "samples.jsonl"
 #: What a run's folder holds besides checkpoints.
-_OWN = (LATEST, BEST, LOCK, METRICS, TENSORBOARD, PICTURE, SAMPLES)
+_OWN = (LATEST, BEST, LOCK, METRICS, TENSORBOARD, PICTURE, SAMPLES, "wandb")
 _OWN += ("arguments.yaml", "environment.yaml", "data.yaml")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 

@@ -1,4 +1,5 @@
-"""Where a run's numbers go: ``metrics.jsonl``, which must not fail, and TensorBoard and MLflow, which may.
+"""Where a run's numbers go: ``metrics.jsonl``, which must not fail, and TensorBoard, MLflow and Weights & Biases, which
+may.
 
 A sink has two methods, ``write(step, values)`` and ``close(well)``. Only rank 0 has sinks.
 """
@@ -19,6 +20,7 @@ from fft.errors import UserError, one_line
 from fft.files import own_file, own_folder
 from fft.json_text import json_value
 from fft.training.mlflow_sink import MLflow, RunFacts
+from fft.training.wandb_sink import WeightsAndBiases
 
 #: TensorBoard's groups; what is in none of these is a number of training.
 _GROUPS = dict.fromkeys(("eval_loss", "eval_tokens", "eval_pairs", "perplexity"), "evaluation")
@@ -183,8 +185,9 @@ class Sinks:
 
     def state(self) -> dict[str, str]:
         """What a checkpoint has to say of them for a run that goes on from it."""
-        runs = [server.run for server in self._servers() if server.run is not None]
-        return {"mlflow": runs[0]} if runs else {}
+        runs = [("mlflow", server.run) for server in self._servers()]
+        runs += [("wandb", sink.run) for _, sink in self._sinks if isinstance(sink, WeightsAndBiases)]
+        return {name: run for name, run in runs if run is not None}
 
     def _servers(self) -> list[MLflow]:
         return [sink for _, sink in self._sinks if isinstance(sink, MLflow)]
@@ -214,4 +217,6 @@ def open_sinks(run: Path | None, step: int, facts: RunFacts, log: Callable[[str]
             sinks.add("TensorBoard", lambda: TensorBoard(run / TENSORBOARD, step))
     if MLflow.wanted():
         sinks.add("MLflow", lambda: MLflow(facts, log))
+    if WeightsAndBiases.wanted():
+        sinks.add("Weights & Biases", lambda: WeightsAndBiases(facts, run, log))
     return sinks

@@ -254,7 +254,7 @@ def open_metrics(
     sinks = Sinks(log)
     if dist.get_rank() == 0:
         run = run_at(args.checkpoint) if args.checkpoint else None
-        facts = run_facts(args, plan, layout, run, start.state.get("mlflow"))
+        facts = run_facts(args, plan, layout, run, start.state)
         sinks = held.enter_context(open_sinks(run.notes if run is not None else None, start.step, facts, log))
     work, world = Work.of(layout.every, args.seq_len), plan.mesh.world
     rate = matrix_rate(dtype, device) if plan.total_steps else float("nan")

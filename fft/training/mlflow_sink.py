@@ -55,7 +55,8 @@ class UsedTable:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run says of itself when it begins; ``known`` is the id of the MLflow run that it goes on with.
+    """What a run says of itself when it begins; ``known`` is the id of the MLflow run that it goes on with, ``wandb``
+    that of the one of Weights & Biases.
 
     ``notes`` says where its numbers are besides.
     """
@@ -64,6 +65,7 @@ class RunFacts:
     tables: Sequence[UsedTable] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     known: str | None = None
+    wandb: str | None = None
     notes: str | None = None
 
 

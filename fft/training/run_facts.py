@@ -1,8 +1,9 @@
 """What a run says of itself to a server of experiments: settings, tables, environment, layout."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
+from typing import Any
 
 import yaml
 
@@ -18,14 +19,18 @@ from fft.redaction import redact_all
 from fft.training.mlflow_sink import RunFacts, UsedTable
 
 
-def run_facts(args: TrainArguments, plan: Plan, layout: Layout, run: RunFolder | None, known: str | None) -> RunFacts:
-    """Of a run with the folder ``run``, if any, that goes on with the MLflow run ``known``, if any."""
+def run_facts(
+    args: TrainArguments, plan: Plan, layout: Layout, run: RunFolder | None, state: Mapping[str, Any]
+) -> RunFacts:
+    """Of a run with the folder ``run``, if any, that goes on with the checkpoint of this ``state``, if it has any."""
     texts = {"arguments.yaml": yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)}
     texts["plan.txt"] = describe(args, plan.config.model_type, layout)
     if run is not None:
         texts |= {name: run.text(name) or "" for name in ("environment.yaml", "data.yaml")}
     notes = run.shown(METRICS) if run is not None else None
-    return RunFacts(redact_all(dataclasses.asdict(args)), list(_tables(plan)), texts, known, notes)
+    return RunFacts(
+        redact_all(dataclasses.asdict(args)), list(_tables(plan)), texts, state.get("mlflow"), state.get("wandb"), notes
+    )
 
 
 def _tables(plan: Plan) -> Iterator[UsedTable]:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -10,8 +13,10 @@ from fft.errors import UserError
 from fft.train_arguments import TrainArguments
 from fft.training.metric_sinks import Sinks, evaluation_numbers, named_in, open_sinks, read_numbers
 from fft.training.mlflow_sink import MLflow, RunFacts, check_registers
+from fft.training.wandb_sink import WeightsAndBiases
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DATABRICKS_RUNTIME_VERSION")
+VARIABLES += ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_MODE", "WANDB_INIT_TIMEOUT")
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +140,85 @@ def test_a_model_that_could_not_be_registered_is_refused_at_the_start(given, why
     with pytest.raises(UserError, match=why):
         check_registers(args, given["tokenizer"])
     check_registers(TrainArguments(), None)
+
+
+class RecordedRun:
+    """What of Weights & Biases' public API the sink calls, with what it is given."""
+
+    id, offline, url = "abc", False, "https://wandb.ai/me/p/runs/abc"
+
+    def __init__(self, calls):
+        self.calls, self.dir = calls, "files"
+
+    def define_metric(self, name, **given):
+        self.calls.append(("define_metric", name, given))
+
+    def log(self, values):
+        self.calls.append(("log", values))
+
+    def finish(self, exit_code):
+        self.calls.append(("finish", exit_code))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    calls = []
+
+    def init(**given):
+        calls.append(("init", given | {"settings": vars(given["settings"])}))
+        return RecordedRun(calls)
+
+    module = SimpleNamespace(init=init, Settings=SimpleNamespace, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+@pytest.mark.parametrize("known", [None, "abc"])
+def test_weights_and_biases_gets_all_numbers(known, recorded, monkeypatch, tmp_path):
+    assert not WeightsAndBiases.wanted()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert not WeightsAndBiases.wanted()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    said = []
+    with open_sinks(tmp_path, 0, RunFacts({"seq_len": 64}, wandb=known), said.append) as sinks:
+        sinks.write(3, {"loss": 2.0, "eval/web/loss": 1.0})
+        assert sinks.state() == {"wandb": "abc"}
+    (_, given), *rest = recorded
+    assert given["settings"].pop("init_timeout") == 10
+    assert given == {
+        **{"project": "p", "dir": str(tmp_path), "config": {"seq_len": 64}, "id": known},
+        **{"resume": known and "allow", "settings": given["settings"]},
+    }
+    assert rest == [
+        ("define_metric", "*", {"step_metric": "step"}),
+        ("log", {"step": 3, "loss": 2.0, "eval/web/loss": 1.0}),
+        ("finish", 0),
+    ]
+    assert said == ["Weights & Biases run abc at https://wandb.ai/me/p/runs/abc"]
+
+
+def test_weights_and_biases_that_does_not_answer_ends_no_run(recorded, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setattr(RecordedRun, "log", lambda *_: 1 / 0)
+    said = []
+    with open_sinks(tmp_path, 0, RunFacts(), said.append) as sinks:
+        sinks.write(1, {"loss": 2.0})
+    gone = "warning: Weights & Biases failed (division by zero) and gets no more metrics; training goes on"
+    assert said[1:] == [gone]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_weights_and_biases_offline(monkeypatch, tmp_path):
+    """The real one, where it is installed."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said = []
+    with open_sinks(tmp_path, 0, RunFacts({"seq_len": 64}), said.append) as sinks:
+        sinks.write(1, {"loss": 2.0, "eval/web/loss": 1.0})
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    begun = time.monotonic()
+    while b"eval/web/loss" not in file.read_bytes():  # which its process writes
+        assert time.monotonic() < begun + 60
+        time.sleep(0.1)
+    assert len(said) == 1
