@@ -23,7 +23,7 @@ def main() -> None:
 
 def read_times(said: dict) -> LinkTimes:
     """What :func:`main` printed."""
-    kinds = (tuple(ExchangeTime(**one) for one in said[kind]) for kind in ("messages", "sums"))
+    kinds = (tuple(ExchangeTime(**one) for one in said[kind]) for kind in ("messages", "sums", "gathers"))
     return LinkTimes(said["ranks"], *kinds)
 
 

@@ -8,12 +8,14 @@ from statistics import fmean, median
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from fft.ops.backends.choice import choose
 from fft.ops.documents import Documents, Segments
 from fft.plan.constants import FITTED_CONSTANTS, Constants
 from fft.plan.hardware import Device
-from fft.plan.kernels import flash_time, product_time
+from fft.plan.kernels import product_time
 
 #: Seconds that something is repeated for, and how often that is done.
 _LONG, _BLOCKS = 0.06, 3
@@ -78,18 +80,6 @@ class LinearTime:
         return 6.0 * self.tokens * self.width**2 / self.seconds
 
 
-@dataclass(frozen=True)
-class AttentionTime:
-    """Seconds of forward and backward over a document of ``tokens``, which compute ``flops`` and two and a half times
-    as many.
-    """
-
-    tokens: int
-    flops: float
-    forward: float
-    backward: float
-
-
 def linear_times(timer: Timer, dtype: torch.dtype) -> list[LinearTime]:
     """By size. Collective."""
     found = []
@@ -106,8 +96,11 @@ def linear_times(timer: Timer, dtype: torch.dtype) -> list[LinearTime]:
     return found
 
 
-def attention_times(timer: Timer, dtype: torch.dtype) -> list[AttentionTime]:
-    """Of the kernel that the trainer takes here, by the length of a document. Collective."""
+def attention_rates(timer: Timer, dtype: torch.dtype) -> tuple[tuple[float, float, float], ...]:
+    """FLOP/s of the kernel that the trainer takes here in forward and backward, by the length of a document.
+
+    Of what counts: a query and the keys before it. Collective.
+    """
     backend, size, found = choose(timer.device, dtype), _HEAD_SIZE[timer.cpu], []
     for tokens in _DOCUMENTS[timer.cpu]:
         shapes = ((tokens, heads, size) for heads in (_HEADS, _KV_HEADS, _KV_HEADS, _HEADS))
@@ -116,8 +109,9 @@ def attention_times(timer: Timer, dtype: torch.dtype) -> list[AttentionTime]:
         out, lse = backend.forward(q, k, v, within)
         forward = timer.seconds(lambda i=(q, k, v, within): backend.forward(*i))
         backward = timer.seconds(lambda i=(dout, q, k, v, out, lse, within): backend.backward(*i))
-        found.append(AttentionTime(tokens, 2.0 * tokens**2 * _HEADS * size, forward, backward))
-    return found
+        flops = 2.0 * tokens**2 * _HEADS * size
+        found.append((float(tokens), flops / forward, 2.5 * flops / backward))
+    return tuple(found)
 
 
 def memory_rate(timer: Timer) -> float:
@@ -156,6 +150,24 @@ def launch_seconds(timer: Timer) -> float:
     return timer.seconds(both) / 52
 
 
+def host_seconds(timer: Timer) -> float:
+    """Of a decoder layer's forward that computes next to nothing. Collective.
+
+    A backward launches 1.3 times as much, as where layers are predicted.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, num_hidden_layers=1)
+    config._attn_implementation = "sdpa"
+    layer = LlamaDecoderLayer(config, 0).to(timer.device, torch.bfloat16)
+    x = torch.randn(1, 8, 32, device=timer.device).bfloat16().requires_grad_()
+    where = LlamaRotaryEmbedding(config).to(timer.device)(x, torch.arange(8, device=timer.device)[None])
+
+    def both() -> None:
+        layer(x, position_embeddings=where).sum().backward()
+
+    return timer.seconds(both) / 2.3
+
+
 def fitted_products(device: Device, times: list[LinearTime], at: Constants) -> tuple[float, float]:
     """The share of the device's peak that large products reach, and the tile: see :class:`Constants`.
 
@@ -180,37 +192,20 @@ def _linear(device: Device, one: LinearTime, at: Constants) -> float:
     return 2 * forward + product_time(device, one.width, one.width, one.tokens, at)
 
 
-def fitted_attention(device: Device, times: list[AttentionTime], at: Constants) -> tuple[float, float, float]:
-    """The shares of the device's peak that attention reaches in forward and backward, and the row: see
-    :class:`Constants`.
-    """
-    best = inf, 1.0, 1.0, at.row
-    for row in (0.0, *(2 * 1.2**step for step in range(45))):
-        told = replace(at, row=row)
-        passes = [flash_time(device, one.flops, one.tokens, (1.0, 1.0), told) for one in times]
-        logs = [
-            [log(predicted[which] / measured) for predicted, measured in zip(passes, own, strict=True)]
-            for which, own in enumerate(([one.forward for one in times], [one.backward for one in times]))
-        ]
-        error = sum((x - fmean(own)) ** 2 for own in logs for x in own)
-        best = min(best, (error, exp(fmean(logs[0])), exp(fmean(logs[1])), row))
-    return best[1:]
-
-
 def device_of(name: str, timer: Timer, memory: float) -> tuple[Device, Constants, list[LinearTime]]:
     """A device as it is found here, with constants of its own, and its linear layers by size. Collective.
 
     ``memory`` is how many bytes of it a rank has. Its peak is the highest rate that was found.
     """
     half, wide = (linear_times(timer, dtype) for dtype in (torch.bfloat16, torch.float32))
-    bandwidth, launch = memory_rate(timer), launch_seconds(timer)
+    bandwidth = memory_rate(timer)
     chain = chain_rate(timer, torch.bfloat16) / bandwidth if timer.cpu else 1.0
     peak, share = max(one.rate for one in half), fmean(b.rate / a.rate for a, b in zip(half, wide, strict=True))
-    at = replace(FITTED_CONSTANTS, stream=1.0, launch=launch, chain=chain)
-    if timer.cpu:
-        at = replace(at, host=0.0)  # the device is the host: what launching takes is in the kernels' time
-    device = Device(name, peak, 1.0, bandwidth, memory, (1.0, 1.0), peak * share, timer.cpu)
+    # Where the device is the host, launching is the host's time, and adds to the kernels'.
+    launch = 0.0 if timer.cpu else launch_seconds(timer)
+    at = replace(FITTED_CONSTANTS, stream=1.0, launch=launch, chain=chain, host=host_seconds(timer))
+    attention = attention_rates(timer, torch.bfloat16)
+    flash = (attention[-1][1] / peak, attention[-1][2] / peak)
+    device = Device(name, peak, 1.0, bandwidth, memory, flash, peak * share, timer.cpu, attention)
     reached, tile = fitted_products(device, half, at)
-    *flash, row = fitted_attention(device, attention_times(timer, torch.bfloat16), at)
-    device = replace(device, reached=reached, flash=(flash[0], flash[1]))
-    return device, replace(at, tile=tile, row=row), half
+    return replace(device, reached=reached), replace(at, tile=tile), half

@@ -1,6 +1,6 @@
 """How long exchanges take: a latency for each hop, and bytes over the narrowest link, which others use as well."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 
 from fft.plan.constants import Constants
@@ -62,7 +62,15 @@ def gather_time(machine: Machine, group: Group, size: float, at: Constants) -> f
 
 def reduce_time(machine: Machine, group: Group, size: float, at: Constants) -> float:
     """Seconds of an all-reduce of ``size`` bytes: a reduce-scatter, then an all-gather."""
-    return 2 * gather_time(machine, group, size, at)
+    if group.size == 1 or not size:
+        return 0.0
+    share = size * (group.size - 1) / group.size / at.summing
+    return 2 * (share * _seconds_per_byte(machine, group, at) + _latency(machine, group))
+
+
+def scatter_time(machine: Machine, group: Group, size: float, at: Constants) -> float:
+    """Seconds of a reduce-scatter of ``size`` bytes by messages, of which each rank sends one to each other one."""
+    return gather_time(machine, group, size, replace(at, network=at.wire))
 
 
 def all_to_all_time(machine: Machine, group: Group, size: float, at: Constants) -> float:

@@ -23,8 +23,9 @@ class Device:
 
     ``bandwidth`` B/s of its memory by the datasheet, ``memory`` bytes of it; ``flash`` the shares of ``peak`` that
     the attention kernel reaches in forward and backward on long documents. ``wide`` is the peak of 32-bit products,
-    half of the other where a file does not say; ``cpu`` whether it is the machine's processor, whose operators are
-    those of PyTorch, one by one.
+    half of the other where a file does not say. ``attention`` are rates by the length of a document, as (tokens,
+    forward, backward) in FLOP/s, where they were measured. ``cpu`` says whether the device is the machine's processor,
+    whose operators are those of PyTorch, one by one.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Device:
     flash: tuple[float, float]
     wide: float
     cpu: bool = False
+    attention: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def read_machine(path: str | Path) -> Machine:
     if not isinstance(said, dict):
         raise UserError(f"--hardware {path}: device, node, inside and between were expected, as in conf/hardware.")
     rates = "tflops", "reached", "bandwidth", "memory", "flash_forward", "flash_backward"
-    device = _numbers(path, said, "device", rates, ("tflops_fp32",), words=("kind",))
+    device = _numbers(path, said, "device", rates, ("tflops_fp32",), words=("kind", "attention"))
     inside = _numbers(path, said, "inside", ("bandwidth", "latency"), ("sharing",))
     between = _numbers(path, said, "between", ("bandwidth", "latency"))
     node = said.get("node")
@@ -101,12 +103,25 @@ def read_machine(path: str | Path) -> Machine:
             (device["flash_forward"], device["flash_backward"]),
             device.get("tflops_fp32", device["tflops"] / 2) * _TERA,
             kind == "cpu",
+            _attention(path, said["device"].get("attention", [])),
         ),
         node,
         Link(inside["bandwidth"] * _GIGA, inside["latency"] * _MICRO, int(inside.get("sharing", 1))),
         Link(between["bandwidth"] * _GIGA, between["latency"] * _MICRO),
         replace(FITTED_CONSTANTS, **own),
     )
+
+
+def _attention(path: str | Path, said: object) -> tuple[tuple[float, float, float], ...]:
+    """Rates by length, the shortest first, in FLOP/s."""
+    rows = said if isinstance(said, list) else [said]
+    for row in rows:
+        if not isinstance(row, list) or len(row) != 3 or not all(isinstance(x, int | float) and x > 0 for x in row):
+            raise UserError(
+                f"--hardware {path}: device.attention must be a list of [tokens, TFLOP/s forward, TFLOP/s backward], "
+                f"not {said!r}."
+            )
+    return tuple(sorted((float(n), forward * _TERA, backward * _TERA) for n, forward, backward in rows))
 
 
 def named_link(name: str) -> Link:

@@ -1,6 +1,7 @@
 """How long kernels take: rooflines without a corner, whose efficiency falls with the size of what is computed."""
 
-from math import hypot
+from itertools import pairwise
+from math import hypot, log
 
 from fft.plan.constants import Constants
 from fft.plan.hardware import Device
@@ -35,8 +36,21 @@ def flash_time(
 ) -> tuple[float, float]:
     """Seconds of forward and backward of a fused attention kernel, whose forward computes ``flops`` that count.
 
-    ``row`` are the tokens of a document; ``passes`` the shares of the peak that it reaches on long ones.
+    ``row`` are the tokens of a document; ``passes`` the shares of the peak that it reaches on long ones. Where the
+    device's file has rates by length, those of the nearest lengths count, and ``passes`` beside the device's own.
     """
+    if device.attention:
+        rates = [_between([(one[0], one[which]) for one in device.attention], row) for which in (1, 2)]
+        reached = [rate * share / own for rate, share, own in zip(rates, passes, device.flash, strict=True)]
+        return flops / reached[0] + at.launch, 2.5 * flops / reached[1] + at.launch
     fill = 1 + at.row / row
     forward = flops * fill / (device.peak * passes[0]) + at.launch
     return forward, 2.5 * flops * fill / (device.peak * passes[1]) + at.launch
+
+
+def _between(points: list[tuple[float, float]], at: float) -> float:
+    """What lies between neighbouring points on a line, by the logarithm; at the ends what they have."""
+    for (a, x), (b, y) in pairwise(points):
+        if at <= b:
+            return x + (y - x) * max(0.0, log(at / a) / log(b / a))
+    return points[-1][1]

@@ -84,8 +84,8 @@ def block_times(run: PlannedRun, block: Block) -> PassTimes:
 
 
 def _not_ahead(run: PlannedRun, parts: Parts, launches: float) -> Parts:
-    """A device waits for a host that launches more slowly than it computes."""
-    lacking = run.at.host * run.stack.host * launches - parts.seconds
+    """A device waits for a host that launches more slowly than it computes; one that is the host does both in turn."""
+    lacking = run.at.host * run.stack.host * launches - (0.0 if run.machine.device.cpu else parts.seconds)
     return parts + Parts(waiting=lacking) if lacking > 0 else parts
 
 

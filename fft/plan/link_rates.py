@@ -27,11 +27,12 @@ class ExchangeTime:
 
 @dataclass(frozen=True)
 class LinkTimes:
-    """Of ``ranks`` that exchange at the same time, by size: messages both ways, and all-reduces."""
+    """Of ``ranks`` that exchange at the same time, by size: messages both ways, all-reduces, all-gathers to a size."""
 
     ranks: int
     messages: tuple[ExchangeTime, ...]
     sums: tuple[ExchangeTime, ...]
+    gathers: tuple[ExchangeTime, ...]
 
     @property
     def message(self) -> tuple[float, float]:
@@ -47,6 +48,12 @@ class LinkTimes:
         latency, bandwidth = line([(one.size * share, one.seconds) for one in self.sums])
         return latency / 2 / log2(self.ranks), bandwidth
 
+    @property
+    def gathering(self) -> float:
+        """Bytes a second that each rank gets in an all-gather."""
+        share = (self.ranks - 1) / self.ranks
+        return line([(one.size * share, one.seconds) for one in self.gathers])[1]
+
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Latency and bandwidth of (bytes, seconds): the time of the smallest, and the rate that fits what is beyond it.
@@ -60,12 +67,12 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def link_times(group: dist.ProcessGroup, device: torch.device) -> LinkTimes:
-    """Of a group of ranks: each sends to the next and gets from the one before; then all sum up. Collective."""
+    """Of a group of ranks: each sends to the next and gets from the one before; all sum up; all gather. Collective."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     after, before = (rank + 1) % size, (rank - 1) % size
 
     def message(sent: Tensor, received: Tensor) -> None:
-        pairs = ((dist.isend, sent, after), (dist.irecv, received, before))
+        pairs = ((dist.irecv, received, before), (dist.isend, sent, after))  # as fft.parallel.groups.trade
         operations = [dist.P2POp(kind, tensor, group=group, group_peer=peer) for kind, tensor, peer in pairs]
         for request in dist.batch_isend_irecv(operations):
             request.wait()
@@ -73,7 +80,11 @@ def link_times(group: dist.ProcessGroup, device: torch.device) -> LinkTimes:
     def summing(sent: Tensor, _: Tensor) -> None:
         dist.all_reduce(sent, group=group)
 
-    return LinkTimes(size, _by_size(message, group, device), _by_size(summing, group, device))
+    def gathering(sent: Tensor, received: Tensor) -> None:
+        count = sent.numel() // size
+        dist.all_gather_into_tensor(received[: count * size], sent[:count], group=group)
+
+    return LinkTimes(size, *(_by_size(kind, group, device) for kind in (message, summing, gathering)))
 
 
 def _by_size(

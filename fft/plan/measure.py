@@ -38,12 +38,12 @@ _ASSUMED = {"inside": Link(5e9, 50e-6), "between": Link(1.25e9, 50e-6)}
 #: Constants that are measured, with what they say.
 _CONSTANTS = {
     "stream": "bandwidth above is what was reached",
-    "launch": "s of an operator with next to no work",
+    "launch": "s of a kernel with next to no work; 0 of a device that is the host",
     "tile": "rows at which a product reaches half of its rate; fitted on the sizes above",
-    "row": "tokens at which attention does; fitted on documents of several lengths",
     "chain": "of operators on activations, for a byte of memory's bandwidth",
-    "host": "0: the device is the host",
-    "network": "sums between machines, of the bandwidth of messages",
+    "host": "s of a layer's forward with next to no work",
+    "network": "gathers between machines, of the bandwidth of messages",
+    "summing": "all-reduces, of the bandwidth of gathers",
     "wire": "bandwidth above is that of messages",
 }
 
@@ -122,6 +122,8 @@ class MeasuredMachine:
             f"  memory: {_number(device.memory / 1e9)}  # GB of a rank",
             f"  flash_forward: {_number(device.flash[0])}  # of tflops; the trainer's kernel for this device",
             f"  flash_backward: {_number(device.flash[1])}  # the same",
+            f"  attention: {[[int(n), *(float(_number(x / 1e12)) for x in rates)] for n, *rates in device.attention]}"
+            "  # TFLOP/s in forward and backward, by the tokens of a document",
         ]
         for kind, link in (("inside", machine.inside), ("between", machine.between)):
             lines += ["", f"{kind}:", *self._link(kind, link)]
@@ -132,16 +134,20 @@ class MeasuredMachine:
     @property
     def constants(self) -> list[str]:
         """Names of those that were measured."""
-        names = ["stream", "launch", "tile", "row"] + (["chain", "host"] if self.machine.device.cpu else [])
-        return names + (["network", "wire"] if "between" in self.links else [])
+        names = ["stream", "launch", "tile", "host"] + (["chain"] if self.machine.device.cpu else [])
+        return names + (["network", "summing", "wire"] if "between" in self.links else [])
 
     def _link(self, kind: str, link: Link) -> list[str]:
         where = "a device in one direction" if kind == "inside" else "a whole node in one direction"
         said = f"{where}; assumed: start ranks on {'one machine' if kind == 'inside' else 'two machines'} to measure it"
         if (times := self.links.get(kind)) is not None:
-            told = " and ".join(
+            told = "; ".join(
                 f"{what} of {', '.join(f'{_bytes(one.size)} {1e3 * one.seconds:.3g} ms' for one in kinds)}"
-                for what, kinds in (("messages both ways", times.messages), ("all-reduces", times.sums))
+                for what, kinds in (
+                    ("messages both ways", times.messages),
+                    ("all-reduces", times.sums),
+                    ("all-gathers", times.gathers),
+                )
             )
             said = f"{where}, of {'all-reduces' if kind == 'inside' else 'messages'}: {told}"
         rate, latency = link.bandwidth / 1e9, link.latency * 1e6
@@ -191,9 +197,10 @@ def measured_machine(device: torch.device) -> MeasuredMachine:
 
 
 def between_link(times: LinkTimes, node: int, at: Constants) -> tuple[Link, Constants]:
-    """The link of a node, each rank of which took part in what was measured; and what sums and messages reach of it."""
-    (_, message), (latency, summing) = times.message, times.summing
-    return Link(message * node, latency), replace(at, wire=1.0, network=summing / message)
+    """The link of a node, each rank of which took part in what was measured; and what exchanges reach of it."""
+    (_, message), (latency, summing), gathering = times.message, times.summing, times.gathering
+    link = Link(message * node, latency)
+    return link, replace(at, wire=1.0, network=gathering / message, summing=summing / gathering)
 
 
 def measured_links(hosts: Sequence[str], device: torch.device) -> dict[str, LinkTimes]:
@@ -216,7 +223,7 @@ def _slowest_of(
     told = tell_all([asdict(device), asdict(at), [asdict(one) for one in products]], _everybody())
     found, constants, sizes = min(told, key=lambda one: one[0]["peak"] * one[0]["reached"])
     return (
-        Device(**(found | {"flash": tuple(found["flash"])})),
+        Device(**(found | {"flash": tuple(found["flash"]), "attention": tuple(map(tuple, found["attention"]))})),
         Constants(**constants),
         [LinearTime(**one) for one in sizes],
     )

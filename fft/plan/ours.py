@@ -34,8 +34,17 @@ OURS = Stack(
     step=46.0,
 )
 #: On processors operators are PyTorch's, a logit becomes its gradient in a float32 beside it, and the head's gradient
-#: is made in 32 bits, since no product of 16 there gives 32.
-ON_CPU = replace(OURS, fused_norms=False, fused_inner=False, logits=34.0, wide_head=True)
+#: is made in 32 bits, since no product of 16 there gives 32; so is a copy of each gradient, before it is added to its
+#: sum. gloo has no reduce-scatter that sends half.
+ON_CPU = replace(
+    OURS,
+    fused_norms=False,
+    fused_inner=False,
+    logits=34.0,
+    wide_head=True,
+    scattered="messages",
+    accumulated=18.0,
+)
 
 
 def stack_on(device: Device) -> Stack:

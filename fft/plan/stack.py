@@ -17,7 +17,8 @@ class Stack:
     exchanges that products hide, ``tensor_back`` how many a backward has for each of a forward. ``split_norms``: tensor
     ranks share out tokens between products (Megatron's sequence parallelism). ``blocking``: a send waits for the
     receiver, as in DeepSpeed's engine; ``paired``: what goes to a neighbour and what comes from it do so together.
-    ``scattered``: gradients are added up on the rank alone that takes their step. ``wide_head``: the product that
+    ``scattered``: gradients are added up on the rank alone that takes their step, by a reduce-scatter, or by
+    "messages". ``wide_head``: the product that
     makes the head's gradient is one of 32 bits. ``numbers`` exchanges of a few bytes a step, for which all ranks wait:
     norms, losses, counts. ``step`` bytes that the optimizer moves a parameter that it has,
     ``accumulated`` those that summing gradients moves a parameter and micro-batch. ``dropout`` is applied to
@@ -40,7 +41,7 @@ class Stack:
     split_norms: bool = False
     blocking: bool = False
     paired: bool = False
-    scattered: bool = False
+    scattered: bool | str = False
     wide_head: bool = False
     numbers: int = 0
     step: float = 40.0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
 
-from fft.plan.exchanges import gather_time, group_of, reduce_time, send_time
+from fft.plan.exchanges import gather_time, group_of, reduce_time, scatter_time, send_time
 from fft.plan.kernels import moving_time
 from fft.plan.layers import Parts, PassTimes, block_times, embedding_times, head_times
 from fft.plan.run import PlannedRun
@@ -157,7 +157,8 @@ def _update(run: PlannedRun, stages: list[PassTimes]) -> tuple[float, float]:
     reduced = held * stack.reduced
     # A distributed optimizer scatters, as ours does; DeepSpeed's ZeRO-1 reduces.
     scatter = stack.zero == 1 and (stack.overlapped or stack.scattered)
-    reduce = (gather_time if scatter else reduce_time)(run.machine, replicas, reduced, run.at)
+    by_messages = scatter_time if stack.scattered == "messages" else gather_time
+    reduce = (by_messages if scatter else reduce_time)(run.machine, replicas, reduced, run.at)
     gather = gather_time(run.machine, replicas, held * 2, run.at) if stack.zero else 0.0
     if stack.overlapped and stages:
         last = max(stage.backward.seconds for stage in stages)
