@@ -22,7 +22,9 @@ from test_parity import command, read_metrics
 from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, fault, locked
 
 pytestmark = pytest.mark.slow
-STEPS, CRASHES, SEED = 60, 20, 5
+STEPS, SEED = 60, 5
+#: Kills of one run; ``FFT_KILLS=20`` takes two minutes more.
+KILLS = int(os.environ.get("FFT_KILLS", "8"))
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,9 @@ def running(*words):
 
 
 @contextlib.contextmanager
-def forked(*argv):
+def forked(*argv, env: dict[str, str] | None = None):
     """:func:`running` two ranks without a launcher, which start in a third of the time."""
-    with started(2, *argv) as (processes, _):
+    with started(2, *argv, env=env) as (processes, (_, stderr)):
 
         def poll():
             return None if all(p.is_alive() for p in processes) else max(abs(p.exitcode or 0) for p in processes)
@@ -65,7 +67,7 @@ def forked(*argv):
                 process.join(timeout)
             return poll()
 
-        yield processes, SimpleNamespace(poll=poll, wait=wait)
+        yield processes, SimpleNamespace(poll=poll, wait=wait, said=stderr.read_text)
 
 
 def kill_forked(processes, everything: bool, rng: random.Random) -> None:
@@ -107,7 +109,7 @@ def lines(run: Path) -> int:
 
 
 def wait_until(condition, process) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -130,7 +132,7 @@ def straight(tmp_path_factory, model, ragged_table):
     return outcome(output)
 
 
-def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
+def test_crashes_at_random_steps(straight, model, ragged_table, tmp_path):
     """Kills of one rank or of all, at random steps, half of them while a checkpoint is being written.
 
     Every fifth job is a real launcher's.
@@ -138,7 +140,7 @@ def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
     rng, run = random.Random(SEED), tmp_path / "run"
     given = [*flags(model, ragged_table, tmp_path), "--pipe_parallel_size", "2", "--resume", "auto"]
     within_saves = crashes = 0
-    for number in range(CRASHES):
+    for number in range(KILLS):
         within = number % 2 == 0
         launched = number % 5 == 0
         with running(*command("torchrun", 2), *given) if launched else forked(*given) as (job, process):
@@ -151,11 +153,11 @@ def test_twenty_crashes(straight, launch, model, ragged_table, tmp_path):
                 time.sleep(rng.random() / 20)
             crashes += process.poll() is None
             (kill if launched else kill_forked)(job, everything=rng.random() < 0.5, rng=rng)
-            if process.wait(60) == 0:
+            if process.wait(180) == 0:
                 break
-    assert crashes >= CRASHES / 2
-    assert within_saves >= 3
-    done = launch(*command("torchrun", 2), *given, "--overwrite")
+    assert crashes >= KILLS / 2
+    assert within_saves >= KILLS * 3 // 20
+    done = run_ranks(2, *given, "--overwrite")
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path) == straight
     left = {path.name for path in run.iterdir()}
@@ -178,20 +180,20 @@ def stopped_in_the_middle(words, pick, number):
     with running(*words) as (job, process):
         wait_until(lambda: lines(output / "run") > 5, process)
         pick(job).send_signal(number)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=180)[1]
     return process.returncode, said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(number, straight, launch, model, ragged_table, tmp_path):
+def test_asked_to_stop(number, straight, model, ragged_table, tmp_path):
     """One process on its own: the exit code says "saved, try again", and the next launch ends as the straight run."""
-    given = [*command("python", 1), *flags(model, ragged_table, tmp_path)]
-    code, said = stopped_in_the_middle(given, lambda job: job, number)
+    given = flags(model, ragged_table, tmp_path)
+    code, said = stopped_in_the_middle([*command("python", 1), *given], lambda job: job, number)
     assert code == 75, said
     newest = max(checkpoint_steps(tmp_path / "run"))
     assert f"after step {newest}/{STEPS}: saved; the same command with --resume auto goes on" in said
     assert not (tmp_path / "model").exists()
-    done = launch(*given, "--resume", "auto")
+    done = run_ranks(1, *given, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
     assert [loss for _, loss, _ in outcome(tmp_path)[0]] == pytest.approx(
         [loss for _, loss, _ in straight[0]], rel=2e-2
@@ -199,12 +201,12 @@ def test_asked_to_stop(number, straight, launch, model, ragged_table, tmp_path):
     assert len(outcome(tmp_path)[0]) == STEPS
 
 
-def test_one_rank_is_asked_to_stop(straight, launch, model, ragged_table, tmp_path):
+def test_one_rank_is_asked_to_stop(straight, model, ragged_table, tmp_path):
     """A node that is reclaimed: only its rank gets the signal, all of them save and end after the same step."""
-    given = [*command("torchrun", 2), *flags(model, ragged_table, tmp_path), "--pipe_parallel_size", "2"]
-    _, said = stopped_in_the_middle(given, lambda job: ranks(job)[-1], signal.SIGTERM)
+    given = [*flags(model, ragged_table, tmp_path), "--pipe_parallel_size", "2"]
+    _, said = stopped_in_the_middle([*command("torchrun", 2), *given], lambda job: ranks(job)[-1], signal.SIGTERM)
     assert "stopped by the signal" in said
-    done = launch(*given, "--resume", "auto")
+    done = run_ranks(2, *given, "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path) == straight
 
@@ -233,7 +235,7 @@ def test_ranks_save_and_end_when_their_launcher_is_gone(launcher, number, adopte
         wait_until(lambda: lines(tmp_path / "run") > 5, process)
         below = job.children(recursive=True)
         job.send_signal(number)
-        said = process.communicate(timeout=30)[1]  # the ranks have its stderr until they end
+        said = process.communicate(timeout=180)[1]  # the ranks have its stderr until they end
     # DeepSpeed has a process between its command and the ranks, whose code it passes on; torchrun's are our own.
     codes = adopted(below)
     assert codes == [75] * {"deepspeed": 1, "torchrun": 2}[launcher]

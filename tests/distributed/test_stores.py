@@ -1,6 +1,7 @@
 """Runs whose every path is in an object store end as those on a disk do, whatever came between."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -10,8 +11,7 @@ from conftest import SMALL
 from forked import run_ranks
 from pyarrow import fs
 from store_proxy import BUSY, EXPIRED, proxied
-from test_crashes import kill, ranks, running, wait_until
-from test_parity import command
+from test_crashes import forked, wait_until
 
 from fft.checkpoint.stored_run import run_at
 from fft.data.views import view
@@ -56,6 +56,11 @@ def lake(local, store):
     return "s3://lake/stores"
 
 
+def asking() -> dict[str, str]:
+    """The variables by which ranks find the store: those of tests' processes were set before there was one."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
 def flags(place, run, steps=STEPS, output=None):
     return (
         f"--model {place}/model --train_data {place}/table --eval_data {place}/table --seq_len 64 --max_steps {steps} "
@@ -74,27 +79,28 @@ def outcome(place, run):
     return losses, {key: value for key, value in tensors.items() if not key[1].startswith("random/")}
 
 
-def test_stopped_and_killed_while_sending(lake, local, fresh, launch):
+def test_stopped_and_killed_while_sending(lake, local, fresh):
     run = f"{lake}/run"
-    given = [*command("torchrun", 2), *flags(lake, run), "--resume", "auto"]
-    with running(*given) as (job, process):
-        wait_until(lambda: any(path.endswith("/step-2/SHA256SUMS") for _, path in fresh.asked), process)
-        ranks(job)[0].send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
+    given = [*flags(lake, run), "--resume", "auto"]
+    with forked(*given, env=asking()) as (ranks, job):
+        wait_until(lambda: any(path.endswith("/step-2/SHA256SUMS") for _, path in fresh.asked), job)
+        os.kill(ranks[0].pid, signal.SIGTERM)
+        job.wait(180)
+        said = job.said()
     assert "saved; the same command with --resume auto goes on" in said
     stopped = max(run_at(run).steps())
     assert stopped < STEPS - 2
     fresh.asked.clear()
     fresh.rule = lambda method, path: 5.0 if method == "PUT" and "/training/" in path else None
-    with running(*given) as (job, process):
-        wait_until(lambda: any(method == "PUT" and "/training/" in path for method, path in fresh.asked), process)
+    with forked(*given, env=asking()) as (ranks, job):
+        wait_until(lambda: any(method == "PUT" and "/training/" in path for method, path in fresh.asked), job)
         time.sleep(0.3)
-        kill(job, everything=True)
-        process.wait(60)
+        for rank in ranks:
+            rank.kill()
     assert max(run_at(run).steps()) == stopped
     fresh.rule = lambda method, path: BUSY if len(fresh.asked) % 10 == 0 else None
     fresh.refused = 0
-    done = launch(*given)
+    done = run_ranks(2, *given, env=asking())
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from {run}/step-{stopped}" in done.stderr
     assert "has no SHA256SUMS, it was left half done: removed" in done.stderr
@@ -103,11 +109,11 @@ def test_stopped_and_killed_while_sending(lake, local, fresh, launch):
     assert run_at(run).steps() == [STEPS - 2, STEPS]
 
 
-def test_credentials_that_expire(lake, fresh, launch):
+def test_credentials_that_expire(lake, fresh):
     """The run ends with a sentence; what was saved stays as it is."""
     run = f"{lake}/expiring"
     fresh.rule = lambda method, path: EXPIRED if method != "HEAD" and "/step-4/" in path else None
-    done = launch(*command("torchrun", 2), *flags(lake, run, 6, f"{lake}/expired"))
+    done = run_ranks(2, *flags(lake, run, 6, f"{lake}/expired"), env=asking())
     assert done.returncode != 0
     assert "error: a checkpoint could not be saved, the ones before it are intact: s3://" in done.stderr
     assert "ExpiredToken" in done.stderr
@@ -115,20 +121,20 @@ def test_credentials_that_expire(lake, fresh, launch):
     assert run_at(run).steps() == [2]
 
 
-def test_a_run_on_a_disk_is_mirrored_and_found_there(lake, local, fresh, launch, tmp_path):
+def test_a_run_on_a_disk_is_mirrored_and_found_there(lake, local, fresh, tmp_path):
     """A store that fails for a while costs nothing but time; a disk that is gone costs nothing either."""
     run, mirror = tmp_path / "run", f"{lake}/mirror"
     given = [*flags(local, run, output=tmp_path), "--upload", mirror]
     given[given.index("--max_steps") + 1] = "6"
     fresh.refused = 0
     fresh.rule = lambda method, path: EXPIRED if "/mirror/step-" in path and fresh.refused < 2 else None
-    done = launch(*command("torchrun", 2), *given)
+    done = run_ranks(2, *given, env=asking())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "warning: --upload: " in done.stderr
     assert run_at(mirror).steps() == [4, 6]
     shutil.rmtree(run)
     given[given.index("--max_steps") + 1] = str(STEPS)
-    done = launch(*command("torchrun", 2), *given, "--resume", "auto", "--overwrite")
+    done = run_ranks(2, *given, "--resume", "auto", "--overwrite", env=asking())
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from {mirror}/step-6" in done.stderr
     assert run_at(run).steps() == run_at(mirror).steps() == [STEPS - 2, STEPS]
@@ -137,12 +143,12 @@ def test_a_run_on_a_disk_is_mirrored_and_found_there(lake, local, fresh, launch,
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint", "--output_dir"])
-def test_places_that_cannot_be_written_to(flag, lake, local, fresh, launch):
+def test_places_that_cannot_be_written_to(flag, lake, local, fresh):
     """Found out before the first step."""
     fresh.rule = lambda method, path: EXPIRED if method in ("PUT", "POST") and "/denied" in path else None
     given = flags(local, f"{local}/other", output=f"{local}/others")
     given[given.index(flag) + 1] = f"{lake}/denied"
     given[given.index("--pipe_parallel_size") + 1] = "1"
-    done = launch(*command("python", 1), *given)
+    done = run_ranks(1, *given, env=asking())
     assert done.returncode == 2
     assert f"error: {flag} {lake}/denied cannot be written to (" in done.stderr
