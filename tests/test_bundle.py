@@ -81,6 +81,12 @@ def installed(bundle, system, tmp_path_factory) -> Path:
     return work / "fft-venv"
 
 
+@pytest.fixture(scope="session")
+def extensions(tmp_path_factory) -> Path:
+    """What DeepSpeed compiles there, once: with another environment's, each would compile all again."""
+    return tmp_path_factory.mktemp("extensions")
+
+
 def test_sha256sum_finds_the_bundle_whole(bundle):
     done = run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=bundle)
     assert done.returncode == 0, done.stderr
@@ -89,7 +95,7 @@ def test_sha256sum_finds_the_bundle_whole(bundle):
     assert listed == files - {"SHA256SUMS"}
 
 
-def test_what_is_installed_trains(installed, tmp_path):
+def test_what_is_installed_trains(installed, extensions, tmp_path):
     """Two steps, far from the repository, in an environment whose torch is the system's."""
     python = installed / "bin" / "python"
     names = ("fft", "deepspeed", "torch")
@@ -105,7 +111,7 @@ def test_what_is_installed_trains(installed, tmp_path):
     table = write_table(tmp_path / "table", rows)
     variables = {
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # its own ninja
-        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),  # another environment would compile all again
+        "TORCH_EXTENSIONS_DIR": str(extensions),
     }
 
     def train(*flags: object) -> None:
@@ -121,12 +127,12 @@ def test_what_is_installed_trains(installed, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_all_that_a_device_must_prove_is_rehearsed(bundle, installed, tmp_path):
+def test_all_that_a_device_must_prove_is_rehearsed(bundle, installed, extensions, tmp_path):
     """Where the bundle lies, from the bundle alone: its tests and benchmarks, with the environment that it made."""
     place = tmp_path / "carried"
     shutil.copytree(bundle, place, ignore=shutil.ignore_patterns("wheels"))
     (place / "fft-venv").symlink_to(installed)
-    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1"}
+    variables = {"TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"}
     done = run("make", "rehearse", cwd=place, **variables)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     report = json.loads((place / "rehearsal-report.json").read_text())
