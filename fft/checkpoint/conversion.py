@@ -1,7 +1,7 @@
 """Checkpoints, adapters and DeepSpeed's files as Hugging Face model directories: what the command ``convert`` does."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -124,78 +124,54 @@ def master_of(stored: Tensor, uses: Sequence[Use], fragments: SavedFragments) ->
     return whole
 
 
-class Merged:
-    """A model with a low-rank adapter (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32, and
-    its rows brought to the lengths that the adapter has, where it is one of DoRA (arXiv 2402.09353).
+class LoraAdapter:
+    """A low-rank adapter in a directory, ``given`` as what, and what it makes of weights.
 
-    The sum is given as ``dtype``, or else in the type of ``W``. Of a run's checkpoint, ``B`` and ``A`` are the masters.
-    ``stored`` says how files store what is adapted.
-    Raises :class:`UserError` for adapters of another kind, and for tensors that belong to no weight of the model.
+    Of a run's checkpoint, its matrices are the masters. Raises :class:`UserError` for adapters of another kind.
     """
 
-    def __init__(
-        self, weights: Weights, adapter: Path, dtype: torch.dtype | None = None, stored: StoredNames | None = None
-    ) -> None:
-        self._weights, self._where, self._sums = weights, f"--lora {adapter}", dtype
-        self._stored = stored or StoredNames({})
-        config = adapters.read_config(adapter)
-        self._scale = adapters.scale_of(config, self._where)
-        self._transposed = bool(config.get("fan_in_fan_out"))
-        matrices = [f"{matrix}.weight" for matrix in (DOWN, UP)]
-        self._parts = [*matrices, MAGNITUDE] if config.get("use_dora") else matrices
-        self._adapter = load_tensors(adapter / adapters.WEIGHTS)
-        if has_masters(adapter):
-            fragments, plain = SavedFragments(adapter / folder.TRAINING), StoredNames({})
-            for key, value in self._adapter.items():
+    def __init__(self, directory: Path) -> None:
+        self.given, config = f"--lora {directory}", adapters.read_config(directory)
+        self._scale = adapters.scale_of(config, self.given)
+        self._transposed, self.dora = bool(config.get("fan_in_fan_out")), bool(config.get("use_dora"))
+        self._parts = [f"{DOWN}.weight", f"{UP}.weight", *[MAGNITUDE] * self.dora]
+        self._tensors = load_tensors(directory / adapters.WEIGHTS)
+        if has_masters(directory):
+            fragments, plain = SavedFragments(directory / folder.TRAINING), StoredNames({})
+            for key, value in self._tensors.items():
                 uses = plain.uses(key.removeprefix(adapters.PREFIX), tuple(value.shape))
-                self._adapter[key] = master_of(value, uses, fragments)
-        names = {use.parameter for name in weights.names for use in self._stored.uses(name, ())}
+                self._tensors[key] = master_of(value, uses, fragments)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise :class:`UserError` for tensors that belong to none of the weights of these ``names``."""
         keys = [{self._key(name, part) for part in self._parts} for name in sorted(names)]
-        unused = sorted(set(self._adapter).difference(*keys))
+        unused = sorted(set(self._tensors).difference(*keys))
         if unused:
-            raise UserError(f"{self._where}: {unused[0]} {self._why_unused(unused[0])}.")
-        if partial := [own for own in keys if 0 < len(own & set(self._adapter)) < len(own)]:
-            raise UserError(f"{self._where} lacks {min(partial[0] - set(self._adapter))}: save it again.")
+            raise UserError(f"{self.given}: {unused[0]} {self._why_unused(unused[0])}.")
+        if partial := [own for own in keys if 0 < len(own & set(self._tensors)) < len(own)]:
+            raise UserError(f"{self.given} lacks {min(partial[0] - set(self._tensors))}: save it again.")
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return self._weights.names
+    def adapts(self, name: str) -> bool:
+        """Whether it is also of the weight of this name."""
+        return self._key(name, self._parts[0]) in self._tensors
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The type to write tensors in unless another is asked for; None: as they are."""
-        return self._weights.dtype
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them. Raises :class:`UserError` where the adapter does not fit it."""
-        weight = self._weights.tensor(name)
-        uses = self._stored.uses(name, tuple(weight.shape))
-        adapted = [use for use in uses if self._key(use.parameter, self._parts[0]) in self._adapter]
-        if not adapted:
-            return weight
-        whole = weight.float().clone()
-        for use in adapted:
-            put(whole, use, self._merged(use.parameter, taken(whole, use)))
-        return whole.to(self._sums or weight.dtype)
-
-    def _merged(self, name: str, weight: Tensor) -> Tensor:
-        """A matrix with its adapter."""
-        down, up, *lengths = (self._adapter[self._key(name, part)].float() for part in self._parts)
+    def added_to(self, name: str, weight: Tensor) -> Tensor:
+        """A ``weight`` in fp32 with what it adds. Raises :class:`UserError` where it does not fit."""
+        down, up, *lengths = (self._tensors[self._key(name, part)].float() for part in self._parts)
         if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
-            raise UserError(f"{self._where}: the matrices of {name}, {down.shape} and {up.shape}, are no product.")
+            raise UserError(f"{self.given}: the matrices of {name}, {down.shape} and {up.shape}, are no product.")
         delta = self._scale * (up @ down)
         delta = delta.T if self._transposed else delta
         if delta.shape != weight.shape:
             shape = tuple(weight.shape)
-            raise UserError(f"{self._where} has {tuple(delta.shape)} for {name} of {shape}: wrong adapter or model.")
+            raise UserError(f"{self.given} has {tuple(delta.shape)} for {name} of {shape}: wrong adapter or model.")
         merged = weight + delta
         if not lengths:
             return merged
         rows = merged.T if self._transposed else merged
         if lengths[0].shape != rows.shape[:1]:
             raise UserError(
-                f"{self._where} has {tuple(lengths[0].shape)} lengths for the rows of {name}: save it again."
+                f"{self.given} has {tuple(lengths[0].shape)} lengths for the rows of {name}: save it again."
             )
         rows = (lengths[0] / row_lengths(rows))[:, None] * rows
         return rows.T if self._transposed else rows
@@ -211,6 +187,55 @@ class Merged:
     @staticmethod
     def _key(name: str, part: str) -> str:
         return f"{adapters.PREFIX}{name.removesuffix('.weight')}.{part}"
+
+
+class Merged:
+    """A model with low-rank adapters (LoRA, arXiv 2106.09685) added: ``W + scale * B @ A``, summed in fp32, and, of one
+    of DoRA (arXiv 2402.09353), its rows brought to the lengths that the adapter has.
+
+    The sum is given as ``dtype``, or else in the type of ``W``. ``stored`` says how files store what is adapted.
+    Raises :class:`UserError` for what :class:`LoraAdapter` refuses, and for one of DoRA beside others: what lengths the
+    rows of the sum should have, none of them says.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        adapter: Path,
+        dtype: torch.dtype | None = None,
+        stored: StoredNames | None = None,
+        *more: Path,
+    ) -> None:
+        self._weights, self._sums = weights, dtype
+        self._stored = stored or StoredNames({})
+        self._adapters = [LoraAdapter(directory) for directory in (adapter, *more)]
+        names = {use.parameter for name in weights.names for use in self._stored.uses(name, ())}
+        for one in self._adapters:
+            one.check(names)
+            if one.dora and more:
+                raise UserError(f"{one.given} is one of DoRA (use_dora), which has no sum with others: merge it alone.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return self._weights.names
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type to write tensors in unless another is asked for; None: as they are."""
+        return self._weights.dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them. Raises :class:`UserError` where an adapter does not fit it."""
+        weight = self._weights.tensor(name)
+        uses = self._stored.uses(name, tuple(weight.shape))
+        adapted = [(use, one) for use in uses for one in self._adapters if one.adapts(use.parameter)]
+        if not adapted:
+            return weight
+        whole = weight.float().clone()
+        for use, one in adapted:
+            put(whole, use, one.added_to(use.parameter, taken(whole, use)))
+        return whole.to(self._sums or weight.dtype)
 
 
 def shards(weights: Weights, dtype: torch.dtype | None, limit: int) -> Iterator[dict[str, Tensor]]:
@@ -263,9 +288,11 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     return len(source.names)
 
 
-def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path) -> Merged:
-    """``weights`` of the directory ``model``'s kind with an adapter added. Raises :class:`UserError` as both do."""
-    return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model))
+def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path, *more: Path) -> Merged:
+    """``weights`` of the directory ``model``'s kind with an adapter added, or several. Raises :class:`UserError` as all
+    do.
+    """
+    return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model), *more)
 
 
 def open_source(place: str, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path, Path]:

@@ -32,7 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="DIR", help="where config and tokenizer are (default: with the weights)")
     parser.add_argument("--like", metavar="DIR", help="write as this original is, with its config, code and tokenizer")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="type to write (default: as stored)")
-    parser.add_argument("--lora", metavar="DIR", help="adapter to merge, as PEFT saves them")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="adapter to merge, as PEFT saves them; may be given several times: what they add is summed",
+    )
     parser.add_argument("--max_shard_size", type=float, default=5.0, metavar="GB", help="of a file (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     return parser
@@ -50,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output} would replace or change the checkpoint {lost}: choose another folder.")
     if not 0 < args.max_shard_size < math.inf:
         raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
-    for path in filter(None, (args.source, args.model, args.lora, args.like)):
+    for path in filter(None, (args.source, args.model, *args.lora, args.like)):
         if places.lies_in(path, output):
             raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
     check_replaceable(output, output, MODEL, names_in(args.like))
@@ -62,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with naming_places():
         source, model, where = open_source(args.source, args.tag, args.model and view(args.model), args.dtype)
         if args.lora:
-            where = view(args.lora)
-            source = merged(source, where, args.dtype, model)
-        card = card_beside(where)
+            where, *more = map(view, args.lora)
+            source = merged(source, where, args.dtype, model, *more)
+        card = card_beside(where) if len(args.lora) < 2 else None  # which speaks of one
         limit = int(args.max_shard_size * 1e9)
         if args.like:
             tensors = write_like(source, view(args.like), output, args.dtype, limit, card)

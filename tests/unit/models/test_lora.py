@@ -193,6 +193,31 @@ def test_peft_reads_what_is_written(kind, tmp_path):
         torch.testing.assert_close(own.tensor(name), merged[name], rtol=1e-5, atol=1e-6)
 
 
+def test_several_adapters_are_summed(tmp_path):
+    """As PEFT merges them one after the other; one of DoRA has no sum with others."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(spec().config).save_pretrained(tmp_path / "base")
+    for name, lora in (("a", KINDS["lora"]), ("b", Lora(3, 8, ("q_proj", "v_proj"))), ("dora", KINDS["dora"])):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        adapt(model, "model.layers", lora)
+        reset_adapters(model, seed=1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter)
+        (tmp_path / name).mkdir()
+        hf.write_shard(tmp_path / name, adapter.adapter_parameters(dict(model.named_parameters())), 0, 1)
+        adapter.write_adapter(tmp_path / name, 1, adapter.adapter_config(lora, tmp_path / "base"))
+    base = hf.WeightReader(tmp_path / "base")
+    own = Merged(base, tmp_path / "a", None, None, tmp_path / "b")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(theirs.merge_and_unload(), tmp_path / "b").merge_and_unload().state_dict()
+    for name in own.names:
+        torch.testing.assert_close(own.tensor(name), theirs[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match=r"dora is one of DoRA \(use_dora\), which has no sum with others"):
+        Merged(base, tmp_path / "a", None, None, tmp_path / "dora")
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
