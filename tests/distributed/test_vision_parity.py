@@ -51,7 +51,7 @@ CASES = {
     "pipe2-tensor2": ("qwen3_vl", 4, "--pipe_parallel_size 2 --model_parallel_size 2 --gradient_accumulation_steps 8"),
     "frozen-tower": ("qwen3_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --freeze=visual\\."),
     "frozen-text": ("qwen2_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --freeze=^lm_head,language"),
-    "lora": ("qwen3_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --lora_dim 4"),
+    "lora": ("qwen3_vl", 2, "--pipe_parallel_size 2 --gradient_accumulation_steps 8 --lora_dim 4 --lora_dropout=0.2"),
     "experts-tensor2": (
         "qwen3_vl_moe",
         4,
