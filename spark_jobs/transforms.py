@@ -1,12 +1,12 @@
 """Token tables by ``df.transform``: functions that make functions DataFrame -> DataFrame.
 
 >>> from spark_jobs import pack, shuffle, tokenize
->>> df = spark.read.json("corpus.jsonl")
+>>> df = spark.createDataFrame([("a text",), ("another one",)], "text string")
 >>> rows = df.transform(tokenize("tokenizer")).transform(shuffle(seed=7)).transform(pack(64))
 >>> rows.columns
 ['input_ids', 'cu_seqlens', 'doc_ids']
->>> sum(len(row["doc_ids"]) for row in rows.collect()) >= df.count()
-True
+>>> sum(len(row["doc_ids"]) for row in rows.collect())
+2
 
 They compute nothing themselves, write nothing and set nothing: the rows are a DataFrame like any other, and all is done
 when somebody uses it. They are those of the jobs, which are made of the same functions, see
