@@ -1,9 +1,10 @@
 """As a rank of several, on machines of their own: what links between them are measured to be, as JSON.
 
-RANK=N WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m benchmarks.plan_links
+RANK=N WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m benchmarks.plan_links [LARGEST BYTES]
 """
 
 import json
+import sys
 from dataclasses import asdict
 
 import torch
@@ -15,7 +16,7 @@ from fft.plan.link_rates import ExchangeTime, LinkTimes, link_times
 def main() -> None:
     """Measure; the first rank prints."""
     dist.init_process_group("gloo")
-    times = link_times(dist.group.WORLD, torch.device("cpu"))
+    times = link_times(dist.group.WORLD, torch.device("cpu"), *map(int, sys.argv[1:]))
     if dist.get_rank() == 0:
         print(json.dumps(asdict(times)), flush=True)
     dist.destroy_process_group()

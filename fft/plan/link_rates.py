@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: Bytes that are sent, and seconds after which larger ones are left out.
-_SIZES = (64, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-_LONG, _MOST, _LEAST = 1.0, 15, 3
+#: Bytes that are sent; seconds that the largest may take, and that those of one size may, unless they are the fewest.
+_SIZES = (64, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+_LONGEST, _LONG, _FEWEST, _MOST = 2.5, 0.5, 2, 15
 #: Seconds of computing before each exchange: runs compute, too, and a link that rested may carry a burst at once.
 _PAUSE = 0.005
 
@@ -66,10 +66,14 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return latency, 1 / max(slope, 1e-15)
 
 
-def link_times(group: dist.ProcessGroup, device: torch.device) -> LinkTimes:
-    """Of a group of ranks: each sends to the next and gets from the one before; all sum up; all gather. Collective."""
+def link_times(group: dist.ProcessGroup, device: torch.device, largest: int = _SIZES[-1]) -> LinkTimes:
+    """Of a group of ranks: each sends to the next and gets from the one before; all sum up; all gather. Collective.
+
+    Exchanges have ``largest`` bytes at most.
+    """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     after, before = (rank + 1) % size, (rank - 1) % size
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
     def message(sent: Tensor, received: Tensor) -> None:
         pairs = ((dist.irecv, received, before), (dist.isend, sent, after))  # as fft.parallel.groups.trade
@@ -82,21 +86,22 @@ def link_times(group: dist.ProcessGroup, device: torch.device) -> LinkTimes:
 
     def gathering(sent: Tensor, received: Tensor) -> None:
         count = sent.numel() // size
-        dist.all_gather_into_tensor(received[: count * size], sent[:count], group=group)
+        gather(received[: count * size], sent[:count], group=group)
 
-    return LinkTimes(size, *(_by_size(kind, group, device) for kind in (message, summing, gathering)))
+    sizes = [some for some in _SIZES if some <= largest]
+    return LinkTimes(size, *(_by_size(kind, sizes, group, device) for kind in (message, summing, gathering)))
 
 
 def _by_size(
-    exchange: Callable[[Tensor, Tensor], None], group: dist.ProcessGroup, device: torch.device
+    exchange: Callable[[Tensor, Tensor], None], sizes: Sequence[int], group: dist.ProcessGroup, device: torch.device
 ) -> tuple[ExchangeTime, ...]:
     found = []
-    for size in _SIZES:
+    for size in sizes:
         sent, received = (torch.zeros(size // 4, device=device) for _ in range(2))
         seconds = _slowest(exchange, sent, received, 1, group)
-        times = _slowest(exchange, sent, received, max(_LEAST, min(_MOST, int(_LONG / 2 / seconds))), group)
-        found.append(ExchangeTime(size, times))
-        if 4 * times > _LONG:
+        count = max(_FEWEST, min(_MOST, int(_LONG / seconds)))
+        found.append(ExchangeTime(size, _slowest(exchange, sent, received, count, group)))
+        if 4 * found[-1].seconds > _LONGEST:
             break
     return tuple(found)
 

@@ -1,6 +1,9 @@
 """The commands: what they print, what they write, what they refuse."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from xml.etree import ElementTree
 
 import pytest
@@ -9,6 +12,7 @@ from fft.errors import UserError
 from fft.plan.__main__ import main
 from fft.plan.constants import FITTED_CONSTANTS
 from fft.plan.hardware import HARDWARE, read_machine
+from fft.plan.kernels import flash_time, product_time
 from fft.plan.ours import OURS
 from fft.plan.run import PlannedRun, Sides
 from fft.plan.shape import Shape, Sizes, decoder
@@ -132,6 +136,31 @@ def test_a_step_on_an_h200_is_predicted(layers, measured):
     assert predict(run).seconds == pytest.approx(measured, rel=0.1)
     head = layer_times(run)[-1]
     assert head.forward.seconds + head.backward.seconds == pytest.approx(0.0409, rel=0.1)
+
+
+def test_layers_and_attention_on_an_h200_are_predicted():
+    """The single figures of the same file; but for a product of 523 rows, which is better than predicted."""
+    parts = json.loads((HARDWARE.parents[1] / "docs" / "metal-h200.json").read_text())["parts"]
+    machine = read_machine(HARDWARE / "8xh200-141g-sxm.yaml")
+    shape = Shape("8B", 4096, 32, 8, 128, 14336, False, (decoder(Sizes(4096, 32, 8, 128, 14336, True)),))
+    pairs = []
+    for name, fused in (("fused", True), ("eager", False)):
+        stack = replace(OURS, fused_norms=fused, fused_inner=fused, accumulated=0.0)
+        layer = layer_times(PlannedRun(machine, shape, Sides(), stack, 8192, 1, 1))[1]
+        (row,) = parts["step"][f"8B, 8192 tokens, {name}"]["rows"]
+        pairs.append((layer.forward.seconds, row["forward ms"]))
+        pairs.append((layer.forward.seconds + layer.backward.seconds, row["both ms"]))
+    for tokens in (1024, 4096, 8192, 32768):
+        row = parts["attention"][f"documents of {tokens}"]["rows"][0]
+        flops = row["forward ms"] * row["forward TFLOP/s"] * 1e9
+        passes = flash_time(machine.device, flops, tokens, machine.device.flash, machine.at)
+        pairs += zip(passes, (row["forward ms"], row["backward ms"]), strict=True)
+    for row in parts["loss"]["products, 8192 x 4096 x 128256"]["rows"][1:]:
+        pairs.append((product_time(machine.device, int(row["tokens"]), 128256, 4096, machine.at), row["ms"]))
+    errors = [abs(1e3 * seconds / measured - 1) for seconds, measured in pairs]
+    assert len(errors) == 14
+    assert max(errors) < 0.1
+    assert median(errors) < 0.05
 
 
 def test_a_run_takes_the_best_layout(capsys):
