@@ -156,7 +156,8 @@ def _update(run: PlannedRun, stages: list[PassTimes]) -> tuple[float, float]:
         return 0.0, step + gather
     reduced = held * stack.reduced
     # A distributed optimizer scatters, as ours does; DeepSpeed's ZeRO-1 reduces.
-    scatter = stack.zero == 1 and (stack.overlapped or stack.scattered)
+    scatters = stack.overlapped or (stack.scattered and run.sides.expert == 1)  # ours but where ranks share experts out
+    scatter = stack.zero == 1 and scatters
     by_messages = scatter_time if stack.scattered == "messages" else gather_time
     reduce = (by_messages if scatter else reduce_time)(run.machine, replicas, reduced, run.at)
     gather = gather_time(run.machine, replicas, held * 2, run.at) if stack.zero else 0.0
