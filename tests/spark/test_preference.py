@@ -10,7 +10,7 @@ from fft.corpus.local import table_of, text_input
 from fft.data.manifest import read_manifest
 from fft.errors import UserError
 from spark.chat_templates import save_chat_tokenizer
-from spark.helpers import rows_of
+from spark.helpers import rows_of, write_foreign
 from spark_jobs import repartition_table, shuffle_tables, tokenize, tokenize_table
 
 MAX_LEN = 640
@@ -25,7 +25,7 @@ def record_of(number: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def chat_tokenizer(tmp_path_factory):
     return save_chat_tokenizer(tmp_path_factory.mktemp("tokenizer"), "qwen2.5")
 
 
@@ -37,9 +37,9 @@ def records(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def table(spark, records, tokenizer, tmp_path_factory):
+def table(spark, records, chat_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table") / "pairs"
-    tokenize_table(records, folder, tokenizer, task="preference", max_len=MAX_LEN)
+    tokenize_table(records, folder, chat_tokenizer, task="preference", max_len=MAX_LEN)
     return folder
 
 
@@ -57,8 +57,8 @@ def pairs_in(folder) -> dict[str, list[tuple[list[int], list[int]]]]:
     return found
 
 
-def test_ids_and_manifest_of_the_table(table, tokenizer):
-    peer, found = AutoTokenizer.from_pretrained(tokenizer), pairs_in(table)
+def test_ids_and_manifest_of_the_table(table, chat_tokenizer):
+    peer, found = AutoTokenizer.from_pretrained(chat_tokenizer), pairs_in(table)
     for number in range(80):
         record = record_of(number)
         for name, (ids, labels) in zip(("chosen", "rejected"), found[str(number)], strict=True):
@@ -92,23 +92,23 @@ def test_shuffle_holds_out_pairs_and_repartition_packs_them(table, spark, tmp_pa
     assert kept[""].rows == 80
 
 
-def test_what_would_part_a_pair_is_refused(table, tokens, tokenizer, records, spark, tmp_path):
+def test_what_would_part_a_pair_is_refused(table, chat_tokenizer, records, spark, tmp_path):
     longest = max(len(row["input_ids"]) for row in rows_of(table))
     with pytest.raises(UserError, match=f"preferences of {longest} tokens \\(document .*\\) would be cut to `max_len`"):
         repartition_table(table, tmp_path / "a", max_len=longest - 1)
     with pytest.raises(UserError, match=r"`pack` concat cuts anywhere, but .* has preferences"):
         repartition_table(table, tmp_path / "b", max_len=MAX_LEN, pack="concat")
     with pytest.raises(UserError, match=r"has preferences, .* has none: give tables of one kind"):
-        shuffle_tables([table, tokens], tmp_path / "c")
+        shuffle_tables([table, write_foreign(tmp_path / "other", [[1, 2, 3]])], tmp_path / "c")
     with pytest.raises(UserError, match="a DataFrame cannot say that its rows are pairs"):
-        tokenize(tokenizer, task="preference")
+        tokenize(chat_tokenizer, task="preference")
     with pytest.raises(UserError, match='`image_path` is for `task="chat"`: preferences have no images'):
-        tokenize_table(table, tmp_path / "d", tokenizer, task="preference", image_path=tmp_path)
+        tokenize_table(table, tmp_path / "d", chat_tokenizer, task="preference", image_path=tmp_path)
     with pytest.raises(UserError, match=r"80 are empty \(80 longer than `max_len`\) and 0 malformed"):
-        table_of(text_input(records, tokenizer, 8), tmp_path / "e")
+        table_of(text_input(records, chat_tokenizer, 8), tmp_path / "e")
 
 
-def test_a_file_of_pairs_is_the_same_table_without_spark(table, records, tokenizer, tmp_path):
-    made = table_of(text_input(records, tokenizer, MAX_LEN), tmp_path)
+def test_a_file_of_pairs_is_the_same_table_without_spark(table, records, chat_tokenizer, tmp_path):
+    made = table_of(text_input(records, chat_tokenizer, MAX_LEN), tmp_path)
     assert rows_of(made) == rows_of(table)
     assert read_manifest(made).pairs
