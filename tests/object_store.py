@@ -22,7 +22,7 @@ def store_environment(tmp_path_factory):
     credentials = [{"accessKey": "key", "secretKey": "secret"}]
     access = {"identities": [{"name": "test", "credentials": credentials, "actions": ["Admin"]}]}
     (folder / "access.json").write_text(json.dumps(access))
-    ports = {name: free_port() for part in ("master", "volume", "filer", "s3") for name in (part, f"{part}.grpc")}
+    ports = {name: _port() for part in ("master", "volume", "filer", "s3") for name in (part, f"{part}.grpc")}
     flags = [f"-{name.replace('.', '.port.') if '.' in name else f'{name}.port'}={n}" for name, n in ports.items()]
     flags += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-s3.port.iceberg=0"]
     # Of eight volumes, which it has by default, seven go to no bucket: 64 MB would be all.
@@ -46,6 +46,17 @@ def store_environment(tmp_path_factory):
             yield environment
         finally:
             server.kill()
+            for socket in (socket for port in ports.values() for socket in _sockets(port)):
+                socket.unlink(missing_ok=True)
+
+
+def _port() -> int:
+    """A free port, whose name among the server's sockets is free, too: it cannot remove what another user has left."""
+    return next(port for port in iter(free_port, None) if not _sockets(port))
+
+
+def _sockets(port: int) -> list[Path]:
+    return list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))
 
 
 @pytest.fixture(scope="module")
