@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from fft.plan.link_rates import LinkTimes
 from fft.plan.measure import between_link
 from fft.plan.ours import read_job, shape_of_spec, stack_on
 from fft.plan.run import PlannedRun, Sides
+from fft.plan.shape import Shape
 from fft.plan.step import predict
 from fft.plan.validate import error_summary
 
@@ -137,12 +139,17 @@ def _links(hosts: Hosts) -> LinkTimes:
     return read_times(json.loads(_ranks(hosts, "-m", "benchmarks.plan_links")))
 
 
-def predicted(machine: Machine, case: Case) -> float:
-    """Seconds of a step on a machine."""
+@lru_cache(maxsize=1)
+def _shape() -> Shape:
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
         job = read_job(str(Path(folder, "config.json")), TOKENS, ROWS * TOKENS)
-    shape, stack = shape_of_spec(job.spec, job.name, False), stack_on(machine.device)
+    return shape_of_spec(job.spec, job.name, False)
+
+
+def predicted(machine: Machine, case: Case) -> float:
+    """Seconds of a step on a machine."""
+    shape, stack = _shape(), stack_on(machine.device)
     run = PlannedRun(
         machine, shape, case.sides, stack, TOKENS, case.micro, case.accumulated, bounds=case.bounds, at=machine.at
     )
@@ -180,7 +187,7 @@ def _crossings(links: list[tuple[dict[str, float], Machine]]) -> str:
     others = [case for case in CASES if case not in pipes]
     for pipe in pipes:
         for other in others:
-            if not all(pipe in steps and other in steps for steps, _ in links):
+            if not links or not all(pipe in steps and other in steps for steps, _ in links):
                 continue
             points = [(1 / machine.between.bandwidth, steps[other] - steps[pipe]) for steps, machine in links]
             measured = _zero(points)
