@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fft.redaction import has_credentials, redact
@@ -170,6 +171,18 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def check_new_file(path: Path | None, overwrite: bool) -> None:
+    """Raise :class:`UserError`, before work begins, for a file that could not be written after it: one that is there,
+    where ``overwrite`` is not given, or whose folder is not. None is no file.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another place.")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: give --overwrite to replace it, or another name.")
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

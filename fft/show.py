@@ -9,7 +9,7 @@ from pathlib import Path
 from fft.console import say
 from fft.data.table import Table
 from fft.data.views import naming_places
-from fft.errors import Parser, UserError, run_cli
+from fft.errors import Parser, UserError, check_new_file, run_cli
 from fft.files import write_atomically
 from fft.text.shown import (
     Decoder,
@@ -79,8 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Show it. Raises :class:`UserError` for what cannot be read, and for a page that is there."""
     args = build_parser().parse_args(argv)
-    if args.html and args.html.exists() and not args.overwrite:
-        raise UserError(f"{args.html} exists: give --overwrite to replace it, or another name.")
+    check_new_file(args.html, args.overwrite)
     with naming_places():
         table = Table.open(args.table)
         found = documents_named(table, args.doc) if args.doc else documents_of_row(table, args.row)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fft.errors import Parser, UserError, positive, run_cli
+from fft.errors import Parser, check_new_file, positive, run_cli
 from fft.files import write_atomically
 
 _ABOUT = """\
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fft.plan.found import find_layouts
 
     for path in (args.write, args.timeline):
-        if path is not None and path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists: give --overwrite to replace it, or another name.")
+        check_new_file(path, args.overwrite)
     names = ("ranks", "seq_len", "tokens_per_step", "train_tokens", "best")
     with parser.naming_flags():
         found = find_layouts(args.model, args.hardware, **{name: getattr(args, name) for name in names})

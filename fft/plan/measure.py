@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from fft.errors import Parser, UserError, run_cli
+from fft.errors import Parser, UserError, check_new_file, run_cli
 from fft.files import write_atomically
 from fft.parallel import interfaces
 from fft.parallel.groups import own_group, tell_all
@@ -59,8 +59,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. Raises :class:`UserError` where the file is not to be written. Collective."""
     args = build_parser().parse_args(argv)
-    if args.output.exists() and not args.overwrite:
-        raise UserError(f"{args.output} exists: give --overwrite to replace it, or another name.")
+    check_new_file(args.output, args.overwrite)
     device = _join()
     try:
         found = measured_machine(device)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fft.console import say
-from fft.errors import Parser, UserError, run_cli
+from fft.errors import Parser, check_new_file, run_cli
 
 _ABOUT = """\
 Write a page about a run, or about several beside one another, that opens in any browser and needs no network.
@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report = report_on(*args.runs)
     output = args.output or args.runs[0].with_name(f"{args.runs[0].resolve().name}.html")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"{output} exists: give --overwrite to replace it, or another name with -o.")
+    check_new_file(output, args.overwrite)
     report.save(output)
     say(f"written to {output}")
     return 0
