@@ -103,7 +103,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"run\.html exists: give --overwrite"):
         main([str(run)])
     assert main([str(run), "--overwrite"]) == 0
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         main([str(run), "-o", str(tmp_path / "nowhere" / "run.html")])
     (run / "data.yaml").write_text("[1, 2]")
     with pytest.raises(UserError, match=r"data\.yaml holds no settings"):

@@ -92,7 +92,7 @@ def test_the_command(chats, tokenizer, tmp_path, capsys):
     assert "<mark>" in page.read_text()
     with pytest.raises(UserError, match="exists: give --overwrite"):
         main([chats.path, "--tokenizer", str(tokenizer), "--html", str(page)])
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         main([chats.path, "--tokenizer", str(tokenizer), "--html", str(tmp_path / "nowhere" / "page.html")])
     with pytest.raises(UserError, match="--tokenizer"):
         main([str(write_table(tmp_path / "foreign", [np.arange(5, dtype=np.int32)]))])

@@ -53,7 +53,7 @@ def test_best_layouts_are_printed_written_and_drawn(tmp_path, capsys):
     assert max(stage.total for stage in layout.memory) < 40e9
     with pytest.raises(UserError, match="--overwrite"):
         main([*RUN, *MACHINE, *more])
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         main([*RUN, *MACHINE, "--write", str(settings.parent / "nowhere" / "settings.yaml")])
 
 

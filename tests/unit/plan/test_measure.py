@@ -119,7 +119,7 @@ def test_this_machine_is_measured_and_planned_for(monkeypatch, tmp_path, capsys)
     assert Path(path).read_text().count("assumed: start ranks on") == 2
     with pytest.raises(UserError, match="--overwrite"):
         main(["-o", str(path)])
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         main(["-o", str(tmp_path / "nowhere" / "mine.yaml")])
     run = ["--model", "conf/models/llama-3m.json", "--ranks", "2", "--seq_len", "512", "--tokens_per_step", "4096"]
     assert plan([*run, "--hardware", str(path), "--best", "1"]) == 0
