@@ -11,7 +11,7 @@ from fft.data import trace
 from fft.models import __main__ as models
 from fft.parallel import ring_plan, window_plan
 from fft.plan import __main__ as plan
-from fft.plan import validate
+from fft.plan import measure, validate
 from fft.quickstart import __main__ as quickstart
 from fft.quickstart.chat import __main__ as quickstart_chat
 from fft.quickstart.chat import inputs, scores
@@ -42,6 +42,7 @@ _PARSERS: tuple[Callable[[], argparse.ArgumentParser], ...] = (
     report.build_parser,
     show.build_parser,
     plan.build_parser,
+    measure.build_parser,
     validate.build_parser,
     convert.build_parser,
     convert_tokenizer.build_parser,
