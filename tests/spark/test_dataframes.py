@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_named(spark, frame, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"`inputs` lake\.none is no existing path, and no table or URL"):
         tokenize_table("lake.none", tmp_path / "out", tokenizer)
     with pytest.raises(
-        UserError, match=r"s3://bucket/a\.jsonl is no existing path, .* can read: Spark lacks what reads"
+        UserError, match=r"s3://bucket/a\.jsonl is no existing path, .* can read: Spark lacks what knows"
     ):
         tokenize_table("s3://bucket/a.jsonl", tmp_path / "out", tokenizer)
     with pytest.raises(UserError, match=r"`inputs` DataFrame has no column content .* `text_key`"):
