@@ -1,17 +1,13 @@
-"""Every token's dataset is its document's, however samples are made; sums by dataset are those of its tokens."""
+"""What tables count of each dataset is what their documents have."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fft.data.batches import micro_batch
-from fft.data.blend import Blend
-from fft.data.by_dataset import DatasetNames, sums_by_dataset
 from fft.data.document_ids import as_many, id_lists, of_rows
-from fft.data.reader import SampleReader
 from fft.data.row_tallies import by_dataset, datasets_of, tally_rows
-from fft.data.table import IGNORE, Table
+from fft.data.table import Table
 from fft.errors import UserError
 
 NAMES = ("web", "books", "code")
@@ -35,36 +31,6 @@ def write(folder, rng, first, packed=True, named=True):
         data["dataset"] = pa.array(names) if packed else pa.array([own[0] for own in names]).dictionary_encode()
     pq.write_table(pa.table(data), folder / "part-0.parquet", row_group_size=7)
     return Table.open(folder)
-
-
-@pytest.mark.parametrize("pack", ["cut", "best-fit"])
-@pytest.mark.parametrize("multiple", [None, 8])
-def test_of_every_token(tmp_path, pack, multiple):
-    rng = np.random.default_rng(0)
-    tables = [
-        write(tmp_path / "packed", rng, 0),
-        write(tmp_path / "rows", rng, 300, packed=False),
-        write(tmp_path / "unnamed", rng, 600, named=False),
-    ]
-    reader = Blend([SampleReader(table, 24, seed=1, pack=pack) for table in tables], [1.0, 2.0, 1.0])
-    total = reader.samples_per_epoch
-    names, seen = DatasetNames(reader), {}
-    for first in range(0, total, 4):
-        batch = micro_batch(reader, range(first, first + 4), total, multiple)
-        stretches = names.stretches(range(first, first + 4), total, 0 if multiple else 24)
-        losses = rng.random(batch.labels.size)
-        sums = sums_by_dataset(losses, batch.labels, stretches)
-        ids, expected = batch.input_ids[0], {}
-        for at in np.flatnonzero(batch.labels != IGNORE):
-            name = str(tmp_path / "unnamed") if ids[at] >= 600 else NAMES[ids[at] % 3]
-            before = expected.get(name, (0.0, 0))
-            expected[name] = before[0] + losses[at], before[1] + 1
-        found = {name: own for name, own in sums.items() if own[1]}
-        assert {name: own[1] for name, own in found.items()} == {name: own[1] for name, own in expected.items()}
-        assert all(found[name][0] == pytest.approx(own[0]) for name, own in expected.items())
-        assert sum(own[1] for own in sums.values()) == batch.trained
-        seen |= expected
-    assert set(seen) == {*NAMES, str(tmp_path / "unnamed")}
 
 
 def test_tallies_of_datasets(tmp_path):
