@@ -85,11 +85,14 @@ def test_command_line_wins_over_the_file(first):
 
 
 def test_tensorboard_shows_the_metrics_file(first):
+    """All of its numbers; lists, a number for each rank, are in the file alone."""
     run = first[0] / "run"
     accumulated = EventAccumulator(str(run / "tensorboard"))
     accumulated.Reload()
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = set().union(*written) - {"step"}
+    lists = {name for line in written for name, value in line.items() if isinstance(value, list)}
+    assert lists == {"rank_work", "rank_wait"}
+    names = set().union(*written) - {"step"} - lists
     tags = {tag.rpartition("/")[2]: tag for tag in accumulated.Tags()["scalars"]}
     assert tags.keys() == names
     assert {tags[name] for name in ("loss", "eval_loss", "mfu")} == {"train/loss", "evaluation/eval_loss", "speed/mfu"}
