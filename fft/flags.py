@@ -28,6 +28,8 @@ class Bound:
 AT_LEAST_1 = Bound("must be at least 1", lambda value: value >= 1)
 AT_LEAST_5 = Bound("must be at least 5", lambda value: value >= 5)
 FROM_MINUS_1 = Bound("must be at least -1", lambda value: value >= -1)
+#: What is added to the root of squared gradients, which are 0 where a parameter has none: 0 / 0 would be its step.
+EPSILON = Bound("must be at least 1e-30, or what has no gradient becomes NaN", lambda value: value >= 1e-30)
 NOT_NEGATIVE = Bound("must not be negative", lambda value: value >= 0)
 BELOW_1 = Bound("must be at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE_OF_STEPS = Bound("must be a share of all steps, from 0 to 1", lambda value: 0 <= value <= 1)

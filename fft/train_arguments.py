@@ -6,6 +6,7 @@ from fft.flags import (
     AT_LEAST_1,
     AT_LEAST_5,
     BELOW_1,
+    EPSILON,
     FROM_MINUS_1,
     NOT_NEGATIVE,
     SHARE,
@@ -131,7 +132,7 @@ class TrainArguments:
     weight_decay: float = flag("AdamW's decay of matrices (never of norms and biases)", 0.1, bound=NOT_NEGATIVE)
     adam_beta1: float = flag("AdamW's first beta", 0.9, bound=BELOW_1)
     adam_beta2: float = flag("AdamW's second beta", 0.95, bound=BELOW_1)
-    adam_epsilon: float = flag("AdamW's epsilon", 1e-8, bound=NOT_NEGATIVE)
+    adam_epsilon: float = flag("AdamW's epsilon", 1e-8, bound=EPSILON)
     max_grad_norm: float = flag("clip the global gradient norm to this (0: never)", 1.0, bound=NOT_NEGATIVE)
     max_skipped_steps: int = flag(
         "end the run with an error after k steps in a row whose gradients were not finite, which change nothing; those "

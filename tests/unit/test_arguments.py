@@ -140,6 +140,7 @@ def test_what_launchers_add_is_accepted():
     [
         (["--seq_len", "0"], "--seq_len 0 must be at least 1"),
         (["--learning_rate", "-1"], "--learning_rate -1.0 must not be negative"),
+        (["--adam_epsilon", "0"], "--adam_epsilon 0.0 must be at least 1e-30"),
         (["--learning_rate", "nan"], "--learning_rate nan must be a finite number"),
         (["--num_train_epochs", "inf"], "--num_train_epochs inf must be a finite number"),
         (["--adam_beta2", "1"], "--adam_beta2 1.0 must be at least 0 and less than 1"),

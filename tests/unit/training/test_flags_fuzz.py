@@ -125,7 +125,7 @@ FLAGS: dict[str, tuple[list, list]] = {
     "weight_decay": (["0"], NUMBERS),
     "adam_beta1": (["0"], NUMBERS),
     "adam_beta2": (["0.5"], NUMBERS),
-    "adam_epsilon": (["0", "1e-3"], NUMBERS),
+    "adam_epsilon": (["1e-30", "1e-3"], NUMBERS),
     "max_grad_norm": (["0", "0.1"], NUMBERS),
     "max_skipped_steps": (["1"], NUMBERS),
     "dtype": (["fp32", "bf16", "fp16"], ["float32", ""]),
