@@ -313,7 +313,7 @@ def test_neither_torch_nor_spark_is_needed(chats, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_a_run_that_is_ended(how, tokenizer, tmp_path):
-    chats, script = write_chats(tmp_path / "chats.jsonl", 20_000), tmp_path / "ended.py"
+    chats, script = write_chats(tmp_path / "chats.jsonl", 60_000), tmp_path / "ended.py"
     script.write_text(
         "from pathlib import Path\n"
         "from fft.corpus.local import text_input, table_of\n"
