@@ -98,6 +98,13 @@ class Hosts:
         variables = {**os.environ, **(env or {})}
         return subprocess.Popen(self.on(host, *command), start_new_session=True, env=variables, **options)
 
+    def rank(self, host: int, threads: str = "1") -> dict[str, str]:
+        """What a launcher tells the only rank of a machine, for the ``env`` of :meth:`start`."""
+        return {
+            **{"RANK": str(host), "WORLD_SIZE": str(self.count), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            **{"MASTER_ADDR": self.addresses[0], "MASTER_PORT": "29500", "OMP_NUM_THREADS": threads},
+        }
+
     def shell(self, host: int, script: str) -> str:
         """What a script prints on a machine. Raises RuntimeError where it fails."""
         return _output(self.on(host, "sh", "-c", script))

@@ -113,13 +113,10 @@ def _started(hosts: Hosts, folder: Path, flags: str) -> list[subprocess.Popen]:
     """A rank on each machine, whose run and log are in ``folder``."""
     given = f"--init --model {folder / 'config.json'} --train_data {folder / 'table'} --logging_steps 1"
     given += f" --checkpoint {folder / 'run'} --overwrite {flags}"
-    names = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29500"}
-    names |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "fft.train", *given.split()]
     with open(folder / "log", "w", encoding="utf-8") as log:
-        return [
-            hosts.start(host, *command, env=names | {"RANK": str(host)}, stdout=log, stderr=log) for host in range(2)
-        ]
+        return [hosts.start(host, *command, env=hosts.rank(host, threads), stdout=log, stderr=log) for host in range(2)]
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:

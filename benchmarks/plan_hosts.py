@@ -123,10 +123,8 @@ def measure(hosts: Hosts, folder: Path, cases: Sequence[str], wires: Sequence[Wi
 
 def _ranks(hosts: Hosts, *command: object) -> str:
     """A command as a rank on each machine: what the first prints. Raises RuntimeError where one fails."""
-    names = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29500"}
-    names |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}
     ranks = [
-        hosts.start(host, sys.executable, *command, env=names | {"RANK": str(host)}, stdout=subprocess.PIPE, text=True)
+        hosts.start(host, sys.executable, *command, env=hosts.rank(host), stdout=subprocess.PIPE, text=True)
         for host in range(2)
     ]
     said = [rank.communicate()[0] for rank in ranks]

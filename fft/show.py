@@ -84,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = Table.open(args.table)
         found = documents_named(table, args.doc) if args.doc else documents_of_row(table, args.row)
         decoder = load_decoder(table, args.tokenizer)
-    say(summary_of(table))
+    say(summary := summary_of(table))
     if args.html is None:
         print(as_text(found, decoder, args.ids, sys.stdout.isatty()))
         return
     try:
-        write_atomically(args.html, as_page(table.source, found, decoder, args.ids, summary_of(table)))
+        write_atomically(args.html, as_page(table.source, found, decoder, args.ids, summary))
     except OSError as error:
         raise UserError(f"{args.html} cannot be written ({error.strerror}): name another place.") from error
     say(f"written to {args.html}")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from fft.console import format_table, say
-from fft.corpus.accounts import COUNTED, document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
+from fft.corpus.accounts import COUNTED, document_counts, documents_manifest, engine_of, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, find_sources, spans_of
 from fft.corpus.splits import MOST_BYTES, SPLIT, Split, deal
 from fft.corpus.tokenize_parts import PartTokenizer, name_malformed
@@ -163,10 +163,8 @@ def _finish(
 ) -> Manifest:
     counts = document_counts(writer.tallies, lineage["inputs"], record_encoder)
     lineage = {**lineage, "engine": engine_of(writer.tallies)}
-    timing, vision, pairs = timing_of(start, writer.tokens), record_encoder.vision, record_encoder.pairs
-    length = None if pairs else max_len  # pairs are yet to be packed
-    manifest = finished_manifest(writer.parts, lineage, counts, timing, info, length, vision=vision)
-    manifest = replace(manifest, pairs=pairs)
+    timing = timing_of(start, writer.tokens)
+    manifest = documents_manifest(writer.parts, lineage, counts, timing, info, max_len, record_encoder)
     made = sum(own["tokens"] for own in counts["datasets"].values())
     if made != manifest.tokens:
         raise UserError(

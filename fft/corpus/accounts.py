@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fft.data.image_tallies import image_facts
@@ -58,6 +59,22 @@ def finished_manifest(
         counts["vision"] = image_facts(tallies, vision["merge"])
     lineage = {**lineage, "counts": {**counts, "seconds": timing["seconds"]}, "timing": dict(timing)}
     return Manifest(files, rows, tokens, tokenizer, seq_len, seed, lineage, vision=vision)
+
+
+def documents_manifest(
+    parts: Sequence[Part],
+    lineage: Mapping[str, Any],
+    counts: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    tokenizer: TokenizerInfo | None,
+    max_len: int | None,
+    encoder: RecordEncoder,
+) -> Manifest:
+    """The manifest of rows that an ``encoder`` has made of documents, of at most ``max_len`` tokens each; pairs, which
+    are yet to be packed, have no such length."""
+    length = None if encoder.pairs else max_len
+    made = finished_manifest(parts, lineage, counts, timing, tokenizer, length, vision=encoder.vision)
+    return replace(made, pairs=encoder.pairs)
 
 
 def document_counts(tallies: Counter[str], inputs: Sequence[str], record_encoder: RecordEncoder[Any]) -> dict[str, Any]:

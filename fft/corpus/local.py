@@ -23,13 +23,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from fft.console import format_table, progress, say
-from fft.corpus.accounts import document_counts, engine_of, finished_manifest, lineage_of, notes_on, timing_of
+from fft.corpus.accounts import document_counts, documents_manifest, engine_of, lineage_of, notes_on, timing_of
 from fft.corpus.files import Source, kind_of, spans_of
 from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
@@ -234,9 +234,7 @@ def _tokenize(text: TextInput, folder: Path) -> Manifest:
     counts = document_counts(tallies, [name], text.encoder)
     lineage = {**lineage_of("tokenize", [source.origin], text.parameters), "engine": engine_of(tallies)}
     timing = timing_of(begin, counts["datasets"][name]["tokens"])
-    length = None if text.encoder.pairs else text.max_len  # pairs are yet to be packed
-    manifest = finished_manifest(parts, lineage, counts, timing, text.tokenizer, length)
-    manifest = replace(manifest, pairs=text.encoder.pairs)
+    manifest = documents_manifest(parts, lineage, counts, timing, text.tokenizer, text.max_len, text.encoder)
     for note in notes_on(manifest, text.encoder):
         say(note)
     tokens = [manifest.tokens, or_unknown(manifest.trained_tokens), or_unknown(manifest.untrained_tokens)]

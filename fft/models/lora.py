@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from fft.data.draws import column_draws
 from fft.errors import UserError
 from fft.parallel.tensor import TensorParallel
-from fft.parallel.tensor_plan import Shard
+from fft.parallel.tensor_plan import LENGTHS, Shard
 from fft.train_arguments import LORA_MODULES, TrainArguments
 
 #: Names of an adapter's matrices, A and B, within its linear layer.
 DOWN, UP = "lora_A", "lora_B"
 #: That of DoRA's lengths.
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE = LENGTHS
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """Addresses of this machine: by which of them others reach it, and which interface has one. Without torch."""
 
 import ipaddress
+import os
 import socket
 
 import psutil
 
 from fft.errors import UserError
+
+#: The variable that says on which interface gloo listens.
+CHOSEN = "GLOO_SOCKET_IFNAME"
 
 
 def address_towards(host: str) -> str:
@@ -40,6 +44,12 @@ def interface_of(address: str) -> str | None:
     if is_loopback(address):
         return next((name for name, known in names.items() if any(is_own_loopback(x.address) for x in known)), None)
     return None
+
+
+def listen_on(address: str) -> None:
+    """Have gloo listen on the interface of an own address, unless :data:`CHOSEN` says on which."""
+    if CHOSEN not in os.environ and (name := interface_of(address)) is not None:
+        os.environ[CHOSEN] = name
 
 
 def is_own_loopback(address: str) -> bool:

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from fft.parallel.groups import own_group
 from fft.parallel.mesh import MeshSizes
-from fft.parallel.tensor_plan import Shard, style_of
+from fft.parallel.tensor_plan import LENGTHS, Shard, style_of
 
-#: Lengths of the rows of an adapted matrix (fft/models/lora.py).
-_LENGTHS = "lora_magnitude_vector"
 #: What experts that have biases call that behind their last product.
 _LAST_BIAS = "down_proj_bias"
 
@@ -94,7 +92,7 @@ def parallelise(
             _sum_up_experts(module, ranks, shards.get(f"{name}.{_LAST_BIAS}"))
         elif style == "rowwise":
             _sum_up(module, ranks)
-            if (lengths := module._parameters.get(_LENGTHS)) is not None:  # each rank multiplies its part by them
+            if (lengths := module._parameters.get(LENGTHS)) is not None:  # each rank multiplies its part by them
                 lengths.register_hook(lambda grad: ranks.all_reduce(grad.clone()))
         elif style == "replicated_with_grad_allreduce":
             # Whole on every rank, but used for its part of the heads.

@@ -74,8 +74,10 @@ _ALIGNED = 8
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Of a linear layer's low-rank adapter (fft/models/lora.py) the matrix that is whole, by the layer's style.
 _WHOLE = {"colwise": "lora_A", "packed_colwise": "lora_A", "rowwise": "lora_B"}
+#: Lengths of the rows of an adapted matrix (fft/models/lora.py).
+LENGTHS = "lora_magnitude_vector"
 #: What a linear layer has one of for each output. Where its inputs are cut, all ranks have it whole.
-_OF_OUTPUTS = ("bias", "lora_magnitude_vector")
+_OF_OUTPUTS = ("bias", LENGTHS)
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,8 @@ def _join() -> torch.device:
         torch.accelerator.set_device_index(device)
         backend = f"cpu:gloo,{found.type}:{dist.get_default_backend_for_device(device)}"
     if "RANK" in os.environ:
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
-            address = interfaces.address_towards(os.environ["MASTER_ADDR"])
-            if (name := interfaces.interface_of(address)) is not None:
-                os.environ["GLOO_SOCKET_IFNAME"] = name
+        if interfaces.CHOSEN not in os.environ:
+            interfaces.listen_on(interfaces.address_towards(os.environ["MASTER_ADDR"]))
         dist.init_process_group(backend)
     return device
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from fft.console import say
 from fft.errors import run_cli
 from fft.quickstart import results
-from fft.quickstart.commands import check_place, quickstart_parser, spark_rate
+from fft.quickstart.commands import check_place, finished_stages, quickstart_parser, spark_rate
 from fft.quickstart.places import Lake, Place, fetched
 from fft.quickstart.plan import CONFIG, METRICS, Folders, build_stages
-from fft.quickstart.stages import Record, run_stages
+from fft.quickstart.stages import Record
 
 #: Nats a token by which the model must beat the unigram baseline.
 MARGIN = 1.0
@@ -52,10 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.lake is not None:
         folders = Folders(Lake.at(args.lake), args.output.resolve())
     check_place(folders, CONFIG)
-    try:
-        records = run_stages(build_stages(folders, args.max_steps), folders.records, say)
-    except KeyboardInterrupt:
-        say("interrupted: the same command goes on with the stage that was running")
+    records = finished_stages(build_stages(folders, args.max_steps), folders)
+    if records is None:
         return 130
     with fetched(folders.run / METRICS) as metrics:
         losses = results.read_metrics(metrics)
@@ -81,7 +79,7 @@ def _summary(folders: Folders, records: Mapping[str, Record], losses: results.Lo
         "tokenize": _rate(folders.tokens),
         "shuffle": _rate(folders.shuffled / "train", folders.shuffled / "validation"),
         "repartition": _rate(folders.packed / "train", folders.packed / "validation"),
-        "train": f"{len(losses.train):,} steps, {losses.tokens_per_second:,.0f} tokens/s",
+        "train": losses.rate,
         "generate": f"{len(completions)} prompts",
         "report": "",
     }

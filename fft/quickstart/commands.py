@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fft
+from fft.console import say
 from fft.errors import Parser, UserError, positive
 from fft.quickstart.places import Lake, Place, manifest_at
-from fft.quickstart.stages import Stage, run_command
+from fft.quickstart.stages import Record, Stage, run_command, run_stages
 
 #: The repository: Spark jobs and configuration are run from there.
 ROOT = Path(fft.__file__).resolve().parent.parent
@@ -60,12 +61,26 @@ def quickstart_parser(name: str, config: str, description: str, epilog: str) -> 
     return parser
 
 
+def check_checkout(path: str) -> None:
+    """Raise :class:`UserError` outside a checkout, which has this file."""
+    if not (ROOT / path).is_file():
+        raise UserError(f"{ROOT / path} does not exist: the quickstart runs from a checkout of the repository.")
+
+
+def finished_stages(stages: Sequence[Stage], place: QuickstartPlace) -> dict[str, Record] | None:
+    """Run what is not done yet: the records of all stages, or None where that was interrupted, which is told."""
+    try:
+        return run_stages(stages, place.records, say)
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on with the stage that was running")
+        return None
+
+
 def check_place(place: QuickstartPlace, config: str) -> None:
     """Raise :class:`UserError` outside a checkout with the file ``config``, and where the output folder of a quickstart
     holds something else."""
     output, records = place.output, place.records
-    if not (ROOT / config).is_file():
-        raise UserError(f"{ROOT / config} does not exist: the quickstart runs from a checkout of the repository.")
+    check_checkout(config)
     if isinstance(output, Lake):
         if not records.is_dir() and output.states():
             raise UserError(f"--lake {output} holds something already: choose another prefix.")

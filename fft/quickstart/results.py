@@ -26,6 +26,16 @@ class Losses:
         tail = [loss for _, loss in self.train[-_LAST:]]
         return sum(tail) / len(tail)
 
+    @property
+    def rate(self) -> str:
+        """How many steps there were, and how fast."""
+        return f"{len(self.train):,} steps, {self.tokens_per_second:,.0f} tokens/s"
+
+    @property
+    def course(self) -> str:
+        """The same, and where the training's loss went."""
+        return f"{self.rate}, loss {self.train[0][1]:.3f} to {self.last_train:.3f}"
+
 
 def read_metrics(path: Path) -> Losses:
     """Read the ``metrics.jsonl`` of a run folder."""

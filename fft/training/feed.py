@@ -80,11 +80,9 @@ def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatc
     own = sequence.tokens(sequence.shards(documents.bounds))
     labels = batch.labels[own]
     trained, pairs = int(np.count_nonzero(labels != IGNORE)), batch.pairs
-    if pairs is not None:  # all of a row's ranks have some of each, and one counts them
-        pairs, trained = (
-            dataclasses.replace(pairs, documents=pairs.documents[own]),
-            pairs.count * (not sequence.position),
-        )
+    if pairs is not None:
+        trained = 0 if sequence.position else pairs.count  # all of a row's ranks have some of each: one counts them
+        pairs = dataclasses.replace(pairs, documents=pairs.documents[own])
     images = batch.images and _placed(batch.images, batch.labels.size, own)
     draws = None if batch.draws is None else batch.draws[own]
     return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images, pairs, draws)

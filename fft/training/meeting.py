@@ -31,7 +31,7 @@ _TOLD, _FAULT = 5.0, "meeting/fault"
 _AGAIN = 0.05
 #: Longest line with which a connection begins, and connections that may wait to be taken, of all ranks at once.
 _LINE, _BACKLOG = 200, 2048
-_INTERFACE = "GLOO_SOCKET_IFNAME"
+_INTERFACE = interfaces.CHOSEN
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def meet(world: int, patience: float = _START) -> Meeting:
         links: dict[int, socket.socket] = {}
         with _answering(listener, token, peers, rank, links):
             table.refuse(table.share("reached", _call_all(peers, rank, token, links)))
-    if _INTERFACE not in os.environ and (name := interfaces.interface_of(address)):
-        os.environ[_INTERFACE] = name
+    interfaces.listen_on(address)
     return Meeting(peers, rank, links, store)
 
 

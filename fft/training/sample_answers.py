@@ -148,8 +148,8 @@ class HighestTokens:
 def prompt_rows(samples: Sequence[AskedSample], most: int, length: int, plan: BatchPlan) -> list[MicroBatch]:
     """Micro-batches of ``plan``'s size, of samples of ``length`` tokens, with all prompts and their answers so far.
 
-    Answers may come to ``most`` tokens.
-    Each is a document that does not cross samples; the label of its last token is its number.
+    Answers may come to ``most`` tokens. Each is a document that does not cross samples; the label of its last token is
+    its number.
     """
     rows: list[list[list[int]]] = [[[]]]  # micro-batches of samples of numbers
     used = 0

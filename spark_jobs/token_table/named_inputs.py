@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from fft.data.known import DATASET, DOC_IDS, LISTS
+from fft.data.known import DATASET, DOC_IDS
 from fft.errors import UserError
 from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.many_files import EachByTasks
@@ -46,7 +46,8 @@ def open_inputs(
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise UserError(f"`inputs` has two tables called {repeated}: give one another name, as in NAME=TABLE.")
-    return [replace(d, kept=tuple(c for c in keep or () if c in d.table.columns)) for d in _checked(found, keep)]
+    _check_keep(found, keep or ())
+    return [replace(d, kept=tuple(column for column in keep or () if column in d.table.columns)) for d in found]
 
 
 def _pairs(inputs: Inputs) -> list[tuple[str, str | Path]]:
@@ -63,12 +64,11 @@ def _pairs(inputs: Inputs) -> list[tuple[str, str | Path]]:
     return pairs
 
 
-def _checked(datasets: Sequence[Dataset], keep: Sequence[str] | None) -> Sequence[Dataset]:
-    own = [name for name in keep or () if name in (*CARRIED, *LISTS, DOC_IDS, DATASET)]
+def _check_keep(datasets: Sequence[Dataset], keep: Sequence[str]) -> None:
+    own = [name for name in keep if name in (*CARRIED, DOC_IDS, DATASET)]
     if own:
         raise UserError(f"`keep` names {own[0]}, which is always kept: leave it out.")
     there = frozenset().union(*(dataset.table.columns for dataset in datasets))
-    missing = [name for name in keep or () if name not in there]
+    missing = [name for name in keep if name not in there]
     if missing:
         raise UserError(f"`keep` names {missing[0]}, which no table has: they have {', '.join(sorted(there))}.")
-    return datasets

@@ -8,8 +8,8 @@ from fft.errors import run_cli
 from fft.quickstart import results
 from fft.quickstart.chat.plan import BASE_CONFIG, CONFIG, ChatFolders, chat_stages
 from fft.quickstart.chat.scores import score_page
-from fft.quickstart.commands import check_place, quickstart_parser
-from fft.quickstart.stages import Record, run_stages
+from fft.quickstart.commands import check_place, finished_stages, quickstart_parser
+from fft.quickstart.stages import Record
 
 #: Share of the held-out orders that the fine-tuned model must answer rightly.
 WANTED = 0.95
@@ -45,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     folders = ChatFolders(args.output.resolve())
     check_place(folders, CONFIG)
-    try:
-        records = run_stages(chat_stages(folders, args.max_steps), folders.records, say)
-    except KeyboardInterrupt:
-        say("interrupted: the same command goes on with the stage that was running")
+    records = finished_stages(chat_stages(folders, args.max_steps), folders)
+    if records is None:
         return 130
     print(_page(folders, records))
     right, asked = (records["after"].facts[name] for name in ("right", "asked"))
@@ -64,11 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _page(folders: ChatFolders, records: Mapping[str, Record]) -> str:
     trained = {"base": folders.base_run, "adapter": folders.output / "run"}
     losses = {name: results.read_metrics(run / "metrics.jsonl") for name, run in trained.items()}
-    work = {
-        name: f"{len(found.train):,} steps, {found.tokens_per_second:,.0f} tokens/s, "
-        f"loss {found.train[0][1]:.3f} to {found.last_train:.3f}"
-        for name, found in losses.items()
-    }
+    work = {name: found.course for name, found in losses.items()}
     work |= {name: "{right} of {asked} right".format(**records[name].facts) for name in ("before", "after")}
     lines = results.stage_lines([(name, record.seconds, work.get(name, "")) for name, record in records.items()])
     pages = [score_page(path) for path in (folders.before, folders.after)]

@@ -10,7 +10,7 @@ from fft.data.owner import atomic_folder
 from fft.errors import Parser, UserError, positive, run_cli
 from fft.files import copy_file
 from fft.quickstart.chat import orders
-from fft.quickstart.commands import ROOT
+from fft.quickstart.commands import ROOT, check_checkout
 from fft.quickstart.tokenizer import CHATML, train_tokenizer
 
 MODEL = "conf/models/llama-chat-1m.json"
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the files. Raises :class:`UserError` outside a checkout, and for files that are there without
     ``--overwrite``."""
     args = build_parser().parse_args(argv)
-    if not (ROOT / MODEL).is_file():
-        raise UserError(f"{ROOT / MODEL} does not exist: the quickstart runs from a checkout of the repository.")
+    check_checkout(MODEL)
     if not args.overwrite and (args.output / orders.CHATS).exists():
         raise UserError(f"{args.output / orders.CHATS} exists: name another folder, or give --overwrite.")
     args.output.mkdir(parents=True, exist_ok=True)

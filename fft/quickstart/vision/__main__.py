@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from fft.console import say
 from fft.errors import run_cli
 from fft.quickstart import results
-from fft.quickstart.commands import check_place, quickstart_parser, spark_rate
-from fft.quickstart.stages import Record, run_stages
+from fft.quickstart.commands import check_place, finished_stages, quickstart_parser, spark_rate
+from fft.quickstart.stages import Record
 from fft.quickstart.vision.plan import CONFIG, VisionFolders, vision_stages
 from fft.quickstart.vision.scores import Score, read_answers, table
 
@@ -42,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     folders = VisionFolders(args.output.resolve())
     check_place(folders, CONFIG)
-    try:
-        records = run_stages(vision_stages(folders, args.max_steps), folders.records, say)
-    except KeyboardInterrupt:
-        say("interrupted: the same command goes on with the stage that was running")
+    records = finished_stages(vision_stages(folders, args.max_steps), folders)
+    if records is None:
         return 130
     found = [Score(**facts) for facts in records["report"].facts["scores"]]
     print(_page(folders, records, found))
@@ -67,8 +65,7 @@ def _page(folders: VisionFolders, records: Mapping[str, Record], found: Sequence
         f"{drawn['held_out_pictures']:,} others with {drawn['held_out_questions']:,}",
         "tokenizer": f"{records['tokenizer'].facts['entries']:,} entries",
         "tokenize": f"{tokens:,} tokens, {rate:,.0f} tokens/s",
-        "train": f"{len(losses.train):,} steps, {losses.tokens_per_second:,.0f} tokens/s, "
-        f"loss {losses.train[0][1]:.3f} to {losses.last_train:.3f}",
+        "train": losses.course,
         "answer": f"{answers:,} questions, {answers / records['answer'].seconds:,.1f} a second",
         "report": "",
     }

@@ -6,6 +6,7 @@ from conftest import ROOT
 
 from fft.arguments import parse_arguments
 from fft.errors import UserError
+from fft.quickstart import commands
 from fft.quickstart.chat import __main__ as quickstart
 from fft.quickstart.chat import inputs, orders, scores
 from fft.quickstart.chat.plan import ChatFolders, chat_stages
@@ -107,7 +108,7 @@ def test_exit_code_says_whether_it_learned(folders, monkeypatch, capsys, right, 
         (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 500.0}) + "\n")
     for path in (folders.before, folders.after):
         path.write_text(json.dumps(row("x")) + "\n")
-    monkeypatch.setattr(quickstart, "run_stages", lambda *_: records)
+    monkeypatch.setattr(commands, "run_stages", lambda *_: records)
     assert quickstart.main(["--output", str(folders.output)]) == code
     captured = capsys.readouterr()
     assert f"{right} of 200 right" in captured.out

@@ -7,6 +7,7 @@ from fft.arguments import parse_arguments
 from fft.data.commits import commit
 from fft.data.manifest import FileInfo, Manifest
 from fft.quickstart import __main__ as quickstart
+from fft.quickstart import commands
 from fft.quickstart.plan import MODEL, PROMPTS, SEQ_LEN, VOCAB_SIZE, Folders, build_stages
 from fft.quickstart.stages import Record
 
@@ -61,7 +62,7 @@ def test_exit_code_says_whether_the_baseline_was_beaten(folders, monkeypatch, ca
     }
     names = [stage.name for stage in build_stages(folders)]
     records = {name: Record([], "", "", 2.0, facts.get(name, {})) for name in names}
-    monkeypatch.setattr(quickstart, "run_stages", lambda *_: records)
+    monkeypatch.setattr(commands, "run_stages", lambda *_: records)
     assert quickstart.main(["--output", str(folders.output)]) == code
     captured = capsys.readouterr()
     assert "shuffle              2.0  2,000 tokens, 1,000 tokens/s" in captured.out

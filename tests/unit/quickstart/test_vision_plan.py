@@ -6,6 +6,7 @@ from conftest import ROOT
 from fft.arguments import parse_arguments
 from fft.images.grids import grid_of, tokens_of
 from fft.images.rules import ImageLimits, load_rules
+from fft.quickstart import commands
 from fft.quickstart.stages import Record
 from fft.quickstart.vision import __main__ as quickstart
 from fft.quickstart.vision.model import SPECIAL, write_directory
@@ -105,7 +106,7 @@ def test_exit_code_says_whether_it_sees(folders, monkeypatch, capsys, seen, code
         folder.mkdir(parents=True)
     (folders.run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "tokens_per_second": 500.0}) + "\n")
     folders.answers.write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
-    monkeypatch.setattr(quickstart, "run_stages", lambda *_: records)
+    monkeypatch.setattr(commands, "run_stages", lambda *_: records)
     monkeypatch.setattr(quickstart, "spark_rate", lambda _: (1000, 100.0))
     assert quickstart.main(["--output", str(folders.output)]) == code
     captured = capsys.readouterr()
