@@ -1,8 +1,8 @@
-"""A launcher for tests: ranks are forked from one process that has imported torch and DeepSpeed, once for all tests.
+"""A launcher for tests: ranks are forked from one process that has imported all that they need, once for all tests.
 
 To the trainer it is a launcher like any other: environment variables say who a rank is, a rank that fails ends the
-others. The imports, most of what a small run costs, are saved; every rank is a process of its own that nothing has
-been computed in. Tests of launchers and of crashes start real ones.
+others. The imports, most of what a small run costs, are those of `warm.py`; every rank is a process of its own that
+nothing has been computed in. Tests of launchers and of crashes start real ones.
 """
 
 import contextlib
@@ -25,8 +25,7 @@ from benchmarks.hosts import Hosts, enter
 ROOT = Path(__file__).resolve().parent.parent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-#: The second is what DeepSpeed imports, with torch's compiler, when it makes an optimizer.
-_CONTEXT.set_forkserver_preload(["fft.training.trainer", "deepspeed.runtime.zero.muon.original_muon"])
+_CONTEXT.set_forkserver_preload(["tests.warm"])
 
 
 @contextlib.contextmanager
