@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
@@ -41,6 +40,7 @@ from fft.planning.objective import DPO, check_balance
 from fft.training.compiling import compile_alone
 from fft.training.deepspeed_config import deepspeed_config
 from fft.training.inputs import Sender, Sent
+from fft.training.lean_deepspeed import deepspeed
 from fft.training.loss import MeanLoss, PairMeanLoss, TokenMeanLoss
 from fft.training.moe import announce_experts, count_experts_once, holders_of
 from fft.training.optimizer import make_optimizer, parameter_groups
