@@ -35,7 +35,7 @@ from fft.corpus.readers import read_lines
 from fft.corpus.splits import Split, deal
 from fft.corpus.tokenize_parts import name_malformed, tokenize_part
 from fft.data.commits import commit
-from fft.data.manifest import Manifest, TokenizerInfo, or_unknown, read_manifest
+from fft.data.manifest import Manifest, TokenizerInfo, is_hidden, or_unknown, read_manifest
 from fft.data.owner import Owner, owned, staged_folder
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
@@ -179,7 +179,8 @@ def scratch_cache() -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether a table is there with all of its files, of which a temporary folder's cleaner may have removed some."""
     manifest = read_manifest(folder)
-    sizes = {file.name: file.stat().st_size for file in folder.glob("*.parquet")}
+    there = [file for file in folder.glob("*.parquet") if not is_hidden(Path(file.name))]
+    sizes = {file.name: file.stat().st_size for file in there}
     return manifest is not None and sizes == {file.path: file.bytes for file in manifest.files}
 
 

@@ -21,6 +21,7 @@ from fft.corpus import local
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
 from fft.corpus.tokenize_parts import name_malformed
 from fft.data.manifest import read_manifest
+from fft.data.pairs import REFERENCE_PREFIX
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.files import staging_folder
@@ -225,6 +226,14 @@ def test_a_table_that_has_lost_a_file_is_made_again(chats, tokenizer, tmp_path):
     lost.unlink()
     assert make(chats, tokenizer, tmp_path) == folder
     assert lost.read_bytes() == content
+
+
+def test_what_is_kept_beside_a_table_does_not_have_it_made_again(chats, tokenizer, tmp_path):
+    folder = make(chats, tokenizer, tmp_path)
+    kept = folder / f"{REFERENCE_PREFIX}0.parquet"
+    kept.write_bytes(b"of the whole table")
+    assert make(chats, tokenizer, tmp_path) == folder
+    assert kept.exists()
 
 
 def test_ranks_that_ask_at_once_get_one_table(chats, tokenizer, tmp_path):
