@@ -35,6 +35,8 @@ _TERMS = (
     *("num_train_epochs", "max_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lora_dropout"),
 )
+#: Settings of which an evaluation's loss is made: losses before and after a change are not to be compared.
+_MEASURE = ("dpo_beta", "dpo_length_normalized", "dpo_sft_weight")
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,12 @@ def _compare(args: TrainArguments, plan: Plan, checkpoint: str, state: dict, log
     if plan.train is not None and state["data"] is not None:
         Loader(plan.train, batch_plan(args, plan.mesh, 0), plan.total_samples).load_state_dict(state["data"])
     check_resumed(args, state.get("identity"), plan.identity, checkpoint, log)
-    for name in _TERMS:
+    for name in (*_MEASURE, *_TERMS):
         now = getattr(args, name)
         if before.get(name, now) != now:  # a flag may be younger than the checkpoint
+            if name in _MEASURE and (args.best_of or args.early_stop_patience):
+                raise UserError(
+                    f"--{name} {now}: it was {before[name]} in {checkpoint}, and losses that it is part of decide what "
+                    "is kept (--best_of, --early_stop_patience): resume with that."
+                )
             log(f"warning: --{name} is {now}, it was {before[name]}: losses will differ from before")
