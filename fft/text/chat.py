@@ -31,7 +31,7 @@ from fft.text.engines import Recipe
 from fft.text.formats import FORMATS, LISTS_OF_TURNS, Format, known_formats, mended
 from fft.text.image_parts import IMAGE_KEYS, ImageParts, ReadImage
 from fft.text.image_tokens import as_parts, expand, written_image
-from fft.text.messages import TOOLS_KEY, RawConversation, parse_conversation
+from fft.text.messages import TOOLS_KEY, WATCHED_BESIDE, RawConversation, parse_conversation, watched_columns
 from fft.text.nested import check_json_type, json_rows
 from fft.text.records import Malformed, check_id, column_type, content_id, dump_json, id_column, row_ids
 from fft.text.tool_calls import CALLS_KEY
@@ -128,6 +128,7 @@ class Chat:
         for name in names:
             check_json_type(column_type(schema, where, name), f"`inputs` {where}: column {name}")
         names += self._image_keys(schema.names)
+        names += watched_columns(schema, where, names)
         return [*names, *id_column(schema, where, self.id_key)]
 
     def _image_keys(self, names: Sequence[str]) -> list[str]:
@@ -136,7 +137,8 @@ class Chat:
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
         """The columns that are read as one JSON object, but for the id's; and the id."""
         columns = batch.select([name for name in batch.schema.names if name != self.id_key])
-        return zip(json_rows(columns, self._image_keys(batch.schema.names)), row_ids(batch, self.id_key), strict=True)
+        watched = [name for name in columns.schema.names if name in WATCHED_BESIDE]
+        return zip(json_rows(columns, watched), row_ids(batch, self.id_key), strict=True)
 
     def parse(
         self, kind: str, record: bytes | None, doc_id: str | None, unused: Counter[str] | None = None

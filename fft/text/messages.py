@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import pyarrow as pa
+
 from fft.text.formats import TRAIN_KEYS, Format, format_of
 from fft.text.image_parts import IMAGE_KEYS, IMAGE_KINDS, ImageParts, Source
-from fft.text.records import Malformed, count_unused, decode_record, dump_json, id_of, load_json
+from fft.text.records import Malformed, column_type, count_unused, decode_record, dump_json, id_of, load_json
 from fft.text.tool_calls import CALLS_KEY, OLD_KEY, read_calls
 
 #: Beside the turns: what the model may call, a list of JSON schemas, or that list as JSON text.
@@ -31,8 +33,12 @@ _REFUSED_IN_A_TURN = {
     "training_detail": "a choice of characters to train on",
     **dict.fromkeys(("images", "image", "videos", "video", "audio"), "an image, a sound or a film"),
 }
+#: Keys beside the turns for which :func:`check_beside` refuses a record: also a table's columns must be read for it.
+WATCHED_BESIDE = (*_REFUSED_BESIDE_TURNS, *TRAIN_KEYS)
 _TRAIN_KEYS = frozenset(TRAIN_KEYS)
-_UNDERSTOOD_IN_A_TURN = frozenset(("role", "content", CALLS_KEY, OLD_KEY, *TRAIN_KEYS, *_REFUSED_IN_A_TURN))
+#: Keys of a turn that are rendered, if anything is; a template may know others.
+SPOKEN = frozenset(("role", "content", CALLS_KEY, OLD_KEY))
+_UNDERSTOOD_IN_A_TURN = SPOKEN.union(TRAIN_KEYS, _REFUSED_IN_A_TURN)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def read_conversation(
         count_unused(row, (TOOLS_KEY, *read, *beside), unused)
         tools = _tools_of(row)
         waiting = images.beside(row) if images is not None else None
-        _check_beside(row, read)
+        check_beside(row, read)
         row = form.turns(row)
     if not isinstance(row, list):
         raise Malformed(f"not a list of turns but {type(row).__name__}")
@@ -126,13 +132,23 @@ def check_unicode(value: object) -> None:
         raise Malformed("a lone surrogate, which is no Unicode text") from error
 
 
-def _check_beside(row: Mapping[str, object], read: Collection[str]) -> None:
+def check_beside(row: Mapping[str, object], read: Collection[str], images: str = "") -> None:
+    """Raise :class:`Malformed` for a key beside the turns, not among those that are ``read``, that would change what is
+    rendered, and for one that says that the record is not trained on. ``images`` is why there can be none."""
     for key, reason in _REFUSED_BESIDE_TURNS.items():
         if row.get(key) and key not in read:
+            reason = images if images and key in IMAGE_KEYS else reason
             raise Malformed(f"key {key} beside the turns: {reason}")
     for key in TRAIN_KEYS:
         if row.get(key) in (0, False) and row.get(key) is not None:
             raise Malformed(f"key {key} beside the turns says not to train on it: leave the record out")
+
+
+def watched_columns(schema: pa.Schema, where: str, read: Collection[str]) -> list[str]:
+    """The columns that :func:`check_beside` has to see, but for those that are ``read``. Raises :class:`UserError` when
+    two have one name."""
+    found = [name for name in WATCHED_BESIDE if name in schema.names and name not in read]
+    return [name for name in found if not pa.types.is_null(column_type(schema, where, name))]
 
 
 def _tools_of(row: Mapping[str, object]) -> tuple[dict, ...]:
@@ -215,4 +231,6 @@ def _is_trained(flags: Mapping[str, object], role: str, number: int) -> bool:
             raise Malformed(f"the {key} of turn {number} ({role}) is {value!r}: only 0, 1, false and true are known")
         if value and role != "assistant":
             raise Malformed(f"the {key} of turn {number} ({role}) is {value!r}: only assistants' turns are trained on")
+    if len({bool(value) for value in flags.values()}) > 1:
+        raise Malformed(f"{' and '.join(flags)} of turn {number} ({role}) contradict each other: leave one out")
     return all(flags.values())

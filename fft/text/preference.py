@@ -8,8 +8,10 @@ is left out, and so is one of which nothing is trained on a side; both are count
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from fft.data.arrow_lists import int_lists, list_values
 from fft.data.manifest import TokenizerInfo
 from fft.errors import UserError
 from fft.text.chat import Chat, Conversation, load_chat
+from fft.text.chat_template import ChatTemplate
 from fft.text.encoder import Encoder
 from fft.text.engines import Recipe
 from fft.text.formats import TRAIN_KEYS
-from fft.text.messages import TOOLS_KEY, message_of
+from fft.text.messages import SPOKEN, TOOLS_KEY, WATCHED_BESIDE, check_beside, message_of, watched_columns
 from fft.text.nested import check_json_type, json_rows
 from fft.text.records import (
     Malformed,
@@ -84,7 +87,7 @@ class PreferencePairs:
         return self.chat.recipe
 
     @property
-    def template(self) -> object:
+    def template(self) -> ChatTemplate:
         """The chat template."""
         return self.chat.template
 
@@ -103,12 +106,14 @@ class PreferencePairs:
         names = [name for name in (*_BESIDE, *SIDES) if name in schema.names]
         for name in names:
             check_json_type(column_type(schema, where, name), f"`inputs` {where}: column {name}")
+        names += watched_columns(schema, where, names)
         return [*names, *id_column(schema, where, self.chat.id_key)]
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
         """The columns that are read as one JSON object, but for the id's; and the id."""
         columns = batch.select([name for name in batch.schema.names if name != self.chat.id_key])
-        return zip(json_rows(columns), row_ids(batch, self.chat.id_key), strict=True)
+        watched = [name for name in columns.schema.names if name in WATCHED_BESIDE]
+        return zip(json_rows(columns, watched), row_ids(batch, self.chat.id_key), strict=True)
 
     def parse(
         self, kind: str, record: bytes | None, doc_id: str | None, unused: Counter[str] | None = None
@@ -118,7 +123,8 @@ class PreferencePairs:
         if not isinstance(row, dict):
             raise Malformed(f"not a JSON object but {type(row).__name__}")
         count_unused(row, (*SIDES, *_BESIDE, self.chat.id_key), unused)
-        turns, form = read_pair(row)
+        check_beside(row, _BESIDE, "preferences have no images")
+        turns, form = read_pair(row, self.template.keys)
         own = id_of(row, self.chat.id_key)
         doc_id = doc_id if own is None else own
         if doc_id is None:
@@ -193,9 +199,10 @@ def load_preference(directory: Path, id_key: str, max_len: int | None) -> tuple[
     return PreferencePairs(chat, max_len), info
 
 
-def read_pair(row: Mapping[str, Any]) -> tuple[tuple[list[dict], list[dict]], str]:
+def read_pair(row: Mapping[str, Any], template_keys: Collection[str] = ()) -> tuple[tuple[list[dict], list[dict]], str]:
     """The turns of a record's chosen and rejected conversation, those that both begin with not to be trained on; and
-    what it was read as.
+    what it was read as. Turns are the same if they are in what is said, and in ``template_keys``: a date, or whether
+    one is trained on, parts no conversations.
 
     Each side is a list of turns, all of the conversation, or what follows the turns of ``prompt``; or a text, which
     answers the text of ``prompt``; or, without it, a dialogue as those of Anthropic's HH. Raises :class:`Malformed`.
@@ -206,9 +213,9 @@ def read_pair(row: Mapping[str, Any]) -> tuple[tuple[list[dict], list[dict]], st
     (chosen, form), (rejected, other) = (_conversation(row, name) for name in SIDES)
     if form != other:
         raise Malformed(f"chosen is of {_FORMS[form]}, rejected of {_FORMS[other]}: both must be of one kind")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+    told = SPOKEN.union(template_keys).difference(TRAIN_KEYS)
+    said = [[{key: turn[key] for key in turn if key in told} for turn in side] for side in (chosen, rejected)]
+    shared = sum(1 for _ in takewhile(bool, map(eq, *said)))
     if shared == len(chosen) == len(rejected):
         raise Malformed("chosen and rejected are the same")
     for name, turns in zip(SIDES, (chosen, rejected), strict=True):

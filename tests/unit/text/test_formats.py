@@ -6,6 +6,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from spark.chat_oracle import labels_of, stretches, tool_stretches
 from spark.chat_templates import STYLES, TOOL_STYLES, save_chat_tokenizer
@@ -351,3 +352,31 @@ def test_all_formats_of_one_conversation_are_one_document():
         )
     }
     assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"weight": 0}, "key weight beside the turns says not to train on it"),
+        ({"loss": False}, "key loss beside the turns says not to train on it"),
+        ({"system": "Be brief."}, "key system beside the turns: make it the first turn"),
+        ({"images": [{"bytes": b"\xff", "path": None}]}, "key images beside the turns: images are read with"),
+        ({"videos": ["a.mp4"]}, "key videos beside the turns: this release reads texts and images alone"),
+    ],
+)
+def test_columns_are_refused_as_keys_are(beside, reason):
+    """What would change the conversation, or says that it is not trained on, must not be left out with a column."""
+    chat, _ = loaded("qwen2.5")
+    record = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    columns = pa.RecordBatch.from_pylist([record | beside, record])
+    (bad, _), (good, _) = chat.rows(columns.select(chat.columns(columns.schema, "f")))
+    assert chat.parse("json", good, None) == parse(chat, record)
+    with pytest.raises(Malformed, match=reason):
+        chat.parse("json", bad, None)
+
+
+def test_flags_of_a_turn_that_contradict_each_other_are_refused():
+    chat, _ = loaded("qwen2.5")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "weight": 0, "train": True}]
+    with pytest.raises(Malformed, match="weight and train of turn 2 \\(assistant\\) contradict each other"):
+        parse(chat, {"messages": turns})

@@ -238,6 +238,40 @@ def test_what_chats_refuse_is_refused_by_its_side():
         pairs.parse("json", b"[]", None)
 
 
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"weight": 0}, "key weight beside the turns says not to train on it"),
+        ({"train": False}, "key train beside the turns says not to train on it"),
+        ({"images": ["a.jpg"]}, "key images beside the turns: preferences have no images"),
+        ({"documents": ["d"]}, "key documents beside the turns: documents are not supported"),
+    ],
+)
+def test_what_chats_refuse_beside_the_turns_is_refused_in_lines_and_in_columns(beside, reason):
+    pairs, _ = loaded("qwen2.5")
+    record = {"chosen": [USER, YES], "rejected": [USER, NO]}
+    columns = pa.RecordBatch.from_pylist([record | beside, record])
+    names = pairs.columns(columns.schema, "f")
+    (bad, _), (good, _) = pairs.rows(columns.select(names))
+    pairs.parse("json", good, None)
+    for line in (bad, json.dumps(record | beside).encode()):
+        with pytest.raises(Malformed, match=reason):
+            pairs.parse("json", line, None)
+
+
+def test_what_is_not_said_parts_no_conversations():
+    """A date, or whether a turn is trained on: else an answer of the prompt would be trained on, or on one side."""
+    pairs, _ = loaded("qwen2.5")
+    asked = [USER, YES | {"weight": 0, "date": 1}, USER]
+    again = [USER, YES | {"weight": 1, "date": 2}, USER]
+    pair, _ = pairs.parse("json", json.dumps({"chosen": [*asked, YES], "rejected": [*again, NO]}).encode(), None)
+    plain = {"chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, NO]}
+    other, _ = pairs.parse("json", json.dumps(plain).encode(), None)
+    assert (pair.chosen.rendered, pair.rejected.rendered) == (other.chosen.rendered, other.rejected.rendered)
+    with pytest.raises(Malformed, match="chosen parts from the other side at turn 1"):  # a template may know dates
+        read_pair({"chosen": [USER | {"date": 1}, YES], "rejected": [USER | {"date": 2}, NO]}, ("date",))
+
+
 def test_ids_and_keys_that_nothing_uses():
     pairs, _ = loaded("qwen2.5")
     record, unused = {"chosen": [USER, YES], "rejected": [USER, NO], "score": 3, "margin": None}, Counter()
