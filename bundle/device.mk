@@ -15,7 +15,9 @@ TEST_MINUTES ?= 60
 ifeq ($(.DEFAULT_GOAL),)
 .DEFAULT_GOAL := rehearse
 endif
-ON_DEVICE = PATH="$(dir $(DEVICE_PYTHON)):$$PATH" $(DEVICE_PYTHON)
+# Many images have Python keep nothing of what it compiles; install.sh leaves all of that to the first import, and there
+# are dozens of processes.
+ON_DEVICE = PYTHONDONTWRITEBYTECODE= PATH="$(dir $(DEVICE_PYTHON)):$$PATH" $(DEVICE_PYTHON)
 
 .PHONY: test-gpu test-npu bench-gpu bench-npu rehearse
 

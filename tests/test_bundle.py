@@ -21,7 +21,11 @@ pytestmark = pytest.mark.slow
 NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
 #: That of torch 2.11, the oldest that we take.
 TRITON = "triton==3.6.0"
-STRIPPED = ("PYTHONPATH", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "VIRTUAL_ENV")
+#: The last, as what is installed is compiled when it is imported first, and that is to be kept.
+STRIPPED = (
+    *("PYTHONPATH", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "RANK", "LOCAL_RANK", "WORLD_SIZE", "VIRTUAL_ENV"),
+    "PYTHONDONTWRITEBYTECODE",
+)
 
 
 def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
