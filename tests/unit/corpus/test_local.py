@@ -1,5 +1,6 @@
 """JSON lines as training data: made once, found again, made anew when file, tokenizer or template changes."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -320,28 +321,46 @@ def test_neither_torch_nor_spark_is_needed(chats, tokenizer, tmp_path):
     assert "chat data" in done.stderr
 
 
+#: A run by two workers, which read their files over and over: none of them ends by itself. Each, as it imports this
+#: file as well, says that it has begun once it has read a file.
+ENDLESS = """
+import os, sys
+from pathlib import Path
+from fft.corpus.local import table_of, text_input
+from fft.corpus.tokenize_parts import PartTokenizer
+
+folder, tokenizer = map(Path, sys.argv[1:])
+read = PartTokenizer.add_split
+
+def over_and_over(self, split):
+    while True:
+        read(self, split)
+        (folder / f"begun-{os.getpid()}").touch()
+
+PartTokenizer.add_split = over_and_over
+os.sched_getaffinity = lambda _: range(2)
+if __name__ == "__main__":
+    table_of(text_input(folder / "chats.jsonl", tokenizer, 4096), folder)
+"""
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_a_run_that_is_ended(how, tokenizer, tmp_path):
-    chats, script = write_chats(tmp_path / "chats.jsonl", 60_000), tmp_path / "ended.py"
-    script.write_text(
-        "from pathlib import Path\n"
-        "from fft.corpus.local import text_input, table_of\n"
-        "if __name__ == '__main__':\n"
-        f"    table_of(text_input(Path({str(chats)!r}), Path({str(tokenizer)!r}), 4096), Path({str(tmp_path)!r}))\n"
-    )
+    script = tmp_path / "ended.py"
+    script.write_text(ENDLESS)
+    write_chats(tmp_path / "chats.jsonl", 200)
     ours = {**os.environ, "PYTHONPATH": str(Path(local.__file__).parents[2])}
     pipes = {"stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, script], env=ours, start_new_session=True, **pipes) as process:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".chats-*.writing/.part-0*")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(how)
+    command = [sys.executable, script, tmp_path, tokenizer]
+    with subprocess.Popen(command, env=ours, start_new_session=True, **pipes) as process:
         try:
-            said = process.communicate(timeout=30)[1]  # while a worker is left, it holds the pipe
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            while len(list(tmp_path.glob("begun-*"))) < 2:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(how)
+            said = process.communicate(timeout=300)[1]  # while a worker is left, it holds the pipe
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == -how, said
     assert said.count("Traceback") == (how == signal.SIGINT)
