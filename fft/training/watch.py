@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
@@ -228,16 +228,16 @@ class Watch:
         when, sentence, code = min(self._failures)
         if now < when + _GRACE:
             return
-        for link in self._links.values():
-            link.send({"end": sentence, "code": code})
-        self._end(sentence, code)
+        self._end(sentence, code, self._links.values())
 
-    def _end(self, sentence: str, code: int) -> None:
-        """Say on this machine why, let go what is held, and end the process."""
+    def _end(self, sentence: str, code: int, others: Iterable[_Link] = ()) -> None:
+        """Say on this machine why, then to ``others``, let go what is held, and end the process."""
         if not self._ending.acquire(blocking=False):
             return
         if self.meeting.own == next(peer for peer in self.meeting.here if peer.rank not in self._missed):
             self._say(f"error: {sentence}")
+        for link in others:  # not before: as soon as one of them has ended, a launcher may kill this process
+            link.send({"end": sentence, "code": code})
         tell_launcher(sentence)
         letting = threading.Thread(target=self._let_go, args=(UserError(sentence),), daemon=True)
         letting.start()
