@@ -174,10 +174,10 @@ def test_a_connect_server(launch, corpus, documents, tokenizer, tokens, tmp_path
 
 
 def wait_for(port, server):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
+    """Until it listens, however long that takes; not when it has ended."""
+    while server.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    raise TimeoutError("the Connect server did not start")
+    raise RuntimeError(f"the Connect server ended with {server.returncode}")
