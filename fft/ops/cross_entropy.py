@@ -215,12 +215,19 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _TokenLogProbs(torch.autograd.Function):
+    """Where the head is not trained, a token's gradient is a row by itself, which backward multiplies: logits are made
+    once, and gradients of states formed of them, as :class:`_LinearCrossEntropy` does. Gradients of the head are sums
+    over tokens, each times what is known in backward alone, which makes the logits once more.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets, vocabulary: Vocabulary
     ) -> Tensor:
         states, ids = hidden[targets.positions], targets.ids[:, None] - vocabulary.first
         found = torch.empty(2, len(states), 1, dtype=lse_dtype(hidden), device=hidden.device)
+        ctx.vocabulary, ctx.shape, ctx.once = vocabulary, hidden.shape, not any(ctx.needs_input_grad[1:3])
+        grads = _gradients([ctx.once and ctx.needs_input_grad[0], False, False], states, weight, bias, None)
         make, rows = _pieces(weight, vocabulary)
         for start in range(0, len(states), rows):
             piece = slice(start, start + rows)
@@ -229,31 +236,51 @@ class _TokenLogProbs(torch.autograd.Function):
             if vocabulary.ranks is not None:
                 lse, score = _of_all(lse, score, vocabulary.ranks)
             found[0, piece], found[1, piece] = lse, score
+            if grads:
+                grads.add(piece, logits.gradient(lse), states[piece], weight)
             del logits
-        ctx.save_for_backward(hidden, weight, bias, *targets, found[0])
-        ctx.vocabulary = vocabulary
+        grads.finish(vocabulary.ranks)
+        kept = (grads.states, targets.positions) if ctx.once else (hidden, weight, bias, *targets, found[0])
+        ctx.save_for_backward(*kept)
         return (found[1] - found[0]).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (factors,), (hidden, weight, bias, positions, ids, lse) = grad_outputs, ctx.saved_tensors
-        states, ids, vocabulary = hidden[positions], ids[:, None] - ctx.vocabulary.first, ctx.vocabulary
-        grads = _gradients(ctx.needs_input_grad, states, weight, bias, None)
-        make, rows = _pieces(weight, vocabulary)
-        for start in range(0, len(states), rows):
-            piece = slice(start, start + rows)
-            logits = make(states[piece] @ weight.t(), ids[piece], bias, vocabulary.cap)
-            grad = logits.gradient(lse[piece])  # of the loss, which is the log-probability's negative
-            del logits
-            grads.add(piece, grad.mul_(-factors[piece, None]), states[piece], weight)
-            del grad
-        grads.finish(vocabulary.ranks)
+        (factors,) = grad_outputs
+        factors = -factors[:, None]  # gradients are those of the loss, which is the log-probability's negative
+        if ctx.once:
+            dstates, positions = ctx.saved_tensors
+            dweight = dbias = None
+            torch.mul(dstates, factors, out=dstates)
+        else:
+            hidden, weight, bias, positions, *rest = ctx.saved_tensors
+            grads = _once_more(ctx, hidden[positions], weight, bias, rest, factors)
+            dstates = grads.states
+            dweight, dbias = (x if x is None else x.to(weight.dtype) for x in (grads.weight, grads.bias))
         dhidden = None
-        if grads.states is not None:
-            dhidden = torch.zeros_like(hidden)
-            dhidden[positions] = grads.states
-        dweight, dbias = (x if x is None else x.to(weight.dtype) for x in (grads.weight, grads.bias))
+        if dstates is not None:
+            dhidden = dstates.new_zeros(ctx.shape)
+            dhidden[positions] = dstates
         return dhidden, dweight, dbias, None, None
+
+
+def _once_more(
+    ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, rest: Sequence[Tensor], factors: Tensor
+) -> _Gradients:
+    """The gradients of all, of logits that are made again; ``rest`` are targets' ids, and their log-sum-exp."""
+    (ids, lse), vocabulary = rest, ctx.vocabulary
+    ids = ids[:, None] - vocabulary.first
+    grads = _gradients(ctx.needs_input_grad, states, weight, bias, None)
+    make, rows = _pieces(weight, vocabulary)
+    for start in range(0, len(states), rows):
+        piece = slice(start, start + rows)
+        logits = make(states[piece] @ weight.t(), ids[piece], bias, vocabulary.cap)
+        grad = logits.gradient(lse[piece])
+        del logits
+        grads.add(piece, grad.mul_(factors[piece]), states[piece], weight)
+        del grad
+    grads.finish(vocabulary.ranks)
+    return grads
 
 
 def _pieces(weight: Tensor, vocabulary: Vocabulary) -> tuple[MakeLogits, int]:
@@ -294,6 +321,7 @@ def linear_cross_entropy(
     not communicate.
     """
     targets = labels if isinstance(labels, Targets) else Targets.of(labels)
+    hidden, weight, bias = _recorded(hidden, weight, bias)
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocabulary or Vocabulary(), head)
 
 
@@ -306,8 +334,16 @@ def token_log_probs(
 ) -> Tensor:
     """The log-probability of each target, float32 [targets] (float64 for float64 inputs), in nats.
 
-    As :func:`linear_cross_entropy`, but for losses that need each by itself: backward makes the logits once more, since
-    what their gradients are multiplied by is not known before. With ranks that share the ``vocabulary``, collective in
-    forward and in backward.
+    As :func:`linear_cross_entropy`, but for losses that need each by itself: of a head that is trained backward makes
+    the logits once more, since what their gradients are multiplied by is not known before. With ranks that share the
+    ``vocabulary``, collective in forward, and then in backward.
     """
+    hidden, weight, bias = _recorded(hidden, weight, bias)
     return _TokenLogProbs.apply(hidden, weight, bias, targets, vocabulary or Vocabulary())
+
+
+def _recorded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As functions take them, which see that parameters ask for gradients where none are recorded, too."""
+    if torch.is_grad_enabled():
+        return hidden, weight, bias
+    return hidden.detach(), weight.detach(), bias if bias is None else bias.detach()

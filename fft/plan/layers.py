@@ -221,9 +221,10 @@ def head_times(run: PlannedRun) -> PassTimes:
     sums = moving_time(device, vocab * hidden * run.stack.accumulated, 1, run.at)
     states = reduce_time(run.machine, run.tensor_group, tokens * hidden * _BF16, run.at)
     scalars = reduce_time(run.machine, run.tensor_group, tokens * 12, run.at)
+    again = (product, 0.6 * loss) if run.stack.logits_twice else (0.0, 0.0)
     return _with_weights(
         run,
         Block((Product(run.shape.vocab, hidden, "out"),), 0, 0.0, False, 1),
         Parts(product, others=0.6 * loss + norm, tensor=scalars),
-        Parts(product + weights, others=0.4 * loss + 2 * norm + sums, tensor=states),
+        Parts(product + weights + again[0], others=0.4 * loss + 2 * norm + sums + again[1], tensor=states),
     )

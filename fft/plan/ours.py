@@ -19,6 +19,7 @@ from fft.planning.activations import LayerActivations, layer_activations
 from fft.planning.costs import LayerCost, PlannedLayer, layer_costs, planned_layers
 from fft.planning.layout import circumstances, layer_memory
 from fft.planning.memory import Circumstances, LayerMemory, StageMemory, stage_memory
+from fft.planning.objective import DPO
 
 #: With fused operators, FlashAttention-2's kernels, ZeRO-1, gradients summed in fp32 and scattered after the pipeline,
 #: messages that block, two at a time. Bytes are those that docs/layouts.md counts.
@@ -47,9 +48,10 @@ ON_CPU = replace(
 )
 
 
-def stack_on(device: Device) -> Stack:
-    """What our trainer does on a device."""
-    return ON_CPU if device.cpu else OURS
+def stack_on(device: Device, objective: str = "lm") -> Stack:
+    """What our trainer does on a device, of models whose heads are trained."""
+    stack = ON_CPU if device.cpu else OURS
+    return replace(stack, logits_twice=True) if objective == DPO else stack
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Search:
             self.machine,
             self.shape(choice.split),
             choice.sides,
-            stack_on(self.machine.device),
+            stack_on(self.machine.device, self.job.args.objective),
             self.job.seq,
             choice.micro,
             choice.accumulated,

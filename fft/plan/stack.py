@@ -18,7 +18,8 @@ class Stack:
     ranks share out tokens between products (Megatron's sequence parallelism). ``blocking``: a send waits for the
     receiver, as in DeepSpeed's engine; ``paired``: what goes to a neighbour and what comes from it do so together.
     ``scattered``: gradients are added up on the rank alone that takes their step, by a reduce-scatter, or by
-    "messages". ``wide_head``: the product that makes the head's gradient is one of 32 bits. ``numbers`` exchanges of a
+    "messages". ``wide_head``: the product that makes the head's gradient is one of 32 bits. ``logits_twice``: backward
+    makes logits once more. ``numbers`` exchanges of a
     few bytes a step, for which all ranks wait: norms, losses, counts. ``step`` bytes that the optimizer moves a
     parameter that it has, ``accumulated`` those that summing gradients moves a parameter and micro-batch. ``dropout``
     is applied to states. ``rate`` is by how much products are faster than in 16 bits; ``host`` scales the time of
@@ -43,6 +44,7 @@ class Stack:
     paired: bool = False
     scattered: bool | str = False
     wide_head: bool = False
+    logits_twice: bool = False
     numbers: int = 0
     step: float = 40.0
     accumulated: float = 8.0

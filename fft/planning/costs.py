@@ -45,7 +45,8 @@ class LayerCost:
     the layer's stage keeps, ``trained`` what is trained of that, ``matrices`` of the latter with two dimensions or
     more, ``experts`` of the latter those that ranks share out. Gradients of frozen weights are not computed.
     ``repeated`` says how many ranks that share a row compute the same. ``pair`` are the multiply-adds in forward for a
-    query and a key that it sees, of a decoder layer whose ``window`` has so many (None: all before it).
+    query and a key that it sees, of a decoder layer whose ``window`` has so many (None: all before it). ``again`` are
+    those of its forward that its backward needs once more, whatever is recomputed.
     """
 
     flops: float
@@ -59,11 +60,12 @@ class LayerCost:
     repeated: int = 1
     pair: float = 0.0
     window: int | None = None
+    again: float = 0.0
 
     @property
     def time(self) -> float:
         """Of a rank, in any unit that layers share."""
-        return (self.flops + self.backward) * self.repeated
+        return (self.flops + self.backward + self.again) * self.repeated
 
     @property
     def recomputes(self) -> bool:

@@ -15,6 +15,7 @@ from fft.planning.activations import LayerActivations, layer_activations, tower_
 from fft.planning.costs import TOWER, LayerCost, first_trained, layer_costs, multiply_adds, tower_costs
 from fft.planning.image_load import ImageLoad, assumed_load
 from fft.planning.memory import Circumstances, LayerMemory, SharedTowerMemory, StageMemory, loss_memory, stage_memory
+from fft.planning.objective import DPO
 from fft.planning.partition import pipeline_bubble, stage_bounds
 from fft.planning.tower_activations import SeenRow
 
@@ -65,6 +66,8 @@ def plan_layout(
     costs = layer_costs(spec, args.seq_len, args.split_dlayer, mesh.tensor, mesh.expert, load)
     ranks = mesh.sequence * mesh.tensor  # of a row: each of them runs the whole tower
     costs = [replace(cost, repeated=ranks) if cost.kind in TOWER else cost for cost in costs]
+    if _logits_twice(args, costs):
+        costs[-1] = replace(costs[-1], again=costs[-1].flops)
     shared = tuple(tower_costs(spec, load)) if load is not None and spec.shared_tower else ()
     at = circumstances(args, spec, mesh, host, costs)
     if load is not None and shared:
@@ -165,9 +168,14 @@ def layer_memory(
     vocabulary = costs[-1].held // at.hidden_size
     # ZeRO's own optimizer makes its sums after backward.
     summed = not args.offload_optimizer and (args.dtype == "bf16" or not at.zero)
-    head = bool(costs[-1].trained), getattr(spec.text, "normalized_head", False), summed
+    head = bool(costs[-1].trained), getattr(spec.text, "normalized_head", False), summed, _logits_twice(args, costs)
     loss = loss_memory(at.tokens, at.hidden_size, vocabulary, at.itemsize, *head)
     return [*layers, replace(loss, taken=taken[-1])]
+
+
+def _logits_twice(args: TrainArguments, costs: Sequence[LayerCost]) -> bool:
+    """Of pairs: what gradients of a head that is trained are multiplied by is known when all logits are gone."""
+    return args.objective == DPO and costs[-1].trained > 0
 
 
 def zero_stage(args: TrainArguments, mesh: MeshSizes) -> int:
@@ -186,9 +194,9 @@ def bubble_of(args: TrainArguments, layout: Layout) -> float:
         for layer in range(*ends):
             cost = layout.costs[layer]
             needs = stage > 0 or layer >= lowest  # a stage that receives goes back to what it received
-            again = cost.flops if args.checkpoint_grad_interval and cost.recomputes and needs else 0.0
-            # The loss forms the head's gradients in its forward.
-            head = cost.kind is Head
+            again = cost.flops if args.checkpoint_grad_interval and cost.recomputes and needs else cost.again
+            # The loss forms the head's gradients in its forward, unless it makes logits twice.
+            head = cost.kind is Head and not cost.again
             times[0] += cost.repeated * (cost.flops + (cost.backward if head else 0.0))
             times[1] += cost.repeated * (again + (cost.backward if needs and not head else 0.0))
         forward.append(times[0])

@@ -144,6 +144,7 @@ def loss_memory(
     trained: bool = True,
     normalized: bool = False,
     summed: bool = False,
+    twice: bool = False,
 ) -> LayerMemory:
     """The head with its loss (:mod:`fft.ops.cross_entropy`), ``vocabulary`` being the rows that this rank has.
 
@@ -151,6 +152,8 @@ def loss_memory(
     forward; the latter is ``summed`` where sums are, which are counted as such, or kept for backward. Beside them is a
     piece of logits. Of a ``normalized`` head there is a second one in forward, and in backward its gradient is divided
     and multiplied: five of its size at once.
+
+    Where logits are made ``twice`` nothing but the states is kept for backward, and gradients are formed there.
     """
     states, weight = tokens * hidden_size * itemsize, vocabulary * hidden_size
     each = logit_bytes(itemsize)
@@ -162,6 +165,12 @@ def loss_memory(
     backward = states + (own * itemsize if kept and itemsize < _FP32 else 0)
     if normalized:
         forward, backward = forward + weight * itemsize, max(backward, 5 * own * itemsize - kept)
+    if twice:
+        made = 2 * states + own * _FP32
+        saved = states + (weight * itemsize if normalized else 0)
+        forward = states + logits
+        backward = max(made + logits, made + states + (own * itemsize if itemsize < _FP32 else 0))
+        backward = max(backward, 4 * own * itemsize if normalized else 0)
     return LayerMemory(weight, own, saved, forward, backward, trained=own)
 
 

@@ -16,12 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.arguments import parse_arguments
 from fft.data.batches import BatchPlan, step_batches
 from fft.models.in_process import write_random_model
+from fft.models.lora import freeze
 from fft.parity_reference import Outcome
 from fft.parity_run import faults, read_outcome
 from fft.planning.preflight import plan_run
 from fft.training.schedule import lr_multiplier
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, LR, BETA = 3, 8, 48, 1e-3, 0.3
+#: By how much a parameter's gradient may differ, relative to its norm, and one of its entries relative to the largest.
+#: fp32 leaves 2.5e-6 of both.
+EXACT = 1e-5
 
 #: Name: ranks, flags of the layout, flags of the objective. Samples have one to four pairs.
 LAYOUTS = {
@@ -33,6 +37,8 @@ LAYOUTS = {
     ),
     "sequence2": (2, "--sequence_parallel_size=2 --gradient_accumulation_steps=8", "--dpo_length_normalized"),
     "tensor2": (2, "--model_parallel_size=2 --gradient_accumulation_steps=8", "--dpo_sft_weight=0.5"),
+    # Of a head that is not trained the logits are made once.
+    "tensor2-frozen": (2, "--model_parallel_size=2 --gradient_accumulation_steps=8", "--freeze=lm_head"),
 }
 
 
@@ -86,7 +92,9 @@ def one_process(args, plan, pairs) -> tuple[Outcome, float]:
     """What a plain loop does, and its last accuracy; of the trainer it asks which documents a step has."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     reference = copy.deepcopy(model).requires_grad_(False)
-    parameters = dict(model.named_parameters())
+    if args.freeze:
+        freeze(model, args.freeze)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, vectors = ([p for p in parameters.values() if (p.ndim < 2) == small] for small in (False, True))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=args.adam_epsilon)
@@ -131,7 +139,13 @@ def test_layout_equals_one_process(layout, made, tmp_path):
     alone = [*flags(folder, family, tmp_path / "unused"), *objective.split(), "--gradient_accumulation_steps=8"]
     args = parse_arguments(alone)
     expected, accuracy = one_process(args, plan_run(args, 1), pairs)
-    assert faults(read_outcome(tmp_path / "run"), expected, LR) == []
+    ours = read_outcome(tmp_path / "run")
+    assert faults(ours, expected, LR) == []
+    assert ours.norms == pytest.approx(expected.norms, rel=EXACT)
+    for name, gradient in expected.gradients.items():
+        off = ours.gradients[name] - gradient
+        assert float(off.norm()) <= EXACT * float(gradient.norm()), name
+        assert float(off.abs().max()) <= EXACT * float(gradient.abs().max()), name
     assert "accuracy " in done.stderr
     told = [line for line in numbers(tmp_path / "run") if "eval_loss" in line]
     # Not of the first, in which all margins are 0, but for rounding.

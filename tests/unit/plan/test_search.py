@@ -8,6 +8,7 @@ import pytest
 
 from fft.plan.cut import fastest_cut
 from fft.plan.hardware import HARDWARE, read_machine
+from fft.plan.layers import head_times
 from fft.plan.ours import arguments_of, mesh_of, read_job
 from fft.plan.search import FILLED, Search
 from fft.planning.layout import plan_layout
@@ -59,8 +60,13 @@ def test_the_search_finds_what_trying_everything_finds(machine, monkeypatch, mod
     assert search.tried < search.seen
 
 
-def test_memory_is_that_of_the_dry_run(machine):
-    job = read_job(MODEL, 2048, 64 * 2048)
+def of_preferences(job):
+    return replace(job, args=replace(job.args, objective="dpo"))
+
+
+@pytest.mark.parametrize("learn", [lambda job: job, of_preferences], ids=["tokens", "preferences"])
+def test_memory_is_that_of_the_dry_run(machine, learn):
+    job = learn(read_job(MODEL, 2048, 64 * 2048))
     for plan in Search(job, machine, 8).best(4):
         layout = plan_layout(arguments_of(job, plan.choice, plan.bounds), job.spec, mesh_of(plan.choice), False)
         assert tuple(layout.bounds) == plan.bounds
@@ -68,3 +74,11 @@ def test_memory_is_that_of_the_dry_run(machine):
             [stage.total for stage in plan.memory], rel=1e-6
         )
         assert plan.fullest <= FILLED * machine.device.memory
+
+
+def test_preferences_make_the_logits_twice(machine):
+    job = read_job(MODEL, 2048, 64 * 2048)
+    choice = Search(job, machine, 8).best(1)[0].choice
+    plain, pairs = (head_times(Search(each, machine, 8).run(choice)) for each in (job, of_preferences(job)))
+    assert pairs.forward == plain.forward
+    assert pairs.backward.products > 1.4 * plain.backward.products

@@ -16,7 +16,7 @@ from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import DecoderLayer, Positions
 from fft.models.spec import ModelSpec
-from fft.ops.cross_entropy import HeadSum, linear_cross_entropy
+from fft.ops.cross_entropy import HeadSum, Targets, linear_cross_entropy, token_log_probs
 from fft.parallel.mesh import mesh_sizes
 from fft.planning.activations import Alive, add_to_sum, layer_activations
 from fft.planning.costs import layer_costs, multiply_adds
@@ -265,3 +265,40 @@ def test_loss_holds_what_it_says(dtype, head):
     assert (saved, forward, alive.most) == pytest.approx(
         (told.saved, told.saved + told.forward, told.saved + told.backward), rel=0.1
     )
+
+
+@pytest.mark.parametrize("head", ["autograd's", "normalized", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_of_pairs_holds_what_it_says(dtype, head):
+    """Logits of a head that is trained are made twice; nothing of them is kept between."""
+    hidden = torch.randn(40, 64, dtype=dtype, requires_grad=True)
+    weight = torch.randn(800, 64, dtype=dtype, requires_grad=head != "frozen")
+    targets = Targets(torch.arange(40), torch.randint(800, (40,)))
+    existing = [hidden, weight, *targets]
+    if dtype == torch.float32:
+        for leaf in existing[: 1 + weight.requires_grad]:
+            leaf.grad = torch.zeros_like(leaf)
+            existing.append(leaf.grad)
+    elif weight.requires_grad:
+        weight.register_post_accumulate_grad_hook(add_to_sum)
+    with Alive(existing) as alive:
+        found = token_log_probs(hidden, normalize(weight) if head == "normalized" else weight, targets).sum()
+        forward, saved = alive.most, alive.now
+        alive.most = saved
+        found.backward()
+    normalized, trained = head == "normalized", head != "frozen"
+    told = loss_memory(40, 64, 800, dtype.itemsize, trained, normalized, summed=True, twice=trained)
+    kept = told.saved - (hidden.nbytes if trained else 0)  # which are there anyhow
+    assert (forward, alive.most) == pytest.approx((kept + told.forward, kept + told.backward), rel=0.05)
+    assert saved == pytest.approx(kept, rel=0.05, abs=800)  # log-sum-exps are left out
+
+
+def test_preferences_cost_the_head_once_more():
+    """In time, not in what a step is said to compute; with adapters it is as ever."""
+    flags = ("--model", str(CONF / "models/qwen2.5-7b.json"), "--ranks", "2", "--pipe_parallel_size", "2")
+    plain, pairs, adapted = (
+        dry(*flags, *more)[2] for more in ((), ("--objective", "dpo"), ("--objective", "dpo", "--lora_dim", "8"))
+    )
+    assert pairs.costs[-1].time == pytest.approx(4 / 3 * plain.costs[-1].time)
+    assert multiply_adds(pairs.costs) == multiply_adds(plain.costs)
+    assert adapted.costs[-1].again == 0

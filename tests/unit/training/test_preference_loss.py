@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fft.models.causal_lm import Ranks
 from fft.ops import cross_entropy
 from fft.ops.cross_entropy import Targets, Vocabulary, token_log_probs
+from fft.ops.logits import PlainLogits
 from fft.training.loss import PairMeanLoss
 from fft.training.preference import MEASURES, Preference, measures_of
 
@@ -40,6 +41,38 @@ def test_log_probabilities_of_tokens_are_those_of_a_softmax(cap, rows, monkeypat
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(inputs, own, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_of_a_head_that_is_not_trained_are_made_once(dtype, monkeypatch):
+    """And its states have the gradients of one that is."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 8).to(dtype), torch.randn(11, 8).to(dtype)
+    targets, factors = Targets(torch.tensor([0, 3, 4, 9, 17]), torch.tensor([1, 10, 0, 4, 4])), torch.randn(5)
+    made = []
+    monkeypatch.setattr(cross_entropy, "choose_logits", lambda *_: lambda *of: made.append(1) or PlainLogits(*of))
+
+    def run(trained):
+        made.clear()
+        states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        found = token_log_probs(states, head, targets)
+        (found * factors).sum().backward()
+        return len(made), found, states.grad, head.grad
+
+    (once, ours, gradient, none), (twice, theirs, expected, _) = run(False), run(True)
+    assert (once, twice, none) == (1, 2, None)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("function", [token_log_probs, cross_entropy.linear_cross_entropy])
+def test_nothing_is_formed_for_gradients_that_nobody_records(function, monkeypatch):
+    """An evaluation's parameters ask for some all the same."""
+    monkeypatch.setattr(cross_entropy._Gradients, "add", lambda *_: pytest.fail("a gradient was formed"))
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    with torch.no_grad():
+        assert not function(hidden, weight, Targets(torch.tensor([0, 3]), torch.tensor([1, 2]))).requires_grad
 
 
 def dpo_as_published(chosen, rejected, ref_chosen, ref_rejected, beta):
