@@ -26,15 +26,19 @@ own_torch = $(if $(TORCH_INDEX),$(1) install --no-deps --index-url $(TORCH_INDEX
 SINGLE := $(wildcard tests/test_*.py) tests/journeys tests/spark tests/unit
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 DISTRIBUTED := tests/distributed/test_parity.py tests/distributed
-# Those that run in the environment of vLLM.
+# Those that run in the environment of vLLM, and those whose workers do.
 SERVE := tests/serve
+VLLM := -m vllm tests/spark/test_generate.py
+HERE := -m "not vllm"
 
 # spark-submit and deepspeed look up python3 on PATH: it must be this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What DeepSpeed compiles is of no use to another environment, which would compile it again.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+# Images of containers set it, and every process that starts would compile this package, and every test, again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help prerequisites env env-serve lock quickstart quickstart-chat quickstart-vision test test-serve coverage mutants lint format audit docs site dist bundle clean
+.PHONY: help prerequisites env env-serve lock quickstart quickstart-chat quickstart-vision test tests-here tests-beside test-serve coverage mutants lint format audit docs site dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -101,18 +105,30 @@ quickstart-chat: env  ## from conversations to a chat model that follows them, i
 quickstart-vision: env  ## from drawn pictures to a model that answers about others, in runs/quickstart-vision
 	@$(VENV)/bin/python -m fft.quickstart.vision
 
-test: env env-serve lint  ## lint, then the unit, Spark, distributed and serving tests
-	@failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) $(SINGLE) || failed=1; \
-	  $(VENV)/bin/python -m pytest $(BESIDE) $(DISTRIBUTED) || failed=1; \
-	  $(SERVE_VENV)/bin/python -m pytest $(SERVE) || failed=1; \
+test: prerequisites  ## lint, then the unit, Spark, distributed and serving tests
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 tests-here tests-beside
+
+# All that needs no vLLM.
+tests-here: env lint
+	@export MAKEFLAGS=; failed=0; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) $(HERE) $(SINGLE) || failed=1; \
+	  $(VENV)/bin/python -m pytest $(BESIDE) $(HERE) $(DISTRIBUTED) || failed=1; \
 	  exit $$failed
+
+# The rest, meanwhile: pip and vLLM keep one core busy and wait for a network. Told when it has ended, not in between.
+tests-beside: env env-serve
+	@told=$$(mktemp); trap 'rm -f "$$told"' EXIT; failed=0; \
+	  $(MAKE) --no-print-directory test-serve > "$$told" 2>&1 || failed=1; \
+	  cat "$$told"; exit $$failed
 
 coverage: env  ## the unit and Spark tests again, counting the lines that they run: a third slower
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) --cov --cov-report=term $(SINGLE)
 
 test-serve: env env-serve  ## the tests that need a real vLLM
-	@$(SERVE_VENV)/bin/python -m pytest $(SERVE)
+	@failed=0; \
+	  $(SERVE_VENV)/bin/python -m pytest $(SERVE) || failed=1; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(VLLM) || failed=1; \
+	  exit $$failed
 
 mutants: env  ## plant faults in the modules that are arithmetic alone (mutmut): which of them no test notices
 	@$(PIP) install "mutmut>=3.8,<4" -c constraints.txt

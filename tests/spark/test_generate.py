@@ -179,6 +179,7 @@ def test_sail_makes_the_same_rows(prompts, answers, model, tmp_path):
     check_nothing_left(tmp_path / "out", process.pid)
 
 
+@pytest.mark.vllm
 @pytest.mark.skipif(not SERVE.exists(), reason="make env-serve makes the environment with vLLM")
 def test_vllm_in_an_environment_of_the_workers(prompts, model, tmp_path):
     """500 prompts by two engines, one of which is killed with its worker, and by one engine: the same rows."""
