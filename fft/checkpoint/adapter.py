@@ -3,10 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from fft.data.model_files import check_directory
@@ -39,6 +42,34 @@ _PLAIN = frozenset(
 _UNCHANGED_BASE = (True, False, None, "gaussian", "eva")
 #: What PEFT puts before a parameter's name.
 PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Summand:
+    """An adapter that is to be added to a model: the directory, its tensors, and whether it is one of DoRA."""
+
+    place: str
+    tensors: Mapping[str, Tensor]
+    dora: bool
+
+    def equals(self, other: "Summand") -> bool:
+        """Whether both are the same, be it in other types."""
+        return self.tensors.keys() == other.tensors.keys() and all(
+            torch.equal(value.bfloat16(), other.tensors[key].bfloat16()) for key, value in self.tensors.items()
+        )
+
+
+def check_sum(every: Sequence[Summand]) -> None:
+    """Raise :class:`UserError` for one of DoRA beside others - what lengths the rows of the sum should have, none of
+    them says - and for one that would be added twice."""
+    dora = next((one for one in every if one.dora), None)
+    if dora is not None and len(every) > 1:
+        raise UserError(f"{dora.place} is one of DoRA (use_dora), which has no sum with others: merge it alone.")
+    twice = next((pair for pair in combinations(every, 2) if pair[0].equals(pair[1])), None)
+    if twice is not None:
+        raise UserError(
+            f"{twice[0].place} and {twice[1].place} are the same adapter, which would be added twice: leave one out."
+        )
 
 
 def adapter_config(lora: Lora, base: Path, targets: str | None = None) -> dict:

@@ -131,6 +131,7 @@ class LoraAdapter:
     """
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.given, config = f"--lora {directory}", adapters.read_config(directory)
         self._scale = adapters.scale_of(config, self.given)
         self._transposed, self.dora = bool(config.get("fan_in_fan_out")), bool(config.get("use_dora"))
@@ -141,6 +142,11 @@ class LoraAdapter:
             for key, value in self._tensors.items():
                 uses = plain.uses(key.removeprefix(adapters.PREFIX), tuple(value.shape))
                 self._tensors[key] = master_of(value, uses, fragments)
+
+    @property
+    def summand(self) -> adapters.Summand:
+        """What of it decides what it may be added to."""
+        return adapters.Summand(str(self.directory), self._tensors, self.dora)
 
     def check(self, names: Iterable[str]) -> None:
         """Raise :class:`UserError` for tensors that belong to none of the weights of these ``names``."""
@@ -212,8 +218,8 @@ class Merged:
         names = {use.parameter for name in weights.names for use in self._stored.uses(name, ())}
         for one in self._adapters:
             one.check(names)
-            if one.dora and more:
-                raise UserError(f"{one.given} is one of DoRA (use_dora), which has no sum with others: merge it alone.")
+        before = weights._adapters if isinstance(weights, Merged) else ()  # those of a run, whose weights are merged
+        adapters.check_sum([one.summand for one in (*before, *self._adapters)])
 
     @property
     def names(self) -> list[str]:

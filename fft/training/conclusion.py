@@ -103,10 +103,9 @@ def _next(args: TrainArguments, plan: Plan) -> list[str]:
     """Commands that go on from what was written."""
     base = args.from_ckpt or args.model
     if args.output_dir and args.lora_dim:
-        return [
-            f"python -m fft.checkpoint.convert {base} MERGED --lora {args.output_dir}  # one model of both",
-            f"python -m fft.serve.server --model {base} --lora mine={args.output_dir}  # or serve them",
-        ]
+        merge = f"python -m fft.checkpoint.convert {base} MERGED --lora {args.output_dir}  # one model of both"
+        serve = f"python -m fft.serve.server --model {base} --lora mine={args.output_dir}  # or serve them"
+        return [merge] if args.use_dora else [merge, serve]  # vLLM has no DoRA
     if args.output_dir and plan.tokenizer is not None:
         return [f"python -m fft.serve.server --model {args.output_dir}"]
     if args.checkpoint and args.save_steps:

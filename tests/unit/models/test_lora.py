@@ -1,6 +1,7 @@
 """What is trained: adapters against a plain product, and what names may be given."""
 
 import copy
+import shutil
 import warnings
 
 import numpy as np
@@ -216,6 +217,15 @@ def test_several_adapters_are_summed(tmp_path):
         torch.testing.assert_close(own.tensor(name), theirs[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match=r"dora is one of DoRA \(use_dora\), which has no sum with others"):
         Merged(base, tmp_path / "a", None, None, tmp_path / "dora")
+    with pytest.raises(UserError, match=r"dora is one of DoRA"):  # what a run wrote is merged into its model first
+        Merged(Merged(base, tmp_path / "dora"), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "again")
+    for twice in (
+        lambda: Merged(base, tmp_path / "a", None, None, tmp_path / "again"),
+        lambda: Merged(own, tmp_path / "again"),
+    ):
+        with pytest.raises(UserError, match=r"a and .*again are the same adapter, which would be added twice"):
+            twice()
 
 
 @pytest.mark.parametrize(
