@@ -7,7 +7,7 @@ from typing import Any
 
 from fft.errors import Parser, UserError
 from fft.flags import add_flags, check_bounds, read_settings
-from fft.json_text import json_value
+from fft.json_text import json_value, small_text
 from fft.train_arguments import TrainArguments
 
 _EXAMPLES = """examples:
@@ -93,8 +93,8 @@ def _dtype_to_keep(args: TrainArguments) -> str | None:
         )
     try:
         if args.from_ckpt:
-            folder /= (folder / tag).read_text(encoding="utf-8").strip() if (folder / tag).is_file() else tag
-        config = json_value((folder / "config.json").read_text(encoding="utf-8"))
+            folder /= Path(small_text(folder / tag).strip()).name if (folder / tag).is_file() else tag
+        config = json_value(small_text(folder / "config.json"))
         return _DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
     except (OSError, ValueError, TypeError, AttributeError):
         return None  # what is wrong with it is found, and said, when it is read in earnest

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from fft.redaction import redact
+from fft.redaction import fit_to_print
 
 
 def say(text: str) -> None:
-    """One line for the user, without what is secret in it."""
-    print(redact(text), file=sys.stderr, flush=True)
+    """One line for the user, without what is secret in it, or what a terminal would obey."""
+    print(fit_to_print(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +52,7 @@ def live(line: Callable[[float], str], last: bool = False, interval: float = 1.0
 
     def poll() -> None:
         while not stop.wait(interval if tty else 30.0):
-            text = redact(line(time.monotonic() - start))
+            text = fit_to_print(line(time.monotonic() - start))
             print(f"\r{text}\x1b[K" if tty else text, end="" if tty else "\n", file=sys.stderr, flush=True)
         if tty:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

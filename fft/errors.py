@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fft.redaction import has_credentials, redact
+from fft.redaction import fit_to_print, harmless, has_credentials, redact
 
 #: Exit code of a command that refused its input, as argparse uses for bad flags.
 EXIT_BAD_INPUT = 2
@@ -56,9 +56,7 @@ class StorageError(UserError):
 
 def one_line(error: Exception) -> str:
     """What another program's error says, fit to stand inside a sentence, without what is secret in it."""
-    text = redact(str(error))
-    letters = (letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1] for letter in text)
-    return " ".join("".join(letters).split()).rstrip(".")
+    return harmless(" ".join(redact(str(error)).split())).rstrip(".")
 
 
 def check_no_credentials(url: str) -> None:
@@ -206,9 +204,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = _refuse(UserError(f"{error.filename} cannot be used ({error.strerror}): name another path, or mend it."))
     except Exception as error:
         told = "".join(traceback.format_exception(error))
-        if redact(told) == told:
+        if fit_to_print(told) == told:
             raise
-        print(redact(told), file=sys.stderr, flush=True)
+        print(fit_to_print(told), file=sys.stderr, flush=True)
         code = 1
     if code:  # where an interpreter runs commands as functions, as Databricks does, to exit is to fail
         sys.exit(code)
@@ -217,7 +215,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def _refuse(error: UserError) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         time.sleep(_PATIENCE)
-    print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+    print(fit_to_print(f"error: {error}"), file=sys.stderr, flush=True)
     tell_launcher(str(error))
     return error.exit_code
 

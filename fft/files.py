@@ -80,6 +80,21 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, written, 1 << 20)
 
 
+def private_folder(name: str) -> Path:
+    """A folder of this user alone in the machine's temporary one, under a name that others may guess.
+
+    Raises :class:`OSError` where it cannot be made, and where somebody else has made it: what lies there cannot be
+    trusted.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "it belongs to somebody else, or is open to others", str(folder))
+    return folder
+
+
 def own_folder(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
     """Have a folder there, and those above it; see :func:`check_own`."""
     Path(path).mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
-"""What nobody is to read in a log, a manifest or a page: passwords in URLs, signatures, secrets of the environment.
+"""What nobody is to read in a log, a manifest or a page: passwords in URLs, signatures, secrets of the environment; and
+what no terminal is to obey.
 
 Depends on nothing but the standard library.
 """
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeVar
@@ -13,6 +15,9 @@ T = TypeVar("T")
 
 #: What stands for a secret.
 HIDDEN = "***"
+
+#: Escapes that are ours: green, pale, and their end.
+_OWN_COLOUR = re.compile(r"(\x1b\[(?:32|2|0)m)")
 
 #: How names of variables begin that say who asks a store, and which.
 OF_STORES = ("AWS_", "AZURE_", "GOOGLE_", "HADOOP_")
@@ -77,6 +82,31 @@ def redact(text: str) -> str:
     if "=" in text:
         text = _QUERY.sub(lambda found: found[1] + (HIDDEN if is_secret_name(found[2]) else found[3]), text)
     return _STATED.sub(rf"\g<1>{HIDDEN}", text)
+
+
+def harmless(text: str) -> str:
+    """The text with what a terminal would obey, or nobody would see, written out; lines, tabs and spaces of any script
+    stay, and so do the colours of :mod:`fft.text.shown`.
+
+    >>> harmless("rows of \x1b]0;mine\x07 chats")
+    'rows of \\\\x1b]0;mine\\\\x07 chats'
+    """
+    if text.isprintable():
+        return text
+    return "".join(part if _OWN_COLOUR.fullmatch(part) else _spelled_out(part) for part in _OWN_COLOUR.split(text))
+
+
+def _spelled_out(text: str) -> str:
+    return "".join(letter if _is_seen(letter) else ascii(letter)[1:-1] for letter in text)
+
+
+def _is_seen(letter: str) -> bool:
+    return letter.isprintable() or letter in "\n\t" or unicodedata.category(letter) == "Zs"
+
+
+def fit_to_print(text: str) -> str:
+    """What a log, or a terminal, gets of a text: nothing that is secret, nothing that a terminal would obey."""
+    return harmless(redact(text))
 
 
 def redact_all(value: T) -> T:

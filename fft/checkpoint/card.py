@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 
 from fft.data.manifest import or_unknown
-from fft.redaction import redact
+from fft.json_text import small_text
+from fft.redaction import harmless, redact
 from fft.train_arguments import TrainArguments
+from fft.yaml_text import yaml_value
 
 CARD = "README.md"
 _TAG = "flash-fine-tuning"
@@ -63,18 +65,20 @@ def card_of(state: Mapping[str, Any], model_type: str) -> str:
 def card_beside(directory: Path) -> str | None:
     """The card of a model that is made of what a directory holds; None where that has no card of ours."""
     try:
-        return _converted((directory / CARD).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        return _converted(small_text(directory / CARD))
+    except (OSError, ValueError):
         return None
 
 
 def _converted(card: str) -> str | None:
     header, _, body = card.removeprefix("---\n").partition("\n---\n")
     try:
-        facts = yaml.safe_load(header)
-    except yaml.YAMLError:
+        facts = yaml_value(header)
+    except ValueError:
         return None
-    if not card.startswith("---\n") or not isinstance(facts, dict) or _TAG not in (facts.get("tags") or ()):
+    if not card.startswith("---\n") or not isinstance(facts, dict) or not isinstance(facts.get("tags"), list):
+        return None
+    if _TAG not in facts["tags"]:
         return None
     if facts.get("library_name") == "peft":
         facts |= {"library_name": "transformers", "base_model_relation": "finetune"}
@@ -170,17 +174,22 @@ def _id(place: str) -> str:
 def _inherited(base: Path) -> dict[str, Any]:
     """What the header of the base's card says of its license and languages."""
     try:
-        text = (base / CARD).read_text(encoding="utf-8")
-        facts = yaml.safe_load(text.removeprefix("---\n").partition("\n---")[0]) if text.startswith("---\n") else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        text = small_text(base / CARD)
+        facts = yaml_value(text.removeprefix("---\n").partition("\n---")[0]) if text.startswith("---\n") else {}
+    except (OSError, ValueError):
         return {}
     return {name: facts[name] for name in _INHERITED if name in facts} if isinstance(facts, dict) else {}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A name on its line of a table, as text: no tag of HTML, no cell of its own."""
+    told = harmless(" ".join(str(value).split())).replace("&", "&amp;").replace("<", "&lt;")
+    return told.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _shown(value: object) -> str:

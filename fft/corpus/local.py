@@ -9,15 +9,12 @@ All ranks ask for it; one makes it, and the others wait, also those on other mac
 neither Spark nor torch.
 """
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import re
 import signal
-import stat
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -40,7 +37,7 @@ from fft.data.owner import Owner, owned, staged_folder
 from fft.data.part_files import Part, PartFolder, publish_parts, sum_tallies
 from fft.data.worker_notes import WorkerNotes
 from fft.errors import UserError
-from fft.files import write_atomically
+from fft.files import private_folder, write_atomically
 from fft.json_text import json_value
 from fft.text.chat import load_chat
 from fft.text.formats import FORMATS, known_formats, mended
@@ -161,19 +158,11 @@ def scratch_cache() -> Path:
     trusted.
     """
     try:
-        folder = Path(tempfile.gettempdir()) / f"fft-tokens-{os.getuid()}"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
+        return private_folder("fft-tokens")
     except OSError as error:
         raise UserError(
             f"no temporary folder can hold tokens ({error}): make room, or give the run a folder (--checkpoint)."
         ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(
-            f"{folder} belongs to somebody else, or is open to others: give the run a folder (--checkpoint)."
-        )
-    return folder
 
 
 def _is_whole(folder: Path) -> bool:

@@ -17,6 +17,11 @@ from fft.errors import UserError, one_line
 
 #: How names of files begin that hold a reference; Spark passes over them.
 REFERENCE_PREFIX = "_fft_reference-"
+#: Their columns, and what no log-probability is above, rounded as it may be.
+_COLUMNS = pa.schema([("row", pa.int64()), ("log_probability", pa.float32())])
+_HIGHEST = 1.0
+#: Bytes of such a file, beside so many for each document, at most.
+_LARGEST, _EACH = 1 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -69,20 +74,29 @@ class Reference:
     def to_bytes(self) -> bytes:
         """As a parquet file."""
         sink = io.BytesIO()
-        pq.write_table(pa.table({"row": self.keys, "log_probability": self.values}), sink)
+        pq.write_table(pa.table([self.keys, self.values], schema=_COLUMNS), sink)
         return sink.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> "Reference":
-        """The inverse. Raises :class:`UserError`, naming ``where``, for another file."""
+    def from_bytes(cls, data: bytes, where: str, most: int) -> "Reference":
+        """The inverse, of at most so many documents. Raises :class:`UserError`, naming ``where``, for another file, and
+        for numbers that are no log-probabilities."""
         try:
-            table = pq.read_table(pa.BufferReader(data))
-            keys, values = (table.column(name).to_numpy() for name in ("row", "log_probability"))
-        except (pa.ArrowException, KeyError) as error:
+            file = pq.ParquetFile(pa.BufferReader(data))
+            if not file.schema_arrow.equals(_COLUMNS) or file.metadata.num_rows > most:
+                raise ValueError(f"{file.metadata.num_rows:,} rows of {', '.join(file.schema_arrow.names)}")
+            keys, values = (file.read().column(name).to_numpy() for name in _COLUMNS.names)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
                 f"{where} holds no reference log-probabilities ({one_line(error)}): remove it and begin a new run."
             ) from error
-        return cls(keys.astype(np.int64), values.astype(np.float32))
+        if (
+            keys.dtype != np.int64
+            or not (np.isfinite(values) & (values <= _HIGHEST)).all()
+            or (np.diff(keys) < 0).any()
+        ):
+            raise UserError(f"{where} holds numbers that are no log-probabilities: remove it and begin a new run.")
+        return cls(keys, values.astype(np.float32))
 
 
 def row_key(group: int, row: np.ndarray | int) -> np.ndarray:
@@ -95,12 +109,18 @@ def reference_name(model: str, table: str) -> str:
     return f"{REFERENCE_PREFIX}{hashlib.sha256(f'{model} {table}'.encode()).hexdigest()[:16]}.parquet"
 
 
-def read_reference(place: Storage, name: str) -> Reference | None:
-    """What a file of this name beside a table holds; None where there is none. Raises :class:`UserError` when it cannot
-    be read."""
+def read_reference(place: Storage, name: str, most: int) -> Reference | None:
+    """What a file of this name beside a table of at most so many documents holds; None where there is none.
+
+    Raises :class:`UserError` when it cannot be read, or is another.
+    """
     if not place.exists(name):
         return None
-    return Reference.from_bytes(place.read(name), place.shown(name))
+    with reaching(place.name):
+        size = place.info(name).size or 0
+    if size > _LARGEST + _EACH * most:
+        raise UserError(f"{place.shown(name)} is too large for this table's: remove it and begin a new run.")
+    return Reference.from_bytes(place.read(name), place.shown(name), most)
 
 
 def keep_reference(place: Storage, name: str, reference: Reference) -> None:

@@ -1,5 +1,6 @@
 """Decoder layers as one graph each, for a compiler that fuses what is between their products."""
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
@@ -7,8 +8,12 @@ from typing import ParamSpec, TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from fft.errors import UserError
+from fft.errors import UserError, one_line
+from fft.files import private_folder
 from fft.models.recurrent import KIND
+
+#: Where what is compiled is kept.
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,9 +37,17 @@ def compiler_of(device: str) -> str:
 
 
 def compiled(function: Callable[P, R], compiler: str | None) -> Callable[P, R]:
-    """``function`` as one graph by a backend of torch.compile; itself without."""
+    """``function`` as one graph by a backend of torch.compile; itself without.
+
+    Raises :class:`UserError` where no folder of this user alone can hold what is compiled.
+    """
     if compiler is None:
         return function
+    if _CACHE not in os.environ:  # torch's own is called after the user, and code in it is run, whoever has made it
+        try:
+            os.environ[_CACHE] = str(private_folder("fft-compiled"))
+        except OSError as error:
+            raise UserError(f"--compile: {one_line(error)}: set {_CACHE} to a folder of your own.") from error
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, backend=compiler)
 

@@ -6,13 +6,17 @@ from typing import Any
 
 import yaml
 
-from fft.errors import UserError
+from fft.errors import UserError, one_line
+from fft.json_text import small_text
 from fft.plan.constants import FITTED_CONSTANTS, Constants
+from fft.yaml_text import yaml_value
 
 #: Files of machines, where there is a checkout.
 HARDWARE = Path(__file__).parents[2] / "conf" / "hardware"
 
 _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
+#: No rate, size or time of a machine is larger, in any unit: floats do not end there.
+_MOST = 1e15
 #: Constants that may be 0.
 _ZERO = ("launch", "tile", "row", "beside", "straggler", "host")
 
@@ -69,13 +73,11 @@ def read_machine(path: str | Path) -> Machine:
     Raises :class:`UserError` for what is no such file.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        said = yaml_value(small_text(path))
     except OSError as error:
         raise UserError(f"--hardware {path}: {error.strerror}; conf/hardware has files to begin with.") from None
-    try:
-        said = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--hardware {path} is no YAML: {error}") from None
+    except ValueError as error:
+        raise UserError(f"--hardware {path} cannot be read ({one_line(error)}): restore it.") from error
     if not isinstance(said, dict):
         raise UserError(f"--hardware {path}: device, node, inside and between were expected, as in conf/hardware.")
     rates = "tflops", "reached", "bandwidth", "memory", "flash_forward", "flash_backward"
@@ -83,7 +85,7 @@ def read_machine(path: str | Path) -> Machine:
     inside = _numbers(path, said, "inside", ("bandwidth", "latency"), ("sharing",))
     between = _numbers(path, said, "between", ("bandwidth", "latency"))
     node = said.get("node")
-    if not isinstance(node, int) or node < 1:
+    if not isinstance(node, int) or not 1 <= node <= _MOST:
         raise UserError(f"--hardware {path}: node must be how many devices a node has.")
     _check_keys(path, "", said, {"name", "node", "device", "inside", "between", "constants"})
     kind = said["device"].get("kind", "gpu")
@@ -116,7 +118,11 @@ def _attention(path: str | Path, said: object) -> tuple[tuple[float, float, floa
     """Rates by length, the shortest first, in FLOP/s."""
     rows = said if isinstance(said, list) else [said]
     for row in rows:
-        if not isinstance(row, list) or len(row) != 3 or not all(isinstance(x, int | float) and x > 0 for x in row):
+        if (
+            not isinstance(row, list)
+            or len(row) != 3
+            or not all(isinstance(x, int | float) and 0 < x <= _MOST for x in row)
+        ):
             raise UserError(
                 f"--hardware {path}: device.attention must be a list of [tokens, TFLOP/s forward, TFLOP/s backward], "
                 f"not {said!r}."
@@ -152,7 +158,7 @@ def _numbers(
     for name in names + tuple(name for name in more if name in own):
         value = own.get(name)
         wrong = not isinstance(value, int | float) or isinstance(value, bool)
-        if wrong or value < 0 or (value == 0 and name not in zero):
+        if wrong or not 0 <= value <= _MOST or (value == 0 and name not in zero):
             least = "of at least 0" if name in zero else "above 0"
             raise UserError(f"--hardware {path}: {part}.{name} must be a number {least}, not {value!r}.")
     return {name: float(own[name]) for name in names + more if name in own}

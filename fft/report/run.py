@@ -2,18 +2,26 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
-
+from fft.arguments import resolve
 from fft.chart import Picture, losses
 from fft.checkpoint import folder
+from fft.checkpoint.folder import METRICS, read_state
 from fft.checkpoint.run import LocalRun
+from fft.data.model_files import check_file
 from fft.errors import UserError, one_line
+from fft.json_text import small_text
+from fft.planning.image_load import SHARE
 from fft.train_arguments import TrainArguments
 from fft.training.metric_sinks import read_numbers
+from fft.yaml_text import yaml_value
+
+#: What a folder says of its run beside numbers; which types settings have.
+_FACTS = ("arguments.yaml", "data.yaml", "environment.yaml")
+_KINDS = get_type_hints(TrainArguments)
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,10 @@ def read_run(path: Path) -> Run:
 
     Raises :class:`UserError` for a folder that is none, and for a file in it that cannot be read.
     """
+    for name in (METRICS, *_FACTS):
+        check_file(path / name, path)
     numbers, unread = read_numbers(path)
-    arguments, data, environment = (_settings(path / f"{name}.yaml") for name in ("arguments", "data", "environment"))
+    arguments, data, environment = (_settings(path / name) for name in _FACTS)
     steps = folder.checkpoint_steps(path)
     losses = LocalRun(path).losses()
     checkpoints = [Checkpoint(step, losses.get(step), _size(path / folder.checkpoint_tag(step))) for step in steps]
@@ -84,10 +94,10 @@ def read_run(path: Path) -> Run:
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        found = yaml_value(small_text(file)) if file.exists() else {}
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}).") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise UserError(f"{file} holds no settings: it is no file of a run.")
     return found
 
@@ -97,16 +107,22 @@ def _size(path: Path) -> int:
 
 
 def _plan(arguments: Mapping[str, Any], environment: Mapping[str, Any], checkpoint: Path | None) -> str:
-    """The layout in words, by the checkpoint's config: the model that was begun with may be gone."""
+    """The layout in words, by the checkpoint's config and what it says of images: the folder may be a stranger's, whose
+    settings name a model and tables anywhere."""
     from fft.planning.dry_run import planned
 
-    ranks = len(environment.get("ranks") or {0: ""})
-    known = {field.name for field in fields(TrainArguments)}
-    given = {name: value for name, value in arguments.items() if name in known}
+    if checkpoint is None:
+        return "known with the first checkpoint"
+    told = environment.get("ranks")
+    given = {name: arguments[name] for name in _KINDS if name in arguments}
     if "model" not in given:
         return "not known: the folder has no arguments.yaml"
+    if not all(isinstance(value, _KINDS[name]) for name, value in given.items()):
+        return "not known: arguments.yaml has settings of other types"
     try:
-        args = TrainArguments(**given)
-        return planned(replace(args, model=str(checkpoint)) if checkpoint is not None else args, ranks)[1]
+        if read_state(checkpoint).get("images") is True and given.get("image_tokens") is None:
+            given["image_tokens"] = SHARE
+        own = {"model": str(checkpoint), "from_ckpt": None, "train_data": None, "dry_run": True}
+        return planned(resolve(given | own), len(told) if isinstance(told, dict) and told else 1)[1]
     except UserError as error:
         return f"not known: {error}"

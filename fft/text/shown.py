@@ -20,6 +20,7 @@ from fft.data.table import Rows, Table
 from fft.data.trace import document_names
 from fft.data.views import view
 from fft.errors import UserError, one_line
+from fft.redaction import harmless
 from fft.text.encoder import read_tokenizer
 
 #: Escapes of a terminal: what is trained, what is not, and their end.
@@ -179,7 +180,7 @@ def as_text(documents: Sequence[ShownDocument], decoder: Decoder, ids: bool, col
     """For a terminal, or without ``colour`` for a file: what is trained stands in ``⟦ ⟧``."""
     lines = []
     for document in documents:
-        lines.append(f"--- {document.heading} ---")
+        lines.append(f"--- {_in_letters(' '.join(document.heading.split()))} ---")
         if ids:
             lines += [
                 f"{document.begin + place:>8}  {token:>8}  {'+' if trained else ' '}  {text!r}"
@@ -187,18 +188,18 @@ def as_text(documents: Sequence[ShownDocument], decoder: Decoder, ids: bool, col
             ]
             continue
         shown = ""
-        for text, trained in texts(document, decoder):
+        for text, trained in ((_in_letters(text), trained) for text, trained in texts(document, decoder)):
             if colour:
-                shown += f"{_TRAINED if trained else _OTHER}{_printable(text)}{_END}"
+                shown += f"{_TRAINED if trained else _OTHER}{text}{_END}"
             else:
                 shown += f"⟦{text}⟧" if trained else text
         lines.append(shown)
     return "\n".join(lines)
 
 
-def _printable(text: str) -> str:
-    """Without what a terminal would obey: a text may hold its escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+def _in_letters(text: str) -> str:
+    """Also for a file, which ends up on a terminal: not even our own colours are a text's to use."""
+    return harmless(text.replace("\x1b", ascii("\x1b")[1:-1]))
 
 
 def shown_tokens(document: ShownDocument, decoder: Decoder) -> Iterator[tuple[int, int, bool, str]]:

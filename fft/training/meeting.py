@@ -315,18 +315,19 @@ def _answering(
     listener.settimeout(0.05)
     over = threading.Event()
 
-    def answer() -> None:
-        while not over.is_set():
-            with suppress(OSError, ValueError):  # a stranger's is nothing to us, and a rank says itself what it lacks
-                link, _ = listener.accept()
-                link.settimeout(_CALL)
-                said, number = _line(link).split()
-                if said != token:
-                    link.close()
-                    continue
+    def welcome(link: socket.socket) -> None:
+        with suppress(OSError, ValueError):  # a stranger's is nothing to us, and a rank says itself what it lacks
+            said, number = _line(link).split()
+            if said == token:
                 if _stays(peers, int(number), rank):  # before the answer, after which the caller goes on
                     links[int(number)] = link
-                link.sendall(f"{token}\n".encode())
+                return link.sendall(f"{token}\n".encode())
+        return link.close()
+
+    def answer() -> None:
+        while not over.is_set():
+            with suppress(OSError):  # each by itself: one that says nothing keeps no other waiting
+                threading.Thread(target=welcome, args=(listener.accept()[0],), daemon=True).start()
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
@@ -338,10 +339,12 @@ def _answering(
 
 
 def _line(link: socket.socket) -> str:
-    """The line that a connection begins with."""
-    said = b""
+    """The line that a connection begins with, which may take so long in all."""
+    said, until = b"", time.monotonic() + _CALL
     while not said.endswith(b"\n") and len(said) < _LINE:
+        link.settimeout(max(_AGAIN, until - time.monotonic()))
         if not (more := link.recv(1)):
             break
         said += more
+    link.settimeout(_CALL)
     return said.decode("ascii", "replace").strip()

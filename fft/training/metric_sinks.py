@@ -18,7 +18,7 @@ from fft.checkpoint.card import perplexity
 from fft.checkpoint.folder import METRICS, TENSORBOARD
 from fft.errors import UserError, one_line
 from fft.files import own_file, own_folder
-from fft.json_text import json_value
+from fft.json_text import json_value, small_text
 from fft.training.mlflow_sink import MLflow, RunFacts
 from fft.training.wandb_sink import WeightsAndBiases
 
@@ -32,6 +32,10 @@ _GROUPS |= dict.fromkeys(("slowest_rank", "slowest_rank_seconds", "fastest_rank_
 _GROUPS |= dict.fromkeys(("rank_behind", "rank_behind_times"), "speed")
 
 
+#: More steps than a run has, which floats still tell apart.
+_STEPS = 1 << 53
+#: Bytes of numbers that are read: of a million steps.
+_LONGEST = 1 << 30
 #: What the loss of a named evaluation is called.
 _NAMED_LOSS = re.compile("eval/(.+)/loss")
 
@@ -101,10 +105,10 @@ def read_numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
     """
     file = path / METRICS
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+        lines = small_text(file, _LONGEST).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is no run: it has no {METRICS}. Give a folder that --checkpoint named.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}).") from error
     numbers: dict[str, dict[int, float]] = {}
     unread = 0
@@ -112,6 +116,8 @@ def read_numbers(path: Path) -> tuple[dict[str, dict[int, float]], int]:
         try:
             told = json_value(line)
             step = told.pop("step")
+            if not isinstance(step, int) or not 0 <= step < _STEPS:
+                raise ValueError(f"{step!r} is no step")
             for name, value in told.items():
                 several = {f"{name}/{rank}": one for rank, one in enumerate(value)} if isinstance(value, list) else {}
                 for full, one in (several or {name: value}).items():

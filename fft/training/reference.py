@@ -53,7 +53,9 @@ def with_references(
             if table.source not in known:
                 name = reference_name(model, table.fingerprint)
                 found = _kept(table, name, control)
-                if found is None:
+                if found is not None:  # which is said: whoever may write beside the table may have made it
+                    log(f"reference log-probabilities of {table.source} are those of {table.storage.shown(name)}")
+                else:
                     _check_start(args, engine, table, name)
                     found = _computed(args, plan, engine, builder, member, control, log)
                     if dist.get_rank() == 0:
@@ -75,7 +77,7 @@ def _check_start(args: TrainArguments, engine: StageEngine, table: Table, name: 
 
 def _kept(table: Table, name: str, control: dist.ProcessGroup) -> Reference | None:
     """What the first rank finds beside a table, on all ranks. Collective."""
-    found = read_reference(table.storage, name) if dist.get_rank() == 0 else None
+    found = read_reference(table.storage, name, table.tokens) if dist.get_rank() == 0 else None
     size = torch.tensor(-1 if found is None else len(found.keys))
     dist.broadcast(size, 0, group=control)
     if size < 0:

@@ -23,7 +23,7 @@ from fft.checkpoint.run import RunFolder
 from fft.data.batches import BatchPlan, MicroBatch
 from fft.data.table import IGNORE
 from fft.errors import UserError, one_line
-from fft.json_text import json_value
+from fft.json_text import json_value, small_text
 from fft.models.causal_lm import StageBuilder
 from fft.ops.cross_entropy import Vocabulary
 from fft.ops.documents import lse_dtype
@@ -193,8 +193,8 @@ def read_prompts(
     Raises :class:`UserError` for a file that cannot be read, or has none, or a line that is no such prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = small_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"--sample_prompts {path} cannot be read ({one_line(error)}): name JSON lines.") from error
     found = []
     for number, line in enumerate(lines, 1):

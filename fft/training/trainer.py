@@ -26,7 +26,7 @@ from fft.models.spec import ModelSpec
 from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
-from fft.redaction import redact
+from fft.redaction import fit_to_print
 from fft.text.shown import first_sample, summary_of
 from fft.training import run_folder
 from fft.training.conclusion import conclude, told_evaluation
@@ -342,4 +342,4 @@ def _log(text: str) -> None:
     # Whoever read along may be gone, as with a launcher or a terminal: the run is not to end by that, unsaved.
     with contextlib.suppress(OSError):
         if dist.get_rank() == 0:
-            print(redact(text), file=sys.stderr, flush=True)
+            print(fit_to_print(text), file=sys.stderr, flush=True)

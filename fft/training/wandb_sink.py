@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fft.errors import one_line
+from fft.files import own_folder
 from fft.training.mlflow_sink import PATIENCE, RunFacts
 
 #: What says that it is wanted, and how; see its documentation.
@@ -28,6 +29,8 @@ class WeightsAndBiases:
         self._log = log
         known = os.environ.get("WANDB_RUN_ID") or facts.wandb
         settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
+        if folder is not None:
+            own_folder(folder / "wandb")  # where its files go, and no link of another's is to lead them
         if "WANDB_INIT_TIMEOUT" not in os.environ:
             settings.init_timeout = PATIENCE
         self._run = wandb.init(

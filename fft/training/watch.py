@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from fft.errors import EXIT_AGAIN, ElsewhereError, UserError, one_line, tell_launcher
-from fft.redaction import redact
+from fft.redaction import fit_to_print
 from fft.training.meeting import Meeting
 
 #: Seconds between two words; for a failure that explains another, or rank 0's own; for what a run holds to be let go.
@@ -250,7 +250,7 @@ class Watch:
     @staticmethod
     def _say(text: str) -> None:
         with suppress(OSError):
-            print(redact(text), file=sys.stderr, flush=True)
+            print(fit_to_print(text), file=sys.stderr, flush=True)
 
     def _let_go(self, error: Exception) -> None:
         self.held.__exit__(type(error), error, None)

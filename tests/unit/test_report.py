@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fft.chart import Line, chart, means, thinned, ticks
+from fft.checkpoint.folder import STATE, TRAINING, to_json
 from fft.errors import UserError
 from fft.report.__main__ import main
 from fft.report.page import page_of
@@ -31,9 +32,11 @@ SMALL = {
 
 def write_run(folder, steps=300, **changed):
     """What the trainer leaves: its own sink writes the numbers."""
-    folder.mkdir(parents=True)
-    config = folder.parent / "config.json"
+    checkpoint = folder / "step-100"
+    (checkpoint / TRAINING).mkdir(parents=True)
+    config = checkpoint / "config.json"
     config.write_text(json.dumps(SMALL))
+    (checkpoint / STATE).write_text(to_json({"step": 100, "eval_loss": 5.0}))
     sink = JsonLines(folder / METRICS)
     sink.write(0, {"pipeline_bubble": 0.125})
     for step in range(1, steps + 1):
@@ -91,8 +94,8 @@ def test_what_cannot_be_read_is_told(tmp_path):
     assert dict(run.points("loss"))[2] == 9.5  # taken again after a crash
     assert 3 not in dict(run.points("loss"))
     assert "Lines of numbers that could not be read" in Text(page_of([run])).words
-    (tmp_path / "config.json").unlink()
-    assert "not known" in read_run(folder).planned
+    shutil.rmtree(folder / "step-100")
+    assert read_run(folder).planned == "known with the first checkpoint"
 
 
 def test_refusals(tmp_path):
@@ -122,8 +125,9 @@ def test_ranks_and_who_of_them_was_behind(tmp_path):
     assert run.points("rank_work/1") == [(10, 0.5), (20, 1.5)]
     page = page_of([run])
     assert "Ranks, seconds a step" in Text(page).words
-    rows = [row.split("</td>") for row in page.split("<tr>") if row.startswith("<td>run</td>")]
-    cells = [[cell.removeprefix("<td>") for cell in row[:6]] for row in rows[-2:]]
+    table = page.partition("Ranks, seconds a step")[2].partition("</table>")[0]
+    rows = [row.split("</td>") for row in table.split("<tr>") if row.startswith("<td>run</td>")]
+    cells = [[cell.removeprefix("<td>") for cell in row[:6]] for row in rows]
     assert cells == [["run", "0", "0.5", "1.5", "", ""], ["run", "1", "1", "0.25", "1", "up to step 20"]]
 
 

@@ -68,16 +68,17 @@ def test_an_epoch_has_every_pair_once_and_whole(pairs, table, multiple, replicas
 def test_a_reference_is_kept_beside_the_table(table):
     opened = Table.open(table)
     name = reference_name("model", opened.fingerprint)
-    assert read_reference(opened.storage, name) is None
-    keep_reference(opened.storage, name, reference_of(opened))
-    found = read_reference(opened.storage, name)
-    assert np.array_equal(found.values, reference_of(opened).values)
+    assert read_reference(opened.storage, name, opened.tokens) is None
+    kept = Reference(reference_of(opened).keys, -reference_of(opened).values)
+    keep_reference(opened.storage, name, kept)
+    found = read_reference(opened.storage, name, opened.tokens)
+    assert np.array_equal(found.values, kept.values)
     assert Table.open(table).fingerprint == opened.fingerprint  # it is no part of the table
     assert name.startswith(REFERENCE_PREFIX)
     assert name != reference_name("another", opened.fingerprint)
     (table / name).write_bytes(b"none")
     with pytest.raises(UserError, match=f"{name} holds no reference log-probabilities"):
-        read_reference(opened.storage, name)
+        read_reference(opened.storage, name, opened.tokens)
     (table / name).unlink()
 
 

@@ -15,23 +15,15 @@ import sys
 import sysconfig
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from unit.security.readers import COMMANDS
 from unit.security.strangers import make_all
 
 import fft
-from fft.checkpoint.convert import main as convert
-from fft.checkpoint.folder import fault
-from fft.checkpoint.stored_run import run_at
-from fft.data.table import Table
 from fft.errors import run_cli
-from fft.models.directory import load_config
-from fft.planning.identity import weights_hash
-from fft.text.chat_template import load_chat_template
-from fft.text.convert_tokenizer import main as convert_tokenizer
-from fft.text.encoder import load_tokenizer
 
 EXAMPLES = int(os.environ.get("FFT_FUZZ", "150"))
 SECRET = "sk-this-is-what-nobody-may-see"
@@ -43,6 +35,10 @@ OWN = tuple(
         *("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr", "/lib", "/etc/ld.so.cache", "/etc/mime.types"),
     )
 )
+
+
+#: Tables, folders of texts, and a file that is named itself: these may be links.
+LINKED = {"table", "pairs", "images", "texts", "machine"}
 
 
 class Watch:
@@ -87,45 +83,6 @@ def original(tmp_path_factory):
     return place
 
 
-def tokenize(place: Path) -> None:
-    tokenizer = load_tokenizer(place / "model")
-    load_chat_template(tokenizer, place / "model")
-
-
-def read_table(place: Path) -> None:
-    table = Table.open(place / "table")
-    for group in range(len(table.row_groups)):
-        table.read(group)
-
-
-def read_run(place: Path) -> None:
-    run = run_at(place / "run")
-    run.losses()
-    for name in ("latest", "best", "step-1"):
-        if run.text(name) is not None:
-            fault(run.view(run.tag_of(name)))
-    fault(place / "run" / "step-1")
-
-
-def read_model(place: Path) -> None:
-    load_config(str(place / "model"), init=False)
-    weights_hash(place / "model")
-
-
-#: Commands by the folders that each is given.
-COMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
-    "convert a model": (("model", "out"), lambda p: convert([str(p / "model"), str(p / "out")])),
-    "convert a run": (("run", "out"), lambda p: convert([str(p / "run"), str(p / "out")])),
-    "merge": (
-        ("model", "adapter", "out"),
-        lambda p: convert([str(p / "model"), str(p / "out"), "--lora", str(p / "adapter")]),
-    ),
-    "convert a tokenizer": (("model", "out"), lambda p: convert_tokenizer([str(p / "model"), str(p / "out")])),
-    "tokenize": (("model",), tokenize),
-    "read a model": (("model",), read_model),
-    "read a run": (("run",), read_run),
-    "read a table": (("table",), read_table),
-}
 NAMES = [
     "..",
     "../outside/secret.json",
@@ -143,6 +100,7 @@ NAMES = [
 ]
 VALUES = [*NAMES, None, True, -1, 0, 3, 0.5, 1e308, [], {}, [[]], "NaN", "evil.Model", "gpt2", "llama", SECRET[:3]]
 KEYS = (
+    *("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "size", "patch_size", "llm_config", "ranks"),
     *("auto_map", "architectures", "model_type", "quantization_config", "rope_parameters", "rope_scaling", "dtype"),
     *(
         "tokenizer_class",
@@ -163,8 +121,17 @@ KEYS = (
         "tokenizer",
     ),
 )
+#: How files of values are read and written.
+FORMS = {
+    ".json": (json.loads, json.dumps),
+    ".yaml": (yaml.safe_load, yaml.safe_dump),
+    ".jsonl": (
+        lambda text: [json.loads(line) for line in text.splitlines()],
+        lambda lines: "".join(f"{json.dumps(line)}\n" for line in lines),
+    ),
+}
 KINDS = ("cut", "flip", "noise", "value", "value", "value", "key", "deep", "link", "folder link", "pipe", "folder")
-KINDS += ("device", "loop", "name", "gone", "sums", "index")
+KINDS += ("aliases", "device", "loop", "name", "gone", "sums", "index")
 
 
 def worsen(dice: random.Random, place: Path, folders: tuple[str, ...]) -> str:
@@ -183,10 +150,13 @@ def worsen(dice: random.Random, place: Path, folders: tuple[str, ...]) -> str:
     elif kind == "noise":
         file.write_bytes(dice.randbytes(dice.randrange(40)))
     elif kind in ("value", "key", "index"):
-        tables = [f for f in files if f.suffix == ".json" and (kind != "index" or "index" in f.name)]
-        worsen_json(dice, dice.choice(tables or [file]), kind)
+        written = [f for f in files if f.suffix in FORMS and (kind != "index" or "index" in f.name)]
+        worsen_values(dice, dice.choice(written or [file]), kind)
     elif kind == "deep":
         file.write_bytes(b"[" * 100_000)
+    elif kind == "aliases":
+        tenfold = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]" for i in range(12)]
+        file.write_text("\n".join(tenfold))
     elif kind == "sums":
         for sums in (f for f in files if f.name == "SHA256SUMS"):
             sums.write_bytes(b"0" * 64 + b"  " + dice.choice(NAMES).encode("utf-8", "surrogateescape") + b"\n")
@@ -214,10 +184,11 @@ def replace(kind: str, file: Path, place: Path) -> None:
         file.symlink_to(file.name)
 
 
-def worsen_json(dice: random.Random, file: Path, kind: str) -> None:
+def worsen_values(dice: random.Random, file: Path, kind: str) -> None:
+    read, write = FORMS.get(file.suffix, FORMS[".json"])
     try:
-        at = content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        at = content = read(file.read_bytes())
+    except (ValueError, RecursionError, yaml.YAMLError):
         return
     while isinstance(at, (dict, list)) and at:
         key = dice.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
@@ -228,11 +199,12 @@ def worsen_json(dice: random.Random, file: Path, kind: str) -> None:
             at[key] = dice.choice(VALUES)
             break
         at = at[key]
-    file.write_bytes(json.dumps(content).encode("utf-8", "surrogatepass"))
+    file.write_bytes(write(content).encode("utf-8", "surrogatepass"))
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """What is in a folder, or in a file."""
+    return {str(path): path.read_bytes() for path in (folder, *sorted(folder.rglob("*"))) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +222,11 @@ def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
     """What an example does that it should not; None for nothing."""
     dice, place = random.Random(number), room / "place"
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(original, place, symlinks=True)
     name = dice.choice(sorted(COMMANDS))
     folders, command = COMMANDS[name]
+    place.mkdir()
+    for folder in set(folders) - {"out"}:
+        shutil.copytree(original / folder, place / folder, symlinks=True)
     done = [worsen(dice, place, folders) for _ in range(dice.randint(1, 3))]
     printed, code = io.StringIO(), 0
     children, watch.seen, watch.on = processes(), [], True
@@ -270,14 +244,14 @@ def harm(number: int, room: Path, original: Path, watch: Watch) -> str | None:
     if code not in (0, 2):
         return f"{name} after {done} ends with {code}"
     touched = watch.outside(tuple(os.path.realpath(place / folder) for folder in folders))
-    if "table" in folders:  # whose files may be links: it is known what they lead to, which is columns of numbers
+    if LINKED & set(folders):  # whose files may be links, which are followed to be read
         touched = [(event, path) for event, path in touched if not lies_in(path, (str(room / "outside"),))]
     if "out" in folders:  # which is made beside its place
         beside = re.compile(rf"{re.escape(str(place))}(/\.[^/]*\.(writing|trying|owner|old)(/.*)?)?")
         touched = [(event, path) for event, path in touched if not beside.fullmatch(path)]
     if touched:
         return f"{name} after {done} touched {touched[:5]}"
-    written = b"".join(state_of(place / "out").values()) if (place / "out").is_dir() else b""
+    written = b"".join(state_of(place / "out").values())
     return (
         f"{name} after {done} tells a secret"
         if SECRET.encode() in written + printed.getvalue().encode(errors="replace")
