@@ -14,6 +14,7 @@ SERVE_PIP := $(SERVE_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SERVE_STAMP := $(SERVE_VENV)/.installed
 # What makes the site of the documentation is of no use to anything else.
 DOCS_VENV := .venv-docs
+DOCS_PIP := $(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 DOCS_STAMP := $(DOCS_VENV)/.installed
 # Packages whose lines in a list of hashes match: nothing but these very files, and nothing that they ask for.
 hashed = install --no-deps --no-build-isolation --require-hashes --requirement <(grep $(1))
@@ -89,7 +90,7 @@ $(SERVE_STAMP): constraints-serve.txt constraints-serve-hashed.txt | prerequisit
 lock: prerequisites  ## constraints*-hashed.txt: hashes of all files that PyPI has of the versions in constraints*.txt (uv)
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PYTHON) -m venv "$$scratch" && \
 	  "$$scratch/bin/python" -m pip --disable-pip-version-check --quiet install "uv>=0.13,<0.14" && \
-	  for list in constraints constraints-serve; do \
+	  for list in constraints constraints-serve constraints-docs; do \
 	    "$$scratch/bin/uv" pip compile --quiet --no-cache --no-deps --no-emit-package torch --generate-hashes --no-header \
 	      --no-annotate --python "$$scratch/bin/python" --python-version 3.11 $$list.txt | \
 	      sed -e ':a' -e '/\\$$/{N;s/ *\\\n */ /;ba}' > "$$scratch/$$list" || exit 1; \
@@ -162,9 +163,9 @@ site: $(DOCS_STAMP)  ## the documentation as a site, in dist/site; a link that l
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(DOCS_VENV)/bin/mkdocs --quiet build --strict
 	@echo "dist/site/docs/index.html"
 
-$(DOCS_STAMP): constraints-docs.txt | prerequisites
+$(DOCS_STAMP): constraints-docs.txt constraints-docs-hashed.txt | prerequisites
 	@[ -x $(DOCS_VENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r constraints-docs.txt
+	@$(DOCS_PIP) $(call hashed,'==' constraints-docs-hashed.txt)
 	@touch $@
 
 dist: env  ## dist/: a wheel, and a zip of fft and spark_jobs for spark-submit --py-files

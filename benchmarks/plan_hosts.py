@@ -25,7 +25,7 @@ from benchmarks.plan_links import read_times
 from fft.console import format_table
 from fft.plan.hardware import Link, Machine, read_machine
 from fft.plan.link_rates import LinkTimes
-from fft.plan.measure import between_link
+from fft.plan.measured import between_link
 from fft.plan.ours import read_job, shape_of_spec, stack_on
 from fft.plan.run import PlannedRun, Sides
 from fft.plan.shape import Shape

@@ -11,7 +11,7 @@ from benchmarks.plan_links import read_times
 from fft.plan.constants import FITTED_CONSTANTS
 from fft.plan.exchanges import Group, reduce_time, send_time
 from fft.plan.hardware import HARDWARE, read_machine
-from fft.plan.measure import between_link
+from fft.plan.measured import between_link
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=f"no namespaces here: {why_not()}")]
 

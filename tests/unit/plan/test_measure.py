@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from quick_measure import SMALL
 
 from fft.errors import UserError
 from fft.plan import device_rates
@@ -14,7 +15,8 @@ from fft.plan.device_rates import LinearTime, fitted_products
 from fft.plan.hardware import HARDWARE, Device, Link, Machine, read_machine
 from fft.plan.kernels import flash_time, product_time
 from fft.plan.link_rates import ExchangeTime, LinkTimes, line
-from fft.plan.measure import MeasuredMachine, between_link, main
+from fft.plan.measure import main
+from fft.plan.measured import MeasuredMachine, between_link
 from fft.plan.ours import ON_CPU, OURS, stack_on
 
 CPU = Device("a processor, 1 thread a rank", 2e11, 0.9, 1e10, 12e9, (0.4, 0.3), 1e11, True, ((128.0, 1e10, 2e10),))
@@ -102,10 +104,8 @@ def test_what_a_file_says_wrongly_is_refused(changed, words, tmp_path):
 
 def test_this_machine_is_measured_and_planned_for(monkeypatch, tmp_path, capsys):
     """In no time, so that figures are poor: that they are made, written, read and used."""
-    monkeypatch.setattr(device_rates, "_LONG", 1e-4)
-    monkeypatch.setattr(device_rates, "_PRODUCTS", {True: ((64, 64), (128, 128))})
-    monkeypatch.setattr(device_rates, "_DOCUMENTS", {True: (32, 64)})
-    monkeypatch.setattr(device_rates, "_ELEMENTS", {True: 1 << 16})
+    for name, value in SMALL.items():
+        monkeypatch.setattr(device_rates, name, value)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     path = tmp_path / "mine.yaml"
