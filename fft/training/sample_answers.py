@@ -27,6 +27,7 @@ from fft.json_text import json_value, small_text
 from fft.models.causal_lm import StageBuilder
 from fft.ops.cross_entropy import Vocabulary
 from fft.ops.documents import lse_dtype
+from fft.parallel.groups import tell_all
 from fft.planning.preflight import Plan, batch_plan
 from fft.text.chat_template import ChatTemplate, load_chat_template
 from fft.text.encoder import load_tokenizer
@@ -56,12 +57,19 @@ class AskedSample:
 class SampleAnswers:
     """The prompts of ``--sample_prompts`` and their answers. Collective: every rank creates it, and asks together.
 
-    Answers are put into the folders of ``runs``, behind those of earlier steps. Raises :class:`UserError` for prompts
-    that cannot be read or differ between machines, and for a run with images.
+    Answers are put into the folders of ``runs``, behind those of earlier steps. ``control`` is a group of all ranks
+    that sends what is in host memory. Raises :class:`UserError` for prompts that cannot be read or differ between
+    machines, and for a run with images.
     """
 
     def __init__(
-        self, args: TrainArguments, plan: Plan, builder: StageBuilder, engine: StageEngine, runs: Sequence[RunFolder]
+        self,
+        args: TrainArguments,
+        plan: Plan,
+        builder: StageBuilder,
+        engine: StageEngine,
+        runs: Sequence[RunFolder],
+        control: dist.ProcessGroup,
     ) -> None:
         if plan.images is not None:
             raise UserError("--sample_prompts are texts, and rows of this run hold images: leave the flag out.")
@@ -75,7 +83,7 @@ class SampleAnswers:
         template = load_chat_template(self._tokenizer, name) if self._tokenizer.chat_template else None
         self._ends = answer_ends(self._tokenizer, template, plan.config.get_text_config().eos_token_id)
         self._samples = read_prompts(str(args.sample_prompts), self._tokenizer, template, args.seq_len - self._most)
-        _check_same([sample.ids for sample in self._samples], str(args.sample_prompts), engine.device)
+        _check_same([sample.ids for sample in self._samples], str(args.sample_prompts), control)
         self._chosen = HighestTokens(builder.vocabulary, len(self._samples), engine.device)
 
     def take(self, step: int, log: Callable[[str], None]) -> None:
@@ -233,12 +241,9 @@ def _prompt(
     return text if isinstance(text, str) else raw.messages, ids
 
 
-def _check_same(ids: list[list[int]], path: str, device: torch.device) -> None:
+def _check_same(ids: list[list[int]], path: str, control: dist.ProcessGroup) -> None:
     """Raise :class:`UserError` where ranks have read other prompts. Collective."""
-    number = int.from_bytes(hashlib.sha256(repr(ids).encode()).digest()[:7], "big")
-    both = torch.tensor([number, -number], device=device)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    if both.sum():
+    if len({*tell_all(hashlib.sha256(repr(ids).encode()).hexdigest(), control)}) > 1:
         raise UserError(f"--sample_prompts {path} is not the same on all machines: copy it there.")
 
 

@@ -143,7 +143,7 @@ def _run(
     metrics = dataclasses.replace(metrics, pace=follow(watch, plan.mesh, engine.device, control))
     trainer = Trainer(args, plan, start, builder, engine, export, metrics, saver)
     if args.sample_prompts:
-        trainer.samples = SampleAnswers(args, plan, builder, engine, runs)
+        trainer.samples = SampleAnswers(args, plan, builder, engine, runs, control)
     code = trainer.train(above)
     if code == 0 and args.output_dir:
         write_output(args, export, trainer.state(), trainer.early_stop.best, control, _log)
