@@ -63,7 +63,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 20):
+    def wait(self, condition: str, seconds: float = 300):
         """Wait until an expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition)):
@@ -115,7 +115,7 @@ def browser() -> Iterator[Browser]:
             yield made
             made._session = None
             made.call("Browser.close")
-            process.wait(20)
+            process.wait(300)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)

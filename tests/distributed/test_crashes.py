@@ -289,7 +289,7 @@ def test_ranks_agree_about_a_damaged_checkpoint(name, half, model, ragged_table,
     """Each reads a part of the files: what one finds is everybody's."""
     shutil.copytree(half / "run", tmp_path / "run")
     os.truncate(tmp_path / "run" / "step-6" / name, 10)
-    done = run_ranks(2, *flags(model, ragged_table, tmp_path, 8, 4), "--resume", "auto", timeout=60)
+    done = run_ranks(2, *flags(model, ragged_table, tmp_path, 8, 4), "--resume", "auto")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from {tmp_path / 'run' / 'step-4'}" in done.stderr
     assert [line for line, *_ in outcome(tmp_path)[0]] == list(range(1, 9))

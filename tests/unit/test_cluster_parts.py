@@ -30,14 +30,14 @@ def test_a_driver_hears_those_who_know_its_secret():
         assert stranger.recv(1) == b""  # hung up on
     line = DriverLine(listener.reached_at, 3)
     line.tell({"line": "heard"})
-    assert listener.told.get(timeout=30) == (3, {"line": "heard"})
+    assert listener.told.get(timeout=300) == (3, {"line": "heard"})
     line.watch(600)
     listener.stop(7)
     while line.stop_within is None:
         pass
     assert line.stop_within == 7
     line.close()
-    assert listener.told.get(timeout=30) == (3, None)
+    assert listener.told.get(timeout=300) == (3, None)
     listener.close()
 
 

@@ -36,7 +36,7 @@ def test_a_live_line_is_rewritten_or_repeated_and_may_stay(tty, monkeypatch, cap
         return f"{seconds >= 0} ok"
 
     with live(line, last=True, interval=0.01):
-        assert shown.wait(5) is tty if tty else not shown.wait(0.1)
+        assert shown.wait(300) is tty if tty else not shown.wait(0.1)
     said = capsys.readouterr().err
     assert said.startswith("\rTrue ok\x1b[K") is tty
     assert said.endswith("\r\x1b[KTrue ok\n" if tty else "True ok\n")

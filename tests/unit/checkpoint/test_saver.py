@@ -47,7 +47,7 @@ def test_what_is_saved_is_of_its_moment(kind, alone, tmp_path, monkeypatch):
     changed, write = threading.Event(), saver._write_share
 
     def late(*given):
-        assert kind != "thread" or changed.wait(60)
+        assert kind != "thread" or changed.wait(300)
         changed.clear()
         write(*given)
 

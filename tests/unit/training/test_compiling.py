@@ -57,6 +57,6 @@ def test_a_compiler_that_lives_is_waited_for_and_named(tmp_path):
         assert "waiting for another process, which compiles op" in second.stderr.readline()
         assert not (tmp_path / "second").exists()
         go_on.touch()
-        assert second.wait(60) == 0
+        assert second.wait(300) == 0
         second.stderr.close()
         assert (tmp_path / "second").exists()
