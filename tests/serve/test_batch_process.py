@@ -30,8 +30,8 @@ def start():
     """Starts runs, none of which outlives its test."""
     runs = []
 
-    def start(*given: object) -> subprocess.Popen:
-        runs.append(started(*given))
+    def start(*given: object, **more: tuple[object, ...]) -> subprocess.Popen:
+        runs.append(started(*given, **more))
         return runs[-1]
 
     yield start
@@ -40,9 +40,34 @@ def start():
         run.wait()
 
 
-def started(model: Path, folder: Path, mark: str, *flags: object) -> subprocess.Popen:
+#: The command, which is sent a signal by a thread of its own once it has written so many answers: however fast it is,
+#: it is in the midst of them.
+SIGNALLED = """
+import os, sys, threading
+from fft.serve.batch_infer import cli
+from fft.serve.outputs import Partial
+
+number, left = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+add = Partial.add
+
+def add_and_count(self, row):
+    global left
+    add(self, row)
+    left -= 1
+    if left == 0:
+        threading.Thread(target=os.kill, args=(os.getpid(), number)).start()
+
+Partial.add = add_and_count
+cli()
+"""
+COMMAND = ("-m", "fft.serve.batch_infer")
+
+
+def started(
+    model: Path, folder: Path, mark: str, *flags: object, program: tuple[object, ...] = COMMAND
+) -> subprocess.Popen:
     """A run on the prompts of the folder, whose processes can be told by a mark in their environment."""
-    command = [sys.executable, "-m", "fft.serve.batch_infer", "--model", model, "--engine", "vllm", *flags]
+    command = [sys.executable, *program, "--model", model, "--engine", "vllm", *flags]
     command += ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--max_new_tokens", 32, "--seed", 7]
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(
@@ -55,17 +80,9 @@ def answered(folder: Path) -> int:
     return partial.read_bytes().count(b"\n") if partial.exists() else 0
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "it has ended"
-        assert time.monotonic() < end, "nothing happens"
-        time.sleep(0.05)
-
-
 def left(mark: str) -> list[str]:
-    """Processes of a run that are there, a while after it has ended."""
-    for _ in range(100):
+    """Processes of a run that are there although it has ended: those that are on their way out are waited for."""
+    for _ in range(600):
         found = []
         for process in psutil.process_iter():
             try:
@@ -82,17 +99,15 @@ def left(mark: str) -> list[str]:
 def test_a_signal_and_a_kill_change_nothing(model, start, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": p, "n": i}) + "\n" for i, p in enumerate(PROMPTS)))
     flags, log = ("--engine_args", json.dumps(ARGUMENTS)), tmp_path / "log"
-    for number, at in ((signal.SIGTERM, 20), (signal.SIGKILL, 50)):
-        mark = uuid.uuid4().hex
-        run = start(model, tmp_path, mark, *flags)
-        wait_for(lambda at=at: answered(tmp_path) >= at, run)
-        run.send_signal(number)
-        assert run.wait(60) == (143 if number == signal.SIGTERM else -9), log.read_text()
+    for number, more in ((signal.SIGTERM, 20), (signal.SIGKILL, 30)):
+        mark, before = uuid.uuid4().hex, answered(tmp_path)
+        run = start(model, tmp_path, mark, *flags, program=("-c", SIGNALLED, int(number), more))
+        assert run.wait(600) == (143 if number == signal.SIGTERM else -9), log.read_text()
         assert left(mark) == []
         assert not (tmp_path / "out.jsonl").exists()
-        assert at <= answered(tmp_path) < len(PROMPTS)
+        assert before + more <= answered(tmp_path) < len(PROMPTS)
     mark = uuid.uuid4().hex
-    assert start(model, tmp_path, mark, *flags).wait(240) == 0, log.read_text()
+    assert start(model, tmp_path, mark, *flags).wait(600) == 0, log.read_text()
     assert left(mark) == []
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["n"]) for row in rows] == [(p, i) for i, p in enumerate(PROMPTS)]
@@ -109,7 +124,7 @@ def test_a_start_that_fails_is_one_sentence_with_its_cause(model, start, tmp_pat
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     mark = uuid.uuid4().hex
     run = start(model, tmp_path, mark, "--gpu_memory_utilization", 1, "--engine_args", '{"enforce_eager": true}')
-    assert run.wait(300) == 2
+    assert run.wait(600) == 2
     said = (tmp_path / "log").read_text()
     assert left(mark) == []
     assert said.count("\n") == 1, said
