@@ -32,6 +32,8 @@ PROMPTS = ["San Francisco is a", "def f(x):", "import", "x", "for i in range(", 
 #: Of the environment that trains; `make env` makes it.
 TRAINER = Path(os.environ.get("FFT_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python"))
 POSITIONS = 16384
+#: Seconds after which what is waited for does not come any more: many, for a machine that has much else to do.
+PATIENCE = 300
 
 
 class Server:
@@ -49,14 +51,12 @@ class Server:
                 cwd=ROOT,
                 start_new_session=True,
             )
-        end = time.monotonic() + 240
         while self.status("/health") != 200:
             assert self.process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.1)
 
     def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
     def request(self, path: str, body: object = None, method: str | None = None, **headers: str):
         """The response to one request, still to be read, and its connection."""
@@ -95,10 +95,9 @@ class Server:
         return float(re.search(r"^vllm:num_requests_running\S* (\S+)", response.read().decode(), re.M)[1])
 
     def wait_until_running(self, count: int) -> None:
-        end, seen = time.monotonic() + 30, []
-        while not seen or seen[-1] != count:
-            assert time.monotonic() < end, f"of {count}, so many were running: {seen}"
-            seen.append(self.running())
+        end = time.monotonic() + PATIENCE
+        while (running := self.running()) != count:
+            assert time.monotonic() < end, f"{running} are running, not {count}"
             time.sleep(0.05)
 
     def end(self) -> None:
@@ -364,8 +363,8 @@ def test_a_stop_that_cannot_wait_ends_what_is_not_complete(server):
         assert (response.status, response.headers["retry-after"], error["code"]) == (503, "30", 503)
         with pytest.raises(ValueError, match="stopped before the answer was complete"):
             stream.result()
-    assert server.process.wait(30) == 0
-    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert server.process.wait(PATIENCE) == 0
+    assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
 
 
 def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
@@ -391,7 +390,8 @@ def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
             streams = [pool.submit(server.stream, {"prompt": "x", "sampling": sampling}) for _ in range(3)]
             server.wait_until_running(6)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            while server.status("/health") == 200:  # the signal is on its way
+                time.sleep(0.05)
             response, _ = server.request("/generate", {"prompt": "x"})
             assert (response.status, response.headers["retry-after"]) == (503, "30")
             assert "is being stopped" in json.load(response)["error"]["message"]
@@ -402,7 +402,7 @@ def test_keys_and_a_stop_that_loses_nothing(model, tmp_path):
             for stream in streams:
                 *_, last, usage = stream.result()[1]
                 assert (last["finish_reason"], usage["usage"]["completion_tokens"]) == (["length"], 9000)
-        assert server.process.wait(60) == 0
-        assert not psutil.wait_procs(children, timeout=20)[1]
+        assert server.process.wait(PATIENCE) == 0
+        assert not psutil.wait_procs(children, timeout=PATIENCE)[1]
     finally:
         server.end()
