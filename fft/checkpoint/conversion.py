@@ -11,10 +11,11 @@ from torch import Tensor
 from fft.checkpoint import adapter as adapters
 from fft.checkpoint import folder
 from fft.checkpoint.card import CARD
+from fft.checkpoint.finite import clause_on, not_finite
 from fft.checkpoint.fragments import MASTER, SavedFragments
 from fft.checkpoint.model_folder import staged
 from fft.checkpoint.stored_run import run_at
-from fft.console import live
+from fft.console import live, say
 from fft.data.model_files import check_directory
 from fft.data.storage import is_url
 from fft.data.views import view
@@ -272,6 +273,7 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     check_whole(config, source.names, model)
     kind = DTYPES[dtype] if dtype else source.dtype
     written = number = 0
+    odd: list[str] = []
 
     def line(seconds: float) -> str:
         return f"{number:,} shards, {written / 1e6:,.0f} MB, {written / 1e6 / seconds:,.0f} MB/s"
@@ -284,6 +286,7 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
         with live(line, last=True):
             for group in shards(source, kind, limit):
                 hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
+                odd += not_finite(group)
                 config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
                 number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
         for shard in range(number):
@@ -291,7 +294,14 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
         hf.write_metadata(staging, config, str(model), number, model)
         if card is not None:
             write_atomically(staging / CARD, card)
+    tell_odd(odd)
     return len(source.names)
+
+
+def tell_odd(names: Sequence[str]) -> None:
+    """Say that tensors of these names were written and hold what is no number."""
+    if fault := clause_on(names):
+        say(f"warning: {fault}: a model with it may answer nothing; look at what it was made from")
 
 
 def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path, *more: Path) -> Merged:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fft.checkpoint.card import CARD
-from fft.checkpoint.conversion import DTYPES, shards
+from fft.checkpoint.conversion import DTYPES, shards, tell_odd
+from fft.checkpoint.finite import not_finite
 from fft.checkpoint.model_folder import staged
 from fft.data.model_files import check_file
 from fft.errors import UserError
@@ -74,6 +75,7 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
     Raises :class:`UserError` as :class:`OriginalForm` does, and where nothing can be written.
     """
     form, number = OriginalForm(source, like), 0
+    odd: list[str] = []
     with ExitStack() as held:
         try:
             staging = held.enter_context(staged(output))
@@ -81,6 +83,7 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
             raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
         for group in shards(form, DTYPES[dtype] if dtype else source.dtype, limit):
             hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
+            odd += not_finite(group)
             number += 1
         for shard in range(number):
             (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
@@ -92,4 +95,5 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
                 copy_file(file, staging / file.name)
         if card is not None:
             write_atomically(staging / CARD, card)
+    tell_odd(odd)
     return len(form.names)

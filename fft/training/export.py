@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from fft.arguments import TrainArguments
 from fft.checkpoint import model_folder
 from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.card import CARD, card_of
+from fft.checkpoint.finite import not_finite_anywhere
 from fft.checkpoint.gather_weights import whole_tensors
 from fft.checkpoint.run import RunFolder
 from fft.checkpoint.saver import Contents
+from fft.errors import UserError
 from fft.files import write_atomically
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import canonical_buffers
@@ -28,10 +31,13 @@ from fft.weights import hf
 
 
 class ModelExport:
-    """The weights of a run as this rank writes them: the model, or with ``--lora_dim`` the adapters alone."""
+    """The weights of a run as this rank writes them: the model, or with ``--lora_dim`` the adapters alone.
 
-    def __init__(self, plan: Plan, builder: StageBuilder, engine: StageEngine) -> None:
-        self._plan, self._builder, self._engine = plan, builder, engine
+    ``control`` is a group of all ranks that sends what is in host memory.
+    """
+
+    def __init__(self, plan: Plan, builder: StageBuilder, engine: StageEngine, control: dist.ProcessGroup) -> None:
+        self._plan, self._builder, self._engine, self._control = plan, builder, engine, control
         self._config = copy.deepcopy(plan.config)
         self._config.dtype = builder.spec.dtype
         self._config.architectures = [type(builder.spec.skeleton).__name__]
@@ -76,6 +82,18 @@ class ModelExport:
         buffers = {} if self._adapter is not None else canonical_buffers(self._engine.deepspeed.module)
         return {**whole_tensors({**self.parameters, **buffers}, self._builder), **self._apart}, role.shard
 
+    def fault(self, step: int, training: Mapping[str, Tensor] = MappingProxyType({})) -> str | None:
+        """Why what a run has after ``step`` is not to be written: values that are no numbers, in what is trained, or
+        in this rank's ``training`` state. What a model came with, and is not trained, is as it was. Collective.
+        """
+        written = self.parameters if self._engine.role.writes else {}
+        trained = {name: p for name, p in written.items() if p.requires_grad}
+        fault = not_finite_anywhere({**trained, **training}, self._control)
+        return fault and (
+            f"step {step}: {fault}; it is not written, what was saved before is as it was: lower --learning_rate or "
+            "look at the data, and go on from an earlier checkpoint (--resume step-N), or begin again."
+        )
+
     def contents(self, args: TrainArguments, run: RunFolder) -> Contents:
         """What goes into the checkpoints in the folder ``run`` besides tensors."""
         return Contents(
@@ -95,8 +113,11 @@ class ModelExport:
 
         ``state``, that of a checkpoint, is what its card says.
 
-        Waits while another process writes there. Collective. Raises :class:`UserError` where it cannot be written.
+        Waits while another process writes there. Collective. Raises :class:`UserError` where it cannot be written,
+        and for a model with values that are no numbers.
         """
+        if (fault := self.fault(state["step"])) is not None:
+            raise UserError(fault)
         with ExitStack() as held:
             if dist.get_rank() == 0:
                 held.enter_context(model_folder.replaced(output))

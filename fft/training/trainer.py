@@ -132,7 +132,7 @@ def _run(
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
             run_folder.create(runs, args, plan, start, facts)
-    export, saver = ModelExport(plan, builder, engine), None
+    export, saver = ModelExport(plan, builder, engine, control), None
     if runs:
         contents = contents_of(args, export, runs[0])
         if args.upload and dist.get_rank() == 0:
@@ -325,13 +325,16 @@ class Trainer:
     def save_checkpoint(self, saver: Saver, step: int, eval_loss: float | None) -> None:
         """Begin to write the model after ``step``, and what a run needs to go on from it, into the run folder.
 
-        Collective. Raises :class:`UserError` where it, or the one before it, cannot be written.
+        Collective. Raises :class:`UserError` where it, or the one before it, cannot be written, and for values that are
+        no numbers.
         """
         begun, tag, engine = time.perf_counter(), folder.checkpoint_tag(step), self.engine
         training = None
         if not self.args.only_ckpt_model:
             parameters = self.export.parameters
             training = optimizer_state.gather(engine.optimizer, parameters, self.builder.shards, engine.role)
+        if (fault := self.export.fault(step, training[0] if training else {})) is not None:
+            self._fail(fault)
         share = RankShare(self.export.weights(), training)
         saver.save(tag, share, self.state(step, eval_loss) | {"loss_scaler": engine.scaler_state()})
         self.metrics.record(step, save_seconds=time.perf_counter() - begun)

@@ -1,5 +1,7 @@
 """Numbers that are none: steps are skipped, told and counted on every layout, losses are refused."""
 
+import re
+
 import pytest
 import torch
 from conftest import SMALL
@@ -65,3 +67,42 @@ def test_a_validation_loss_that_is_no_number_is_an_error(model, ragged_table, tm
     assert done.returncode == 2, done.stderr[-3000:]
     assert "the validation loss became " in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+#: Ranks and flags: what is written by whom, and how.
+WRITTEN = {
+    "stages": (2, "--dtype=bf16 --pipe_parallel_size=2 --background_executor=process"),
+    "parts of an adapter": (2, "--dtype=fp32 --model_parallel_size=2 --lora_dim=2"),
+    "shared state": (2, "--dtype=fp32 --zero_stage=1"),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_weights_that_a_last_step_spoilt_are_not_written(case, model, ragged_table, tmp_path):
+    """Nothing is evaluated after it, and its loss was that of the weights before."""
+    ranks, more = WRITTEN[case]
+    start, output = model(lambda _, tensor: tensor), f"--output_dir={tmp_path}/out"
+    given = [*more.split(), "--warmup_steps=1000000000", "--save_steps=1", output, "--adam_epsilon=1e-30"]
+    done = run(ranks, start, ragged_table, tmp_path, *given, "--max_steps=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    again = [*given, "--resume=auto", "--overwrite", "--max_steps=2", "--learning_rate=1e48"]  # of which it has 2e-9
+    done = run(ranks, start, ragged_table, tmp_path, *again)
+    assert done.returncode == 2, done.stderr[-3000:]
+    told = r"error: step 2: \S+ holds NaN or infinity(, as [\d,]+ more tensors do)?; it is not written"
+    assert re.search(told, done.stderr)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-1"]
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("weights", [[], ["--save_steps=1", "--only_ckpt_model", "--background_executor=none"]])
+def test_weights_alone_are_not_written_either(weights, model, ragged_table, tmp_path):
+    """Those of the output, where nothing is saved, and of checkpoints that nobody goes on from."""
+    start = model(lambda _, tensor: tensor)
+    flags = ["--dtype=bf16", "--max_steps=1", "--learning_rate=1e48", f"--output_dir={tmp_path}/out", *weights]
+    done = run(2, start, ragged_table, tmp_path, *flags, "--pipe_parallel_size=2")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "error: step 1: " in done.stderr
+    assert not [*(tmp_path / "run").glob("*step-*")]
+    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob(".*out*")]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 
 import pytest
@@ -362,3 +363,16 @@ def test_layer_files_of_deepspeed_have_the_names_of_their_family(family, split, 
     stored = {name: spec.stored.names(name)[0] for name in found.names}  # GPT-NeoX's head has another name in files
     assert set(stored.values()) == set(files.names)
     assert all(torch.equal(found.tensor(name), files.tensor(stored[name])) for name in found.names)
+
+
+def test_what_is_no_number_is_written_and_told(model, directory, launch, tmp_path):
+    tensors = load_file(directory / "model.safetensors")
+    shutil.copytree(directory, tmp_path / "in")
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -math.inf
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    done = launch("python", "-m", "fft.checkpoint.convert", tmp_path / "in", tmp_path / "out", "--max_shard_size=1e-5")
+    assert done.returncode == 0, done.stderr
+    assert "warning: model.layers.1.mlp.up_proj.weight holds NaN or infinity, as 1 more tensors do: " in done.stderr
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) > 1
+    assert "warning" not in launch("python", "-m", "fft.checkpoint.convert", directory, tmp_path / "fine").stderr

@@ -170,7 +170,7 @@ def test_a_config_without_architectures_gets_the_one_it_is_read_as(tmp_path):
 def test_an_export_names_the_class_that_was_trained():
     spec = ModelSpec(AutoConfig.for_model("llama", **SMALL, architectures=["LlamaModel"]), torch.float32)
     plan = SimpleNamespace(config=spec.config, weights=None)
-    export = ModelExport(plan, StageBuilder(spec), None)
+    export = ModelExport(plan, StageBuilder(spec), None, None)
     assert export._config.architectures == ["LlamaForCausalLM"]
     assert spec.config.architectures == ["LlamaModel"]
 
