@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
+from namespaces import own_mounts
 from ports import free_port
 
 from spark.helpers import files_of
@@ -41,7 +42,7 @@ def wait_until(condition, what: str, seconds: float = 180) -> None:
 
 def apart_from(hidden: Sequence[Path]) -> list[str]:
     """What a command begins with that is to find empty disks where these folders are."""
-    return ["unshare", "-m", "bash", "-c", HIDE, " ".join(map(str, hidden))]
+    return [*own_mounts(), "bash", "-c", HIDE, " ".join(map(str, hidden))]
 
 
 class Cluster:

@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from namespaces import own_mounts
 from ports import free_port
 from pyarrow import fs
 
@@ -32,8 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def hidden(tmp_path_factory) -> list[Path]:
     """Where the tests' files and this package are."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("only root may hide folders")
+    own_mounts()
     installed = json.loads(importlib.metadata.distribution("flash-fine-tuning").read_text("direct_url.json") or "{}")
     roots = {ROOT, Path(urlsplit(installed.get("url", "")).path or ROOT)}
     code = [root / name for root in roots for name in ("fft", "spark_jobs") if (root / name).is_dir()]

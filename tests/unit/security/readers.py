@@ -59,6 +59,11 @@ def read_pairs(place: Path) -> None:
             reference.in_group(group, np.full(where.rows, 2), str(where))
 
 
+def read_processor(place: Path) -> None:
+    load_tokenizer(place / "sees")  # which looks through the directory, as for all who ask for its rules
+    load_rules(place / "sees", ImageLimits(), (5, 6))
+
+
 def read_run(place: Path) -> None:
     run = run_at(place / "run")
     run.losses()
@@ -120,7 +125,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
     "tokenize": (("model",), tokenize),
     "read a model": (("model",), read_model),
     "check a model to serve": (("model",), lambda p: check_model(str(p / "model"))),
-    "read processor files": (("sees",), lambda p: load_rules(p / "sees", ImageLimits(), (5, 6))),
+    "read processor files": (("sees",), read_processor),
     "read a run": (("run",), read_run),
     "begin from a run": (("run",), begin_from_run),
     "report": (("run", "out"), lambda p: report([str(p / "run"), "-o", str(p / "out")])),
