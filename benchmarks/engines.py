@@ -26,7 +26,8 @@ from fft.parallel.mesh import mesh_sizes
 from fft.parallel.tensor_plan import Shard
 from fft.planning.image_load import ImageLoad
 from fft.planning.layout import Layout, plan_layout
-from fft.training.engine import StageEngine, build_engine, init_distributed, model_spec, on_host
+from fft.training.engine import StageEngine, build_engine, init_distributed, on_host
+from fft.training.model import model_spec
 
 T = TypeVar("T")
 

@@ -145,13 +145,16 @@ def _check_model(args: TrainArguments) -> None:
         raise UserError("--init and --from_ckpt exclude each other: random weights or a checkpoint's.")
     if args.tag and not args.from_ckpt:
         raise UserError("--tag names a checkpoint of --from_ckpt, which is missing.")
-    if args.lora_dim and (args.init or args.freeze):
+    adapts = "--adapter_name_or_path" if args.adapter_name_or_path else "--lora_dim" if args.lora_dim else None
+    if adapts and (args.init or args.freeze):
         other = "--init, whose weights would be nowhere" if args.init else "--freeze: all else is frozen"
-        raise UserError(f"--lora_dim trains adapters of an existing model alone, not with {other}.")
+        raise UserError(f"{adapts} trains adapters of an existing model alone, not with {other}.")
+    if args.load_in_4bit and not adapts:
+        raise UserError("--load_in_4bit is of a model below adapters, which alone are trained: add --lora_dim.")
     for name in ("lora_dropout", "use_rslora", "use_dora"):
-        if getattr(args, name) and not args.lora_dim:
+        if getattr(args, name) and not adapts:
             raise UserError(f"--{name} is of adapters: give their rank by --lora_dim, or leave it out.")
-    if args.lora_dim and args.lora_alpha < 1:
+    if adapts and args.lora_alpha < 1:
         raise UserError(f"--lora_alpha {args.lora_alpha} must be at least 1.")
 
 

@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fft.errors import UserError
 from fft.images.pixels import normalized
 from fft.images.positions import image_begins
 from fft.images.rules import GRIDS, ImageRules
+from fft.models.four_bits import round_weights
 from fft.models.lora import Lora, adapt, dropping, freeze, reset_adapters
 from fft.models.vision import PARTS, auto_class, decoder_path, vision_parts
 from fft.planning.preflight import Plan, batch_plan
@@ -125,16 +126,24 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
 
     Raises :class:`UserError` without a table to train on.
     """
-    train = plan.train
-    if train is None:
-        raise UserError("a comparison needs steps: give --train_data.")
     model = auto_class(plan.config).from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
     lora = Lora.of(args)
     if lora is not None:
         adapt(model, f"{decoder_path(model)}.layers", lora, vision_parts(model))
+        if args.load_in_4bit:
+            round_weights(model, f"{decoder_path(model)}.layers")
         reset_adapters(model, args.seed)
     if args.freeze:
         freeze(model, args.freeze)
+    found = train_alone(model, args, plan)
+    return found if lora is None else replace(found, weights=adapter_parameters(found.weights))
+
+
+def train_alone(model: PreTrainedModel, args: TrainArguments, plan: Plan) -> Outcome:
+    """Train what is not frozen of ``model``, as ``args`` say. Raises :class:`UserError` without a table to train on."""
+    train = plan.train
+    if train is None:
+        raise UserError("a comparison needs steps: give --train_data.")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices, vectors = ([p for p in parameters.values() if (p.ndim < 2) == small] for small in (False, True))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -160,8 +169,6 @@ def one_process(directory: Path, args: TrainArguments, plan: Plan) -> Outcome:
     # Biases that balance experts are parameters here that get no gradient.
     gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items() if p in optimizer.state}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    if lora is not None:
-        weights = adapter_parameters(weights)
     return Outcome(losses, norms, weights, gradients, evaluations)
 
 

@@ -58,7 +58,8 @@ def shrunken(config: PretrainedConfig, args: TrainArguments) -> PretrainedConfig
     small.num_key_value_heads = _fewest(kv_heads, lambda heads: heads > 1 and heads % ranks == 0)
     sharing = _fewest(heads // kv_heads, lambda n: n > 1 and n * small.num_key_value_heads % ranks == 0)
     small.num_attention_heads = sharing * small.num_key_value_heads
-    small.hidden_size = max(64, 16 * small.num_attention_heads)
+    blocks = args.model_parallel_size if args.load_in_4bit else 1  # of 64 inputs, which no rank cuts
+    small.hidden_size = max(64 * blocks, 16 * small.num_attention_heads)
     if getattr(config, "head_dim", None) and not getattr(config, "kv_lora_rank", None):
         wider = config.head_dim * config.num_attention_heads != config.hidden_size
         small.head_dim = (2 if wider else 1) * small.hidden_size // small.num_attention_heads
@@ -275,6 +276,11 @@ def compare(given: Mapping[str, Any], steps: int) -> int:
             raise UserError(f"--objective {mine.objective}: one process is compared for lm alone; leave it out.")
         args = flags_of(mine, model, run, steps)
         ranks = mine.ranks or _fewest_ranks(args)
+        if mine.adapter_name_or_path:
+            raise UserError(
+                "--adapter_name_or_path: it does not fit the small copy of the model that is compared; give its rank "
+                "by --lora_dim instead."
+            )
         config = load_config(start_of(mine), mine.init, weights=not mine.init)
         check_supported(config, mine.seq_len)
         small = shrunken(config, mine)

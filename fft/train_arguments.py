@@ -69,6 +69,15 @@ class TrainArguments:
     )
     use_rslora: bool = flag("multiply by --lora_alpha / sqrt(--lora_dim): ranks from 64 on need it (rsLoRA)", False)
     use_dora: bool = flag("train also the length of each row of an adapted matrix: better, slower (DoRA)", False)
+    load_in_4bit: bool = flag(
+        "hold the model below the adapters in four bits (NF4): a quarter of its memory, slower; needs bitsandbytes",
+        False,
+    )
+    adapter_name_or_path: str | None = flag(
+        "adapter directory, as PEFT or a run saves it, to go on training: it says what --lora_dim, --lora_alpha, "
+        "--lora_module_name, --use_rslora and --use_dora are (docs/training.md)",
+        None,
+    )
     freeze: str | None = flag("do not train parameters whose name has one of these regular expressions, a,b,c", None)
 
     objective: str = flag(

@@ -21,7 +21,7 @@ from fft.models.directory import ADAPTER_CONFIG
 from fft.models.lora import Lora, is_adapter
 from fft.models.vision import PARTS
 from fft.weights import hf
-from fft.weights.files import load_tensors, opened
+from fft.weights.files import load_tensors, opened, tensors_of
 
 #: A parameter, or its value.
 _T = TypeVar("_T", bound=Tensor)
@@ -40,6 +40,8 @@ _PLAIN = frozenset(
 )
 #: Values of ``init_lora_weights`` that leave the base as it was.
 _UNCHANGED_BASE = (True, False, None, "gaussian", "eva")
+#: What the file of matrices says of itself where the model below was held in four bits; PEFT has no word for it.
+_NF4 = {"base_model": "nf4"}
 #: What PEFT puts before a parameter's name.
 PREFIX = "base_model.model."
 
@@ -105,7 +107,7 @@ def scale_of(config: Mapping[str, object], where: object) -> float:
     elif config.get("init_lora_weights", True) not in _UNCHANGED_BASE:
         other = [f"init_lora_weights {config['init_lora_weights']!r}, which changes the base"]
     if other:
-        raise UserError(f"{where}: only LoRA and DoRA are merged, this has {', '.join(other)}: merge it with PEFT.")
+        raise UserError(f"{where}: only LoRA and DoRA are read, this has {', '.join(other)}: merge it with PEFT.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where} is no LoRA adapter: r is {rank!r} and lora_alpha {alpha!r} in its {CONFIG}.")
@@ -125,15 +127,23 @@ def adapts_tower(directory: Path) -> bool:
     return any(not parts.isdisjoint(name.split(".")) for name in AdapterReader(directory).names)
 
 
-def write_adapter(staging: Path, shards: int, config: Mapping[str, object]) -> list[str]:
-    """Make an adapter of the ``shards`` files that ranks wrote, which go; returns the names of the files made."""
+def write_adapter(staging: Path, shards: int, config: Mapping[str, object], four_bits: bool = False) -> list[str]:
+    """Make an adapter of the ``shards`` files that ranks wrote, which go; returns the names of the files made.
+
+    ``four_bits`` says that the model below it was held so, which the file of matrices notes.
+    """
     files = [staging / hf.shard_name(shard, shards) for shard in range(shards)]
     tensors = {f"{PREFIX}{name}": tensor for file in files for name, tensor in load_tensors(file).items()}
-    hf.write_tensors(staging / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
+    hf.write_tensors(staging / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"} | (_NF4 if four_bits else {}))
     for file in files:
         remove_file(file)
     write_file(staging / CONFIG, json.dumps(config, indent=2))
     return [WEIGHTS, CONFIG]
+
+
+def saw_four_bits(directory: Path) -> bool:
+    """Whether an adapter that a run wrote was trained on a model in four bits."""
+    return _NF4.items() <= (tensors_of(directory / WEIGHTS).metadata() or {}).items()
 
 
 def read_config(directory: Path) -> dict:

@@ -28,6 +28,7 @@ _PLACES = {"model", "tokenizer", "train_data", "eval_data", "output_dir", "check
 _PLACES |= {"tag", "overwrite", "dry_run", "ranks", "device_memory", "register_model", "logging_steps", "save_steps"}
 _PLACES |= {"max_num_checkpoints", "best_of", "background_executor", "only_ckpt_model", "init", "pipe_parallel_size"}
 _PLACES |= {"sample_prompts", "model_parallel_size", "sequence_parallel_size", "expert_parallel_size"}
+_PLACES |= {"adapter_name_or_path"}
 _LOAD = "\n## Load\n"
 #: A folder of the Hub's cache.
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
@@ -116,7 +117,10 @@ def _header(state: Mapping[str, Any], model_type: str, adapter: bool, sees: bool
 def _facts(state: Mapping[str, Any], model_type: str) -> str:
     args, progress, base = state["arguments"], state.get("progress") or {}, _base(state)
     start = f"random weights, seed {args['seed']}" if base is None else f"`{base}`"
-    rows = [["model", f"{model_type}, {args['dtype']}"], ["began with", start]]
+    held = ", below the adapter in four bits (NF4)" if args["load_in_4bit"] else ""
+    rows = [["model", f"{model_type}, {args['dtype']}{held}"], ["began with", start]]
+    if args["adapter_name_or_path"]:
+        rows[-1][-1] += f" and the adapter `{args['adapter_name_or_path']}`"
     if batch := state.get("global_batch"):
         tokens, most = batch * args["seq_len"], "at most " if args["ragged"] else ""
         rows.append(["steps", f"{state['step']:,} of {most}{tokens:,} tokens each, {state['step'] * tokens:,} in all"])
@@ -151,6 +155,7 @@ def _load(adapter: bool, sees: bool, base: str | None) -> str:
         python = 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("DIR")'
         more = [f"python -m fft.checkpoint.convert {base} MERGED --lora DIR"]
         more.append(f"python -m fft.serve.server --model {base} --lora mine=DIR")
+        more.append(f"python -m fft.train --model {base} --adapter_name_or_path DIR --train_data TABLE ...")
     else:
         name = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
         python = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("DIR", dtype="auto")'

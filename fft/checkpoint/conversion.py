@@ -138,6 +138,11 @@ class LoraAdapter:
         self._transposed, self.dora = bool(config.get("fan_in_fan_out")), bool(config.get("use_dora"))
         self._parts = [f"{DOWN}.weight", f"{UP}.weight", *[MAGNITUDE] * self.dora]
         self._tensors = load_tensors(directory / adapters.WEIGHTS)
+        if adapters.saw_four_bits(directory):
+            say(
+                f"note: {self.given} was trained on the model in four bits (NF4), whose rounded weights it saw; it is "
+                "merged into the model as it is"
+            )
         if has_masters(directory):
             fragments, plain = SavedFragments(directory / folder.TRAINING), StoredNames({})
             for key, value in self._tensors.items():

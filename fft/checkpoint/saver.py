@@ -51,6 +51,8 @@ class Contents:
     best: int
     #: Content of ``adapter_config.json`` where checkpoints hold an adapter, not the model.
     adapter: dict | None = None
+    #: Whether that is one for a model that is held in four bits.
+    four_bits: bool = False
     #: Those by which images are trained on, where the run has some.
     rules: ImageRules | None = None
 
@@ -241,7 +243,7 @@ def _complete(contents: Contents, state: Mapping[str, object], staging: Path) ->
         given = contents.config, contents.tokenizer, contents.shards, contents.model, contents.rules
         names = hf.write_metadata(staging, *given)
     else:
-        names = adapter.write_adapter(staging, contents.shards, contents.adapter)
+        names = adapter.write_adapter(staging, contents.shards, contents.adapter, contents.four_bits)
     write_atomically(staging / folder.STATE, folder.to_json(state))
     write_atomically(staging / CARD, card_of(state, contents.config.model_type))
     return [*names, folder.STATE, CARD]

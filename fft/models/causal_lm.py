@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fft.errors import UserError
-from fft.models.directory import check_tensors
+from fft.models.directory import check_adapter, check_tensors
 from fft.models.experts import LoadBalance
+from fft.models.four_bits import FrozenLinear
 from fft.models.lora import MAGNITUDE, LoraLinear, hold_columns, is_adapter, reset_adapter, row_lengths, seed_of
 from fft.models.rotary import Turns
 from fft.models.spec import ModelSpec, copy_of, cut
 from fft.ops.cross_entropy import Vocabulary
 from fft.ops.documents import Documents, UnderWay
 from fft.ops.experts import spread_all
+from fft.ops.nf4 import rounded
 from fft.ops.sequence_parallel import SequenceParallel, ShardedDocuments
 from fft.parallel.expert import ExpertParallel
 from fft.parallel.mesh import MeshSizes
@@ -74,6 +76,8 @@ class StageBuilder:
     ) -> None:
         if weights is not None:
             check_tensors(spec, weights.names, weights.directory)
+        if adapter is not None:
+            check_adapter(spec, adapter.names, adapter.directory)
         self.spec, self.ranks = spec, ranks or Ranks()
         self._weights, self._adapter = weights, adapter
         sequence = self.ranks.sequence
@@ -117,7 +121,7 @@ class StageBuilder:
     @torch.no_grad()
     def _fill(self, module: nn.Module, path: str) -> None:
         """Give every parameter and buffer below ``module`` its value."""
-        for name, child in module.named_modules():
+        for name, child in [*module.named_modules()]:  # what is packed is a module more
             full = f"{path}.{name}" if name else path
             own, buffers = dict(child.named_parameters(recurse=False)), dict(child.named_buffers(recurse=False))
             if not own and not buffers:
@@ -137,6 +141,8 @@ class StageBuilder:
                         f"{full}.{key} is a buffer of model type {self.spec.config.model_type!r} to which transformers "
                         "gives no first value: start from weights, without --init."
                     )
+            if isinstance(child, FrozenLinear) and child.packs:
+                child.pack()  # one after the other, so that the next one's memory is all that is needed besides
             if lengths is not None and isinstance(child, LoraLinear):
                 self._fill_lengths(child, full, lengths)
 
@@ -147,11 +153,13 @@ class StageBuilder:
         if self._adapter is not None:
             self._read(self._adapter, path, {MAGNITUDE: lengths})
         elif shard is None or shard.dim == 0:
-            lengths.copy_(row_lengths(module.weight))
-        elif self._weights is not None:  # of rows of which this rank has a part
-            lengths.copy_(row_lengths(self._weights.read(name, shard.shape, None, pieces).to(lengths.dtype)))
-        else:
-            lengths.copy_(row_lengths(self._seeded(module, path).get_parameter("weight")))
+            lengths.copy_(row_lengths(module.whole()))
+        else:  # of rows of which this rank has a part
+            if self._weights is not None:
+                whole = self._weights.read(name, shard.shape, None, pieces).to(lengths.dtype)
+            else:
+                whole = self._seeded(module, path).get_parameter("weight")
+            lengths.copy_(row_lengths(rounded(whole) if module.packs else whole))
 
     def _read(self, weights: WeightReader, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Give own tensors of the module at ``path``, by name, the values that files have."""

@@ -147,6 +147,23 @@ def check_tensors(spec: ModelSpec, names: Iterable[str], where: object) -> None:
         )
 
 
+def check_adapter(spec: ModelSpec, names: Iterable[str], where: object) -> None:
+    """Raise :class:`UserError` where files in ``where``, by ``names``, lack a matrix of the model's adapters or have
+    others."""
+    known = {name for name in spec.skeleton.state_dict() if is_adapter(name.removesuffix(".weight"))}
+    have = set(names)
+    if lacking := sorted(known - have):
+        raise UserError(
+            f"{where} has no {lacking[0]}: an adapter is trained that all layers have, see --lora_module_name; begin a "
+            "new one by --lora_dim, or merge this one into the model first."
+        )
+    if extra := sorted(have - known):
+        raise UserError(
+            f"{where} has {extra[0]}, which is no matrix of an adapter of this model's linear layers: give the --model "
+            "that it is for, or merge it with PEFT first."
+        )
+
+
 def stored_in(directory: Path) -> StoredNames:
     """How files of a model directory store its parameters; as they are, where the model's type is not known.
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fft.data.draws import column_draws
 from fft.errors import UserError
+from fft.models.four_bits import FrozenLinear
 from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import LENGTHS, Shard
 from fft.train_arguments import LORA_MODULES, TrainArguments
@@ -71,7 +72,7 @@ class Lora:
         )
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(FrozenLinear):
     """A linear layer with an adapter; the layer's own weight and bias are frozen. ``path`` is its name in the model.
 
     It drops where it was given ``draws``, int32 [tokens], see the module. Of DoRA's ``|V|``, where ranks share the
@@ -79,8 +80,7 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, lora: Lora, path: str = "") -> None:
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.lora_A = nn.Linear(linear.in_features, lora.rank, bias=False, **like)
         self.lora_B = nn.Linear(lora.rank, linear.out_features, bias=False, **like)
@@ -102,7 +102,7 @@ class LoraLinear(nn.Linear):
 
         In fp32, float64 for a float64 model. Collective where there is a ``total``.
         """
-        weight, down = self.weight, self.lora_A.weight
+        weight, down = self.whole(), self.lora_A.weight
         squares = row_lengths(weight) ** 2
         wide = squares.dtype
         up = self.lora_B.weight.to(wide)
@@ -117,13 +117,13 @@ class LoraLinear(nn.Linear):
         added = self.scale * self.lora_B(self.lora_A(seen))
         if self.lora_magnitude_vector is None:
             return super().forward(input) + added
-        plain = nn.functional.linear(input, self.weight)
+        plain = self.product(input)
         lengths = self.lengths()
         factor = (self.lora_magnitude_vector.to(lengths.dtype) / lengths).to(plain.dtype)
         if seen is input:
             output = factor * (plain + added)
         else:  # as PEFT: what DoRA changes of W's own product is of the thinned input, too
-            output = plain + (factor - 1) * nn.functional.linear(seen, self.weight) + factor * added
+            output = plain + (factor - 1) * self.product(seen) + factor * added
         return output if self.bias is None else output + self.bias
 
     def _thinned(self, input: Tensor, draws: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
                 reset_adapter(path, module)
         if isinstance(module, LoraLinear) and module.lora_magnitude_vector is not None:
             with torch.no_grad():
-                module.lora_magnitude_vector.copy_(row_lengths(module.weight))
+                module.lora_magnitude_vector.copy_(row_lengths(module.whole()))
 
 
 def seed_of(name: str, seed: int) -> int:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fft.errors import UserError, one_line
 from fft.images.rules import ImageRules
 from fft.models.experts import Routing
+from fft.models.four_bits import hold_in_four_bits
 from fft.models.lora import Lora, adapt, freeze
 from fft.models.outside import Outside
 from fft.models.recurrent import separate_documents
@@ -38,6 +39,7 @@ class ModelSpec:
     With ``images`` it sees those that such rules made; otherwise the tower of a model that could is left as it is.
     With ``shared_tower`` every stage has it whole, and none of its layers is one of the pipeline.
     With ``lora`` adapters alone are trained; ``frozen`` are patterns as :func:`fft.models.lora.freeze` takes them.
+    With ``four_bits`` the linear layers of decoder layers, frozen, are held so: :mod:`fft.models.four_bits`.
     ``selective`` is for :mod:`fft.models.recompute`, ``compiler`` is the backend of torch.compile for decoder layers.
     What is not read from files has its first values from ``seed``.
     Raises :class:`UserError` where ``lora`` or ``frozen`` name what the model does not have, and for a config of which
@@ -55,6 +57,9 @@ class ModelSpec:
     compiler: str | None = None
     images: ImageRules | None = None
     shared_tower: bool = False
+    four_bits: bool = False
+    #: Names of the weights that are held in four bits.
+    packed: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
     #: The whole model on the meta device (shapes, no memory), which nobody changes: modules are built from copies.
     skeleton: PreTrainedModel = field(init=False, repr=False, compare=False)
 
@@ -81,6 +86,8 @@ class ModelSpec:
         if self.lora is not None:
             seen = () if self.images is None else vision_parts(model)
             adapt(model, f"{decoder_path(model)}.layers", self.lora, seen)
+        if self.four_bits:
+            object.__setattr__(self, "packed", hold_in_four_bits(model, f"{decoder_path(model)}.layers"))
         if self.frozen:
             freeze(model, self.frozen)
         if self.fused is not None:

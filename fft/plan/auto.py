@@ -43,8 +43,8 @@ def with_best_layout(args: TrainArguments, ranks: int, speaks: bool) -> TrainArg
 
 
 def _check_planned(args: TrainArguments) -> None:
-    for flag, given in (("lora_dim", args.lora_dim), ("freeze", args.freeze), ("ragged", args.ragged)):
-        if given:
+    for flag in ("lora_dim", "adapter_name_or_path", "freeze", "ragged"):
+        if getattr(args, flag):
             raise UserError(f"--layout auto does not plan runs with --{flag}: set the sizes yourself.")
     if args.dtype != "bf16":
         raise UserError(f"--layout auto plans bf16 alone, not {args.dtype}: set the sizes yourself.")

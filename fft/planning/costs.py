@@ -46,7 +46,8 @@ class LayerCost:
     more, ``experts`` of the latter those that ranks share out. Gradients of frozen weights are not computed.
     ``repeated`` says how many ranks that share a row compute the same. ``pair`` are the multiply-adds in forward for a
     query and a key that it sees, of a decoder layer whose ``window`` has so many (None: all before it). ``again`` are
-    those of its forward that its backward needs once more, whatever is recomputed.
+    those of its forward that its backward needs once more, whatever is recomputed. Of what is ``held``, ``packed`` are
+    in four bits, of which ``largest_packed`` are one weight's at most.
     """
 
     flops: float
@@ -61,6 +62,8 @@ class LayerCost:
     pair: float = 0.0
     window: int | None = None
     again: float = 0.0
+    packed: int = 0
+    largest_packed: int = 0
 
     @property
     def time(self) -> float:
@@ -120,7 +123,8 @@ def layer_costs(
     )
     for layer in planned_layers(spec, split_dlayer):
         if layer.kind not in TOWER:
-            cost = replace(_cost(layer, shards, _text_use(spec, layer.modules[layer.path])), **_attention(spec, layer))
+            use = _text_use(spec, layer.modules[layer.path])
+            cost = replace(_cost(layer, shards, use, packed=spec.packed), **_attention(spec, layer))
             costs.append(_attending(cost, cost.pair * float(pairs(seq_len, cost.window)) / seq_len))
     embedding, last = next(i for i, cost in enumerate(costs) if cost.kind is Embedding), costs[-1]
     costs[embedding] = replace(costs[embedding], flops=0.0, backward=0.0)
@@ -153,8 +157,16 @@ def multiply_adds(costs: Sequence[LayerCost]) -> tuple[list[float], list[float]]
 _Use = Callable[[str, str], float]
 
 
-def _cost(layer: PlannedLayer, shards: Mapping[str, Shard], use: _Use, inputs: bool = True) -> LayerCost:
-    """Without the scores of attention; ``inputs`` says whether what goes in has a gradient."""
+def _cost(
+    layer: PlannedLayer,
+    shards: Mapping[str, Shard],
+    use: _Use,
+    inputs: bool = True,
+    packed: frozenset[str] = frozenset(),
+) -> LayerCost:
+    """Without the scores of attention; ``inputs`` says whether what goes in has a gradient, ``packed`` are weights in
+    four bits."""
+    in_four_bits = [0]
     flops, backward, parameters, held, trained, matrices, experts = 0.0, 0.0, 0, 0, 0, 0, 0
     for path, module in layer.modules.items():
         for name, parameter in module.named_parameters():
@@ -166,11 +178,14 @@ def _cost(layer: PlannedLayer, shards: Mapping[str, Shard], use: _Use, inputs: b
             backward += used * (inputs + parameter.requires_grad)  # of what went in, and of the weight
             parameters += prod(shape)
             held += share
+            if f"{path}.{name}" in packed:
+                in_four_bits.append(share)
             if parameter.requires_grad:
                 trained += share
                 matrices += share if len(shape) > 1 else 0
                 experts += share if shard is not None and shard.experts is not None else 0
-    return LayerCost(flops, backward, parameters, held, trained, matrices, experts, layer.kind)
+    own = LayerCost(flops, backward, parameters, held, trained, matrices, experts, layer.kind)
+    return replace(own, packed=sum(in_four_bits), largest_packed=max(in_four_bits))
 
 
 def _attending(cost: LayerCost, scores: float) -> LayerCost:

@@ -13,12 +13,14 @@ from fft.models.vision import PARTS, rules_of
 from fft.planning.image_load import SHARE, ImageLoad, assumed_load, load_of, manifests_of
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import check_encoder_stages, lay_out
+from fft.planning.start_adapter import with_adapter
 
 
 def dry_run(args: TrainArguments) -> int:
     """Print the layout of ``--ranks``. Raises :class:`UserError` where it is impossible, or exceeds the device."""
     if int(os.environ.get("RANK", "0")) > 0:
         return 0
+    args = with_adapter(args)
     layout, told = planned(args, args.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     print(told)
     if args.device_memory:

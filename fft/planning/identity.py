@@ -18,7 +18,7 @@ from fft.weights.files import opened
 from fft.weights.hf import WeightReader
 
 #: What an identity consists of.
-IDENTITY = ("config", "weights", "tokenizer", "train_data", "eval_data")
+IDENTITY = ("config", "weights", "adapter", "tokenizer", "train_data", "eval_data")
 #: Entries of a config that say where it comes from, or in which type its weights were written.
 _ORIGIN = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
 #: At most so many tensors of a model and files of a table, evenly spaced, are looked into.

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from fft.arguments import TrainArguments
 from fft.errors import UserError
+from fft.models.four_bits import check_blocks
 from fft.models.layers import Embedding, Head
 from fft.models.lora import Lora
 from fft.models.spec import ModelSpec
@@ -56,7 +57,9 @@ def plan_layout(
     Raises :class:`UserError` for stages that cannot be, and for parameters to train or to freeze that the model does
     not have.
     """
-    spec = replace(spec, fused=None, lora=Lora.of(args), frozen=args.freeze, selective=args.checkpoint_grad_selective)
+    trained = {"lora": Lora.of(args), "frozen": args.freeze, "four_bits": args.load_in_4bit}
+    spec = replace(spec, fused=None, selective=args.checkpoint_grad_selective, **trained)
+    check_blocks(spec.packed, spec.shards(0, mesh.tensor), mesh.tensor)
     if mesh.expert > 1 and not spec.experts:
         raise UserError(
             f"--expert_parallel_size {mesh.expert}: the experts of a {spec.config.model_type} are computed in a "
@@ -165,6 +168,10 @@ def layer_memory(
         LayerMemory(c.held, c.matrices, a.saved, a.forward, a.backward, c.recomputes, c.trained, c.experts, t)
         for c, a, t in zip(costs, ran, taken, strict=False)
     ]
+    layers = [
+        layer.in_four_bits(cost.packed, cost.largest_packed * at.itemsize)
+        for layer, cost in zip(layers, costs, strict=False)
+    ]
     vocabulary = costs[-1].held // at.hidden_size
     # ZeRO's own optimizer makes its sums after backward.
     summed = not args.offload_optimizer and (args.dtype == "bf16" or not at.zero)
@@ -230,10 +237,12 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
         lines += _picture(mesh)
     lines += _table(layout)
     which = "adapters" if args.lora_dim else f"all but {args.freeze}" if frozen else "all parameters"
+    share = sum(cost.packed for cost in costs) / sum(cost.held for cost in costs)
+    packed = f", {share:.0%} of all parameters in four bits (NF4)" if share else ""
     optimizer = ", the optimizer's in the machine's memory" if args.offload_optimizer else ""
     lines.append(
-        f"GB of a rank, {which} trained{optimizer}; total = weights+grads + optimizer + the larger of activations + "
-        "loss, and step"
+        f"GB of a rank, {which} trained{packed}{optimizer}; total = weights+grads + optimizer + the larger of "
+        "activations + loss, and step"
     )
     micro_batches = args.gradient_accumulation_steps
     tokens = mesh.data * micro_batches * args.per_device_train_batch_size * args.seq_len

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fft.ops.cross_entropy import logit_bytes, piece_rows
+from fft.ops.nf4 import packed_bytes
 
 #: Elements of the bucket that DeepSpeed reduces gradients by (its default), where its ZeRO optimizer does not.
 _BUCKET = 500_000_000
@@ -45,7 +46,7 @@ class LayerMemory:
     ``recomputes`` says whether the layer may be among those that ``--checkpoint_grad_interval`` runs again. Of the
     elements ``held``, ``trained`` (None: all) have gradients and optimizer state, ``matrices`` of these are of two
     dimensions or more, ``experts`` are some of the experts, which other ranks have the rest of. ``taken`` is what it
-    takes (None: what layers of texts do).
+    takes (None: what layers of texts do). ``packed`` of the elements are in four bits.
     """
 
     held: int
@@ -57,6 +58,11 @@ class LayerMemory:
     trained: int | None = None
     experts: int = 0
     taken: Taken | None = None
+    packed: int = 0
+
+    def in_four_bits(self, packed: int, largest: int) -> "LayerMemory":
+        """With so many elements in four bits; matrices of up to ``largest`` bytes are multiplied out, one by one."""
+        return replace(self, packed=packed, forward=self.forward + largest, backward=self.backward + largest)
 
     def without_gradients(self) -> "LayerMemory":
         """Where nothing is trained up to here, nothing is kept for a backward."""
@@ -182,7 +188,9 @@ def stage_memory(layers: Sequence[LayerMemory], start: int, stop: int, stage: in
     held = sum(layer.held for layer in counted)
     trained = sum(layer.held if layer.trained is None else layer.trained for layer in counted)
     matrices = sum(layer.matrices for layer in counted)
-    weights = held * at.itemsize + trained * _FP32  # gradients are summed in fp32
+    packed = sum(layer.packed for layer in counted)
+    weights = (held - packed) * at.itemsize + packed_bytes(packed)
+    weights += trained * _FP32  # gradients are summed in fp32
     # Without ZeRO fp32 weights are their own masters.
     others = sum(layer.experts for layer in counted) * (at.expert - 1)  # what its expert group has besides
     shared = trained + others

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -38,10 +39,17 @@ def check_pairs(args: TrainArguments, flag: str, table: Table) -> None:
         )
 
 
-def reference_model(args: TrainArguments, config: PretrainedConfig, weights: WeightReader) -> str:
-    """A name for the model with which a run begins, as it computes: a hash of its config, weights and type.
+def reference_model(
+    args: TrainArguments, config: PretrainedConfig, weights: WeightReader, adapter: WeightReader | None = None
+) -> str:
+    """A name for the model with which a run begins, as it computes: a hash of its config, weights and type, of the
+    ``adapter`` with which it begins, if there is one, and of four bits.
 
     Raises :class:`UserError` for weights that cannot be read.
     """
-    facts = json.dumps([config_entries(config), weights_hash(weights.directory), args.dtype], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    facts: list[Any] = [config_entries(config), weights_hash(weights.directory), args.dtype]
+    if adapter is not None:
+        facts.append([weights_hash(adapter.directory), args.lora_dim, args.lora_alpha, args.use_rslora])
+    if args.load_in_4bit:
+        facts.append("nf4")
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

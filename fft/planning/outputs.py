@@ -109,6 +109,7 @@ def _check_replaced(args: TrainArguments, model: str, tokenizer: str | None) -> 
             run = run_at(place)
             replaced += [(flag, run.shown(checkpoint_tag(step))) for step in run.steps()]
     weights = {"--from_ckpt" if args.from_ckpt else "--model": model, "--tokenizer": tokenizer and args.tokenizer}
+    weights["--adapter_name_or_path"] = args.adapter_name_or_path
     needed = [*weights.items(), *zip(RUN_FLAGS, run_places(args), strict=False)]
     for flag in ("train_data", "eval_data"):
         tables = data_places(getattr(args, flag), flag) if getattr(args, flag) else []

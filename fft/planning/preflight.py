@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
+from fft.checkpoint.adapter import AdapterReader
 from fft.checkpoint.folder import checkpoint_tag
 from fft.checkpoint.stored_run import run_at
 from fft.corpus.local import is_json_lines, scratch_cache, table_of, text_input
@@ -30,7 +31,7 @@ from fft.models.vision import PARTS, rules_of
 from fft.parallel.mesh import MeshSizes, mesh_sizes
 from fft.parallel.ring_plan import row_multiple
 from fft.parallel.tensor_plan import check_expert_parallel, check_tensor_parallel, heads_of
-from fft.planning.identity import identity_of
+from fft.planning.identity import identity_of, weights_hash
 from fft.planning.image_load import ImageLoad, load_of
 from fft.planning.objective import check_pairs
 from fft.planning.outputs import TOKENS, check_outputs
@@ -41,7 +42,7 @@ from fft.weights.hf import WeightReader
 class Plan:
     """A run whose inputs have been checked. ``evaluations`` are tables by name, the first says what is best; one alone
     may have an empty name. ``total_samples`` counts all epochs, ``total_steps`` optimizer steps; ``load`` is what its
-    images weigh, where it has some."""
+    images weigh, where it has some. ``adapter`` is the one that training goes on with, if there is one."""
 
     config: PretrainedConfig
     weights: WeightReader | None
@@ -52,6 +53,7 @@ class Plan:
     total_samples: int
     total_steps: int
     load: ImageLoad | None = None
+    adapter: AdapterReader | None = None
 
     @property
     def evaluation(self) -> SampleReader | None:
@@ -66,7 +68,9 @@ class Plan:
     @cached_property
     def identity(self) -> dict:
         """What is trained, see :func:`fft.planning.identity.identity_of`."""
-        return identity_of(self.config, self.weights, self.tokenizer, self.train, [*self.evaluations.values()])
+        evaluations, adapter = [*self.evaluations.values()], self.adapter
+        known = identity_of(self.config, self.weights, self.tokenizer, self.train, evaluations)
+        return known | {"adapter": adapter and weights_hash(adapter.directory)}
 
 
 def plan_run(args: TrainArguments, world: int) -> Plan:
@@ -77,6 +81,7 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     model, tokenizer = start_of(args), tokenizer_of(args)
     check_outputs(args, model, tokenizer)
     weights = None if args.init else WeightReader(model)
+    adapter = AdapterReader(local(args.adapter_name_or_path)) if args.adapter_name_or_path else None
     named = parse_evaluations(args.eval_data) if args.eval_data else {}
     train = _open_all(args, config, tokenizer) if args.train_data else None  # last: texts are tokenized now
     evaluations = {n: _open("eval_data", path, args, config, tokenizer, shuffle=False) for n, path in named.items()}
@@ -89,7 +94,7 @@ def plan_run(args: TrainArguments, world: int) -> Plan:
     manifests = [table.manifest for table in tables]
     trained = len(train.tables) if train else 0
     load = None if rules is None else load_of(args, rules, manifests[:trained], manifests[trained:])
-    return Plan(config, weights, tokenizer, mesh, train, evaluations, total_samples, total_steps, load)
+    return Plan(config, weights, tokenizer, mesh, train, evaluations, total_samples, total_steps, load, adapter)
 
 
 def doubts(args: TrainArguments, plan: Plan) -> list[str]:
@@ -170,7 +175,7 @@ def start_of(args: TrainArguments) -> str:
     Raises :class:`UserError` when the checkpoint is none, or an adapter.
     """
     if not args.from_ckpt:
-        return _readable(args.model)
+        return local(args.model)
     run = run_at(args.from_ckpt)
     steps = run.steps()
     tag = run.tag_of(args.tag) if args.tag else checkpoint_tag(steps[-1]) if steps else "step-*"
@@ -180,13 +185,14 @@ def start_of(args: TrainArguments) -> str:
     path = run.view(tag)
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"--from_ckpt: {path} is an adapter (--lora_dim): go on with --resume, or merge it first by "
-            f"python -m fft.checkpoint.convert {args.from_ckpt} OUT --tag {tag}."
+            f"--from_ckpt: {path} is an adapter: go on with that run by --resume, begin another with it by --model and "
+            f"--adapter_name_or_path {run.shown(tag)}, or merge it by python -m fft.checkpoint.convert "
+            f"{args.from_ckpt} OUT --tag {tag}."
         )
     return str(path)
 
 
-def _readable(place: str) -> str:
+def local(place: str) -> str:
     """The path of a directory, of one in a store that of its view."""
     return str(view(place)) if is_url(place) else place
 
@@ -198,7 +204,7 @@ def tokenizer_of(args: TrainArguments) -> str | None:
     """
     model = start_of(args)
     tokenizer = (
-        _readable(args.tokenizer)
+        local(args.tokenizer)
         if args.tokenizer
         else (model if (Path(model) / "tokenizer_config.json").is_file() else None)
     )

@@ -17,7 +17,7 @@ from fft.files import nearest_folder
 from fft.train_arguments import TrainArguments
 
 #: Flags of what is read, and of what is written.
-_READ = ("model", "tokenizer", "from_ckpt", "train_data", "eval_data", "sample_prompts")
+_READ = ("model", "adapter_name_or_path", "tokenizer", "from_ckpt", "train_data", "eval_data", "sample_prompts")
 _WRITTEN = ("output_dir", "checkpoint", "upload")
 
 

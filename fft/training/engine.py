@@ -16,27 +16,24 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
 
 from fft.arguments import TrainArguments
 from fft.checkpoint import optimizer_state
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
 from fft.files import remove_file
-from fft.images.rules import ImageRules
 from fft.models.causal_lm import StageBuilder
-from fft.models.compiled import compiler_of
 from fft.models.layers import DecoderLayer, canonical_parameters, held_tower, pipeline_layers
-from fft.models.lora import Lora
-from fft.models.spec import DTYPES, ModelSpec
+from fft.models.spec import ModelSpec
 from fft.models.vision_layers import VisionBlock
 from fft.ops import fused
 from fft.ops.backends.choice import choose, kernel_name
+from fft.ops.nf4 import check_nf4
 from fft.parallel.mesh import MeshSizes
 from fft.parallel.role import StageRole
 from fft.parallel.tensor_plan import Shard
 from fft.planning.layout import zero_stage
-from fft.planning.objective import DPO, check_balance
+from fft.planning.objective import DPO
 from fft.training.compiling import compile_alone
 from fft.training.deepspeed_config import deepspeed_config
 from fft.training.inputs import Sender, Sent
@@ -116,29 +113,6 @@ def _unlink_shared_buffer() -> None:
     remove_file(Path("/dev/shm", f"deepspeed_allreduce_buffer_{job}"))
 
 
-def model_spec(args: TrainArguments, config: PretrainedConfig, images: ImageRules | None = None) -> ModelSpec:
-    """The model, with the kernels asked for, and the rules of the ``images`` that it is to see.
-
-    Raises :class:`UserError` for names that it does not have, and for a loss of its own where preferences are learned.
-    """
-    operators = None if args.compile else fused.fused_ops(device_type(), args.fused_ops)
-    train = {"lora": Lora.of(args), "frozen": args.freeze, "selective": args.checkpoint_grad_selective}
-    compiler = compiler_of(device_type()) if args.compile else None
-    spec = ModelSpec(
-        config,
-        DTYPES[args.dtype],
-        args.seed,
-        args.attention,
-        operators,
-        **train,
-        compiler=compiler,
-        images=images,
-        shared_tower=args.encoder_pipe_parallel_size == 0,
-    )
-    check_balance(args, spec.routing is not None and spec.routing.coefficient > 0)
-    return spec
-
-
 def check_kernels(spec: ModelSpec) -> str:
     """Compare the kernels that this rank will train with to their references; returns their names.
 
@@ -150,6 +124,8 @@ def check_kernels(spec: ModelSpec) -> str:
     if spec.fused is not None:
         fused.check_operators(spec.fused, device, spec.dtype)
         names.append(f"fused operators {spec.fused.name}")
+    if spec.packed:
+        names.append(check_nf4(device, spec.dtype))
     if spec.compiler is not None:
         names.append(f"decoder layers by torch.compile ({spec.compiler})")
     return ", ".join(names)

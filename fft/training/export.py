@@ -105,6 +105,7 @@ class ModelExport:
             newest=args.max_num_checkpoints,
             best=args.best_of,
             adapter=self._adapter,
+            four_bits=self._builder.spec.four_bits,
             rules=self._plan.images,
         )
 
@@ -133,7 +134,7 @@ class ModelExport:
         """Add to the shards of all ranks what makes a directory of them; returns the names of the files."""
         shards, plan = self._engine.role.shards, self._plan
         if self._adapter is not None:
-            names = write_adapter(staging, shards, self._adapter)
+            names = write_adapter(staging, shards, self._adapter, self._builder.spec.four_bits)
         else:
             names = hf.write_metadata(staging, self._config, plan.tokenizer, shards, self._base, plan.images)
         write_atomically(staging / CARD, card_of(state, self._config.model_type))

@@ -1,6 +1,7 @@
 """What the model that a run begins with says of preferences: computed once, by the run's own ranks, kept by the table.
 
-With adapters that is the model that they are for: at the beginning they add nothing.
+With adapters that is the model that they are for, since at the beginning they add nothing; where training goes on with
+an adapter that there is (``--adapter_name_or_path``), the model with it.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ def with_references(
         return plan
     if plan.weights is None:
         raise UserError("preferences need a model to begin with: give --model without --init.")
-    model, known = reference_model(args, plan.config, plan.weights), {}
+    model, known = reference_model(args, plan.config, plan.weights, plan.adapter), {}
     for reader in filter(None, (plan.train if plan.total_steps else None, *plan.evaluations.values())):
         for member in reader.members:
             table = member.table
@@ -69,10 +70,16 @@ def with_references(
 def _check_start(args: TrainArguments, engine: StageEngine, table: Table, name: str) -> None:
     if engine.deepspeed.global_steps:
         raise UserError(
-            f"--resume: {table.storage.shown(name)} is missing, what {args.from_ckpt or args.model} in {args.dtype} "
-            f"says of {table.source}, and the weights of a run that has begun are no reference: give --model and "
-            "--dtype with which it began, and a table that has the file, or begin a new run."
+            f"--resume: {table.storage.shown(name)} is missing, what {_begun(args)} in {args.dtype} says of "
+            f"{table.source}, and the weights of a run that has begun are no reference: give --model, --dtype and "
+            "--adapter_name_or_path with which it began, and a table that has the file, or begin a new run."
         )
+
+
+def _begun(args: TrainArguments) -> str:
+    """The model with which a run begins, in words."""
+    model = str(args.from_ckpt or args.model)
+    return f"{model} with {args.adapter_name_or_path}" if args.adapter_name_or_path else model
 
 
 def _kept(table: Table, name: str, control: dist.ProcessGroup) -> Reference | None:
@@ -111,9 +118,7 @@ def _computed(
     own = np.concatenate(keys) if counts else np.empty(0, np.int64), values if counts else np.empty(0, np.float32)
     found = Reference.of(*_from_all(own, control))
     if not np.isfinite(found.values).all():
-        raise UserError(
-            f"{args.from_ckpt or args.model} gives a document of {member.table.path} no finite probability."
-        )
+        raise UserError(f"{_begun(args)} gives a document of {member.table.path} no finite probability.")
     pairs, took = len(found.keys) // 2, duration(time.perf_counter() - begun)
     log(f"reference log-probabilities of {pairs:,} pairs of {member.table.source} computed in {took}, kept beside it")
     return found

@@ -29,6 +29,8 @@ from fft.training.early_stop import EarlyStop
 from fft.training.same_run import VERSIONS, check_resumed
 from fft.weights.hf import WeightReader
 
+#: Settings that say which adapters are trained.
+_SHAPES = ("lora_dim", "lora_alpha", "lora_module_name", "use_rslora", "use_dora")
 #: Settings that a resumed run may change, but not by accident: its losses will not be those of the run begun.
 _TERMS = (
     *("learning_rate", "min_learning_rate", "lr_scheduler_type", "warmup_steps", "decay_ratio"),
@@ -50,7 +52,7 @@ class Start:
     def readers(self, plan: Plan, adapts: bool) -> tuple[WeightReader | None, WeightReader | None]:
         """What the model, and the adapters of one that ``adapts``, are read from."""
         if self.checkpoint is None:
-            return plan.weights, None
+            return plan.weights, plan.adapter
         return (plan.weights, AdapterReader(self.checkpoint)) if adapts else (WeightReader(self.checkpoint), None)
 
 
@@ -187,7 +189,7 @@ def _compare(args: TrainArguments, plan: Plan, checkpoint: str, state: dict, log
     before = state["arguments"]
     if before["dtype"] != args.dtype:
         raise UserError(f"--dtype {args.dtype}: {checkpoint} was trained in {before['dtype']}; resume with that.")
-    for name in ("lora_dim", "lora_alpha", "lora_module_name", "use_rslora", "use_dora", "freeze"):
+    for name in (*_SHAPES, "load_in_4bit", "freeze"):
         if before.get(name, getattr(TrainArguments, name)) != getattr(args, name):
             raise UserError(
                 f"--{name} {getattr(args, name)}: {checkpoint} was trained with {before.get(name)}; resume with that."

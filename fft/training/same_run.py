@@ -59,7 +59,9 @@ def check_resumed(
     if before is None:
         log(f"warning: {checkpoint} does not say which model it was trained from: make sure that it is the same")
         return
-    in_place = args.output_dir and args.model and Path(args.output_dir).resolve() == Path(args.model).resolve()
+    read = {"weights": args.model, "adapter": args.adapter_name_or_path}
+    output = args.output_dir and Path(args.output_dir).resolve()
+    in_place = {what for what, place in read.items() if output and place and output == Path(place).resolve()}
     for name, was, is_ in differences(before, now):
         what, _, entry = name.partition(".")
         if (what == "eval_data" and not (args.best_of or args.early_stop_patience)) or what == "tokenizer":
@@ -69,7 +71,12 @@ def check_resumed(
                 f"--resume: {entry} is {is_} in the config of the model, {checkpoint} was trained with {was}: give the "
                 "--model that the run began with."
             )
-        elif what == "weights" and not in_place:  # else they may be what this run wrote
+        elif what == "adapter" and what not in in_place:
+            raise UserError(
+                f"--resume: --adapter_name_or_path is not the adapter that the run of {checkpoint} began with: give "
+                "that one, or none where it began with none."
+            )
+        elif what == "weights" and what not in in_place:  # else they may be what this run wrote
             raise UserError(
                 f"--resume: the weights of the model are not those that the run of {checkpoint} began with: give the "
                 "--model that it began with."

@@ -26,6 +26,7 @@ from fft.models.spec import ModelSpec
 from fft.ops import fused
 from fft.planning.layout import Layout, describe, plan_layout
 from fft.planning.preflight import Plan, batch_plan, doubts, plan_run
+from fft.planning.start_adapter import told_start, with_adapter
 from fft.redaction import fit_to_print
 from fft.text.shown import first_sample, summary_of
 from fft.training import run_folder
@@ -39,7 +40,6 @@ from fft.training.engine import (
     device_type,
     host_group,
     init_distributed,
-    model_spec,
     on_host,
 )
 from fft.training.environment import environment, let_memory_grow, world_size
@@ -50,6 +50,7 @@ from fft.training.meeting import meet
 from fft.training.metric_sinks import evaluation_numbers
 from fft.training.metrics import Metrics, Stopwatch, mean_balance, open_metrics
 from fft.training.mlflow_sink import check_registers
+from fft.training.model import model_spec
 from fft.training.output import contents_of, keep_aside, write_output
 from fft.training.pace import follow
 from fft.training.reference import with_references
@@ -71,6 +72,7 @@ def train(args: TrainArguments) -> int:
     check_device(args)
     # What goes wrong from here on reaches all ranks, with flags and places by their names.
     with Watch(meet(world_size()), args.timeout) as watch, build_parser().naming_flags(), naming_places():
+        args = with_adapter(args)
         plan = plan_run(args, world_size())
         check_registers(args, plan.tokenizer)
         spec = model_spec(args, plan.config, plan.images)
@@ -105,7 +107,7 @@ def _announce(args: TrainArguments, plan: Plan, spec: ModelSpec, layout: Layout)
     if args.lora_dim or args.freeze:
         _log(f"{trained(spec.skeleton.parameters()):,} parameters are trained, the others are frozen")
     if spec.lora is not None:
-        _log(spec.lora.guidance)
+        _log(told_start(args) if plan.adapter is not None else spec.lora.guidance)
 
 
 def _run(

@@ -156,8 +156,8 @@ def test_a_sum_that_is_written_in_fp32_was_not_rounded_before(model, tmp_path, c
 @pytest.mark.parametrize(
     ("names", "settings", "said"),
     [
-        (TARGETS, {"lora_bias": True}, "only LoRA and DoRA are merged, this has lora_bias"),
-        (TARGETS, {"peft_type": "IA3"}, "only LoRA and DoRA are merged, this has IA3"),
+        (TARGETS, {"lora_bias": True}, "only LoRA and DoRA are read, this has lora_bias"),
+        (TARGETS, {"peft_type": "IA3"}, "only LoRA and DoRA are read, this has IA3"),
         ({"model.layers.9.mlp.up_proj": (64, 32)}, {}, "lora_A.weight belongs to no weight of the model"),
         (TARGETS, {"init_lora_weights": "pissa_niter_4"}, "this has init_lora_weights 'pissa_niter_4', which changes"),
     ],

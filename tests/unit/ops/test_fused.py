@@ -20,7 +20,8 @@ from fft.models.layers import pipeline_layers
 from fft.models.spec import ModelSpec
 from fft.ops import fused
 from fft.ops.fused import FAMILIES, check_operators, fuse, fused_ops, plain_ops
-from fft.training.engine import check_kernels, model_spec
+from fft.training.engine import check_kernels
+from fft.training.model import model_spec
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 2}
 SIZES = {

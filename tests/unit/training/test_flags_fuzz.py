@@ -103,6 +103,8 @@ FLAGS: dict[str, tuple[list, list]] = {
     "lora_dropout": (["0.1", "0"], [*NUMBERS, "1"]),
     "use_rslora": ([True], []),
     "use_dora": ([True], []),
+    "load_in_4bit": ([True], []),
+    "adapter_name_or_path": ([], PATHS),
     "freeze": (["embed_tokens", r"layers\.[01]\.,norm"], ["", "(", "[", ",", "nothing", ".*"]),
     "objective": (["lm"], ["", "dpo", "DPO"]),
     "dpo_beta": (["0.1"], NUMBERS),
