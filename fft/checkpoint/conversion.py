@@ -1,6 +1,5 @@
 """Checkpoints, adapters and DeepSpeed's files as Hugging Face model directories: what the command ``convert`` does."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,77 +12,23 @@ from fft.checkpoint import folder
 from fft.checkpoint.card import CARD
 from fft.checkpoint.finite import clause_on, not_finite
 from fft.checkpoint.fragments import MASTER, SavedFragments
+from fft.checkpoint.layer_files import LayerFiles, has_layer_files
 from fft.checkpoint.model_folder import staged
 from fft.checkpoint.stored_run import run_at
 from fft.console import live, say
 from fft.data.model_files import check_directory
 from fft.data.storage import is_url
 from fft.data.views import view
-from fft.errors import UserError, one_line
+from fft.errors import UserError
 from fft.files import write_atomically
 from fft.models.directory import Weights, check_whole, has_own_head, load_config, stored_in
 from fft.models.lora import DOWN, MAGNITUDE, UP, row_lengths
 from fft.models.spec import ModelSpec
 from fft.weights import hf
-from fft.weights.files import check_here, load_tensors
+from fft.weights.files import load_tensors
 from fft.weights.names import StoredNames, Use, put, taken
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_LAYER_FILES = "layer_*-model_states.pt"
-
-
-class LayerFiles:
-    """Weights in the files that DeepSpeed's own checkpoints have of a pipeline's layers, by Hugging Face name.
-
-    Layers are numbered as :func:`fft.models.layers.pipeline_layers` lists them: embedding, decoder layers, whole or
-    in halves, norm, head. Raises :class:`UserError` when the files are not those of such a model.
-    """
-
-    def __init__(self, directory: Path, spec: ModelSpec) -> None:
-        layers = spec.text.num_hidden_layers
-        self.dtype: torch.dtype | None = None
-        self._open: tuple[Path, dict[str, Tensor]] | None = None
-        files: dict[int, Path] = {}
-        for path in sorted(directory.glob(_LAYER_FILES)):
-            found = _LAYER_FILE.fullmatch(path.name)
-            if found is None:
-                raise UserError(f"{path} is no layer file of DeepSpeed's: move it elsewhere.")
-            if int(found[2] or 0):
-                raise UserError(f"{path}: tensor-parallel layer files are not read; merge them with DeepSpeed first.")
-            files[int(found[1])] = path
-        halves = 2 if 1 in files and not any("mlp." in key for key in self._read(files[1])) else 1
-        wanted = range(halves * layers + (2 if spec.tied else 3))
-        if set(files) != set(wanted):
-            raise UserError(
-                f"{directory} has files of layers {', '.join(map(str, files))}; a model of {layers} decoder layers has "
-                f"0 to {wanted[-1]}: restore them or give its --model."
-            )
-        decoder = [f"{spec.base}.layers.{index}" for index in range(layers) for _ in range(halves)]
-        paths = [spec.embedding, *decoder, spec.norm, spec.output]
-        self._stored: dict[str, tuple[Path, str]] = {}
-        for layer, file in sorted(files.items()):
-            for key in self._read(file):
-                self._stored[f"{paths[layer]}.{key.removeprefix('module.')}"] = file, key
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._stored)
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them."""
-        file, key = self._stored[name]
-        return self._read(file)[key]
-
-    def _read(self, file: Path) -> dict[str, Tensor]:
-        if self._open is None or self._open[0] != file:
-            check_here(file)
-            try:
-                self._open = file, torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            except (RuntimeError, ValueError, EOFError, OSError) as error:
-                raise UserError(f"{file} cannot be read ({one_line(error)[:120]}): restore it.") from error
-        return self._open[1]
 
 
 class Masters:
@@ -345,7 +290,7 @@ def open_source(place: str, tag: str | None, model: Path | None, dtype: str | No
             raise UserError(f"{path / adapters.CONFIG} names no model that was adapted: name it with --model.")
         model = model or view(str(base))
         return merged(hf.WeightReader(model), path, dtype, model), model, path
-    if any(path.glob(_LAYER_FILES)):
+    if has_layer_files(path):
         where = model or path
         if not (where / hf.CONFIG).is_file():
             raise UserError(f"{where} has no config.json for DeepSpeed's layer files: name the --model.")
