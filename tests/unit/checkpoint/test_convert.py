@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fft.checkpoint import conversion
 from fft.checkpoint.adapter import scale_of
 from fft.checkpoint.conversion import Merged
-from fft.checkpoint.layer_files import LayerFiles
 from fft.checkpoint.convert import main
+from fft.checkpoint.layer_files import LayerFiles
 from fft.data.owner import owned
 from fft.errors import UserError
 from fft.models.causal_lm import StageBuilder
