@@ -1,5 +1,6 @@
 """``--adapter_name_or_path``: the adapter that training goes on with, and what it says of a run's flags."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def with_adapter(args: TrainArguments) -> TrainArguments:
         return args
     given = f"--adapter_name_or_path {args.adapter_name_or_path}"
     directory = Path(local(args.adapter_name_or_path))
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # where pathlib raises, as for a name that is too long, it is none either
         raise UserError(f"{given} is no directory: give one that PEFT or a run saved, which has an {CONFIG}.")
     config = read_config(directory)
     scale_of(config, given)

@@ -146,6 +146,7 @@ def test_matrices_that_nothing_takes_are_refused(save, tmp_path):
 def test_places_that_are_no_adapters(tmp_path):
     for place, sentence in (
         ("none", "is no directory: give one that PEFT or a run saved"),
+        ("x" * 300, "is no directory"),
         ("", "no adapter directory"),
     ):
         flags = ["--model", "m", "--adapter_name_or_path", str(tmp_path / place), *BASE]
