@@ -150,7 +150,7 @@ def adapter(model, tmp_path_factory):
         "TORCH_EXTENSIONS_DIR": str(TRAINER.parents[1] / "torch_extensions"),
     }
     arguments = [*map(str, command), *sizes.split(), *lora.split()]
-    run = subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=4 * PATIENCE)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder / "adapter"
 
@@ -179,7 +179,7 @@ def test_the_curl_of_the_readme(server):
         f"curl http://localhost:{server.port}/generate -H 'Content-Type: application/json' "
         """-d '{"messages": [{"user": "San Francisco is a"}], "sampling": {"max_tokens": 32}}'"""
     )
-    run = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=PATIENCE)
     told = json.loads(run.stdout)
     assert [type(text) for text in told["text"]] == [str]
     assert told["finish_reason"] in (["length"], ["stop"])
