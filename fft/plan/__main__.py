@@ -1,9 +1,10 @@
 """``python -m fft.plan``: which layout, how fast, how much memory, on which machines."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
-from fft.errors import Parser, check_new_file, positive, run_cli
+from fft.errors import Parser, UserError, check_new_file, positive, run_cli
 from fft.files import write_atomically
 
 _ABOUT = """\
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for path in (args.write, args.timeline):
         check_new_file(path, args.overwrite)
+    if not (isfinite(args.price) and args.price >= 0):
+        raise UserError(f"--price {args.price:g}: it must be a number, of a device and hour.")
     names = ("ranks", "seq_len", "tokens_per_step", "train_tokens", "best")
     with parser.naming_flags():
         found = find_layouts(args.model, args.hardware, **{name: getattr(args, name) for name in names})

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from html import escape
+from math import isfinite
 from pathlib import Path
 
 from fft.chart import Picture
@@ -77,6 +78,12 @@ def find_layouts(
 
     Raises :class:`UserError` for models, machines and numbers that cannot be planned.
     """
+    counts = {"ranks": ranks, "seq_len": seq_len, "tokens_per_step": tokens_per_step, "best": best}
+    for name, number in counts.items():
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"`{name}` is {number!r}: it must be a whole number from 1 on.")
+    if not (isfinite(train_tokens) and train_tokens >= 0):
+        raise UserError(f"`train_tokens` is {train_tokens!r}: it must be a number of tokens, or 0.")
     if tokens_per_step % seq_len:
         raise UserError(f"`tokens_per_step` {tokens_per_step} must be a multiple of `seq_len` {seq_len}.")
     machine, job = read_machine(hardware), read_job(str(model), seq_len, tokens_per_step)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -19,6 +19,8 @@ _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
 _MOST = 1e15
 #: Constants that may be 0.
 _ZERO = ("launch", "tile", "row", "beside", "straggler", "host")
+#: Numbers of devices; shares of a rate, which a measurement may put a little above 1 and percents are far above.
+_WHOLE, _SHARES, _MOST_OF_A_RATE = ("sharing",), ("reached", "flash_forward", "flash_backward"), 2.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_machine(path: str | Path) -> Machine:
     inside = _numbers(path, said, "inside", ("bandwidth", "latency"), ("sharing",))
     between = _numbers(path, said, "between", ("bandwidth", "latency"))
     node = said.get("node")
-    if not isinstance(node, int) or not 1 <= node <= _MOST:
+    if not isinstance(node, int) or not _is_number(node) or node < 1:
         raise UserError(f"--hardware {path}: node must be how many devices a node has.")
     _check_keys(path, "", said, {"name", "node", "device", "inside", "between", "constants"})
     kind = said["device"].get("kind", "gpu")
@@ -118,11 +120,7 @@ def _attention(path: str | Path, said: object) -> tuple[tuple[float, float, floa
     """Rates by length, the shortest first, in FLOP/s."""
     rows = said if isinstance(said, list) else [said]
     for row in rows:
-        if (
-            not isinstance(row, list)
-            or len(row) != 3
-            or not all(isinstance(x, int | float) and 0 < x <= _MOST for x in row)
-        ):
+        if not isinstance(row, list) or len(row) != 3 or not all(_is_number(x) and x > 0 for x in row):
             raise UserError(
                 f"--hardware {path}: device.attention must be a list of [tokens, TFLOP/s forward, TFLOP/s backward], "
                 f"not {said!r}."
@@ -157,11 +155,17 @@ def _numbers(
     _check_keys(path, f"{part}.", own, {"name", *names, *more, *words})
     for name in names + tuple(name for name in more if name in own):
         value = own.get(name)
-        wrong = not isinstance(value, int | float) or isinstance(value, bool)
-        if wrong or not 0 <= value <= _MOST or (value == 0 and name not in zero):
+        if not _is_number(value) or value < 0 or (value == 0 and name not in zero) or (name in _WHOLE and value % 1):
             least = "of at least 0" if name in zero else "above 0"
+            least += " and whole" if name in _WHOLE else ""
             raise UserError(f"--hardware {path}: {part}.{name} must be a number {least}, not {value!r}.")
+        if name in _SHARES and value > _MOST_OF_A_RATE:
+            raise UserError(f"--hardware {path}: {part}.{name} is a share, such as 0.8, not {value!r}.")
     return {name: float(own[name]) for name in names + more if name in own}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST  # NaN is not
 
 
 def _check_keys(path: str | Path, prefix: str, said: dict[str, Any], known: set[str]) -> None:

@@ -1,6 +1,7 @@
 """The commands: what they print, what they write, what they refuse."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ import pytest
 from fft.errors import UserError
 from fft.plan.__main__ import main
 from fft.plan.constants import FITTED_CONSTANTS
+from fft.plan.found import find_layouts
 from fft.plan.hardware import HARDWARE, read_machine
 from fft.plan.kernels import flash_time, product_time
 from fft.plan.ours import OURS
@@ -75,11 +77,35 @@ def test_files_that_are_no_machines_are_refused(tmp_path, said, words):
 
 
 @pytest.mark.parametrize(
+    ("was", "is_", "words"),
+    [
+        ("tflops: [0-9.]+", "tflops: .nan", "device.tflops must be a number above 0, not nan"),
+        ("memory: [0-9.]+", "memory: .inf", "device.memory must be a number above 0, not inf"),
+        ("reached: [0-9.]+", "reached: 62", "device.reached is a share, such as 0.8, not 62"),
+        ("flash_forward: [0-9.]+", "flash_forward: 45", "device.flash_forward is a share"),
+        ("sharing: [0-9.]+", "sharing: 0.5", "inside.sharing must be a number above 0 and whole, not 0.5"),
+        ("node: [0-9]+", "node: true", "node must be how many devices"),
+        ("name:", "name: \xff", "is no YAML"),
+    ],
+)
+def test_numbers_of_which_nothing_can_be_predicted_are_refused(tmp_path, was, is_, words):
+    """They were taken, and every prediction was no number, or many times too fast."""
+    given = (HARDWARE / "8xa100-40g-pcie.yaml").read_text(encoding="utf-8")
+    changed, count = re.subn(was, is_, given, count=1)
+    assert count
+    (path := tmp_path / "machine.yaml").write_bytes(changed.encode("latin-1", "replace"))
+    with pytest.raises(UserError, match=words):
+        read_machine(path)
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         ([*MACHINE, "--tokens_per_step", "1000"], "multiple of --seq_len"),
         (["--hardware", "nowhere.yaml"], "nowhere.yaml"),
         ([*MACHINE, "--compare", "nvlink"], "two links"),
+        ([*MACHINE, "--price", "nan"], "--price nan: it must be a number"),
+        ([*MACHINE, "--train_tokens", "-5"], "--train_tokens is -5.0: it must be a number of tokens, or 0"),
         ([*MACHINE, "--compare", "nvlink,string"], "string"),
         ([*MACHINE, "--model", "conf/models/qwen2.5-72b.json", "--best", "1"], "has the memory"),
     ],
@@ -87,6 +113,15 @@ def test_files_that_are_no_machines_are_refused(tmp_path, said, words):
 def test_what_cannot_be_planned_is_refused(flags, words):
     with pytest.raises(UserError, match=words):
         main([*RUN, *flags])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ranks": 0}, {"ranks": 2.5}, {"seq_len": 0}, {"tokens_per_step": -512}, {"best": 0}]
+)
+def test_numbers_that_the_shell_refuses_are_refused_in_python(wrong):
+    given = {"ranks": 4, "seq_len": 512, "tokens_per_step": 4096, **wrong}
+    with pytest.raises(UserError, match=f"`{min(wrong)}` is .*: it must be a whole number from 1 on"):
+        find_layouts("conf/models/llama-3m.json", MACHINE[1], **given)
 
 
 def test_all_machines_are_read_and_are_near_their_datasheets():
