@@ -93,11 +93,17 @@ def _dtype_to_keep(args: TrainArguments) -> str | None:
         )
     try:
         if args.from_ckpt:
-            folder /= Path(small_text(folder / tag).strip()).name if (folder / tag).is_file() else tag
+            folder /= Path(small_text(folder / tag).strip()).name if _is_own_file(folder / tag) else tag
+            if folder.is_symlink() or (folder / "config.json").is_symlink():  # which a run has not made
+                return None
         config = json_value(small_text(folder / "config.json"))
         return _DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
     except (OSError, ValueError, TypeError, AttributeError):
         return None  # what is wrong with it is found, and said, when it is read in earnest
+
+
+def _is_own_file(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
 
 
 def _check_training(args: TrainArguments) -> None:

@@ -131,11 +131,12 @@ class RunFolder(ABC):
 
     def losses(self) -> dict[int, float | None]:
         """The loss of every checkpoint's evaluation by its step, None where there was none."""
-        losses = {}
+        losses: dict[int, float | None] = {}
         for step in self.steps():
             # A folder of another origin is left alone.
-            with contextlib.suppress(ValueError, TypeError, AttributeError):
-                losses[step] = json_value(self.text(f"{checkpoint_tag(step)}/{STATE}") or "").get("eval_loss")
+            with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
+                loss = json_value(self.text(f"{checkpoint_tag(step)}/{STATE}") or "").get("eval_loss")
+                losses[step] = float(loss) if isinstance(loss, int | float) and not isinstance(loss, bool) else None
         return losses
 
     def prune(self, newest: int, best: int) -> None:

@@ -42,7 +42,7 @@ def naming(path: str) -> Iterator[None]:
     """Around the reading of a file. Raises :class:`UserError`, naming it, for whatever goes wrong there."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = StorageError if of_storage(error) else UserError
         raise kind(f"{path} cannot be read ({reason}): {_remedy(path, error)}") from error

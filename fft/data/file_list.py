@@ -52,5 +52,5 @@ def unpack_list(content: bytes) -> tuple[FileInfo, ...]:
     try:
         table = pq.read_table(pa.BufferReader(content))
         return tuple(map(FileInfo, *(table.column(name).to_pylist() for name in FileInfo.__slots__)))
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"no list of files: {error}") from error

@@ -62,7 +62,7 @@ class Footer:
         """Raises :class:`UserError` for what is no parquet file of a token table that is understood."""
         try:
             metadata = pq.read_metadata(path, filesystem=filesystem)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             said = one_line(error)
             raise UserError(f"{path} is no readable parquet file ({said}): write it again or remove it.") from error
         footer = cls(path, metadata)

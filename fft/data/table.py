@@ -257,7 +257,7 @@ class Table:
 
         try:
             loaded = asking(read)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             remedy = "see what its storage says" if of_storage(error) else "write the table again"
             raise UserError(f"{where} cannot be read ({one_line(error)}): {remedy}.") from error
         if loaded is None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fft.errors import UserError
+from fft.errors import UserError, one_line
 from fft.json_text import json_value
 
 #: Families whose images become one grid of patches each, of a size between two limits.
@@ -31,6 +31,8 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 _BICUBIC = 3
 _FEWEST_PIXELS, _MOST_PIXELS = 56 * 56, 28 * 28 * 1280
 _MOST_TILES = 12
+#: No size, count or id is as large.
+_LARGEST = 1 << 62
 
 
 #: Limits that may be given, and what they do.
@@ -83,7 +85,7 @@ class ImageRules:
         """From a manifest's facts. Raises :class:`UserError` naming ``where`` when they are none."""
         try:
             given: dict[str, Any] = {**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])}
-            return cls(**given)
+            return _checked(cls(**given))
         except (TypeError, KeyError) as error:
             raise UserError(
                 f"{where} says of its images what is not understood ({error!r}): write the table again, or upgrade "
@@ -107,6 +109,19 @@ class ImageLimits:
 
 #: What must be the same for a table's tokens and patches to be those that a model takes.
 _SHARED = ("image_token", "start_token", "end_token", "patch", "merge", "temporal", "tile", "mean", "std", "resample")
+
+
+def _checked(rules: ImageRules) -> ImageRules:
+    """The same. Raises TypeError where one of them is no size, place or colour."""
+    for name, value in asdict(rules).items():
+        least = int(name in ("patch", "merge", "temporal"))
+        if isinstance(value, tuple):
+            fits = len(value) == 3 and all(isinstance(one, int | float) for one in value)
+        else:
+            fits = isinstance(value, str) if name == "family" else type(value) is int and least <= value < _LARGEST
+        if not fits:
+            raise TypeError(f"{name} is {value!r}")
+    return rules
 
 
 def check_rules(rules: ImageRules, model: ImageRules, table: str) -> None:
@@ -142,11 +157,22 @@ def load_rules(directory: Path, limits: ImageLimits, around: tuple[int, int]) ->
             f"`tokenizer` {directory} is InternVL in the form of its own code: give what python -m "
             f"fft.checkpoint.convert {directory} OUT makes of it."
         )
-    if family not in _PROCESSOR_OF:
+    if not isinstance(family, str) or family not in _PROCESSOR_OF:
         raise UserError(
             f"`tokenizer` {directory}: images are read for models of type {', '.join(_PROCESSOR_OF)}; its {_CONFIG} "
             f"says {family or 'none'}: give the whole directory of such a model, or leave out `image_path`."
         )
+    try:
+        return _checked(_rules(directory, config, limits, around))
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"`tokenizer` {directory}: settings of its images are none that is understood "
+            f"({one_line(error)[:120]}): restore the directory."
+        ) from error
+
+
+def _rules(directory: Path, config: Mapping[str, Any], limits: ImageLimits, around: tuple[int, int]) -> ImageRules:
+    family = config["model_type"]
     settings = _settings(directory, family)
     for name in ("max_tiles",) if family in GRIDS else ("max_pixels", "min_pixels"):
         if getattr(limits, name) is not None:

@@ -86,7 +86,10 @@ def translate(raw: dict, names: Sequence[str]) -> dict[str, str | StoredRows]:
     found: dict[str, str | StoredRows] = {}
     for stored, there, key in family.members:
         inside = [name.removeprefix(stored) for name in names if name.startswith(stored)]
-        for name, place in translate(raw.get(key) or {}, inside).items():
+        member = raw.get(key) or {}
+        if not isinstance(member, dict):
+            raise UserError(f"config.json has {key} = {member!r}, which describes no model: restore it.")
+        for name, place in translate(member, inside).items():
             whole = f"{stored}{place}" if isinstance(place, str) else replace(place, name=f"{stored}{place.name}")
             found[f"{there}{name}"] = whole
         names = [name for name in names if not name.startswith(stored)]
