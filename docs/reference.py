@@ -34,6 +34,7 @@ COLUMNS = {
     "cu_seqlens": "list of int32: where the documents of a packed row begin, first 0, last the row's length. Without "
     "it a row is one document",
     known.DOC_IDS: "list of strings: an id for each document of the row, for provenance",
+    known.DATASET: "list of strings: which dataset each document is of; by it mixtures are counted and losses told",
     known.IMAGES: "list of binary: files of the row's images, as they came",
     known.GRIDS: "list of int32, three an image: its grid of patches",
 }
@@ -88,6 +89,10 @@ METRICS = {
     "both, `rewards/accuracies`, the share of pairs in which the chosen one has more",
     "eval_rewards/chosen": "the same of `--eval_data`; so `eval_rewards/rejected`, `eval_rewards/margins`, "
     "`eval_rewards/accuracies`",
+    "eval_loss/NAME": "of a table with several datasets: the loss of the documents of each, over `eval_tokens/NAME` "
+    "(or `eval_pairs/NAME`)",
+    "eval/NAME/loss": "of evaluation tables with names: the loss of each; so `eval/NAME/tokens`, "
+    "`eval/NAME/perplexity`, and by dataset `eval/NAME/loss/DATASET`",
     "perplexity": "e to the power of it",
     "tokens_per_second": "of all ranks, the mean since the last line",
     "tokens_per_second_per_device": "the same of one",

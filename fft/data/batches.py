@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fft.data.by_dataset import DatasetBatch, datasets_within
 from fft.data.draws import token_draws
 from fft.data.image_batches import Chosen, EncodedImages, ImageBatch, RowLayout, StepDecoding
 from fft.data.pairs import PairBatch
@@ -28,7 +29,8 @@ class MicroBatch:
     its shape depends on T alone. That entry is T or, ragged, where documents end and the tokens that round T up begin.
     ``trained`` counts the labels that are trained on, or, of preferences, the ``pairs``. ``images`` is None where a run
     trains without; in one with images every micro-batch has it, also one of texts. ``draws`` int64 [T] are each token's
-    random number, where such are asked for, see :mod:`fft.data.draws`.
+    random number, where such are asked for, see :mod:`fft.data.draws`. ``datasets`` are those of the documents, where
+    these are asked for.
     """
 
     input_ids: np.ndarray
@@ -38,6 +40,7 @@ class MicroBatch:
     images: ImageBatch | None = None
     pairs: PairBatch | None = None
     draws: np.ndarray | None = None
+    datasets: DatasetBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,9 @@ def _laid_out(
     ids, labels = np.zeros(tokens, dtype=np.int32), np.empty(tokens, dtype=np.int64)
     layout = None if reader.rules is None else RowLayout()
     known: list[np.ndarray] | None = [] if reader.pairs else None
-    ends, filled = _fill(
-        reader.samples(real), 0 if multiple else length, reader.aligned, (ids, labels), (layout, known)
-    )
+    numbers: list[np.ndarray] | None = [] if reader.datasets else None
+    beside = layout, known, numbers
+    ends, filled = _fill(reader.samples(real), 0 if multiple else length, reader.aligned, (ids, labels), beside)
     starts = [0, *filled[:-1]][: len(indices)] if multiple else range(0, tokens, length)
     if multiple:
         filled = filled[-1:] or [0]
@@ -103,10 +106,13 @@ def _laid_out(
     unfilled = [(a, b) for a, b in zip(filled, stops, strict=True) if a < b]
     labels[:-1] = labels[1:] if reader.aligned else ids[1:]
     ends = np.array(ends, dtype=np.int64)
-    pairs = None
-    if known is not None:
+    pairs = datasets = None
+    if known is not None or numbers is not None:
         documents = ends.searchsorted(np.arange(tokens), "right").astype(np.int32)
-        pairs = PairBatch(documents, np.concatenate([np.empty(0, np.float32), *known]))
+        if known is not None:
+            pairs = PairBatch(documents, np.concatenate([np.empty(0, np.float32), *known]))
+        if numbers is not None:
+            datasets = DatasetBatch(documents, np.concatenate([np.empty(0, np.int32), *numbers]))
     if unfilled and not multiple:
         ends = np.union1d(ends, stops)
     labels[ends - 1] = IGNORE
@@ -121,7 +127,8 @@ def _laid_out(
         labels[images.index[:-1] - 1] = IGNORE  # of the row's first token: the last label, which is no other
     trained = int(np.count_nonzero(labels != IGNORE)) if pairs is None else pairs.count
     draws = None if seed is None else token_draws(seed, indices[: len(starts)], starts, tokens)
-    return MicroBatch(ids[None], labels, cu_seqlens, trained, pairs=pairs, draws=draws), images
+    made = MicroBatch(ids[None], labels, cu_seqlens, trained, pairs=pairs, draws=draws, datasets=datasets)
+    return made, images
 
 
 def _fill(
@@ -129,15 +136,15 @@ def _fill(
     stride: int,
     aligned: bool,
     row: tuple[np.ndarray, np.ndarray],
-    beside: tuple[RowLayout | None, list[np.ndarray] | None],
+    beside: tuple[RowLayout | None, list[np.ndarray] | None, list[np.ndarray] | None],
 ) -> tuple[list[int], list[int]]:
     """Write samples, one after the other, into a row's ids and, where their token stands, if ``aligned``, its labels.
 
     Each begins ``stride`` tokens after the one before, or, if that is 0, where it ended. What lies ``beside`` is laid
-    out as well: images, and what a reference model says of documents. Returns where the documents end, and up to where
-    each sample is filled.
+    out as well: images, and of documents what a reference model says and the numbers of their datasets. Returns where
+    the documents end, and up to where each sample is filled.
     """
-    (ids, labels), (layout, known) = row, beside
+    (ids, labels), (layout, known, numbers) = row, beside
     ends: list[int] = []
     filled: list[int] = []
     at = 0
@@ -155,6 +162,8 @@ def _fill(
             ends += [at + end for end in rows.document_ends(span.row, span.start, span.stop)]
             if known is not None:
                 known.append(rows.reference_of(span.row))
+            if numbers is not None:
+                numbers.append(datasets_within(rows, span.row, span.start, span.stop))
             at += length
         filled.append(at)
     return ends, filled

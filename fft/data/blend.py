@@ -164,6 +164,11 @@ class Blend:
         """Whether a run trains on preferences."""
         return self.members[0].pairs
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """None: several tables are trained on, of which nothing is told by dataset."""
+        return ()
+
     def with_pairs(self, known: Mapping[str, Reference] | None = None) -> "Blend":
         """The same order, in a run that trains on preferences."""
         return Blend([member.with_pairs(known) for member in self.members], self.weights, self.end)

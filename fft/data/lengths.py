@@ -22,6 +22,13 @@ def document_lengths(rows: pa.Table) -> np.ndarray:
     return np.delete(np.diff(values), last[:-1])  # differences across two rows are no documents
 
 
+def documents_by_row(rows: pa.Table) -> np.ndarray:
+    """How many of these documents each row has."""
+    if "cu_seqlens" not in rows.column_names:
+        return np.ones(len(rows), np.int64)
+    return rows.column("cu_seqlens").combine_chunks().value_lengths().to_numpy() - 1
+
+
 def bound_steps(bounds: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The step to each of the rows' ``cu_seqlens`` from the one before, and which rows' are none.
 

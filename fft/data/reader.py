@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from fft.data.arrow_lists import list_values
-from fft.data.known import GRIDS, IMAGES
+from fft.data.by_dataset import dataset_numbers
+from fft.data.known import DATASET, GRIDS, IMAGES
 from fft.data.order import LANES, EpochOrder, lanes_for
 from fft.data.packing import DocumentSpans, best_fit
 from fft.data.pairs import Reference
@@ -96,6 +97,8 @@ class SampleReader:
         self.rules: ImageRules | None = None
         #: Whether a run trains on preferences, and what is known of them.
         self.pairs, self._reference = False, None
+        #: Names of datasets, where documents come with the number of theirs.
+        self.datasets: tuple[str, ...] = ()
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1
@@ -142,7 +145,7 @@ class SampleReader:
 
     def for_stage(self, ids: bool, labels: bool, images: bool = False) -> "SampleReader":
         """The same order, for who needs only ids, only labels, or pixels."""
-        return self._changed(_ids=ids, _labels=labels, _images=images)
+        return self._changed(_ids=ids, _labels=labels, _images=images, datasets=self.datasets if labels else ())
 
     def with_images(self, rules: ImageRules) -> "SampleReader":
         """The same order, in a run that trains on images."""
@@ -151,6 +154,10 @@ class SampleReader:
     def with_pairs(self, known: Mapping[str, Reference] | None = None) -> "SampleReader":
         """The same order, in a run that trains on preferences; what is ``known`` of tables, by their source."""
         return self._changed(pairs=True, _reference=(known or {}).get(self.table.source))
+
+    def with_datasets(self, names: Sequence[str]) -> "SampleReader":
+        """The same order, where documents come with the number of their dataset among ``names``, which are all."""
+        return self._changed(datasets=tuple(names))
 
     def as_member(self, lanes: int, aligned: bool) -> "SampleReader":
         """The same table in another number of lanes, in a blend in which some table has labels, or none."""
@@ -221,7 +228,7 @@ class SampleReader:
         return np.fromiter(self._pool.map(self._count_bins, range(len(groups))), np.int64, len(groups))
 
     def _count_bins(self, group: int) -> int:
-        loaded = self.table.load(group, labels=False, images=(GRIDS,))
+        loaded = self.table.load(group, labels=False, more=(GRIDS,))
         rows = self.table.check(group, loaded)
         if self.table.has_images:
             where = str(self.table.row_groups[group])
@@ -272,7 +279,8 @@ class SampleReader:
         if found is None:
             # In a run with images, ids say where these are, and grids belong to them.
             images = () if self.rules is None else (GRIDS, IMAGES) if self._images else (GRIDS,)
-            wanted = group, self._ids or self.rules is not None, self._labels, images
+            more = (*images, DATASET) if self.datasets else images
+            wanted = group, self._ids or self.rules is not None, self._labels, more
             found = self._loaded[key] = self._pool.submit(self.table.load, *wanted)
         else:
             self._loaded.move_to_end(key)
@@ -282,8 +290,11 @@ class SampleReader:
         found = self._request(epoch, group)
         if isinstance(found, Decoded):
             return found
-        rows = self.table.check(group, found.result(), self._vocab_size, self.rules)
+        loaded = found.result()
+        rows = self.table.check(group, loaded, self._vocab_size, self.rules)
         rows = self._with_reference(group, rows) if self.pairs else rows
+        if self.datasets:
+            rows = replace(rows, datasets=dataset_numbers(loaded, self.datasets, str(self.table.row_groups[group])))
         bins = self._bins(rows) if self.pack == "best-fit" else None
         slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
         decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from fft.data.document_ids import as_many
 from fft.data.image_tallies import image_tally_names, tally_images
 from fft.data.known import DATASET, IGNORE
-from fft.data.lengths import document_lengths, tally_lengths
+from fft.data.lengths import document_lengths, documents_by_row, tally_lengths
 
 #: The tally of tokens that a loss counts. Rows of tokens always have it, be it 0.
 TRAINED = "trained"
@@ -49,9 +49,7 @@ def datasets_of(tallies: Mapping[str, int]) -> list[str]:
 
 def _tally_datasets(rows: pa.Table, lengths: np.ndarray) -> Counter[str]:
     lists = rows.column(DATASET).combine_chunks()
-    documents = np.ones(len(lists), np.int64)
-    if "cu_seqlens" in rows.column_names:
-        documents = rows.column("cu_seqlens").combine_chunks().value_lengths().to_numpy() - 1
+    documents = documents_by_row(rows)
     found = as_many(lists, documents, pa.array([""] * len(lists), pa.string())).flatten().dictionary_encode()
     names, codes = found.dictionary.to_pylist(), found.indices.to_numpy()
     tokens = np.bincount(codes, lengths, len(names)).astype(np.int64).tolist()

@@ -25,7 +25,7 @@ class Samples(Protocol):
 
     ``aligned``: labels are written where their token stands; without them, ids are the labels. ``lanes`` places of
     the tables are read side by side. ``rules`` are those of the images on which a run trains, None in a run without.
-    ``pairs``: a run trains on preferences.
+    ``pairs``: a run trains on preferences. ``datasets`` are names, where documents come with the number of theirs.
     """
 
     seq_len: int
@@ -39,6 +39,10 @@ class Samples(Protocol):
 
     @property
     def pairs(self) -> bool:
+        """See above."""
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
         """See above."""
 
     @property

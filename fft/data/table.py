@@ -37,7 +37,7 @@ class Rows:
     ``input_ids`` that were not asked for are empty. The documents of row ``i`` end at
     ``ends[end_offsets[i]:end_offsets[i + 1]]``, counted from the row's begin; both are None where every row is one
     document. ``images`` is None where there are none, or they were not asked for; ``reference`` has what a reference
-    model says of each document, where that is known.
+    model says of each document, and ``datasets`` which dataset it is of, a number, where that is known.
     """
 
     input_ids: np.ndarray
@@ -47,6 +47,7 @@ class Rows:
     end_offsets: np.ndarray | None = None
     images: RowImages | None = None
     reference: np.ndarray | None = None
+    datasets: np.ndarray | None = None
 
     def reference_of(self, row: int) -> np.ndarray:
         """What a reference model says of each document of a row, float32; 0 where that is not known."""
@@ -236,9 +237,9 @@ class Table:
         """Decode and check one row group, without images: :meth:`load`, then :meth:`check`."""
         return self.check(group, self.load(group, ids, labels), vocab_size)
 
-    def load(self, group: int, ids: bool = True, labels: bool = True, images: Collection[str] = ()) -> pa.Table:
-        """Decode one row group: no other columns than are asked for, but ids, where there are no labels. ``images`` are
-        those of its columns :data:`GRIDS` and :data:`IMAGES` that are wanted, if the table has them.
+    def load(self, group: int, ids: bool = True, labels: bool = True, more: Collection[str] = ()) -> pa.Table:
+        """Decode one row group: no other columns than are asked for, but ids, where there are no labels. ``more`` are
+        columns such as :data:`GRIDS` and :data:`IMAGES` that are wanted, if the table has them.
 
         Nearly all of it happens outside Python, so that other threads go on. Raises :class:`UserError` naming file
         and row group when it cannot be read, or no longer is what it was when the table was opened.
@@ -246,7 +247,7 @@ class Table:
         where = self.row_groups[group]
         labels = labels and "labels" in self.columns
         unused = {"input_ids": labels and not ids, "labels": not labels}
-        wanted = [c for c in (*LISTS, *images) if c in self.columns and not unused.get(c)]
+        wanted = [c for c in (*LISTS, *more) if c in self.columns and not unused.get(c)]
         wanted += [MASK] if where.padded is not False else []
 
         def read() -> pa.Table | None:

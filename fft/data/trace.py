@@ -98,7 +98,7 @@ def _named(member: TableSamples, doc_id: str) -> Iterator[tuple[int, int, str, t
     for group in range(len(table.row_groups)):
         if not any(doc_id in names for names in _ids(table, group)):
             continue
-        rows = table.check(group, table.load(group, images=images), rules=member.rules)
+        rows = table.check(group, table.load(group, more=images), rules=member.rules)
         datasets = document_names(table, group, DATASET)
         for row, names in enumerate(document_names(table, group)):
             if doc_id in names:

@@ -1,16 +1,17 @@
 """The page: numbers on top, curves, then what the run was made of."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from statistics import mean
 from typing import Any
 
 from jinja2 import Environment
+from markupsafe import Markup
 
-from fft.chart import COLOURS, Line, chart
+from fft.chart import COLOURS, Line, chart, shortened
 from fft.data.manifest import or_unknown
 from fft.report.run import Run
-from fft.training.metric_sinks import loss_name, named_in
+from fft.training.metric_sinks import by_dataset_in, loss_name, named_in
 
 _PAGE = """\
 <!doctype html>
@@ -27,6 +28,7 @@ _PAGE = """\
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2em auto;
   max-width: 70em; padding: 0 1em }
 h1 { font-size: 1.5em; margin: 0 } h2 { font-size: 1.15em; margin: 2em 0 .6em } h3 { font-size: 1em; margin: 0 0 .3em }
+h1, h2, h3, p, .tile { overflow-wrap: anywhere }
 p.soft, .soft { color: var(--soft) }
 .tiles, .charts { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(12em, 1fr)); margin: 1.2em 0 }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(27em, 100%), 1fr)) }
@@ -39,8 +41,10 @@ svg .pale { stroke-width: 1; opacity: .3 }
 circle.c{{ loop.index0 }} { fill: {{ colour }} } .key.c{{ loop.index0 }} { background: {{ colour }} }
 {% endfor %}
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em 0 1em }
+.keys { font-size: .87em; font-weight: normal } .keys .key:first-child { margin-left: 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td { max-width: 40em; overflow-wrap: break-word }
 td, th { padding: .25em 1.2em .25em 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
 pre { background: var(--tile); border-radius: 8px; padding: 1em; overflow-x: auto; font-size: 12px }
 </style>
@@ -107,7 +111,9 @@ def tiles_of(run: Run) -> Iterable[tuple[str, str]]:
 def charts_of(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
     """Name, what is to be known of it, and picture."""
     for name, note, number, told in _CHARTS:
-        lines = [Line(run.name, run.points(number), colour) for colour, run in enumerate(runs)]
+        unit = _UNITS.get(number, 1)
+        points = [[(step, value / unit) for step, value in run.points(number)] for run in runs]
+        lines = [Line(run.name, own, colour) for colour, (run, own) in enumerate(zip(runs, points, strict=True))]
         if number == "loss":
             evaluated = [run.points("eval_loss") for run in runs]
             lines += [
@@ -118,7 +124,33 @@ def charts_of(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
     names = list(dict.fromkeys(name for run in runs for name in named_in(run.numbers)))
     for name in names:
         points = [Line(run.name, run.points(loss_name(name)), at, True) for at, run in enumerate(runs)]
-        yield f"Held out: {name}", "loss", chart(name, points, lambda value: f"{value:.4g}")
+        yield _shortened(f"Held out: {name}"), "loss", chart(name, points, lambda value: f"{value:.4g}")
+    for run in runs:
+        for table, own in by_dataset_in(run.numbers).items():
+            yield _shortened(_by_dataset(run if len(runs) > 1 else None, table)), *_lines_by_dataset(run, own)
+
+
+def _shortened(name: str) -> Markup:
+    """A name that is short enough for a heading; a pointer is shown all of it."""
+    return Markup('<span title="{}">{}</span>').format(name, shortened(name, 48))
+
+
+def _by_dataset(run: Run | None, table: str) -> str:
+    """What is told by dataset: of which run, where there are several, and of which table, if it has a name."""
+    of = ", ".join(name for name in (run.name if run is not None else "", table) if name)
+    return f"Held out by dataset{of and f': {of}'}"
+
+
+def _lines_by_dataset(run: Run, own: Mapping[str, str]) -> tuple[str, str]:
+    """The key and the picture of the losses of as many datasets as there are colours, those with the highest ones."""
+    last = {dataset: run.last(number) or 0.0 for dataset, number in own.items()}
+    told = sorted(last, key=lambda dataset: last[dataset], reverse=True)[: len(COLOURS)]
+    lines = [Line(dataset, run.points(own[dataset]), colour) for colour, dataset in enumerate(told)]
+    keys = [Markup('<span class="key c{}"></span>{}').format(at, _shortened(name)) for at, name in enumerate(told)]
+    some = [f" (the highest {len(told)} of {len(own)})"] if len(told) < len(own) else []
+    return Markup("<div class=keys>{}</div>").format(Markup("").join([*keys, *some])), chart(
+        "loss by dataset", lines, lambda value: f"{value:.4g}"
+    )
 
 
 def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
@@ -127,6 +159,10 @@ def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[s
     several = len(runs) > 1
     if several:
         yield "Compared", ["", *names], [_compared(name, number, told, runs) for name, number, told in _TILES]
+    for run in runs:
+        for table, own in by_dataset_in(run.numbers).items():
+            head = ["dataset", "last loss", "lowest", "at step", "over"]
+            yield _by_dataset(run if several else None, table), head, [*_datasets(run, own)]
     yield "Data", ["run", "what", *_TABLE], list(_data(runs))
     rows = [row for run in runs for row in _ranks(run)]
     if rows:
@@ -156,6 +192,17 @@ def _data(runs: Sequence[Run]) -> Iterable[list[str]]:
                 if isinstance(source, dict):
                     trained = or_unknown(source.get("trained")) if "table" in source else ""
                     yield [run.name, what, *(_count(source.get(key)) for key in _TABLE[:-1]), _count(trained)]
+
+
+def _datasets(run: Run, own: Mapping[str, str]) -> Iterable[list[str]]:
+    """Of every dataset the last and the lowest of its losses, and over how much these are."""
+    for dataset, number in own.items():
+        points = run.points(number)
+        if points:
+            step, lowest = min(points, key=lambda point: point[1])
+            first, _, name = number.rpartition("loss/")
+            held = [f"{value:,.0f} {of}" for of in ("tokens", "pairs") if (value := run.last(f"{first}{of}/{name}"))]
+            yield [dataset, f"{points[-1][1]:.4f}", f"{lowest:.4f}", f"{step:,.0f}", *held]
 
 
 def _ranks(run: Run) -> Iterable[list[str]]:
@@ -202,6 +249,8 @@ def _bytes(value: float) -> str:
     return f"{value / 2**30:.3g} GiB"
 
 
+#: In what a picture has a number, so that the ticks of its axis are round.
+_UNITS = {"memory": 2**30}
 #: What is told of a table.
 _TABLE = ("table", "version", "fingerprint", "rows", "tokens", "trained")
 _TILES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -217,12 +266,12 @@ _TILES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 _CHARTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Loss", "", "loss", lambda value: f"{value:.4g}"),
     ("Gradient norm", "", "grad_norm", _short),
-    ("Learning rate", "", "lr", lambda value: f"{value:.2g}"),
+    ("Learning rate", "", "lr", lambda value: f"{value:.3g}"),
     ("Tokens a second", "all ranks", "tokens_per_second", _short),
     ("MFU", "of the matrix rate that was measured", "mfu", lambda value: f"{100 * value:.3g} %"),
     ("Waiting for data", "share of the time", "data_wait", lambda value: f"{100 * value:.3g} %"),
     ("Slowest rank", "seconds of its own work a step", "slowest_rank_seconds", _short),
-    ("Memory", "of the fullest rank, at most", "memory", _bytes),
+    ("Memory", "of the fullest rank, at most", "memory", lambda value: f"{value:.3g} GiB"),
     ("Saving", "seconds", "save_seconds", _short),
     ("Balance of experts", "1 is even", "aux_loss", _short),
     ("Preferences", "share in which the chosen one's reward is larger", "rewards/accuracies", _short),

@@ -1,7 +1,7 @@
 """What a run says at its end: how well it went, where its best is, a picture of its losses, and what to do next."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,27 @@ from fft.checkpoint.run import RunFolder
 from fft.console import duration
 from fft.errors import UserError, one_line
 from fft.planning.preflight import Plan
-from fft.training.metric_sinks import loss_name, named_in, read_numbers
+from fft.training.evaluation import Evaluated
+from fft.training.metric_sinks import by_dataset_in, loss_name, named_in, read_numbers
 from fft.training.metrics import Metrics, Progress, told_pairs
 
 
-def told_evaluation(
-    plan: Plan, batch: int, step: int, loss: float, count: int, measures: Mapping[str, float], name: str = ""
-) -> str:
-    """The line of an evaluation, which may have a ``name``, over a ``count`` of tokens, after ``step`` steps of
-    ``batch`` samples; over one of pairs, where there are ``measures`` of these.
+def told_evaluation(plan: Plan, batch: int, step: int, found: Evaluated, name: str = "") -> str:
+    """The line of an evaluation, which may have a ``name``, after ``step`` steps of ``batch`` samples; one more where
+    it has several datasets.
     """
+    loss, count, measures, datasets = found
     epoch = f"  epoch {step * batch / plan.train.samples_per_epoch:.2f}" if plan.train is not None else ""
     of = f" of {name}" if name else ""
     line = f"step {step}/{plan.total_steps}  validation loss{of} {loss:.4f} over {count:,}"
     if measures:
-        return f"{line} pairs  {told_pairs(measures)}{epoch}"
-    return f"{line} tokens  perplexity {perplexity(loss):.4g}{epoch}"
+        line += f" pairs  {told_pairs(measures)}{epoch}"
+    else:
+        line += f" tokens  perplexity {perplexity(loss):.4g}{epoch}"
+    if datasets:
+        told = (f"{dataset} {loss:.4f} over {held:,}" for dataset, (loss, held) in datasets.items())
+        line += f"\nstep {step}/{plan.total_steps}  validation loss{of} by dataset: {', '.join(told)}"
+    return line
 
 
 def conclude(
@@ -75,6 +80,9 @@ def _summary(state: dict[str, Any], progress: Progress, runs: Sequence[RunFolder
     if progress.named:
         told = (f"{name} {told_loss(args, loss)}" for name, loss in progress.named.items())
         yield f"last, by table: {'; '.join(told)}"
+    for table, own in by_dataset_in(progress.by_dataset).items():
+        told = (f"{name} {told_loss(args, progress.by_dataset[number])}" for name, number in own.items())
+        yield f"last{table and f' of {table}'}, by dataset: {'; '.join(told)}"
 
 
 def _picture(notes: Path) -> str:

@@ -83,9 +83,12 @@ def own_share(batch: MicroBatch, sequence: SequenceParallel | None) -> MicroBatc
     if pairs is not None:
         trained = 0 if sequence.position else pairs.count  # all of a row's ranks have some of each: one counts them
         pairs = dataclasses.replace(pairs, documents=pairs.documents[own])
+    datasets = batch.datasets
+    if datasets is not None:
+        datasets = dataclasses.replace(datasets, documents=datasets.documents[own])
     images = batch.images and _placed(batch.images, batch.labels.size, own)
     draws = None if batch.draws is None else batch.draws[own]
-    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images, pairs, draws)
+    return MicroBatch(batch.input_ids[:, own], labels, batch.cu_seqlens, trained, images, pairs, draws, datasets)
 
 
 def _placed(images: ImageBatch, tokens: int, own: np.ndarray | slice = slice(None)) -> ImageBatch:

@@ -48,6 +48,8 @@ class Sender:
         targets = [trained, batch.labels[trained]]
         if (pairs := batch.pairs) is not None:
             targets += [np.bincount(pairs.documents[trained], minlength=len(pairs.reference)), pairs.reference]
+        elif (datasets := batch.datasets) is not None:
+            targets += [np.bincount(datasets.documents[trained], minlength=len(datasets.numbers))]
         return sent, tuple(map(self._sent, targets))
 
     def _sent(self, array: np.ndarray) -> Tensor:

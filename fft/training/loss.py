@@ -16,6 +16,8 @@ class MeanLoss(Protocol):
     """Loss function of the last stage: a sum, of which a step's ``scale`` makes DeepSpeed's engine the mean."""
 
     scale: float
+    #: Takes the losses of a micro-batch's documents, or pairs, while there is a list.
+    recorded_losses: list[Tensor] | None
 
     def sum_into(self, sums: GradientSums, micro_batches: int) -> None:
         """Where gradients are summed, and over how many micro-batches."""
@@ -36,6 +38,7 @@ class TokenMeanLoss:
         self._vocabulary, self.scale = builder.vocabulary, 1.0
         self._sums: GradientSums | None = None
         self._micro_batches, self._checked = 1, False
+        self.recorded_losses: list[Tensor] | None = None
 
     def sum_into(self, sums: GradientSums, micro_batches: int) -> None:
         """Add gradients of the head to their sums: backward divides losses by the ``micro_batches`` of a step."""
@@ -43,11 +46,17 @@ class TokenMeanLoss:
 
     def __call__(self, outputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
         """``outputs`` are hidden states [tokens, hidden size], the head's weight, or this rank's part, and its bias;
-        ``labels`` what :class:`~fft.ops.cross_entropy.Targets` has.
+        ``labels`` what :class:`~fft.ops.cross_entropy.Targets` has, and, where losses of documents are recorded, how
+        many of these each has, int64 [documents].
         """
-        hidden, weight, *bias = outputs
+        (hidden, weight, *bias), (positions, ids, *own) = outputs, labels
+        targets = Targets(positions, ids)
+        if self.recorded_losses is not None:
+            found = -token_log_probs(hidden, weight, targets, self._vocabulary, *bias)
+            self.recorded_losses.append(_sums(found, *own))
+            return found.sum() * self.scale
         head = self._head(weight)
-        loss = linear_cross_entropy(hidden, weight, Targets(*labels), self._vocabulary, *bias, head=head) * self.scale
+        loss = linear_cross_entropy(hidden, weight, targets, self._vocabulary, *bias, head=head) * self.scale
         if head is not None and not self._checked:
             loss.register_hook(self._check)
         return loss
@@ -80,6 +89,7 @@ class PairMeanLoss:
         self._vocabulary, self._preference, self.scale = builder.vocabulary, preference, 1.0
         self._row = None if builder.ranks.sequence is None else builder.ranks.sequence.group
         self._measured: list[Tensor] = []
+        self.recorded_losses: list[Tensor] | None = None
         #: Takes the log-probabilities of a micro-batch's documents, in place of measures, while there is a list.
         self.recorded: list[Tensor] | None = None
 
@@ -102,6 +112,8 @@ class PairMeanLoss:
         losses, rewards = self._preference.losses(*(x.view(-1, 2) for x in (policy, reference, tokens)))
         if self.recorded is None:
             self._measured.append(measures_of(rewards))
+        if self.recorded_losses is not None:
+            self.recorded_losses.append(losses.detach() / ranks)
         return losses.sum() * (self.scale / ranks)
 
     def take_measures(self) -> Tensor:

@@ -37,7 +37,11 @@ _STEPS = 1 << 53
 #: Bytes of numbers that are read: of a million steps.
 _LONGEST = 1 << 30
 #: What the loss of a named evaluation is called.
-_NAMED_LOSS = re.compile("eval/(.+)/loss")
+_NAMED_LOSS = re.compile("eval/([^/]+)/loss")
+#: And those of datasets: of the first table, and of a named one.
+_DATASET_LOSS = re.compile("(?:eval_loss|eval/([^/]+)/loss)/([^/]+)")
+#: Servers take letters, digits and these in names, and so many of them.
+_UNSAFE, _LONGEST = re.compile(r"[^\w .-]"), 200
 
 
 def loss_name(name: str) -> str:
@@ -50,14 +54,42 @@ def named_in(numbers: Iterable[str]) -> list[str]:
     return [match[1] for number in numbers if (match := _NAMED_LOSS.fullmatch(number))]
 
 
-def evaluation_numbers(found: Mapping[str, tuple[float, int, Mapping[str, float]]]) -> dict[str, float]:
+def dataset_keys(names: Iterable[str]) -> list[str]:
+    """What datasets of these names are called among numbers, each as no other."""
+    keys: list[str] = []
+    for name in names:
+        key = _UNSAFE.sub("_", name)[:_LONGEST]
+        while key in keys:
+            key += "_"
+        keys.append(key)
+    return keys
+
+
+def by_dataset_in(numbers: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By table and dataset the names, among a run's, of numbers that are a dataset's loss; a table without a name has
+    an empty one. The first of several tables, whose losses stand there twice, is under its name alone.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for number in numbers:
+        if (match := _DATASET_LOSS.fullmatch(number)) is not None:
+            found.setdefault(match[1] or "", {})[match[2]] = number
+    return {table: own for table, own in found.items() if table or len(found) == 1}
+
+
+def evaluation_numbers(
+    found: Mapping[str, tuple[float, int, Mapping[str, float], Mapping[str, tuple[float, int]]]],
+) -> dict[str, float]:
     """The numbers of evaluations by name: mean losses over tokens or, where there are measures of these, pairs.
 
-    Of the first ``eval_loss`` and the like; of all that have a name ``eval/NAME/loss`` and the like.
+    Of the first ``eval_loss`` and the like; of all that have a name ``eval/NAME/loss`` and the like; of their datasets
+    ``eval_loss/DATASET`` and the like.
     """
     numbers: dict[str, float] = {}
-    for place, (name, (loss, count, measures)) in enumerate(found.items()):
-        own = {"loss": loss, "pairs" if measures else "tokens": count, **measures}
+    for place, (name, (loss, count, measures, datasets)) in enumerate(found.items()):
+        unit = "pairs" if measures else "tokens"
+        own = {"loss": loss, unit: count, **measures}
+        for dataset, (its_loss, held) in datasets.items():
+            own |= {f"loss/{dataset}": its_loss, f"{unit}/{dataset}": held}
         if not place:
             numbers |= {f"eval_{key}": value for key, value in own.items()}
         if name:
@@ -142,7 +174,8 @@ class TensorBoard:
         """A scalar each."""
         for name, value in values.items():
             # Those of named evaluations have groups in their names.
-            tag = name if name.startswith("eval/") else f"{_GROUPS.get(name, 'train')}/{name}"
+            group = _GROUPS.get(name) or _GROUPS.get(name.partition("/")[0], "train")
+            tag = name if name.startswith("eval/") else f"{group}/{name}"
             self._writer.add_scalar(tag, value, step)
 
     def close(self, well: bool) -> None:

@@ -25,7 +25,7 @@ from fft.console import duration
 from fft.models.experts import LoadBalance
 from fft.planning.layout import Layout, bubble_of
 from fft.planning.preflight import Plan
-from fft.training.metric_sinks import Sinks, loss_name, named_in, open_sinks
+from fft.training.metric_sinks import Sinks, by_dataset_in, loss_name, named_in, open_sinks
 from fft.training.pace import Pace
 from fft.training.run_facts import run_facts
 from fft.training.run_folder import Start
@@ -145,7 +145,7 @@ class Lap:
 @dataclass
 class Progress:
     """How far a run is: its last step and loss, the lowest and the last of its evaluations with their steps, tokens of
-    all ranks and seconds of the steps that were told, and the last losses of named evaluations.
+    all ranks and seconds of the steps that were told, and the last losses of named evaluations and of datasets.
     """
 
     step: int = 0
@@ -155,11 +155,14 @@ class Progress:
     tokens: float = 0.0
     seconds: float = 0.0
     named: dict[str, float] = field(default_factory=dict)
+    by_dataset: dict[str, float] = field(default_factory=dict)
 
     def see(self, step: int, values: Mapping[str, float]) -> None:
         """Take the numbers of a step."""
         self.step, self.loss = step, values.get("loss", self.loss)
         self.named |= {name: values[loss_name(name)] for name in named_in(values)}
+        numbers = (number for own in by_dataset_in(values).values() for number in own.values())
+        self.by_dataset |= {number: values[number] for number in numbers}
         if (loss := values.get("eval_loss")) is not None:
             self.last = step, loss
             self.best = self.last if self.best is None or loss < self.best[1] else self.best

@@ -43,7 +43,7 @@ from fft.training.engine import (
     on_host,
 )
 from fft.training.environment import environment, let_memory_grow, world_size
-from fft.training.evaluation import evaluated, measures
+from fft.training.evaluation import evaluated, measures, with_datasets
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.meeting import meet
@@ -129,7 +129,7 @@ def _run(
     engine = build_engine(args, builder, plan.mesh, layout.bounds, plan.total_steps)
     if start.checkpoint is not None:
         _restore(engine, builder, start, start.checkpoint / folder.TRAINING)
-    plan = with_references(args, plan, engine, builder, control, _log)
+    plan = with_datasets(with_references(args, plan, engine, builder, control, _log), control, _log)
     if runs:
         facts = environment(control, engine.device)
         if dist.get_rank() == 0:  # not before: weights that do not fit must not cost an older run
@@ -312,7 +312,7 @@ class Trainer:
         self.metrics.record(step, **evaluation_numbers(found))
         batch = batch_plan(self.args, self.plan.mesh, 0).global_batch
         for name, told in found.items():
-            _log(told_evaluation(self.plan, batch, step, *told, name))
+            _log(told_evaluation(self.plan, batch, step, told, name))
         return loss
 
     def state(self, step: int | None = None, eval_loss: float | None = None) -> dict:

@@ -16,7 +16,8 @@ def write_table(
     for file in range(files):
         part = slice(file * per_file, (file + 1) * per_file)
         data = {"input_ids": pa.array(rows[part], pa.list_(pa.int32()))}
-        data |= {name: pa.array(values[part], pa.list_(pa.int32())) for name, values in columns.items()}
+        for name, values in columns.items():
+            data[name] = pa.array(values[part], pa.list_(pa.string() if name == "dataset" else pa.int32()))
         pq.write_table(pa.table(data), folder / f"part-{file:05d}.parquet", row_group_size=row_group_size)
     return folder
 

@@ -27,6 +27,8 @@ STEPS, GLOBAL_BATCH, SEQ_LEN, LR, BETA = 3, 8, 48, 1e-3, 0.3
 #: fp32 leaves 2.5e-6 of both.
 EXACT = 1e-5
 
+#: Of pairs, in turn.
+DATASETS = ("shop", "bank")
 #: Name: ranks, flags of the layout, flags of the objective. Samples have one to four pairs.
 LAYOUTS = {
     "pipe2-tied": (2, "--pipe_parallel_size=2 --gradient_accumulation_steps=8 --checkpoint_grad_interval=1", ""),
@@ -51,7 +53,7 @@ def made(tmp_path_factory):
         write_random_model(config, folder / name, seed=1)
     pairs = {"train": random_pairs(50, VOCAB), "held-out": random_pairs(9, VOCAB, seed=1)}
     for name, own in pairs.items():
-        write_pairs(folder / name, own)
+        write_pairs(folder / name, own, datasets=[DATASETS[at % 2] for at in range(len(own))])
     return folder, pairs
 
 
@@ -62,6 +64,11 @@ def flags(folder, family, output) -> list[str]:
         f"--learning_rate={LR} --max_grad_norm=0.5 --adam_epsilon=1e-5 --dtype=fp32 --seed=3 "
         f"--checkpoint={output / 'run'} --save_steps={STEPS}"
     ).split()
+
+
+def dealt(found):
+    """What there is of pairs, by their datasets."""
+    return {name: found[at :: len(DATASETS)] for at, name in enumerate(DATASETS)}
 
 
 def numbers(run) -> list[dict]:
@@ -88,8 +95,8 @@ def pair_loss(args, model, reference, pair):
     return loss, bool(chosen > rejected)
 
 
-def one_process(args, plan, pairs) -> tuple[Outcome, float]:
-    """What a plain loop does, and its last accuracy; of the trainer it asks which documents a step has."""
+def one_process(args, plan, pairs) -> tuple[Outcome, float, dict[str, float]]:
+    """What a plain loop does, its last accuracy and losses by dataset; it asks the trainer for documents of a step."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     reference = copy.deepcopy(model).requires_grad_(False)
     if args.freeze:
@@ -104,7 +111,9 @@ def one_process(args, plan, pairs) -> tuple[Outcome, float]:
     def evaluated():
         with torch.no_grad():
             found = [pair_loss(args, model, reference, pair) for pair in pairs["held-out"]]
-        return float(sum(loss for loss, _ in found)) / len(found), sum(right for _, right in found) / len(found)
+        by_dataset = {name: float(sum(loss for loss, _ in own)) / len(own) for name, own in dealt(found).items()}
+        mean, right = float(sum(loss for loss, _ in found)) / len(found), sum(right for _, right in found) / len(found)
+        return mean, right, by_dataset
 
     losses, norms, evaluations = [], [], [evaluated()]
     for step in range(STEPS):
@@ -126,7 +135,7 @@ def one_process(args, plan, pairs) -> tuple[Outcome, float]:
     evaluations.append(evaluated())
     gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return Outcome(losses, norms, weights, gradients, [loss for loss, _ in evaluations]), evaluations[-1][1]
+    return Outcome(losses, norms, weights, gradients, [loss for loss, *_ in evaluations]), *evaluations[-1][1:]
 
 
 @pytest.mark.slow
@@ -138,7 +147,7 @@ def test_layout_equals_one_process(layout, made, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     alone = [*flags(folder, family, tmp_path / "unused"), *objective.split(), "--gradient_accumulation_steps=8"]
     args = parse_arguments(alone)
-    expected, accuracy = one_process(args, plan_run(args, 1), pairs)
+    expected, accuracy, by_dataset = one_process(args, plan_run(args, 1), pairs)
     ours = read_outcome(tmp_path / "run")
     assert faults(ours, expected, LR) == []
     assert ours.norms == pytest.approx(expected.norms, rel=EXACT)
@@ -151,6 +160,9 @@ def test_layout_equals_one_process(layout, made, tmp_path):
     # Not of the first, in which all margins are 0, but for rounding.
     assert told[-1]["eval_rewards/accuracies"] == pytest.approx(accuracy)
     assert {line["eval_pairs"] for line in told} == {9}
+    for name, loss in by_dataset.items():
+        assert told[-1][f"eval_loss/{name}"] == pytest.approx(loss, rel=1e-5)
+    assert [told[-1][f"eval_pairs/{name}"] for name in DATASETS] == [5, 4]
 
 
 @pytest.mark.slow

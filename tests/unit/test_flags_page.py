@@ -25,6 +25,6 @@ def test_the_reference_is_up_to_date_and_complete():
     assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == made["page"](), "make docs"
     assert {one.name for one in fields(Manifest)} == set(made["MANIFEST"])
     assert {one.name for one in fields(TokenizerInfo)} == set(made["TOKENIZER"])
-    assert {*known.LISTS, known.IMAGES, known.GRIDS, known.DOC_IDS} == set(made["COLUMNS"])
+    assert {*known.LISTS, known.IMAGES, known.GRIDS, known.DOC_IDS, known.DATASET} == set(made["COLUMNS"])
     assert set(_GROUPS) <= set(re.findall(r"`([\w/]+)`", made["page"]().partition("## Metrics")[2]))
     assert {function.__name__ for function in made["FUNCTIONS"]} == {*spark_jobs.__all__, "train_on_cluster"}

@@ -1,11 +1,15 @@
-"""What tables count of each dataset is what their documents have."""
+"""What tables count of each dataset is what their documents have; every token's dataset is its document's."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fft.data.batches import micro_batch
+from fft.data.by_dataset import dataset_names, dataset_numbers, summed
 from fft.data.document_ids import as_many, id_lists, of_rows
+from fft.data.known import IGNORE
+from fft.data.reader import SampleReader
 from fft.data.row_tallies import by_dataset, datasets_of, tally_rows
 from fft.data.table import Table
 from fft.errors import UserError
@@ -13,7 +17,7 @@ from fft.errors import UserError
 NAMES = ("web", "books", "code")
 
 
-def write(folder, rng, first, packed=True, named=True):
+def write(folder, rng, first, packed=True, named=True, labels=False):
     """A table whose token ``i`` is of dataset ``i % 3``, or of none; documents hold tokens of one alone."""
     folder.mkdir()
     rows, bounds, names = [], [], []
@@ -27,6 +31,8 @@ def write(folder, rng, first, packed=True, named=True):
     data = {"input_ids": pa.array(rows, pa.list_(pa.int32()))}
     if packed:
         data["cu_seqlens"] = pa.array(bounds, pa.list_(pa.int32()))
+    if labels:
+        data["labels"] = data["input_ids"]
     if named:  # one a row, as strings in a dictionary, where a row is a document
         data["dataset"] = pa.array(names) if packed else pa.array([own[0] for own in names]).dictionary_encode()
     pq.write_table(pa.table(data), folder / "part-0.parquet", row_group_size=7)
@@ -47,6 +53,46 @@ def test_tallies_of_datasets(tmp_path):
             held = [[i for i in row if i % 3 == at] for row in table["input_ids"].to_pylist()]
             expected = {"rows": sum(map(bool, held)), "tokens": sum(map(len, held))}
             assert by_dataset([name], found)[name] == expected
+
+
+@pytest.mark.parametrize("pack", ["cut", "best-fit"])
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_dataset_of_every_token(pack, multiple, packed, labels, tmp_path):
+    """However samples are made of rows, in micro-batches of several, also by a stage that reads labels alone."""
+    table, seen = write(tmp_path / "t", np.random.default_rng(5), 0, packed=packed, labels=labels), set()
+    assert dataset_names(table) == sorted(NAMES)
+    reader = SampleReader(table, 24, seed=1, pack=pack).with_datasets(sorted(NAMES))
+    total = reader.samples_per_epoch
+    for first in range(0, total, 4):
+        batch = micro_batch(reader.for_stage(ids=False, labels=True), range(first, first + 4), total, multiple)
+        ids = micro_batch(reader, range(first, first + 4), total, multiple).input_ids[0]
+        trained = np.flatnonzero(batch.labels != IGNORE)
+        names = [sorted(NAMES)[number] for number in batch.datasets.numbers[batch.datasets.documents[trained]]]
+        assert names == [NAMES[ids[at] % 3] for at in trained]
+        seen |= set(names)
+        sums = summed(
+            np.bincount(batch.datasets.documents[trained], minlength=len(batch.datasets.numbers)),
+            *(batch.datasets.numbers, 3),
+        )
+        assert sums.tolist() == [names.count(name) for name in sorted(NAMES)]
+    assert seen == set(NAMES)
+    assert micro_batch(reader.for_stage(ids=True, labels=False), [0], total).datasets is None
+
+
+def test_what_says_of_no_dataset_is_unnamed(tmp_path):
+    """Nothing, an empty name, a list of another length; documents without tokens have no number."""
+    lists = pa.array([["a", None, "c"], [""], None, ["b", "b", "b"]], pa.list_(pa.string()))
+    bounds = pa.array([[0, 1, 1, 2], [0, 2], [0, 1, 2], [0, 1, 2]], pa.list_(pa.int32()))
+    ids = pa.array([[1, 2]] * 4, pa.list_(pa.int32()))
+    pq.write_table(pa.table({"input_ids": ids, "cu_seqlens": bounds, "dataset": lists}), tmp_path / "a.parquet")
+    table = Table.open(tmp_path)
+    names = dataset_names(table)
+    assert names == ["a", "b", "c", "unnamed"]
+    numbers = dataset_numbers(table.load(0, more=("dataset",)), names, "t")
+    assert [names[number] for number in numbers] == ["a", "c", "unnamed", "unnamed", "unnamed", "b", "b"]
+    assert dataset_names(write(tmp_path / "t", np.random.default_rng(0), 0, named=False)) == []
 
 
 def test_texts_for_as_many_documents_as_there_are():

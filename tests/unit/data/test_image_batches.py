@@ -289,7 +289,7 @@ def test_so_much_is_decoded_ahead_and_no_more(table):
             done.set_result(task(*arguments))
             return done
 
-    loaded = table.check(0, table.load(0, images=("image_grids", "images")), rules=GRID_RULES).images
+    loaded = table.check(0, table.load(0, more=("image_grids", "images")), rules=GRID_RULES).images
     grids = np.concatenate([loaded.grids, [(1, 2, 2)]])
     numbers, positions = [(loaded, number) for number in range(len(loaded.grids))], np.empty((3, 0), np.int32)
     sizes, pool = grids[:-1].prod(1) * 48, Pool()

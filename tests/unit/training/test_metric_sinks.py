@@ -11,7 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fft.errors import UserError
 from fft.train_arguments import TrainArguments
-from fft.training.metric_sinks import Sinks, evaluation_numbers, named_in, open_sinks, read_numbers
+from fft.training.metric_sinks import (
+    Sinks,
+    by_dataset_in,
+    dataset_keys,
+    evaluation_numbers,
+    named_in,
+    open_sinks,
+    read_numbers,
+)
 from fft.training.mlflow_sink import MLflow, RunFacts, check_registers
 from fft.training.wandb_sink import WeightsAndBiases
 
@@ -86,17 +94,28 @@ def test_files_in_the_run_folder(tmp_path):
 
 def test_numbers_of_evaluations():
     """Those of the first, and of all with a name; a perplexity that is no number is left out."""
-    found = evaluation_numbers({"web": (2.0, 7, {}), "code": (1e3, 5, {})})
+    found = evaluation_numbers({"web": (2.0, 7, {}, {}), "code": (1e3, 5, {}, {})})
     assert found == {
         **{"eval_loss": 2.0, "eval_tokens": 7},
         **{"eval/web/loss": 2.0, "eval/web/perplexity": math.exp(2), "eval/web/tokens": 7},
         **{"eval/code/loss": 1e3, "eval/code/tokens": 5},
     }
     assert named_in(found) == ["web", "code"]
-    assert evaluation_numbers({"": (2.0, 7, {})}) == {"eval_loss": 2.0, "eval_tokens": 7}
+    assert evaluation_numbers({"": (2.0, 7, {}, {})}) == {"eval_loss": 2.0, "eval_tokens": 7}
+    by_dataset = {"books": (1.0, 3), "web": (2.0, 1)}
+    two = evaluation_numbers({"a": (1.25, 4, {}, by_dataset), "b": (2.0, 7, {}, {})})
+    assert {name: value for name, value in two.items() if name.startswith("eval_")} == {
+        **{"eval_loss": 1.25, "eval_tokens": 4, "eval_loss/books": 1.0, "eval_tokens/books": 3},
+        **{"eval_loss/web": 2.0, "eval_tokens/web": 1},
+    }
+    assert by_dataset_in(two) == {"a": {"books": "eval/a/loss/books", "web": "eval/a/loss/web"}}
+    assert named_in(two) == ["a", "b"]
+    assert by_dataset_in(["eval_loss/web", "loss", "eval_rewards/x"]) == {"": {"web": "eval_loss/web"}}
+    assert dataset_keys(["a/b", "a:b", "ü 1.-"]) == ["a_b", "a_b_", "ü 1.-"]
     pairs = {"rewards/margins": 0.5}
-    assert evaluation_numbers({"": (2.0, 7, pairs)}) == {"eval_loss": 2.0, "eval_pairs": 7, "eval_rewards/margins": 0.5}
-    assert "eval/a/perplexity" not in evaluation_numbers({"a": (2.0, 7, pairs)})
+    told = {"eval_loss": 2.0, "eval_pairs": 7, "eval_rewards/margins": 0.5}
+    assert evaluation_numbers({"": (2.0, 7, pairs, {})}) == told
+    assert "eval/a/perplexity" not in evaluation_numbers({"a": (2.0, 7, pairs, {})})
 
 
 def test_what_has_a_group_in_its_name_stays_in_it(tmp_path):
