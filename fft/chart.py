@@ -1,4 +1,4 @@
-"""Lines over steps, and bars, as SVG: no script, no font, no picture from elsewhere."""
+"""Lines over steps, and bars, as SVG: no script, no font, no picture from elsewhere; a notebook's tables."""
 
 import base64
 import math
@@ -46,11 +46,31 @@ class Picture:
         if not self.svg:
             return "<p>no numbers</p>"
         data = base64.b64encode(self.svg.encode()).decode()
-        return f'<img src="data:image/svg+xml;base64,{data}" style="max-width: 100%">'
+        # No wider than the cell, unless words would be too small to be read: it scrolls then.
+        return (
+            f'<div style="overflow-x: auto"><img src="data:image/svg+xml;base64,{data}" '
+            'style="max-width: max(100%, 30em)"></div>'
+        )
 
     def save(self, path: str | Path) -> None:
         """Write it into a file, whole or not at all."""
         write_atomically(Path(path), self.svg)
+
+
+def notebook_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """A table as HTML, whose styles are its own: long texts are broken, and what is still too wide scrolls."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, int | float):
+            told = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            return f'<td style="text-align: right; vertical-align: top">{told}</td>'
+        text = str(value)
+        style = "text-align: left; vertical-align: top; max-width: 40em; overflow-wrap: anywhere"
+        return f'<td style="{style}; min-width: {min(18, len(text)) / 2:g}em">{escape(text)}</td>'
+
+    lines = ["".join(f'<th style="text-align: left">{escape(name)}</th>' for name in head)] if head else []
+    lines += ["".join(map(cell, row)) for row in rows]
+    return f'<div style="overflow-x: auto"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ which nothing predicts.
 """
 _STYLE = """:root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+h1,h2,p,td{overflow-wrap:anywhere}h1{font-size:1.5em;line-height:1.2}
 h2{font-size:1em;color:#5c6b7a;border-top:1px solid;padding-top:.6em}pre{white-space:pre-wrap;overflow-wrap:anywhere}
 mark{background:#bfe3c0;color:#10240f}table{border-collapse:collapse}td{padding:0 1em 0 0;white-space:pre-wrap}"""
 
@@ -51,7 +52,7 @@ def as_page(title: str, documents: Sequence[ShownDocument], decoder: Decoder, id
             )
             parts.append(f"<table>{rows}</table>")
         else:
-            parts.append(f"<pre>{''.join(_marked(*piece) for piece in texts(document, decoder))}</pre>")
+            parts.append(f"<pre dir=auto>{''.join(_marked(*piece) for piece in texts(document, decoder))}</pre>")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )

@@ -14,7 +14,6 @@ Depends on no other package, so that Spark jobs and the trainer share it.
 """
 
 import hashlib
-import html
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +22,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from fft.chart import Picture, bars
+from fft.chart import Picture, bars, notebook_table, shortened
 from fft.data.file_list import INLINE, FileInfo, is_list_name, pack_list, unpack_list
 from fft.errors import UserError
 from fft.json_text import json_value
@@ -211,15 +210,16 @@ class Manifests(dict[str, Manifest]):
         return Picture(bars(charts))
 
     def _repr_html_(self) -> str:
-        rows: list[tuple[object, ...]] = [("table", "made by", "files", "rows", "tokens", "bytes", "trained")]
+        head, rows = ("table", "made by", "files", "rows", "tokens", "bytes", "trained"), []
         for name, made in self.items():
             size = sum(file.bytes for file in made.files)
             job, trained = str(made.lineage.get("job", "")), or_unknown(made.trained_tokens)
             rows.append((name, job, len(made.files), made.rows, made.tokens, size, trained))
             for own, counts in made.lineage.get("counts", {}).get("datasets", {}).items():
-                rows.append(("", f"from {own}", "", counts.get("rows", ""), counts.get("tokens", ""), "", ""))
-        cells = ["".join(f"<td>{_cell(value)}</td>" for value in row) for row in rows]
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+                rows.append(
+                    ("", f"from {shortened(own, 60)}", "", counts.get("rows", ""), counts.get("tokens", ""), "", "")
+                )
+        return notebook_table(rows, head)
 
 
 def trained_by(manifest: Manifest | None) -> int | None:
@@ -241,10 +241,6 @@ def _mixture(counts: Mapping[str, Any]) -> list[tuple[str, float, str]]:
 def or_unknown(count: int | None) -> int | str:
     """A count, or that it is unknown."""
     return "unknown" if count is None else count
-
-
-def _cell(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
 
 
 def _listed(read: Callable[[str], bytes], named: dict[str, Any]) -> tuple[FileInfo, ...]:

@@ -12,6 +12,7 @@ from fft.plan.ours import Job, read_job
 from fft.plan.search import LayoutPlan, Search
 from fft.plan.timeline import timeline_svg
 from fft.plan.told import best_table, flags_text, layout_name, settings_text, time_table
+from fft.planning.layout import told_count
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FoundLayouts:
         ranks, device = self.search.ranks, self.machine.device.name
         return "\n".join(
             [
-                f"{self.job.name}, {self.search.shape(False).parameters / 1e9:.2f} B parameters, {ranks} x {device}",
+                f"{self.job.name}, {told_count(self.search.shape(False).parameters)} parameters, {ranks} x {device}",
                 f"{self.search.seen:,} layouts, {self.search.tried:,} of them played through\n",
                 best_table(self.search, self.plans, self.train_tokens),
                 f"\nwhere the time goes, %\n{time_table(self.plans)}",
@@ -40,21 +41,28 @@ class FoundLayouts:
         )
 
     def _repr_html_(self) -> str:
-        return f'<pre style="overflow-x: auto">{escape(str(self))}</pre>'
+        # Notebooks have styles of their own for what is in a cell's output, which break lines and columns.
+        style = "overflow-x: auto; white-space: pre; word-break: normal; font-family: monospace; line-height: 1.3"
+        return f'<pre style="{style}">{escape(str(self))}</pre>'
 
     def plot(self, number: int = 0) -> Picture:
-        """A step of one of the layouts, rank by rank."""
-        plan = self.plans[number]
+        """A step of one of the layouts, rank by rank. Raises :class:`UserError` for a number that none has."""
+        plan = self._plan(number)
         title = f"{self.job.name}, {self.search.ranks} x {self.machine.device.name}: {layout_name(plan)}"
         return Picture(timeline_svg(plan.run, title))
 
     def flags(self, number: int = 0) -> str:
-        """What to give ``fft.train`` for one of the layouts."""
-        return flags_text(self.job, self.plans[number])
+        """What to give ``fft.train`` for one of the layouts. Raises :class:`UserError` for a number that none has."""
+        return flags_text(self.job, self._plan(number))
 
     def settings(self, number: int = 0) -> str:
-        """The same as the text of a file for ``--config``."""
-        return settings_text(self.search, self.plans[number])
+        """The same as the text of a file for ``--config``. Raises :class:`UserError` for a number that none has."""
+        return settings_text(self.search, self._plan(number))
+
+    def _plan(self, number: int) -> LayoutPlan:
+        if not 0 <= number < len(self.plans):
+            raise UserError(f"`number` is {number}, there are {len(self.plans)} layouts: 0 is the first.")
+        return self.plans[number]
 
 
 def find_layouts(

@@ -232,7 +232,7 @@ def describe(args: TrainArguments, name: str, layout: Layout) -> str:
     parameters, frozen = sum(cost.parameters for cost in costs), any(cost.trained < cost.held for cost in costs)
     sizes = f"data {mesh.data} x pipe {mesh.pipe} x sequence {mesh.sequence} x tensor {mesh.tensor}"
     sizes += f", experts over {mesh.expert}" if mesh.expert > 1 else ""
-    lines = [f"{name}, {_count(parameters)} parameters, {args.dtype}; world {mesh.world} = {sizes}"]
+    lines = [f"{name}, {told_count(parameters)} parameters, {args.dtype}; world {mesh.world} = {sizes}"]
     if mesh.world > 1:
         lines += _picture(mesh)
     lines += _table(layout)
@@ -286,7 +286,7 @@ def _images(args: TrainArguments, layout: Layout, load: ImageLoad) -> str:
     encoding = _encoding(args, layout)
     time = encoding / (encoding + sum(cost.time for cost in layout.costs))
     return (
-        f"{said}\nthe tower, {_count(held)} parameters, is shared: every rank has all of it, which is in its GB, "
+        f"{said}\nthe tower, {told_count(held)} parameters, is shared: every rank has all of it, which is in its GB, "
         f"and encodes 1/{ranks} of a step's images before the pipeline, {time:.1%} of its time"
     )
 
@@ -315,7 +315,8 @@ def _ends(size: int) -> list[int | None]:
     return list(range(size)) if size <= 4 else [0, 1, None, size - 1]
 
 
-def _count(number: float) -> str:
+def told_count(number: float) -> str:
+    """A number of parameters."""
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 

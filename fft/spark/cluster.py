@@ -9,13 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from fft.arguments import parse_arguments
-from fft.chart import Picture, losses
+from fft.chart import Picture, losses, notebook_table
 from fft.data.storage import Storage
 from fft.errors import EXIT_AGAIN, UserError
 from fft.spark import checks, places
@@ -70,8 +69,8 @@ class Result:
             "steps": self.points("loss")[-1][0] if self.points("loss") else None,
         }
         told |= {"loss": self.last("loss"), "validation loss": self.last("eval_loss")}
-        rows = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in told.items() if v is not None)
-        return f"<table>{rows}</table>{self.plot()._repr_html_() if self.metrics else ''}"
+        table = notebook_table([(name, value) for name, value in told.items() if value is not None])
+        return table + (self.plot()._repr_html_() if self.metrics else "")
 
 
 def train_on_cluster(

@@ -54,8 +54,8 @@ def test_results_show_themselves_in_a_notebook(tmp_path):
     ]
     result = Result("runs/<model>", None, records)
     page = result._repr_html_()
-    assert "<td>runs/&lt;model&gt;</td>" in page
-    assert "<td>2.25</td>" in page
+    assert ">runs/&lt;model&gt;</td>" in page
+    assert ">2.2500</td>" in page
     assert "<style" not in page + picture._repr_html_()
     assert "<polyline" in result.plot().svg
     assert Result(None, None, []).plot()._repr_html_() == "<p>no numbers</p>"
