@@ -38,14 +38,16 @@ ERROR, RECORD = "error", "record"
 #: The tally of keys or columns of records that nothing uses.
 ALL_UNUSED = f"{UNUSED}all together"
 _TYPES = dict.fromkeys((*LISTS, GRIDS), "array<int>") | {IMAGES: "array<binary>"}
-_TYPES |= {DOC_IDS: "array<string>", ERROR: "string", RECORD: "string"}
-_ARROW = {"array<int>": pa.list_(pa.int32()), "array<string>": pa.list_(pa.string()), "string": pa.string()}
+#: That of columns of texts, one a document.
+_TEXTS = "array<string>"
+_TYPES |= {DOC_IDS: _TEXTS, ERROR: "string", RECORD: "string"}
+_ARROW = {"array<int>": pa.list_(pa.int32()), _TEXTS: pa.list_(pa.string()), "string": pa.string()}
 _ARROW["array<binary>"] = pa.list_(pa.binary())
 
 
 def token_schema(columns: Sequence[str]) -> str:
     """Spark's schema of columns of a token table; those that it does not know are texts, one a document."""
-    return ", ".join(f"{quoted_column(name)} {_TYPES.get(name, 'array<string>')}" for name in columns)
+    return ", ".join(f"{quoted_column(name)} {_TYPES.get(name, _TEXTS)}" for name in columns)
 
 
 def token_columns(df: DataFrame, packed: bool = False, beside: Sequence[str] = ()) -> list[str]:
@@ -66,25 +68,33 @@ def token_columns(df: DataFrame, packed: bool = False, beside: Sequence[str] = (
     return [*lists, DOC_IDS, *beside, *(name for name in there if name not in lists)]
 
 
-def own_beside(df: DataFrame) -> tuple[str, ...]:
-    """The columns of texts that a DataFrame has beside ids and that are read."""
-    return (DATASET,) if DATASET in df.columns else ()
+def own_beside(df: DataFrame, keep: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The columns of texts that a DataFrame has beside ids and that are read, those to ``keep`` last.
+
+    Raises :class:`UserError` for one to keep that is not there, or is always kept.
+    """
+    for name in keep or ():
+        if name in (*CARRIED, DOC_IDS, DATASET):
+            raise UserError(f"`keep` names {name}, which is always kept: leave it out.")
+        if name not in df.columns:
+            raise UserError(f"`keep` names {name}, which the DataFrame has not: it has {', '.join(df.columns)}.")
+    return (*((DATASET,) if DATASET in df.columns else ()), *(keep or ()))
 
 
-def token_bytes(df: DataFrame) -> DataFrame:
+def token_bytes(df: DataFrame, keep: Sequence[str] | None = None) -> DataFrame:
     """Rows of a DataFrame as :func:`spark_jobs.token_table.read.read_tokens` has those of tables; they are placed under
-    what its column ``dataset`` says, else all under the same. Raises as :func:`token_columns`."""
-    lists, beside = tuple(name for name in token_columns(df) if name != DOC_IDS), own_beside(df)
-    return own_columns(df).mapInArrow(ByteRows(lists, beside), row_schema(lists, beside))
+    what its column ``dataset`` says, else all under the same. Raises as :func:`token_columns`, :func:`own_beside`."""
+    lists, beside = tuple(name for name in token_columns(df) if name != DOC_IDS), own_beside(df, keep)
+    return own_columns(df, keep).mapInArrow(ByteRows(lists, beside), row_schema(lists, beside))
 
 
-def own_columns(df: DataFrame) -> DataFrame:
+def own_columns(df: DataFrame, keep: Sequence[str] | None = None) -> DataFrame:
     """What :class:`ByteRows` reads of a DataFrame; a packed row is placed under the dataset of its first document."""
     dataset = F.lit("")
     if DATASET in df.columns:
         listed = isinstance(df.schema[DATASET].dataType, ArrayType)
         dataset = F.coalesce((F.get(DATASET, F.lit(0)) if listed else F.col(DATASET)).cast("string"), dataset)
-    return placed_as(df, dataset, own_beside(df))
+    return placed_as(df, dataset, own_beside(df, keep))
 
 
 @dataclass
@@ -112,7 +122,7 @@ class _Collected:
             none = pa.nulls(batch.num_rows, pa.string())
             yield pa.RecordBatch.from_arrays([*batch.columns, none, none], [*self.columns, ERROR, RECORD])
         if rejects:
-            empty = [pa.nulls(len(rejects), _ARROW[_TYPES[name]]) for name in self.columns]
+            empty = [pa.nulls(len(rejects), _ARROW[_TYPES.get(name, _TEXTS)]) for name in self.columns]
             reasons, records = (pa.array(list(texts), pa.string()) for texts in zip(*rejects, strict=True))
             yield pa.RecordBatch.from_arrays([*empty, reasons, records], [*self.columns, ERROR, RECORD])
 

@@ -16,7 +16,7 @@ Tables that Spark's own writer makes of them are read by the trainer, the other 
 table. Their order is that of the DataFrame: by its partitions, and in each by its rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pyspark.sql import DataFrame
@@ -25,6 +25,7 @@ from pyspark.sql import functions as F
 from fft.data.known import DOC_IDS, IMAGES
 from fft.errors import UserError
 from fft.images.rules import ImageLimits
+from fft.text.keeping import keeping
 from fft.text.records import Keys
 from spark_jobs.dataframes import Frame, columns_read
 from spark_jobs.encoders import encoder_loader, image_settings
@@ -67,16 +68,18 @@ def tokenize(
     max_tiles: int | None = None,
     eos: str = "auto",
     parse_special_tokens: bool = False,
+    keep: Sequence[str] | None = None,
     on_error: str = "fail",
 ) -> Transform:
     """From documents, a row each, to token rows, in their order; parameters are those of ``tokenize_table``.
 
     In: a column of texts (``text_key``) and perhaps one of ids (``id_key``); with ``task="chat"`` conversations under
     ``messages`` or ``conversation``. Out: ``input_ids array<int>, doc_ids array<string>``; of chats ``labels
-    array<int>`` between them; with ``image_path`` also ``image_grids array<int>, images array<binary>``. Other columns
-    are dropped. A document without tokens has no row; with ``max_len`` a longer one has several. A malformed record
-    ends the query; with ``on_error="quarantine"`` it is a row of nulls but for two more columns, which all rows then
-    have: ``error string`` (why) and ``record string`` (what it is).
+    array<int>`` between them; with ``image_path`` also ``image_grids array<int>, images array<binary>``; of the columns
+    to ``keep``, each as ``array<string>``, one a document. Other columns are dropped. A document without tokens has no
+    row; with ``max_len`` a longer one has several. A malformed record ends the query; with ``on_error="quarantine"`` it
+    is a row of nulls but for two more columns, which all rows then have: ``error string`` (why) and ``record string``
+    (what it is).
 
     Needs no exchange, and works on streams. The tokenizer is read here, and travels. Raises :class:`UserError` for
     parameters that are none; the function that is returned, for columns that are none.
@@ -88,7 +91,10 @@ def tokenize(
         )
     images = image_settings(image_path, ImageLimits(max_pixels, min_pixels, max_tiles), task)
     keys, fail = Keys(text_key, id_key), on_error == "fail"
+    if not fail and (taken := [name for name in keep or () if name in (ERROR, RECORD)]):
+        raise UserError(f'`keep` names {taken[0]}, which `on_error="quarantine"` says of malformed records: rename it.')
     encoder, _ = encoder_loader(tokenizer, task, keys, max_len, eos, parse_special_tokens, images)()
+    encoder = keeping(encoder, keep)
     columns_out = encoder.columns_out if fail else (*encoder.columns_out, ERROR, RECORD)
 
     def tokenized(df: DataFrame) -> DataFrame:
@@ -103,6 +109,7 @@ def shuffle(
     *,
     num_block: int | None = None,
     weights: Mapping[str, float] | None = None,
+    keep: Sequence[str] | None = None,
     dedup: bool = False,
     holdout: float = 0.0,
     split: str = "train",
@@ -111,9 +118,10 @@ def shuffle(
 
     In: the columns of a token table, of which ``input_ids`` must be there, and perhaps ``dataset`` (a string, or an
     array of them), by whose values ``weights`` say how often rows occur (once where none is given). Out: the same, and
-    ``doc_ids array<string>`` in any case, ``dataset array<string>`` where it was there; other columns are dropped. Rows
-    without tokens are left out. With ``holdout``, the rows of one ``split`` of the documents, "train" or "validation";
-    ``dedup`` leaves out rows whose content occurred before, or is held out.
+    ``doc_ids array<string>`` in any case, ``dataset array<string>`` where it was there, and the columns to ``keep``,
+    each as ``array<string>``, one a document; other columns are dropped. Rows without tokens are left out. With
+    ``holdout``, the rows of one ``split`` of the documents, "train" or "validation"; ``dedup`` leaves out rows whose
+    content occurred before, or is held out.
 
     The order goes through the ``num_block`` partitions one after the other (by default
     ``spark.sql.shuffle.partitions``), and does not depend on how many they are. It is that of ``shuffle_tables``
@@ -128,7 +136,7 @@ def shuffle(
 
     def shuffled(df: DataFrame) -> DataFrame:
         _check_whole(df, "shuffle")
-        rows, columns = token_bytes(df), token_columns(df, beside=own_beside(df))
+        rows, columns = token_bytes(df, keep), token_columns(df, beside=own_beside(df, keep))
         placed = shuffling.place(rows, num_block or _default_partitions(df))
         work = ChosenRows(shuffling.choice(rows), columns)
         return map_in_order(placed, work, shuffling.order(rows), token_schema(columns))
@@ -136,13 +144,20 @@ def shuffle(
     return shuffled
 
 
-def pack(max_len: int, *, method: str = "best-fit", num_partition: int | None = None, seed: int = 0) -> Transform:
+def pack(
+    max_len: int,
+    *,
+    method: str = "best-fit",
+    num_partition: int | None = None,
+    seed: int = 0,
+    keep: Sequence[str] | None = None,
+) -> Transform:
     """Token rows packed to rows of at most ``max_len`` tokens; ``method`` is the ``pack`` of ``repartition_table``.
 
     In: the columns of a token table, of which ``input_ids`` must be there, without images. Out: ``input_ids
     array<int>``, perhaps ``labels array<int>``, ``cu_seqlens array<int>`` (where documents begin and end: 0 first, the
     row's length last), ``doc_ids array<string>`` (one a document), and as many of ``dataset array<string>`` where there
-    is such a column; other columns are dropped.
+    is such a column, and of the columns to ``keep``; other columns are dropped.
 
     With ``num_partition``, documents are dealt to so many partitions of equal token count, and packed there: the rows
     of ``repartition_table``. That reads the DataFrame twice, and is not for streams. Without it each partition of the
@@ -153,15 +168,15 @@ def pack(max_len: int, *, method: str = "best-fit", num_partition: int | None = 
     packer = Packer(max_len, method, seed, window_tokens(max_len))
 
     def packed(df: DataFrame) -> DataFrame:
-        lists, beside = tuple(n for n in token_columns(df) if n != DOC_IDS), own_beside(df)
+        lists, beside = tuple(n for n in token_columns(df) if n != DOC_IDS), own_beside(df, keep)
         columns = token_columns(df, packed=True, beside=beside)
         if IMAGES in columns:
             raise UserError("`pack` is for texts; rows with images are packed by spark_jobs/repartition.py.")
         schema = token_schema(columns)
         if num_partition is None:
-            return own_columns(df).mapInArrow(PackedInPlace(packer, lists, beside, columns), schema)
+            return own_columns(df, keep).mapInArrow(PackedInPlace(packer, lists, beside, columns), schema)
         _check_whole(df, "pack, with `num_partition`,")
-        rows, buckets = token_bytes(df).where(F.length("input_ids") > 0), buckets_for(num_partition)
+        rows, buckets = token_bytes(df, keep).where(F.length("input_ids") > 0), buckets_for(num_partition)
         weights = bucket_tokens(rows, seed, buckets).agg(F.collect_list(F.struct("bucket", "tokens")).alias("weights"))
         assigned = weights.mapInArrow(Balanced(num_partition), "bucket int, part int")
         placed = in_partitions(rows, assigned, seed, buckets, num_partition)

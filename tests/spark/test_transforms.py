@@ -66,6 +66,54 @@ def test_every_stage_has_the_rows_of_its_job_in_its_order(spark, corpus, tokeniz
     assert Table.open(tmp_path / "packed").tokens == Table.open(packed / "train").tokens
 
 
+def test_columns_are_kept_as_the_jobs_keep_them(spark, documents, tokenizer, tmp_path):
+    records = [one | {"url": f"https://a/{at}", "stars": at} for at, one in enumerate(documents)]
+    (corpus := tmp_path / "corpus.json").write_text("".join(json.dumps(one) + "\n" for one in records))
+    keep = ["url", "stars"]
+    tokenize_table(corpus, tmp_path / "tokens", tokenizer, keep=keep)
+    shuffle_tables({"tokens": tmp_path / "tokens"}, tmp_path / "shuffled", keep=keep, num_block=2)
+    repartition_table(tmp_path / "shuffled", tmp_path / "packed", max_len=256, num_partition=3)
+    frame = spark.read.schema("id string, text string, url string, stars int").json(str(corpus))
+    rows = frame.transform(tokenize(tokenizer, keep=keep))
+    assert as_set(written(rows, tmp_path / "rows")) == as_set(rows_of(tmp_path / "tokens"))
+    mixed = named(rows).transform(shuffle(num_block=2, keep=keep))
+    assert written(mixed, tmp_path / "mixed") == rows_of(tmp_path / "shuffled")
+    packed = mixed.transform(pack(256, num_partition=3, keep=keep))
+    assert written(packed, tmp_path / "parts") == rows_of(tmp_path / "packed")
+
+
+def test_columns_are_kept_on_a_stream_beside_malformed_records_and_by_any_packing(spark, tokenizer, tmp_path):
+    (tmp_path / "in").mkdir()
+    records = [{"id": f"n{at}", "text": f"number {at} " * at, "url": f"u{at}", "stars": at} for at in range(1, 9)]
+    (tmp_path / "in" / "a.json").write_text("".join(json.dumps(one) + "\n" for one in records))
+    schema, keep = "id string, text string, url string, stars int", ["url", "stars"]
+    frame = spark.read.schema(schema).json(str(tmp_path / "in")).coalesce(1)
+    rows = frame.transform(tokenize(tokenizer, keep=keep))
+    kept = {row["doc_ids"][0]: (row["url"], row["stars"]) for row in rows.collect()}
+    assert kept == {one["id"]: ([one["url"]], [str(one["stars"])]) for one in records}
+    packed = rows.transform(pack(64, keep=["url"])).collect()
+    assert [row["url"] for row in packed] == [[f"u{name[1:]}" for name in row["doc_ids"]] for row in packed]
+    assert "stars" not in packed[0]
+    source = spark.readStream.schema(schema).json(str(tmp_path / "in"))
+    query = source.transform(tokenize(tokenizer, keep=keep)).writeStream.format("parquet")
+    query = query.option("checkpointLocation", str(tmp_path / "state")).trigger(availableNow=True)
+    query.start(str(tmp_path / "streamed")).awaitTermination()
+    assert as_set(rows_of(tmp_path / "streamed")) == as_set([row.asDict() for row in rows.collect()])
+
+    bad = frame.limit(2).withColumn("text", F.when(F.col("stars") == 1, F.col("text")))
+    told = bad.transform(tokenize(tokenizer, keep=["url"], on_error="quarantine"))
+    assert told.columns == ["input_ids", "doc_ids", "url", "error", "record"]
+    assert {row["error"] is None: row["url"] for row in told.collect()} == {True: ["u1"], False: None}
+    for wrong, said in ((["nope"], "the DataFrame has not"), (["doc_ids"], "which is always kept")):
+        for transform in (shuffle(keep=wrong), pack(64, keep=wrong), pack(64, num_partition=2, keep=wrong)):
+            with pytest.raises(UserError, match=said):
+                rows.transform(transform)
+    with pytest.raises(UserError, match="`keep` names error"):
+        tokenize(tokenizer, keep=["error"], on_error="quarantine")
+    with pytest.raises(UserError, match="no column nope to `keep`"):
+        frame.transform(tokenize(tokenizer, keep=["nope"]))
+
+
 def test_the_order_does_not_depend_on_the_number_of_blocks(spark, tokens, tmp_path):
     rows = spark.read.parquet(str(tokens))
     three = written(rows.transform(shuffle(seed=5, num_block=3)), tmp_path / "three")
