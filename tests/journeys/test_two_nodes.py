@@ -14,7 +14,7 @@ PAGE = "docs/two-nodes.md"
 
 def test_the_page_arrives(ragged_table, tmp_path):
     settings = tmp_path / "14b.yaml"
-    plan, dry, *launch = commands_of(PAGE, {"conf/14b-mine.yaml": settings, **shared(tmp_path, ragged_table)})
+    plan, dry, parity, *launch = commands_of(PAGE, {"conf/14b-mine.yaml": settings, **shared(tmp_path, ragged_table)})
     *launch, report, convert = launch
     told = walk(plan)
     assert "tokens/s" in told
@@ -24,7 +24,9 @@ def test_the_page_arrives(ragged_table, tmp_path):
     assert "stage" in walk(dry)
     # The same command with the settings of a model that two ranks hold, in as many stages as there are nodes.
     small = {"pipe_parallel_size": 2, "seq_len": 32, "dtype": "fp32", "max_steps": 4, "gradient_accumulation_steps": 2}
-    settings.write_text(yaml.safe_dump(small | {"init": True, "warmup_steps": 1}))
+    small |= {"init": True, "warmup_steps": 1, "model": str(tmp_path / "config.json")}
+    settings.write_text(yaml.safe_dump(small))
+    walk(parity)
     told = launch_all(launch)
     assert "step 4/4" in told
     assert (tmp_path / "run" / "latest").is_file()

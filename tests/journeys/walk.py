@@ -6,9 +6,17 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 
+from conftest import ROOT
 from forked import run_ranks
 from pages import blocks
 from torch.distributed.run import get_args_parser
+
+#: The pages that have a journey of their own, which takes all their fenced commands, and their Python.
+JOURNEYS = [
+    page
+    for test in sorted((ROOT / "tests" / "journeys").glob("test_*.py"))
+    for page in re.findall(r'^PAGE = "(.+)"$', test.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 def commands_of(page: str, places: Mapping[str, object]) -> list[list[str]]:
@@ -32,11 +40,11 @@ def _placed(texts: list[str], places: Mapping[str, object]) -> list[str]:
 
 
 def walk(command: list[str]) -> str:
-    """Run ``python -m ...``; what it printed, on both streams. It must end well."""
+    """Run ``python -m ...``; what it printed."""
     python, dash_m, module, *flags = command
     assert (python, dash_m) == ("python", "-m"), command
     words = [word for flag in flags for word in (sorted(glob.glob(flag)) if "*" in flag else [flag])]
-    return _told(run_ranks(1, *words, module=module))
+    return told(run_ranks(1, *words, module=module))
 
 
 def launch_all(commands: list[list[str]]) -> str:
@@ -48,9 +56,10 @@ def launch_all(commands: list[list[str]]) -> str:
     (flags,) = {(asked.training_script, *asked.training_script_args) for asked in read}
     (each,) = {int(asked.nproc_per_node) for asked in read}
     assert flags[0] == "fft/train.py"
-    return _told(run_ranks(each * len(read), *flags[1:]))
+    return told(run_ranks(each * len(read), *flags[1:]))
 
 
-def _told(done: subprocess.CompletedProcess) -> str:
+def told(done: subprocess.CompletedProcess) -> str:
+    """What a command printed, on both streams. It must have ended well."""
     assert done.returncode == 0, f"{done.args}\n{done.stderr[-4000:]}"
     return done.stdout + done.stderr
