@@ -19,8 +19,8 @@ _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
 _MOST = 1e15
 #: Constants that may be 0.
 _ZERO = ("launch", "tile", "row", "beside", "straggler", "host")
-#: Numbers of devices; shares of a rate, which a measurement may put a little above 1 and percents are far above.
-_WHOLE, _SHARES, _MOST_OF_A_RATE = ("sharing",), ("reached", "flash_forward", "flash_backward"), 2.0
+#: Numbers of devices; shares of a rate, which a busy machine's measurement may put above 1, and percents are far above.
+_WHOLE, _SHARES, _MOST_OF_A_RATE = ("sharing",), ("reached", "flash_forward", "flash_backward"), 10.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_machine(path: str | Path) -> Machine:
     inside = _numbers(path, said, "inside", ("bandwidth", "latency"), ("sharing",))
     between = _numbers(path, said, "between", ("bandwidth", "latency"))
     node = said.get("node")
-    if not isinstance(node, int) or not _is_number(node) or node < 1:
+    if not isinstance(node, int) or isinstance(node, bool) or not 1 <= node <= _MOST:
         raise UserError(f"--hardware {path}: node must be how many devices a node has.")
     _check_keys(path, "", said, {"name", "node", "device", "inside", "between", "constants"})
     kind = said["device"].get("kind", "gpu")

@@ -85,7 +85,7 @@ def test_files_that_are_no_machines_are_refused(tmp_path, said, words):
         ("flash_forward: [0-9.]+", "flash_forward: 45", "device.flash_forward is a share"),
         ("sharing: [0-9.]+", "sharing: 0.5", "inside.sharing must be a number above 0 and whole, not 0.5"),
         ("node: [0-9]+", "node: true", "node must be how many devices"),
-        ("name:", "name: \xff", "is no YAML"),
+        ("name:", "name: \xff", "cannot be read"),
     ],
 )
 def test_numbers_of_which_nothing_can_be_predicted_are_refused(tmp_path, was, is_, words):
