@@ -7,7 +7,6 @@ A part is a numbered output file. Batches carry its number in a column ``part``,
 """
 
 import contextlib
-import json
 import posixpath
 import uuid
 from collections import Counter
@@ -30,6 +29,7 @@ from fft.data.storage import Storage, is_url
 from fft.data.worker_notes import WRITING, WorkerNotes
 from fft.errors import StorageError, UserError, one_line
 from fft.files import sync
+from fft.json_text import json_text
 
 #: A row group is what a reader decodes at once: this many rows, or fewer when they are long (4 MB of ids).
 ROW_GROUP_ROWS, ROW_GROUP_TOKENS = 1024, 1 << 20
@@ -239,7 +239,7 @@ class RejectFile:
                 place = self._target.storage.below(self._target.waits or QUARANTINE)
                 place.make()
                 self._file = place.create(self._name)
-            line = json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n"
+            line = json_text({"file": file, "reason": reason, "record": text}) + "\n"
             self._file.stream.write(line.encode())
 
     def finish(self) -> str:

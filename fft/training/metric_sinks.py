@@ -41,7 +41,7 @@ _NAMED_LOSS = re.compile("eval/([^/]+)/loss")
 #: And those of datasets: of the first table, and of a named one.
 _DATASET_LOSS = re.compile("(?:eval_loss|eval/([^/]+)/loss)/([^/]+)")
 #: Servers take letters, digits and these in names, and so many of them.
-_UNSAFE, _LONGEST = re.compile(r"[^\w .-]"), 200
+_UNSAFE, _LONGEST_NAME = re.compile(r"[^\w .-]"), 200
 
 
 def loss_name(name: str) -> str:
@@ -58,7 +58,7 @@ def dataset_keys(names: Iterable[str]) -> list[str]:
     """What datasets of these names are called among numbers, each as no other."""
     keys: list[str] = []
     for name in names:
-        key = _UNSAFE.sub("_", name)[:_LONGEST]
+        key = _UNSAFE.sub("_", name)[:_LONGEST_NAME]
         while key in keys:
             key += "_"
         keys.append(key)

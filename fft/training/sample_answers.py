@@ -5,7 +5,6 @@ the next token of each. No keys are cached: an evaluation costs as many forwards
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from fft.checkpoint.run import RunFolder
 from fft.data.batches import BatchPlan, MicroBatch
 from fft.data.table import IGNORE
 from fft.errors import UserError, one_line
-from fft.json_text import json_value, small_text
+from fft.json_text import json_text, json_value, small_text
 from fft.models.causal_lm import StageBuilder
 from fft.ops.cross_entropy import Vocabulary
 from fft.ops.documents import lse_dtype
@@ -32,7 +31,7 @@ from fft.planning.preflight import Plan, batch_plan
 from fft.text.chat_template import ChatTemplate, load_chat_template
 from fft.text.encoder import load_tokenizer
 from fft.text.formats import PROMPTS
-from fft.text.messages import read_conversation
+from fft.text.messages import check_unicode, read_conversation
 from fft.text.records import Malformed, load_json
 from fft.training.engine import StageEngine
 from fft.training.feed import own_share
@@ -209,7 +208,9 @@ def read_prompts(
         if not line.strip():
             continue
         try:
-            given, ids = _prompt(load_json(line), tokenizer, template)
+            record = load_json(line)
+            check_unicode(record)
+            given, ids = _prompt(record, tokenizer, template)
             if not 0 < len(ids) <= longest:
                 raise Malformed(f"it has {len(ids):,} tokens, and may have {longest:,}: its answer needs room")
         except Malformed as error:
@@ -267,7 +268,7 @@ def keep_samples(run: RunFolder, step: int, told: Sequence[dict], log: Callable[
 
 
 def _line(told: dict) -> str:
-    return json.dumps(told, ensure_ascii=False)
+    return json_text(told)
 
 
 def _earlier(line: str, step: int) -> bool:
@@ -278,6 +279,6 @@ def _earlier(line: str, step: int) -> bool:
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json_text(value)
     text = " ".join(text.split())
     return repr(text if len(text) <= _LETTERS else f"{text[:_LETTERS]} ...")

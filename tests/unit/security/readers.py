@@ -85,7 +85,7 @@ def read_model(place: Path) -> None:
 def read_images(place: Path) -> None:
     table = Table.open(place / "images")
     for group in range(len(table.row_groups)):
-        table.check(group, table.load(group, images=(GRIDS, IMAGES)), rules=GRID_RULES)
+        table.check(group, table.load(group, more=(GRIDS, IMAGES)), rules=GRID_RULES)
 
 
 def ask(place: Path) -> None:

@@ -44,6 +44,7 @@ def test_prompts_are_rendered_as_transformers_does(tokenizer, tmp_path):
         ({"messages": [{"role": "assistant", "content": "Yes."}]}, "line 1: it ends with an answer"),
         ({"text": "a"}, "line 1: no key messages"),
         ("a", "line 1: not a list of turns but str"),
+        ({"prompt": "half \udcff"}, "line 1: a lone surrogate"),
     ],
 )
 def test_what_is_no_prompt_is_named_by_its_line(record, why, tokenizer, tmp_path):
