@@ -18,6 +18,8 @@ from fft.json_text import json_value
 _READ = rf"{MODEL.files}|.*\.(json|py|txt|safetensors|bin|pt|pth)"
 #: The one folder in such a directory that is looked into.
 _TEMPLATES = "additional_chat_templates"
+#: Settings of a config that say how many of something are made, each with memory of its own, and how many are believed.
+_COUNTS, _MOST = re.compile(r"(?:.*_)?(?:layers?|experts|blocks|depths?)"), 10_000
 
 
 def check_directory(directory: str | os.PathLike[str]) -> None:
@@ -66,6 +68,20 @@ def _homes(directory: Path) -> list[Path]:
 def _check_json(file: str, size: int, changed: int) -> None:
     """Once for each content of a file: a tokenizer's is large."""
     try:
-        json_value(Path(file).read_text(encoding="utf-8"))
+        content = json_value(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is no JSON ({one_line(error)[:120]}): restore it.") from error
+    if Path(file).name == "config.json":
+        check_counts(content, file)
+
+
+def check_counts(config: object, file: str | os.PathLike[str]) -> None:
+    """Raise :class:`UserError` for a config of so many layers or experts that to make them would never end."""
+    left = [config]
+    while left:
+        one = left.pop()
+        for name, value in one.items() if isinstance(one, dict) else ():
+            if isinstance(value, (int, float)) and value > _MOST and _COUNTS.fullmatch(name):
+                raise UserError(f"{file}: {name} is {value:,}, and no model has more than {_MOST:,}: restore the file.")
+            left.append(value)
+        left += one if isinstance(one, list) else []

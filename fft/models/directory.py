@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from fft.data.model_files import check_directory
+from fft.data.model_files import check_counts, check_directory
 from fft.errors import UserError, one_line
 from fft.json_text import json_value
 from fft.models.baichuan import BaichuanConfig, BaichuanForCausalLM
@@ -92,6 +92,7 @@ def _read_config(file: Path) -> PretrainedConfig:
     """Raises :class:`UserError` for a config that transformers cannot read, or of weights that we cannot."""
     try:
         raw = dict(json_value(file.read_text(encoding="utf-8")))
+        check_counts(raw, file)
         raw = as_architecture(with_image_token(raw, file.parent))
         kind = raw.get("model_type")
         if kind not in CONFIG_MAPPING:

@@ -17,6 +17,7 @@ from fft.images.rules import ImageLimits, ImageRules, load_rules
 from fft.models.directory import load_config
 from fft.report.page import page_of
 from fft.report.run import read_run
+from fft.text.encoder import load_tokenizer
 from fft.weights.hf import WeightReader
 
 WRONG = ["\0", [[]], {}, -1, 0.5, 1e308, True]
@@ -76,3 +77,13 @@ def test_a_footer_whose_names_are_no_text_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.parquet"):
         Table.open(tmp_path).read(0)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "depth"])
+@pytest.mark.parametrize("read", [lambda place: load_config(str(place), init=True), load_tokenizer])
+def test_a_config_of_a_billion_layers_is_refused_before_anything_is_made(key, read, sees, tmp_path):
+    place = shutil.copytree(sees, tmp_path / "sees")
+    given = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(given | {"vision_config": {**given["vision_config"], key: 10**9}}))
+    with pytest.raises(UserError, match=rf"config\.json: {key} is 1,000,000,000, and no model has more than 10,000"):
+        read(place)
