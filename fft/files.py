@@ -65,12 +65,18 @@ def claim_file(path: Path) -> None:
     os.close(new_file(path))
 
 
+def utf8(content: str | bytes) -> bytes:
+    """What a file is given of a text. Half a character, which an escape in strangers' JSON makes and UTF-8 cannot hold,
+    becomes that escape again."""
+    return content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Make a file of ``content``, text as UTF-8, in the place of whatever has its name: in a folder that is not read
     yet; elsewhere by :func:`write_atomically`."""
     remove_path(path)
     with open(new_file(path), "wb") as stream:
-        stream.write(content if isinstance(content, bytes) else content.encode())
+        stream.write(utf8(content))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -255,7 +261,7 @@ def move_file(source: Path, target: Path) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Make a file of ``content``, text as UTF-8; see :func:`atomic_file`."""
     with atomic_file(path) as aside:
-        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        aside.write_bytes(utf8(content))
 
 
 def staging_folder(path: str | os.PathLike[str]) -> Path:

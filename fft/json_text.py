@@ -1,5 +1,4 @@
-"""JSON, and small files, that a stranger may have written, and JSON of what these hold. Needs the standard library
-alone."""
+"""JSON, and small files, that a stranger may have written. Depends on nothing but the standard library."""
 
 import json
 import os
@@ -14,17 +13,6 @@ def json_value(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-
-
-def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """A value as JSON that UTF-8 can hold: as it is read, but for half characters, which JSON can name by an escape and
-    nothing else can hold; where there is one, all that is not ASCII is escaped."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent, sort_keys=sort_keys)
-    return text
 
 
 def small_text(path: str | os.PathLike[str], most: int = 1 << 26) -> str:

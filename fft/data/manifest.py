@@ -14,6 +14,7 @@ Depends on no other package, so that Spark jobs and the trainer share it.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +25,7 @@ from typing import Any
 from fft.chart import Picture, bars, notebook_table, shortened
 from fft.data.file_list import INLINE, FileInfo, is_list_name, pack_list, unpack_list
 from fft.errors import UserError
-from fft.json_text import json_text, json_value
+from fft.json_text import json_value
 from fft.redaction import redact_all
 
 #: Tables of texts have the first format version, which older releases read; those with images the second; those whose
@@ -143,7 +144,7 @@ class Manifest:
         for name in ("vision", "pairs"):  # which tables of texts have no word of
             if not facts[name]:
                 del facts[name]
-        return json_text(facts, indent=1, sort_keys=True)
+        return json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, where: str, read: Callable[[str], bytes] | None = None) -> "Manifest":

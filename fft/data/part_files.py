@@ -7,6 +7,7 @@ A part is a numbered output file. Batches carry its number in a column ``part``,
 """
 
 import contextlib
+import json
 import posixpath
 import uuid
 from collections import Counter
@@ -28,8 +29,7 @@ from fft.data.row_tallies import tally_rows
 from fft.data.storage import Storage, is_url
 from fft.data.worker_notes import WRITING, WorkerNotes
 from fft.errors import StorageError, UserError, one_line
-from fft.files import sync
-from fft.json_text import json_text
+from fft.files import sync, utf8
 
 #: A row group is what a reader decodes at once: this many rows, or fewer when they are long (4 MB of ids).
 ROW_GROUP_ROWS, ROW_GROUP_TOKENS = 1024, 1 << 20
@@ -239,8 +239,8 @@ class RejectFile:
                 place = self._target.storage.below(self._target.waits or QUARANTINE)
                 place.make()
                 self._file = place.create(self._name)
-            line = json_text({"file": file, "reason": reason, "record": text}) + "\n"
-            self._file.stream.write(line.encode())
+            line = json.dumps({"file": file, "reason": reason, "record": text}, ensure_ascii=False) + "\n"
+            self._file.stream.write(utf8(line))
 
     def finish(self) -> str:
         """The file's name, once it is there for good; "" when there is none."""

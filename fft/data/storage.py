@@ -25,7 +25,17 @@ from pyarrow import fs
 from fft.data.asking import NewFile, asking, delete_object, file_system
 from fft.data.listing import Listing, Walk
 from fft.errors import StorageError, UserError, check_no_credentials, one_line
-from fft.files import check_own, end_of, move_file, own_folder, remove_empty, remove_file, remove_path, write_atomically
+from fft.files import (
+    check_own,
+    end_of,
+    move_file,
+    own_folder,
+    remove_empty,
+    remove_file,
+    remove_path,
+    utf8,
+    write_atomically,
+)
 
 #: Schemes of Hadoop for stores that pyarrow knows under another.
 SCHEMES = {"s3a": "s3", "s3n": "s3"}
@@ -155,7 +165,7 @@ class Storage:
 
         It is there for good once this returns.
         """
-        data = content if isinstance(content, bytes) else content.encode()
+        data = utf8(content)
         if self.is_local:
             write_atomically(self._own(name), data)
         else:

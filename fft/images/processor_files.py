@@ -1,13 +1,13 @@
 """The image processor's files of a model directory: whoever serves a model reads there how large images are, so that of
 a trained one they say how large they were."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from fft.errors import UserError
 from fft.files import write_atomically
 from fft.images.rules import GRIDS, PREPROCESSOR, PROCESSOR, ImageRules, read_object
-from fft.json_text import json_text
 
 #: Other names of the limits of :data:`GRIDS`, beside the one of :data:`_SIZE` or in its place, in older files.
 _SIZE, _OLD = "size", {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
@@ -29,7 +29,7 @@ def set_limits(folder: Path, rules: ImageRules) -> None:
             continue
         whole = content | {"image_processor": told} if name == PROCESSOR else told
         try:
-            write_atomically(path, json_text(whole, indent=2) + "\n")
+            write_atomically(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): make room there and run again.") from error
 

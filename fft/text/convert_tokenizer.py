@@ -5,6 +5,7 @@ python -m fft.text.convert_tokenizer Baichuan2-13B-Chat OUT   # tokenizer.model,
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fft.data.owner import atomic_folder
 from fft.data.replaceable import MODEL, check_replaceable
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.files import write_file
-from fft.json_text import json_text, json_value
+from fft.json_text import json_value
 from fft.text.byte_ranks import ranked_tokenizer, read_ranks
 from fft.text.piece_model import NORMAL, PieceModel, read_piece_model
 
@@ -241,7 +242,7 @@ def _json(file: Path) -> dict:
 
 
 def _text(content: dict, indent: int | None = None) -> str:
-    return json_text(content, indent=indent)
+    return json.dumps(content, ensure_ascii=False, indent=indent)
 
 
 def build_parser() -> argparse.ArgumentParser:

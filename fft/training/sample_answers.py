@@ -5,6 +5,7 @@ the next token of each. No keys are cached: an evaluation costs as many forwards
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from fft.checkpoint.run import RunFolder
 from fft.data.batches import BatchPlan, MicroBatch
 from fft.data.table import IGNORE
 from fft.errors import UserError, one_line
-from fft.json_text import json_text, json_value, small_text
+from fft.json_text import json_value, small_text
 from fft.models.causal_lm import StageBuilder
 from fft.ops.cross_entropy import Vocabulary
 from fft.ops.documents import lse_dtype
@@ -268,7 +269,7 @@ def keep_samples(run: RunFolder, step: int, told: Sequence[dict], log: Callable[
 
 
 def _line(told: dict) -> str:
-    return json_text(told)
+    return json.dumps(told, ensure_ascii=False)
 
 
 def _earlier(line: str, step: int) -> bool:
@@ -279,6 +280,6 @@ def _earlier(line: str, step: int) -> bool:
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json_text(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = " ".join(text.split())
     return repr(text if len(text) <= _LETTERS else f"{text[:_LETTERS]} ...")

@@ -5,11 +5,12 @@ The tower keeps queries, keys and values in one tensor; the language model is a 
 training (``drop_path_rate``) does not take place.
 """
 
+import json
 from pathlib import Path
 
 from fft.errors import UserError, one_line
 from fft.files import write_file
-from fft.json_text import json_text, json_value
+from fft.json_text import json_value
 from fft.weights.original_forms import Original, thirds, without_code
 
 #: The type that configs name, and the token that stands for an image's; its id is said by tokenizers alone.
@@ -194,4 +195,4 @@ def complete_native(folder: Path, raw: dict) -> None:
 
 
 def _write(file: Path, content: dict) -> None:
-    write_file(file, json_text(content, indent=2) + "\n")
+    write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

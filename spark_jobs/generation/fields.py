@@ -5,6 +5,7 @@ key that holds values of several types becomes a column of JSON texts, and so do
 which parquet has no form.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from fft.errors import UserError
-from fft.json_text import json_text
+from fft.files import utf8
 from fft.text.formats import LISTS_OF_TURNS, PROMPTS, TRAIN_KEYS, TURN_KEYS
 from fft.text.image_parts import IMAGE_KEYS
 from fft.text.messages import ROLES
@@ -185,4 +186,4 @@ def _column(values: Sequence[Any], field: pa.Field) -> pa.Array:
 
 
 def _json(value: Any) -> str:
-    return json_text(value)
+    return utf8(json.dumps(value, ensure_ascii=False)).decode()

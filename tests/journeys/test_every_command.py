@@ -34,7 +34,7 @@ MAKEFILES = [(ROOT / name).read_text() for name in ("Makefile", "bundle/device.m
 ALL = [(block, words) for page in PAGES for block in blocks(page) if not block.needs for words in block.commands]
 #: What continuous integration makes is carried out by that.
 BUILT = {"test"}
-for _target in ("test", "env-serve", "lint"):
+for _target in ("tests-here", "tests-beside", "env-serve", "lint"):
     BUILT |= set(re.search(rf"^{_target}: ([a-z -]*)", MAKEFILES[0], re.MULTILINE)[1].split())
 
 

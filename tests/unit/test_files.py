@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all, wherever a crash comes."""
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from fft.files import (
     start_folder,
     sync,
     write_atomically,
+    write_file,
 )
 
 
@@ -210,3 +212,11 @@ def test_a_mount_that_cannot_rename_gets_the_file_all_the_same(tmp_path, monkeyp
     for content in ("one", "two"):
         write_atomically(tmp_path / "file", content)
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", content)]
+
+
+@pytest.mark.parametrize("write", [write_atomically, write_file])
+@pytest.mark.parametrize("value", ['é "😀"', "half \udcff, é", {"\ud83d": [1]}])
+def test_every_value_of_json_can_be_written(value, write, tmp_path):
+    write(tmp_path / "file", json.dumps(value, ensure_ascii=False))
+    assert json.loads((tmp_path / "file").read_text("utf-8")) == value
+    assert ("é" in (tmp_path / "file").read_text("utf-8")) == ("é" in str(value))  # as it is read, where that can be
