@@ -65,6 +65,7 @@ def _write_models(folder: Path) -> None:
     save_file(matrices, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    shutil.copytree(adapter, folder / "runs" / "sft")
 
 
 def _write_texts(folder: Path) -> None:
