@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -284,7 +285,7 @@ def test_a_file_may_have_any_name(name, chats, tokenizer, tmp_path):
 
 
 def test_the_scratch_folder_is_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     folder = scratch_cache()
     assert scratch_cache() == folder
     folder.chmod(0o777)
@@ -298,7 +299,7 @@ def test_the_scratch_folder_is_ones_own(tmp_path, monkeypatch):
     folder.touch()
     with pytest.raises(UserError, match="belongs to somebody else"):
         scratch_cache()
-    monkeypatch.setattr(local.tempfile, "gettempdir", lambda: str(tmp_path / "none"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"no temporary folder can hold tokens \(.*\): make room, or give the run"):
         scratch_cache()
 
