@@ -159,6 +159,6 @@ class Reader:
                 ended.callback(process.kill)
                 running.append((process, log))
             for process, log in running:
-                code = process.wait(timeout=300)
+                code = process.wait(timeout=600)  # torchrun itself waits five minutes for one that has ended before it
                 log.seek(0)
                 assert code == 0, log.read()[-4000:]
