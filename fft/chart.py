@@ -197,10 +197,10 @@ def means(points: Sequence[Point], size: int) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """At most about ``most`` of the points: of each stretch the lowest and the highest, in their order."""
+    """At most ``most`` of the points, which are two or more: of each stretch the lowest and the highest, in their order."""
     if len(points) <= most:
         return list(points)
-    size = math.ceil(2 * len(points) / most)
+    size = math.ceil(len(points) / (most // 2))
     kept = []
     for begin in range(0, len(points), size):
         stretch = points[begin : begin + size]

@@ -157,6 +157,7 @@ def test_ticks_are_round_numbers_within(low, high, count):
 
 
 @given(st.lists(VALUES, min_size=1, max_size=300), st.integers(4, 40))
+@example([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0], 5)
 def test_thinned_lines_keep_their_extremes(values, most):
     points = [(float(step), value) for step, value in enumerate(values)]
     kept = thinned(points, most)
