@@ -197,7 +197,7 @@ def means(points: Sequence[Point], size: int) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """At most ``most`` of the points, which are two or more: of each stretch the lowest and the highest, in their order."""
+    """At most ``most`` of the points, two or more: of each stretch the lowest and the highest, in their order."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))
