@@ -264,7 +264,7 @@ def commands(draw) -> tuple[dict, set[str], list[str]]:
     """Flags, of which one at most is wrong; those that stand in a file, now and then all; and what else is in it."""
     names = draw(st.lists(st.sampled_from(sorted(FLAGS)), unique=True, max_size=6))
     wrong = draw(st.sampled_from([*names, *[None] * 6]))
-    given = {name: draw(st.sampled_from(FLAGS[name][name == wrong] or FLAGS[name][0])) for name in names}
+    given = {name: draw(st.sampled_from(FLAGS[name][name == wrong] or FLAGS[name][name != wrong])) for name in names}
     filed = draw(st.sampled_from([set(), set(names[::2]), set(FLAGS)]))
     lines = draw(st.lists(st.sampled_from(LINES), max_size=2)) if filed and draw(st.integers(0, 2)) == 0 else []
     return given, filed, lines
