@@ -31,7 +31,7 @@ from spark_jobs.runtime.counting import TALLIES, Tallied
 from spark_jobs.runtime.hashing import balance
 from spark_jobs.runtime.tasks import by_part, map_in_order
 from spark_jobs.token_table.pack_rows import Packer
-from spark_jobs.token_table.read import CARRIED, ByteRows, placed_as, row_schema
+from spark_jobs.token_table.read import CARRIED, ByteRows, placed_as, refuse_own, row_schema
 
 #: Columns of malformed records that stay: why, and what they are.
 ERROR, RECORD = "error", "record"
@@ -73,11 +73,10 @@ def own_beside(df: DataFrame, keep: Sequence[str] | None = None) -> tuple[str, .
 
     Raises :class:`UserError` for one to keep that is not there, or is always kept.
     """
-    for name in keep or ():
-        if name in (*CARRIED, DOC_IDS, DATASET):
-            raise UserError(f"`keep` names {name}, which is always kept: leave it out.")
-        if name not in df.columns:
-            raise UserError(f"`keep` names {name}, which the DataFrame has not: it has {', '.join(df.columns)}.")
+    refuse_own(keep or ())
+    missing = [name for name in keep or () if name not in df.columns]
+    if missing:
+        raise UserError(f"`keep` names {missing[0]}, which the DataFrame has not: it has {', '.join(df.columns)}.")
     return (*((DATASET,) if DATASET in df.columns else ()), *(keep or ()))
 
 

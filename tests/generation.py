@@ -86,3 +86,10 @@ def refusal(model: Path, folder: Path, record: object, engine: str) -> str:
     with pytest.raises(UserError) as refused:
         batch_infer.main(list(map(str, flags)))
     return str(refused.value)
+
+
+def write_lines(path: Path, records: list) -> Path:
+    """A file of JSON lines, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

@@ -1,6 +1,6 @@
 """Checkpoints, adapters and DeepSpeed's files as Hugging Face model directories: what the command ``convert`` does."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -223,10 +223,14 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
     check_whole(config, source.names, model)
     kind = DTYPES[dtype] if dtype else source.dtype
     written = number = 0
-    odd: list[str] = []
 
     def line(seconds: float) -> str:
         return f"{number:,} shards, {written / 1e6:,.0f} MB, {written / 1e6 / seconds:,.0f} MB/s"
+
+    def count(group: Mapping[str, Tensor]) -> None:
+        nonlocal number, written
+        config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
+        number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
 
     with ExitStack() as held:
         try:
@@ -234,18 +238,29 @@ def convert(source: Weights, model: Path, output: str, dtype: str | None, limit:
         except OSError as error:
             raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
         with live(line, last=True):
-            for group in shards(source, kind, limit):
-                hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
-                odd += not_finite(group)
-                config.dtype = next((t.dtype for t in group.values() if t.is_floating_point()), config.dtype)
-                number, written = number + 1, written + sum(tensor.nbytes for tensor in group.values())
-        for shard in range(number):
-            (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
+            _, odd = write_shards(staging, shards(source, kind, limit), count)
         hf.write_metadata(staging, config, str(model), number, model)
         if card is not None:
             write_atomically(staging / CARD, card)
     tell_odd(odd)
     return len(source.names)
+
+
+def write_shards(
+    staging: Path, groups: Iterable[dict[str, Tensor]], told: Callable[[Mapping[str, Tensor]], None] | None = None
+) -> tuple[int, list[str]]:
+    """Write groups of tensors as the shards of a model, of each of which ``told`` is told; returns how many there are,
+    and the names of tensors that hold what is no number.
+    """
+    number, odd = 0, []
+    for number, group in enumerate(groups, 1):
+        hf.write_tensors(staging / f"shard-{number}", group, {"format": "pt"})
+        odd += not_finite(group)
+        if told is not None:
+            told(group)
+    for shard in range(number):
+        (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
+    return number, odd
 
 
 def tell_odd(names: Sequence[str]) -> None:

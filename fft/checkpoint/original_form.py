@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fft.checkpoint.card import CARD
-from fft.checkpoint.conversion import DTYPES, shards, tell_odd
-from fft.checkpoint.finite import not_finite
+from fft.checkpoint.conversion import DTYPES, shards, tell_odd, write_shards
 from fft.checkpoint.model_folder import staged
 from fft.data.model_files import check_file
 from fft.errors import UserError
@@ -74,19 +73,13 @@ def write_like(source: Weights, like: Path, output: str, dtype: str | None, limi
 
     Raises :class:`UserError` as :class:`OriginalForm` does, and where nothing can be written.
     """
-    form, number = OriginalForm(source, like), 0
-    odd: list[str] = []
+    form = OriginalForm(source, like)
     with ExitStack() as held:
         try:
             staging = held.enter_context(staged(output))
         except OSError as error:
             raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder.") from error
-        for group in shards(form, DTYPES[dtype] if dtype else source.dtype, limit):
-            hf.write_tensors(staging / f"shard-{number + 1}", group, {"format": "pt"})
-            odd += not_finite(group)
-            number += 1
-        for shard in range(number):
-            (staging / f"shard-{shard + 1}").rename(staging / hf.shard_name(shard, number))
+        number, odd = write_shards(staging, shards(form, DTYPES[dtype] if dtype else source.dtype, limit))
         hf.write_index(staging, number)
         weights = {file.name for file in form._files.values()}
         for file in like.iterdir():

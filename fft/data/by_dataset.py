@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fft.data.document_ids import as_many, id_lists
 from fft.data.known import DATASET
@@ -36,11 +35,9 @@ def dataset_names(table: Table) -> list[str]:
 
 
 def _columns(table: Table) -> Iterator[pa.Array]:
-    for where in table.row_groups if DATASET in table.columns else ():
-        with pq.ParquetFile(where.path, filesystem=table.filesystem) as file:
-            wanted = [name for name in (DATASET, "cu_seqlens") if name in table.columns]
-            rows = file.read_row_group(where.index, columns=wanted)
-        yield _of_documents(rows, str(where))
+    wanted = [name for name in (DATASET, "cu_seqlens") if name in table.columns]
+    for where in table.row_groups if DATASET in wanted else ():
+        yield _of_documents(where.columns(wanted, table.filesystem), str(where))
 
 
 def _of_documents(rows: pa.Table, where: str) -> pa.Array:

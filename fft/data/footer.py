@@ -49,6 +49,11 @@ class RowGroup:
     def __str__(self) -> str:
         return f"{self.path}, row group {self.index}"
 
+    def columns(self, names: Sequence[str], filesystem: FileSystem | None) -> pa.Table:
+        """What it has of columns of these names, as they are."""
+        with pq.ParquetFile(self.path, filesystem=filesystem) as file:
+            return file.read_row_group(self.index, columns=[*names])
+
 
 @dataclass(frozen=True)
 class Footer:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fft.data.blend import Blend, parse_tables
 from fft.data.document_ids import id_lists, names_of
@@ -170,9 +169,7 @@ def _ids(table: Table, group: int, column: str = DOC_IDS) -> list[list[str | Non
 
 
 def _column(table: Table, group: int, name: str) -> pa.Array:
-    where = table.row_groups[group]
-    with pq.ParquetFile(where.path, filesystem=table.filesystem) as file:
-        return file.read_row_group(where.index, columns=[name]).column(name).combine_chunks()
+    return table.row_groups[group].columns([name], table.filesystem).column(name).combine_chunks()
 
 
 def _is_parquet(file: Path) -> bool:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from fft.data.known import DATASET, DOC_IDS
 from fft.errors import UserError
 from spark_jobs.parameters import is_table_name
 from spark_jobs.runtime.many_files import EachByTasks
 from spark_jobs.token_table.output import place_at
-from spark_jobs.token_table.read import CARRIED, Dataset, find_tables, open_datasets, open_named
+from spark_jobs.token_table.read import Dataset, find_tables, open_datasets, open_named, refuse_own
 
 #: Tables by path or name of a catalog, perhaps as ``NAME=TABLE``; or by the names that they are to have.
 Inputs = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
@@ -65,9 +64,7 @@ def _pairs(inputs: Inputs) -> list[tuple[str, str | Path]]:
 
 
 def _check_keep(datasets: Sequence[Dataset], keep: Sequence[str]) -> None:
-    own = [name for name in keep if name in (*CARRIED, DOC_IDS, DATASET)]
-    if own:
-        raise UserError(f"`keep` names {own[0]}, which is always kept: leave it out.")
+    refuse_own(keep)
     there = frozenset().union(*(dataset.table.columns for dataset in datasets))
     missing = [name for name in keep if name not in there]
     if missing:

@@ -69,6 +69,13 @@ class Dataset:
         return [] if self.table.manifest is None else self.table.manifest.datasets
 
 
+def refuse_own(names: Sequence[str]) -> None:
+    """Raise :class:`UserError` for one among the columns to keep that is kept in any case."""
+    own = [name for name in names if name in (*CARRIED, DOC_IDS, DATASET)]
+    if own:
+        raise UserError(f"`keep` names {own[0]}, which is always kept: leave it out.")
+
+
 def with_kept(dataset: Dataset) -> Dataset:
     """The same with all columns that its manifest says were kept before."""
     manifest = dataset.table.manifest

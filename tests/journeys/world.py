@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import ROOT, VOCAB
 from device.token_tables import write_table
-from generation import TEMPLATE, make_model
+from generation import TEMPLATE, make_model, write_lines
 from internvl_originals import write_chat_model
 from originals import write_ranks
 from safetensors.torch import load_file, save_file
@@ -99,9 +99,3 @@ def _write_chats(folder: Path) -> None:
         (folder / "images" / f"{number}.png").write_bytes(picture(rng, "png"))
         seen.append({"messages": [{"user": ["What is on <image>?", f"{number}.png"]}, {"assistant": "a cat"}]})
     write_lines(folder / "dataset_vl.jsonl", seen)
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """A file of JSON lines, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))

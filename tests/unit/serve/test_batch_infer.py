@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
-from generation import BAD_PROMPTS, PROMPTS, TEMPLATE, complete, make_model, refusal
+from generation import BAD_PROMPTS, PROMPTS, TEMPLATE, complete, make_model, refusal, write_lines
 
 from fft.errors import UserError
 from fft.serve import batch_infer
@@ -33,11 +33,6 @@ def chat_model(tmp_path_factory):
 
 def run(*arguments: object) -> None:
     batch_infer.main([str(argument) for argument in arguments])
-
-
-def write_lines(path: Path, records: list) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
