@@ -16,6 +16,8 @@ SERVE_STAMP := $(SERVE_VENV)/.installed
 DOCS_VENV := .venv-docs
 DOCS_PIP := $(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 DOCS_STAMP := $(DOCS_VENV)/.installed
+# Classes of Spark as the tests' Javas map them.
+CLASSES := $(VENV)/spark-classes.jsa
 # Packages whose lines in a list of hashes match: nothing but these very files, and nothing that they ask for.
 hashed = install --no-deps --no-build-isolation --require-hashes --requirement <(grep $(1))
 # torch has no hashes there: every index has other files of it, and one machine sees one index.
@@ -110,11 +112,14 @@ test: prerequisites  ## lint, then the unit, Spark, distributed and serving test
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 tests-here tests-beside
 
 # All that needs no vLLM.
-tests-here: env lint
+tests-here: env lint $(CLASSES)
 	@export MAKEFLAGS=; failed=0; \
 	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) $(HERE) $(SINGLE) || failed=1; \
 	  $(VENV)/bin/python -m pytest $(BESIDE) $(HERE) $(DISTRIBUTED) || failed=1; \
 	  exit $$failed
+
+$(CLASSES): $(STAMP) tests/spark_classes.py
+	@$(VENV)/bin/python tests/spark_classes.py
 
 # The rest, meanwhile: pip and vLLM keep one core busy and wait for a network. Told when it has ended, not in between.
 tests-beside: env env-serve
@@ -122,7 +127,7 @@ tests-beside: env env-serve
 	  $(MAKE) --no-print-directory test-serve > "$$told" 2>&1 || failed=1; \
 	  cat "$$told"; exit $$failed
 
-coverage: env  ## the unit and Spark tests again, counting the lines that they run: a third slower
+coverage: env $(CLASSES)  ## the unit and Spark tests again, counting the lines that they run: a third slower
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) --cov --cov-report=term $(SINGLE)
 
 test-serve: env env-serve  ## the tests that need a real vLLM

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device.token_tables import write_table
+from spark_classes import environment
 
 from fft.models import small
 
@@ -22,6 +23,9 @@ VOCAB, SMALL = small.VOCABULARY, small.SIZES
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Another ninja than this environment's would build DeepSpeed's extension again, and then this one again, and so on.
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+# Most of what a small job costs is Java's start.
+for _name, _options in environment().items():
+    os.environ.setdefault(_name, _options)
 
 
 @pytest.fixture(scope="session")
