@@ -76,14 +76,16 @@ def needs_of(name: str) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def installed(bundle, system, tmp_path_factory) -> Path:
-    work = tmp_path_factory.mktemp("work")
-    done = run(bundle / "install.sh", "--python", system, cwd=work)
+def carried(bundle, system, tmp_path_factory) -> Path:
+    """The bundle once more, without its wheels, and what it has installed there."""
+    place = tmp_path_factory.mktemp("carried") / "bundle"
+    shutil.copytree(bundle, place, ignore=shutil.ignore_patterns("wheels"))
+    done = run(bundle / "install.sh", "--python", system, cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "torch" in done.stderr
     assert f"{metadata.version('torch')}" in done.stderr
-    return work / "fft-venv"
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -100,15 +102,15 @@ def test_sha256sum_finds_the_bundle_whole(bundle):
     assert listed == files - {"SHA256SUMS"}
 
 
-def test_what_is_installed_trains(installed, extensions, tmp_path):
+def test_what_is_installed_trains(carried, extensions, tmp_path):
     """Two steps, far from the repository, in an environment whose torch is the system's."""
-    python = installed / "bin" / "python"
+    python = carried / "fft-venv" / "bin" / "python"
     names = ("fft", "deepspeed", "torch")
     where = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='|')"
     fft, deepspeed, torch = run(python, "-c", where, cwd=tmp_path).stdout.strip().split("|")
-    assert fft.startswith(str(installed))
-    assert deepspeed.startswith(str(installed))
-    assert not torch.startswith(str(installed))
+    assert fft.startswith(str(carried))
+    assert deepspeed.startswith(str(carried))
+    assert not torch.startswith(str(carried))
 
     model = tmp_path / "config.json"
     model.write_text(json.dumps(SMALL | {"model_type": "llama"}))
@@ -126,7 +128,7 @@ def test_what_is_installed_trains(installed, extensions, tmp_path):
         assert done.returncode == 0, done.stderr
 
     train("--dry_run")
-    entered = run("bash", "-c", ". fft-venv/bin/activate && python -m fft.train --help", cwd=installed.parent)
+    entered = run("bash", "-c", ". fft-venv/bin/activate && python -m fft.train --help", cwd=carried)
     assert entered.returncode == 0, entered.stderr
     assert "--train_data" in entered.stdout
     train("--init", "--checkpoint", tmp_path / "run")
@@ -135,20 +137,17 @@ def test_what_is_installed_trains(installed, extensions, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_all_that_a_device_must_prove_is_rehearsed(bundle, installed, extensions, tmp_path):
+def test_all_that_a_device_must_prove_is_rehearsed(carried, extensions):
     """Where the bundle lies, from the bundle alone: its tests and benchmarks, with the environment that it made."""
-    place = tmp_path / "carried"
-    shutil.copytree(bundle, place, ignore=shutil.ignore_patterns("wheels"))
-    (place / "fft-venv").symlink_to(installed)
     variables = {"TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"}
-    done = run("make", "rehearse", cwd=place, **variables)
+    done = run("make", "rehearse", cwd=carried, **variables)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    report = json.loads((place / "rehearsal-report.json").read_text())
+    report = json.loads((carried / "rehearsal-report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
     assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "device").glob("test_*.py")} == groups.keys()
     assert {group["end"] for group in groups.values()} == {"passed"}
     assert {test["outcome"] for test in groups["triton"]["tests"]} == {"passed"}  # there is a Triton: none is left out
-    parts = json.loads((place / "rehearsal-bench.json").read_text())["parts"]
+    parts = json.loads((carried / "rehearsal-bench.json").read_text())["parts"]
     assert all("rows" in case for cases in parts.values() for case in cases.values()), parts
     assert all(parts.values())
 

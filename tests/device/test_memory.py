@@ -29,9 +29,10 @@ _MMAP_THRESHOLD, _MMAP_MAX = -3, -4
 
 @pytest.fixture(scope="module")
 def workload(small):
-    def of(flags: tuple[str, ...]) -> Workload:
-        flags = ("--fused_ops=none", *flags)
-        if small:
+    def of(name: str) -> Workload:
+        flags = ("--fused_ops=none", *(KNOWN | BOUNDED)[name])
+        if small:  # few CPUs have fast products in bf16: once
+            flags = flags if name == "bf16" else (*flags, "--dtype=fp32")
             return Workload(llama(256, 4, 8192), 512, 2, flags=flags)
         # 0.57 B parameters: gigabytes, beside which what libraries allocate for themselves is little. Documents are
         # short: in fp32 attention is plain algebra, whose scores the table does not know.
@@ -46,10 +47,10 @@ def workload(small):
     return of
 
 
-def measured(flags, workload, record_property) -> float:
-    told = measure(workload(flags))
-    for name in ("total", "peak"):
-        record_property(f"bytes, {name}", told[name])
+def measured(name, workload, record_property) -> float:
+    told = measure(workload(name))
+    for part in ("total", "peak"):
+        record_property(f"bytes, {part}", told[part])
     ratio = told["total"] / told["peak"]
     record_property("predicted, of measured", ratio)
     return ratio
@@ -59,13 +60,13 @@ def measured(flags, workload, record_property) -> float:
 def test_it_is_right(name, workload, small, record_property):
     """Within a tenth; of a process's resident memory, which has more in it, within a fifth."""
     allowed = 0.2 if small else 0.1
-    assert abs(measured(KNOWN[name], workload, record_property) - 1) <= allowed
+    assert abs(measured(name, workload, record_property) - 1) <= allowed
 
 
 @pytest.mark.parametrize("name", list(BOUNDED))
 def test_it_is_enough(name, workload, small, record_property):
     """Where the machine is the device, what is offloaded is still there, twice."""
-    assert measured(BOUNDED[name], workload, record_property) >= (0.7 if small else 0.9)
+    assert measured(name, workload, record_property) >= (0.7 if small else 0.9)
 
 
 def test_the_device_is_given_back(device, workload, small):
@@ -74,5 +75,5 @@ def test_the_device_is_given_back(device, workload, small):
         pytest.skip("of a process's resident memory nobody knows whose it is")
     memory = torch.get_device_module(device)
     before = memory.memory_allocated()
-    measure(workload(KNOWN["bf16"]))
+    measure(workload("bf16"))
     assert memory.memory_allocated() <= before + (64 << 20)

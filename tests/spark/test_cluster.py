@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
 #: The corpus of the other tests this many times over: some seconds of work for two cores.
-REPEATED = 16
+REPEATED = 6
 #: Cover folders, whose names are $0, go into the first of them, which is empty now, and become what follows.
 HIDE = 'for folder in $0; do mount -t tmpfs none "$folder" || exit 77; done; cd "${0%% *}"; exec "$@"'
 #: What comes after a table of tokens, in one driver.
