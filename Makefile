@@ -26,7 +26,8 @@ TORCH_INDEX ?=
 own_torch = $(if $(TORCH_INDEX),$(1) install --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $(2))",:)
 # Two files run side by side, in this order: a file of minutes that comes last leaves a core idle. Those of jobs, and those
 # that start ranks of their own, which wait for one another most of the time.
-SINGLE := $(wildcard tests/test_*.py) tests/journeys tests/spark tests/unit
+LONG := tests/unit/training/test_flags_fuzz.py
+SINGLE := $(wildcard tests/test_*.py) tests/journeys tests/spark $(LONG) tests/unit
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 DISTRIBUTED := tests/distributed/test_parity.py tests/distributed
 # Those that run in the environment of vLLM, and those whose workers do.

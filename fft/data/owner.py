@@ -57,6 +57,8 @@ class Owner:
     def __init__(self, path: Path, what: str, mark: int, owner: str) -> None:
         self.mark = path.name
         self.id, self.path, self._what, self._mark, self._stop = owner, path, what, mark, threading.Event()
+        #: Held while the mark is touched: its descriptor is another file's once it is closed.
+        self._renewing = threading.Lock()
         threading.Thread(target=self._renew, daemon=True, name=f"owner of {path}").start()
 
     def holds(self) -> bool:
@@ -74,12 +76,14 @@ class Owner:
         with contextlib.suppress(OSError):
             if self.holds():
                 remove_file(self.path)
-        _unlock(self._mark)
+        with self._renewing:
+            _unlock(self._mark)
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEWED_EVERY):
-            with contextlib.suppress(OSError):  # storage that is away for a while, or another job's by now
-                os.utime(self._mark)
+            with self._renewing, contextlib.suppress(OSError):  # storage that is away for a while
+                if not self._stop.is_set():
+                    os.utime(self._mark)
 
 
 @contextmanager

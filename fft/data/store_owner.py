@@ -43,6 +43,8 @@ class StoreOwner:
         self.id = uuid.uuid4().hex[:12]
         self.mark = f"{OWNERS}/{self.id}.json"
         self._place, self._what, self._stop = place, what, threading.Event()
+        #: Held while the mark is put again: it would come back when it has been removed meanwhile.
+        self._renewing = threading.Lock()
         #: Jobs that were dead when this one became the owner; should their marks come back, they are nothing.
         self._dead: set[str] = set()
 
@@ -90,7 +92,7 @@ class StoreOwner:
     def release(self) -> None:
         """Let go, and remove the mark."""
         self._stop.set()
-        with contextlib.suppress(OSError, pa.ArrowException):
+        with self._renewing, contextlib.suppress(OSError, pa.ArrowException):
             self._place.delete([self.mark])
             self._place.below(OWNERS).delete_empty()
 
@@ -99,8 +101,8 @@ class StoreOwner:
 
     def _renew(self) -> None:
         while not self._stop.wait(owner.RENEWED_EVERY):
-            with contextlib.suppress(OSError, pa.ArrowException):  # a store that is away for a while
-                if self._place.exists(self.mark) and not self._stop.is_set():
+            with self._renewing, contextlib.suppress(OSError, pa.ArrowException):  # a store that is away for a while
+                if not self._stop.is_set() and self._place.exists(self.mark):
                     self._put(_WRITING)
 
 

@@ -122,7 +122,7 @@ def layout_flags(family: str, shape: tuple[int, int, int, int], number: int) -> 
 
 
 SHAPES = [shape for world in (1, 2, 4) for shape in factorisations(world)]
-#: Of the layouts of eight ranks, which are many, these; and for whom all layouts would show nothing new, two.
+#: Of the layouts of eight ranks, which are many, these; and for whom all layouts would show nothing new, two or three.
 EIGHT = {
     "llama": [(2, 2, 2, 1), (1, 4, 2, 1), (1, 2, 2, 2)],
     "qwen2-tied": [(2, 2, 1, 2)],
@@ -130,6 +130,8 @@ EIGHT = {
 }
 FEW = {
     "mistral": [(1, 2, 1, 1), (2, 1, 1, 2)],
+    "qwen2": [(1, 1, 1, 2), (1, 1, 4, 1), (2, 2, 1, 1)],
+    "qwen3": [(1, 1, 1, 4), (1, 1, 2, 2), (1, 2, 2, 1)],
     "qwen3-moe": [(1, 2, 1, 2), (1, 1, 2, 2)],
     "baichuan": [(1, 2, 2, 1), (1, 1, 2, 2), (1, 2, 1, 2)],
 }

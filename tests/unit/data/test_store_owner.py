@@ -114,3 +114,24 @@ def test_the_mark_is_renewed_while_its_job_lives(place, monkeypatch):
         while place.info(mine.mark).mtime_ns == first:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_a_mark_that_is_being_renewed_is_removed_all_the_same(place, monkeypatch):
+    """A renewal that is under way when its job ends puts nothing back."""
+    monkeypatch.setattr(owner, "RENEWED_EVERY", 0.01)
+    begun, ending, write = threading.Event(), threading.Event(), Storage.write
+
+    def slow(*given):
+        if threading.current_thread().name.startswith("owner of "):
+            begun.set()
+            ending.wait(300)
+            time.sleep(0.2)
+        return write(*given)
+
+    monkeypatch.setattr(Storage, "write", slow)
+    with owning(place, "it"):
+        assert begun.wait(300)
+        (renewing,) = [t for t in threading.enumerate() if t.name == f"owner of {place.name}"]
+        ending.set()
+    renewing.join()
+    assert place.here() == {}

@@ -14,7 +14,7 @@ from pyarrow.fs import FileType
 from unit.spark_jobs.test_kept_parts import Interrupted, work_on
 from unit.spark_jobs.test_output import SINGLE, SPLIT, rows, write
 
-from fft.data import store_owner
+from fft.data import owner, store_owner
 from fft.data.manifest import MANIFEST_NAME, WRITING_NAME
 from fft.data.owner import Occupied
 from fft.data.part_files import QUARANTINE, PartFile
@@ -36,6 +36,8 @@ class Killed(BaseException):
 
 @pytest.fixture(params=["store", "mounted"])
 def out(request, store, tmp_path, monkeypatch):
+    # Jobs that are killed here leave their threads behind, as killed processes do not.
+    monkeypatch.setattr(owner, "RENEWED_EVERY", 3600.0)
     if request.param == "store":
         return f"s3://lake/{tmp_path.name}/out"
     refuse_like_a_mounted_store(monkeypatch)
