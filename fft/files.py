@@ -17,6 +17,7 @@ Depends on nothing but the standard library.
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -273,6 +274,10 @@ def nearest_folder(path: str | os.PathLike[str]) -> Path:
     """The folder of this name or, as long as there is none, the nearest above it; absolute."""
     path = Path(path).absolute()
     return next(above for above in (path, *path.parents) if above.is_dir())
+
+
+#: Names of what lies in a place for a moment, while somebody finds out whether it can be written to: no part of it.
+TRIAL = re.compile(r"\.\w+\.trying")
 
 
 def try_folder(path: str | os.PathLike[str]) -> None:

@@ -1,5 +1,6 @@
 """What lies at a path or URL that is to be written to, and whether it can be. Without torch."""
 
+import os
 import uuid
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,7 @@ from fft.data.storage import SCHEMES, Storage, is_url, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.views import files_below
 from fft.errors import UserError, one_line
-from fft.files import try_folder
+from fft.files import TRIAL, try_folder
 
 _CHECKPOINT = Kind(
     "a checkpoint",
@@ -52,9 +53,11 @@ def holds_something(place: str, besides: Collection[str] = ()) -> bool:
     Raises :class:`UserError` where a store does not answer.
     """
     if not is_url(place):
-        return Path(place).is_dir() and any(path.name not in besides for path in Path(place).iterdir())
-    with reaching(place):
-        return not set(Storage.at(place).here()) <= {*besides, OWNERS}
+        names, besides = os.listdir(place) if Path(place).is_dir() else [], {*besides}
+    else:
+        with reaching(place):
+            names, besides = list(Storage.at(place).here()), {*besides, OWNERS}
+    return any(name not in besides and not TRIAL.fullmatch(name) for name in names)
 
 
 def checkpoint_of(place: str) -> str | None:
@@ -102,7 +105,7 @@ def try_place(flag: str, place: str, name: str = "") -> None:
             raise UserError(
                 f"{flag} {place} cannot be made ({error.strerror}): name a folder that this user may write to."
             ) from error
-    probe, storage = f".{uuid.uuid4().hex}.probe", Storage.at(place)
+    probe, storage = f".{uuid.uuid4().hex}.trying", Storage.at(place)
     try:
         storage.write(probe, b"")
         storage.delete([probe])

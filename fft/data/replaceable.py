@@ -10,6 +10,7 @@ from pathlib import Path
 from fft.data.storage import Storage, reaching
 from fft.data.store_owner import OWNERS
 from fft.errors import UserError
+from fft.files import TRIAL
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def stranger_in(place: Storage, kind: Kind, besides: Collection[str] = ()) -> st
     """The first file or folder that is no part of what a folder should be, by its name in it; None for none, and where
     there is no such folder. ``besides`` are names that do not matter. Raises :class:`OSError`."""
     for name, size in sorted(place.here().items()):
-        if name in besides:
+        if name in besides or TRIAL.fullmatch(name):  # of another rank, or of one that was killed
             continue
         if size is not None:
             if not re.fullmatch(kind.files, name):

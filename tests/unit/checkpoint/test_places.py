@@ -1,5 +1,8 @@
 """What a run or a command would write to, on a disk and in a store alike."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SMALL
@@ -12,6 +15,8 @@ from fft.checkpoint import places
 from fft.checkpoint.convert import main as convert
 from fft.checkpoint.model_folder import copy_model
 from fft.checkpoint.stored_run import run_at
+from fft.data.replaceable import MODEL, check_replaceable
+from fft.data.storage import Storage
 from fft.data.views import view
 from fft.errors import UserError
 from fft.planning.outputs import check_outputs
@@ -41,6 +46,32 @@ def test_what_lies_there(place):
     assert places.checkpoint_replaced(f"{place}/run") == f"{place}/run/step-3"
     assert places.checkpoint_replaced(f"{place}/other") is None
     assert places.parts("s3a://lake/x/") == places.parts("s3://lake/x")
+
+
+def test_what_another_rank_tries_is_in_nobodys_way(place, monkeypatch):
+    """All ranks find out at the same time whether the places can be written to; each sees what the others put there."""
+    tried, write_, scratch = [], Storage.write, tempfile.TemporaryDirectory
+
+    def looks() -> None:
+        tried.append(places.holds_something(f"{place}/fresh"))
+        check_replaceable("fresh", f"{place}/fresh", MODEL)
+
+    def written(storage, name, content):
+        write_(storage, name, content)
+        looks()
+
+    class Watched(scratch):
+        def __enter__(self):
+            name = super().__enter__()
+            looks()
+            return name
+
+    monkeypatch.setattr(Storage, "write", written)
+    monkeypatch.setattr("fft.files.tempfile.TemporaryDirectory", Watched)
+    if not place.startswith("s3"):
+        Path(place, "fresh").mkdir()
+    places.try_place("--output_dir", f"{place}/fresh", "model")
+    assert tried == [False]
 
 
 def arguments(place, **flags):
