@@ -276,8 +276,10 @@ def nearest_folder(path: str | os.PathLike[str]) -> Path:
     return next(above for above in (path, *path.parents) if above.is_dir())
 
 
-#: Names of what lies in a place for a moment, while somebody finds out whether it can be written to: no part of it.
-TRIAL = re.compile(r"\.\w+\.trying")
+#: How names end of what lies in a place for a moment, while somebody finds out whether it can be written to; and such
+#: names: no part of what lies there.
+TRYING = ".trying"
+TRIAL = re.compile(rf"\.\w+{re.escape(TRYING)}")
 
 
 def try_folder(path: str | os.PathLike[str]) -> None:
@@ -287,7 +289,7 @@ def try_folder(path: str | os.PathLike[str]) -> None:
     """
     staging = staging_folder(path)
     place = next(above for above in staging.parents if os.path.lexists(above))
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".trying", dir=place) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".", suffix=TRYING, dir=place) as scratch:
         (Path(scratch) / staging.relative_to(place)).mkdir(parents=True)
 
 

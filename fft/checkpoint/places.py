@@ -14,7 +14,7 @@ from fft.data.storage import SCHEMES, Storage, is_url, reaching
 from fft.data.store_owner import OWNERS
 from fft.data.views import files_below
 from fft.errors import UserError, one_line
-from fft.files import TRIAL, try_folder
+from fft.files import TRIAL, TRYING, try_folder
 
 _CHECKPOINT = Kind(
     "a checkpoint",
@@ -105,7 +105,7 @@ def try_place(flag: str, place: str, name: str = "") -> None:
             raise UserError(
                 f"{flag} {place} cannot be made ({error.strerror}): name a folder that this user may write to."
             ) from error
-    probe, storage = f".{uuid.uuid4().hex}.trying", Storage.at(place)
+    probe, storage = f".{uuid.uuid4().hex}{TRYING}", Storage.at(place)
     try:
         storage.write(probe, b"")
         storage.delete([probe])
