@@ -24,16 +24,14 @@ hashed = install --no-deps --no-build-isolation --require-hashes --requirement <
 # An index that has torch alone, as PyTorch's for CPUs: nothing else is asked of it. Without it, torch is PyPI's.
 TORCH_INDEX ?=
 own_torch = $(if $(TORCH_INDEX),$(1) install --no-deps --index-url $(TORCH_INDEX) "$$(grep '^torch==' $(2))",:)
-# Two files run side by side, in this order: a file of minutes that comes last leaves a core idle. Those of jobs, and those
-# that start ranks of their own, which wait for one another most of the time.
-LONG := tests/unit/training/test_flags_fuzz.py
-SINGLE := $(wildcard tests/test_*.py) tests/journeys tests/spark $(LONG) tests/unit
+# Two files run side by side, in this order and that of tests/conftest.py. Those of jobs, and those that start ranks of
+# their own, which wait for one another most of the time.
+SINGLE := $(wildcard tests/test_*.py) tests/journeys tests/spark tests/unit
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
-DISTRIBUTED := tests/distributed/test_parity.py tests/distributed
+DISTRIBUTED := tests/distributed
 # Those that run in the environment of vLLM, and those whose workers do.
 SERVE := tests/serve
-VLLM := -m vllm tests/spark/test_generate.py
-HERE := -m "not vllm"
+VLLM := tests/spark/test_generate.py
 
 # spark-submit and deepspeed look up python3 on PATH: it must be this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -42,7 +40,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # Images of containers set it, and every process that starts would compile this package, and every test, again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help prerequisites env env-serve lock quickstart quickstart-chat quickstart-vision test tests-here tests-beside test-serve coverage mutants lint format audit docs site dist bundle clean
+.PHONY: help prerequisites env env-serve lock quickstart quickstart-chat quickstart-vision test tests-here tests-beside test-thorough test-serve coverage mutants lint format audit docs site dist bundle clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -115,8 +113,8 @@ test: prerequisites  ## lint, then the unit, Spark, distributed and serving test
 # All that needs no vLLM.
 tests-here: env lint $(CLASSES)
 	@export MAKEFLAGS=; failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) $(HERE) $(SINGLE) || failed=1; \
-	  $(VENV)/bin/python -m pytest $(BESIDE) $(HERE) $(DISTRIBUTED) || failed=1; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm and not thorough" $(SINGLE) || failed=1; \
+	  $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm and not thorough" $(DISTRIBUTED) || failed=1; \
 	  exit $$failed
 
 $(CLASSES): $(STAMP) tests/spark_classes.py
@@ -128,13 +126,20 @@ tests-beside: env env-serve
 	  $(MAKE) --no-print-directory test-serve > "$$told" 2>&1 || failed=1; \
 	  cat "$$told"; exit $$failed
 
+test-thorough: env env-serve $(CLASSES)  ## what `make test` leaves out: more layouts, engines, kills of what it shows
+	@failed=0; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "thorough and not vllm" $(SINGLE) || failed=1; \
+	  $(VENV)/bin/python -m pytest $(BESIDE) -m "thorough and not vllm" $(DISTRIBUTED) || failed=1; \
+	  $(SERVE_VENV)/bin/python -m pytest -m thorough $(SERVE) || failed=1; \
+	  exit $$failed
+
 coverage: env $(CLASSES)  ## the unit and Spark tests again, counting the lines that they run: a third slower
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) --cov --cov-report=term $(SINGLE)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm" --cov --cov-report=term $(SINGLE)
 
 test-serve: env env-serve  ## the tests that need a real vLLM
 	@failed=0; \
-	  $(SERVE_VENV)/bin/python -m pytest $(SERVE) || failed=1; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(VLLM) || failed=1; \
+	  $(SERVE_VENV)/bin/python -m pytest -m "not thorough" $(SERVE) || failed=1; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m vllm $(VLLM) || failed=1; \
 	  exit $$failed
 
 mutants: env  ## plant faults in the modules that are arithmetic alone (mutmut): which of them no test notices

@@ -10,6 +10,7 @@ import pytest
 from conftest import SMALL, VOCAB, write_table
 from ports import free_port
 from samples import read_sample
+from thorough import thorough
 
 from fft.arguments import parse_arguments
 from fft.data.commits import begin_writing, commit
@@ -360,10 +361,10 @@ def test_the_command_ends_with_the_sentence_alone(good, tmp_path, case, monkeypa
     ("launcher", "case"),
     [
         ("python", "missing"),
-        ("torchrun", "missing"),
+        thorough("torchrun", "missing"),
         ("torchrun", "ids"),
-        ("torchrun", "kernel"),
-        ("deepspeed", "indivisible"),
+        thorough("torchrun", "kernel"),
+        thorough("deepspeed", "indivisible"),
         ("deepspeed", "ids"),
     ],
 )

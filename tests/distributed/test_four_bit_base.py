@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import SMALL, VOCAB
 from forked import run_ranks
+from in_process import run_here
 from pairs import random_pairs, write_pairs
 from safetensors import safe_open
+from thorough import thorough
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.arguments import parse_arguments
 from fft.checkpoint.adapter import CONFIG, WEIGHTS
+from fft.checkpoint.convert import cli
 from fft.data.pairs import REFERENCE_PREFIX
 from fft.models.in_process import write_random_model
 from fft.parity_reference import one_process
@@ -62,9 +65,9 @@ def first_step(run) -> dict:
     ("family", "layout", "trained"),
     [
         ("llama", "pipe2", LORA),
-        ("qwen2", "data2", DORA),
+        thorough("qwen2", "data2", DORA),
         ("llama", "tensor2", DORA),
-        ("qwen2", "tensor2", LORA),
+        thorough("qwen2", "tensor2", LORA),
         ("qwen2", "sequence2", LORA),
     ],
 )
@@ -80,7 +83,7 @@ def test_layout_equals_one_process(family, layout, trained, model_dir, ragged_ta
 
 
 @pytest.mark.slow
-def test_what_is_written_says_so_and_is_merged_into_the_whole_model(model_dir, ragged_table, tmp_path, launch):
+def test_what_is_written_says_so_and_is_merged_into_the_whole_model(model_dir, ragged_table, tmp_path):
     """In bf16, whose casts leave magnitudes alone: the first loss is that of the rounded model. Resumed, it goes on."""
     own = [*flags(model_dir("llama"), ragged_table, tmp_path), *LORA, "--gradient_accumulation_steps=8", "--dtype=bf16"]
     done = run_ranks(1, *own)
@@ -97,9 +100,7 @@ def test_what_is_written_says_so_and_is_merged_into_the_whole_model(model_dir, r
     assert first_step(tmp_path / "run")["loss"] == pytest.approx(expected, rel=1e-3)
     assert plain != pytest.approx(expected, rel=1e-3)
 
-    merged = launch(
-        *f"python -m fft.checkpoint.convert {model_dir('llama')} {tmp_path}/merged".split(), "--lora", place
-    )
+    merged = run_here(cli, model_dir("llama"), tmp_path / "merged", "--lora", place)
     assert merged.returncode == 0, merged.stderr
     assert merged.stderr.count("was trained on the model in four bits (NF4), whose rounded weights it saw") == 1
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -10,6 +10,7 @@ import pytest
 from conftest import SMALL, VOCAB, write_table
 from forked import run_ranks, started
 from test_parity import read_metrics
+from thorough import thorough
 from transformers import AutoConfig
 
 from benchmarks.hosts import Hosts, why_not
@@ -99,7 +100,7 @@ def losses(steps):
     return [step["loss"] for step in steps]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["data", "pipe", "tensor", thorough("sequence")])
 def test_layout_over_machines_equals_one_process(layout, inputs, hosts, one_process, tmp_path):
     """Also where every machine takes its own name for 127.0.1.1."""
     given = flags(inputs, layout, tmp_path / "run", "--eval_data", inputs / "table")

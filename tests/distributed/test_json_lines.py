@@ -8,6 +8,7 @@ from conversations import write_chats
 from forked import run_ranks, started
 from spark.chat_templates import save_chat_tokenizer
 from test_crashes import outcome, wait_until
+from thorough import thorough
 from transformers import AutoTokenizer
 
 from fft.checkpoint.folder import LATEST
@@ -49,7 +50,7 @@ def flags(model, tokenizer, chats, few, output):
     ).split()
 
 
-@pytest.mark.parametrize("layout", ["--pipe_parallel_size 2", "--pipe_parallel_size 1"])
+@pytest.mark.parametrize("layout", ["--pipe_parallel_size 2", thorough("--pipe_parallel_size 1")])
 def test_trained_killed_and_gone_on_with(layout, model, tokenizer, chats, few, tmp_path):
     given = [*flags(model, tokenizer, chats, few, tmp_path / "straight"), *layout.split()]
     done = run_ranks(2, *given, module=MODULE)

@@ -13,6 +13,7 @@ from originals import WORDS, strings, write_pieces, write_ranks
 from safetensors.torch import load_file
 from test_parity import read_metrics
 from test_runs import SEQ_LEN, loss_of
+from thorough import thorough
 from transformers import AutoTokenizer
 
 from fft.checkpoint import convert
@@ -94,7 +95,10 @@ def table_in(folder):
     return manifest.parent
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    ["qwen", "internlm2", thorough("baichuan-7b"), thorough("baichuan2-7b"), thorough("baichuan-13b"), "baichuan2-13b"],
+)
 def test_a_published_directory_goes_all_the_way(tmp_path, tokenizers, texts, name):
     original = published(tmp_path / "published", name, tokenizers)
     tokenizer = tokenizers / f"{'internlm2' if name == 'internlm2' else name.split('-')[0].rstrip('2')}-converted"

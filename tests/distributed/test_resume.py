@@ -7,9 +7,13 @@ import pytest
 import torch
 from conftest import VOCAB, write_table
 from forked import run_ranks
+from in_process import run_here
 from safetensors.torch import load_file
 from test_parity import EVERYWHERE, FAMILIES, LAYOUTS, flags, held_out, model_dir, read_metrics  # noqa: F401 - fixtures
+from thorough import thorough
 from transformers import AutoModelForCausalLM
+
+from fft.checkpoint.convert import cli
 
 pytestmark = pytest.mark.slow
 #: Steps of the straight run, and the step after which another one goes on. An epoch of the table ends within step 13.
@@ -82,14 +86,14 @@ def go_on(train, straight_output, output, family, layout, dtype, *more):
         ("llama", "one", "fp32", "none"),
         ("llama", "blend", "bf16", "process"),
         ("llama", "data2", "bf16", "thread"),
-        ("qwen2-tied", "pipe2", "bf16", "thread"),
-        ("llama", "pipe2-ragged", "bf16", "thread"),
+        thorough("qwen2-tied", "pipe2", "bf16", "thread"),
+        thorough("llama", "pipe2-ragged", "bf16", "thread"),
         ("qwen2-tied", "pipe2-data2", "fp32", "process"),
         ("llama", "sequence2", "fp32", "thread"),
-        ("qwen2-tied", "pipe2-data2-zero0", "fp32", "thread"),
-        ("llama", "pipe2-split-recompute", "bf16", "thread"),
-        ("qwen2-moe", "data2-tensor2", "bf16", "thread"),
-        ("qwen2-tied", "pipe2-data2-offload", "bf16", "thread"),
+        thorough("qwen2-tied", "pipe2-data2-zero0", "fp32", "thread"),
+        thorough("llama", "pipe2-split-recompute", "bf16", "thread"),
+        thorough("qwen2-moe", "data2-tensor2", "bf16", "thread"),
+        thorough("qwen2-tied", "pipe2-data2-offload", "bf16", "thread"),
         ("qwen3-moe", "pipe2-expert2", "bf16", "thread"),
     ],
 )
@@ -114,8 +118,8 @@ def test_on_the_same_layout_to_the_bit(family, layout, dtype, executor, straight
         ("llama", "data2", "pipe2"),
         ("qwen2-tied", "pipe2-tensor2", "data2"),
         ("llama", "one", "tensor2"),
-        ("qwen2-moe", "data2-tensor2", "pipe2"),
-        ("qwen2-moe", "data2-tensor2", "data2-tensor2-expert2"),
+        thorough("qwen2-moe", "data2-tensor2", "pipe2"),
+        thorough("qwen2-moe", "data2-tensor2", "data2-tensor2-expert2"),
         ("qwen3-moe", "pipe2-expert2", "pipe2"),
     ],
 )
@@ -131,7 +135,7 @@ def test_on_another_layout(family, before, after, straight, train, tmp_path):
         torch.testing.assert_close(again[2][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_adapters_alone(train, launch, model_dir, tmp_path):  # noqa: F811
+def test_adapters_alone(train, model_dir, tmp_path):  # noqa: F811
     """LoRA: on the same layout to the bit, with tensor parallelism to 1e-5; and merged, from the run folder."""
     family, lora = "qwen2-tied", ["--lora_dim", 3, "--lora_alpha", 12]
     numbers, evaluated, weights = train(tmp_path / "straight", family, "pipe2", *lora)
@@ -146,7 +150,7 @@ def test_adapters_alone(train, launch, model_dir, tmp_path):  # noqa: F811
     np.testing.assert_allclose(other[0][:, 2], numbers[:, 2], rtol=1e-4)
     for name, value in weights.items():
         torch.testing.assert_close(other[2][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    merged = converted(launch, tmp_path / "straight" / "run", tmp_path / "merged")
+    merged = converted(tmp_path / "straight" / "run", tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(model_dir(family)).state_dict()
     adapted = 0
     for name, value in merged.items():
@@ -157,7 +161,7 @@ def test_adapters_alone(train, launch, model_dir, tmp_path):  # noqa: F811
     assert 2 * adapted == len(weights)
 
 
-def test_a_runs_adapter_is_merged_from_its_masters(train, launch, model_dir, tmp_path):  # noqa: F811
+def test_a_runs_adapter_is_merged_from_its_masters(train, model_dir, tmp_path):  # noqa: F811
     """W + alpha / rank * B @ A, of the fp32 matrices that were stepped: not of those rounded to bf16."""
     run = tmp_path / "run"
     _, _, rounded = train(tmp_path, "llama", "data2", "--dtype", "bf16", "--lora_dim", 3, "--lora_alpha", 12)
@@ -167,10 +171,8 @@ def test_a_runs_adapter_is_merged_from_its_masters(train, launch, model_dir, tmp
             if key.startswith("master/"):
                 masters.setdefault(key.removeprefix("master/"), []).append(value.flatten())
     base = AutoModelForCausalLM.from_pretrained(model_dir("llama")).state_dict()
-    merged = converted(launch, run, tmp_path / "run-merged", "--dtype", "fp32")
-    given = converted(
-        launch, model_dir("llama"), tmp_path / "merged", "--lora", run / f"step-{STEPS}", "--dtype", "fp32"
-    )
+    merged = converted(run, tmp_path / "run-merged", "--dtype", "fp32")
+    given = converted(model_dir("llama"), tmp_path / "merged", "--lora", run / f"step-{STEPS}", "--dtype", "fp32")
     for name, weight in base.items():
         matrices = [f"{name[:-7]}.lora_{part}.weight" for part in "AB"]
         expected = weight
@@ -184,8 +186,8 @@ def test_a_runs_adapter_is_merged_from_its_masters(train, launch, model_dir, tmp
     assert len(masters) == len(rounded)
 
 
-def converted(launch, source, output, *more):
-    done = launch("python", "-m", "fft.checkpoint.convert", source, output, *more)
+def converted(source, output, *more):
+    done = run_here(cli, source, output, *more)
     assert done.returncode == 0, done.stderr
     tensors = {}
     for file in sorted(output.glob("*.safetensors")):
@@ -193,10 +195,10 @@ def converted(launch, source, output, *more):
     return tensors
 
 
-def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, launch, tmp_path):
+def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, tmp_path):
     output, (_, _, weights) = straight("llama", "data2", "bf16")
-    stored = converted(launch, output / "run", tmp_path / "stored")
-    masters = converted(launch, output / "run", tmp_path / "masters", "--dtype", "fp32")
+    stored = converted(output / "run", tmp_path / "stored")
+    masters = converted(output / "run", tmp_path / "masters", "--dtype", "fp32")
     assert stored.keys() == masters.keys() == weights.keys()
     assert all(torch.equal(stored[name], value) for name, value in weights.items())
     assert all(torch.equal(masters[name].bfloat16(), value) for name, value in weights.items())
@@ -208,7 +210,8 @@ def test_a_checkpoint_converts_in_its_own_type_and_from_the_masters(straight, la
     ("family", "layout"),
     [
         *((family, "one") for family in FAMILIES),
-        *((family, layout) for layout in ("pipe2-split-recompute", "pipe2-tensor2") for family in EVERYWHERE),
+        *((family, "pipe2-tensor2") for family in EVERYWHERE),
+        *(thorough(family, "pipe2-split-recompute") for family in EVERYWHERE),
     ],
 )
 def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model_dir, tmp_path):  # noqa: F811
@@ -222,11 +225,11 @@ def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model
     assert before.config.to_diff_dict() == after.config.to_diff_dict()
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", []), ("qwen2-tied", []), ("qwen3", ["--split_dlayer"])])
-def test_deepspeeds_own_checkpoints_convert(family, more, launch, model_dir, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("family", "more"), [("qwen2-tied", []), thorough("qwen3", ["--split_dlayer"])])
+def test_deepspeeds_own_checkpoints_convert(family, more, model_dir, tmp_path):  # noqa: F811
     flags = ["--model", model_dir(family), "--num_train_epochs", 0, "--dtype", "fp32", "--output_dir", tmp_path / "o"]
     saved = run_ranks(1, *flags, *more, tmp_path / "ds", module="tests.distributed.deepspeed_layers")
     assert saved.returncode == 0, saved.stderr[-3000:]
-    converted(launch, tmp_path / "ds" / "global_step0", tmp_path / "hf", "--model", model_dir(family))
+    converted(tmp_path / "ds" / "global_step0", tmp_path / "hf", "--model", model_dir(family))
     before, after = (AutoModelForCausalLM.from_pretrained(at) for at in (model_dir(family), tmp_path / "hf"))
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())

@@ -169,7 +169,13 @@ def reference(models, tables, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("family", "name", "place"), TRIED)
+@pytest.mark.parametrize(
+    ("family", "name", "place"),
+    [
+        pytest.param(*case, marks=() if case[2] == "staged" or case[1] in SHARED_ALONE else pytest.mark.thorough)
+        for case in TRIED
+    ],
+)
 def test_a_layout_computes_what_one_process_does(family, name, place, models, tables, reference, tmp_path):
     _, ranks, extra = CASES[name]
     given = flags(models(family), tables(rules_of(family)), tmp_path)

@@ -12,6 +12,7 @@ import torch
 from conftest import write_table
 from forked import run_ranks, started
 from image_tables import rows_table, write_rows
+from in_process import run_here
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_parity import read_metrics
@@ -20,6 +21,7 @@ from test_vision_parity import LR, SEQ_LEN, flags, models, rows_of, rules_of, ta
 from transformers import AutoModelForImageTextToText
 
 from fft.arguments import parse_arguments
+from fft.checkpoint.convert import cli
 from fft.parity_reference import one_process
 from fft.parity_run import faults, read_outcome
 from fft.planning.preflight import plan_run
@@ -68,7 +70,7 @@ def test_on_the_same_layout_to_the_bit(family, ranks, more, run, tmp_path):
     assert all(torch.equal(again[2][name], value) for name, value in weights.items())
 
 
-def test_experts_go_on_and_are_converted_from_their_masters(run, launch, tmp_path):
+def test_experts_go_on_and_are_converted_from_their_masters(run, tmp_path):
     """Files have rows and columns of experts swapped, the optimizer has not."""
     experts = ["--expert_parallel_size=2", "--gradient_accumulation_steps=4", "--dtype=bf16"]
     numbers, _, stored = run("qwen3_vl_moe", 2, tmp_path / "straight", *experts)
@@ -76,8 +78,7 @@ def test_experts_go_on_and_are_converted_from_their_masters(run, launch, tmp_pat
     again, _, weights = run("qwen3_vl_moe", 2, tmp_path / "again", *experts, "--resume", f"step-{HALF}")
     np.testing.assert_array_equal(again, numbers)
     assert all(torch.equal(weights[name], value) for name, value in stored.items())
-    convert = ("python", "-m", "fft.checkpoint.convert")
-    done = launch(*convert, tmp_path / "straight" / "run", tmp_path / "fp32", "--dtype", "fp32")
+    done = run_here(cli, tmp_path / "straight" / "run", tmp_path / "fp32", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr[-2000:]
     masters = load_file(tmp_path / "fp32" / "model.safetensors")
     assert masters.keys() == stored.keys()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from thorough import thorough
 from transformers import AutoModelForImageTextToText
 from vision_generation import answers_of_transformers, make_vision_model, pictures, prompts_of
-from vision_models import FAMILIES
 
 from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.conversion import convert, merged
@@ -30,7 +30,13 @@ def environment(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl_moe", "qwen3_vl-adapter"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen2_vl", "internvl", "qwen3_vl-adapter"),
+        *(thorough(name) for name in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")),
+    ],
+)
 def test_answers_are_those_of_transformers_own_processors(family, tmp_path):
     """Of one family, with a limit that its directory does not have; with an adapter, also of the tower."""
     family, _, has_adapter = family.partition("-")

@@ -143,6 +143,7 @@ print(made.rows, made.lineage["counts"]["documents_in"], spark.table("lake.token
 """
 
 
+@pytest.mark.thorough
 def test_a_connect_server(launch, corpus, documents, tokenizer, tokens, tmp_path):
     """A server of Spark Connect in a JVM of its own, found by SPARK_REMOTE, whose workers are given the code."""
     port = free_port()

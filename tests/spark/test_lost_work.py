@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from failing_store import with_faults
 from namespaces import own_mounts
+from thorough import thorough
 
 from fft.corpus import splits
 from fft.data.manifest import read_manifest
@@ -122,7 +123,7 @@ def folders(many, tokenizer, tokens, shuffled):
 
 
 @pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [thorough("spark"), "sail"])
 def test_killed_at_random_moments(job, engine, spark, folders, tmp_path):
     """All kills of one kind hit the same folder, one after the other: each job finds what the one before has left."""
     moments, commands = random.Random(f"{job} {engine}"), getattr(cli, f"run_{job}")
@@ -183,7 +184,7 @@ def lines(corpus, tokenizer, spark, tmp_path_factory) -> dict[str, Path]:
     return {"many": folder / "lines.jsonl", "tokenizer": tokenizer} | dict.fromkeys(JOBS_OF_TABLES, folder / "tokens")
 
 
-@pytest.mark.parametrize(("job", "parts"), [("tokenize", 200), ("shuffle", 40), ("repartition", 40)])
+@pytest.mark.parametrize(("job", "parts"), [("tokenize", 60), thorough("shuffle", 40), ("repartition", 40)])
 def test_a_killed_job_repeats_only_what_was_not_finished(job, parts, lines, tmp_path, monkeypatch, capfd):
     """A driver on Sail is killed when some parts are finished; Spark goes on, to the bytes of one run."""
     monkeypatch.setattr(splits, "FEWEST_PARTS", parts)
@@ -273,9 +274,10 @@ def commands_of(session: int) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_second_job_is_refused_and_the_first_ends_well(engine, overwrite, spark, many, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("overwrite", "engine"), [(True, "spark"), (False, "sail"), thorough(False, "spark"), thorough(True, "sail")]
+)
+def test_a_second_job_is_refused_and_the_first_ends_well(overwrite, engine, spark, many, tokenizer, tmp_path):
     out, flags = tmp_path / "out", ["--overwrite"] if overwrite else []
     if overwrite:
         tokenize_table(many, out, tokenizer, max_len=50)
@@ -336,7 +338,7 @@ cp -r {disk}/out {copy}
 """
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [thorough("spark"), "sail"])
 def test_a_full_disk_does_not_cost_the_old_table(engine, launch, tokens, tokenizer, many, tmp_path):
     """A real one, of 6 MB: with room for the new table in part, and with none at all."""
     mounting = own_mounts()

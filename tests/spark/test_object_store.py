@@ -96,6 +96,7 @@ def test_java_without_what_reaches_stores_says_so(spark, lake, tokenizer):
     assert not Storage.at(f"{lake}/tokens").here()
 
 
+@pytest.mark.thorough
 def test_tasks_that_fail_while_they_write_are_tried_again(lake, alone, tokenizer, tmp_path):
     """After its file is there, when its process is killed, and when the store says that it is busy: on Java."""
     (tmp_path / "faults").mkdir()
@@ -105,6 +106,7 @@ def test_tasks_that_fail_while_they_write_are_tried_again(lake, alone, tokenizer
     check_tidy(f"{lake}/tokens")
 
 
+@pytest.mark.thorough
 def test_a_busy_store(lake, alone, tokenizer, store_environment):
     """HTTP 503 for one request in ten."""
     with throttled(store_environment["AWS_ENDPOINT_URL"]) as (url, counts):

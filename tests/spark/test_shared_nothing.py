@@ -105,6 +105,7 @@ def test_a_place_that_workers_do_not_see_is_one_sentence(cluster, code, many, to
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_jobs_survive_a_worker_that_dies(cluster, code, alone, lake, tokenizer, tmp_path):
     out = Storage.at(f"{lake}/tokens")
     flags = ("-i", f"{lake}/many.jsonl", "-o", out.name, "--tokenizer", tokenizer)

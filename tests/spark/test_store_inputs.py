@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
+from thorough import thorough
 
 from fft.data.manifest import read_manifest
 from spark.helpers import files_of, rows_of
@@ -48,15 +49,15 @@ def tokenize(launch, tokenizer, tmp_path):
     return run
 
 
-def test_the_table_of_a_store_is_that_of_a_local_copy(spark, tokenize, url, raw, tokenizer, tmp_path):
+@pytest.mark.parametrize("engine", [thorough("spark"), "sail"])
+def test_the_table_of_a_store_is_that_of_a_local_copy(engine, spark, tokenize, url, raw, tokenizer, tmp_path):
     local = tokenize_table(raw, tmp_path / "local", tokenizer)
-    for name in ("spark", "sail"):
-        done = tokenize(name, url, name)
-        assert done.returncode == 0, done.stderr
-        ours, theirs = files_of(tmp_path / name), files_of(tmp_path / "local")
-        assert [(file.name, file.read_bytes()) for file in ours] == [(file.name, file.read_bytes()) for file in theirs]
-    assert ["one"] in [row["doc_ids"] for row in rows_of(tmp_path / "spark")]
-    lineage = read_manifest(tmp_path / "spark").lineage
+    done = tokenize(engine, url, "out")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = files_of(tmp_path / "out"), files_of(tmp_path / "local")
+    assert [(file.name, file.read_bytes()) for file in ours] == [(file.name, file.read_bytes()) for file in theirs]
+    assert ["one"] in [row["doc_ids"] for row in rows_of(tmp_path / "out")]
+    lineage = read_manifest(tmp_path / "out").lineage
     assert lineage["inputs"] == [f"{url}/lake@v1", url]
     assert lineage["not_read"] == local.lineage["not_read"] == {".csv files": {"files": 1, "bytes": 3}}
     facts = [[one["fingerprint"] for one in told["made_from"]] for told in (lineage, local.lineage)]

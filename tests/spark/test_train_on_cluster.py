@@ -145,6 +145,7 @@ def test_without_spark(flags, tmp_path):
     assert any(line.startswith("step 1/1") for line in said)
 
 
+@pytest.mark.thorough
 def test_a_cancelled_cell_and_a_lost_executor(launch, flags, tmp_path_factory, tmp_path):
     """Each leaves a checkpoint to go on from; in the end the losses are those of a run that nothing happened to."""
     flags = flags | {"max_steps": STEPS, "save_steps": 20}

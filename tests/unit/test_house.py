@@ -242,3 +242,14 @@ def test_contributing_names_every_module():
     modules = {name for name in FILES if not name.endswith("__init__.py")}
     none_of([f"{name} is not named" for name in sorted(modules - named)])
     none_of([f"{name} is named and not there" for name in sorted(named) if name.endswith(".py") and name not in FILES])
+
+
+def test_nothing_is_shown_by_thorough_tests_alone():
+    """`make test` leaves them out: some other test, or another case of the same, stands beside each."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tests = [f for f in ast.parse(path.read_text("utf-8")).body if getattr(f, "name", "").startswith("test_")]
+        marks = [{ast.unparse(decorator) for decorator in test.decorator_list} for test in tests]
+        assert not marks or any("pytest.mark.thorough" not in mark for mark in marks), path
+        for values in (d.args[1] for f in tests for d in f.decorator_list if len(getattr(d, "args", ())) > 1):
+            if isinstance(values, ast.List | ast.Tuple) and values.elts:
+                assert any(not ast.unparse(value).startswith("thorough(") for value in values.elts), path

@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 from conftest import SMALL
+from in_process import run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.checkpoint import conversion
 from fft.checkpoint.adapter import scale_of
 from fft.checkpoint.conversion import Merged
-from fft.checkpoint.convert import main
+from fft.checkpoint.convert import cli, main
 from fft.checkpoint.layer_files import LayerFiles
 from fft.data.owner import owned
 from fft.errors import UserError
@@ -42,11 +43,11 @@ def directory(model, tmp_path_factory):
 
 
 @pytest.fixture
-def convert(launch, tmp_path):
+def convert(tmp_path):
     """Convert to ``out``; returns what transformers loads from there, or, refused, what was said."""
 
     def run(source, *flags, refused=False):
-        done = launch("python", "-m", "fft.checkpoint.convert", source, tmp_path / "out", *flags)
+        done = run_here(cli, source, tmp_path / "out", *flags)
         if refused:
             assert done.returncode == 2, done.stderr
             assert not (tmp_path / "out").exists()
@@ -366,14 +367,14 @@ def test_layer_files_of_deepspeed_have_the_names_of_their_family(family, split, 
     assert all(torch.equal(found.tensor(name), files.tensor(stored[name])) for name in found.names)
 
 
-def test_what_is_no_number_is_written_and_told(model, directory, launch, tmp_path):
+def test_what_is_no_number_is_written_and_told(model, directory, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     shutil.copytree(directory, tmp_path / "in")
     tensors["model.norm.weight"][3] = float("nan")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -math.inf
     save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
-    done = launch("python", "-m", "fft.checkpoint.convert", tmp_path / "in", tmp_path / "out", "--max_shard_size=1e-5")
+    done = run_here(cli, tmp_path / "in", tmp_path / "out", "--max_shard_size=1e-5")
     assert done.returncode == 0, done.stderr
     assert "warning: model.layers.1.mlp.up_proj.weight holds NaN or infinity, as 1 more tensors do: " in done.stderr
     assert len([*(tmp_path / "out").glob("*.safetensors")]) > 1
-    assert "warning" not in launch("python", "-m", "fft.checkpoint.convert", directory, tmp_path / "fine").stderr
+    assert "warning" not in run_here(cli, directory, tmp_path / "fine").stderr

@@ -325,7 +325,7 @@ def test_neither_torch_nor_spark_is_needed(chats, tokenizer, tmp_path):
 #: A run by two workers, which read their files over and over: none of them ends by itself. Each, as it imports this
 #: file as well, says that it has begun once it has read a file.
 ENDLESS = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from fft.corpus.local import table_of, text_input
 from fft.corpus.tokenize_parts import PartTokenizer
@@ -341,6 +341,7 @@ def over_and_over(self, split):
 PartTokenizer.add_split = over_and_over
 os.sched_getaffinity = lambda _: range(2)
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     table_of(text_input(folder / "chats.jsonl", tokenizer, 4096), folder)
 """
 
