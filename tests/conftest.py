@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 VOCAB, SMALL = small.VOCABULARY, small.SIZES
 #: The files that take longest.
-MINUTES = ("test_bundle.py", "test_flags_fuzz.py", "test_parity.py")
+MINUTES = ("test_bundle.py", "test_flags_fuzz.py", "test_parity.py", "test_crashes.py", "test_vision_parity.py")
 
 # Models are tiny here and cores few: threads that share out a product of 32 columns only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

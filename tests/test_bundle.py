@@ -137,19 +137,33 @@ def test_what_is_installed_trains(carried, extensions, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_all_that_a_device_must_prove_is_rehearsed(carried, extensions):
-    """Where the bundle lies, from the bundle alone: its tests and benchmarks, with the environment that it made."""
+def rehearse(carried, extensions, *words: str) -> tuple[dict, dict]:
+    """Where the bundle lies, from the bundle alone: its tests and benchmarks, with the environment that it made.
+
+    Returns groups and parts by name.
+    """
     variables = {"TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"}
-    done = run("make", "rehearse", cwd=carried, **variables)
+    done = run("make", "rehearse", *words, cwd=carried, **variables)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     report = json.loads((carried / "rehearsal-report.json").read_text())
     groups = {group["name"]: group for group in report["groups"]}
-    assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "device").glob("test_*.py")} == groups.keys()
     assert {group["end"] for group in groups.values()} == {"passed"}
-    assert {test["outcome"] for test in groups["triton"]["tests"]} == {"passed"}  # there is a Triton: none is left out
     parts = json.loads((carried / "rehearsal-bench.json").read_text())["parts"]
     assert all("rows" in case for cases in parts.values() for case in cases.values()), parts
     assert all(parts.values())
+    return groups, parts
+
+
+def test_a_group_and_a_part_are_rehearsed(carried, extensions):
+    groups, parts = rehearse(carried, extensions, "GROUP=loss", "PART=loss")
+    assert groups.keys() == parts.keys() == {"loss"}
+
+
+@pytest.mark.thorough
+def test_all_that_a_device_must_prove_is_rehearsed(carried, extensions):
+    groups, _ = rehearse(carried, extensions)
+    assert {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "device").glob("test_*.py")} == groups.keys()
+    assert {test["outcome"] for test in groups["triton"]["tests"]} == {"passed"}  # there is a Triton: none is left out
 
 
 def test_what_the_machine_has_is_not_carried(tmp_path):

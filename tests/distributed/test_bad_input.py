@@ -364,8 +364,8 @@ def test_the_command_ends_with_the_sentence_alone(good, tmp_path, case, monkeypa
         thorough("torchrun", "missing"),
         ("torchrun", "ids"),
         thorough("torchrun", "kernel"),
-        thorough("deepspeed", "indivisible"),
-        ("deepspeed", "ids"),
+        ("deepspeed", "indivisible"),
+        thorough("deepspeed", "ids"),
     ],
 )
 @pytest.mark.slow

@@ -23,9 +23,9 @@ from thorough import thorough
 from fft.checkpoint.folder import checkpoint_steps, checkpoint_tag, fault, locked
 
 pytestmark = pytest.mark.slow
-STEPS, SEED = 60, 5
 #: Kills of one run: ``FFT_KILLS=20`` takes some minutes more.
 KILLS = int(os.environ.get("FFT_KILLS", "4"))
+STEPS, SEED = max(30, 3 * KILLS), 5
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from conftest import SMALL, write_table
 from forked import run_ranks
 from spark.chat_templates import save_chat_tokenizer
+from thorough import thorough
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fft.arguments import parse_arguments
@@ -78,7 +79,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["sequence2-ragged", thorough("pipe2-tensor2")])
 def test_named_losses_and_answers(layout, flags, expected, model, tmp_path):
     ranks, more = LAYOUTS[layout]
     run = tmp_path / "run"

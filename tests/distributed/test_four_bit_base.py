@@ -68,7 +68,7 @@ def first_step(run) -> dict:
         thorough("qwen2", "data2", DORA),
         ("llama", "tensor2", DORA),
         thorough("qwen2", "tensor2", LORA),
-        ("qwen2", "sequence2", LORA),
+        thorough("qwen2", "sequence2", LORA),
     ],
 )
 def test_layout_equals_one_process(family, layout, trained, model_dir, ragged_table, tmp_path):

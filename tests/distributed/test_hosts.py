@@ -111,6 +111,7 @@ def test_layout_over_machines_equals_one_process(layout, inputs, hosts, one_proc
     np.testing.assert_allclose(found, evaluated, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_slow_and_lossy_wire_changes_nothing_but_time(inputs, one_process, tmp_path):
     """50 ms each way; of 100 frames 5 are lost."""
     with Hosts(2, tmp_path / "hosts") as made:
@@ -129,6 +130,7 @@ def test_wrong_interface_is_named_on_all_machines(inputs, hosts, tmp_path):
         assert re.search(said + "torchrun --local_addr its address.", log), log
 
 
+@pytest.mark.thorough
 def test_interface_that_is_not_there(inputs, hosts, tmp_path):
     codes, logs, _ = run_on(hosts, *flags(inputs, "data", tmp_path / "run"), GLOO_SOCKET_IFNAME="ib7")
     assert codes == [2, 2]
@@ -136,6 +138,7 @@ def test_interface_that_is_not_there(inputs, hosts, tmp_path):
         assert "error: GLOO_SOCKET_IFNAME is ib7, and host1 has no such interface with an address: it has lo" in log
 
 
+@pytest.mark.thorough
 def test_unknown_name_of_the_first_machine(inputs, hosts, tmp_path):
     def over(processes, log):
         if processes[1].exitcode is not None:
@@ -207,6 +210,7 @@ def test_dead_link_ends_all_ranks_and_one_machine_goes_on(inputs, hosts, one_pro
     np.testing.assert_allclose(losses(read_metrics(tmp_path / "run")[0]), losses(one_process(STRAIGHT)[0]), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_dead_link_between_machines_that_both_reach_the_first(inputs, tmp_path):
     def part(_, log):
         if "step 4/" not in log:

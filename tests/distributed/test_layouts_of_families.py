@@ -6,6 +6,7 @@ runs, with every option, of a few.
 
 import pytest
 from forked import run_ranks
+from thorough import thorough
 
 from fft.arguments import parse_arguments
 from fft.models.in_process import write_random_model
@@ -85,7 +86,12 @@ def one(ragged_table, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [(family, layout) for family in FAMILIES for layout in FAMILIES[family].split()]
+    ("family", "layout"),
+    [
+        (thorough if number else pytest.param)(family, layout)
+        for family in FAMILIES
+        for number, layout in enumerate(FAMILIES[family].split())
+    ],
 )
 def test_a_family_in_a_layout_is_one_process(family, layout, one, tmp_path):
     given, expected = one(family)

@@ -79,6 +79,7 @@ def outcome(place, run):
     return losses, {key: value for key, value in tensors.items() if not key[1].startswith("random/")}
 
 
+@pytest.mark.thorough
 def test_stopped_and_killed_while_sending(lake, local, fresh):
     run = f"{lake}/run"
     given = [*flags(lake, run), "--resume", "auto"]

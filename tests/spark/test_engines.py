@@ -108,6 +108,7 @@ def test_chats_give_the_same_bytes(on_sail, spark, tokenizer, tmp_path):
     assert same_files(tmp_path / "sail", tmp_path / "jvm")
 
 
+@pytest.mark.thorough
 def test_a_disk_without_room(launch, tokenizer, tmp_path):
     """A limit on the size of files stands for a full disk: the same error of the operating system's, at any depth."""
     lines = (json.dumps({"text": f"{i} " + "x y z " * 400}) + "\n" for i in range(4000))

@@ -151,6 +151,7 @@ def check_nothing_left(out: Path, session: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_dies_for_good_ends_the_job_with_a_sentence_and_the_command_goes_on(
     prompts, answers, model, tmp_path
 ):

@@ -76,6 +76,7 @@ def test_all_jobs_from_a_store_to_a_store(lake, alone, tokenizer):
         assert read_sample(ours, index).input_ids.tolist() == read_sample(theirs, index).input_ids.tolist()
 
 
+@pytest.mark.thorough
 def test_the_engines_own_writer_into_a_store(lake, alone, tokenizer):
     """By Sail, which reaches stores by itself; then once more in the place of that."""
     finish(tokenize("sail", lake, tokenizer))
@@ -144,6 +145,7 @@ def test_drivers_that_are_killed_lose_nothing(lake, alone, tokenizer, corpus, tm
     check_tidy(out.name)
 
 
+@pytest.mark.thorough
 def test_a_mount_that_refuses_what_stores_do(alone, corpus, tokenizer, tmp_path):
     """Append, reading and writing at once, links and renaming: all jobs, and an overwrite in place."""
     out = tmp_path / "mount"

@@ -95,6 +95,7 @@ def submit(cluster, code, *words):
     )
 
 
+@pytest.mark.thorough
 def test_a_place_that_workers_do_not_see_is_one_sentence(cluster, code, many, tokenizer, store, tmp_path):  # noqa: F811
     """Before the work: there is nothing of it."""
     job = submit(cluster, code, "spark_jobs/tokenize.py", "-i", many, "-o", tmp_path / "out", "--tokenizer", tokenizer)

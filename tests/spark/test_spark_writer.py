@@ -152,6 +152,7 @@ def test_a_manifest_is_a_property_where_files_cannot_be_reached(spark, corpus, t
     assert "it was changed since" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_on_sail_all_jobs_write_by_the_engine(launch, corpus, tokenizer, tokens, shuffled, tmp_path):
     done = launch(sys.executable, "-c", ON_SAIL, corpus, tokenizer, tmp_path, env={"FFT_ENGINE": "sail"})
     assert done.returncode == 0, done.stderr

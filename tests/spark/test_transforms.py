@@ -145,6 +145,7 @@ def test_ids_are_those_of_transformers(spark, documents, tokenizer):
     }
 
 
+@pytest.mark.thorough
 def test_on_sail_all_stages_have_the_rows_of_the_jobs(
     launch, spark, corpus, tokenizer, tokens, shuffled, packed, tmp_path
 ):

@@ -25,7 +25,7 @@ from fft.planning.preflight import batch_plan, plan_run, start_of
 from fft.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 #: How many commands are tried: `FFT_FUZZ=2000 pytest tests/unit/training/test_flags_fuzz.py` for a long look.
-EXAMPLES = int(os.environ.get("FFT_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("FFT_FUZZ", "40"))
 
 pytestmark = pytest.mark.slow
 
