@@ -1,27 +1,14 @@
 """``python -m fft.show TABLE``: a row of a token table as text, with what is trained of it marked."""
 
 import argparse
-import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fft.console import say
-from fft.data.table import Table
 from fft.data.views import naming_places
 from fft.errors import Parser, UserError, check_new_file, run_cli
 from fft.files import write_atomically
-from fft.text.shown import (
-    Decoder,
-    ShownDocument,
-    as_text,
-    documents_named,
-    documents_of_row,
-    load_decoder,
-    shown_tokens,
-    summary_of,
-    texts,
-)
 
 _ABOUT = """\
 Show a row of a token table as text: where its documents begin, and what of them is trained on.
@@ -33,34 +20,6 @@ Show a row of a token table as text: where its documents begin, and what of them
 Trained is what the loss counts: tokens with a label, all where the table has none, but never a document's first token,
 which nothing predicts.
 """
-_STYLE = """:root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-h1,h2,p,td{overflow-wrap:anywhere}h1{font-size:1.5em;line-height:1.2}
-h2{font-size:1em;color:#5c6b7a;border-top:1px solid;padding-top:.6em}pre{white-space:pre-wrap;overflow-wrap:anywhere}
-mark{background:#bfe3c0;color:#10240f}table{border-collapse:collapse}td{padding:0 1em 0 0;white-space:pre-wrap}"""
-
-
-def as_page(title: str, documents: Sequence[ShownDocument], decoder: Decoder, ids: bool, summary: str = "") -> str:
-    """A page of HTML that needs nothing else; what is trained is marked. A ``summary`` of the table stands on top."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(summary)}</p><p>Marked is what is trained on.</p>"]
-    for document in documents:
-        parts.append(f"<h2>{html.escape(document.heading)}</h2>")
-        if ids:
-            rows = "".join(
-                f"<tr><td>{document.begin + place}<td>{token}<td>{_marked(repr(text), trained)}"
-                for place, token, trained, text in shown_tokens(document, decoder)
-            )
-            parts.append(f"<table>{rows}</table>")
-        else:
-            parts.append(f"<pre dir=auto>{''.join(_marked(*piece) for piece in texts(document, decoder))}</pre>")
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    return f"<!doctype html><html lang=en>{head}<style>{_STYLE}</style>{''.join(parts)}</html>\n"
-
-
-def _marked(text: str, trained: bool) -> str:
-    return f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Show it. Raises :class:`UserError` for what cannot be read, and for a page that is there."""
     args = build_parser().parse_args(argv)
     check_new_file(args.html, args.overwrite)
+    # Not before: --help need not wait for Arrow.
+    from fft.data.table import Table
+    from fft.text.shown import as_text, documents_named, documents_of_row, load_decoder, summary_of
+    from fft.text.shown_page import as_page
+
     with naming_places():
         table = Table.open(args.table)
         found = documents_named(table, args.doc) if args.doc else documents_of_row(table, args.row)

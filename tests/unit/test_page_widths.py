@@ -14,9 +14,9 @@ from fft.data.manifest import FileInfo, Manifest, Manifests
 from fft.data.table import Table
 from fft.plan import find_layouts
 from fft.report import report_on
-from fft.show import as_page
 from fft.spark.cluster import Result
 from fft.text.shown import documents_of_row, load_decoder
+from fft.text.shown_page import as_page
 from fft.training.metric_sinks import METRICS, JsonLines, by_dataset_in, read_numbers
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

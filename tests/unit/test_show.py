@@ -15,8 +15,9 @@ from fft.data.batches import micro_batch
 from fft.data.reader import SampleReader
 from fft.data.table import IGNORE, Table
 from fft.errors import UserError
-from fft.show import as_page, main
+from fft.show import main
 from fft.text.shown import as_text, documents_named, documents_of_row, first_sample, load_decoder
+from fft.text.shown_page import as_page
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from fft.data.table import Table
 from fft.errors import UserError, run_cli
 from fft.report.page import page_of
 from fft.report.run import read_run
-from fft.show import as_page
 from fft.text.shown import as_text, documents_of_row
+from fft.text.shown_page import as_page
 
 #: A title of the window, a screen that is cleared, a letter that turns what follows around, in eight bits, too.
 OBEYED = "\x1b]0;mine\x07\x1b[2J\x9b2J\u202e\x00\r"
