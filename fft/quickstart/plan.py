@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from fft.data.manifest import MANIFEST_NAME
-from fft.data.table import Table
 from fft.files import write_atomically
 from fft.quickstart import corpus, results
-from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
 from fft.quickstart.commands import ROOT, QuickstartPlace, run_trainer, shown, spark_stage
 from fft.quickstart.places import Place, fetched, written
 from fft.quickstart.stages import Stage, fingerprint, run_command
@@ -187,6 +185,9 @@ def _generate(folders: Folders) -> dict:
 
 
 def _report(folders: Folders) -> dict:
+    from fft.data.table import Table
+    from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
+
     train, validation = (Table.open(str(folders.packed / split)) for split in ("train", "validation"))
     baseline = unigram_cross_entropy(unigram_counts(train, VOCAB_SIZE), predicted_counts(validation, VOCAB_SIZE))
     with fetched(folders.run / METRICS) as metrics, written(folders.picture) as picture:
