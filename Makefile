@@ -31,7 +31,11 @@ BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 DISTRIBUTED := tests/distributed
 # Those that run in the environment of vLLM, and those whose workers do.
 SERVE := tests/serve
-VLLM := tests/spark/test_generate.py
+VLLM := -m vllm tests/spark/test_generate.py
+# All that needs no vLLM and has this mark, or "not" it; tests call make, too. Then $failed is 1 or 0.
+marked = export MAKEFLAGS=; failed=0; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm and $(1)" $(SINGLE) || failed=1; \
+	  $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm and $(1)" $(DISTRIBUTED) || failed=1
 
 # spark-submit and deepspeed look up python3 on PATH: it must be this environment's.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -112,10 +116,7 @@ test: prerequisites  ## lint, then the unit, Spark, distributed and serving test
 
 # All that needs no vLLM.
 tests-here: env lint $(CLASSES)
-	@export MAKEFLAGS=; failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm and not thorough" $(SINGLE) || failed=1; \
-	  $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm and not thorough" $(DISTRIBUTED) || failed=1; \
-	  exit $$failed
+	@$(call marked,not thorough); exit $$failed
 
 $(CLASSES): $(STAMP) tests/spark_classes.py
 	@$(VENV)/bin/python tests/spark_classes.py
@@ -127,19 +128,17 @@ tests-beside: env env-serve
 	  cat "$$told"; exit $$failed
 
 test-thorough: env env-serve $(CLASSES)  ## what `make test` leaves out: more layouts, engines, kills of what it shows
-	@failed=0; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "thorough and not vllm" $(SINGLE) || failed=1; \
-	  $(VENV)/bin/python -m pytest $(BESIDE) -m "thorough and not vllm" $(DISTRIBUTED) || failed=1; \
+	@$(call marked,thorough); \
 	  $(SERVE_VENV)/bin/python -m pytest -m thorough $(SERVE) || failed=1; \
 	  exit $$failed
 
 coverage: env $(CLASSES)  ## the unit and Spark tests again, counting the lines that they run: a third slower
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) -m "not vllm" --cov --cov-report=term $(SINGLE)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(BESIDE) --cov --cov-report=term $(SINGLE)
 
 test-serve: env env-serve  ## the tests that need a real vLLM
 	@failed=0; \
 	  $(SERVE_VENV)/bin/python -m pytest -m "not thorough" $(SERVE) || failed=1; \
-	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m vllm $(VLLM) || failed=1; \
+	  OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(VLLM) || failed=1; \
 	  exit $$failed
 
 mutants: env  ## plant faults in the modules that are arithmetic alone (mutmut): which of them no test notices

@@ -185,6 +185,7 @@ def _generate(folders: Folders) -> dict:
 
 
 def _report(folders: Folders) -> dict:
+    # Not before: --help need not wait for Arrow.
     from fft.data.table import Table
     from fft.quickstart.baseline import predicted_counts, unigram_counts, unigram_cross_entropy
 

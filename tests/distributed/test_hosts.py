@@ -100,7 +100,7 @@ def losses(steps):
     return [step["loss"] for step in steps]
 
 
-@pytest.mark.parametrize("layout", ["data", "pipe", "tensor", thorough("sequence")])
+@pytest.mark.parametrize("layout", [thorough(name) if name == "sequence" else name for name in LAYOUTS])
 def test_layout_over_machines_equals_one_process(layout, inputs, hosts, one_process, tmp_path):
     """Also where every machine takes its own name for 127.0.1.1."""
     given = flags(inputs, layout, tmp_path / "run", "--eval_data", inputs / "table")

@@ -139,6 +139,9 @@ SOON = {
     "qwen2-moe": [(1, 1, 1, 2), (1, 1, 2, 1), (1, 2, 1, 1), (2, 1, 1, 2)],
     "qwen3-moe": [(1, 2, 1, 2)],
     "baichuan": [(1, 1, 2, 2)],
+    "gpt_oss": [(1, 2, 2, 1)],
+    "gemma3_text": [(1, 1, 2, 2)],
+    "qwen3_next": [(2, 2, 1, 1)],
 }
 FEW = {
     "mistral": [(1, 2, 1, 1), (2, 1, 1, 2)],
@@ -147,15 +150,17 @@ FEW = {
     "qwen3-moe": [(1, 2, 1, 2), (1, 1, 2, 2)],
     "baichuan": [(1, 2, 2, 1), (1, 1, 2, 2), (1, 2, 1, 2)],
 }
+
+
+def layout_case(family: str, shape: tuple[int, int, int, int], number: int):
+    """A family in a layout, by the options of this number."""
+    case = pytest.param if shape in SOON.get(family, ()) else thorough
+    return case(family, shape, layout_flags(family, shape, number), id=f"{family}-{'x'.join(map(str, shape))}")
+
+
 #: Families go through the same layouts with different options.
 CASES = [
-    pytest.param(
-        family,
-        shape,
-        layout_flags(family, shape, number + shift),
-        id=f"{family}-{'x'.join(map(str, shape))}",
-        marks=() if shape in SOON[family] else pytest.mark.thorough,
-    )
+    layout_case(family, shape, number + shift)
     for shift, family in enumerate(FAMILIES)
     for number, shape in enumerate(FEW.get(family, [*SHAPES, *EIGHT.get(family, ())]))
 ] + [
@@ -184,18 +189,7 @@ EVERYWHERE = tuple(FAMILIES)
 FAMILIES |= {name: {"model_type": name, **small.NEEDS.get(name, {})} for name, _, _ in MECHANISMS}
 FAMILIES["gpt_oss"]["sliding_window"] = 8
 FAMILIES["granite"]["logits_scaling"] = 0.25  # gradients large enough to be clipped
-CASES += [
-    pytest.param(
-        family,
-        shape,
-        layout_flags(family, shape, number),
-        id=f"{family}-{'x'.join(map(str, shape))}",
-        marks=()
-        if (family, number) in (("gpt_oss", 4), ("gemma3_text", 4), ("qwen3_next", 1))
-        else pytest.mark.thorough,
-    )
-    for family, shape, number in MECHANISMS
-]
+CASES += [layout_case(family, shape, number) for family, shape, number in MECHANISMS]
 CASES.append(
     pytest.param("qwen2-tied", (2, 2, 1, 1), LAYOUTS["pipe2-data2-offload"][2].split(), id="qwen2-tied-offload")
 )

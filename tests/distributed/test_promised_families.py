@@ -96,8 +96,7 @@ def table_in(folder):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["qwen", "internlm2", thorough("baichuan-7b"), thorough("baichuan2-7b"), thorough("baichuan-13b"), "baichuan2-13b"],
+    "name", [name if name in ("qwen", "internlm2", "baichuan2-13b") else thorough(name) for name in LAYOUTS]
 )
 def test_a_published_directory_goes_all_the_way(tmp_path, tokenizers, texts, name):
     original = published(tmp_path / "published", name, tokenizers)

@@ -225,7 +225,9 @@ def test_from_hugging_face_and_back_in_no_steps_is_bitwise(family, layout, model
     assert before.config.to_diff_dict() == after.config.to_diff_dict()
 
 
-@pytest.mark.parametrize(("family", "more"), [("qwen2-tied", []), thorough("qwen3", ["--split_dlayer"])])
+@pytest.mark.parametrize(
+    ("family", "more"), [thorough("llama", []), ("qwen2-tied", []), thorough("qwen3", ["--split_dlayer"])]
+)
 def test_deepspeeds_own_checkpoints_convert(family, more, model_dir, tmp_path):  # noqa: F811
     flags = ["--model", model_dir(family), "--num_train_epochs", 0, "--dtype", "fp32", "--output_dir", tmp_path / "o"]
     saved = run_ranks(1, *flags, *more, tmp_path / "ds", module="tests.distributed.deepspeed_layers")

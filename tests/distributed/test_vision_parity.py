@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from forked import run_ranks
 from image_tables import document, rows_table, write_rows
+from thorough import thorough
 from vision_models import FAMILIES, small_config
 
 from fft.arguments import parse_arguments
@@ -70,6 +71,7 @@ PLACES = {"staged": "--encoder_pipe_parallel_size=-1", "shared": "--encoder_pipe
 #: Where a tower in stages shows nothing that the other cases do not.
 SHARED_ALONE = ("one", "data4", "sequence2", "tensor2", "pipe2-tensor2", "frozen-text", "lora", "lora-both")
 SHARED_ALONE += ("experts-tensor2",)
+#: What of it `make test` tries.
 SOON = {("pipe2", "staged"), ("pipe2-data2-zero1-split", "staged"), ("frozen-tower", "staged"), ("ragged", "staged")}
 SOON |= {(name, "shared") for name in ("one", "sequence2", "tensor2", "experts-tensor2", "lora-both")}
 TRIED = [
@@ -173,7 +175,7 @@ def reference(models, tables, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "name", "place"),
-    [pytest.param(*case, marks=() if case[1:] in SOON else pytest.mark.thorough) for case in TRIED],
+    [(pytest.param if case[1:] in SOON else thorough)(*case) for case in TRIED],
 )
 def test_a_layout_computes_what_one_process_does(family, name, place, models, tables, reference, tmp_path):
     _, ranks, extra = CASES[name]

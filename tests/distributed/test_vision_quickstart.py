@@ -18,14 +18,14 @@ HELD_OUT = 60
 SHORT = {"seq_len": 256, "learning_rate": 1.5e-3}
 
 
-@pytest.mark.parametrize(("pictures", "steps", "lead"), [(200, 20, -1.0), thorough(2000, 600, 0.1)])
-def test_pictures_are_seen(pictures, steps, lead, tmp_path, monkeypatch, capfd):
-    """With all steps, which take minutes, it has learned to count; with a few every stage has come to its end."""
+#: Twenty steps bring every stage to its end, and teach nothing.
+@pytest.mark.parametrize(("pictures", "steps", "learned"), [(200, 20, False), thorough(2000, 600, True)])
+def test_pictures_are_seen(pictures, steps, learned, tmp_path, monkeypatch, capfd):
     config = tmp_path / "short.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load((ROOT / plan.CONFIG).read_text()) | SHORT))
     for name, value in (("CONFIG", str(config)), ("PICTURES", pictures), ("HELD_OUT", HELD_OUT)):
         monkeypatch.setattr(plan, name, value)
-    monkeypatch.setattr(quickstart, "LEAD", lead)
+    monkeypatch.setattr(quickstart, "LEAD", 0.1 if learned else -1.0)
     given = ["--output", str(tmp_path / "out"), "--max_steps", str(steps)]
     assert quickstart.main(given) == 0
     folders = plan.VisionFolders(tmp_path / "out")
@@ -34,10 +34,11 @@ def test_pictures_are_seen(pictures, steps, lead, tmp_path, monkeypatch, capfd):
     assert table.has_images
     assert table.rows == facts["pictures"]["questions"] > pictures
     by_kind = {score["kind"]: Score(**score) for score in facts["report"]["scores"]}
-    # Of 60 questions, whose four answers are as likely as each other, a lead of 0.4 is six standard deviations.
-    assert by_kind["count"].lead > (0.4 if lead > 0 else lead)
     assert by_kind["all"].asked == facts["pictures"]["held_out_questions"]
-    assert by_kind["all"].lead > lead
+    if learned:
+        # Of 60 questions, whose four answers are as likely as each other, a lead of 0.4 is six standard deviations.
+        assert by_kind["count"].lead > 0.4
+        assert by_kind["all"].lead > 0.1
     first = capfd.readouterr()
     assert "answered rightly" in first.out
     assert quickstart.main(given) == 0

@@ -184,7 +184,10 @@ def lines(corpus, tokenizer, spark, tmp_path_factory) -> dict[str, Path]:
     return {"many": folder / "lines.jsonl", "tokenizer": tokenizer} | dict.fromkeys(JOBS_OF_TABLES, folder / "tokens")
 
 
-@pytest.mark.parametrize(("job", "parts"), [("tokenize", 60), thorough("shuffle", 40), thorough("repartition", 40)])
+@pytest.mark.parametrize(
+    ("job", "parts"),
+    [("tokenize", 60), thorough("tokenize", 200), thorough("shuffle", 40), thorough("repartition", 40)],
+)
 def test_a_killed_job_repeats_only_what_was_not_finished(job, parts, lines, tmp_path, monkeypatch, capfd):
     """A driver on Sail is killed when some parts are finished; Spark goes on, to the bytes of one run."""
     monkeypatch.setattr(splits, "FEWEST_PARTS", parts)
