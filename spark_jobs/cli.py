@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import spark_jobs
 from fft.errors import Parser, UserError, positive
 from fft.serve.engines import add_engine_flags
-from fft.serve.images import add_image_flags
+from fft.serve.prompt_flags import add_image_flags
 from fft.serve.sampling import add_sampling_flags
 from spark_jobs.cli_values import fraction, named_weights
 from spark_jobs.parameters import CHOICES

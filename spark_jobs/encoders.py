@@ -9,8 +9,8 @@ from fft.corpus.files import Source
 from fft.data.manifest import TokenizerInfo
 from fft.data.views import view
 from fft.errors import UserError
-from fft.images.rules import ImageLimits
-from fft.text.chat import ImageSettings, load_chat
+from fft.images.rules import ImageLimits, ImageSettings
+from fft.text.chat import load_chat
 from fft.text.preference import load_preference
 from fft.text.pretrain import load_pretrain
 from fft.text.records import Keys, RecordEncoder

@@ -14,11 +14,10 @@ from fft.corpus.files import find_sources
 from fft.data.known import LeftOut
 from fft.data.manifest import Manifest
 from fft.errors import UserError
-from fft.images.rules import LIMITS
+from fft.images.rules import LIMITS, ImageSettings
 from fft.serve.engines import EngineOptions
-from fft.serve.images import image_settings_of
+from fft.serve.prompt_flags import image_settings_of
 from fft.serve.sampling import Sampling, sampling_of
-from fft.text.chat import ImageSettings
 from spark_jobs.dataframes import by_reader, open_frames
 from spark_jobs.generation.answers import Asking
 from spark_jobs.generation.engine import Wanted

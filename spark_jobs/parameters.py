@@ -7,7 +7,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from fft.corpus.files import kind_of
 from fft.errors import UserError
 
 _NAME = re.compile(r"\w+(\.\w+){1,2}")
@@ -89,6 +88,8 @@ def _are_names(value: Any) -> bool:
 def is_table_name(path: object) -> bool:
     """Whether a name is that of a catalog's table, ``schema.table`` or ``catalog.schema.table``: no path has a file of
     this name, it has no slash, and does not end as files with documents do."""
+    from fft.corpus.files import kind_of  # not before: --help need not wait for Arrow
+
     text = str(path)
     return _NAME.fullmatch(text) is not None and not Path(text).exists() and kind_of(Path(text)) is None
 

@@ -23,8 +23,7 @@ from fft.data.part_files import PartFile, PartFolder, RejectFile
 from fft.data.row_tallies import dataset_tallies
 from fft.data.table import Table
 from fft.errors import UserError
-from fft.images.rules import ImageLimits
-from fft.text.chat import ImageSettings
+from fft.images.rules import ImageLimits, ImageSettings
 from fft.text.encoder import Encoder
 from fft.text.engines import ENGINES
 from fft.text.keeping import keeping, kept_in

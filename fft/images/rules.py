@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,14 @@ class ImageLimits:
     def given(self) -> list[str]:
         """Names of those that are given."""
         return [name for name in LIMITS if getattr(self, name) is not None]
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """That images are read: those in files from ``folder``, an absolute path."""
+
+    folder: str
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
 
 #: What must be the same for a table's tokens and patches to be those that a model takes.

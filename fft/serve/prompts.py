@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fft.errors import UserError, one_line
+from fft.serve.prompt_flags import CHAT
 from fft.text.chat_template import words_of
 from fft.text.convert_tokenizer import check_converted
 from fft.text.encoder import read_tokenizer
@@ -27,9 +28,6 @@ from fft.text.tool_calls import CALLS_KEY, OF_TOOLS, CallForm, call_form, check_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-#: Whether a text is a user's turn, as ``--chat`` says; "auto": where the model has a chat template.
-CHAT = ("auto", "yes", "no")
 
 
 class Prompt(list[int]):

@@ -10,7 +10,7 @@ that control token as well. Such conversations are counted.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +22,7 @@ import pyarrow as pa
 from fft.data.arrow_lists import int_lists, lists_of_one
 from fft.data.manifest import TokenizerInfo
 from fft.errors import UserError
-from fft.images.rules import TILES, ImageLimits, load_rules
+from fft.images.rules import TILES, ImageSettings, load_rules
 from fft.text.chat_labels import NOT_TRAINED, encode_stretches, label
 from fft.text.chat_template import ChatTemplate, Rendered, load_chat_template
 from fft.text.cuts import cut_chat, first_row
@@ -51,14 +51,6 @@ _TALLIES = (
     *dict.fromkeys(form.tally for form in FORMATS),
 )
 _TALLIES_OF_IMAGES = ("animations", "dropped_images")
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """That images are read: those in files from ``folder``, an absolute path."""
-
-    folder: str
-    limits: ImageLimits = field(default_factory=ImageLimits)
 
 
 @dataclass(frozen=True)

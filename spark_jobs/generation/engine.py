@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from pyspark import TaskContext
 
+from fft.images.rules import ImageSettings
 from fft.serve.engines import Engine, EngineOptions
-from fft.text.chat import ImageSettings
 from fft.text.image_parts import ImageParts
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from vision_generation import answers_of_transformers, make_vision_model, pictur
 from fft.checkpoint.adapter import adapter_config, adapter_parameters, write_adapter
 from fft.checkpoint.conversion import convert, merged
 from fft.images.processor_files import set_limits
-from fft.images.rules import ImageLimits
+from fft.images.rules import ImageLimits, ImageSettings
 from fft.models.lora import Lora, adapt, adapted, reset_adapters
 from fft.models.vision import decoder_path, vision_parts
 from fft.serve.asked import Reading
@@ -19,7 +19,6 @@ from fft.serve.engines.choice import start_engine
 from fft.serve.prompts import Renderer
 from fft.serve.sampling import Sampling
 from fft.serve.window import Question, answers
-from fft.text.chat import ImageSettings
 from fft.weights.hf import WeightReader, write_shard
 
 QUICK = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}

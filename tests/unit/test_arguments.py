@@ -70,6 +70,9 @@ COMMANDS = sorted(
 )
 
 
+JOBS = ("tokenize", "shuffle", "repartition", "generate")
+
+
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_needs_no_torch(module, launch):
     """On a login node without a GPU, or a laptop without torch, the flags can still be read, at once, on a screen."""
@@ -84,6 +87,18 @@ def test_help_needs_no_torch(module, launch):
     assert end == "0 []"
     assert told[0].startswith("usage: ")
     assert len(told) < 60
+
+
+@pytest.mark.parametrize("module", ["fft.train", "fft.serve.batch_infer", *(f"spark_jobs.{job}" for job in JOBS)])
+def test_help_of_what_is_typed_most_needs_no_arrow(module, launch):
+    """Which takes longer than all the rest of it."""
+    program = (
+        f"import sys, runpy; sys.argv = ['command', '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, sorted({'numpy', 'pyarrow', 'pyspark'} & set(sys.modules)))"
+    )
+    done = launch("python", "-c", program)
+    assert done.stdout.splitlines()[-1:] == ["0 []"], done.stderr
 
 
 @pytest.mark.parametrize(

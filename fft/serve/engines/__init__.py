@@ -7,12 +7,14 @@ an answer says is made of its ids by :mod:`fft.serve.engines.texts`, alike for b
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fft.errors import UserError, positive
 from fft.json_text import json_value
 from fft.serve.sampling import Sampling
-from fft.text.image_parts import ReadImage
+
+if TYPE_CHECKING:  # it brings numpy and Arrow, for which flags need not wait
+    from fft.text.image_parts import ReadImage
 
 #: Names that ``--engine`` takes; "auto" is vLLM where it can be imported.
 ENGINES = ("auto", "vllm", "transformers")
@@ -68,7 +70,7 @@ class Request:
     sampling: Sampling
     seed: int
     room: int
-    images: Sequence[ReadImage] = ()
+    images: "Sequence[ReadImage]" = ()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fft.errors import UserError, one_line
-from fft.images.rules import GRIDS, TILES
+from fft.images.rules import GRIDS, TILES, ImageSettings
 from fft.serve.engines import EngineOptions
 from fft.serve.prompts import load_model_tokenizer
-from fft.text.chat import ImageSettings, load_image_parts
+from fft.text.chat import load_image_parts
 from fft.text.chat_template import load_chat_template
 from fft.text.encoder import image_ids_of
 from fft.text.image_parts import ImageParts

@@ -25,8 +25,8 @@ from fft.data.table import IGNORE, Table
 from fft.data.trace import documents_of_step, steps_of_document
 from fft.errors import UserError
 from fft.images.pixels import normalized, patches_of
-from fft.images.rules import ImageLimits, check_rules
-from fft.text.chat import ImageSettings, load_chat
+from fft.images.rules import ImageLimits, ImageSettings, check_rules
+from fft.text.chat import load_chat
 from fft.text.encoder import Encoder
 
 EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from deltalake import write_deltalake
 from generation import BAD_PROMPTS, PROMPTS, TEMPLATE, complete, make_model, refusal, write_lines
 
 from fft.errors import UserError
-from fft.serve import batch_infer
+from fft.serve import answer_file, batch_infer
 from fft.serve.engines.transformers_engine import TransformersEngine
 from fft.serve.sampling import row_seed
 
@@ -116,7 +116,7 @@ def test_what_of_a_folder_is_not_read_is_told(batch, tmp_path, capsys):
 
 @pytest.mark.parametrize(("record", "said"), BAD_PROMPTS)
 def test_bad_prompts_are_named_before_the_engine_starts(record, said, model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_infer, "start_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(answer_file, "start_engine", lambda *_: pytest.fail("the model was loaded"))
     assert (
         refusal(model_dir, tmp_path, record, "transformers")
         == f"{tmp_path}/in.jsonl, line 2: {said}; mend it, or give --on_error quarantine."
@@ -139,7 +139,7 @@ def test_bad_prompts_get_rows_with_their_errors(batch, capsys):
 
 
 def test_nothing_is_loaded_for_bad_prompts_alone(batch, monkeypatch):
-    monkeypatch.setattr(batch_infer, "start_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(answer_file, "start_engine", lambda *_: pytest.fail("the model was loaded"))
     (row,) = batch([{"prompt": ""}], "--on_error", "quarantine")
     assert row["error"].endswith("line 1: the prompt is empty: it has no tokens")
 
@@ -192,7 +192,7 @@ def test_bad_paths_are_named(model_dir, batch, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_named_before_anything_is_made(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_infer, "start_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(answer_file, "start_engine", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "in.txt").write_text("a")
     (tmp_path / "file").touch()
     for output, said in (
@@ -420,19 +420,19 @@ def test_two_runs_do_not_write_one_output(batch, tmp_path, monkeypatch):
             batch([{"prompt": "a"}], "--resume", "no")
         raise RuntimeError("tried")
 
-    monkeypatch.setattr(batch_infer, "_generate", other)
+    monkeypatch.setattr(answer_file, "_generate", other)
     with pytest.raises(RuntimeError, match="tried"):
         batch([{"prompt": "a"}])
 
 
 def test_an_input_that_changes_meanwhile_is_named(batch, tmp_path, monkeypatch):
-    start = batch_infer.start_engine
+    start = answer_file.start_engine
 
     def changing(*given):
         write_lines(tmp_path / "in.jsonl", [{"prompt": "other"}])
         return start(*given)
 
-    monkeypatch.setattr(batch_infer, "start_engine", changing)
+    monkeypatch.setattr(answer_file, "start_engine", changing)
     with pytest.raises(UserError, match="--input changed while they were read"):
         batch([{"prompt": "a"}])
     assert not (tmp_path / "out.jsonl").exists()

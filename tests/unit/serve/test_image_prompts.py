@@ -18,13 +18,13 @@ from vision_generation import answers_of_transformers, make_vision_model, pictur
 from vision_models import FAMILIES, chat_of, theirs
 
 from fft.errors import UserError
+from fft.images.rules import ImageSettings
 from fft.serve import batch_infer
 from fft.serve.engines import EngineOptions
 from fft.serve.engines.checked import check_model
 from fft.serve.engines.transformers_engine import TransformersEngine
 from fft.serve.images import stretches_of, values_of
 from fft.serve.prompts import Renderer
-from fft.text.chat import ImageSettings
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from vision_generation import answers_of_transformers, make_vision_model, pictur
 
 from fft.corpus.files import find_sources
 from fft.data.known import LeftOut
+from fft.images.rules import ImageSettings
 from fft.serve.engines import EngineOptions
 from fft.serve.sampling import Sampling
-from fft.text.chat import ImageSettings
 from fft.text.records import Malformed
 from spark_jobs.generation.answers import Asking, answer_chunks
 from spark_jobs.generation.engine import Wanted, worker_engine

@@ -10,8 +10,8 @@ import pytest
 from vision_models import FAMILIES, TRIMMING, chat_of, picture, save_model, theirs
 
 from fft.errors import UserError
-from fft.images.rules import ImageLimits
-from fft.text.chat import ImageSettings, load_chat
+from fft.images.rules import ImageLimits, ImageSettings
+from fft.text.chat import load_chat
 from fft.text.cuts import cut_chat
 from fft.text.encoder import Encoder
 from fft.text.records import Malformed
