@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -149,10 +150,25 @@ def saw_four_bits(directory: Path) -> bool:
 def read_config(directory: Path) -> dict:
     """What ``adapter_config.json`` says. Raises :class:`UserError` when it cannot be read."""
     check_directory(directory)
+    if not (directory / CONFIG).exists() and (inside := [path.parent for path in directory.glob(f"*/{CONFIG}")]):
+        last = max(inside, key=lambda path: (len(path.name), path.name))  # of a run, whose steps have numbers
+        raise UserError(f"{directory} is no adapter directory, but holds some: give one of them, as {last}.")
     try:
         return dict(json_value((directory / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{directory} is no adapter directory ({error}): give one that PEFT saved.") from error
+
+
+def other_base(directory: Path, model: Path) -> str:
+    """What an adapter says that it was made for, where the directory ``model`` has another name; else "".
+
+    Folders move, and hubs keep models in folders of their own, so paths are not compared but for the names in them.
+    """
+    made_for, given = read_config(directory).get("base_model_name_or_path"), origin(model.resolve())
+    if not isinstance(made_for, str):
+        return ""
+    one, other = ([name for name in re.split("/|--", place) if name] for place in (made_for, given))
+    return made_for if one and other and one[-1] not in other and other[-1] not in one else ""
 
 
 class AdapterReader(hf.WeightReader):

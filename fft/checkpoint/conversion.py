@@ -270,9 +270,12 @@ def tell_odd(names: Sequence[str]) -> None:
 
 
 def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path, *more: Path) -> Merged:
-    """``weights`` of the directory ``model``'s kind with an adapter added, or several. Raises :class:`UserError` as all
-    do.
+    """``weights`` of the directory ``model``'s kind with an adapter added, or several; told where one was made for
+    another. Raises :class:`UserError` as all do.
     """
+    for one in (adapter, *more):
+        if made_for := adapters.other_base(one, model):
+            say(f"note: --lora {one} was made for {made_for}; it is added to {model}")
     return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model), *more)
 
 

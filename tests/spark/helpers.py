@@ -1,6 +1,7 @@
 """Make and read small tables and tokenizers."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,12 @@ ORPHANED = re.compile(
 def stacks_of_ours(stderr: str) -> bool:
     """Whether a stack was printed, but for those of Spark's workers that outlive a job which failed by a moment."""
     return "Traceback" in ORPHANED.sub("", stderr)
+
+
+def write_lines(path: Path, *lines: str | dict) -> Path:
+    """A file of JSON lines, in which texts stand as they are."""
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
 
 
 def save_tokenizer(folder: Path, texts: list[str], begin: str | None = None) -> Path:

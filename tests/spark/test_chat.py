@@ -12,7 +12,7 @@ from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
 from spark.chat_templates import STYLES, save_chat_tokenizer
-from spark.helpers import hashes_of, rows_of
+from spark.helpers import hashes_of, rows_of, write_lines
 from spark_jobs import repartition_table, shuffle_tables, tokenize, tokenize_table
 from spark_jobs.cli import run_tokenize as main
 
@@ -55,11 +55,6 @@ def table(spark, chats, tokenizer, tmp_path_factory):
 
 def trained_text(peer, row):
     return peer.decode([i for i in row["labels"] if i != -100])
-
-
-def write_lines(path, *lines):
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return path
 
 
 def test_ids_and_labels_of_all_forms(table, tokenizer):

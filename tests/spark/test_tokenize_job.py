@@ -15,18 +15,13 @@ from fft.data.manifest import read_manifest
 from fft.data.table import Table
 from fft.errors import UserError
 from fft.text import encoder
-from spark.helpers import END, rows_of, save_tokenizer
+from spark.helpers import END, rows_of, save_tokenizer, write_lines
 from spark_jobs import tokenize_table
 from spark_jobs.cli import run_tokenize as main
 
 
 def ids_by_name(table):
     return {row["doc_ids"][0]: row["input_ids"] for row in rows_of(table)}
-
-
-def write_lines(path, *lines):
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
-    return path
 
 
 def test_ids_equal_those_of_transformers(tokens, documents, tokenizer):

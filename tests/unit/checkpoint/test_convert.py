@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fft.checkpoint import conversion
-from fft.checkpoint.adapter import scale_of
+from fft.checkpoint.adapter import other_base, scale_of
 from fft.checkpoint.conversion import Merged
 from fft.checkpoint.convert import cli, main
 from fft.checkpoint.layer_files import LayerFiles
@@ -166,6 +166,34 @@ def test_a_sum_that_is_written_in_fp32_was_not_rounded_before(model, tmp_path, c
 )
 def test_adapters_that_are_refused(names, settings, said, directory, convert, tmp_path):
     assert said in convert(directory, "--lora", adapter(tmp_path, names, **settings)[0], refused=True)
+
+
+def test_of_a_folder_of_adapters_one_has_to_be_named(directory, convert, tmp_path):
+    folder, _ = adapter(tmp_path, TARGETS)
+    for step in (9, 10):
+        shutil.copytree(folder, tmp_path / "run" / f"step-{step}")
+    said = convert(directory, "--lora", tmp_path / "run", refused=True)
+    assert f"run is no adapter directory, but holds some: give one of them, as {tmp_path}/run/step-10." in said
+
+
+@pytest.mark.parametrize(
+    ("made_for", "told"),
+    [("/models/Qwen3-8B", True), ("Qwen/Qwen3-8B", True), ("org/{name}", False), ("/elsewhere/{name}", False)],
+)
+def test_an_adapter_of_another_base_is_told(made_for, told, directory, tmp_path, capfd):
+    base = made_for.format(name=directory.resolve().name)
+    folder, _ = adapter(tmp_path, TARGETS, base_model_name_or_path=base)
+    main([str(directory), str(tmp_path / "out"), "--lora", str(folder)])
+    note = f"note: --lora {folder} was made for {base}; it is added to {directory}"
+    assert (note in capfd.readouterr().err) == told
+
+
+def test_an_adapter_of_a_model_in_the_hubs_cache_is_of_that(tmp_path):
+    folder, _ = adapter(tmp_path, {}, base_model_name_or_path="Qwen/Qwen3-8B")
+    cached = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "0a1b"
+    cached.mkdir(parents=True)
+    assert other_base(folder, cached) == ""
+    assert other_base(folder, tmp_path / "Qwen3-0.6B") == "Qwen/Qwen3-8B"
 
 
 def test_what_is_refused(directory, convert, tmp_path):
