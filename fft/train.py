@@ -3,7 +3,6 @@
 ``--help`` lists the flags. See :mod:`fft.training.trainer` for what a run does.
 """
 
-import logging
 import os
 import sys
 
@@ -36,8 +35,9 @@ def main() -> int:
             from fft.planning.dry_run import dry_run
 
             return dry_run(arguments)
-        # What it warns of on import, the run says itself: "kernels: attention cpu".
-        logging.getLogger("DeepSpeed").addFilter(lambda note: "Setting accelerator to CPU" not in note.getMessage())
+        from fft.training.quiet import quiet_libraries
+
+        quiet_libraries()
         from fft.training.trainer import train
 
         return train(arguments)

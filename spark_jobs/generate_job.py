@@ -220,4 +220,4 @@ def _say_results(manifest: Manifest, folder: str, notes: Sequence[str]) -> None:
     header = ("prompts in", "out", "quarantined", "rows", "prompt tokens", "tokens", "seconds", "tokens/s")
     names = ("prompts_in", "prompts_out", "quarantined", "rows", "prompt_tokens", "tokens")
     say(format_table(header, [[*(counts[name] for name in names), timing["seconds"], timing["tokens_per_second"]]]))
-    say(f"wrote {folder} ({manifest.lineage['engine']}, {counts['engine_starts']} engines started)")
+    say(f"wrote {folder} ({manifest.lineage['engine']}, engines started: {counts['engine_starts']})")

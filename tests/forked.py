@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -65,6 +66,10 @@ def started(
                 process.join()
 
 
+#: As libraries write them: Python's own, and those of loggers.
+WARNINGS = re.compile(r"^(?:\S+:\d+: \w*Warning: |\[\S+ \S+\] \[WARNING\] |W\d{4} |WARNING:).*", re.MULTILINE)
+
+
 def run_ranks(
     ranks: int,
     *argv: object,
@@ -73,10 +78,16 @@ def run_ranks(
     env: dict[str, str] | None = None,
     folder: Path = ROOT,
 ) -> subprocess.CompletedProcess:
-    """Run ``python -m module argv`` from ``folder`` in so many ranks; returns the job when it has ended."""
+    """Run ``python -m module argv`` from ``folder`` in so many ranks; returns the job when it has ended.
+
+    No library may warn of anything.
+    """
     with started(ranks, *argv, module=module, env=env, folder=folder) as (processes, streams):
         code = _wait(processes, time.monotonic() + timeout)
-        return subprocess.CompletedProcess([module, *argv], code, *(stream.read_text() for stream in streams))
+        told = [stream.read_text() for stream in streams]
+    for warning in WARNINGS.findall("".join(told)):
+        raise AssertionError(f"{module} {argv}: {warning}")
+    return subprocess.CompletedProcess([module, *argv], code, *told)
 
 
 def _wait(processes: list, deadline: float) -> int:

@@ -69,6 +69,10 @@ class StagedModel(PipelineModule):
             outputs[0].requires_grad_()
         return outputs
 
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:  # DeepSpeed's own copies with gradients, of which torch warns
+        super()._synchronize_tied_weights()
+
     def get_tied_weights_and_groups(self) -> list:
         """Tied weights, whose ``grad`` the engine adds up, with their groups.
 
