@@ -1,5 +1,6 @@
 """At which addresses the processes of a session listen, as the system tells it."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -8,11 +9,12 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 
 def processes_of(group: int) -> list[int]:
-    """All processes of a session."""
+    """All processes of a session that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) == group:
+            state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == group and state not in "ZX":
                 found.append(int(path.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
@@ -23,11 +25,15 @@ def listens_at(group: int) -> set[str]:
     """Addresses, as the system writes them, at which processes of a session listen; and whether they are loopback."""
     sockets = set()
     for process in processes_of(group):
-        for link in Path(f"/proc/{process}/fd").iterdir():
-            try:
-                sockets.add(os.readlink(link))
-            except OSError:
-                continue
+        try:
+            links = os.listdir(f"/proc/{process}/fd")
+        except OSError:  # it ends, and then is root's
+            if process in processes_of(group):
+                raise
+            continue
+        for link in links:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                sockets.add(os.readlink(f"/proc/{process}/fd/{link}"))
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:

@@ -29,6 +29,8 @@ SHORT = {
 _QUICK = {"fft.plan.measure": "quick_measure"}
 #: Flags that name what a command makes: it must not be there yet.
 _MAKES = ("-o", "--output", "--output_dir", "--checkpoint", "--write", "--timeline", "--html", "--overwrite")
+#: Folders that machines of a page share, or have.
+_ELSEWHERE = r"/shared/|/mnt/nvme/"
 _CATALOG_TABLE = re.compile(r"[a-z]+\.[a-z]+\.[a-z_]+")
 #: A catalog with a name, as many lakehouses have.
 _CATALOG = {
@@ -111,20 +113,21 @@ class Reader:
     def _spelled(self, words: list[str]) -> list[str]:
         """With what the reader knows in the place of what the page leaves to them."""
         words = [PLACES.get(word, word) for word in words]
-        words = [word.replace("/shared/", f"{self.folder}/").replace("/mnt/nvme/", f"{self.folder}/") for word in words]
         if "..." in words:
             at = words.index("...")
             before = [] if "fft/train.py" in words else ["--nproc_per_node", "2", "fft/train.py"]
             words[at : at + 1] = [*before, *self._flags]
         else:
             self.remembers(words)
-        return words
+        # What was remembered, too: nothing here reads, writes or removes anything in the machine's own folders.
+        return [re.sub(_ELSEWHERE, f"{self.folder}/", word) for word in words]
 
     def _clear(self, words: list[str]) -> None:
         """Remove what another page has had made under the same name."""
         for flag, name in pairwise(words):
             made = self.folder / name
             if flag in _MAKES and "://" not in name and made.exists():
+                assert made.resolve().is_relative_to(self.folder.resolve()), f"{made} is not the test's"
                 shutil.rmtree(made) if made.is_dir() else made.unlink()
 
     def _run(self, ranks: int, module: str, flags: list[str], more: Mapping[str, str] | None = None) -> None:
