@@ -66,8 +66,10 @@ def started(
                 process.join()
 
 
-#: As libraries write them: Python's own, and those of loggers.
-WARNINGS = re.compile(r"^(?:\S+:\d+: \w*Warning: |\[\S+ \S+\] \[WARNING\] |W\d{4} |WARNING:).*", re.MULTILINE)
+#: As libraries write them, Python's own and those of loggers; what DeepSpeed says of gradients is news.
+WARNINGS = re.compile(
+    r"^(?!.*OVERFLOW! Skipping step)(?:\S+:\d+: \w*Warning: |\[\S+ \S+\] \[WARNING\] |W\d{4} |WARNING:).*", re.MULTILINE
+)
 
 
 def run_ranks(
