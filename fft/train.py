@@ -35,9 +35,6 @@ def main() -> int:
             from fft.planning.dry_run import dry_run
 
             return dry_run(arguments)
-        from fft.training.quiet import quiet_libraries
-
-        quiet_libraries()
         from fft.training.trainer import train
 
         return train(arguments)

@@ -5,6 +5,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from fft.training.quiet import quiet_libraries
+
 _UNUSED = "mlflow"
 
 
@@ -21,6 +23,7 @@ def _hidden(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
+quiet_libraries()
 with _hidden(_UNUSED):
     import deepspeed
 
