@@ -159,16 +159,13 @@ def read_config(directory: Path) -> dict:
         raise UserError(f"{directory} is no adapter directory ({error}): give one that PEFT saved.") from error
 
 
-def other_base(directory: Path, model: Path) -> str:
-    """What an adapter says that it was made for, where the directory ``model`` has another name; else "".
+def is_other_base(made_for: str, model: Path) -> bool:
+    """Whether what an adapter says that it was made for has another name than the directory ``model``.
 
     Folders move, and hubs keep models in folders of their own, so paths are not compared but for the names in them.
     """
-    made_for, given = read_config(directory).get("base_model_name_or_path"), origin(model.resolve())
-    if not isinstance(made_for, str):
-        return ""
-    one, other = ([name for name in re.split("/|--", place) if name] for place in (made_for, given))
-    return made_for if one and other and one[-1] not in other and other[-1] not in one else ""
+    one, other = ([name for name in re.split("/|--", place) if name] for place in (made_for, origin(model.resolve())))
+    return bool(one and other) and one[-1] not in other and other[-1] not in one
 
 
 class AdapterReader(hf.WeightReader):

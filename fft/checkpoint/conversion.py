@@ -79,6 +79,7 @@ class LoraAdapter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.given, config = f"--lora {directory}", adapters.read_config(directory)
+        self.made_for = config.get("base_model_name_or_path")
         self._scale = adapters.scale_of(config, self.given)
         self._transposed, self.dora = bool(config.get("fan_in_fan_out")), bool(config.get("use_dora"))
         self._parts = [f"{DOWN}.weight", f"{UP}.weight", *[MAGNITUDE] * self.dora]
@@ -165,12 +166,12 @@ class Merged:
     ) -> None:
         self._weights, self._sums = weights, dtype
         self._stored = stored or StoredNames({})
-        self._adapters = [LoraAdapter(directory) for directory in (adapter, *more)]
+        self.adapters = [LoraAdapter(directory) for directory in (adapter, *more)]
         names = {use.parameter for name in weights.names for use in self._stored.uses(name, ())}
-        for one in self._adapters:
+        for one in self.adapters:
             one.check(names)
-        before = weights._adapters if isinstance(weights, Merged) else ()  # those of a run, whose weights are merged
-        adapters.check_sum([one.summand for one in (*before, *self._adapters)])
+        before = weights.adapters if isinstance(weights, Merged) else ()  # those of a run, whose weights are merged
+        adapters.check_sum([one.summand for one in (*before, *self.adapters)])
 
     @property
     def names(self) -> list[str]:
@@ -186,7 +187,7 @@ class Merged:
         """One of them. Raises :class:`UserError` where an adapter does not fit it."""
         weight = self._weights.tensor(name)
         uses = self._stored.uses(name, tuple(weight.shape))
-        adapted = [(use, one) for use in uses for one in self._adapters if one.adapts(use.parameter)]
+        adapted = [(use, one) for use in uses for one in self.adapters if one.adapts(use.parameter)]
         if not adapted:
             return weight
         whole = weight.float().clone()
@@ -273,10 +274,11 @@ def merged(weights: Weights, adapter: Path, dtype: str | None, model: Path, *mor
     """``weights`` of the directory ``model``'s kind with an adapter added, or several; told where one was made for
     another. Raises :class:`UserError` as all do.
     """
-    for one in (adapter, *more):
-        if made_for := adapters.other_base(one, model):
-            say(f"note: --lora {one} was made for {made_for}; it is added to {model}")
-    return Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model), *more)
+    found = Merged(weights, adapter, DTYPES[dtype] if dtype else None, stored_in(model), *more)
+    for one in found.adapters:
+        if isinstance(one.made_for, str) and adapters.is_other_base(one.made_for, model):
+            say(f"note: {one.given} was made for {one.made_for}; it is added to {model}")
+    return found
 
 
 def open_source(place: str, tag: str | None, model: Path | None, dtype: str | None) -> tuple[Weights, Path, Path]:

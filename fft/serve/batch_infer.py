@@ -74,8 +74,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check all, generate, write. Raises :class:`UserError` for what cannot be read, written or answered."""
     parser = build_parser()
-    args = parser.parse_args(argv)
     with parser.naming_flags(), ending_in_order():
+        args = parser.parse_args(argv)
         from fft.serve.answer_file import answer_file  # not before: --help need not wait for Arrow
 
         answer_file(args)

@@ -1,5 +1,6 @@
-"""DeepSpeed without MLflow, which its autotuner would import where it is installed: two seconds, and nothing of it is
-used here. What speaks with a server of MLflow is :mod:`fft.training.mlflow_sink`, which imports it itself."""
+"""DeepSpeed, without what it warns of at every start, and without MLflow, which its autotuner would import where it is
+installed: two seconds, and nothing of it is used here. What speaks with a server of MLflow is
+:mod:`fft.training.mlflow_sink`, which imports it itself."""
 
 import contextlib
 import sys

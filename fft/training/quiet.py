@@ -10,7 +10,7 @@ _RENAMED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)
 
 
 def quiet_libraries() -> None:
-    """Before they are imported, in the process of a rank."""
+    """To be called before DeepSpeed is imported, which speaks at once."""
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
 

@@ -4,6 +4,7 @@ The points at which a driver touches files are tried one by one in ``tests/unit/
 drivers die on real engines: with ``FFT_KILLS=20`` each job so many times, by default tokenize alone, once.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import deltalake
 import pyarrow as pa
 import pytest
 from failing_store import with_faults
+from listening import processes_of
 from namespaces import own_mounts
 from thorough import thorough
 
@@ -268,12 +270,9 @@ def test_sails_server_ends_with_its_driver(tmp_path):
 def commands_of(session: int) -> list[bytes]:
     """The command lines of all processes of a session."""
     found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) == session:
-                found.append((path / "cmdline").read_bytes())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+    for process in processes_of(session):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(Path(f"/proc/{process}/cmdline").read_bytes())
     return found
 
 

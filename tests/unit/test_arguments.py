@@ -68,22 +68,25 @@ COMMANDS = sorted(
         if make.__module__ != "spark_jobs.cli"
     }
 )
-
-
 JOBS = ("tokenize", "shuffle", "repartition", "generate")
+
+
+def help_of(module, launch, *watched):
+    """The lines of a command's help; the last one has its exit code, and which of some modules were imported."""
+    program = (
+        f"import sys, runpy; sys.argv = ['command', '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__')\n"
+        f"except SystemExit as end: print(end.code, sorted(set({watched}) & set(sys.modules)))"
+    )
+    done = launch("python", "-c", program, env={"COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_needs_no_torch(module, launch):
     """On a login node without a GPU, or a laptop without torch, the flags can still be read, at once, on a screen."""
-    program = (
-        f"import sys, runpy; sys.argv = ['command', '--help']\n"
-        f"try: runpy.run_module('{module}', run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
-    )
-    done = launch("python", "-c", program, env={"COLUMNS": "80"})
-    assert done.returncode == 0, done.stderr
-    *told, end = done.stdout.splitlines()
+    *told, end = help_of(module, launch, "torch", "deepspeed", "transformers")
     assert end == "0 []"
     assert told[0].startswith("usage: ")
     assert len(told) < 60
@@ -92,13 +95,7 @@ def test_help_needs_no_torch(module, launch):
 @pytest.mark.parametrize("module", ["fft.train", "fft.serve.batch_infer", *(f"spark_jobs.{job}" for job in JOBS)])
 def test_help_of_what_is_typed_most_needs_no_arrow(module, launch):
     """Which takes longer than all the rest of it."""
-    program = (
-        f"import sys, runpy; sys.argv = ['command', '--help']\n"
-        f"try: runpy.run_module('{module}', run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, sorted({'numpy', 'pyarrow', 'pyspark'} & set(sys.modules)))"
-    )
-    done = launch("python", "-c", program)
-    assert done.stdout.splitlines()[-1:] == ["0 []"], done.stderr
+    assert help_of(module, launch, "numpy", "pyarrow", "pyspark")[-1] == "0 []"
 
 
 @pytest.mark.parametrize(
