@@ -25,8 +25,10 @@ from benchmarks.hosts import Hosts, enter
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.warm"])
+#: Every test's processes are forked by this one server: there is one in a process, and what it imports is said once.
+CONTEXT = multiprocessing.get_context("forkserver")
+_WARM = "tests.warm"
+CONTEXT.set_forkserver_preload([_WARM])
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ def started(
             host, local = divmod(rank, here)
             variables = {name: str(x) for name, x in {**given, "RANK": rank, "LOCAL_RANK": local}.items()}
             told = [str(word) for word in argv], variables, streams[2 * host : 2 * host + 2], places[host], folder
-            processes.append(_CONTEXT.Process(target=_rank, args=(module, *told)))
+            processes.append(CONTEXT.Process(target=_rank, args=(module, *told)))
         for process in processes:
             process.start()
         try:
@@ -109,6 +111,7 @@ def _wait(processes: list, deadline: float) -> int:
 def _rank(
     module: str, argv: list[str], variables: dict[str, str], streams: list[Path], place: int, folder: Path
 ) -> None:
+    assert _WARM in sys.modules, "the server had other things to import, or could not"
     gc.freeze()  # what was imported is not looked through again: DeepSpeed collects a dozen times as it starts
     if place:
         enter(place)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from fft.hidden_modules import hidden_module
 from fft.models.causal_lm import StageBuilder
 from fft.models.layers import Activations, canonical_parameters, pipeline_layers
 from fft.models.small import VOCABULARY
@@ -115,7 +116,9 @@ def write_random_model(config: PretrainedConfig, directory: Path, seed: int) -> 
         for tensor in model.state_dict().values():
             if tensor.ndim < 2 or bool((tensor == tensor.flatten()[0]).all()):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    model.save_pretrained(directory)
+    # accelerate would import DeepSpeed, for seconds, to see that the model is no engine of its.
+    with hidden_module("deepspeed"):
+        model.save_pretrained(directory)
 
 
 def gradient_difference(ours: Tensor, theirs: Tensor, whole: float) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import VOCAB
-from forked import run_ranks
+from forked import WARNINGS, run_ranks
 from transformers import AutoConfig
 
 from fft import parity, parity_run
@@ -185,6 +185,7 @@ def test_the_command_starts_its_ranks(mine, launch):
     done = launch("python", "-m", "fft.parity", "--config", mine, "--steps", "1", "--ranks", "2", "--seq_len", "32")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 ranks = data 1 x pipe 2" in done.stdout
+    assert not WARNINGS.search(done.stdout + done.stderr)
 
 
 def test_what_is_wrong_with_texts_is_told_by_flag(tmp_path):

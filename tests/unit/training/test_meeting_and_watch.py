@@ -1,7 +1,6 @@
 """Ranks meet and watch one another, as processes of this machine with nothing but a store between them."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT
 from ports import free_port
 
 from fft.errors import UserError
@@ -16,9 +16,6 @@ from fft.parallel import interfaces
 from fft.training import meeting as meeting_module
 from fft.training.meeting import Meeting, meet
 from fft.training.watch import Watch
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fft.training.watch"])
 
 
 def test_addresses_of_this_machine():
@@ -56,7 +53,7 @@ def ended(act, tmp_path, world=3):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = tmp_path / "log"
-    ranks = [_CONTEXT.Process(target=rank_of, args=(act, rank, world, port, file)) for rank in range(world)]
+    ranks = [CONTEXT.Process(target=rank_of, args=(act, rank, world, port, file)) for rank in range(world)]
     for rank in ranks:
         rank.start()
     for rank in (ranks[2], ranks[0]):
@@ -137,7 +134,7 @@ def comes(rank, world, port, file):
 
 def test_ranks_that_do_not_come_are_named(tmp_path):
     port, file = free_port(), tmp_path / "log"
-    ranks = [_CONTEXT.Process(target=comes, args=(rank, 4, port, file)) for rank in (2, 0)]
+    ranks = [CONTEXT.Process(target=comes, args=(rank, 4, port, file)) for rank in (2, 0)]
     for number, rank in zip((2, 0), ranks, strict=True):
         rank.start()
         while not file.exists() or f"rank {number} looks" not in file.read_text():
