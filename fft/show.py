@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fft.console import say
-from fft.data.views import naming_places
 from fft.errors import Parser, UserError, check_new_file, run_cli
 from fft.files import write_atomically
 
@@ -42,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_new_file(args.html, args.overwrite)
     # Not before: --help need not wait for Arrow.
     from fft.data.table import Table
+    from fft.data.views import naming_places
     from fft.text.shown import as_text, documents_named, documents_of_row, load_decoder, summary_of
     from fft.text.shown_page import as_page
 

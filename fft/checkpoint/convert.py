@@ -13,10 +13,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from fft.checkpoint import places
 from fft.console import say
-from fft.data.replaceable import MODEL, check_replaceable, names_in
-from fft.data.views import naming_places, view
 from fft.errors import Parser, UserError, run_cli
 
 
@@ -47,23 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Raises :class:`UserError` for what it cannot read or must not replace."""
     args = build_parser().parse_args(argv)
+    _check(args)
     output = args.output
-    if places.is_a_file(output):
-        raise UserError(f"{output} is a file: name a folder.")
-    if places.holds_something(output) and not args.overwrite:
-        raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
-    if (lost := places.checkpoint_replaced(output)) is not None:
-        raise UserError(f"{output} would replace or change the checkpoint {lost}: choose another folder.")
-    if not 0 < args.max_shard_size < math.inf:
-        raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
-    for path in filter(None, (args.source, args.model, *args.lora, args.like)):
-        if places.lies_in(path, output):
-            raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
-    check_replaceable(output, output, MODEL, names_in(args.like))
     # Not before: --help need not wait for torch.
     from fft.checkpoint.card import card_beside
     from fft.checkpoint.conversion import convert, merged, open_source
     from fft.checkpoint.original_form import write_like
+    from fft.data.views import naming_places, view
 
     with naming_places():
         source, model, where = open_source(args.source, args.tag, args.model and view(args.model), args.dtype)
@@ -77,6 +64,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             tensors = convert(source, model, output, args.dtype, limit, card)
     say(f"{tensors} tensors written to {output}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be said before anything is read. Raises :class:`UserError`, also for what must not be replaced."""
+    # Not before: --help need not wait for Arrow.
+    from fft.checkpoint import places
+    from fft.data.replaceable import MODEL, check_replaceable, names_in
+
+    output = args.output
+    if places.is_a_file(output):
+        raise UserError(f"{output} is a file: name a folder.")
+    if places.holds_something(output) and not args.overwrite:
+        raise UserError(f"{output} exists and is not empty: choose another folder or add --overwrite.")
+    if (lost := places.checkpoint_replaced(output)) is not None:
+        raise UserError(f"{output} would replace or change the checkpoint {lost}: choose another folder.")
+    if not 0 < args.max_shard_size < math.inf:
+        raise UserError(f"--max_shard_size {args.max_shard_size} must be more than 0.")
+    for path in filter(None, (args.source, args.model, *args.lora, args.like)):
+        if places.lies_in(path, output):
+            raise UserError(f"{output} would replace {path}, which is read: choose another folder.")
+    check_replaceable(output, output, MODEL, names_in(args.like))
 
 
 def cli() -> None:

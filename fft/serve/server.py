@@ -16,9 +16,6 @@ import yaml
 from fft.console import say
 from fft.errors import Parser, UserError, one_line, run_cli
 from fft.json_text import json_value
-from fft.serve.engines.vllm_engine import adapter_room, batched_tokens, cache_bytes
-from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT
-from fft.serve.prompts import load_model_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = build_parser().parse_known_args(argv)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install vllm, in an environment of its own.")
+    from fft.serve.middleware import API_KEYS, SHUTDOWN_TIMEOUT  # not before: --help need not wait for asyncio
+
     of_file = _settings_of_file(rest)
     given = _names(rest) | set(of_file)
     if "uds" in given:  # a socket in the file system
@@ -141,6 +140,8 @@ def model_settings(model: str, given: Set[str]) -> dict[str, Any]:
     import torch
 
     from fft.serve.engines.checked import check_model
+    from fft.serve.engines.vllm_engine import batched_tokens, cache_bytes
+    from fft.serve.prompts import load_model_tokenizer
 
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
@@ -174,6 +175,7 @@ def lora_settings(model: str, adapters: Sequence[str], given: Set[str]) -> dict[
     """
     from fft.checkpoint.adapter import adapts_tower
     from fft.checkpoint.conversion import merged
+    from fft.serve.engines.vllm_engine import adapter_room
     from fft.weights.hf import WeightReader
 
     if "lora-modules" in given:

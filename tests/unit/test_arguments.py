@@ -92,7 +92,11 @@ def test_help_needs_no_torch(module, launch):
     assert len(told) < 60
 
 
-@pytest.mark.parametrize("module", ["fft.train", "fft.serve.batch_infer", *(f"spark_jobs.{job}" for job in JOBS)])
+#: What takes more is not typed by hand every day: quickstarts, and the trace.
+LIGHT = ["train", "parity", "plan", "report", "show", "checkpoint.convert", "serve.batch_infer", "serve.server"]
+
+
+@pytest.mark.parametrize("module", [*(f"fft.{name}" for name in LIGHT), *(f"spark_jobs.{job}" for job in JOBS)])
 def test_help_of_what_is_typed_most_needs_no_arrow(module, launch):
     """Which takes longer than all the rest of it."""
     assert help_of(module, launch, "numpy", "pyarrow", "pyspark")[-1] == "0 []"
