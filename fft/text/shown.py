@@ -46,13 +46,17 @@ class ShownDocument:
     begin: int
     ids: np.ndarray
     trained: np.ndarray
+    in_pair: bool = False
 
     @property
     def heading(self) -> str:
-        """Where it is and how much of it is trained."""
+        """Where it is, which side of a pair it is, and how much of it is trained."""
+        which = f"document {self.number}"
+        if self.in_pair:
+            which = f"pair {self.number // 2}, {('chosen', 'rejected')[self.number % 2]}"
         name = f" {self.name}" if self.name else ""
         end, count = self.begin + len(self.ids), int(self.trained.sum())
-        return f"row {self.row:,}, document {self.number}{name}: tokens {self.begin:,} to {end:,}, {count:,} trained"
+        return f"row {self.row:,}, {which}{name}: tokens {self.begin:,} to {end:,}, {count:,} trained"
 
     def stretches(self) -> Iterator[tuple[int, int, bool]]:
         """Begin and end of the stretches of tokens that are all trained, or all not, counted in the document."""
@@ -91,7 +95,7 @@ def documents_named(table: Table, name: str) -> list[ShownDocument]:
 def _documents(table: Table, group: int, row: int, before: int) -> list[ShownDocument]:
     rows, names = table.read(group), document_names(table, group)
     length = int(rows.offsets[row + 1] - rows.offsets[row])
-    return _documents_within(rows, row, (0, length), names[row] if names else [], before)
+    return _documents_within(rows, row, (0, length), names[row] if names else [], before, table.has_pairs)
 
 
 def documents_of_sample(samples: Samples, index: int) -> list[ShownDocument]:
@@ -106,12 +110,12 @@ def documents_of_sample(samples: Samples, index: int) -> list[ShownDocument]:
         before = sum(group.rows for group in member.table.row_groups[: span.group])
         names = document_names(member.table, span.group)
         own_names = names[span.row] if names else []
-        found += _documents_within(rows, span.row, (span.start, span.stop), own_names, before)
+        found += _documents_within(rows, span.row, (span.start, span.stop), own_names, before, member.table.has_pairs)
     return found
 
 
 def _documents_within(
-    rows: Rows, row: int, within: tuple[int, int], names: Sequence[str], before: int
+    rows: Rows, row: int, within: tuple[int, int], names: Sequence[str], before: int, in_pairs: bool
 ) -> list[ShownDocument]:
     """The documents of a row of a row group, ``before`` which a table has so many, as far as they lie ``within``."""
     first, last = int(rows.offsets[row]), int(rows.offsets[row + 1])
@@ -120,7 +124,8 @@ def _documents_within(
         begin, end = max(begin, within[0]), min(end, within[1])
         if begin < end:
             ids, trained = rows.input_ids[first + begin : first + end], _trained(rows, first + begin, first + end)
-            found.append(ShownDocument(before + row, number, names[number] if names else "", begin, ids, trained))
+            name = names[number] if names else ""
+            found.append(ShownDocument(before + row, number, name, begin, ids, trained, in_pairs))
     return found
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conversations import write_chats
 from device.token_tables import write_table
+from pairs import random_pairs, write_pairs
 from spark.chat_templates import save_chat_tokenizer
 from transformers import AutoTokenizer
 
@@ -69,6 +70,13 @@ def test_a_packed_row_without_labels_and_a_character_that_is_cut(tokenizer, tmp_
     labels = [np.where(np.arange(len(second)) == len(second) - 1, second, IGNORE)]
     cut = documents_of_row(Table.open(write_table(tmp_path / "cut", [second], files=1, labels=labels)), 0)
     assert as_text(cut, decoder, ids=False, colour=False).endswith("return ⟦€⟧")
+
+
+def test_sides_of_a_pair_are_called_what_they_are(tmp_path):
+    (chosen, rejected), *_ = pairs = random_pairs(3, 50)
+    sides = documents_of_row(Table.open(write_pairs(tmp_path / "t", pairs)), 0)
+    assert [side.ids.tolist() for side in sides] == [chosen[0], rejected[0]]
+    assert [side.heading.partition(": ")[0] for side in sides] == ["row 0, pair 0, chosen", "row 0, pair 0, rejected"]
 
 
 def test_a_document_by_its_id(chats, tokenizer):
