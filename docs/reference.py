@@ -77,6 +77,8 @@ _CODES = {
 METRICS = {
     "step": "the step, from 1; what is measured before the first is of step 0",
     "loss": "nats a trained token, the mean over the step's global batch",
+    "loss/NAME": "of tables with several datasets, or several tables: the same of the documents of each, over "
+    "`tokens/NAME` (or `pairs/NAME`)",
     "lr": "the learning rate of the step",
     "grad_norm": "of all gradients together, before they are clipped",
     "skipped_steps": "steps so far that changed nothing, since their gradients were not finite",

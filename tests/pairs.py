@@ -24,12 +24,14 @@ def random_pairs(count: int, vocabulary: int, seed: int = 0, longest: int = 12) 
 def write_pairs(
     folder: Path, pairs: list[tuple[Side, Side]], files: int = 2, datasets: list[str] | None = None
 ) -> Path:
-    """A table of them, a pair a row; with names of ``datasets``, one a pair."""
+    """A table of them, a pair a row; with names of ``datasets``, one a pair, which its manifest counts."""
     rows = [np.array(chosen[0] + rejected[0], np.int32) for chosen, rejected in pairs]
     labels = [chosen[1] + rejected[1] for chosen, rejected in pairs]
     bounds = [[0, len(chosen[0]), len(chosen[0]) + len(rejected[0])] for chosen, rejected in pairs]
     named = {} if datasets is None else {"dataset": [[name] * 2 for name in datasets]}
     table = write_table(folder, rows, files, labels=labels, cu_seqlens=bounds, **named)
     written = tuple(FileInfo(p.name, 0, 0, p.stat().st_size) for p in sorted(table.glob("*.parquet")))
-    commit(table, Manifest(written, len(rows), sum(map(len, rows)), pairs=True))
+    counts = {name: {"rows": datasets.count(name)} for name in datasets or ()}
+    lineage = {"counts": {"datasets": counts}}
+    commit(table, Manifest(written, len(rows), sum(map(len, rows)), pairs=True, lineage=lineage))
     return table

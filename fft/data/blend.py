@@ -166,12 +166,16 @@ class Blend:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """None: several tables are trained on, of which nothing is told by dataset."""
-        return ()
+        """Of the documents of all tables."""
+        return self.members[0].datasets
 
     def with_pairs(self, known: Mapping[str, Reference] | None = None) -> "Blend":
         """The same order, in a run that trains on preferences."""
         return Blend([member.with_pairs(known) for member in self.members], self.weights, self.end)
+
+    def with_datasets(self, names: Sequence[str], whole: Mapping[str, str] | None = None) -> "Blend":
+        """The same order, where documents come with the number of their dataset."""
+        return Blend([member.with_datasets(names, whole) for member in self.members], self.weights, self.end)
 
     def member(self, index: int) -> tuple[TableSamples, int]:
         """The table a sample comes from, and its index there."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from fft.data.document_ids import as_many, id_lists
 from fft.data.known import DATASET
 from fft.data.lengths import document_lengths, documents_by_row
 from fft.data.table import Rows, Table
+from fft.errors import UserError
 
 #: What documents are counted under that say of no dataset.
 UNNAMED = "unnamed"
@@ -34,6 +36,35 @@ def dataset_names(table: Table) -> list[str]:
     return sorted({name or UNNAMED for texts in _columns(table) for name in pc.unique(texts).to_pylist()})
 
 
+def counted_names(table: Table) -> list[str]:
+    """The names of the datasets of which a table's manifest counts tokens, in order; none where the table does not say
+    of which its documents are.
+    """
+    if table.manifest is None or DATASET not in table.columns:
+        return []
+    return sorted({name or UNNAMED for name in table.manifest.datasets})
+
+
+def whole_datasets(tables: Sequence[Table]) -> dict[str, str]:
+    """By source, of several tables, those that are a dataset as a whole, since they count none: their names are what
+    tells their paths from the others'.
+    """
+    paths = list(dict.fromkeys(table.source for table in tables))
+    if len(paths) < 2:
+        return {}
+    names = dict(zip(paths, _distinguished(paths), strict=True))
+    return {table.source: names[table.source] for table in tables if not counted_names(table)}
+
+
+def _distinguished(paths: Sequence[str]) -> list[str]:
+    """Paths without the parts that all begin, and those that all end with."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    first = sum(1 for _ in takewhile(lambda own: len(set(own)) == 1, zip(*parts, strict=False)))
+    parts = [own[first:] for own in parts]
+    last = sum(1 for _ in takewhile(lambda own: len(set(own)) == 1, zip(*map(reversed, parts), strict=False)))
+    return ["/".join(own[: len(own) - last]) or path for own, path in zip(parts, paths, strict=True)]
+
+
 def _columns(table: Table) -> Iterator[pa.Array]:
     wanted = [name for name in (DATASET, "cu_seqlens") if name in table.columns]
     for where in table.row_groups if DATASET in wanted else ():
@@ -49,10 +80,16 @@ def _of_documents(rows: pa.Table, where: str) -> pa.Array:
 def dataset_numbers(rows: pa.Table, names: Sequence[str], where: str) -> np.ndarray:
     """Of the documents that have tokens, the number of their dataset among ``names``, which are all: int32 [documents].
 
-    Raises :class:`UserError`, naming a row group, where the column holds no names.
+    Raises :class:`UserError`, naming a row group, where the column holds no names, or others.
     """
     texts = pc.replace_with_mask(found := _of_documents(rows, where), pc.equal(found, ""), pa.scalar(UNNAMED))
-    numbers = pc.index_in(texts, value_set=pa.array(names, pa.string())).to_numpy().astype(np.int32)
+    indices = pc.index_in(texts, value_set=pa.array(names, pa.string()))
+    if indices.null_count:
+        other = texts.filter(pc.is_null(indices))[0].as_py()
+        raise UserError(
+            f"{where} has the dataset {other!r}, which the table's manifest does not count: write it again."
+        )
+    numbers = indices.to_numpy().astype(np.int32)
     return numbers[document_lengths(rows) > 0] if "cu_seqlens" in rows.column_names else numbers
 
 

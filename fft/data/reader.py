@@ -99,6 +99,7 @@ class SampleReader:
         self.pairs, self._reference = False, None
         #: Names of datasets, where documents come with the number of theirs.
         self.datasets: tuple[str, ...] = ()
+        self._whole: str | None = None
         self._pool = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._sizes = self._units()
         self._step = seq_len if self.pack == "cut" else 1
@@ -155,9 +156,9 @@ class SampleReader:
         """The same order, in a run that trains on preferences; what is ``known`` of tables, by their source."""
         return self._changed(pairs=True, _reference=(known or {}).get(self.table.source))
 
-    def with_datasets(self, names: Sequence[str]) -> "SampleReader":
+    def with_datasets(self, names: Sequence[str], whole: Mapping[str, str] | None = None) -> "SampleReader":
         """The same order, where documents come with the number of their dataset among ``names``, which are all."""
-        return self._changed(datasets=tuple(names))
+        return self._changed(datasets=tuple(names), _whole=(whole or {}).get(self.table.source))
 
     def as_member(self, lanes: int, aligned: bool) -> "SampleReader":
         """The same table in another number of lanes, in a blend in which some table has labels, or none."""
@@ -258,6 +259,12 @@ class SampleReader:
             return rows
         return replace(rows, reference=self._reference.in_group(group, documents, where))
 
+    def _dataset_numbers(self, group: int, loaded: pa.Table, rows: Rows) -> np.ndarray:
+        if self._whole is None:
+            return dataset_numbers(loaded, self.datasets, str(self.table.row_groups[group]))
+        documents = len(rows.offsets) - 1 if rows.ends is None else len(rows.ends)
+        return np.full(documents, self.datasets.index(self._whole), np.int32)
+
     def _bins(self, rows: Rows) -> DocumentSpans:
         return best_fit(np.diff(rows.offsets), self.seq_len)
 
@@ -279,7 +286,7 @@ class SampleReader:
         if found is None:
             # In a run with images, ids say where these are, and grids belong to them.
             images = () if self.rules is None else (GRIDS, IMAGES) if self._images else (GRIDS,)
-            more = (*images, DATASET) if self.datasets else images
+            more = (*images, DATASET) if self.datasets and self._whole is None else images
             wanted = group, self._ids or self.rules is not None, self._labels, more
             found = self._loaded[key] = self._pool.submit(self.table.load, *wanted)
         else:
@@ -294,7 +301,7 @@ class SampleReader:
         rows = self.table.check(group, loaded, self._vocab_size, self.rules)
         rows = self._with_reference(group, rows) if self.pairs else rows
         if self.datasets:
-            rows = replace(rows, datasets=dataset_numbers(loaded, self.datasets, str(self.table.row_groups[group])))
+            rows = replace(rows, datasets=self._dataset_numbers(group, loaded, rows))
         bins = self._bins(rows) if self.pack == "best-fit" else None
         slots = len(rows.offsets) - 1 if bins is None else len(bins.row_ends)
         decoded = self._loaded[epoch, group] = Decoded(rows, order.row_order(group, slots), bins)

@@ -76,6 +76,11 @@ class Samples(Protocol):
     def with_pairs(self, known: Mapping[str, Reference] | None = None) -> Self:
         """The same order, in a run that trains on preferences; what is ``known`` of tables, by their source."""
 
+    def with_datasets(self, names: Sequence[str], whole: Mapping[str, str] | None = None) -> Self:
+        """The same order, where documents come with the number of their dataset among ``names``, which are all. Tables
+        that are one as a ``whole``, by their source, need not say of which each is.
+        """
+
     @property
     def members(self) -> Sequence["TableSamples"]:
         """The samples of each table by themselves."""

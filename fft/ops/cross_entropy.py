@@ -18,13 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fft.data.known import IGNORE
 from fft.ops.documents import lse_dtype
 from fft.ops.logits import FusedLogits, MakeLogits, choose_logits
 from fft.parallel.tensor import TensorParallel
 from fft.parallel.tensor_plan import Shard
-
-#: Labels with this value are not trained on (PyTorch's and Hugging Face's convention).
-IGNORE = -100
 
 #: Bytes that a piece's logits may take, with what they become on the way to their gradient.
 PIECE = 1 << 29
@@ -135,6 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Targets,
         vocabulary: Vocabulary,
         head: HeadSum | None,
+        each: list[Tensor],
     ) -> Tensor:
         states, ids, ranks = hidden[targets.positions], targets.ids[:, None] - vocabulary.first, vocabulary.ranks
         losses = torch.empty(len(states), 1, dtype=lse_dtype(hidden), device=hidden.device)
@@ -155,6 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads.finish(ranks)
         ctx.save_for_backward(targets.positions, grads.states, None if head else grads.weight, grads.bias)
         ctx.shape, ctx.dtype, ctx.scaled = hidden.shape, weight.dtype, head is not None
+        each.append(losses.squeeze(1))
         return losses.sum()
 
     @staticmethod
@@ -164,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dstates is not None:
             dhidden = dstates.new_zeros(ctx.shape)
             dhidden[positions] = dstates if ctx.scaled else _scaled(dstates, factor, ctx.dtype)
-        return dhidden, _scaled(dweight, factor, ctx.dtype), _scaled(dbias, factor, ctx.dtype), None, None, None
+        return dhidden, _scaled(dweight, factor, ctx.dtype), _scaled(dbias, factor, ctx.dtype), None, None, None, None
 
 
 def _gradients(
@@ -305,16 +305,16 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     head: HeadSum | None = None,
+    each: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum over trained tokens of the cross-entropy of ``hidden @ weight.T + bias`` against ``labels``.
 
     ``hidden`` is [tokens, hidden size], ``weight`` [vocabulary, hidden size], ``bias`` [vocabulary], ``labels`` int64
     [tokens] already aligned with the position that predicts them, :data:`IGNORE` where nothing is predicted; or what is
-    made of them on the host, which is then not kept waiting. Returns a float32 scalar (float64 for float64 inputs), in
-    nats.
+    made of them on the host, which then need not wait. Returns a float32 scalar (float64 for float64 inputs), in nats.
 
     With a ``head`` the weight's gradient is added to that, now, and backward has none for it: it must be called, with
-    the factor that was given. Nothing is added where gradients are not recorded.
+    the factor that was given. Nothing is added where gradients are not recorded. ``each`` takes the losses [targets].
 
     With ranks that share the ``vocabulary``, ``weight`` and ``bias`` are this rank's part of it; ``hidden`` and
     ``labels``, and the result, are the same on all of them. Collective then: all ranks call it, and its backward does
@@ -322,7 +322,8 @@ def linear_cross_entropy(
     """
     targets = labels if isinstance(labels, Targets) else Targets.of(labels)
     hidden, weight, bias = _recorded(hidden, weight, bias)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocabulary or Vocabulary(), head)
+    each = [] if each is None else each
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, vocabulary or Vocabulary(), head, each)
 
 
 def token_log_probs(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from fft.chart import COLOURS, Line, chart, shortened
 from fft.data.manifest import or_unknown
 from fft.report.run import Run
-from fft.training.metric_sinks import by_dataset_in, loss_name, named_in
+from fft.training.metric_sinks import by_dataset_in, loss_name, named_in, trained_by_dataset
 
 _PAGE = """\
 <!doctype html>
@@ -126,8 +126,8 @@ def charts_of(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
         points = [Line(run.name, run.points(loss_name(name)), at, True) for at, run in enumerate(runs)]
         yield _shortened(f"Held out: {name}"), "loss", chart(name, points, lambda value: f"{value:.4g}")
     for run in runs:
-        for table, own in by_dataset_in(run.numbers).items():
-            yield _shortened(_by_dataset(run if len(runs) > 1 else None, table)), *_lines_by_dataset(run, own)
+        for heading, own in _by_dataset(run, len(runs) > 1):
+            yield _shortened(heading), *_lines_by_dataset(run, own)
 
 
 def _shortened(name: str) -> Markup:
@@ -135,10 +135,15 @@ def _shortened(name: str) -> Markup:
     return Markup('<span title="{}">{}</span>').format(name, shortened(name, 48))
 
 
-def _by_dataset(run: Run | None, table: str) -> str:
-    """What is told by dataset: of which run, where there are several, and of which table, if it has a name."""
-    of = ", ".join(name for name in (run.name if run is not None else "", table) if name)
-    return f"Held out by dataset{of and f': {of}'}"
+def _by_dataset(run: Run, several: bool) -> Iterable[tuple[str, Mapping[str, str]]]:
+    """The numbers that are told by dataset, and what these are: of which run, where there are several, and of which
+    table, if it has a name.
+    """
+    found = [("Trained on", "", trained)] if (trained := trained_by_dataset(run.numbers)) else []
+    found += [("Held out", table, own) for table, own in by_dataset_in(run.numbers).items()]
+    for what, table, own in found:
+        of = ", ".join(name for name in (run.name if several else "", table) if name)
+        yield f"{what} by dataset{of and f': {of}'}", own
 
 
 def _lines_by_dataset(run: Run, own: Mapping[str, str]) -> tuple[str, str]:
@@ -160,9 +165,8 @@ def tables_of(runs: Sequence[Run]) -> Iterable[tuple[str, list[str], list[list[s
     if several:
         yield "Compared", ["", *names], [_compared(name, number, told, runs) for name, number, told in _TILES]
     for run in runs:
-        for table, own in by_dataset_in(run.numbers).items():
-            head = ["dataset", "last loss", "lowest", "at step", "over"]
-            yield _by_dataset(run if several else None, table), head, [*_datasets(run, own)]
+        for heading, own in _by_dataset(run, several):
+            yield heading, ["dataset", "last loss", "lowest", "at step", "over"], [*_datasets(run, own)]
     yield "Data", ["run", "what", *_TABLE], list(_data(runs))
     rows = [row for run in runs for row in _ranks(run)]
     if rows:

@@ -1,7 +1,6 @@
 """The loss on tables that are not trained on."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,19 +8,14 @@ import torch
 import torch.distributed as dist
 
 from fft.data.batches import MicroBatch
-from fft.data.by_dataset import dataset_names, summed
-from fft.data.table import IGNORE
 from fft.errors import UserError
-from fft.parallel.groups import told_by_first
 from fft.planning.preflight import Plan
+from fft.training.dataset_losses import DatasetSums
 from fft.training.engine import StageEngine
 from fft.training.feed import Feed
 from fft.training.loss import PairMeanLoss
 from fft.training.metric_sinks import dataset_keys
 from fft.training.preference import MEASURES
-
-#: Datasets of a table whose losses are told, at most.
-_MOST = 64
 
 
 class Evaluated(NamedTuple):
@@ -33,23 +27,6 @@ class Evaluated(NamedTuple):
     count: int
     measures: dict[str, float]
     datasets: dict[str, tuple[float, int]]
-
-
-def with_datasets(plan: Plan, control: dist.ProcessGroup, log: Callable[[str], None]) -> Plan:
-    """The plan of a run whose evaluations are told by dataset, where their tables have several.
-
-    ``control`` is a group of all ranks that sends what is in host memory. Collective. Raises :class:`UserError` where a
-    table's column of datasets holds no names.
-    """
-    evaluations = dict(plan.evaluations)
-    for name, reader in evaluations.items():
-        found = dataset_names(reader.table) if dist.get_rank() == 0 else []
-        count, names = told_by_first([len(found), found[:_MOST]], control)
-        if count > _MOST:
-            log(f"warning: {reader.table.path} has {count:,} datasets: losses are told by dataset of at most {_MOST}")
-        elif count > 1:
-            evaluations[name] = reader.with_datasets(names)
-    return dataclasses.replace(plan, evaluations=evaluations)
 
 
 def evaluated(engine: StageEngine, feed: Feed, plan: Plan, name: str) -> Evaluated:
@@ -76,38 +53,22 @@ def evaluate(
     ``batches`` are this rank's of the ``count`` micro-batches of its replica, none on a rank that reads nothing. The
     result is the same on all ranks and, but for rounding, on every layout.
     """
-    trained, numbers, held = 0, [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    trained, found = 0, DatasetSums(engine.loss, datasets)
 
     def counted() -> Iterator[MicroBatch]:
         nonlocal trained
         for batch in batches:
             trained += batch.trained
-            if batch.datasets is not None:
-                numbers.append(batch.datasets.numbers if batch.pairs is None else batch.datasets.numbers[::2])
-                held.append(_predicted(batch))
+            found.note(batch)
             yield batch
 
-    recorded = engine.loss.recorded_losses = [] if datasets else None
-    loss = engine.sum_losses(counted(), count)
-    engine.loss.recorded_losses = None
-    sums = np.zeros((2, datasets))
-    if recorded:
-        losses = torch.cat(recorded).cpu().numpy()
-        sums[:] = [summed(of, np.concatenate(numbers), datasets) for of in (losses, np.concatenate(held))]
-    own = np.concatenate([[loss, trained], sums.ravel()])
+    with found.recording():
+        loss = engine.sum_losses(counted(), count)
+    own = np.concatenate([[loss, trained], found.sums().ravel()])
     totals = torch.from_numpy(own if engine.role.counts else np.zeros_like(own)).to(engine.device)
     dist.all_reduce(totals)
     (total, number), (losses, counts) = totals[:2].tolist(), totals[2:].view(2, datasets).tolist()
     return total, int(number), [*zip(losses, counts, strict=True)]
-
-
-def _predicted(batch: MicroBatch) -> np.ndarray:
-    """How much is predicted of each of a micro-batch's documents or, of pairs, whether this rank counts them: each."""
-    if batch.datasets is None:
-        raise ValueError("a micro-batch comes without the datasets of its documents")
-    if batch.pairs is not None:
-        return np.full(batch.pairs.count, min(1, batch.trained))
-    return np.bincount(batch.datasets.documents[batch.labels != IGNORE], minlength=len(batch.datasets.numbers))
 
 
 def measures(engine: StageEngine) -> dict[str, float]:

@@ -51,12 +51,11 @@ class TokenMeanLoss:
         """
         (hidden, weight, *bias), (positions, ids, *own) = outputs, labels
         targets = Targets(positions, ids)
-        if self.recorded_losses is not None:
-            found = -token_log_probs(hidden, weight, targets, self._vocabulary, *bias)
-            self.recorded_losses.append(_sums(found, *own))
-            return found.sum() * self.scale
-        head = self._head(weight)
-        loss = linear_cross_entropy(hidden, weight, targets, self._vocabulary, *bias, head=head) * self.scale
+        head, each = self._head(weight), None if self.recorded_losses is None else []
+        found = linear_cross_entropy(hidden, weight, targets, self._vocabulary, *bias, head=head, each=each)
+        loss = found * self.scale
+        if self.recorded_losses is not None and each:
+            self.recorded_losses.append(_sums(each[0], *own))
         if head is not None and not self._checked:
             loss.register_hook(self._check)
         return loss

@@ -40,6 +40,8 @@ _LONGEST = 1 << 30
 _NAMED_LOSS = re.compile("eval/([^/]+)/loss")
 #: And those of datasets: of the first table, and of a named one.
 _DATASET_LOSS = re.compile("(?:eval_loss|eval/([^/]+)/loss)/([^/]+)")
+#: And those of datasets that are trained on.
+_TRAINED_LOSS = re.compile("loss/([^/]+)")
 #: Servers take letters, digits and these in names, and so many of them.
 _UNSAFE, _LONGEST_NAME = re.compile(r"[^\w .-]"), 200
 
@@ -74,6 +76,11 @@ def by_dataset_in(numbers: Iterable[str]) -> dict[str, dict[str, str]]:
         if (match := _DATASET_LOSS.fullmatch(number)) is not None:
             found.setdefault(match[1] or "", {})[match[2]] = number
     return {table: own for table, own in found.items() if table or len(found) == 1}
+
+
+def trained_by_dataset(numbers: Iterable[str]) -> dict[str, str]:
+    """By dataset that is trained on the names, among a run's, of numbers that are its loss."""
+    return {match[1]: number for number in numbers if (match := _TRAINED_LOSS.fullmatch(number)) is not None}
 
 
 def evaluation_numbers(

@@ -31,6 +31,7 @@ from fft.redaction import fit_to_print
 from fft.text.shown import first_sample, summary_of
 from fft.training import run_folder
 from fft.training.conclusion import conclude, told_evaluation
+from fft.training.dataset_losses import step_by_dataset, with_datasets
 from fft.training.early_stop import EarlyStop
 from fft.training.engine import (
     StageEngine,
@@ -43,7 +44,7 @@ from fft.training.engine import (
     on_host,
 )
 from fft.training.environment import environment, let_memory_grow, world_size
-from fft.training.evaluation import evaluated, measures, with_datasets
+from fft.training.evaluation import evaluated, measures
 from fft.training.export import ModelExport
 from fft.training.feed import Feed
 from fft.training.meeting import meet
@@ -227,7 +228,7 @@ class Trainer:
         for batch in batches if engine.role.counts else ():
             watch.computed(len(batch.labels), self.metrics.work.flops(len(batch.labels), batch.cu_seqlens))
         rate, skipped, scale = engine.learning_rate, engine.skipped, engine.loss_scale
-        loss = engine.step(batches)
+        loss, by_dataset = step_by_dataset(engine, batches, self.plan.train.datasets if self.plan.train else ())
         if not math.isfinite(loss):
             self._fail(f"the loss became {loss} at step {step}: lower --learning_rate or look at the data.")
         # In fp16 steps are skipped until the loss scale has come down to what the gradients bear.
@@ -237,7 +238,7 @@ class Trainer:
         if loss == 0 and engine.trained_nothing():
             self._say_untrained(step)
         values = {"loss": loss, "lr": rate, "grad_norm": engine.grad_norm}
-        values |= mean_balance(self.builder.balance, engine.device) | engine.scaling | measures(engine)
+        values |= mean_balance(self.builder.balance, engine.device) | engine.scaling | measures(engine) | by_dataset
         if step % self.args.logging_steps == 0 or step == total:
             self.metrics.show(step, values, watch.lap(step, total))
         else:
@@ -288,8 +289,7 @@ class Trainer:
             keep_aside(self.args.output_dir, self.export, self.state(step, eval_loss))
 
     def _evaluates(self, step: int) -> bool:
-        every = self.args.eval_steps
-        return step == self.plan.total_steps or (every > 0 and step % every == 0)
+        return step == self.plan.total_steps or (self.args.eval_steps > 0 and step % self.args.eval_steps == 0)
 
     def evaluate(self, step: int) -> float | None:
         """Mean loss over every predicted token of ``--eval_data``, the same on all ranks; None without a table.

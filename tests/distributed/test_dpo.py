@@ -95,8 +95,10 @@ def pair_loss(args, model, reference, pair):
     return loss, bool(chosen > rejected)
 
 
-def one_process(args, plan, pairs) -> tuple[Outcome, float, dict[str, float]]:
-    """What a plain loop does, its last accuracy and losses by dataset; it asks the trainer for documents of a step."""
+def one_process(args, plan, pairs) -> tuple[Outcome, float, dict[str, float], dict[str, tuple[float, int]]]:
+    """What a plain loop does, its last accuracy and losses by dataset, held out and trained on, these with their pairs;
+    it asks the trainer for documents of a step.
+    """
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     reference = copy.deepcopy(model).requires_grad_(False)
     if args.freeze:
@@ -115,7 +117,7 @@ def one_process(args, plan, pairs) -> tuple[Outcome, float, dict[str, float]]:
         mean, right = float(sum(loss for loss, _ in found)) / len(found), sum(right for _, right in found) / len(found)
         return mean, right, by_dataset
 
-    losses, norms, evaluations = [], [], [evaluated()]
+    losses, norms, evaluations, trained = [], [], [evaluated()], {}
     for step in range(STEPS):
         batches = step_batches(plan.train, BatchPlan(1, 0, GLOBAL_BATCH, 1), step * GLOBAL_BATCH, plan.total_samples)
         documents = [
@@ -126,6 +128,8 @@ def one_process(args, plan, pairs) -> tuple[Outcome, float, dict[str, float]]:
         chosen = [by_ids[document] for document in documents if document in by_ids]
         assert len(chosen) > GLOBAL_BATCH  # not one a sample
         total = torch.stack([pair_loss(args, model, reference, pairs["train"][number])[0] for number in chosen])
+        of = [[x for x, number in zip(total.tolist(), chosen, strict=True) if number % 2 == at] for at in (0, 1)]
+        trained = {name: (np.mean(own), len(own)) for name, own in zip(DATASETS, of, strict=True)}
         model.zero_grad()
         total.mean().backward()
         losses.append(total.mean().item())
@@ -135,7 +139,8 @@ def one_process(args, plan, pairs) -> tuple[Outcome, float, dict[str, float]]:
     evaluations.append(evaluated())
     gradients = {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return Outcome(losses, norms, weights, gradients, [loss for loss, *_ in evaluations]), *evaluations[-1][1:]
+    outcome = Outcome(losses, norms, weights, gradients, [loss for loss, *_ in evaluations])
+    return outcome, *evaluations[-1][1:], trained
 
 
 @pytest.mark.slow
@@ -147,7 +152,7 @@ def test_layout_equals_one_process(layout, made, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     alone = [*flags(folder, family, tmp_path / "unused"), *objective.split(), "--gradient_accumulation_steps=8"]
     args = parse_arguments(alone)
-    expected, accuracy, by_dataset = one_process(args, plan_run(args, 1), pairs)
+    expected, accuracy, by_dataset, trained = one_process(args, plan_run(args, 1), pairs)
     ours = read_outcome(tmp_path / "run")
     assert faults(ours, expected, LR) == []
     assert ours.norms == pytest.approx(expected.norms, rel=EXACT)
@@ -163,6 +168,9 @@ def test_layout_equals_one_process(layout, made, tmp_path):
     for name, loss in by_dataset.items():
         assert told[-1][f"eval_loss/{name}"] == pytest.approx(loss, rel=1e-5)
     assert [told[-1][f"eval_pairs/{name}"] for name in DATASETS] == [5, 4]
+    (last,) = (line for line in numbers(tmp_path / "run") if line["step"] == STEPS and "grad_norm" in line)
+    for name, (loss, count) in trained.items():
+        assert (last[f"loss/{name}"], last[f"pairs/{name}"]) == (pytest.approx(loss, rel=1e-5), count)
 
 
 @pytest.mark.slow

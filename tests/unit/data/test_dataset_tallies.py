@@ -1,12 +1,15 @@
 """What tables count of each dataset is what their documents have; every token's dataset is its document's."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from fft.data.batches import micro_batch
-from fft.data.by_dataset import dataset_names, dataset_numbers, summed
+from fft.data.blend import Blend
+from fft.data.by_dataset import counted_names, dataset_names, dataset_numbers, summed, whole_datasets
 from fft.data.document_ids import as_many, id_lists, of_rows
 from fft.data.known import IGNORE
 from fft.data.reader import SampleReader
@@ -93,6 +96,47 @@ def test_what_says_of_no_dataset_is_unnamed(tmp_path):
     numbers = dataset_numbers(table.load(0, more=("dataset",)), names, "t")
     assert [names[number] for number in numbers] == ["a", "c", "unnamed", "unnamed", "unnamed", "b", "b"]
     assert dataset_names(write(tmp_path / "t", np.random.default_rng(0), 0, named=False)) == []
+
+
+def test_a_manifest_that_counts_others_is_told(tmp_path):
+    table = write(tmp_path / "t", np.random.default_rng(0), 0)
+    reader = SampleReader(table, 24, seed=1).with_datasets(["books", "web"])
+    with pytest.raises(UserError, match="row group 2 has the dataset 'code', which the table's manifest does not"):
+        micro_batch(reader, range(reader.samples_per_epoch), reader.samples_per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        (["runs/web/train", "runs/books/train"], ["web", "books"]),
+        (["a/web", "a/web/more"], ["a/web", "more"]),
+        (["web", "web", "/lake/books"], ["web", "web", "/lake/books"]),
+        (["web"], []),
+    ],
+)
+def test_what_a_table_of_several_is_called(places, names, tmp_path, monkeypatch):
+    """By what tells it from the others; one that counts its own datasets keeps these."""
+    tables = [SimpleNamespace(source=place, manifest=None, columns=()) for place in places]
+    assert whole_datasets(tables) == (dict(zip(places, names, strict=True)) if names else {})
+    counting = SimpleNamespace(source="counts", manifest=SimpleNamespace(datasets=["", "a"]), columns=("dataset",))
+    assert counted_names(counting) == ["a", "unnamed"]
+    assert "counts" not in whole_datasets([*tables, counting])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_documents_of_a_mixture_are_of_its_tables(packed, tmp_path):
+    """One table says of which dataset its documents are, the other is one by itself."""
+    tables = [
+        write(tmp_path / name, np.random.default_rng(at), at * 90, packed, named=not at)
+        for at, name in enumerate(("said", "whole"))
+    ]
+    names, whole = sorted((*NAMES, "whole")), {tables[1].source: "whole"}
+    blend = Blend([SampleReader(table, 24, seed=1) for table in tables], [1, 1]).with_datasets(names, whole)
+    batch = micro_batch(blend.for_stage(ids=False, labels=True), range(20), 20)
+    ids, trained = micro_batch(blend, range(20), 20).input_ids[0], np.flatnonzero(batch.labels != IGNORE)
+    told = [names[number] for number in batch.datasets.numbers[batch.datasets.documents[trained]]]
+    assert told == ["whole" if ids[at] >= 90 else NAMES[ids[at] % 3] for at in trained]
+    assert set(told) == set(names)
 
 
 def test_texts_for_as_many_documents_as_there_are():

@@ -150,9 +150,9 @@ def test_linear_cross_entropy_equals_torch(chunk, dtype, tolerance, monkeypatch)
     torch.manual_seed(0)
     hidden, weight = torch.randn(23, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype)
     labels = torch.randint(31, (23,)).masked_fill(torch.rand(23) < 0.3, IGNORE)
-    results = []
+    results, each = [], []
     for loss in (
-        lambda h, w: linear_cross_entropy(h, w, labels),
+        lambda h, w: linear_cross_entropy(h, w, labels, each=each),
         lambda h, w: torch.nn.functional.cross_entropy(h @ w.t(), labels, reduction="sum", ignore_index=IGNORE),
     ):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -161,6 +161,10 @@ def test_linear_cross_entropy_equals_torch(chunk, dtype, tolerance, monkeypatch)
         results.append((value.detach(), *(leaf.grad for leaf in leaves)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none", ignore_index=IGNORE)
+    (told,) = each
+    assert not told.requires_grad
+    torch.testing.assert_close(told, expected[labels != IGNORE], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])

@@ -19,6 +19,7 @@ from fft.training.metric_sinks import (
     named_in,
     open_sinks,
     read_numbers,
+    trained_by_dataset,
 )
 from fft.training.mlflow_sink import MLflow, RunFacts, check_registers
 from fft.training.wandb_sink import WeightsAndBiases
@@ -111,6 +112,7 @@ def test_numbers_of_evaluations():
     assert by_dataset_in(two) == {"a": {"books": "eval/a/loss/books", "web": "eval/a/loss/web"}}
     assert named_in(two) == ["a", "b"]
     assert by_dataset_in(["eval_loss/web", "loss", "eval_rewards/x"]) == {"": {"web": "eval_loss/web"}}
+    assert trained_by_dataset(["loss", "loss/web", "eval/a/loss/web", "tokens/web"]) == {"web": "loss/web"}
     assert dataset_keys(["a/b", "a:b", "ü 1.-"]) == ["a_b", "a_b_", "ü 1.-"]
     pairs = {"rewards/margins": 0.5}
     told = {"eval_loss": 2.0, "eval_pairs": 7, "eval_rewards/margins": 0.5}
