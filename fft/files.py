@@ -4,7 +4,7 @@ All is written beside its place, on the same file system, under a hidden name th
 over, brought to the disk, and only then renamed. The hidden names are ``.NAME.MARK``:
 
 - ``.NAME.writing``: a folder that is being written; ``.NAME.RANDOM.writing``: a file that is. Left by a crash they are
-  nothing; the next writer clears a folder's.
+  nothing; the next writer clears a folder's, and who goes on in a run's or a table's folder those of its files.
 - ``.NAME.old``: a folder while another takes its place. :func:`recover_folder` knows what to do with one it finds.
 
 Others may write to the same folder, and leave links in it. Nothing is written, emptied or removed through one: the

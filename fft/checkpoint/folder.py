@@ -202,6 +202,9 @@ def tidy(run: Path) -> None:
     for mark in ("writing", "removed"):
         for left in run.glob(f".step-*.{mark}"):
             remove_path(left)
+    for left in run.glob(".*.*.writing"):  # a file that was being written, under a name that no other try has
+        if left.name.rsplit(".", 2)[0].removeprefix(".") in _OWN and not left.is_dir():
+            remove_file(left)
 
 
 @contextlib.contextmanager

@@ -181,6 +181,20 @@ def test_what_was_left_half_done_is_cleared(tmp_path):
     assert not list(tmp_path.glob(".step-*"))
 
 
+def test_files_that_a_run_was_killed_within_are_cleared(tmp_path):
+    """Its own alone: somebody may be writing another one there."""
+    program = (
+        "import os, sys; from fft.files import atomic_file\n"
+        "with atomic_file(__import__('pathlib').Path(sys.argv[1])) as aside: os.kill(os.getpid(), 9)"
+    )
+    for name in (folder.LATEST, folder.METRICS, "arguments.yaml", "report.html"):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=False)
+    assert len(list(tmp_path.glob(".*.writing"))) == 4
+    (tmp_path / f".{folder.BEST}.{'0' * 16}.writing").mkdir()
+    folder.tidy(tmp_path)
+    assert sorted(path.name.split(".")[1] for path in tmp_path.iterdir()) == [folder.BEST, "report"]
+
+
 def test_a_state_that_cannot_be_read_is_named(tmp_path):
     checkpoint = make(tmp_path, 2)
     assert folder.read_state(checkpoint) == {"step": 2}
