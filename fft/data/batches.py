@@ -108,7 +108,7 @@ def _laid_out(
     ends = np.array(ends, dtype=np.int64)
     pairs = datasets = None
     if known is not None or numbers is not None:
-        documents = ends.searchsorted(np.arange(tokens), "right").astype(np.int32)
+        documents = np.repeat(np.arange(len(ends) + 1, dtype=np.int32), np.diff(ends, prepend=0, append=tokens))
         if known is not None:
             pairs = PairBatch(documents, np.concatenate([np.empty(0, np.float32), *known]))
         if numbers is not None:
