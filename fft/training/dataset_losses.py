@@ -60,9 +60,15 @@ class DatasetSums:
 
     def note(self, batch: MicroBatch) -> None:
         """Of which datasets its documents are; nothing of one that does not say."""
-        if batch.datasets is not None:
-            self._numbers.append(batch.datasets.numbers if batch.pairs is None else batch.datasets.numbers[::2])
-            self._held.append(_predicted(batch))
+        if (datasets := batch.datasets) is None:
+            return
+        numbers = datasets.numbers
+        if batch.pairs is not None:  # whose losses are of two documents; whether this rank counts them: each
+            self._numbers.append(numbers[::2])
+            self._held.append(np.full(batch.pairs.count, min(1, batch.trained)))
+        else:
+            self._numbers.append(numbers)
+            self._held.append(np.bincount(datasets.documents[batch.labels != IGNORE], minlength=len(numbers)))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -81,15 +87,6 @@ class DatasetSums:
         return np.stack([summed(of, numbers, self._datasets) for of in (losses, np.concatenate(self._held))])
 
 
-def _predicted(batch: MicroBatch) -> np.ndarray:
-    """How much is predicted of each of a micro-batch's documents or, of pairs, whether this rank counts them: each."""
-    if batch.datasets is None:
-        raise ValueError("a micro-batch comes without the datasets of its documents")
-    if batch.pairs is not None:
-        return np.full(batch.pairs.count, min(1, batch.trained))
-    return np.bincount(batch.datasets.documents[batch.labels != IGNORE], minlength=len(batch.datasets.numbers))
-
-
 def step_by_dataset(
     engine: StageEngine, batches: Sequence[MicroBatch], names: Sequence[str]
 ) -> tuple[float, dict[str, float]]:
@@ -103,9 +100,7 @@ def step_by_dataset(
         found.note(batch)
     with found.recording():
         loss = engine.step(batches)
-    own = found.sums()
-    totals = torch.from_numpy(own if engine.role.counts else np.zeros_like(own)).to(engine.device)
-    dist.all_reduce(totals)
+    totals = engine.total_of(torch.from_numpy(found.sums()))
     unit = "pairs" if isinstance(engine.loss, PairMeanLoss) else "tokens"
     values: dict[str, float] = {}
     for key, its_loss, held in zip(dataset_keys(names), *totals.tolist(), strict=True):

@@ -195,6 +195,12 @@ class StageEngine:
         engine.timers("train_batch").reset()  # which would keep two events of every step
         return loss
 
+    def total_of(self, own: torch.Tensor) -> torch.Tensor:
+        """The sum, on the device, over the ranks that count: of what ranks compute alike one does. Collective."""
+        total = (own if self.role.counts else torch.zeros_like(own)).to(self.device)
+        dist.all_reduce(total)
+        return total
+
     def trained_nothing(self) -> bool:
         """Whether the last step had no token to train on, which the last stage knows. Collective."""
         trained = torch.tensor(self._trained, dtype=torch.int64, device=self.device)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fft.data.batches import MicroBatch
 from fft.errors import UserError
@@ -64,9 +63,7 @@ def evaluate(
 
     with found.recording():
         loss = engine.sum_losses(counted(), count)
-    own = np.concatenate([[loss, trained], found.sums().ravel()])
-    totals = torch.from_numpy(own if engine.role.counts else np.zeros_like(own)).to(engine.device)
-    dist.all_reduce(totals)
+    totals = engine.total_of(torch.from_numpy(np.concatenate([[loss, trained], found.sums().ravel()])))
     (total, number), (losses, counts) = totals[:2].tolist(), totals[2:].view(2, datasets).tolist()
     return total, int(number), [*zip(losses, counts, strict=True)]
 
@@ -75,8 +72,5 @@ def measures(engine: StageEngine) -> dict[str, float]:
     """The means of what is told of pairs since it was last asked for; nothing in a run on tokens. Collective."""
     if not isinstance(engine.loss, PairMeanLoss):
         return {}
-    taken = engine.loss.take_measures().to(engine.device)
-    total = taken if engine.role.counts else torch.zeros_like(taken)
-    dist.all_reduce(total)
-    *sums, pairs = total.tolist()
+    *sums, pairs = engine.total_of(engine.loss.take_measures()).tolist()
     return {name: value / max(1.0, pairs) for name, value in zip(MEASURES, sums, strict=True)}

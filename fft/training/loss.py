@@ -51,10 +51,10 @@ class TokenMeanLoss:
         """
         (hidden, weight, *bias), (positions, ids, *own) = outputs, labels
         targets = Targets(positions, ids)
-        head, each = self._head(weight), None if self.recorded_losses is None else []
+        head, each = self._head(weight), []
         found = linear_cross_entropy(hidden, weight, targets, self._vocabulary, *bias, head=head, each=each)
         loss = found * self.scale
-        if self.recorded_losses is not None and each:
+        if self.recorded_losses is not None:
             self.recorded_losses.append(_sums(each[0], *own))
         if head is not None and not self._checked:
             loss.register_hook(self._check)

@@ -112,8 +112,8 @@ def test_layout_equals_one_process(layout, flags, tmp_path):
     args = parse_arguments([*given, "--overwrite"])
     plan = plan_run(args, ranks)
     readers, (trained,) = plan.evaluations, (line for line in numbers if "grad_norm" in line)
-    for folder, told in ((begun, first), (ended, last)):
-        model = AutoModelForCausalLM.from_pretrained(folder)
+    models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False) for folder in (begun, ended)]
+    for model, told in zip(models, (first, last), strict=True):
         for table, reader in readers.items():
             expected = by_dataset(model, reader, reader.samples_per_epoch)
             assert set(expected) == set(TOLD)
@@ -124,7 +124,7 @@ def test_layout_equals_one_process(layout, flags, tmp_path):
             assert sum(counts) == told[f"eval/{table}/tokens"]
             assert np.average(losses, weights=counts) == pytest.approx(told[f"eval/{table}/loss"], rel=1e-6)
     samples = batch_plan(args, plan.mesh, 0).global_batch
-    expected = by_dataset(AutoModelForCausalLM.from_pretrained(begun), plan.train, samples)
+    expected = by_dataset(models[0], plan.train, samples)
     assert {f"loss/{name}" for name in expected} == {name for name in trained if name.startswith("loss/")}
     assert ("rows" in expected) == (layout in MIXED)
     for name, (loss, count) in expected.items():

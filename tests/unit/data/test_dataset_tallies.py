@@ -114,7 +114,7 @@ def test_a_manifest_that_counts_others_is_told(tmp_path):
         (["web"], []),
     ],
 )
-def test_what_a_table_of_several_is_called(places, names, tmp_path, monkeypatch):
+def test_what_a_table_of_several_is_called(places, names):
     """By what tells it from the others; one that counts its own datasets keeps these."""
     tables = [SimpleNamespace(source=place, manifest=None, columns=()) for place in places]
     assert whole_datasets(tables) == (dict(zip(places, names, strict=True)) if names else {})
